@@ -1,0 +1,30 @@
+"""`python -m benchmarks COMMAND`: what pruning gains in speed and costs in quality, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import quality, speed
+from griffin_jax.cli import Parser, guarded
+
+
+def main() -> int:
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (speed, quality):
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(
+            name,
+            help=(module.__doc__ or "").partition("\n")[0],
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args()
+    return guarded(f"{parser.prog} {options.command}", lambda: options.run(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

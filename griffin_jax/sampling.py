@@ -1,0 +1,104 @@
+"""How the next token is drawn from the logits.
+
+Samplers are pytrees: which filters are on is static, their values are not, so another temperature
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The most probable token; of equal ones the first."""
+
+    def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, b]) -> Int[Array, b]:
+        del keys
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draws from the tempered distribution after filters, applied in the order of the attributes.
+
+    Attributes:
+        temperature: logits are divided by it; above 0.
+        top_k: keep the k most probable tokens, at least 1.
+        top_p: keep the fewest tokens whose probabilities sum to at least this, in (0, 1]
+            (nucleus sampling, arXiv 1904.09751).
+        min_p: keep tokens of at least this share of the largest probability, in [0, 1]
+            (arXiv 2407.01082).
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, allowed: str, valid: bool) -> None:
+            if not valid:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+        if self.top_k is not None:
+            whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+            check("top_k", "a whole number of at least 1", whole and self.top_k >= 1)
+        # Under jit the values are tracers, which cannot be compared.
+        if isinstance(self.temperature, float | int):
+            check("temperature", "a finite number above 0", 0 < self.temperature < float("inf"))
+        if isinstance(self.top_p, float | int):
+            check("top_p", "in (0, 1]", 0 < self.top_p <= 1)
+        if isinstance(self.min_p, float | int):
+            check("min_p", "in [0, 1]", 0 <= self.min_p <= 1)
+
+    def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, b]) -> Int[Array, b]:
+        logits = self.filter(logits)
+        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+    def filter(self, logits: Float[Array, "b v"]) -> Float[Array, "b v"]:
+        """Tempered logits, -inf where a filter removes the token."""
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        if self.top_p is not None:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            probabilities = jax.nn.softmax(ordered, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities
+            # The first token whose predecessors already reach top_p is the first to go.
+            smallest = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < smallest, -jnp.inf, logits)
+        if self.min_p is not None:
+            probabilities = jax.nn.softmax(logits, axis=-1)
+            largest = jnp.max(probabilities, axis=-1, keepdims=True)
+            logits = jnp.where(probabilities < self.min_p * largest, -jnp.inf, logits)
+        return logits
+
+
+Sampler = Greedy | Sample
+
+
+def sampler(
+    temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Sampler:
+    """The sampler for a user's flags; a temperature of 0 is greedy.
+
+    Raises:
+        ValueError: a value is outside its range, or a filter is given with a temperature of 0.
+    """
+    if temperature == 0:
+        filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
+        if given := [name for name, value in filters.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} need a temperature above 0; at 0 the most probable token is taken")
+        return Greedy()
+    return Sample(temperature, top_k, top_p, min_p)

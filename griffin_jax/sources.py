@@ -1,0 +1,616 @@
+"""Checkpoints of others, read tensor by tensor: Hugging Face folders and GGUF files.
+
+Two steps. A `Reader` presents what is in the files under Hugging Face's names: a configuration, shapes
+and dtypes, and one tensor at a time. A `FamilySource` joins it with the table of its family, checks
+that the two fit without gaps, and from there on speaks of the parameters of `griffin_jax.model`.
+
+Files are read with plain reads, never mapped into memory: the pages of a mapped checkpoint would
+count as resident until the last tensor was read.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import hashlib
+import json
+import mmap
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from griffin_jax.assembly import parameter_shapes
+from griffin_jax.config import ModelConfig
+from griffin_jax.families import Family, GgufRule, Layout, family_of, gguf_family_of
+from griffin_jax.families.base import Attributes, sizes_of
+from griffin_jax.tokenizer import Tokenizer
+
+FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+"""Dtypes of weights, by their names in safetensors and GGUF."""
+
+LISTED = 8
+"""So many tensors of a kind are named in a message."""
+
+
+class Source(abc.ABC):
+    """A model that can be loaded or converted.
+
+    Attributes:
+        name: for messages.
+        config: the architecture.
+        shapes: of every parameter, by path.
+        dtype: of the stored weights, one that the native format has as well.
+    """
+
+    name: str
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    dtype: np.dtype
+
+    @abc.abstractmethod
+    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
+        """One parameter, contiguous.
+
+        Raises:
+            ValueError: it cannot be read, or holds values that are not finite in `dtype`.
+        """
+
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that lies with the model, if one does."""
+
+    def parameters(self, dtype: np.dtype) -> Iterator[tuple[str, Any]]:
+        """Path and weights of all parameters, one after the other."""
+        for path in self.shapes:
+            yield path, self.read(path, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says about a tensor.
+
+    Attributes:
+        shape: in Hugging Face's layout.
+        dtype: as the file names it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Reader(abc.ABC):
+    """The files of a checkpoint, under Hugging Face's names.
+
+    Attributes:
+        name: for messages.
+        family: of the model.
+        config: its architecture.
+        tensors: of the checkpoint.
+        problems: what is wrong with the files as such, in words.
+    """
+
+    name: str
+    family: Family
+    config: ModelConfig
+    tensors: dict[str, TensorInfo]
+    problems: list[str]
+
+    @abc.abstractmethod
+    def read(self, tensor: str) -> np.ndarray:
+        """The values of a tensor, in Hugging Face's layout and in the stored dtype (float32 where quantised)."""
+
+    @abc.abstractmethod
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that lies with the model, if one does."""
+
+
+class FamilySource(Source):
+    """A reader's checkpoint in terms of our parameters.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, duplicate, misshapen or not of a floating dtype;
+            one message lists them.
+    """
+
+    def __init__(self, reader: Reader):
+        self.name = reader.name
+        self.config = reader.config
+        self.shapes = parameter_shapes(reader.config)
+        self.dtype = _stored_dtype(reader.tensors.values())
+        self._reader = reader
+        self._sizes = sizes_of(reader.config)
+        rules = reader.family.rules_by_path(reader.config)
+        self._rules = {path: rules[path] for path in self.shapes}
+        self._check()
+
+    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
+        rule = self._rules[path]
+        stored = self._reader.read(rule.name)
+        array = Layout.parse(rule.layout).apply(stored, self._sizes)
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, dtype)
+        check_finite(array, stored, f"{self.name}: {rule.name}")
+        return array
+
+    def tokenizer(self) -> Tokenizer | None:
+        return self._reader.tokenizer()
+
+    def _check(self) -> None:
+        tensors, family = self._reader.tensors, self._reader.family
+        expected = {rule.name: Layout.parse(rule.layout).shape_before(self._sizes) for rule in self._rules.values()}
+        copies = {name: of for name, of in family.copies.items() if name in tensors and name not in expected}
+        surplus = tensors.keys() - expected.keys() - copies.keys()
+        problems = [
+            *self._reader.problems,
+            *_listed("missing", sorted(expected.keys() - tensors.keys())),
+            *_listed("unexpected", sorted(name for name in surplus if not family.is_ignored(name))),
+            *_listed(
+                "misshapen",
+                [
+                    f"{name} is {tensors[name].shape}, not {shape}"
+                    for name, shape in expected.items()
+                    if name in tensors and tensors[name].shape != shape
+                ],
+            ),
+            *_listed(
+                "not of a supported dtype",
+                [
+                    f"{name} is {tensors[name].dtype}"
+                    for name in expected
+                    if name in tensors and not _is_supported(tensors[name].dtype)
+                ],
+            ),
+        ]
+        if not problems:
+            for name, of in copies.items():
+                if tensors[name].shape != tensors[of].shape or self._digest(name) != self._digest(of):
+                    problems.append(
+                        f"{name} should be the same as {of}, which the configuration ties it to, but is not"
+                    )
+        if problems:
+            raise ValueError(
+                f"{self.name}: the tensors are not those of a {family.model_type} model with this configuration: "
+                + "; ".join(problems)
+            )
+
+    def _digest(self, name: str) -> bytes:
+        return hashlib.sha256(np.ascontiguousarray(self._reader.read(name)).view(np.uint8).data).digest()
+
+
+def _check_layers(name: str, config: ModelConfig, num_tensors: int) -> None:
+    """Refuse absurdly many layers before anything is made for each of them: the number may be garbage."""
+    if config.num_layers > max(num_tensors, 256):
+        raise ValueError(f"{name}: {num_tensors} tensors are too few for {config.num_layers} layers")
+
+
+def check_finite(array: np.ndarray, stored: np.ndarray, what: str) -> None:
+    """Raise `ValueError` if `array`, which was cast from `stored`, holds NaN or infinities."""
+    if _is_finite(array):
+        return
+    if _is_finite(stored):
+        raise ValueError(f"{what}: values up to {np.abs(stored).max():.3g} do not fit into {array.dtype}")
+    raise ValueError(f"{what}: holds NaN or infinite values")
+
+
+def _is_finite(array: np.ndarray, step: int = 1 << 22) -> bool:
+    # In steps, because the mask of a whole embedding would be one more array of its size.
+    rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
+    step = max(1, step // max(rows.shape[1], 1))
+    return all(bool(np.isfinite(rows[start : start + step]).all()) for start in range(0, len(rows), step))
+
+
+def _listed(kind: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return [f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}"]
+
+
+def _is_supported(dtype: str) -> bool:
+    return dtype in FLOATS or _is_quantised(dtype)
+
+
+def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
+    """Of most of the weights, float32 where they are quantised or have 64 bits."""
+    weights = Counter()
+    for tensor in tensors:
+        weights[tensor.dtype] += int(np.prod(tensor.shape))
+    most = max(weights, key=lambda dtype: weights[dtype], default="F32")
+    return FLOATS[most] if most in ("F16", "BF16") else FLOATS["F32"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        ValueError: it does not.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {type(values).__name__}, not an object")
+    return values
+
+
+# ---- Hugging Face folders ----
+
+
+class HuggingFaceFolder(Reader):
+    """A folder with config.json and safetensors files.
+
+    Raises:
+        FileNotFoundError: the folder lacks config.json or weights.
+        ValueError: a file is malformed, or the configuration is not supported.
+    """
+
+    def __init__(self, folder: Path):
+        self.name = str(folder)
+        self._folder = folder
+        self.family, self.config = read_hf_config(folder)
+        self.tensors, self.problems = {}, []
+        self._files: dict[str, Path] = {}
+        listed = self._shards()
+        for file in dict.fromkeys(listed.values()) if listed else [folder / "model.safetensors"]:
+            self._open(file)
+        if listed:
+            self._check_index(listed)
+        _check_layers(self.name, self.config, len(self.tensors))
+
+    def read(self, tensor: str) -> np.ndarray:
+        file = self._files[tensor]
+        try:
+            with _safe_open(file) as opened:
+                return opened.get_tensor(tensor)
+        except Exception as error:
+            raise ValueError(f"{file}: tensor {tensor} cannot be read ({_brief(error)})") from error
+
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.from_folder(self._folder) if Tokenizer.is_in(self._folder) else None
+
+    def _shards(self) -> dict[str, Path]:
+        """The file of every tensor according to the index; empty if there is only one file."""
+        index = self._folder / "model.safetensors.index.json"
+        if (self._folder / "model.safetensors").exists():
+            return {}
+        if not index.exists():
+            raise FileNotFoundError(_no_weights(self._folder))
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise ValueError(f"{index}: has no weight_map")
+        for name in files.values():
+            if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+                raise ValueError(f"{index}: {name!r} is not the name of a file in the folder")
+        shards = {tensor: self._folder / name for tensor, name in files.items()}
+        if absent := sorted({file.name for file in shards.values() if not file.is_file()}):
+            raise FileNotFoundError(f"{index}: names files that do not exist: {', '.join(absent)}")
+        return shards
+
+    def _open(self, file: Path) -> None:
+        tensors, duplicates = _safetensors_header(file)
+        self.problems += _listed("duplicate", [f"{name} twice in {file.name}" for name in duplicates])
+        self.problems += _listed(
+            "duplicate",
+            [f"{name} in {self._files[name].name} and {file.name}" for name in tensors if name in self._files],
+        )
+        self.tensors.update(tensors)
+        self._files.update(dict.fromkeys(tensors, file))
+
+    def _check_index(self, listed: Mapping[str, Path]) -> None:
+        misplaced = [
+            f"{name} is in {self._files[name].name}, not {file.name}"
+            for name, file in listed.items()
+            if name in self._files and self._files[name] != file
+        ]
+        self.problems += _listed("not where the index says", misplaced)
+        self.problems += _listed("in the index but in no file", sorted(listed.keys() - self._files.keys()))
+        self.problems += _listed("in a file but not in the index", sorted(self._files.keys() - listed.keys()))
+
+
+def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """Family and architecture from config.json, and from generation_config.json the tokens that end an answer.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is malformed or not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint")
+    values = read_json(path)
+    family = family_of(values.get("model_type"), str(path))
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        # What transformers' generate() stops at; for chat models often more than config.json has.
+        eos = read_json(generation).get("eos_token_id")
+        values = values if eos is None else {**values, "eos_token_id": eos}
+    return family, family.model_config(values, str(path))
+
+
+def _no_weights(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return (
+            f"{folder}: has weights only in PyTorch's pickle format; griffin_jax reads safetensors. Convert them with "
+            "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)"
+        )
+    return f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
+
+
+def _safe_open(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(file, framework="numpy", backend="pread")
+
+
+def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
+    """The tensors of a file, and the names that its header has more than once.
+
+    Raises:
+        ValueError: the file is truncated or its header is corrupt.
+    """
+    try:
+        with _safe_open(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {
+                name: TensorInfo(tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()
+            }
+        names = _header_names(file)
+    except Exception as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({_brief(error)})") from error
+    return tensors, [name for name, count in Counter(names).items() if count > 1]
+
+
+def _header_names(file: Path) -> list[str]:
+    """Keys of the header as written; the safetensors library keeps the last of equal ones."""
+    pairs: list[tuple[str, Any]] = []
+
+    def note(items: list[tuple[str, Any]]) -> None:
+        # Objects close from the inside out, so the last call is that of the header itself.
+        pairs[:] = items
+
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        json.loads(opened.read(size), object_pairs_hook=note)
+    return [name for name, _ in pairs]
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+# ---- GGUF files ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _GgufTensor:
+    """A tensor as the header of a GGUF file has it: shape outermost axis first, bytes from the file's start."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+    size: int
+    rule: GgufRule | None
+
+
+class GgufFile(Reader):
+    """A GGUF file, quantised or not.
+
+    Raises:
+        ValueError: the file is malformed, or its model is not supported.
+    """
+
+    def __init__(self, file: Path):
+        self.name = str(file)
+        self._file = file
+        self.metadata, tensors = read_gguf_header(file)
+        if Attributes(self.metadata, self.name).take("split.count", int, default=1) > 1:
+            raise ValueError(f"{file}: is one part of several; join them with llama.cpp's llama-gguf-split --merge")
+        self.family = gguf_family_of(self.metadata.get("general.architecture"), self.name)
+        assert self.family.gguf is not None
+        factors = tensors.get("rope_freqs.weight")
+        self.config = self._read_config(
+            tensors, None if factors is None else self._values("rope_freqs.weight", factors)
+        )
+
+        _check_layers(self.name, self.config, len(tensors))
+        rules = {rule.name: rule for rule in _gguf_rules(self.family.gguf.rules, self.config.num_layers)}
+        self._tensors = {}
+        for name, tensor in tensors.items():
+            if name not in self.family.gguf.ignored:
+                rule = rules.get(name)
+                self._tensors[rule.hf_name if rule else name] = dataclasses.replace(tensor, rule=rule)
+        self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+        self.problems = []
+
+    def read(self, tensor: str) -> np.ndarray:
+        stored = self._tensors[tensor]
+        values = self._values(tensor, stored)
+        if stored.rule and stored.rule.layout:
+            values = Layout.parse(stored.rule.layout).apply(values, sizes_of(self.config))
+        return values
+
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
+
+    def _read_config(self, tensors: Mapping[str, _GgufTensor], rope_factors: np.ndarray | None) -> ModelConfig:
+        gguf = self.family.gguf
+        assert gguf is not None
+        prefix = gguf.architecture + "."
+        attributes = Attributes(
+            {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)},
+            f"{self.name}: {gguf.architecture} metadata",
+        )
+        values = gguf.read_config(attributes, frozenset(tensors), rope_factors)
+        embedding = tensors.get("token_embd.weight")
+        vocabulary = attributes.take("vocab_size", int, default=embedding.shape[0] if embedding else None)
+        if rest := attributes.rest():
+            listed = ", ".join(f"{prefix}{name}={value!r}" for name, value in sorted(rest.items()))
+            raise ValueError(f"{self.name}: griffin_jax does not know what to do with {listed}")
+        tokens = Attributes(self.metadata, self.name)
+        ends = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
+        values |= {
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "bos_token_id": tokens.take("tokenizer.ggml.bos_token_id", int),
+            "eos_token_id": [token for token in ends if token is not None],
+        }
+        return self.family.model_config(values, self.name)
+
+    def _values(self, name: str, tensor: _GgufTensor) -> np.ndarray:
+        if not _is_supported(tensor.dtype):
+            raise ValueError(f"{self.name}: tensor {name} has the dtype {tensor.dtype}, which is not supported")
+        raw = np.fromfile(self._file, np.uint8, tensor.size, offset=tensor.start)
+        if raw.size != tensor.size:
+            raise ValueError(f"{self.name}: tensor {name} ends early")
+        if tensor.dtype in FLOATS:
+            return raw.view(FLOATS[tensor.dtype]).reshape(tensor.shape)
+        return _dequantise(raw, tensor.dtype, tensor.shape)
+
+
+def _gguf_rules(rules: Iterable[GgufRule], num_layers: int) -> Iterator[GgufRule]:
+    for rule in rules:
+        for layer in range(num_layers if "{layer}" in rule.name else 1):
+            yield GgufRule(rule.name.format(layer=layer), rule.hf_name.format(layer=layer), rule.layout)
+
+
+def _dequantise(raw: np.ndarray, dtype: str, shape: tuple[int, ...], step: int = 1 << 22) -> np.ndarray:
+    """float32 values of a quantised tensor, in steps: the formulas need several arrays of their size."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    rows = raw.reshape(int(np.prod(shape[:-1])), -1)
+    values = np.empty((len(rows), shape[-1]), np.float32)
+    step = max(1, step // shape[-1])
+    with np.errstate(all="ignore"):
+        for start in range(0, len(rows), step):
+            values[start : start + step] = dequantize(rows[start : start + step], GGMLQuantizationType[dtype])
+    return values.reshape(shape)
+
+
+@functools.cache
+def _is_quantised(dtype: str) -> bool:
+    """Whether a GGUF dtype is a quantised one that the gguf package can dequantise."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    if dtype in FLOATS or dtype not in GGMLQuantizationType.__members__:
+        return False
+    kind = GGMLQuantizationType[dtype]
+    try:
+        with np.errstate(all="ignore"):
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+_GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+
+
+def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
+    """Metadata and tensors of a GGUF file.
+
+    The gguf package has a reader too, but it takes seconds for the vocabulary of a small model, and
+    on a corrupt length it does not come back.
+
+    Raises:
+        ValueError: the file is truncated, corrupt, or of an unsupported version.
+    """
+    if file.stat().st_size < 24:
+        raise ValueError(f"{file}: not a GGUF file ({file.stat().st_size} bytes)")
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as buffer:
+        if buffer[:4] != b"GGUF":
+            raise ValueError(f"{file}: not a GGUF file (it begins with {buffer[:4]!r})")
+        try:
+            return _GgufHeader(buffer).parse()
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{file}: not a readable GGUF file ({error})") from error
+
+
+class _GgufHeader:
+    """Walks through the header of a GGUF file, of version 2 or 3."""
+
+    def __init__(self, buffer: mmap.mmap):
+        self._buffer = buffer
+        self._at = 4
+
+    def parse(self) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
+        version = self._scalar("<I")
+        if version not in (2, 3):
+            raise ValueError(f"version {version}; supported are 2 and 3, little-endian")
+        num_tensors, num_fields = self._scalar("<Q"), self._scalar("<Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_fields):
+            key = self._string()
+            if key in metadata:
+                raise ValueError(f"{key} is given twice")
+            metadata[key] = self._value(self._scalar("<I"))
+        infos = [self._tensor() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"general.alignment is {alignment!r}")
+        data = -(-self._at // alignment) * alignment
+        tensors: dict[str, _GgufTensor] = {}
+        for name, tensor in infos:
+            if name in tensors:
+                raise ValueError(f"duplicate tensor {name}")
+            tensors[name] = dataclasses.replace(tensor, start=data + tensor.start)
+            if tensors[name].start + tensor.size > len(self._buffer):
+                raise ValueError(f"truncated: tensor {name} goes beyond the end of the file")
+        return metadata, tensors
+
+    def _tensor(self) -> tuple[str, _GgufTensor]:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self._string()
+        num_axes = self._scalar("<I")
+        if not 1 <= num_axes <= 4:
+            raise ValueError(f"tensor {name} has {num_axes} axes")
+        shape = tuple(self._scalar("<Q") for _ in range(num_axes))[::-1]
+        kind = GGMLQuantizationType(self._scalar("<I"))
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        if shape[-1] % block:
+            raise ValueError(
+                f"tensor {name}: rows of {shape[-1]} values do not divide into {kind.name} blocks of {block}"
+            )
+        size = block_bytes
+        for axis in (*shape[:-1], shape[-1] // block):
+            size *= axis
+        return name, _GgufTensor(shape, kind.name, self._scalar("<Q"), size, rule=None)
+
+    def _take(self, size: int) -> bytes:
+        if size > len(self._buffer) - self._at:
+            raise ValueError(f"it ends at byte {len(self._buffer)}, within the header")
+        self._at += size
+        return self._buffer[self._at - size : self._at]
+
+    def _scalar(self, code: str) -> Any:
+        (value,) = struct.unpack(code, self._take(struct.calcsize(code)))
+        # The shortest decimal that is this float32, so that 1e-5 is 1e-05 and not 9.999999747378752e-06.
+        return float(str(np.float32(value))) if code == "<f" else value
+
+    def _string(self) -> str:
+        return self._take(self._scalar("<Q")).decode("utf-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == _GGUF_STRING:
+            return self._string()
+        if kind == _GGUF_ARRAY:
+            element, count = self._scalar("<I"), self._scalar("<Q")
+            if element in _GGUF_SCALARS:
+                code = _GGUF_SCALARS[element]
+                return list(np.frombuffer(self._take(count * struct.calcsize(code)), np.dtype(code)).tolist())
+            return [self._value(element) for _ in range(count)]
+        if kind not in _GGUF_SCALARS:
+            raise ValueError(f"unknown type {kind} of a value at byte {self._at}")
+        return self._scalar(_GGUF_SCALARS[kind])

@@ -1,0 +1,25 @@
+"""transformers takes a second to import and, without PyTorch, says so; hence late and silently."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+
+def import_transformers() -> ModuleType:
+    """The transformers package, as tokenizer and reader of configurations; its models are never used.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+    return transformers

@@ -1,0 +1,73 @@
+"""What all tests share: shape and type checks of every public signature, tiny models, the demo model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from jaxtyping import install_import_hook
+
+# The modules whose arguments users check with a ValueError (config, sampling, llm) stay unhooked: there a wrong type is
+# theirs to refuse.
+HOOKED = ["cache", "generate", "griffin", "model"]
+with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.beartype"):
+    import griffin_jax as gj
+
+import numpy as np
+import pytest
+import torch
+from reference import TinyLlama
+
+torch.set_grad_enabled(False)
+
+PASSAGES = [
+    "A lighthouse keeper writes down the weather four times a day. The book is older than the lamp, and its first "
+    "pages are in a hand nobody alive can read without effort. On the last line of every page somebody has counted "
+    "the ships. When the radio came, the counting stopped for a year, and then, without an order from anyone, began",
+    "To bake bread without a scale, take a bowl and fill it with flour to the height of two fingers. Add a pinch of "
+    "salt, a spoon of yeast, and warm water until the dough lets go of the bowl. Cover it with a cloth for an hour. "
+    "The oven should be as hot as it gets. After twenty-five minutes, knock on the bottom of the loaf:",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / "
+    "len(values)\n\n\ndef variance(values):\n    center = mean(values)\n    return mean([",
+    "The river has three bridges. The oldest, built in 1874, carries only people and bicycles; the second, of steel, "
+    "carries the railway; and the newest, finished in 2003, carries 41,000 cars a day. When the town flooded in the "
+    "spring of 1954, the water stood 3.2 metres above the road, and the only way across was",
+    "Question: If a train leaves at half past nine and needs two hours and a quarter, when does it arrive?\nAnswer: At "
+    "a quarter to twelve.\n\nQuestion: A shop sells pencils in boxes of twelve. How many boxes are needed for a class "
+    "of thirty children, if every child is to have two pencils?\nAnswer:",
+]
+"""Five texts of different kinds, written for these tests."""
+
+
+@pytest.fixture(scope="session")
+def demo_gguf():
+    """Path of the demo model's GGUF file, downloaded once."""
+    from griffin_jax import demo
+
+    return demo.fetch()
+
+
+@pytest.fixture(scope="session")
+def demo_llm(demo_gguf) -> gj.LLM:
+    return gj.load(demo_gguf)
+
+
+@pytest.fixture(scope="session")
+def demo_torch(demo_gguf):
+    """The demo model as transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyLlama:
+    """A random GQA Llama in torch and in JAX, from the same files."""
+    return TinyLlama.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

@@ -1,0 +1,94 @@
+"""What the library is compared with: Hugging Face's torch models and plain NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def oracle_squares(z: np.ndarray) -> np.ndarray:
+    """s^2 of one sequence, (T, F) -> (F,), as the equation says, in float64."""
+    squares = np.zeros(z.shape[1])
+    for token in z.astype(np.float64):
+        norm = np.sum(token * token)
+        if norm > 0:
+            squares += token * token / norm
+    return squares
+
+
+def oracle_topk(scores: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k largest scores, ascending; of equal scores the first."""
+    return np.sort(np.argsort(-scores, kind="stable")[:k])
+
+
+def down_projections(model: Any) -> list[torch.nn.Module]:
+    return [layer.mlp.down_proj for layer in model.model.layers]
+
+
+def torch_intermediates(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
+    """z of every layer, (T, F), as the torch model computes it."""
+    captured: list[np.ndarray] = []
+    hooks = [
+        down.register_forward_pre_hook(lambda _, args: captured.append(args[0][0].numpy()))
+        for down in down_projections(model)
+    ]
+    model(torch.tensor([list(tokens)]))
+    for hook in hooks:
+        hook.remove()
+    return captured
+
+
+def torch_greedy(model: Any, tokens: Sequence[int], new: int, masks: Sequence[np.ndarray] | None = None) -> list[int]:
+    """Greedy tokens of the dense torch model, z masked in every step behind the prompt."""
+    state = model(torch.tensor([list(tokens)]), use_cache=True)
+    hooks = []
+    if masks is not None:
+        for down, mask in zip(down_projections(model), masks, strict=True):
+            keep = torch.tensor(np.asarray(mask))
+            hooks.append(down.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep,)))
+    answer = [int(state.logits[0, -1].argmax())]
+    while len(answer) < new:
+        state = model(torch.tensor([answer[-1:]]), past_key_values=state.past_key_values, use_cache=True)
+        answer.append(int(state.logits[0, -1].argmax()))
+    for hook in hooks:
+        hook.remove()
+    return answer
+
+
+def torch_logits(model: Any, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    return model(torch.tensor([list(row) for row in tokens])).logits.numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyLlama:
+    """The same random weights in torch and in JAX."""
+
+    torch: Any
+    folder: Path
+    llm: Any
+
+    @classmethod
+    def build(cls, folder: Path, **changes: Any) -> TinyLlama:
+        import griffin_jax as gj
+
+        values: dict[str, Any] = {
+            "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+            "tie_word_embeddings": False, "initializer_range": 0.3, "eos_token_id": 2, "bos_token_id": 1,
+        }  # fmt: skip
+        torch.manual_seed(0)
+        config = LlamaConfig(**(values | changes), attn_implementation="eager")
+        model = LlamaForCausalLM(config).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        model.save_pretrained(folder)
+        return cls(model, folder, gj.load(folder, "float32"))

@@ -1,0 +1,116 @@
+"""The transformer equals Hugging Face's, with and without a cache, padded and not."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import PASSAGES
+from reference import TinyLlama, torch_greedy, torch_logits
+
+import griffin_jax as gj
+
+TOLERANCE = 1e-5
+
+VARIANTS = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 4},
+    "mqa": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "head size": {"head_dim": 16},
+    "relu": {"hidden_act": "relu"},
+    "gelu": {"hidden_act": "gelu"},
+    "tanh gelu": {"hidden_act": "gelu_pytorch_tanh"},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0}},
+    "llama3 rope": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+        }
+    },
+    "yarn rope": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        },
+    },
+    "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda name: name.replace(" ", "_"))
+def pair(request, tmp_path_factory) -> TinyLlama:
+    return TinyLlama.build(tmp_path_factory.mktemp("variant"), **VARIANTS[request.param])
+
+
+def run(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
+    """Logits of token columns read step by step through one cache; -1 is padding."""
+    cache = gj.empty_cache(model.config, steps[0].shape[0], slots)
+    logits, lengths = [], np.zeros((steps[0].shape[0], 1), np.int32)
+    for step in steps:
+        real = step >= 0
+        positions = np.where(real, lengths + np.cumsum(real, axis=1) - 1, gj.EMPTY).astype(np.int32)
+        x, cache, _ = model(jnp.asarray(np.maximum(step, 0)), jnp.asarray(positions), cache)
+        lengths += real.sum(axis=1, keepdims=True, dtype=np.int32)
+        logits.append(np.asarray(model.logits(x)))
+    return np.concatenate(logits, axis=1)
+
+
+def close(got: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_whole_sequence(pair, rng):
+    tokens = rng.integers(0, 101, (2, 70)).astype(np.int32)
+    close(run(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
+
+
+def test_token_by_token_through_the_cache(pair, rng):
+    tokens = rng.integers(0, 101, (2, 24)).astype(np.int32)
+    steps = [tokens[:, :16], tokens[:, 16:19], *(tokens[:, t : t + 1] for t in range(19, 24))]
+    close(run(pair.llm.model, steps, 40), torch_logits(pair.torch, tokens))
+
+
+def test_padding_anywhere_changes_nothing(pair, rng):
+    tokens = rng.integers(0, 101, (1, 20)).astype(np.int32)
+    expected = torch_logits(pair.torch, tokens)
+    gaps = np.sort(rng.permutation(33)[:20])
+    padded = np.full((1, 33), -1, np.int32)
+    padded[:, gaps] = tokens
+    close(run(pair.llm.model, [padded], 33)[:, gaps], expected)
+    close(run(pair.llm.model, [padded[:, :20], padded[:, 20:]], 50)[:, gaps], expected)
+
+
+def test_ragged_batch(pair, rng):
+    rows = [rng.integers(0, 101, n).astype(np.int32) for n in (1, 7, 30)]
+    tokens, lengths = gj.pad(rows, 32)
+    prefilled = gj.prefill(pair.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=4, collect=False)
+    for index, row in enumerate(rows):
+        close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
+
+
+def test_padded_queries_stay_finite(tiny):
+    padded = np.full((1, 8), -1, np.int32)
+    assert np.isfinite(run(tiny.llm.model, [padded], 8)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_compute_near_float32(tiny, rng, dtype):
+    tokens = rng.integers(0, 101, (1, 20)).astype(np.int32)
+    narrow = gj.load(tiny.folder, dtype).model
+    assert narrow.dtype == jnp.dtype(dtype)
+    cache = gj.empty_cache(narrow.config, 1, 20, narrow.dtype)
+    x, cache, squares = narrow(jnp.asarray(tokens), jnp.arange(20, dtype=jnp.int32)[None], cache, collect=True)
+    logits, expected = np.asarray(narrow.logits(x)), torch_logits(tiny.torch, tokens)
+    assert logits.dtype == squares[0].dtype == np.float32
+    assert np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_demo_model_writes_what_transformers_writes(demo_llm, demo_torch):
+    for passage in PASSAGES:
+        tokens = demo_llm.tokenizer.encode(passage)
+        out = demo_llm.generate(passage, max_new_tokens=64, density=1.0, ignore_eos=True)
+        assert out.tokens[0] == torch_greedy(demo_torch, tokens, 64)
