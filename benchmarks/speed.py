@@ -20,12 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import griffin_jax as gj
-from griffin_jax import demo
-
-_prefill = jax.jit(gj.prefill, static_argnames=("room", "chunk", "collect"))
-_select = jax.jit(gj.select, static_argnames=("config",))
-_begin = jax.jit(gj.begin, static_argnames=("room", "eos"), donate_argnames=("cache",))
-_decode = jax.jit(gj.decode, static_argnames=("eos",), donate_argnames=("answer",))
+from griffin_jax import demo, jitted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,16 +100,16 @@ class _Ours:
             return result
 
         def read(collect: bool) -> gj.Prefilled:
-            return _prefill(self.model, self.tokens, self.lengths, room=self.room, collect=collect)
+            return jitted.prefill(self.model, self.tokens, self.lengths, room=self.room, collect=collect)
 
         timed("prefill_without_statistic_ms", lambda: read(False))
         prefilled = timed("prefill_ms", lambda: read(True))
         model = self.model
         if self.density < 1:
-            experts = timed("select_ms", lambda: _select(prefilled.statistics, self.config))
+            experts = timed("select_ms", lambda: jitted.select(prefilled.statistics, self.config))
             model = timed("prune_ms", lambda: gj.prune(self.model, experts))
-        answer = _begin(prefilled.logits, prefilled.cache, self.lengths, room=self.room)
-        timed("decode_ms", lambda: _decode(model, jax.block_until_ready(answer), self.new))
+        answer = jitted.begin(prefilled.logits, prefilled.cache, self.lengths, room=self.room)
+        timed("decode_ms", lambda: jitted.decode(model, jax.block_until_ready(answer), self.new))
         times["decode_ms"] /= self.new - 1
         return times
 

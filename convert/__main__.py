@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from griffin_jax.loading import add_arguments, run
+from griffin_jax import loading
+from griffin_jax.cli import Parser, guarded
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
-    add_arguments(parser)
-    return run(parser.parse_args())
+    parser = Parser(prog="python -m convert", description=__doc__)
+    loading.add_arguments(parser)
+    arguments = parser.parse_args()
+    return guarded(parser.prog, lambda: loading.run(arguments))
 
 
 if __name__ == "__main__":

@@ -12,17 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from griffin_jax import jitted
 from griffin_jax.config import GriffinConfig, Method, ModelConfig
-from griffin_jax.generate import (
-    Prefilled,
-    begin,
-    bucket,
-    decode,
-    pad,
-    prefill,
-    teacher_forced,
-)
-from griffin_jax.griffin import Experts, prune, select
+from griffin_jax.generate import Prefilled, bucket, pad
+from griffin_jax.griffin import Experts, prune
 from griffin_jax.loading import load_model
 from griffin_jax.model import Transformer
 from griffin_jax.sampling import Sampler, sampler
@@ -34,12 +27,6 @@ STREAM_CHUNK = 8
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
-
-_prefill = jax.jit(prefill, static_argnames=("room", "chunk", "collect"))
-_select = jax.jit(select, static_argnames=("config",))
-_begin = jax.jit(begin, static_argnames=("room", "eos"), donate_argnames=("cache",))
-_decode = jax.jit(decode, static_argnames=("eos",), donate_argnames=("answer",))
-_teacher_forced = jax.jit(teacher_forced, static_argnames=("prompt_length", "config"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +200,8 @@ class LLM:
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
-        prefilled = _prefill(self.model, tokens, lengths, room=0)
-        return _select(prefilled.statistics, config, model=self._if_scored(config), seed=seed)
+        prefilled = jitted.prefill(self.model, tokens, lengths, room=0)
+        return jitted.select(prefilled.statistics, config, model=self._if_scored(config), seed=seed)
 
     def logits(
         self,
@@ -248,7 +235,7 @@ class LLM:
         self._check_experts(experts, len(rows))
         if experts is None and isinstance(config.density, float | int) and config.density == 1:
             prompt_length = len(rows[0])
-        return _teacher_forced(
+        return jitted.teacher_forced(
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
         )
 
@@ -272,12 +259,12 @@ class LLM:
         with watch.phase("prefill"):
             tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
             collect = experts is None and not dense
-            prefilled: Prefilled = _prefill(self.model, tokens, lengths, room=room, collect=collect)
+            prefilled: Prefilled = jitted.prefill(self.model, tokens, lengths, room=room, collect=collect)
             jax.block_until_ready(prefilled)
         with watch.phase("select"):
             if collect:
                 scored = self._if_scored(config)
-                experts = _select(prefilled.statistics, config, model=scored, seed=request.seed)
+                experts = jitted.select(prefilled.statistics, config, model=scored, seed=request.seed)
                 jax.block_until_ready(experts)
         with watch.phase("prune"):
             model = self.model if experts is None else jax.block_until_ready(prune(self.model, experts))
@@ -285,19 +272,22 @@ class LLM:
         text = _Text(self.tokenizer, len(sequences), request.stops)
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
         with watch.phase("decode"):
-            answer = _begin(
+            answer = jitted.begin(
                 prefilled.logits, prefilled.cache, lengths, room=room, sampler=draw, eos=eos, seed=request.seed
             )
-            rows = text.update(*jax.device_get((answer.tokens, answer.done)))
+            written = jax.device_get((answer.tokens, answer.done))
+        rows = text.update(*written)
         until = 1
         while until < max_new_tokens and not all(text.ended):
             if stream:
                 yield None, text.pieces()
             until = min(until + step, max_new_tokens)
             with watch.phase("decode"):
-                done = answer.done | np.asarray(text.stopped) if any(text.stopped) else answer.done
-                answer = _decode(model, dataclasses.replace(answer, done=done), np.int32(until), sampler=draw, eos=eos)
-                rows = text.update(*jax.device_get((answer.tokens, answer.done)))
+                if any(text.stopped):
+                    answer = dataclasses.replace(answer, done=answer.done | np.asarray(text.stopped))
+                answer = jitted.decode(model, answer, np.int32(until), sampler=draw, eos=eos)
+                written = jax.device_get((answer.tokens, answer.done))
+            rows = text.update(*written)
 
         decoded = sum(map(len, rows)) - len(rows)
         finished = [

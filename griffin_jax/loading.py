@@ -262,18 +262,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the convert command.
+def run(arguments: argparse.Namespace) -> None:
+    """Run the convert command and print what it did.
 
-    Returns:
-        The exit status: 0, or 2 with one line on stderr where the model cannot be converted.
+    Raises:
+        ValueError: see `convert`.
+        OSError: likewise.
     """
-    try:
-        print(convert(arguments.source, arguments.output, arguments.dtype))
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    print(convert(arguments.source, arguments.output, arguments.dtype))

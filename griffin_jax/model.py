@@ -151,7 +151,7 @@ class Attention(nnx.Module):
         cached_values = jax.lax.dynamic_update_slice(cached_values, value, (0, 0, cursor, 0))
 
         mixed = mixed.reshape(b, n, t, h).swapaxes(1, 2).reshape(b, t, n * h)
-        out = mixed @ self.out[...].reshape(n * h, -1)
+        out = _down(mixed, self.out[...].reshape(n * h, -1))
         if self.out_bias is not None:
             out = out + self.out_bias[...]
         return out, cached_keys, cached_values
@@ -190,7 +190,7 @@ class FeedForward(nnx.Module):
 
     def project(self, z: Float[Array, "b t f"]) -> Float[Array, "b t d"]:
         """The layer's output for given intermediates."""
-        y = jnp.einsum("btf,bfd->btd" if self.down.ndim == 3 else "btf,fd->btd", z, self.down[...])
+        y = jnp.einsum("btf,bfd->btd", z, self.down[...]) if self.down.ndim == 3 else _down(z, self.down[...])
         return y if self.down_bias is None else y + self.down_bias[...]
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -328,3 +328,21 @@ def _after(read: Float[Array, "b g t h"], *writes: Float[Array, "b g t h"]) -> t
     not folded away, since it is NaN for infinities.
     """
     return tuple(write + 0 * read for write in writes)
+
+
+def _down(x: Float[Array, "b t k"], weight: Float[Array, "k d"]) -> Float[Array, "b t d"]:
+    """x @ weight, in a form that is fast for one token on CPUs too.
+
+    There XLA multiplies a vector by a matrix of a few hundred rows on a single core, which cannot
+    read as fast as all together. As a sum of independent parts it runs on all of them.
+    """
+    b, t, k = x.shape
+    parts = math.gcd(k, 4)
+    if b * t > 1 or parts == 1:
+        return x @ weight
+
+    def split(x: Array, weight: Array) -> Array:
+        pieces = jnp.einsum("pk,pkd->pd", x.reshape(parts, -1), weight.reshape(parts, k // parts, -1))
+        return pieces.sum(axis=0).reshape(1, 1, -1)
+
+    return jax.lax.platform_dependent(x, weight, cpu=split, default=jnp.matmul)

@@ -309,10 +309,10 @@ def run_python(code: str, *arguments: object) -> subprocess.Popen:
 
 
 SMALL_DISK = """
-import argparse, resource, sys
-from griffin_jax import loading
+import resource, sys
+from griffin_jax import cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
-sys.exit(loading.run(argparse.Namespace(source=sys.argv[1], output=sys.argv[2], dtype=None)))
+sys.exit(cli.main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
@@ -323,7 +323,7 @@ def test_a_disk_that_fills(hf_folder, tmp_path, limit):
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
     assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith("error: [Errno 27]")
+    assert err.splitlines()[-1].startswith("griffin-jax convert: [Errno 27]")
     assert left_behind(tmp_path) == []
 
 
@@ -429,7 +429,7 @@ def test_the_command_reports_errors_in_one_line(hf_folder, tmp_path):
     for arguments in ((tmp_path / "nowhere", tmp_path / "native"), (hf_folder, hf_folder)):
         done = command(*arguments)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: ")
+        assert done.stderr.startswith("python -m convert: ")
         assert len(done.stderr.splitlines()) == 1
 
 
