@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from griffin_jax import kept_neurons
+
 
 class GriffinMLP(nn.Module):
     """The published PyTorch computation, on one layer of a gated transformers model.
@@ -29,7 +31,7 @@ class GriffinMLP(nn.Module):
             return self.down(mlp.act_fn(self.gate(x)) * self.up(x))
         z = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
         statistic = (z / z.norm(dim=-1, keepdim=True)).norm(dim=1)
-        experts = statistic.topk(int(z.shape[-1] * self.density), dim=-1).indices[0]
+        experts = statistic.topk(kept_neurons(z.shape[-1], self.density), dim=-1).indices[0]
         self.gate = _linear(mlp.gate_proj.weight[experts])
         self.up = _linear(mlp.up_proj.weight[experts])
         self.down = _linear(mlp.down_proj.weight[:, experts])

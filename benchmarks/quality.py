@@ -53,11 +53,15 @@ def run(options: argparse.Namespace) -> None:
     if llm.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer")
     length = options.prompt_tokens + options.new_tokens
+    if length > llm.config.max_positions:
+        raise ValueError(f"{length} tokens are more than the model's context of {llm.config.max_positions}")
     rows: list[list[int]] = []
     for text in _texts(options.texts, options.field, options.after, options.before):
         tokens = llm.tokenizer.encode(text)
-        if len(tokens) >= length and len(rows) < options.limit:
+        if len(tokens) >= length:
             rows.append(tokens[:length])
+        if len(rows) == options.limit:
+            break
     if not rows:
         raise ValueError(f"{options.texts}: no text has {length} tokens")
 
@@ -86,12 +90,15 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _texts(path: Path, field: str, after: str, before: str) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            text = json.loads(line)[field]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
-        yield text.rpartition(after)[2].partition(before)[0]
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = json.loads(line)[field]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON object with a field {field!r}") from error
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, line {number}: the field {field!r} is no text but {text!r:.50}")
+            yield text.rpartition(after)[2].partition(before)[0]
 
 
 @partial(jax.jit, static_argnames=("prompt", "config", "method"))
@@ -106,7 +113,8 @@ def _logits(
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1])
     whole = gj.prefill(model, tokens, lengths, room=0).statistics
     head = gj.prefill(model, tokens[:, :prompt], lengths * 0 + prompt, room=0).statistics
-    following = jax.tree.map(jnp.subtract, whole, head)
+    # Rounding leaves a neuron that is silent behind the prompt a little below zero.
+    following = jax.tree.map(lambda all_, first: jnp.maximum(all_ - first, 0), whole, head)
     return gj.teacher_forced(model, tokens, prompt, config, experts=gj.select(following, config))
 
 

@@ -394,6 +394,8 @@ class NativeCheckpoint(Source):
         try:
             with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 yield checkpointer, (self._folder / PARAMETERS).absolute()
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             raise ValueError(
@@ -403,7 +405,8 @@ class NativeCheckpoint(Source):
 
     def _restore(self, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Any:
         """The tree of some parameters, as arrays on the default device."""
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        (device,) = jnp.zeros(()).devices()
+        sharding = jax.sharding.SingleDeviceSharding(device)
         tree = _nested({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
         restore_args = jax.tree.map(
             lambda leaf: ocp.ArrayRestoreArgs(

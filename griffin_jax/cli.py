@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 from griffin_jax import __version__, demo, loading
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.griffin import NEURON_MAJOR, Experts
-from griffin_jax.llm import LLM, Generation, Prompt, check_options, load
+from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -37,8 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def guarded(name: str, command: Callable[[], int | None]) -> int:
     """Runs a command; what is wrong with its input becomes one line on stderr and exit code 2."""
-    import jax
-
     try:
         code = command() or 0
         sys.stdout.flush()
@@ -50,7 +48,7 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: {message}", file=sys.stderr)
         return BAD_INPUT
@@ -102,7 +100,11 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt (several make one batch)")
     prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the prompt")
     prompt.add_argument(
-        "--prompt-file", metavar="FILE", action="append", default=[], help="a file that holds the prompt; - is stdin"
+        "--prompt-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file that holds the prompt; - is stdin",
     )
     prompt.add_argument("--chat", action="store_true", help="the prompt is a user's message to a chat model")
 
@@ -121,7 +123,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument(
         "--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N"
     )
-    pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE")
+    pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
     pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
 
     answer = parser.add_argument_group("answer")
@@ -148,7 +150,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
-        " several prompts), density, kept, seconds, decode_tokens_per_second",
+        " several prompts), density and method (null with --experts), kept, seconds, decode_tokens_per_second",
     )
 
 
@@ -166,35 +168,31 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
     if options.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
-    settings: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in (
-            "max_new_tokens", "density", "method", "shared", "multiple", "temperature", "top_k", "top_p", "min_p",
-            "seed", "stop", "ignore_eos", "chat",
-        )
-    }  # fmt: skip
+    settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in OPTIONS}
     settings["experts"] = Experts.load(options.experts) if options.experts else None
     check_options(**settings)
+    if options.save_experts:
+        if options.density == 1 and not options.experts:
+            raise ValueError("--save-experts: at density 1 nothing is pruned, so there are no experts to save")
+        if not Path(options.save_experts).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--save-experts: there is no folder {Path(options.save_experts).parent}")
 
     start = time.perf_counter()
     llm = load(options.model, options.dtype)
     seconds = {"load": time.perf_counter() - start}
     generation = _streamed(llm, prompts, settings) if options.stream else llm.generate(prompts, **settings)
     seconds |= generation.seconds
-    if options.save_experts:
-        if generation.experts is None:
-            raise ValueError("--save-experts: nothing was pruned at density 1")
-        generation.experts.save(options.save_experts)
-
     if options.json:
         print(json.dumps(_as_json(generation, options, seconds)))
-        return
-    if not options.stream:
-        for number, text in enumerate(generation.texts, start=1):
-            if len(prompts) > 1:
-                print(f"--- prompt {number}")
-            print(text)
-    print(_summary(generation, llm, seconds), file=sys.stderr)
+    else:
+        if not options.stream:
+            for number, text in enumerate(generation.texts, start=1):
+                if len(prompts) > 1:
+                    print(f"--- prompt {number}")
+                print(text)
+        print(_summary(generation, llm, seconds), file=sys.stderr)
+    if options.save_experts and generation.experts is not None:
+        generation.experts.save(options.save_experts)
 
 
 def _streamed(llm: LLM, prompts: Sequence[Prompt], settings: dict[str, Any]) -> Generation:
@@ -227,8 +225,8 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
     return {
         **fields,
         "model": options.model,
-        "density": options.density,
-        "method": options.method,
+        "density": None if options.experts else options.density,
+        "method": None if options.experts else options.method,
         "kept": generation.kept,
         "seconds": seconds,
         "decode_tokens_per_second": rate if rate == rate else None,

@@ -190,7 +190,7 @@ class GriffinConfig:
             statistic; `topk_sample` takes half of each; `random` and `magnitude` ignore the prompt
             and are the baselines it is compared with.
         shared: one set of experts for the whole batch (faster to decode), or one for every
-            sequence (each answer as if it were alone).
+            sequence (each answer as if it were alone, where nothing is drawn).
         multiple: the number of kept neurons is rounded up to a multiple of this.
 
     Raises:
@@ -203,12 +203,12 @@ class GriffinConfig:
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.density, Sequence) and not isinstance(self.density, str):
+        if isinstance(self.density, Sequence | np.ndarray) and not isinstance(self.density, str):
             object.__setattr__(self, "density", tuple(self.density))
         for density in self.density if isinstance(self.density, Sequence) else (self.density,):
             check_density(density)
         _check_choice("method", self.method, get_args(Method))
-        if not isinstance(self.multiple, int) or self.multiple < 1:
+        if not isinstance(self.multiple, int | np.integer) or self.multiple < 1:
             raise ValueError(f"multiple must be a whole number of at least 1, got {self.multiple!r}")
 
     def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ can be called alone, under `jax.jit` or inside a user's own pipeline:
     prefilled = prefill(model, tokens, lengths, room=N)
     experts = select(prefilled.statistics, GriffinConfig(density=0.5))
     pruned = prune(model, experts)
-    answer = decode(pruned, begin(prefilled.logits, prefilled.cache, lengths, room=N), N)
+    answer = decode(pruned, begin(prefilled), N)
 
 Decoding does not know whether the model it was handed is pruned, so dense decoding is the same code
 with the prune step left out.
@@ -28,7 +28,7 @@ from griffin_jax.griffin import Experts, Statistics, prune, select
 from griffin_jax.model import Transformer
 from griffin_jax.sampling import Greedy, Sampler
 
-DEFAULT_CHUNK = 512
+DEFAULT_CHUNK = 1024
 """Tokens that prefill reads at a time: its attention scores and intermediates are this high."""
 
 
@@ -47,9 +47,15 @@ def bucket(length: int, chunk: int = DEFAULT_CHUNK) -> int:
 
 
 def pad(
-    sequences: Sequence[Sequence[int] | Int[np.ndarray, _n]], length: int
-) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, b]]:
-    """Token sequences as one array, padded on the right with 0 to `length`, and their lengths."""
+    sequences: Sequence[Sequence[int] | Int[np.ndarray, "_n"]], length: int
+) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
+    """Token sequences as one array, padded on the right with 0 to `length`, and their lengths.
+
+    Raises:
+        ValueError: a sequence is longer.
+    """
+    if (longest := max(map(len, sequences), default=0)) > length:
+        raise ValueError(f"a sequence of {longest} tokens does not fit into {length}")
     tokens = np.zeros((len(sequences), length), np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
@@ -65,17 +71,19 @@ class Prefilled:
         logits: scores of the token behind each prompt, float32.
         cache: keys and values of the prompt, with room for the answer.
         statistics: what GRIFFIN selects by; no layers if they were not collected.
+        room: tokens that the cache has room for behind the prompt.
     """
 
     logits: Float[Array, "b v"]
     cache: KVCache
     statistics: Statistics
+    room: int = dataclasses.field(metadata={"static": True})
 
 
 def prefill(
     model: Transformer,
     tokens: Int[Array, "b t"],
-    lengths: Int[Array, b],
+    lengths: Int[Array, "b"],
     *,
     room: int,
     chunk: int = DEFAULT_CHUNK,
@@ -86,8 +94,8 @@ def prefill(
     Args:
         model: the full model.
         tokens: prompts, padded on the right to a common length with any token.
-        lengths: real tokens of each prompt, at least 1.
-        room: slots that the cache keeps for the answer; static.
+        lengths: real tokens of each prompt, in [1, T].
+        room: longest answer that the cache gets slots for, in tokens; static.
         chunk: tokens read at a time; static. It bounds memory and changes no result.
         collect: whether to gather the statistics; static.
     """
@@ -105,8 +113,8 @@ def prefill(
         x, cache, more = model(
             chunk_tokens, chunk_positions, cache, read_slots=0 if chunks == 1 else padded, collect=collect
         )
-        is_last = chunk_positions == lengths[:, None] - 1
-        last = last + jnp.einsum("bt,btd->bd", is_last.astype(x.dtype), x)
+        is_last = (chunk_positions == lengths[:, None] - 1)[..., None]
+        last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
         return (cache, last, jax.tree.map(jnp.add, squares, more)), None
 
     carry = (
@@ -123,7 +131,8 @@ def prefill(
 
         carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens), by_chunk(positions)))
     cache, last, squares = carry
-    return Prefilled(model.logits(last[:, None])[:, 0], cache, Statistics(squares, jnp.asarray(lengths, jnp.int32)))
+    statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
+    return Prefilled(model.logits(last[:, None])[:, 0], cache, statistics, room)
 
 
 @jax.tree_util.register_dataclass
@@ -142,18 +151,15 @@ class Answer:
 
     tokens: Int[Array, "b n"]
     count: Int[Array, ""]
-    done: Bool[Array, b]
-    lengths: Int[Array, b]
+    done: Bool[Array, "b"]
+    lengths: Int[Array, "b"]
     cache: KVCache
     key: Key[Array, ""]
 
 
 def begin(
-    logits: Float[Array, "b v"],
-    cache: KVCache,
-    lengths: Int[Array, b],
+    prefilled: Prefilled,
     *,
-    room: int,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
     seed: int | Int[Array, ""] = 0,
@@ -161,24 +167,24 @@ def begin(
     """The answer's first token, from the full model's logits behind the prompt.
 
     Args:
-        logits: of the prefilled prompts.
-        cache: of the prefilled prompts. Donate it: the answer goes on in it.
-        lengths: real tokens of the prompts.
-        room: the longest answer, in tokens; static. The same as was given to `prefill`.
+        prefilled: the prompts. Donate the cache: the answer goes on in it.
         sampler: how to draw.
         eos: any of these tokens ends a row; static.
         seed: of all randomness in the answer.
+
+    Returns:
+        Answers of one token each, with room for as many as the cache has.
     """
-    batch = logits.shape[0]
+    batch = prefilled.logits.shape[0]
     answer = Answer(
-        tokens=jnp.full((batch, room), EMPTY, jnp.int32),
+        tokens=jnp.full((batch, prefilled.room), EMPTY, jnp.int32),
         count=jnp.zeros((), jnp.int32),
         done=jnp.zeros((batch,), bool),
-        lengths=jnp.asarray(lengths, jnp.int32),
-        cache=cache,
+        lengths=prefilled.statistics.tokens,
+        cache=prefilled.cache,
         key=jax.random.key(seed),
     )
-    return _append(answer, logits, cache, sampler, eos)
+    return _append(answer, prefilled.logits, prefilled.cache, sampler, eos)
 
 
 def decode(
@@ -197,10 +203,14 @@ def decode(
     Args:
         model: what the next tokens are computed with.
         answer: from `begin` or `decode`. Donate it where it is not used again.
-        until: tokens of the longest row, those before included; at most the room.
+        until: tokens of the longest row, those before included; no more than there is room for.
         sampler: how to draw.
         eos: any of these tokens ends a row; static.
+
+    Returns:
+        The longer answers.
     """
+    until = jnp.minimum(until, answer.tokens.shape[1])
 
     def unfinished(answer: Answer) -> Bool[Array, ""]:
         return (answer.count < until) & ~jnp.all(answer.done)
@@ -243,6 +253,7 @@ def teacher_forced(
 
     The prompt is read by the full model, the rest by the model pruned for that prompt: what decoding
     these tokens would have seen. (arXiv 2404.01365 scores classification so, with an answer of one.)
+    Every T and prompt length compiles anew, and memory holds the logits of all T tokens.
 
     Args:
         model: the full model.
@@ -251,6 +262,9 @@ def teacher_forced(
         config: how to prune; static.
         experts: neurons to keep instead of those that the prompt selects.
         seed: for the methods that draw.
+
+    Returns:
+        Float32; row t scores token t + 1.
     """
     batch, length = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))

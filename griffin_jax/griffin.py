@@ -39,21 +39,23 @@ def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float
     are plain sums. A token with z = 0 contributes nothing.
 
     Args:
-        z: the input of the down projection, any float dtype.
+        z: the input of the down projection, any float dtype; finite also where it is padding.
         real: false for padding.
 
     Returns:
-        s^2 in float32. Its sum over neurons is the number of real tokens with z != 0.
+        s^2 in float32. Its sum over neurons is the number of real tokens with z != 0 (||z||^2 must be a
+        normal float32: tokens with ||z|| below about 1e-19 count as zero).
     """
-    square = jnp.square(z.astype(jnp.float32))
-    norm = jnp.sum(square, axis=-1)
-    counts = real & (norm > 0)
-    weight = jnp.where(counts, 1.0 / jnp.where(counts, norm, 1.0), 0.0)
-    return jnp.einsum("bt,btf->bf", weight, square)
+    z = z.astype(jnp.float32)
+    square_norm = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+    alive = square_norm > 0
+    share = jnp.square(z * jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, square_norm, 1.0)), 0.0))
+    # As a product, because XLA's CPU code sums over tokens many times slower than it multiplies matrices.
+    return jnp.einsum("bt,btf->bf", real.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
     """What a prompt's prefill recorded. Additive: chunks of one prompt may be summed.
 
@@ -63,14 +65,14 @@ class Statistics:
     """
 
     squares: tuple[Float[Array, "b _f"], ...]
-    tokens: Int[Array, b]
+    tokens: Int[Array, "b"]
 
     def __add__(self, other: Statistics) -> Statistics:
         return jax.tree.map(jnp.add, self, other)
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Experts:
     """The neurons that a pruned model keeps: a sequence with one array of indices per layer.
 
@@ -163,7 +165,12 @@ class Experts:
         return cls(tuple(checked), tuple(neurons))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; an existing one is replaced."""
+        """Writes a safetensors file, whole or not at all; an existing one is replaced.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         path = Path(path)
@@ -173,6 +180,8 @@ class Experts:
         try:
             save_file(arrays, partial, metadata)
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"experts cannot be written to {path}: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -199,10 +208,13 @@ class Experts:
                 indices = [file.get_tensor(f"layers.{layer}") for layer in range(len(neurons))]
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return cls.from_indices(indices, neurons)
+        try:
+            return cls.from_indices(indices, neurons)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
-def magnitude(model: Transformer) -> tuple[Float[Array, _f], ...]:
+def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
     """The static score of every neuron: ||Wg_j|| * ||Wu_j|| if gated, else ||W1_j||. Float32."""
 
     def norm(weight: nnx.Param) -> Array:
@@ -231,8 +243,11 @@ def select(
         Experts of shape (K,) if shared, else (B, K), K static.
 
     Raises:
-        ValueError: a density does not fit the layers, or `magnitude` is asked for without a model.
+        ValueError: the statistics were not collected, a density does not fit the layers, or `magnitude`
+            is asked for without a model.
     """
+    if not statistics.squares:
+        raise ValueError("there are no statistics to select by: prefill with collect=True")
     batch = statistics.tokens.shape[0]
     neurons = tuple(squares.shape[-1] for squares in statistics.squares)
     if config.method == "magnitude":
@@ -243,7 +258,7 @@ def select(
         scores = tuple(jnp.sqrt(squares) for squares in statistics.squares)
         if config.shared:
             weight = jax.lax.rsqrt(jnp.maximum(statistics.tokens, 1).astype(jnp.float32))
-            scores = tuple(jnp.einsum("b,bf->f", weight, s) for s in scores)
+            scores = tuple(jnp.einsum("b,bf->f", weight, s, precision=jax.lax.Precision.HIGHEST) for s in scores)
 
     key = jax.random.key(seed)
     indices = []
@@ -288,8 +303,11 @@ def prune(model: Transformer, experts: Experts) -> Transformer:
     bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
 
     Raises:
-        ValueError: the experts were selected for a model of other layers or widths.
+        ValueError: the experts were selected for a model of other layers or widths, or the model holds
+            a set of neurons for every sequence already.
     """
+    if any(layer.ff.up.ndim == 3 for layer in model.layers):
+        raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
     if experts.neurons != model.neurons:
         raise ValueError(
             f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"

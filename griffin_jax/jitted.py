@@ -6,12 +6,32 @@ not among them: its gather is jitted inside, and jit would copy the arrays that 
 
 from __future__ import annotations
 
+import functools
+
 import jax
+from jax import Array
 
 from griffin_jax import generate, griffin
+from griffin_jax.cache import KVCache
+from griffin_jax.sampling import Greedy, Sampler
 
 prefill = jax.jit(generate.prefill, static_argnames=("room", "chunk", "collect"))
 select = jax.jit(griffin.select, static_argnames=("config",))
-begin = jax.jit(generate.begin, static_argnames=("room", "eos"), donate_argnames=("cache",))
 decode = jax.jit(generate.decode, static_argnames=("eos",), donate_argnames=("answer",))
 teacher_forced = jax.jit(generate.teacher_forced, static_argnames=("prompt_length", "config"))
+
+
+def begin(
+    prefilled: generate.Prefilled, *, sampler: Sampler = Greedy(), eos: tuple[int, ...] = (), seed: int = 0
+) -> generate.Answer:
+    """`griffin_jax.begin`, compiled; the cache is donated, so `prefilled` cannot be used again."""
+    parts = prefilled.cache, prefilled.logits, prefilled.statistics.tokens
+    return _begin(*parts, room=prefilled.room, sampler=sampler, eos=eos, seed=seed)
+
+
+@functools.partial(jax.jit, static_argnames=("room", "eos"), donate_argnames=("cache",))
+def _begin(
+    cache: KVCache, logits: Array, tokens: Array, room: int, sampler: Sampler, eos: tuple[int, ...], seed: int
+) -> generate.Answer:
+    prefilled = generate.Prefilled(logits, cache, griffin.Statistics((), tokens), room)
+    return generate.begin(prefilled, sampler=sampler, eos=eos, seed=seed)

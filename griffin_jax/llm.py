@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -44,7 +45,7 @@ class _Request:
     top_p: float | None
     min_p: float | None
     seed: int
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     ignore_eos: bool
     chat: bool
 
@@ -53,9 +54,10 @@ class _Request:
     sampler: Sampler = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+        if not isinstance(self.max_new_tokens, int | np.integer) or self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}")
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        _check_seed(self.seed)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if any(not isinstance(stop, str) or not stop for stop in stops):
             raise ValueError(f"stop strings must not be empty, got {list(stops)}")
         object.__setattr__(self, "stops", stops)
@@ -63,7 +65,7 @@ class _Request:
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Generation:
     """Answers to a batch of prompts.
 
@@ -77,8 +79,8 @@ class Generation:
         experts: which neurons those were; None if nothing was pruned.
         seconds: of `compile`, `prefill`, `select`, `prune` and `decode`. Compilation is counted apart
             from the phase in which it happened.
-        decode_tokens_per_second: all rows together; the first token of each comes from prefill. NaN if
-            nothing was decoded.
+        decode_tokens_per_second: all rows together, without the first token of each, which comes from
+            prefill, and without what a stop string cut off. NaN if nothing was decoded.
     """
 
     texts: list[str]
@@ -137,8 +139,9 @@ class LLM:
             density: share of feed-forward neurons kept, in (0, 1]; 1.0 is the dense model. One for all
                 layers or one per layer.
             method: how neurons are chosen, see `GriffinConfig`.
-            shared: one set of experts for the batch instead of one for each sequence. A batch reads
-                B sets of weights per step if not shared, so sharing is what makes large batches fast.
+            shared: one set of experts for the batch instead of one for each sequence. Without it a batch
+                of B holds, and reads in each step, B sets of kept weights: sharing is what makes large
+                batches fast and fit.
             multiple: kept neurons are rounded up to a multiple of this.
             experts: keep these neurons; `density` and `method` are not used.
             temperature: 0 takes the most probable token; above, tokens are drawn.
@@ -146,15 +149,19 @@ class LLM:
             top_p: draw from the fewest tokens that hold this probability.
             min_p: draw from tokens of at least this share of the largest probability.
             seed: of all randomness. The same seed gives the same answers.
-            stop: an answer ends before the first of these strings.
+            stop: an answer ends before the first of these strings. They are looked for in the text, which
+                has no special tokens.
             ignore_eos: go on behind the end-of-text token.
             chat: strings are a user's message; the tokenizer's chat template is put around them.
+
+        Returns:
+            The answers in the order of the prompts, and how they came about.
 
         Raises:
             ValueError: an argument is outside its range, a prompt is empty, or prompt and answer
                 together are longer than the model's context.
         """
-        options = {name: value for name, value in locals().items() if name in _defaults()}
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
         *_, (generation, _) = self._run(prompts, _Request(**options), stream=False)
         assert generation is not None
         return generation
@@ -167,13 +174,20 @@ class LLM:
         Args:
             prompts: as for `generate`.
             **options: those of `generate`, with the same defaults.
+
+        Raises:
+            TypeError: there is no such option.
+            ValueError: as for `generate`, or the model has no tokenizer.
         """
-        if unknown := sorted(options.keys() - _defaults().keys()):
+        if unknown := sorted(options.keys() - OPTIONS.keys()):
             raise TypeError(f"stream() got unexpected options: {', '.join(unknown)}")
         if self.tokenizer is None:
             raise ValueError("streaming yields text, and this model has no tokenizer; use generate")
+        return self._stream(prompts, _Request(**(OPTIONS | options)))
+
+    def _stream(self, prompts: Prompt | Sequence[Prompt], request: _Request) -> Iterator[list[str]]:
         finished = None
-        for generation, pieces in self._run(prompts, _Request(**(_defaults() | options)), stream=True):
+        for generation, pieces in self._run(prompts, request, stream=True):
             finished = generation
             if any(pieces):
                 yield pieces
@@ -197,6 +211,7 @@ class LLM:
         """
         config = GriffinConfig(density, method, shared, multiple)
         config.kept(self.model.neurons)
+        _check_seed(seed)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
@@ -223,8 +238,11 @@ class LLM:
             ValueError: an argument is outside its range, or the sequences differ in length.
         """
         config = GriffinConfig(density, method, shared, multiple)
-        config.kept(self.model.neurons)
-        rows = [[int(token) for token in row] for row in tokens]
+        kept = config.kept(self.model.neurons)
+        _check_seed(seed)
+        rows = [
+            [operator.index(token) for token in row] for row in cast(Any, tokens if np.ndim(tokens[0]) else [tokens])
+        ]
         if len({len(row) for row in rows}) != 1:
             raise ValueError(f"logits needs sequences of one length, got {[len(row) for row in rows]}")
         for index, row in enumerate(rows):
@@ -233,7 +251,7 @@ class LLM:
         if not 1 <= prompt_length <= len(rows[0]):
             raise ValueError(f"prompt_length must be in [1, {len(rows[0])}], got {prompt_length}")
         self._check_experts(experts, len(rows))
-        if experts is None and isinstance(config.density, float | int) and config.density == 1:
+        if experts is None and kept == self.model.neurons:
             prompt_length = len(rows[0])
         return jitted.teacher_forced(
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
@@ -272,9 +290,7 @@ class LLM:
         text = _Text(self.tokenizer, len(sequences), request.stops)
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
         with watch.phase("decode"):
-            answer = jitted.begin(
-                prefilled.logits, prefilled.cache, lengths, room=room, sampler=draw, eos=eos, seed=request.seed
-            )
+            answer = jitted.begin(prefilled, sampler=draw, eos=eos, seed=request.seed)
             written = jax.device_get((answer.tokens, answer.done))
         rows = text.update(*written)
         until = 1
@@ -307,8 +323,10 @@ class LLM:
         yield generation, text.pieces(last=True)
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
-        sequences = []
+        sequences: list[list[int]] = []
         for index, prompt in enumerate(_as_batch(prompts)):
+            if not isinstance(prompt, str | Sequence | np.ndarray):
+                raise ValueError(f"prompt {index} is {prompt!r}; give text, token ids or a list of chat messages")
             if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
                 if self.tokenizer is None:
                     raise ValueError(f"prompt {index} is text, and this model has no tokenizer; give token ids")
@@ -319,7 +337,10 @@ class LLM:
                 else:
                     sequence = self.tokenizer.chat(cast("str | Sequence[Mapping[str, str]]", prompt))
             else:
-                sequence = [int(token) for token in cast(Sequence[int], prompt)]
+                try:
+                    sequence = [operator.index(token) for token in cast(Sequence[int], prompt)]
+                except TypeError as error:
+                    raise ValueError(f"prompt {index} has something that is no token id: {error}") from error
             self._check_tokens(sequence, f"prompt {index}")
             sequences.append(sequence)
         if not sequences:
@@ -369,7 +390,7 @@ class _Text:
         self.stopped = [False] * batch
         self.ended = [False] * batch
 
-    def update(self, tokens: Int[np.ndarray, "b n"], done: Bool[np.ndarray, b]) -> list[list[int]]:
+    def update(self, tokens: Int[np.ndarray, "b n"], done: Bool[np.ndarray, "b"]) -> list[list[int]]:
         """Takes over an answer's tokens; returns them without those behind a stop string."""
         for index, row in enumerate(tokens):
             if self.stopped[index]:
@@ -420,19 +441,30 @@ class _Text:
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt becomes a batch of one."""
-    alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer | Mapping))
-    return cast("Sequence[Prompt]", [prompts] if alone else prompts)
+    """One prompt becomes a batch of one; arrays become sequences."""
+    if isinstance(prompts, jax.Array | np.ndarray):
+        prompts = list(np.asarray(prompts))
+    if isinstance(prompts, Mapping):
+        raise ValueError("a chat is a list of messages; put the message into a list")
+    if not isinstance(prompts, Sequence):
+        raise ValueError(f"prompts are {prompts!r}; give text, token ids, chat messages, or a list of these")
+    alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | float | np.number | Mapping))
+    batch = cast("Sequence[Prompt]", [prompts] if alone else prompts)
+    return [np.asarray(p).tolist() if isinstance(p, jax.Array | np.ndarray) else p for p in batch]
+
+
+OPTIONS: dict[str, Any] = dict(LLM.generate.__kwdefaults__ or {})
+"""The options of `LLM.generate` and their defaults."""
 
 
 def check_options(**options: Any) -> None:
     """Raise as `LLM.generate` would for these options, before a model is loaded."""
-    _Request(**(_defaults() | options))
+    _Request(**(OPTIONS | options))
 
 
-def _defaults() -> dict[str, Any]:
-    """The options of `LLM.generate` and their defaults."""
-    return dict(LLM.generate.__kwdefaults__ or {})
+def _check_seed(seed: object) -> None:
+    if not isinstance(seed, int | np.integer) or not -(2**31) <= seed < 2**31:
+        raise ValueError(f"seed must be a whole number in [-2**31, 2**31), got {seed!r}")
 
 
 def _first(text: str, stops: tuple[str, ...]) -> int | None:

@@ -264,7 +264,7 @@ class Transformer(nnx.Module):
             tokens: token ids.
             positions: of each token in its row; `EMPTY` marks padding, which is written to the cache
                 but never attended to and enters no statistic.
-            cache: what was read so far.
+            cache: what was read so far, with room for T more tokens.
             read_slots: attention reads only this many slots of the cache (all of them if None). They
                 must hold every token so far; 0 for an empty cache.
             collect: whether to gather GRIFFIN's statistic.
@@ -280,7 +280,9 @@ class Transformer(nnx.Module):
         angles = rotary_angles(positions, self.config.rotary, self.config.head_dim)
         real = positions != EMPTY
 
-        x = self.embedding[...][tokens]
+        # Padding is zero between the layers: what it would become could overflow, and 0 * inf in a sum over
+        # tokens would reach the real ones.
+        x = jnp.where(real[..., None], self.embedding[...][tokens], 0)
         keys, values, statistics = [], [], []
         for layer, layer_keys, layer_values in zip(self.layers, cache.keys, cache.values, strict=True):
             mixed, layer_keys, layer_values = layer.attention(
@@ -294,7 +296,7 @@ class Transformer(nnx.Module):
                 statistics.append(statistic)
             else:
                 y = layer.ff(layer.ff_norm(x))
-            x = x + y
+            x = jnp.where(real[..., None], x + y, 0)
         written = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.cursor))
         cache = KVCache(tuple(keys), tuple(values), written, cache.cursor + tokens.shape[1])
         return x, cache, tuple(statistics)
@@ -342,7 +344,8 @@ def _down(x: Float[Array, "b t k"], weight: Float[Array, "k d"]) -> Float[Array,
         return x @ weight
 
     def split(x: Array, weight: Array) -> Array:
-        pieces = jnp.einsum("pk,pkd->pd", x.reshape(parts, -1), weight.reshape(parts, k // parts, -1))
-        return pieces.sum(axis=0).reshape(1, 1, -1)
+        x, weight = x.reshape(parts, -1), weight.reshape(parts, k // parts, -1)
+        pieces = jnp.einsum("pk,pkd->pd", x, weight, preferred_element_type=jnp.float32)
+        return pieces.sum(axis=0).reshape(1, 1, -1).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, weight, cpu=split, default=jnp.matmul)

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 class Greedy:
     """The most probable token; of equal ones the first."""
 
-    def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, b]) -> Int[Array, b]:
+    def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, "b"]) -> Int[Array, "b"]:
         del keys
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -32,7 +33,8 @@ class Sample:
         temperature: logits are divided by it; above 0.
         top_k: keep the k most probable tokens, at least 1.
         top_p: keep the fewest tokens whose probabilities sum to at least this, in (0, 1]
-            (nucleus sampling, arXiv 1904.09751).
+            (nucleus sampling, arXiv 1904.09751). Here and in `top_k`, tokens equal to the last kept one
+            are kept too.
         min_p: keep tokens of at least this share of the largest probability, in [0, 1]
             (arXiv 2407.01082).
 
@@ -51,7 +53,7 @@ class Sample:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
         if self.top_k is not None:
-            whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+            whole = isinstance(self.top_k, int | np.integer) and not isinstance(self.top_k, bool)
             check("top_k", "a whole number of at least 1", whole and self.top_k >= 1)
         # Under jit the values are tracers, which cannot be compared.
         if isinstance(self.temperature, float | int):
@@ -61,13 +63,14 @@ class Sample:
         if isinstance(self.min_p, float | int):
             check("min_p", "in [0, 1]", 0 <= self.min_p <= 1)
 
-    def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, b]) -> Int[Array, b]:
+    def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, "b"]) -> Int[Array, "b"]:
         logits = self.filter(logits)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     def filter(self, logits: Float[Array, "b v"]) -> Float[Array, "b v"]:
         """Tempered logits, -inf where a filter removes the token."""
-        logits = logits / self.temperature
+        # Relative to the largest, so that no temperature makes two logits overflow to the same infinity.
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
             logits = jnp.where(logits < smallest, -jnp.inf, logits)

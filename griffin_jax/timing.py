@@ -44,7 +44,7 @@ class Stopwatch:
             yield
         finally:
             total = time.perf_counter() - start
-            _spans.listeners.remove(spans)
+            _spans.listeners.pop()
             compiling = min(total, _covered(spans))
             self.seconds["compile"] += compiling
             self.seconds[name] = self.seconds.get(name, 0.0) + total - compiling

@@ -80,8 +80,12 @@ class Tokenizer:
         return self._tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the first token in front where the model was trained so."""
-        return self._tokenizer.encode(text)
+        """Token ids of a text, with the first token in front where the model was trained so.
+
+        Raises:
+            ValueError: the text has a lone surrogate, so it is not Unicode.
+        """
+        return self._tokenizer.encode(_unicode(text))
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids.
@@ -104,7 +108,7 @@ class Tokenizer:
             ValueError: there is no chat template, or it rejects the messages.
         """
         if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
+            messages = [{"role": "user", "content": _unicode(messages)}]
         if not self._tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template, so the model was not trained to chat; use encode()")
         try:
@@ -187,6 +191,14 @@ class Tokenizer:
                 **special,
             )
         )
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not Unicode: {error}") from error
+    return text
 
 
 def check_fits(tokenizer: Tokenizer, config: ModelConfig) -> None:

@@ -66,7 +66,7 @@ class TestSameTokens:
             tokens[tokens == 0] = 99
             prefilled = gj.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), room=20)
             pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-            state = gj.begin(prefilled.logits, prefilled.cache, jnp.asarray(lengths), room=20)
+            state = gj.begin(prefilled)
             assert gj.decode(pruned, state, 20).tokens.tolist() == expected
 
     @pytest.mark.parametrize("chunk", [1, 5, 16, 36])
@@ -75,7 +75,7 @@ class TestSameTokens:
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 37))
         prefilled = gj.prefill(model, tokens, lengths, room=20, chunk=chunk)
         pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-        state = gj.begin(prefilled.logits, prefilled.cache, lengths, room=20)
+        state = gj.begin(prefilled)
         assert gj.decode(pruned, state, 20).tokens.tolist() == expected
 
     def test_a_prompt_longer_than_a_chunk(self, tmp_path):
@@ -91,8 +91,8 @@ class TestSameTokens:
         expected = answer(tiny.llm, PROMPTS, density=1.0, **options)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
         prefilled = gj.prefill(model, tokens, lengths, room=32)
-        state = gj.begin(prefilled.logits, prefilled.cache, lengths, room=32, sampler=draw, seed=options.get("seed", 0))
-        for until in (2, 3, 11, 20):
+        state = gj.begin(prefilled, sampler=draw, seed=options.get("seed", 0))
+        for until in (2, 3, 11, 20, 20):
             state = gj.decode(model, state, until, sampler=draw)
         assert state.tokens[:, :20].tolist() == expected
         assert (state.tokens[:, 20:] == gj.EMPTY).all()
@@ -105,6 +105,30 @@ class TestSameTokens:
         dense = tiny.llm.logits([prompt + out], prompt_length=len(prompt), density=1.0)
         np.testing.assert_allclose(dense[0, : len(prompt)], logits[0, : len(prompt)], rtol=1e-5, atol=1e-5)
         assert np.abs(dense[0, len(prompt) :] - logits[0, len(prompt) :]).max() > 0.01
+
+    def test_a_loop_asked_for_more_than_there_is_room_for(self, tiny):
+        tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
+        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, room=20)
+        state = gj.decode(tiny.llm.model, gj.begin(prefilled), 30)
+        assert state.tokens.tolist() == answer(tiny.llm, PROMPTS, density=1.0)
+        assert state.count == 20
+
+    def test_arrays_are_prompts(self, tiny):
+        expected = answer(tiny.llm, [PROMPTS[1]])
+        for prompts in (PROMPTS[1], np.array(PROMPTS[1]), jnp.array([PROMPTS[1]]), [np.array(PROMPTS[1])]):
+            assert answer(tiny.llm, prompts) == expected
+        rows = tiny.llm.logits(PROMPTS[1], prompt_length=3)
+        np.testing.assert_array_equal(rows, tiny.llm.logits(jnp.array([PROMPTS[1]]), prompt_length=3))
+
+    def test_what_padding_computes_never_reaches_a_token(self, tiny):
+        """Not even as a NaN, which times zero is a NaN."""
+        model = jax.tree.map(lambda leaf: leaf, tiny.llm.model)
+        model.embedding[...] = model.embedding[...].at[0].set(jnp.inf)
+        tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
+        poisoned, clean = (gj.prefill(m, tokens, lengths, room=20) for m in (model, tiny.llm.model))
+        np.testing.assert_array_equal(poisoned.logits, clean.logits)
+        for a, b in zip(poisoned.statistics.squares, clean.statistics.squares, strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 class TestEnding:
@@ -196,7 +220,7 @@ def hlo(tiny) -> dict[str, str]:
     tokens, lengths = (jnp.asarray(a) for a in gj.pad([[5, 6, 7]], 16))
     prefilled = gj.prefill(model, tokens, lengths, room=24)
     experts = gj.select(prefilled.statistics, gj.GriffinConfig(13 / 48 + 1e-9))
-    state = gj.begin(prefilled.logits, prefilled.cache, lengths, room=24)
+    state = gj.begin(prefilled)
     decode = jax.jit(gj.decode, donate_argnames=("answer",))
     models = {"dense": model, "pruned": gj.prune(model, experts)}
     jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts leaves that are no arrays into the dataclasses
@@ -271,7 +295,7 @@ class TestPipeline:
         def pipeline(model, tokens, lengths, new):
             prefilled = gj.prefill(model, tokens, lengths, room=new)
             pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-            state = gj.begin(prefilled.logits, prefilled.cache, lengths, room=new)
+            state = gj.begin(prefilled)
             return gj.decode(pruned, state, new).tokens
 
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 37))
@@ -296,6 +320,13 @@ class TestRefusals:
             ("text", {}, "no tokenizer"),
             ([[5, 101]], {}, r"token 101; the vocabulary is \[0, 100\]"),
             ([[-1]], {}, "token -1"),
+            ([[5, 1.5]], {}, "no token id"),
+            ([1.5], {}, "no token id"),
+            ([None], {}, "prompt 0 is None; give text"),
+            (None, {}, "prompts are None; give text"),
+            ({"role": "user", "content": "x"}, {}, "a chat is a list of messages"),
+            ([[5]], {"seed": 2**31}, "seed must be"),
+            ([[5]], {"seed": 0.5}, "seed must be"),
             ([[5] * 200], {"max_new_tokens": 57}, "200 tokens and an answer of 57 .* context of 256"),
             ([[5]], {"max_new_tokens": 0}, "max_new_tokens must be"),
             ([[5]], {"max_new_tokens": 2.5}, "max_new_tokens must be"),
@@ -329,9 +360,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match="token 200"):
             tiny.llm.logits([[5, 200]], prompt_length=1)
 
-    def test_unknown_stream_option(self, tiny):
+    def test_stream_refuses_at_once(self, tiny, demo_llm):
         with pytest.raises(TypeError, match="unexpected options: densty"):
-            next(tiny.llm.stream([[5]], densty=0.5))
+            demo_llm.stream([[5]], densty=0.5)
+        with pytest.raises(ValueError, match="density must be"):
+            demo_llm.stream([[5]], density=2)
+        with pytest.raises(ValueError, match="no tokenizer"):
+            tiny.llm.stream([[5]])
+
+    def test_steps_that_do_not_follow(self, tiny):
+        tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
+        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, room=4, collect=False)
+        with pytest.raises(ValueError, match="prefill with collect=True"):
+            gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
+        pruned = gj.prune(tiny.llm.model, tiny.llm.experts(PROMPTS))
+        with pytest.raises(ValueError, match="pruned for every sequence"):
+            gj.prune(pruned, gj.Experts.from_indices([[1]] * 3, pruned.neurons))
+        with pytest.raises(ValueError, match="a sequence of 37 tokens does not fit into 32"):
+            gj.pad(PROMPTS, 32)
+        with pytest.raises(jaxtyping.TypeCheckError):
+            gj.prefill(tiny.llm.model, tokens, jnp.ones((2,), jnp.int32), room=4)
 
 
 class TestText:

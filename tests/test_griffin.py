@@ -225,6 +225,8 @@ class TestExperts:
         for a, b in zip(experts, again, strict=True):
             np.testing.assert_array_equal(a, b)
         assert [file.name for file in tmp_path.iterdir()] == ["e.safetensors"]
+        with pytest.raises(OSError, match="cannot be written"):
+            experts.save(tmp_path / "no folder" / "e.safetensors")
 
     def test_damaged_or_missing_files(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="no experts file"):
