@@ -84,7 +84,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
 
 def check_free(folder: str | Path) -> Path:
     """Raise `FileExistsError` if there is something where a checkpoint is to be written."""
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists already; choose another place or delete it first")
     return folder
@@ -248,7 +248,7 @@ def _finish(written: Any) -> None:
 
 
 def _as_os_error(error: Exception) -> Exception:
-    """The operating system's error within TensorStore's long message."""
+    """The operating system's error within TensorStore's long message, else the error itself."""
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         return OSError(int(found[1]), os.strerror(int(found[1])))
     return error
@@ -276,8 +276,11 @@ def _write_parameters(
     )
     # Weights hardly compress, and unpacking them would be most of the time of loading.
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    try:
+        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except Exception as error:
+        raise _as_os_error(error) from error
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import time
@@ -59,7 +60,7 @@ def open_source(source: str | Path) -> Source:
         FileNotFoundError: there is nothing of that name.
         ValueError: it is not a supported model, or its files are malformed.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _open_folder(path)
     if path.exists():

@@ -316,9 +316,12 @@ sys.exit(cli.main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
-@pytest.mark.parametrize("limit", [100, 4096, 12000])
+@pytest.mark.parametrize("limit", [100, 1000, 2000])
 def test_a_disk_that_fills(hf_folder, tmp_path, limit):
-    """Files that the operating system does not let grow, as on a full disk: real failures of real writes."""
+    """Files that the operating system does not let grow, as on a full disk: real failures of real writes.
+
+    All limits are below the largest tensor, so some file must hit them however Orbax divides the tensors.
+    """
     with run_python(SMALL_DISK, hf_folder, tmp_path / "native", limit) as process:
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out) == (2, "")
