@@ -92,7 +92,9 @@ def _from_hub(name: str) -> Path:
         read_hf_config(Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)))
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
     except GatedRepoError as error:
-        raise ValueError(f"{name}: its licence must be accepted on huggingface.co, and `hf auth login` done") from error
+        raise ValueError(
+            f"{name}: its licence must be accepted on its page of the Hugging Face hub, and `hf auth login` done"
+        ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"there is no folder {name!r}, and no such repository on the Hugging Face hub; give {SOURCES}"
