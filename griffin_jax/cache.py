@@ -33,12 +33,15 @@ class KVCache:
         values: per layer.
         positions: of each slot, `EMPTY` where it holds nothing.
         cursor: the next free slot.
+        context: the most tokens that each row may come to hold, which some rotary embeddings choose
+            their wavelengths by.
     """
 
     keys: tuple[Float[Array, "b g h s"], ...]
     values: tuple[Float[Array, "b g s h"], ...]
     positions: Int[Array, "b s"]
     cursor: Int[Array, ""]
+    context: Int[Array, "b"]
 
     @property
     def slots(self) -> int:
@@ -46,12 +49,28 @@ class KVCache:
         return self.positions.shape[1]
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-    """A cache with room for `slots` tokens in each of `batch` rows."""
+def empty_cache(
+    config: ModelConfig,
+    batch: int,
+    slots: int,
+    dtype: DTypeLike = jnp.float32,
+    *,
+    context: Int[Array, "b"] | None = None,
+) -> KVCache:
+    """A cache with room for `slots` tokens in each of `batch` rows.
+
+    Args:
+        config: of the model.
+        batch: rows.
+        slots: tokens of each row, padding included.
+        dtype: of keys and values.
+        context: tokens that each row may come to hold, padding not included; all slots if None.
+    """
     layers, b, g, h = range(config.num_layers), batch, config.num_kv_heads, config.head_dim
     return KVCache(
         keys=tuple(jnp.zeros((b, g, h, slots), dtype) for _ in layers),
         values=tuple(jnp.zeros((b, g, slots, h), dtype) for _ in layers),
         positions=jnp.full((batch, slots), EMPTY, jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
+        context=jnp.full((batch,), slots, jnp.int32) if context is None else context,
     )

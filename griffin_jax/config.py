@@ -1,6 +1,6 @@
-"""What a model is (`ModelConfig`, `Rotary`) and how it is pruned (`GriffinConfig`).
+"""What a model is (`ModelConfig`, `Rotary`, `Alibi`) and how it is pruned (`GriffinConfig`).
 
-All three are frozen and hashable, so they can be static arguments of `jax.jit`.
+All are frozen and hashable, so they can be static arguments of `jax.jit`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-RotaryKind = Literal["default", "linear", "llama3", "yarn"]
+RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+NormKind = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post", "output", "sandwich"]
+HeadNorm = Literal["none", "shared", "own", "joint"]
 Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 
 
@@ -30,19 +33,27 @@ class Rotary:
     Attributes:
         theta: base of the geometric series of wavelengths.
         kind: `default`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: long
-            wavelengths divided by `factor`, a smooth blend between); `yarn` (arXiv 2309.00071).
+            wavelengths divided by `factor`, a smooth blend between); `yarn` (arXiv 2309.00071);
+            `longrope` (arXiv 2402.13753: a factor for every wavelength).
+        dims: leading dimensions of a head that turn, the others stay as they are; None for all.
+        interleaved: whether dimension 2i turns with 2i + 1 (GPT-J) instead of i with i + dims/2.
         factor: how many times the context grows.
-        original_positions: context of the unscaled model, in tokens (`llama3`, `yarn`).
+        original_positions: context of the unscaled model, in tokens (`llama3`, `yarn`, `longrope`).
         low_freq_factor: wavelengths above `original_positions / low_freq_factor` are scaled whole.
         high_freq_factor: wavelengths below `original_positions / high_freq_factor` stay as they are.
         beta_fast: rotations within the original context above which `yarn` leaves a wavelength alone.
         beta_slow: rotations below which `yarn` divides it by `factor`.
         truncate: whether `yarn` rounds the two limits of its blend to whole dimensions.
-        attention_factor: multiplies the cosines and sines (`yarn`; elsewhere 1).
+        attention_factor: multiplies the cosines and sines (`yarn`, `longrope`; elsewhere 1).
+        short_factors: `longrope`'s divisors of the frequencies, one for each pair of dimensions, for
+            texts of at most `original_positions` tokens.
+        long_factors: the same for longer texts.
     """
 
     theta: float = 10_000.0
     kind: RotaryKind = "default"
+    dims: int | None = None
+    interleaved: bool = False
     factor: float = 1.0
     original_positions: int = 0
     low_freq_factor: float = 1.0
@@ -51,13 +62,44 @@ class Rotary:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("rotary kind", self.kind, get_args(RotaryKind))
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rotary theta and factor must be positive, got {self.theta} and {self.factor}")
-        if self.kind in ("llama3", "yarn") and self.original_positions < 1:
+        if self.dims is not None and (self.dims < 2 or self.dims % 2):
+            raise ValueError(f"rotary dims must be even and at least 2, got {self.dims}")
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_positions < 1:
             raise ValueError(f"rotary kind {self.kind!r} needs original_positions, the context of the unscaled model")
+        for name in ("short_factors", "long_factors"):
+            factors = tuple(getattr(self, name))
+            object.__setattr__(self, name, factors)
+            if (self.kind == "longrope") != bool(factors):
+                raise ValueError(f"{name} belong to rotary kind 'longrope' and to no other; kind is {self.kind!r}")
+            if not all(factor > 0 for factor in factors):
+                raise ValueError(f"rotary {name} must be positive, got {factors}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """Attention with linear biases (arXiv 2108.12409): a score falls by slope x distance.
+
+    Attributes:
+        max_bias: the slopes of N heads are 2^(-max_bias i / N), i = 1 ... N; for another N than a power of
+            two, those of the next smaller power and then every other one of the next larger.
+        scaled: the bias is multiplied by the attention's scale like the scores (Falcon).
+        rounded: slopes and biases are rounded to bfloat16, whatever the model's dtype (Falcon).
+    """
+
+    max_bias: float = 8.0
+    scaled: bool = False
+    rounded: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.max_bias > 0:
+            raise ValueError(f"alibi max_bias must be positive, got {self.max_bias}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +119,38 @@ class ModelConfig:
         activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
             tanh approximation.
         gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
-        norm_eps: added to the mean square in RMSNorm.
-        rotary: position embedding.
+        norm: `rms` (RMSNorm) or `layer` (LayerNorm).
+        norm_eps: added to the mean square or variance in norms.
+        norm_bias: LayerNorm has a bias.
+        norm_plus_one: norms multiply by 1 + scale instead of scale (Gemma).
+        norm_placement: for a sublayer f, attention or feed-forward: `pre`: x + f(norm(x)); `post`:
+            norm(x + f(x)) (OPT-350m); `output`: x + norm(f(x)) (OLMo 2); `sandwich`:
+            x + norm(f(norm(x))) (Gemma 2).
+        final_norm: a norm before the head.
+        head_norm: norm of queries and keys before rotary embedding. `shared`: each head for itself, one
+            scale for all (Qwen3); `own`: each head for itself with a scale of its own (StableLM 2);
+            `joint`: over all heads together (OLMo 2).
+        parallel: attention and feed-forward read the same x: x + attention(norm(x)) + ff(norm(x)).
+        shared_norm: they share one norm, too.
+        rotary: rotary position embedding; None for none.
+        local_rotary: that of layers with a window, where it is another (Gemma 3).
+        unrotated_layers: numbers of the layers without rotary embedding (SmolLM3).
+        alibi: linear attention biases; None for none.
+        learned_positions: an embedding of every position is added to that of the token.
+        windows: per layer, how many tokens a query reads back, itself included; 0 for all. Empty if
+            no layer has a window.
+        attention_scale: multiplies the scores; None for head_dim^-0.5.
+        attention_softcap: scores s become cap * tanh(s / cap); None for no cap.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip]; None for no clip.
+        embedding_width: columns of the embedding and the head where it is not D: two projections join
+            them to the layers (OPT-350m). None for D.
+        embedding_scale: multiplies the embedding.
+        embedding_norm: a norm behind the embedding (BLOOM).
+        residual_scale: multiplies what a sublayer adds to the residual stream (Granite).
+        logit_scale: multiplies the logits.
+        logit_softcap: logits l become cap * tanh(l / cap); None for no cap.
         tied_head: the head is the embedding.
+        head_bias: bias on the head.
         attention_bias: biases on query, key and value.
         attention_out_bias: bias on the attention's output projection.
         ff_bias: biases on all projections of the feed-forward layer.
@@ -98,9 +169,32 @@ class ModelConfig:
     max_positions: int
     activation: Activation = "silu"
     gated: bool = True
+    norm: NormKind = "rms"
     norm_eps: float = 1e-5
-    rotary: Rotary = Rotary()
+    norm_bias: bool = False
+    norm_plus_one: bool = False
+    norm_placement: NormPlacement = "pre"
+    final_norm: bool = True
+    head_norm: HeadNorm = "none"
+    parallel: bool = False
+    shared_norm: bool = False
+    rotary: Rotary | None = Rotary()
+    local_rotary: Rotary | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    alibi: Alibi | None = None
+    learned_positions: bool = False
+    windows: tuple[int, ...] = ()
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    qkv_clip: float | None = None
+    embedding_width: int | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     tied_head: bool = False
+    head_bias: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
     ff_bias: bool = False
@@ -117,13 +211,56 @@ class ModelConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        _check_choice("norm", self.norm, get_args(NormKind))
+        _check_choice("norm_placement", self.norm_placement, get_args(NormPlacement))
+        _check_choice("head_norm", self.head_norm, get_args(HeadNorm))
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+        for name in ("attention_softcap", "logit_softcap", "qkv_clip", "embedding_width"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+        if self.shared_norm and not self.parallel:
+            raise ValueError("shared_norm is for parallel attention and feed-forward layers only")
+        if self.parallel and self.norm_placement != "pre":
+            raise ValueError(f"parallel layers have norm_placement 'pre', got {self.norm_placement!r}")
+        self._check_positions()
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"special token {token} is outside the vocabulary of {self.vocab_size}")
+
+    def _check_positions(self) -> None:
+        for rotary in (self.rotary, self.local_rotary):
+            if rotary is None:
+                continue
+            dims = self.head_dim if rotary.dims is None else rotary.dims
+            if dims > self.head_dim or dims % 2:
+                raise ValueError(f"rotary embedding turns an even number of dimensions up to head_dim, got {dims}")
+            for name in ("short_factors", "long_factors"):
+                factors = getattr(rotary, name)
+                if factors and len(factors) != dims // 2:
+                    raise ValueError(f"rotary {name} must be {dims // 2}, one for each pair, got {len(factors)}")
+        if self.local_rotary is not None and self.rotary is None:
+            raise ValueError("local_rotary needs rotary, that of the other layers")
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+            raise ValueError(f"windows must be {self.num_layers} whole numbers of at least 0, got {self.windows}")
+        if any(not 0 <= layer < self.num_layers for layer in self.unrotated_layers):
+            raise ValueError(f"unrotated_layers must lie in [0, {self.num_layers - 1}], got {self.unrotated_layers}")
+
+    @property
+    def score_scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of this layer reads back, itself included; 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+    def layer_rotary(self, layer: int) -> Rotary | None:
+        """The rotary embedding of this layer, if it has one."""
+        if layer in self.unrotated_layers:
+            return None
+        return self.local_rotary if self.local_rotary is not None and self.window(layer) else self.rotary
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that `from_json` turns back into an equal config."""
@@ -141,8 +278,11 @@ class ModelConfig:
             raise ValueError(f"unknown fields of ModelConfig: {', '.join(unknown)}")
         values = dict(fields)
         try:
-            values["rotary"] = Rotary(**values.get("rotary", {}))
-            values["eos_token_ids"] = tuple(values.get("eos_token_ids", ()))
+            for name, kind in (("rotary", Rotary), ("local_rotary", Rotary), ("alibi", Alibi)):
+                if values.get(name) is not None:
+                    values[name] = kind(**values[name])
+            for name in ("eos_token_ids", "windows", "unrotated_layers"):
+                values[name] = tuple(values.get(name, ()))
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"not a ModelConfig: {error}") from error

@@ -118,7 +118,7 @@ def prefill(
         return (cache, last, jax.tree.map(jnp.add, squares, more)), None
 
     carry = (
-        empty_cache(model.config, batch, padded + room, model.dtype),
+        empty_cache(model.config, batch, padded + room, model.dtype, context=jnp.asarray(lengths + room, jnp.int32)),
         jnp.zeros((batch, model.config.width), model.dtype),
         tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons) if collect else (),
     )

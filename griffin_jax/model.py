@@ -11,6 +11,7 @@ one it runs.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.cache import EMPTY, KVCache
-from griffin_jax.config import Activation, ModelConfig, Rotary
+from griffin_jax.config import Activation, Alibi, ModelConfig, Rotary
 from griffin_jax.griffin import token_statistic
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
@@ -33,24 +34,51 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), the mean in float32."""
+class Norm(nnx.Module):
+    """RMSNorm, x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450).
 
-    def __init__(self, width: int, eps: float, dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((width,), dtype))
-        self.eps = eps
+    The statistics are float32.
+    """
 
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    def __init__(
+        self, shape: tuple[int, ...], config: ModelConfig, dtype: DTypeLike, *, bias: bool = False, joint: bool = False
+    ):
+        self.plus_one = config.norm_plus_one
+        self.scale = nnx.Param(jnp.zeros(shape, dtype) if self.plus_one else jnp.ones(shape, dtype))
+        self.bias = _bias(shape, dtype) if bias else None
+        self.centered = config.norm == "layer"
+        self.eps = config.norm_eps
+        self.joint = joint
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x normalised over its last axis; if `joint`, over all heads of a (B, N, T, H) array together."""
+        axes = (1, 3) if self.joint else -1
         x32 = x.astype(jnp.float32)
-        rms = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * rms).astype(x.dtype) * self.scale[...]
+        if self.centered:
+            x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        if self.bias is None:
+            return normed.astype(x.dtype) * self.scale[...]
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
-    """Angle per position of each pair of dimensions, (H/2,) float32."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = (1.0 / np.float32(rotary.theta) ** exponents).astype(np.float32)
-    if rotary.kind == "default":
+def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> np.ndarray:
+    """Angle per position of each pair of dimensions that turns, (dims/2,) float32.
+
+    Args:
+        rotary: the embedding.
+        head_dim: H, of which all dimensions turn unless `rotary.dims` says otherwise.
+        long: of `longrope`, the frequencies for texts beyond the original context.
+    """
+    dims = head_dim if rotary.dims is None else rotary.dims
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    waves = np.float32(rotary.theta) ** exponents
+    if rotary.kind == "longrope":
+        waves = waves * np.asarray(rotary.long_factors if long else rotary.short_factors, np.float32)
+    plain = (1.0 / waves).astype(np.float32)
+    if rotary.kind in ("default", "longrope"):
         return plain
     scaled = plain / np.float32(rotary.factor)
     if rotary.kind == "linear":
@@ -64,39 +92,117 @@ def rotary_frequencies(rotary: Rotary, head_dim: int) -> np.ndarray:
         def dimension(rotations: float) -> float:
             """The (fractional) pair that turns this often within the original context."""
             ratio = rotary.original_positions / (rotations * 2 * math.pi)
-            return head_dim * math.log(ratio) / (2 * math.log(rotary.theta))
+            return dims * math.log(ratio) / (2 * math.log(rotary.theta))
 
         first, last = dimension(rotary.beta_fast), dimension(rotary.beta_slow)
         if rotary.truncate:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, head_dim - 1)
-        ramp = (np.arange(head_dim // 2) - first) / max(last - first, 0.001)
+        first, last = max(first, 0), min(last, dims - 1)
+        ramp = (np.arange(dims // 2) - first) / max(last - first, 0.001)
         blend = 1.0 - np.clip(ramp, 0.0, 1.0)
     return (blend * plain + (1.0 - blend) * scaled).astype(np.float32)
 
 
 def rotary_angles(
-    positions: Int[Array, "b t"], rotary: Rotary, head_dim: int
-) -> tuple[Float[Array, "b 1 t h"], Float[Array, "b 1 t h"]]:
-    """Cosines and sines by which `rotate` turns a query or key at each position, float32."""
-    angles = positions[:, None, :, None].astype(jnp.float32) * rotary_frequencies(rotary, head_dim)
-    angles = jnp.concatenate([angles, angles], axis=-1)
+    positions: Int[Array, "b t"], context: Int[Array, "b"], rotary: Rotary, head_dim: int
+) -> tuple[Float[Array, "b 1 t turning"], Float[Array, "b 1 t turning"]]:
+    """Cosines and sines of the turns at each position; `context` is the most tokens a row may come to hold."""
+    frequencies = jnp.asarray(rotary_frequencies(rotary, head_dim))
+    if rotary.kind == "longrope":
+        is_long = (context > rotary.original_positions)[:, None, None, None]
+        frequencies = jnp.where(is_long, rotary_frequencies(rotary, head_dim, long=True), frequencies)
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    angles = jnp.repeat(angles, 2, axis=-1) if rotary.interleaved else jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * rotary.attention_factor, jnp.sin(angles) * rotary.attention_factor
 
 
 def rotate(
-    x: Float[Array, "b n t h"], cos: Float[Array, "b 1 t h"], sin: Float[Array, "b 1 t h"]
+    x: Float[Array, "b n t h"],
+    cos: Float[Array, "b 1 t turning"],
+    sin: Float[Array, "b 1 t turning"],
+    interleaved: bool = False,
 ) -> Float[Array, "b n t h"]:
-    """Rotary embedding of the half-split layout: dimension i turns with dimension i + H/2."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)
+    """Rotary embedding of the leading dimensions: i turns with i + turning/2, or 2i with 2i + 1 if interleaved."""
+    turning = cos.shape[-1]
+    x, still = x[..., :turning], x[..., turning:]
+    if interleaved:
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    else:
+        first, second = jnp.split(x, 2, axis=-1)
+        turned = jnp.concatenate([-second, first], axis=-1)
+    x = x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)
+    return jnp.concatenate([x, still], axis=-1) if still.shape[-1] else x
 
 
-def attention_mask(query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"]) -> Bool[Array, "b 1 1 t s"]:
-    """Which keys a query may read: those of real tokens at or before its own position."""
+def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
+    """How fast each head's scores fall with distance, (N,) float32."""
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** (-alibi.max_bias * np.arange(1, power + 1) / power)
+    if power != heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
+    return slopes.astype(np.float32)
+
+
+def alibi_bias(
+    query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], alibi: Alibi, scale: float, heads: int
+) -> Float[Array, "b n t s"]:
+    """What is added to the scores, up to a number for each query, which a softmax ignores. Float32."""
+    slopes = jnp.asarray(alibi_slopes(alibi, heads))[:, None, None]
+    if alibi.rounded:
+        # Rounding makes it depend on the key's position itself and not on the distance.
+        keys = key_positions[:, None, None, :].astype(jnp.bfloat16)
+        bias = (slopes.astype(jnp.bfloat16) * keys).astype(jnp.float32)
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], query_positions.shape[1], bias.shape[3]))
+    else:
+        bias = slopes * (key_positions[:, None, None, :] - query_positions[:, None, :, None]).astype(jnp.float32)
+    return bias * scale if alibi.scaled else bias
+
+
+def attention_mask(
+    query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], window: int = 0
+) -> Bool[Array, "b 1 1 t s"]:
+    """Which keys a query may read: those of real tokens at or before its own position.
+
+    With a window, only the last `window` of them.
+    """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
-    return ((key != EMPTY) & (key <= query))[:, None, None]
+    mask = (key != EMPTY) & (key <= query)
+    if window:
+        mask &= key > query - window
+    return mask[:, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """How the tokens of a call lie to each other and to the cache: the same for many layers.
+
+    Attributes:
+        angles: of the rotary embedding, or None.
+        masks: which slots of the cache, and which of this call's tokens, a query may read.
+        biases: what is added to the scores of both, or None.
+    """
+
+    angles: tuple[Float[Array, "b 1 t turning"], Float[Array, "b 1 t turning"]] | None
+    masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t t"]]
+    biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t t"]] | None
+
+
+def layer_positions(
+    config: ModelConfig, positions: Int[Array, "b t"], cached: Int[Array, "b s"], context: Int[Array, "b"]
+) -> list[Positions]:
+    """`Positions` for every layer, each distinct part computed once."""
+    layers = range(config.num_layers)
+    windows = dict.fromkeys(config.window(layer) for layer in layers)
+    rotaries = dict.fromkeys(config.layer_rotary(layer) for layer in layers)
+    masks = {w: (attention_mask(positions, cached, w), attention_mask(positions, positions, w)) for w in windows}
+    angles = {r: None if r is None else rotary_angles(positions, context, r, config.head_dim) for r in rotaries}
+    biases = None
+    if config.alibi is not None:
+        keys = (cached, positions)
+        first, second = (alibi_bias(positions, k, config.alibi, config.score_scale, config.num_heads) for k in keys)
+        biases = (first, second)
+    return [Positions(angles[config.layer_rotary(layer)], masks[config.window(layer)], biases) for layer in layers]
 
 
 class Attention(nnx.Module):
@@ -112,35 +218,45 @@ class Attention(nnx.Module):
         self.key_bias = _bias((g, h), dtype) if config.attention_bias else None
         self.value_bias = _bias((g, h), dtype) if config.attention_bias else None
         self.out_bias = _bias((d,), dtype) if config.attention_out_bias else None
+        self.query_norm = _head_norm(n, config, dtype)
+        self.key_norm = _head_norm(g, config, dtype)
+        self.scale = config.score_scale
+        self.softcap = config.attention_softcap
+        self.clip = config.qkv_clip
+        self.interleaved = config.rotary is not None and config.rotary.interleaved
 
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        angles: tuple[Float[Array, "b 1 t h"], Float[Array, "b 1 t h"]],
-        masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t t"]],
+        at: Positions,
         cached_keys: Float[Array, "b g h slots"],
         cached_values: Float[Array, "b g slots h"],
         cursor: Int[Array, ""],
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"]]:
         """The output, and the layer's cache with this call's keys and values written at `cursor`.
 
-        Queries read the first S slots of the cache as it was, and this call's own tokens; `masks`
+        Queries read the first S slots of the cache as it was, and this call's own tokens; `at.masks`
         says which of both.
         """
-        query = rotate(_heads(x, self.query, self.query_bias), *angles)
-        key = rotate(_heads(x, self.key, self.key_bias), *angles)
-        value = _heads(x, self.value, self.value_bias)
+        query, key, value = self._projected(x)
+        if at.angles is not None:
+            query = rotate(query, *at.angles, self.interleaved)
+            key = rotate(key, *at.angles, self.interleaved)
 
         b, n, t, h = query.shape
-        g, slots = key.shape[1], masks[0].shape[-1]
+        g, slots = key.shape[1], at.masks[0].shape[-1]
         query = query.reshape(b, g, n // g, t, h)
         scores = jnp.einsum("bgrth,bguh->bgrtu", query, key, preferred_element_type=jnp.float32)
         if slots:
             read_keys = cached_keys[..., :slots]
             cached = jnp.einsum("bgrth,bghs->bgrts", query, read_keys, preferred_element_type=jnp.float32)
             scores = jnp.concatenate([cached, scores], axis=-1)
-        mask = jnp.concatenate(masks, axis=-1) if slots else masks[1]
-        scores = jnp.where(mask, scores * (h**-0.5), jnp.finfo(jnp.float32).min)
+        mask = jnp.concatenate(at.masks, axis=-1) if slots else at.masks[1]
+        scores = _softcap(scores * self.scale, self.softcap)
+        if at.biases is not None:
+            bias = jnp.concatenate(at.biases, axis=-1) if slots else at.biases[1]
+            scores = scores + bias.reshape(b, g, n // g, *bias.shape[2:])
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         mixed = jnp.einsum("bgrtu,bguh->bgrth", weights[..., slots:], value)
         if slots:
@@ -155,6 +271,19 @@ class Attention(nnx.Module):
         if self.out_bias is not None:
             out = out + self.out_bias[...]
         return out, cached_keys, cached_values
+
+    def _projected(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
+        """Queries, keys and values, before rotary embedding."""
+        query = _heads(x, self.query, self.query_bias)
+        key = _heads(x, self.key, self.key_bias)
+        value = _heads(x, self.value, self.value_bias)
+        if self.clip is not None:
+            query, key, value = (jnp.clip(y, -self.clip, self.clip) for y in (query, key, value))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value
 
 
 class FeedForward(nnx.Module):
@@ -211,13 +340,60 @@ class FeedForward(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """Attention and feed-forward, each added to the residual stream.
+
+    With f for either, `ModelConfig.norm_placement` says what the norms are applied to. Parallel
+    layers add both to the same x.
+    """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        self.attention_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        def norm(wanted: bool) -> Norm | None:
+            return Norm((config.width,), config, dtype, bias=config.norm_bias) if wanted else None
+
+        on_input = config.norm_placement in ("pre", "sandwich")
+        on_output = config.norm_placement in ("output", "sandwich")
+        on_sum = config.norm_placement == "post"
+        self.attention_norm = norm(on_input)
         self.attention = Attention(config, dtype, rngs)
-        self.ff_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.attention_out_norm = norm(on_output)
+        self.attention_sum_norm = norm(on_sum)
+        self.ff_norm = norm(on_input and not config.shared_norm)
         self.ff = FeedForward(config, dtype, rngs)
+        self.ff_out_norm = norm(on_output)
+        self.ff_sum_norm = norm(on_sum)
+        self.parallel = config.parallel
+        self.residual_scale = config.residual_scale
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        real: Bool[Array, "b t"],
+        at: Positions,
+        cached_keys: Float[Array, "b g h slots"],
+        cached_values: Float[Array, "b g slots h"],
+        cursor: Int[Array, ""],
+        *,
+        collect: bool,
+    ) -> tuple[
+        Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Float[Array, "b f"] | None
+    ]:
+        """The residual stream behind the layer, its cache, and GRIFFIN's statistic if it is collected."""
+        normed = _apply(self.attention_norm, x)
+        mixed, keys, values = self.attention(normed, at, cached_keys, cached_values, cursor)
+        mixed = _scaled(_apply(self.attention_out_norm, mixed), self.residual_scale)
+        if self.parallel:
+            normed = normed if self.ff_norm is None else self.ff_norm(x)
+        else:
+            x = _apply(self.attention_sum_norm, x + mixed)
+            normed = _apply(self.ff_norm, x)
+        statistic = None
+        if collect:
+            y, statistic = self.ff.with_statistic(normed, real)
+        else:
+            y = self.ff(normed)
+        y = _scaled(_apply(self.ff_out_norm, y), self.residual_scale)
+        x = x + mixed + y if self.parallel else x + y
+        return _apply(self.ff_sum_norm, x), keys, values, statistic
 
 
 class Transformer(nnx.Module):
@@ -233,11 +409,18 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs | None = None):
         self.config = config
-        self.embedding = _matrix(rngs, (config.vocab_size, config.width), fan_in=config.width, dtype=dtype)
+        d, v = config.width, config.vocab_size
+        e = config.embedding_width or d
+        self.embedding = _matrix(rngs, (v, e), fan_in=e, dtype=dtype)
+        self.project_in = None if e == d else _matrix(rngs, (e, d), fan_in=e, dtype=dtype)
+        table = (config.max_positions, d)
+        self.position_embedding = _matrix(rngs, table, fan_in=d, dtype=dtype) if config.learned_positions else None
+        self.embedding_norm = Norm((d,), config, dtype, bias=config.norm_bias) if config.embedding_norm else None
         self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(config.width, config.norm_eps, dtype)
-        shape = (config.vocab_size, config.width)
-        self.head = None if config.tied_head else _matrix(rngs, shape, fan_in=config.width, dtype=dtype)
+        self.norm = Norm((d,), config, dtype, bias=config.norm_bias) if config.final_norm else None
+        self.project_out = None if e == d else _matrix(rngs, (d, e), fan_in=d, dtype=dtype)
+        self.head = None if config.tied_head else _matrix(rngs, (v, e), fan_in=e, dtype=dtype)
+        self.head_bias = _bias((v,), dtype) if config.head_bias else None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -273,38 +456,69 @@ class Transformer(nnx.Module):
             The residual stream behind the last layer (for `logits`), the cache with T more tokens,
             and per layer the statistic s^2 over these tokens (empty unless `collect`).
         """
-        masks = (
-            attention_mask(positions, cache.positions[:, :read_slots]),
-            attention_mask(positions, positions),
-        )
-        angles = rotary_angles(positions, self.config.rotary, self.config.head_dim)
         real = positions != EMPTY
-
         # Padding is zero between the layers: what it would become could overflow, and 0 * inf in a sum over
         # tokens would reach the real ones.
-        x = jnp.where(real[..., None], self.embedding[...][tokens], 0)
+        x = jnp.where(real[..., None], self.embed(tokens, positions), 0)
+        at = layer_positions(self.config, positions, cache.positions[:, :read_slots], cache.context)
         keys, values, statistics = [], [], []
-        for layer, layer_keys, layer_values in zip(self.layers, cache.keys, cache.values, strict=True):
-            mixed, layer_keys, layer_values = layer.attention(
-                layer.attention_norm(x), angles, masks, layer_keys, layer_values, cache.cursor
+        for number, layer in enumerate(self.layers):
+            x, layer_keys, layer_values, statistic = layer(
+                x, real, at[number], cache.keys[number], cache.values[number], cache.cursor, collect=collect
             )
+            x = jnp.where(real[..., None], x, 0)
             keys.append(layer_keys)
             values.append(layer_values)
-            x = x + mixed
-            if collect:
-                y, statistic = layer.ff.with_statistic(layer.ff_norm(x), real)
+            if statistic is not None:
                 statistics.append(statistic)
-            else:
-                y = layer.ff(layer.ff_norm(x))
-            x = jnp.where(real[..., None], x + y, 0)
         written = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.cursor))
-        cache = KVCache(tuple(keys), tuple(values), written, cache.cursor + tokens.shape[1])
+        cache = dataclasses.replace(
+            cache,
+            keys=tuple(keys),
+            values=tuple(values),
+            positions=written,
+            cursor=cache.cursor + tokens.shape[1],
+        )
         return x, cache, tuple(statistics)
+
+    def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The residual stream before the first layer; anything where a position is `EMPTY`."""
+        x = _scaled(self.embedding[...][tokens], self.config.embedding_scale)
+        if self.project_in is not None:
+            x = x @ self.project_in[...]
+        if self.position_embedding is not None:
+            x = x + self.position_embedding[...][jnp.maximum(positions, 0)]
+        return _apply(self.embedding_norm, x)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Scores of every next token, float32, from the residual stream."""
+        x = _apply(self.norm, x)
+        if self.project_out is not None:
+            x = x @ self.project_out[...]
         head = self.embedding if self.head is None else self.head
-        return jnp.einsum("btd,vd->btv", self.norm(x), head[...], preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", x, head[...], preferred_element_type=jnp.float32)
+        if self.head_bias is not None:
+            logits = logits + self.head_bias[...].astype(jnp.float32)
+        return _softcap(_scaled(logits, self.config.logit_scale), self.config.logit_softcap)
+
+
+def _apply(norm: Norm | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    return x if norm is None else norm(x)
+
+
+def _scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
+def _softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _head_norm(heads: int, config: ModelConfig, dtype: DTypeLike) -> Norm | None:
+    if config.head_norm == "none":
+        return None
+    shape = (config.head_dim,) if config.head_norm == "shared" else (heads, 1, config.head_dim)
+    return Norm(shape, config, dtype, joint=config.head_norm == "joint")
 
 
 def _matrix(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype: DTypeLike) -> nnx.Param:

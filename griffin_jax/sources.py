@@ -1,8 +1,8 @@
 """Checkpoints of others, read tensor by tensor: Hugging Face folders and GGUF files.
 
-Two steps. A `Reader` presents what is in the files under Hugging Face's names: a configuration, shapes
-and dtypes, and one tensor at a time. A `FamilySource` joins it with the table of its family, checks
-that the two fit without gaps, and from there on speaks of the parameters of `griffin_jax.model`.
+Two steps. A `Reader` presents what is in the files: a configuration, shapes and dtypes, and one tensor
+at a time. A `FamilySource` joins it with the table of its family, checks that the two fit without
+gaps, and from there on speaks of the parameters of `griffin_jax.model`.
 
 Files are read with plain reads, never mapped into memory: the pages of a mapped checkpoint would
 count as resident until the last tensor was read.
@@ -27,8 +27,8 @@ import numpy as np
 
 from griffin_jax.assembly import parameter_shapes
 from griffin_jax.config import ModelConfig
-from griffin_jax.families import Family, GgufRule, Layout, family_of, gguf_family_of
-from griffin_jax.families.base import Attributes, sizes_of
+from griffin_jax.families import Family, Layout, family_of, gguf_family_of
+from griffin_jax.families.base import Attributes, GgufFamily, Rules, is_ignored, rules_by_path, sizes_of
 from griffin_jax.tokenizer import Tokenizer
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -77,7 +77,7 @@ class TensorInfo:
     """What a file's header says about a tensor.
 
     Attributes:
-        shape: in Hugging Face's layout.
+        shape: outermost axis first.
         dtype: as the file names it.
     """
 
@@ -86,25 +86,31 @@ class TensorInfo:
 
 
 class Reader(abc.ABC):
-    """The files of a checkpoint, under Hugging Face's names.
+    """The files of a checkpoint, as they name things.
 
     Attributes:
         name: for messages.
         family: of the model.
         config: its architecture.
+        rules: which tensor goes where.
         tensors: of the checkpoint.
+        ignored: regular expressions of tensors that are knowingly left aside.
+        copies: tensors that may be present although their rule does not apply, if they equal another.
         problems: what is wrong with the files as such, in words.
     """
 
     name: str
     family: Family
     config: ModelConfig
+    rules: Rules
     tensors: dict[str, TensorInfo]
+    ignored: tuple[str, ...]
+    copies: Mapping[str, str]
     problems: list[str]
 
     @abc.abstractmethod
-    def read(self, tensor: str) -> np.ndarray:
-        """The values of a tensor, in Hugging Face's layout and in the stored dtype (float32 where quantised)."""
+    def read(self, name: str) -> np.ndarray:
+        """The values of a tensor, in the stored dtype (float32 where quantised)."""
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
@@ -126,14 +132,17 @@ class FamilySource(Source):
         self.dtype = _stored_dtype(reader.tensors.values())
         self._reader = reader
         self._sizes = sizes_of(reader.config)
-        rules = reader.family.rules_by_path(reader.config)
+        rules = rules_by_path(reader.rules, reader.config)
         self._rules = {path: rules[path] for path in self.shapes}
         self._check()
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
         rule = self._rules[path]
-        stored = self._reader.read(rule.name)
+        parts = [self._reader.read(name) for name in rule.tensors(self._sizes)]
+        stored = np.stack(parts) if "{head}" in rule.name else parts[0]
         array = Layout.parse(rule.layout).apply(stored, self._sizes)
+        if rule.add:
+            array = array.astype(np.float32) + np.float32(rule.add)
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype)
         check_finite(array, stored, f"{self.name}: {rule.name}")
@@ -143,14 +152,16 @@ class FamilySource(Source):
         return self._reader.tokenizer()
 
     def _check(self) -> None:
-        tensors, family = self._reader.tensors, self._reader.family
-        expected = {rule.name: Layout.parse(rule.layout).shape_before(self._sizes) for rule in self._rules.values()}
-        copies = {name: of for name, of in family.copies.items() if name in tensors and name not in expected}
+        reader, tensors = self._reader, self._reader.tensors
+        expected: dict[str, tuple[int, ...]] = {}
+        for rule in self._rules.values():
+            expected |= rule.tensors(self._sizes)
+        copies = {name: of for name, of in reader.copies.items() if name in tensors and name not in expected}
         surplus = tensors.keys() - expected.keys() - copies.keys()
         problems = [
-            *self._reader.problems,
+            *reader.problems,
             *_listed("missing", sorted(expected.keys() - tensors.keys())),
-            *_listed("unexpected", sorted(name for name in surplus if not family.is_ignored(name))),
+            *_listed("unexpected", sorted(name for name in surplus if not is_ignored(name, reader.ignored))),
             *_listed(
                 "misshapen",
                 [
@@ -176,8 +187,8 @@ class FamilySource(Source):
                     )
         if problems:
             raise ValueError(
-                f"{self.name}: the tensors are not those of a {family.model_type} model with this configuration: "
-                + "; ".join(problems)
+                f"{self.name}: the tensors are not those of a {reader.family.model_type} model with this "
+                f"configuration: {'; '.join(problems)}"
             )
 
     def _digest(self, name: str) -> bytes:
@@ -256,6 +267,7 @@ class HuggingFaceFolder(Reader):
         self.name = str(folder)
         self._folder = folder
         self.family, self.config = read_hf_config(folder)
+        self.rules, self.ignored, self.copies = self.family.rules, self.family.ignored, self.family.copies
         self.tensors, self.problems = {}, []
         self._files: dict[str, Path] = {}
         listed = self._shards()
@@ -264,14 +276,19 @@ class HuggingFaceFolder(Reader):
         if listed:
             self._check_index(listed)
         _check_layers(self.name, self.config, len(self.tensors))
+        # Checkpoints of the bare model, as AutoModel saves it, lack the name of the part that it is of the whole.
+        prefix = self.family.prefix
+        self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
+        self.tensors = {self._prefix + name: tensor for name, tensor in self.tensors.items()}
 
-    def read(self, tensor: str) -> np.ndarray:
-        file = self._files[tensor]
+    def read(self, name: str) -> np.ndarray:
+        name = name.removeprefix(self._prefix)
+        file = self._files[name]
         try:
             with _safe_open(file) as opened:
-                return opened.get_tensor(tensor)
+                return opened.get_tensor(name)
         except Exception as error:
-            raise ValueError(f"{file}: tensor {tensor} cannot be read ({_brief(error)})") from error
+            raise ValueError(f"{file}: tensor {name} cannot be read ({_brief(error)})") from error
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_folder(self._folder) if Tokenizer.is_in(self._folder) else None
@@ -398,7 +415,6 @@ class _GgufTensor:
     dtype: str
     start: int
     size: int
-    rule: GgufRule | None
 
 
 class GgufFile(Reader):
@@ -415,43 +431,31 @@ class GgufFile(Reader):
         if Attributes(self.metadata, self.name).take("split.count", int, default=1) > 1:
             raise ValueError(f"{file}: is one part of several; join them with llama.cpp's llama-gguf-split --merge")
         self.family = gguf_family_of(self.metadata.get("general.architecture"), self.name)
-        assert self.family.gguf is not None
-        factors = tensors.get("rope_freqs.weight")
-        self.config = self._read_config(
-            tensors, None if factors is None else self._values("rope_freqs.weight", factors)
-        )
-
-        _check_layers(self.name, self.config, len(tensors))
-        rules = {rule.name: rule for rule in _gguf_rules(self.family.gguf.rules, self.config.num_layers)}
-        self._tensors = {}
-        for name, tensor in tensors.items():
-            if name not in self.family.gguf.ignored:
-                rule = rules.get(name)
-                self._tensors[rule.hf_name if rule else name] = dataclasses.replace(tensor, rule=rule)
-        self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+        gguf = self.family.gguf
+        assert gguf is not None
+        self.rules, self.ignored, self.copies = gguf.rules, gguf.ignored, {}
+        self._tensors = tensors
+        self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.problems = []
+        self.config = self._read_config(gguf)
+        _check_layers(self.name, self.config, len(tensors))
 
-    def read(self, tensor: str) -> np.ndarray:
-        stored = self._tensors[tensor]
-        values = self._values(tensor, stored)
-        if stored.rule and stored.rule.layout:
-            values = Layout.parse(stored.rule.layout).apply(values, sizes_of(self.config))
-        return values
+    def read(self, name: str) -> np.ndarray:
+        return self._values(name, self._tensors[name])
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
 
-    def _read_config(self, tensors: Mapping[str, _GgufTensor], rope_factors: np.ndarray | None) -> ModelConfig:
-        gguf = self.family.gguf
-        assert gguf is not None
-        prefix = gguf.architecture + "."
+    def _read_config(self, gguf: GgufFamily) -> ModelConfig:
+        prefix = f"{self.metadata['general.architecture']}."
         attributes = Attributes(
             {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)},
-            f"{self.name}: {gguf.architecture} metadata",
+            f"{self.name}: {prefix[:-1]} metadata",
         )
-        values = gguf.read_config(attributes, frozenset(tensors), rope_factors)
-        embedding = tensors.get("token_embd.weight")
-        vocabulary = attributes.take("vocab_size", int, default=embedding.shape[0] if embedding else None)
+        values = gguf.read_config(attributes, self)
+        embedding = self.shapes.get("token_embd.weight")
+        vocabulary = attributes.take("vocab_size", int, default=embedding[0] if embedding else None)
         if rest := attributes.rest():
             listed = ", ".join(f"{prefix}{name}={value!r}" for name, value in sorted(rest.items()))
             raise ValueError(f"{self.name}: griffin_jax does not know what to do with {listed}")
@@ -459,7 +463,7 @@ class GgufFile(Reader):
         ends = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
         values |= {
             "vocab_size": vocabulary,
-            "tie_word_embeddings": "output.weight" not in tensors,
+            "tie_word_embeddings": "output.weight" not in self.shapes,
             "bos_token_id": tokens.take("tokenizer.ggml.bos_token_id", int),
             "eos_token_id": [token for token in ends if token is not None],
         }
@@ -474,12 +478,6 @@ class GgufFile(Reader):
         if tensor.dtype in FLOATS:
             return raw.view(FLOATS[tensor.dtype]).reshape(tensor.shape)
         return _dequantise(raw, tensor.dtype, tensor.shape)
-
-
-def _gguf_rules(rules: Iterable[GgufRule], num_layers: int) -> Iterator[GgufRule]:
-    for rule in rules:
-        for layer in range(num_layers if "{layer}" in rule.name else 1):
-            yield GgufRule(rule.name.format(layer=layer), rule.hf_name.format(layer=layer), rule.layout)
 
 
 def _dequantise(raw: np.ndarray, dtype: str, shape: tuple[int, ...], step: int = 1 << 22) -> np.ndarray:
@@ -586,7 +584,7 @@ class _GgufHeader:
         size = block_bytes
         for axis in (*shape[:-1], shape[-1] // block):
             size *= axis
-        return name, _GgufTensor(shape, kind.name, self._scalar("<Q"), size, rule=None)
+        return name, _GgufTensor(shape, kind.name, self._scalar("<Q"), size)
 
     def _take(self, size: int) -> bytes:
         if size > len(self._buffer) - self._at:

@@ -27,16 +27,17 @@ def oracle_topk(scores: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:k])
 
 
-def down_projections(model: Any) -> list[torch.nn.Module]:
-    return [layer.mlp.down_proj for layer in model.model.layers]
+def down_projections(model: Any, name: str = "mlp.down_proj") -> list[torch.nn.Module]:
+    return [module for path, module in model.named_modules() if path.endswith(f".{name}")]
 
 
-def torch_intermediates(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
+def torch_intermediates(model: Any, tokens: Sequence[int], down: str = "mlp.down_proj") -> list[np.ndarray]:
     """z of every layer, (T, F), as the torch model computes it."""
     captured: list[np.ndarray] = []
     hooks = [
-        down.register_forward_pre_hook(lambda _, args: captured.append(args[0][0].numpy()))
-        for down in down_projections(model)
+        # OPT flattens batch and tokens into one axis.
+        module.register_forward_pre_hook(lambda _, args: captured.append(args[0].flatten(0, -2).numpy()))
+        for module in down_projections(model, down)
     ]
     model(torch.tensor([list(tokens)]))
     for hook in hooks:
@@ -44,14 +45,20 @@ def torch_intermediates(model: Any, tokens: Sequence[int]) -> list[np.ndarray]:
     return captured
 
 
-def torch_greedy(model: Any, tokens: Sequence[int], new: int, masks: Sequence[np.ndarray] | None = None) -> list[int]:
+def torch_greedy(
+    model: Any,
+    tokens: Sequence[int],
+    new: int,
+    masks: Sequence[np.ndarray] | None = None,
+    down: str = "mlp.down_proj",
+) -> list[int]:
     """Greedy tokens of the dense torch model, z masked in every step behind the prompt."""
     state = model(torch.tensor([list(tokens)]), use_cache=True)
     hooks = []
     if masks is not None:
-        for down, mask in zip(down_projections(model), masks, strict=True):
+        for module, mask in zip(down_projections(model, down), masks, strict=True):
             keep = torch.tensor(np.asarray(mask))
-            hooks.append(down.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep,)))
+            hooks.append(module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep,)))
     answer = [int(state.logits[0, -1].argmax())]
     while len(answer) < new:
         state = model(torch.tensor([answer[-1:]]), past_key_values=state.past_key_values, use_cache=True)

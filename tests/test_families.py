@@ -41,6 +41,12 @@ def test_defaults_of_what_may_be_left_out():
         eos_token_id=None,
     )  # fmt: skip
     assert (config.head_dim, config.num_kv_heads, config.activation, config.tied_head) == (4, 4, "silu", False)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+
+
+def test_null_tokens_are_none():
+    values = checkpoints.config() | {"bos_token_id": None, "eos_token_id": None}
+    config = family_of("llama", "config.json").model_config(values, "config.json")
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
 
 
@@ -82,11 +88,16 @@ def test_both_spellings_of_rotary_parameters_agree(scaling):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "mrope"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "missing short_factor, long_factor"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "must be 3, one for each pair, got 1",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "missing factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 3.0}}, "mscale=3.0"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "missing low_freq_factor, high_freq_factor"),
-        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "even number of dimensions"),
         ({"rope_scaling": "linear"}, "rope_scaling must be dict"),
         (
             {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1.0}},

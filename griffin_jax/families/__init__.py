@@ -6,9 +6,9 @@ import functools
 import importlib
 import pkgutil
 
-from griffin_jax.families.base import Family, GgufRule, Layout, TensorRule
+from griffin_jax.families.base import Family, Layout, TensorRule
 
-__all__ = ["Family", "GgufRule", "Layout", "TensorRule", "families", "family_of", "gguf_family_of"]
+__all__ = ["Family", "Layout", "TensorRule", "families", "family_of", "gguf_family_of"]
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def gguf_family_of(architecture: object, where: str) -> Family:
     Raises:
         ValueError: there is none; it names those there are.
     """
-    known = {family.gguf.architecture: family for family in families().values() if family.gguf}
+    known = {name: family for family in families().values() if family.gguf for name in family.gguf.architectures}
     if not isinstance(architecture, str) or architecture not in known:
         raise ValueError(
             f"{where}: GGUF architecture {architecture!r} is not supported; supported are {', '.join(sorted(known))}"

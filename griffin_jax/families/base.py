@@ -1,8 +1,9 @@
 """What a model family is: how its configuration is read, and which tensor goes where.
 
 Tensor shapes are written as layouts, with the letters of `griffin_jax.model`: `(N H) D -> N H D` says
-that a checkpoint's matrix of N * H rows becomes an (N, H, D) parameter. The left side is also what
-the tensor's shape is checked against, so a transposed or foreign tensor cannot slip through a reshape.
+that a checkpoint's matrix of N * H rows becomes an (N, H, D) parameter, and `([N]+G+G H) D -> N H D` that
+it holds rows for N + G + G heads, the first N of which do. The left side is also what the tensor's
+shape is checked against, so a transposed or foreign tensor cannot slip through a reshape.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,7 +36,7 @@ _IGNORED_GROUPS = (
     "architectures transformers_version _name_or_path name_or_path _commit_hash is_llama_config transformers.js_config "
     "unsloth_fixed unsloth_version initializer_range initializer_factor torch_dtype dtype use_bfloat16 "
     "attention_dropout attn_pdrop hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop embd_pdrop dropout "
-    "classifier_dropout gradient_checkpointing",
+    "classifier_dropout gradient_checkpointing cache_implementation",
     # How transformers would run it: the same function, computed or returned differently.
     "use_cache pretraining_tp chunk_size_feed_forward torchscript return_dict output_attentions "
     "output_hidden_states output_scores return_dict_in_generate _attn_implementation attn_implementation "
@@ -66,12 +67,13 @@ class Attributes:
     """The attributes of a configuration, with a record of which were read.
 
     Args:
-        values: name -> value. None counts as not given.
+        values: name -> value. None counts as not given, except to `is_null`.
         where: the file, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.where = where
+        self._nulls = frozenset(name for name, value in values.items() if value is None)
         self._values = {name: value for name, value in values.items() if value is not None}
         self._taken: set[str] = set()
 
@@ -101,6 +103,10 @@ class Attributes:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{self.where}: {name} must be {wanted}, got {value!r}")
         return value
+
+    def is_null(self, name: str) -> bool:
+        """Whether an attribute is given as null, which switches some features off that are on by default."""
+        return name in self._nulls
 
     def rest(self) -> dict[str, Any]:
         """What was given and not taken."""
@@ -139,31 +145,158 @@ def _transformers_defaults(model_type: str) -> dict[str, Any]:
         return {}
 
 
-def read_activation(attributes: Attributes, name: str = "hidden_act") -> Activation:
+def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
+    """The fields of `ModelConfig` that most families name alike.
+
+    Args:
+        attributes: of the configuration.
+        defaults: of attributes that the family's configurations may leave out.
+
+    Raises:
+        ValueError: an attribute is missing or not a whole number.
+    """
+    required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "max_position_embeddings"]  # fmt: skip
+    attributes.require(*(name for name in required if name not in defaults))
+    vocabulary, width, ff_width, layers, heads, positions = (
+        attributes.take(name, int, default=defaults.get(name)) for name in required
+    )
+    return {
+        "vocab_size": vocabulary,
+        "width": width,
+        "ff_width": ff_width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": attributes.take("num_key_value_heads", int, default=defaults.get("num_key_value_heads", heads)),
+        "head_dim": attributes.take("head_dim", int, default=defaults.get("head_dim"))
+        or whole_heads(attributes, width, heads),
+        "max_positions": positions,
+        **read_special_tokens(attributes, **defaults),
+    }
+
+
+def whole_heads(attributes: Attributes, width: int, heads: int) -> int:
+    """The head size of a model whose heads share its width evenly.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if heads < 1 or width % heads:
+        raise ValueError(f"{attributes.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    return width // heads
+
+
+def read_special_tokens(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
+    """First token of a text and the tokens that end an answer, as fields of `ModelConfig`."""
+    return {
+        "bos_token_id": _special_token(attributes, "bos_token_id", defaults),
+        "eos_token_ids": read_eos(attributes, defaults.get("eos_token_id")),
+    }
+
+
+def _special_token(attributes: Attributes, name: str, defaults: Mapping[str, Any]) -> int | None:
+    return attributes.take(name, int, default=None if attributes.is_null(name) else defaults.get(name))
+
+
+def read_layer_types(attributes: Attributes, default: Sequence[bool]) -> list[bool]:
+    """Of each layer whether its attention has a window, from `layer_types`.
+
+    Args:
+        attributes: of the configuration.
+        default: of each layer, if the configuration does not say.
+
+    Raises:
+        ValueError: there is not one known type for each layer.
+    """
+    types = attributes.take("layer_types", list)
+    if types is None:
+        return list(default)
+    if len(types) != len(default) or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"{attributes.where}: layer_types must be {len(default)} times 'sliding_attention' or 'full_attention', "
+            f"got {types!r}"
+        )
+    return [kind == "sliding_attention" for kind in types]
+
+
+def read_gguf_sizes(attributes: Attributes) -> dict[str, Any]:
+    """What the metadata of most architectures name alike, in the terms of config.json.
+
+    Raises:
+        ValueError: a field is missing or of another type, or the model is a mixture of experts.
+    """
+    attributes.require(
+        "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length"
+    )
+    width = attributes.take("embedding_length", int)
+    heads = attributes.take("attention.head_count", int)
+    head_dim = attributes.take("attention.key_length", int, default=width // max(heads, 1))
+    value_dim = attributes.take("attention.value_length", int, default=head_dim)
+    if value_dim != head_dim:
+        raise ValueError(f"{attributes.where}: attention.value_length is {value_dim}, but keys have {head_dim}")
+    turning = attributes.take("rope.dimension_count", int, default=head_dim)
+    if experts := attributes.take("expert_count", int, default=0):
+        raise ValueError(f"{attributes.where}: mixtures of experts are not supported (expert_count is {experts})")
+    attributes.take("expert_used_count", int)
+    return {
+        "hidden_size": width,
+        "intermediate_size": attributes.take("feed_forward_length", int),
+        "num_hidden_layers": attributes.take("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": attributes.take("attention.head_count_kv", int, default=heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": attributes.take("context_length", int),
+        # Half a dimension more, so that rounding down gives `turning` again whatever the division did.
+        **({} if turning == head_dim else {"partial_rotary_factor": (turning + 0.5) / head_dim}),
+    }
+
+
+def windows_of(window: int | None, windowed: Sequence[bool]) -> tuple[int, ...]:
+    """`ModelConfig.windows` where some layers have this window; empty where none has."""
+    return tuple(window if has else 0 for has in windowed) if window and any(windowed) else ()
+
+
+def read_activation(attributes: Attributes, name: str = "hidden_act", default: str = "silu") -> Activation:
     """The non-linearity of the feed-forward layer."""
-    value = attributes.take(name, str, default="silu")
+    value = attributes.take(name, str, default=default)
     if value not in ACTIVATIONS:
         raise ValueError(f"{attributes.where}: {name} is {value!r}; supported are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[value]
 
 
-def read_eos(attributes: Attributes) -> tuple[int, ...]:
+def read_eos(attributes: Attributes, default: int | list[int] | None = None) -> tuple[int, ...]:
     """The tokens that end an answer: one, several or none."""
-    value = attributes.take("eos_token_id", int, list, default=[])
+    if default is None or attributes.is_null("eos_token_id"):
+        default = []
+    value = attributes.take("eos_token_id", int, list, default=default)
     tokens = value if isinstance(value, list) else [value]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
         raise ValueError(f"{attributes.where}: eos_token_id must be whole numbers, got {value!r}")
     return tuple(dict.fromkeys(tokens))
 
 
-def read_rotary(attributes: Attributes, max_positions: int) -> Rotary:
+def read_rotary(
+    attributes: Attributes,
+    max_positions: int,
+    head_dim: int,
+    *,
+    theta: float = 10_000.0,
+    share: float = 1.0,
+) -> Rotary:
     """Rotary embedding, from `rope_theta` and `rope_scaling` or from transformers 5's `rope_parameters`.
+
+    Args:
+        attributes: of the configuration.
+        max_positions: the context, in tokens.
+        head_dim: H.
+        theta: the family's default base.
+        share: the family's default for the share of a head that turns.
 
     Raises:
         ValueError: the kind is not supported, an attribute is missing, or one is not understood.
     """
-    theta = attributes.take("rope_theta", float, default=10_000.0)
-    share = attributes.take("partial_rotary_factor", float, default=1.0)
+    theta = attributes.take("rope_theta", float, default=theta)
+    share = attributes.take("partial_rotary_factor", float, default=share)
     original = attributes.take("original_max_position_embeddings", int)
     scaling = attributes.take("rope_scaling", dict, default={})
     parameters = attributes.take("rope_parameters", dict, default={})
@@ -171,32 +304,67 @@ def read_rotary(attributes: Attributes, max_positions: int) -> Rotary:
         raise ValueError(
             f"{attributes.where}: rope_scaling {scaling} and rope_parameters {parameters} contradict each other"
         )
-    rope = Attributes(scaling or parameters, f"{attributes.where}: rotary embedding")
+    return rotary_of(
+        scaling or parameters,
+        f"{attributes.where}: rotary embedding",
+        max_positions,
+        head_dim,
+        theta=theta,
+        share=share,
+        original=original,
+    )
+
+
+def rotary_of(
+    parameters: Mapping[str, Any],
+    where: str,
+    max_positions: int,
+    head_dim: int,
+    *,
+    theta: float,
+    share: float = 1.0,
+    original: int | None = None,
+) -> Rotary:
+    """Rotary embedding from the value of `rope_scaling` or `rope_parameters`.
+
+    Args:
+        parameters: the value.
+        where: for messages.
+        max_positions: the context, in tokens.
+        head_dim: H.
+        theta: the base if `parameters` does not say.
+        share: of a head that turns if `parameters` does not say.
+        original: context of the unscaled model, which takes precedence over that in `parameters`.
+
+    Raises:
+        ValueError: the kind is not supported, an attribute is missing, or one is not understood.
+    """
+    rope = Attributes(parameters, where)
     legacy_kind = rope.take("type", str, default="default")
     kind = rope.take("rope_type", str, default=legacy_kind)
     theta = rope.take("rope_theta", float, default=theta)
     share = rope.take("partial_rotary_factor", float, default=share)
-    if share != 1.0:
-        raise ValueError(f"{rope.where}: partial_rotary_factor is {share}; only whole heads are supported")
-    if kind in ("llama3", "yarn"):
+    dims = int(head_dim * share)
+    plain = Rotary(theta=theta, dims=None if dims == head_dim else dims)
+    if kind in ("llama3", "yarn", "longrope"):
         inner = rope.take("original_max_position_embeddings", int, default=max_positions)
         original = inner if original is None else original
 
     if kind == "default":
-        rotary = Rotary(theta=theta)
+        rotary = plain
     elif kind == "dynamic":
         # Dynamic NTK scaling changes the wavelengths only beyond max_position_embeddings, and no
         # prompt with its answer may be longer than that here.
         rope.take("factor", float)
         rope.take("original_max_position_embeddings", int)
-        rotary = Rotary(theta=theta)
+        rotary = plain
     elif kind == "linear":
         rope.require("factor")
-        rotary = Rotary(theta=theta, kind="linear", factor=rope.take("factor", float))
+        rotary = dataclasses.replace(plain, kind="linear", factor=rope.take("factor", float))
     elif kind == "llama3":
         rope.require("factor", "low_freq_factor", "high_freq_factor")
-        rotary = Rotary(
-            theta=theta,
+        rotary = dataclasses.replace(
+            plain,
             kind="llama3",
             factor=rope.take("factor", float),
             original_positions=original or 0,
@@ -204,16 +372,37 @@ def read_rotary(attributes: Attributes, max_positions: int) -> Rotary:
             high_freq_factor=rope.take("high_freq_factor", float),
         )
     elif kind == "yarn":
-        rotary = _read_yarn(rope, theta, original or max_positions, max_positions)
+        rotary = _read_yarn(rope, plain, original or max_positions, max_positions)
+    elif kind == "longrope":
+        rotary = _read_longrope(rope, plain, original or max_positions, max_positions)
     else:
-        raise ValueError(f"{rope.where}: kind {kind!r}; supported are default, linear, dynamic, llama3, yarn")
+        raise ValueError(f"{rope.where}: kind {kind!r}; supported are default, linear, dynamic, llama3, yarn, longrope")
     if rest := rope.rest():
         listed = ", ".join(f"{name}={value!r}" for name, value in sorted(rest.items()))
         raise ValueError(f"{rope.where}: kind {kind!r} does not use {listed}")
     return rotary
 
 
-def _read_yarn(rope: Attributes, theta: float, original: int, max_positions: int) -> Rotary:
+def _read_longrope(rope: Attributes, plain: Rotary, original: int, max_positions: int) -> Rotary:
+    rope.require("short_factor", "long_factor")
+    factor = rope.take("factor", float, default=max_positions / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    factors = {}
+    for name in ("short_factor", "long_factor"):
+        factors[name] = rope.take(name, list)
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in factors[name]):
+            raise ValueError(f"{rope.where}: {name} must be numbers, got {factors[name]!r}")
+    return dataclasses.replace(
+        plain,
+        kind="longrope",
+        original_positions=original,
+        attention_factor=rope.take("attention_factor", float, default=default),
+        short_factors=tuple(map(float, factors["short_factor"])),
+        long_factors=tuple(map(float, factors["long_factor"])),
+    )
+
+
+def _read_yarn(rope: Attributes, plain: Rotary, original: int, max_positions: int) -> Rotary:
     factor = rope.take("factor", float, default=max_positions / original)
     mscale, mscale_all = rope.take("mscale", float), rope.take("mscale_all_dim", float)
 
@@ -221,8 +410,8 @@ def _read_yarn(rope: Attributes, theta: float, original: int, max_positions: int
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     default = magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude()
-    return Rotary(
-        theta=theta,
+    return dataclasses.replace(
+        plain,
         kind="yarn",
         factor=factor,
         original_positions=original,
@@ -234,60 +423,104 @@ def _read_yarn(rope: Attributes, theta: float, original: int, max_positions: int
 
 
 @dataclasses.dataclass(frozen=True)
+class Factor:
+    """One factor of an axis: a letter, a number, or a sum of them of which one part is taken.
+
+    Attributes:
+        parts: the summands; only one where nothing is cut.
+        taken: which of them.
+    """
+
+    parts: tuple[str, ...]
+    taken: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Factor:
+        """From `H`, `2` or `[N]+G+G`."""
+        parts = text.split("+")
+        taken = next((i for i, part in enumerate(parts) if part.startswith("[")), 0)
+        return cls(tuple(part.strip("[]") for part in parts), taken)
+
+    @property
+    def letter(self) -> str:
+        """What is left of it when the part is taken."""
+        return self.parts[self.taken]
+
+    def size(self, sizes: Mapping[str, int]) -> int:
+        """Of the whole factor."""
+        return sum(_size(part, sizes) for part in self.parts)
+
+    def cut(self, sizes: Mapping[str, int]) -> slice:
+        """Where the taken part lies."""
+        start = sum(_size(part, sizes) for part in self.parts[: self.taken])
+        return slice(start, start + _size(self.letter, sizes))
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """How the axes of a checkpoint's tensor become those of a parameter.
 
     Attributes:
-        before: axes of the checkpoint's tensor; several letters are one axis that holds their product.
-        after: axes of the parameter, of the same letters.
+        before: axes of the checkpoint's tensor; several factors are one axis that holds their product.
+        after: axes of the parameter, of the same letters. Factors of 1 may come and go.
     """
 
-    before: tuple[tuple[str, ...], ...]
-    after: tuple[tuple[str, ...], ...]
+    before: tuple[tuple[Factor, ...], ...]
+    after: tuple[tuple[Factor, ...], ...]
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """From notation such as `D (N H) -> N H D`. A text without an arrow leaves a tensor as it is."""
+        """From notation such as `D (N H) -> N H D`, or `([N]+G+G H) D -> N H D` for a part of a fused tensor.
+
+        A text without an arrow leaves a tensor as it is.
+        """
         before, _, after = text.partition("->")
         return cls(_axes(before), _axes(after or before))
 
     def shape_before(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor."""
-        return _shape(self.before, sizes)
+        return tuple(math.prod(factor.size(sizes) for factor in axis) for axis in self.before)
 
     def shape_after(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Shape of the parameter."""
-        return _shape(self.after, sizes)
+        return tuple(math.prod(_size(factor.letter, sizes) for factor in axis) for axis in self.after)
 
     def apply(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
         """The parameter; a view of the checkpoint's tensor wherever that is possible."""
-        letters = [letter for axis in self.before for letter in axis]
-        order = [letters.index(letter) for axis in self.after for letter in axis]
-        parts = array.reshape([_size(letter, sizes) for letter in letters])
+        factors = [factor for axis in self.before for factor in axis]
+        parts = array.reshape([factor.size(sizes) for factor in factors])
+        parts = parts[tuple(factor.cut(sizes) for factor in factors)]
+        parts = parts.squeeze(tuple(axis for axis, factor in enumerate(factors) if factor.letter == "1"))
+        letters = [factor.letter for factor in factors if factor.letter != "1"]
+        order = [letters.index(factor.letter) for axis in self.after for factor in axis if factor.letter != "1"]
         return parts.transpose(order).reshape(self.shape_after(sizes))
 
 
-def _axes(text: str) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(group.strip("()").split()) for group in re.findall(r"\([^)]*\)|\S+", text))
+def _axes(text: str) -> tuple[tuple[Factor, ...], ...]:
+    groups = re.findall(r"\([^)]*\)|\S+", text)
+    return tuple(tuple(Factor.parse(factor) for factor in group.strip("()").split()) for group in groups)
 
 
 def _size(letter: str, sizes: Mapping[str, int]) -> int:
     return int(letter) if letter.isdigit() else sizes[letter]
 
 
-def _shape(axes: tuple[tuple[str, ...], ...], sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(math.prod(_size(letter, sizes) for letter in axis) for axis in axes)
-
-
 def sizes_of(config: ModelConfig) -> dict[str, int]:
-    """What the letters of layouts stand for in a model; P is the number of rotary pairs of a head."""
+    """What the letters of layouts stand for in a model.
+
+    Beside those of `griffin_jax.model`: C positions of the context, E columns of the embedding, P pairs of
+    dimensions of a head.
+    """
     return {
+        "C": config.max_positions,
         "D": config.width,
+        "E": config.embedding_width or config.width,
         "F": config.ff_width,
         "G": config.num_kv_heads,
         "H": config.head_dim,
         "N": config.num_heads,
         "P": config.head_dim // 2,
+        "R": config.num_heads // config.num_kv_heads,
         "V": config.vocab_size,
     }
 
@@ -297,32 +530,50 @@ class TensorRule:
     """Which tensor of a checkpoint a parameter comes from.
 
     A rule applies to a model that has the parameter: that of a bias only to models with biases, that
-    of the head only where it is not tied. Several rules may name the same tensor.
+    of the head only where it is not tied. Several rules may take their parts of one fused tensor.
 
     Attributes:
-        name: of the tensor in Hugging Face checkpoints; `{layer}` stands for the layer's number.
+        name: of the tensor; `{layer}` stands for the layer's number, `{head}` for the number of a head
+            where every head has a tensor of its own.
         path: of the parameter in the module tree.
-        layout: of the tensor and the parameter, see `Layout`.
+        layout: of the tensor and the parameter, see `Layout`. With `{head}`, of the tensors of all heads
+            stacked in front.
+        add: is added to the stored values.
     """
 
     name: str
     path: str
     layout: str
+    add: float = 0.0
+
+    def in_layer(self, layer: int) -> TensorRule:
+        """The rule with a number in place of `{layer}`."""
+        name, path = (text.replace("{layer}", str(layer)) for text in (self.name, self.path))
+        return dataclasses.replace(self, name=name, path=path)
+
+    def tensors(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the rule reads."""
+        shape = Layout.parse(self.layout).shape_before(sizes)
+        if "{head}" not in self.name:
+            return {self.name: shape}
+        return {self.name.replace("{head}", str(head)): shape[1:] for head in range(shape[0])}
 
 
-@dataclasses.dataclass(frozen=True)
-class GgufRule:
-    """The Hugging Face name of a GGUF tensor.
+Rules = tuple[TensorRule, ...] | Callable[[ModelConfig], tuple[TensorRule, ...]]
+"""Of a family; a function where they depend on more of the configuration than which parameters there are."""
 
-    Attributes:
-        name: in GGUF files; `{layer}` stands for the layer's number.
-        hf_name: in Hugging Face checkpoints.
-        layout: where llama.cpp stores the values in another order, how to put them back.
-    """
 
-    name: str
-    hf_name: str
-    layout: str | None = None
+class StoredTensors(Protocol):
+    """What the description of a GGUF family may look at beside the metadata."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of every tensor in the file, outermost axis first."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """The values of a tensor."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,18 +581,18 @@ class GgufFamily:
     """How a family looks in GGUF files.
 
     Attributes:
-        architecture: value of `general.architecture`, and prefix of the family's metadata.
-        read_config: the metadata (without the prefix), the names of the tensors and the tensor
-            `rope_freqs.weight` (or None) -> a configuration in Hugging Face's terms. Token ids, the
-            vocabulary's size and whether the head is tied are filled in by the reader.
-        rules: names of tensors.
-        ignored: names of tensors that are read in another way or not needed.
+        architectures: values of `general.architecture`, each also the prefix of the family's metadata.
+        read_config: the metadata (without the prefix) and the file's tensors -> a configuration in
+            Hugging Face's terms. Token ids, the vocabulary's size and whether the head is tied are
+            filled in by the reader.
+        rules: which tensor goes where, by the names of GGUF files.
+        ignored: regular expressions of tensors that are read in another way or not needed.
     """
 
-    architecture: str
-    read_config: Callable[[Attributes, frozenset[str], np.ndarray | None], dict[str, Any]]
-    rules: tuple[GgufRule, ...]
-    ignored: frozenset[str] = frozenset()
+    architectures: tuple[str, ...]
+    read_config: Callable[[Attributes, StoredTensors], dict[str, Any]]
+    rules: Rules
+    ignored: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,16 +601,20 @@ class Family:
 
     Attributes:
         model_type: value of `model_type` in config.json.
+        title: what people call its models, for the list of what is supported.
         read_config: takes every attribute it knows and returns the architecture.
         rules: which tensor goes where.
+        prefix: of the names of most tensors, which checkpoints of the bare model lack.
         ignored: regular expressions of tensors that carry nothing the configuration does not say.
         copies: tensors that may be present although their rule does not apply, if they equal another.
         gguf: how it looks in GGUF files, if it is read from them.
     """
 
     model_type: str
+    title: str
     read_config: Callable[[Attributes], ModelConfig]
-    rules: tuple[TensorRule, ...]
+    rules: Rules
+    prefix: str = ""
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: GgufFamily | None = None
@@ -384,20 +639,21 @@ class Family:
         check_attributes(attributes, self.model_type)
         return config
 
-    def rules_by_path(self, config: ModelConfig) -> dict[str, TensorRule]:
-        """Every rule, for every layer, by the parameter it fills; also of parameters the model lacks."""
-        rules = (rule for template in self.rules for rule in _every_layer(template, config.num_layers))
-        return {rule.path: rule for rule in rules}
 
-    def is_ignored(self, name: str) -> bool:
-        """Whether a tensor is knowingly left aside."""
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+def rules_by_path(rules: Rules, config: ModelConfig) -> dict[str, TensorRule]:
+    """Every rule, for every layer, by the parameter it fills; also of parameters the model lacks."""
+    templates = rules if isinstance(rules, tuple) else rules(config)
+    return {
+        rule.path: rule
+        for template in templates
+        for rule in (
+            [template.in_layer(layer) for layer in range(config.num_layers)]
+            if "{layer}" in template.path
+            else [template]
+        )
+    }
 
 
-def _every_layer(template: TensorRule, num_layers: int) -> list[TensorRule]:
-    if "{layer}" not in template.path:
-        return [template]
-    return [
-        TensorRule(template.name.format(layer=layer), template.path.format(layer=layer), template.layout)
-        for layer in range(num_layers)
-    ]
+def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a tensor is knowingly left aside."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -11,52 +11,32 @@ from griffin_jax.families.base import (
     Attributes,
     Family,
     GgufFamily,
-    GgufRule,
+    StoredTensors,
     TensorRule,
     read_activation,
-    read_eos,
+    read_gguf_sizes,
     read_rotary,
+    read_sizes,
 )
 from griffin_jax.model import rotary_frequencies
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "llama"` describes."""
-    attributes.require(
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings", "rms_norm_eps",
-    )  # fmt: skip
-    width = attributes.take("hidden_size", int)
-    heads = attributes.take("num_attention_heads", int)
-    head_dim = attributes.take("head_dim", int)
-    if head_dim is None:
-        if heads < 1 or width % heads:
-            raise ValueError(
-                f"{attributes.where}: hidden_size {width} is not a multiple of num_attention_heads {heads}"
-            )
-        head_dim = width // heads
-    max_positions = attributes.take("max_position_embeddings", int)
+    attributes.require("rms_norm_eps")
+    sizes = read_sizes(attributes, bos_token_id=1, eos_token_id=2)
     # One switch in transformers for query, key, value and output.
     attention_bias = attributes.take("attention_bias", bool, default=False)
     return ModelConfig(
         family="llama",
-        vocab_size=attributes.take("vocab_size", int),
-        width=width,
-        ff_width=attributes.take("intermediate_size", int),
-        num_layers=attributes.take("num_hidden_layers", int),
-        num_heads=heads,
-        num_kv_heads=attributes.take("num_key_value_heads", int, default=heads),
-        head_dim=head_dim,
-        max_positions=max_positions,
+        **sizes,
         activation=read_activation(attributes),
         norm_eps=attributes.take("rms_norm_eps", float),
-        rotary=read_rotary(attributes, max_positions),
+        rotary=read_rotary(attributes, sizes["max_positions"], sizes["head_dim"]),
         tied_head=attributes.take("tie_word_embeddings", bool, default=False),
         attention_bias=attention_bias,
         attention_out_bias=attention_bias,
         ff_bias=attributes.take("mlp_bias", bool, default=False),
-        bos_token_id=attributes.take("bos_token_id", int),
-        eos_token_ids=read_eos(attributes),
     )
 
 
@@ -83,44 +63,23 @@ RULES = (
 )
 
 
-def read_gguf_config(
-    attributes: Attributes, tensors: frozenset[str], rope_factors: np.ndarray | None
-) -> dict[str, Any]:
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
     """llama.cpp's metadata in the terms of config.json."""
-    attributes.require(
-        "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length",
-        "attention.layer_norm_rms_epsilon",
-    )  # fmt: skip
-    width = attributes.take("embedding_length", int)
-    heads = attributes.take("attention.head_count", int)
-    head_dim = attributes.take("attention.key_length", int, default=width // max(heads, 1))
-    for name in ("attention.value_length", "rope.dimension_count"):
-        size = attributes.take(name, int, default=head_dim)
-        if size != head_dim:
-            raise ValueError(f"{attributes.where}: {name} is {size}, but heads have {head_dim} dimensions")
-    if experts := attributes.take("expert_count", int, default=0):
-        raise ValueError(f"{attributes.where}: mixtures of experts are not supported (expert_count is {experts})")
-    attributes.take("expert_used_count", int)
-    context = attributes.take("context_length", int)
+    values = read_gguf_sizes(attributes)
     theta = attributes.take("rope.freq_base", float, default=10_000.0)
     scaling = _gguf_scaling(attributes)
-    if rope_factors is not None and not np.all(rope_factors == 1):
-        if scaling is not None:
+    if "rope_freqs.weight" in tensors.shapes:
+        factors = tensors.read("rope_freqs.weight")
+        if scaling is not None and not np.all(factors == 1):
             raise ValueError(f"{attributes.where}: both rope.scaling and rope_freqs.weight are given")
-        scaling = _llama3_scaling(rope_factors, theta, head_dim, attributes.where)
-    return {
-        "hidden_size": width,
-        "intermediate_size": attributes.take("feed_forward_length", int),
-        "num_hidden_layers": attributes.take("block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": attributes.take("attention.head_count_kv", int, default=heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": context,
+        if not np.all(factors == 1):
+            scaling = _llama3_scaling(factors, theta, values["head_dim"], attributes.where)
+    return values | {
         "rms_norm_eps": attributes.take("attention.layer_norm_rms_epsilon", float),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors.shapes,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors.shapes,
     }
 
 
@@ -164,36 +123,33 @@ def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str
     return scaling
 
 
-def _block(gguf: str, hf: str, layout: str | None = None) -> GgufRule:
-    return GgufRule("blk.{layer}." + gguf, "model.layers.{layer}." + hf, layout)
-
-
 # llama.cpp turns neighbouring dimensions of a head, transformers those half a head apart, so it stores the rows
 # of queries and keys pair by pair.
 GGUF_RULES = (
-    GgufRule("token_embd.weight", "model.embed_tokens.weight"),
-    GgufRule("output_norm.weight", "model.norm.weight"),
-    GgufRule("output.weight", "lm_head.weight"),
-    _block("attn_norm.weight", "input_layernorm.weight"),
-    _block("attn_q.weight", "self_attn.q_proj.weight", "(N P 2) D -> (N 2 P) D"),
-    _block("attn_k.weight", "self_attn.k_proj.weight", "(G P 2) D -> (G 2 P) D"),
-    _block("attn_v.weight", "self_attn.v_proj.weight"),
-    _block("attn_output.weight", "self_attn.o_proj.weight"),
-    _block("attn_q.bias", "self_attn.q_proj.bias", "(N P 2) -> (N 2 P)"),
-    _block("attn_k.bias", "self_attn.k_proj.bias", "(G P 2) -> (G 2 P)"),
-    _block("attn_v.bias", "self_attn.v_proj.bias"),
-    _block("attn_output.bias", "self_attn.o_proj.bias"),
-    _block("ffn_norm.weight", "post_attention_layernorm.weight"),
-    _block("ffn_gate.weight", "mlp.gate_proj.weight"),
-    _block("ffn_up.weight", "mlp.up_proj.weight"),
-    _block("ffn_down.weight", "mlp.down_proj.weight"),
-    _block("ffn_gate.bias", "mlp.gate_proj.bias"),
-    _block("ffn_up.bias", "mlp.up_proj.bias"),
-    _block("ffn_down.bias", "mlp.down_proj.bias"),
+    TensorRule("token_embd.weight", "embedding", "V D"),
+    TensorRule("output_norm.weight", "norm.scale", "D"),
+    TensorRule("output.weight", "head", "V D"),
+    TensorRule("blk.{layer}.attn_norm.weight", "layers.{layer}.attention_norm.scale", "D"),
+    TensorRule("blk.{layer}.attn_q.weight", "layers.{layer}.attention.query", "(N P 2) D -> N (2 P) D"),
+    TensorRule("blk.{layer}.attn_k.weight", "layers.{layer}.attention.key", "(G P 2) D -> G (2 P) D"),
+    TensorRule("blk.{layer}.attn_v.weight", "layers.{layer}.attention.value", "(G H) D -> G H D"),
+    TensorRule("blk.{layer}.attn_output.weight", "layers.{layer}.attention.out", "D (N H) -> N H D"),
+    TensorRule("blk.{layer}.attn_q.bias", "layers.{layer}.attention.query_bias", "(N P 2) -> N (2 P)"),
+    TensorRule("blk.{layer}.attn_k.bias", "layers.{layer}.attention.key_bias", "(G P 2) -> G (2 P)"),
+    TensorRule("blk.{layer}.attn_v.bias", "layers.{layer}.attention.value_bias", "(G H) -> G H"),
+    TensorRule("blk.{layer}.attn_output.bias", "layers.{layer}.attention.out_bias", "D"),
+    TensorRule("blk.{layer}.ffn_norm.weight", "layers.{layer}.ff_norm.scale", "D"),
+    TensorRule("blk.{layer}.ffn_gate.weight", "layers.{layer}.ff.gate", "F D"),
+    TensorRule("blk.{layer}.ffn_up.weight", "layers.{layer}.ff.up", "F D"),
+    TensorRule("blk.{layer}.ffn_down.weight", "layers.{layer}.ff.down", "D F -> F D"),
+    TensorRule("blk.{layer}.ffn_gate.bias", "layers.{layer}.ff.gate_bias", "F"),
+    TensorRule("blk.{layer}.ffn_up.bias", "layers.{layer}.ff.up_bias", "F"),
+    TensorRule("blk.{layer}.ffn_down.bias", "layers.{layer}.ff.down_bias", "D"),
 )
 
 FAMILY = Family(
     model_type="llama",
+    title="Llama 1 to 3, SmolLM2, TinyLlama, ReLULLaMA, Vicuna, ...",
     read_config=read_config,
     rules=RULES,
     # Old checkpoints store the wavelengths, which follow from the configuration.
@@ -201,5 +157,5 @@ FAMILY = Family(
     # Written by some tools into models whose head is tied. If it differed, the configuration would be wrong about
     # the tie, and ignoring it would give a wrong model.
     copies={"lm_head.weight": "model.embed_tokens.weight"},
-    gguf=GgufFamily("llama", read_gguf_config, GGUF_RULES, ignored=frozenset({"rope_freqs.weight"})),
+    gguf=GgufFamily(("llama",), read_gguf_config, GGUF_RULES, ignored=(r"rope_freqs\.weight",)),
 )

@@ -1,0 +1,72 @@
+"""Tiny random models of every family, for the tests of parity. A new family is one new file that defines `CASES`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY, WIDTH, FF, LAYERS, HEADS, KV_HEADS, CONTEXT = 101, 32, 48, 3, 4, 2, 256
+"""Sizes of the tiny models. They differ wherever they could be mistaken for each other, and are the same for all
+families, so that little is compiled anew."""
+
+LLAMA_LIKE: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": FF, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+"""Sizes by the names that most configurations use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cases:
+    """Tiny models of one family.
+
+    Attributes:
+        config: attributes that all of them share.
+        variants: name -> further attributes.
+        down: end of the name of the torch modules whose input is z.
+        ungiven: attributes that may not be left out of config.json although transformers has a default
+            for them.
+    """
+
+    config: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    down: str = "mlp.down_proj"
+    ungiven: tuple[str, ...] = ()
+
+
+def all_cases() -> dict[str, Cases]:
+    """Model type -> its cases."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: importlib.import_module(f"{__name__}.{name}").CASES for name in names}
+
+
+def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, seed: int = 0) -> Any:
+    """A random torch model, saved to a folder as transformers does."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **attributes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    """Change attributes of a folder's config.json; a change to `...` removes one."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
