@@ -1,66 +1,74 @@
-"""Tiny GGUF files, the way llama.cpp writes them."""
+"""Tiny GGUF files, the way llama.cpp writes them: https://github.com/ggml-org/llama.cpp, convert_hf_to_gguf.py."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import checkpoints
 import gguf
 import numpy as np
+from safetensors.numpy import load_file
 
-from griffin_jax.families.llama import GGUF_RULES
-
-
-def to_gguf_name(name: str) -> str:
-    layer = name.split(".")[2] if ".layers." in name else "0"
-    (found,) = [rule.name.format(layer=layer) for rule in GGUF_RULES if rule.hf_name.format(layer=layer) == name]
-    return found
+Config = Mapping[str, Any]
+Fields = dict[str, Any]
+Tensors = Iterable[tuple[str, np.ndarray]]
 
 
-def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """As llama.cpp's converter does: https://github.com/ggml-org/llama.cpp, convert_hf_to_gguf.py."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
+def write_twin(folder: Path, file: Path, quantise: gguf.GGMLQuantizationType | None = None, **options: Any) -> Path:
+    """The twin of a Hugging Face folder, but for its tokenizer. Further options are those of `write_gguf`."""
+    weights = {name: array for part in sorted(folder.glob("*.safetensors")) for name, array in load_file(part).items()}
+    for name, array in weights.items():
+        if array.dtype.name == "bfloat16":
+            weights[name] = array.astype(np.float32)
+    return write_gguf(file, weights, json.loads((folder / "config.json").read_text()), quantise, **options)
 
 
 def write_gguf(
-    file: Path, weights, config=checkpoints.CONFIG, quantise=None, metadata=None, extra=(), leave_out=()
+    file: Path,
+    weights: Mapping[str, np.ndarray],
+    config: Config = checkpoints.CONFIG,
+    quantise: gguf.GGMLQuantizationType | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    extra: Iterable[Callable[[gguf.GGUFWriter], None]] = (),
+    leave_out: Collection[str] = (),
 ) -> Path:
-    """The twin of a Hugging Face folder, the way llama.cpp writes it."""
-    writer = gguf.GGUFWriter(file, "llama")
+    """Hugging Face tensors and configuration as a GGUF file.
+
+    Args:
+        file: to write.
+        weights: by the names of Hugging Face checkpoints.
+        config: content of config.json.
+        quantise: type of the matrices, by default that of `weights`.
+        metadata: further fields, for example those of a tokenizer.
+        extra: called with the writer, for anything else.
+        leave_out: fields to leave out, each by a part of the name of the method that would add it.
+    """
+    recipe = RECIPES[config["model_type"]]
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[recipe.architecture])
     fields = {
-        "block_count": (writer.add_block_count, config["num_hidden_layers"]),
-        "context_length": (writer.add_context_length, config["max_position_embeddings"]),
-        "embedding_length": (writer.add_embedding_length, config["hidden_size"]),
-        "feed_forward_length": (writer.add_feed_forward_length, config["intermediate_size"]),
-        "head_count": (writer.add_head_count, config["num_attention_heads"]),
-        "head_count_kv": (writer.add_head_count_kv, config["num_key_value_heads"]),
-        "key_length": (writer.add_key_length, config["head_dim"]),
-        "value_length": (writer.add_value_length, config["head_dim"]),
-        "dimension_count": (writer.add_rope_dimension_count, config["head_dim"]),
-        "freq_base": (writer.add_rope_freq_base, config.get("rope_theta", 10_000.0)),
-        "eps": (writer.add_layer_norm_rms_eps, config["rms_norm_eps"]),
-        "vocab_size": (writer.add_vocab_size, config["vocab_size"]),
-        "bos": (writer.add_bos_token_id, config["bos_token_id"]),
-        "eos": (writer.add_eos_token_id, config["eos_token_id"]),
+        "file_type": gguf.LlamaFileType["ALL_F32" if quantise is None else f"MOSTLY_{quantise.name}"],
+        **recipe.fields(config),
+        **{f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in SPECIAL_TOKENS},
     }
-    for name, (add, value) in fields.items():
-        if name not in leave_out:
-            add(value)
+    for name, value in fields.items():
+        # Of several tokens that end a text, llama.cpp does not take one from config.json.
+        unknown = value is None or (name.endswith("_token_id") and not isinstance(value, int))
+        if not unknown and not any(part in name for part in leave_out):
+            getattr(writer, f"add_{name}")(value)
     for name, value in (metadata or {}).items():
         if name not in ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"):
             add_field(writer, name, value)
     for add in extra:
         add(writer)
-    for name, array in weights.items():
-        if "q_proj" in name or "k_proj" in name:
-            array = permute(array, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
-        kind = None
-        if quantise is not None and array.ndim == 2:
-            kind = quantise
-            array = gguf.quants.quantize(np.ascontiguousarray(array), kind)
-        writer.add_tensor(to_gguf_name(name), np.ascontiguousarray(array), raw_dtype=kind)
+    kept = [(name, array) for name, array in weights.items() if not name.endswith(NOT_PARAMETERS)]
+    for name, array in recipe.tensors(kept, config):
+        add_tensor(writer, to_gguf_name(name, recipe.architecture), array, quantise)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,3 +80,348 @@ def add_field(writer: gguf.GGUFWriter, name: str, value: Any) -> None:
     """Any metadata, by the type of its value."""
     kinds = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
     kinds[type(value)](name, value)
+
+
+def add_tensor(
+    writer: gguf.GGUFWriter, name: str, array: np.ndarray, quantise: gguf.GGMLQuantizationType | None = None
+) -> None:
+    """Vectors, norms and position embeddings stay in float32 whatever the type of the file."""
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    array = np.ascontiguousarray(array)
+    if quantise is None or array.ndim < 2 or name.endswith("_norm.weight") or name == "position_embd.weight":
+        writer.add_tensor(name, array)
+        return
+    try:
+        packed = gguf.quants.quantize(array, quantise)
+    except gguf.QuantError:  # rows that do not divide into blocks
+        quantise = gguf.GGMLQuantizationType.F16
+        packed = gguf.quants.quantize(array, quantise)
+    writer.add_tensor(name, packed, raw_dtype=quantise)
+
+
+@functools.cache
+def tensor_names(architecture: gguf.MODEL_ARCH) -> gguf.TensorNameMap:
+    return gguf.get_tensor_name_map(architecture, n_blocks=32)
+
+
+def to_gguf_name(name: str, architecture: gguf.MODEL_ARCH = gguf.MODEL_ARCH.LLAMA) -> str:
+    found = tensor_names(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, f"llama.cpp has no name for {name}"
+    return found
+
+
+# ---- Metadata: names of the writer's methods without `add_`, and values; None is left out.
+
+SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def first(config: Config, *names: str) -> Any:
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def width_of(config: Config) -> int:
+    return first(config, "hidden_size", "n_embd", "d_model")
+
+
+def heads_of(config: Config) -> int:
+    return first(config, "num_attention_heads", "n_head", "n_heads")
+
+
+def head_dim_of(config: Config) -> int:
+    return config.get("head_dim") or width_of(config) // heads_of(config)
+
+
+def kv_heads_of(config: Config) -> int:
+    return config.get("num_key_value_heads") or heads_of(config)
+
+
+def rope_of(config: Config) -> Fields:
+    """The rotary embedding's attributes, in old spelling or new; of layers with full attention, where others exist."""
+    rope = dict(first(config, "rope_parameters", "rope_scaling") or {})
+    rope |= rope.get("full_attention", {})
+    for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if config.get(name) is not None:
+            rope.setdefault(name, config[name])
+    if "rope_local_base_freq" in config:
+        rope.setdefault("sliding_attention", {"rope_theta": config["rope_local_base_freq"]})
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    return rope
+
+
+def size_fields(config: Config) -> Fields:
+    """What every architecture says."""
+    return {
+        "block_count": first(config, "num_hidden_layers", "n_layer", "n_layers"),
+        "context_length": first(config, "max_position_embeddings", "n_ctx", "max_seq_len"),
+        "embedding_length": width_of(config),
+        "feed_forward_length": config.get("intermediate_size") or 4 * width_of(config),
+        "head_count": heads_of(config),
+        "head_count_kv": config.get("num_key_value_heads"),
+        "layer_norm_rms_eps": config.get("rms_norm_eps"),
+        "layer_norm_eps": first(config, "layer_norm_eps", "layer_norm_epsilon"),
+    }
+
+
+def head_fields(config: Config) -> Fields:
+    return dict.fromkeys(("key_length", "value_length"), config.get("head_dim"))
+
+
+def rope_fields(config: Config) -> Fields:
+    rope = rope_of(config)
+    fields = {
+        "rope_freq_base": rope.get("rope_theta"),
+        "rope_freq_base_swa": rope.get("sliding_attention", {}).get("rope_theta"),
+    }
+    if rope["rope_type"] == "linear":
+        fields |= {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
+    if rope["rope_type"] == "yarn":
+        fields |= {
+            "rope_scaling_type": gguf.RopeScalingType.YARN,
+            "rope_scaling_factor": rope["factor"],
+            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
+            "rope_scaling_yarn_attn_factor": rope.get("attention_factor"),
+            "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
+            "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
+        }
+    return fields
+
+
+def standard_fields(config: Config) -> Fields:
+    return size_fields(config) | head_fields(config) | rope_fields(config)
+
+
+def smollm3_fields(config: Config) -> Fields:
+    """Those of Llama where config.json does not say `head_dim`. Nothing says which layers have no rotary embedding."""
+    return standard_fields(config) | {
+        "head_count_kv": kv_heads_of(config),
+        "vocab_size": config["vocab_size"],
+        "rope_dimension_count": head_dim_of(config),
+    }
+
+
+def llama_fields(config: Config) -> Fields:
+    """The converter reads config.json with transformers, which fills in `head_dim`. Mistral's window is not written."""
+    return smollm3_fields({**config, "head_dim": head_dim_of(config)})
+
+
+def granite_fields(config: Config) -> Fields:
+    return smollm3_fields({**config, "head_dim": None}) | {
+        "attention_scale": config.get("attention_multiplier"),
+        "embedding_scale": config.get("embedding_multiplier"),
+        "residual_scale": config.get("residual_multiplier"),
+        "logit_scale": config.get("logits_scaling"),
+    }
+
+
+def gemma_fields(config: Config) -> Fields:
+    """Without the base of the rotary embedding, as with StableLM, Falcon and GPT-NeoX."""
+    return size_fields(config) | head_fields(config)
+
+
+def gemma2_fields(config: Config) -> Fields:
+    return gemma_fields(config) | {
+        "attn_logit_softcapping": config["attn_logit_softcapping"],
+        "final_logit_softcapping": config["final_logit_softcapping"],
+        "sliding_window": config["sliding_window"],
+    }
+
+
+def gemma3_fields(config: Config) -> Fields:
+    window = config["sliding_window"] if config.get("sliding_window_pattern") != 1 else None
+    softcap = config.get("final_logit_softcapping")
+    return standard_fields(config) | {"final_logit_softcapping": softcap, "sliding_window": window}
+
+
+def phi3_fields(config: Config) -> Fields:
+    rope = rope_of(config)
+    original = rope["original_max_position_embeddings"]
+    magnitude = None
+    if rope.get("long_factor"):  # the type of scaling itself is not written
+        stretch = max(1.0, config["max_position_embeddings"] / original)
+        magnitude = math.sqrt(1 + math.log(stretch) / math.log(original))
+    return size_fields(config) | {
+        "rope_scaling_orig_ctx_len": original,
+        "rope_scaling_attn_factors": magnitude,
+        "rope_dimension_count": int(rope.get("partial_rotary_factor", 1.0) * width_of(config)) // heads_of(config),
+        "rope_freq_base": rope["rope_theta"],
+        "sliding_window": config.get("sliding_window") or 0,
+    }
+
+
+def stablelm_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "rope_dimension_count": int(rope_of(config)["partial_rotary_factor"] * head_dim_of(config)),
+        "parallel_residual": config.get("use_parallel_residual", True),
+    }
+
+
+def falcon_kv_heads(config: Config) -> int:
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    return config.get("num_kv_heads") or heads_of(config)
+
+
+def falcon_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "context_length": 2048,
+        "tensor_data_layout": "jploski",
+        "head_count_kv": falcon_kv_heads(config),
+    }
+
+
+def gpt_neox_fields(config: Config) -> Fields:
+    part = first(config, "rotary_pct") or rope_of(config)["partial_rotary_factor"]
+    return size_fields(config) | {
+        "rope_dimension_count": int(part * head_dim_of(config)),
+        "parallel_residual": config.get("use_parallel_residual", True),
+        "file_type": None,
+    }
+
+
+def gpt2_fields(config: Config) -> Fields:
+    return size_fields(config) | {"context_length": first(config, "n_ctx", "n_positions")}
+
+
+def bloom_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "context_length": config.get("seq_length", width_of(config)),
+        "head_count_kv": heads_of(config),
+    }
+
+
+def mpt_fields(config: Config) -> Fields:
+    attention = config["attn_config"]
+    return size_fields(config) | {
+        "head_count_kv": attention.get("kv_n_heads"),
+        "layer_norm_eps": 1e-5,
+        "clamp_kqv": attention.get("clip_qkv"),
+        "max_alibi_bias": attention.get("alibi_bias_max", 8) if attention.get("alibi", True) else 0.0,
+        "file_type": None,
+    }
+
+
+# ---- Tensors: names of Hugging Face (or already of GGUF), and values as llama.cpp stores them.
+
+# Masks and wavelengths in old checkpoints.
+NOT_PARAMETERS = (".attention.bias", ".attn.bias", ".attention.masked_bias", ".attn.masked_bias", ".inv_freq")
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head pair by pair: the dimensions that rotate together, half a head apart, become neighbours."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def unchanged(tensors: Tensors, config: Config) -> Tensors:
+    return tensors
+
+
+def llama_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        if "q_proj" in name:
+            array = permute(array, heads_of(config))
+        elif "k_proj" in name:
+            array = permute(array, kv_heads_of(config))
+        yield name, array
+    rope = rope_of(config)
+    if rope["rope_type"] == "llama3":
+        yield "rope_freqs.weight", llama3_factors(rope, head_dim_of(config))
+
+
+def llama3_factors(rope: Config, head_dim: int) -> np.ndarray:
+    """By how much each wavelength grows: the short ones not, the long ones by `factor`."""
+    frequencies = 1.0 / (rope["rope_theta"] ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim))
+    wavelengths = 2 * math.pi / frequencies
+    context, factor = rope["original_max_position_embeddings"], rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = (context / wavelengths - low) / (high - low)
+    between = np.where(wavelengths > context / low, factor, 1 / ((1 - smooth) / factor + smooth))
+    return np.where(wavelengths < context / high, 1, between).astype(np.float32)
+
+
+def gemma3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        yield name, array + array.dtype.type(1) if name.endswith("norm.weight") else array
+
+
+def gemma_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return gemma3_tensors([(name, array) for name, array in tensors if name != "lm_head.weight"], config)
+
+
+def phi3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    yield from tensors
+    for length in ("long", "short"):
+        if factors := rope_of(config).get(f"{length}_factor"):
+            yield f"rope_factors_{length}.weight", np.asarray(factors, np.float32)
+
+
+def stablelm_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """The norms of a layer's heads are one matrix."""
+    norms: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in tensors:
+        block, is_norm, head = name.removesuffix(".weight").partition(".norms.")
+        if is_norm:
+            norms.setdefault(block, {})[int(head)] = array
+        else:
+            yield name, array
+    for block, heads in norms.items():
+        yield f"{block}.weight", np.stack([heads[head] for head in range(len(heads))])
+
+
+def falcon_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """All queries, all keys, all values, instead of each group's queries, key and value."""
+    groups, size = falcon_kv_heads(config), head_dim_of(config)
+    for name, array in tensors:
+        if "query_key_value" in name:
+            parts = np.split(array.reshape(groups, -1, size, *array.shape[1:]), (-2, -1), axis=1)
+            array = np.concatenate([part.reshape(-1, *array.shape[1:]) for part in parts])
+        yield name, array
+
+
+def gpt_neox_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """All queries, all keys, all values, instead of each head's three."""
+    heads = heads_of(config)
+    for name, array in tensors:
+        if "query_key_value" in name:
+            array = array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+        yield name, array
+
+
+def bloom_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return gpt_neox_tensors([(name.removeprefix("transformer."), array) for name, array in tensors], config)
+
+
+def gpt2_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        yield name, array.T if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) else array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How llama.cpp writes a family."""
+
+    architecture: gguf.MODEL_ARCH
+    fields: Callable[[Config], Fields]
+    tensors: Callable[[Tensors, Config], Tensors] = unchanged
+
+
+RECIPES = {
+    "llama": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "mistral": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "smollm3": Recipe(gguf.MODEL_ARCH.SMOLLM3, smollm3_fields, llama_tensors),
+    "granite": Recipe(gguf.MODEL_ARCH.GRANITE, granite_fields, llama_tensors),
+    "qwen2": Recipe(gguf.MODEL_ARCH.QWEN2, standard_fields),
+    "qwen3": Recipe(gguf.MODEL_ARCH.QWEN3, standard_fields),
+    "olmo2": Recipe(gguf.MODEL_ARCH.OLMO2, standard_fields),
+    "gemma": Recipe(gguf.MODEL_ARCH.GEMMA, gemma_fields, gemma_tensors),
+    "gemma2": Recipe(gguf.MODEL_ARCH.GEMMA2, gemma2_fields, gemma_tensors),
+    "gemma3_text": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_tensors),
+    "phi3": Recipe(gguf.MODEL_ARCH.PHI3, phi3_fields, phi3_tensors),
+    "stablelm": Recipe(gguf.MODEL_ARCH.STABLELM, stablelm_fields, stablelm_tensors),
+    "falcon": Recipe(gguf.MODEL_ARCH.FALCON, falcon_fields, falcon_tensors),
+    "gpt_neox": Recipe(gguf.MODEL_ARCH.GPTNEOX, gpt_neox_fields, gpt_neox_tensors),
+    "gpt2": Recipe(gguf.MODEL_ARCH.GPT2, gpt2_fields, gpt2_tensors),
+    "bloom": Recipe(gguf.MODEL_ARCH.BLOOM, bloom_fields, bloom_tensors),
+    "mpt": Recipe(gguf.MODEL_ARCH.MPT, mpt_fields),
+}
