@@ -22,6 +22,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "gpt2"` describes."""
     sizes = read_gpt_sizes(attributes, n_positions=1024)
     scaled = attributes.take("scale_attn_weights", bool, default=True)
+    attributes.expect(scale_attn_by_inverse_layer_idx=False)
     # That the scores are computed in float32 is so here anyway.
     attributes.ignore("reorder_and_upcast_attn")
     return ModelConfig(
