@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info`."""
+"""The command line: `griffin-jax generate | convert | info | families`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, demo, loading
+from griffin_jax import __version__, demo, families, loading
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.griffin import NEURON_MAJOR, Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
@@ -77,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--density", type=_density, default=0.5, help="density to describe (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser("families", help="list the model families that are supported, and what is refused")
+    command.set_defaults(run=lambda options: print(families.table()))
     return parser
 
 

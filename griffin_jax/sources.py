@@ -129,7 +129,10 @@ class FamilySource(Source):
         self.name = reader.name
         self.config = reader.config
         self.shapes = parameter_shapes(reader.config)
-        self.dtype = _stored_dtype(reader.tensors.values())
+        # Without what is left aside: the causal masks of old checkpoints may have more values than the weights.
+        self.dtype = _stored_dtype(
+            tensor for name, tensor in reader.tensors.items() if not is_ignored(name, reader.ignored)
+        )
         self._reader = reader
         self._sizes = sizes_of(reader.config)
         rules = rules_by_path(reader.rules, reader.config)
@@ -279,7 +282,9 @@ class HuggingFaceFolder(Reader):
         # Checkpoints of the bare model, as AutoModel saves it, lack the name of the part that it is of the whole.
         prefix = self.family.prefix
         self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
-        self.tensors = {self._prefix + name: tensor for name, tensor in self.tensors.items()}
+        self.tensors = {
+            name if name in self.copies else self._prefix + name: tensor for name, tensor in self.tensors.items()
+        }
 
     def read(self, name: str) -> np.ndarray:
         name = name.removeprefix(self._prefix)

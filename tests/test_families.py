@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from griffin_jax.config import Rotary
-from griffin_jax.families import Layout, families, family_of
+from griffin_jax.families import REFUSED, Layout, families, family_of, gguf_family_of, table
 from griffin_jax.loading import load_model
 from griffin_jax.model import rotary_frequencies
 
@@ -192,6 +192,24 @@ def test_unknown_families_name_the_known_ones():
     assert "llama" in families()
 
 
+def test_mixtures_and_others_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"x: model_type 'mixtral' is not supported: it is a mixture of experts"):
+        family_of("mixtral", "x")
+    with pytest.raises(ValueError, match=r"GGUF architecture 'qwen3moe' is not supported: it is a mixture"):
+        gguf_family_of("qwen3moe", "x")
+    with pytest.raises(ValueError, match="gemma3_text"):
+        family_of("gemma3", "x")
+    refused = [name for names in REFUSED.values() for name in names]
+    assert len(refused) == len(set(refused))
+    assert not set(refused) & families().keys()
+
+
+def test_the_table_in_the_readme_is_that_of_the_code():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    between = readme.split("<!-- families: the output of `griffin-jax families` -->")[1].split("<!-- /families -->")[0]
+    assert between.strip() == table()
+
+
 # ---- layouts ----
 
 
@@ -206,6 +224,25 @@ def test_layouts_move_axes():
     pairs = Layout.parse("(N P 2) -> (N 2 P)")
     np.testing.assert_array_equal(pairs.apply(rows, sizes), [0, 2, 1, 3, 4, 6, 5, 7])
     np.testing.assert_array_equal(Layout.parse("D").apply(np.arange(5), sizes), np.arange(5))
+
+
+def test_layouts_take_parts_of_fused_tensors():
+    sizes = {"D": 5, "N": 4, "G": 2, "R": 2, "H": 3, "C": 6}
+    fused = np.arange((4 + 2 + 2) * 3 * 5).reshape(24, 5)
+    for text, rows in (("([N]+G+G H) D -> N H D", slice(0, 12)), ("(N+[G]+G H) D -> G H D", slice(12, 18)),
+                       ("(N+G+[G] H) D -> G H D", slice(18, 24))):  # fmt: skip
+        layout = Layout.parse(text)
+        assert layout.shape_before(sizes) == (24, 5)
+        np.testing.assert_array_equal(layout.apply(fused, sizes), fused[rows].reshape(layout.shape_after(sizes)))
+    grouped = fused.reshape(2, 4, 3, 5)  # for each of two groups: two queries, one key, one value
+    queries = Layout.parse("(G [R]+1+1 H) D -> (G R) H D")
+    np.testing.assert_array_equal(queries.apply(fused, sizes), grouped[:, :2].reshape(4, 3, 5))
+    keys = Layout.parse("(G R+[1]+1 H) D -> G H D")
+    np.testing.assert_array_equal(keys.apply(fused, sizes), grouped[:, 2])
+    positions = np.arange(40).reshape(8, 5)
+    np.testing.assert_array_equal(Layout.parse("(2+[C]) D -> C D").apply(positions, sizes), positions[2:])
+    scale = np.arange(12)
+    assert Layout.parse("(N H) -> N 1 H").apply(scale, sizes).shape == (4, 1, 3)
 
 
 # ---- parity with transformers ----

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import VOCABULARY, Cases, all_cases, build_torch, rewrite_config
+from checkpoints_gguf import RECIPES, write_twin
 from reference import oracle_squares, oracle_topk, torch_greedy, torch_intermediates, torch_logits
 from safetensors.numpy import load_file, save_file
 
@@ -36,20 +37,25 @@ class Pair:
     llm: gj.LLM
     folder: Path
     down: str
+    not_in_gguf: str | None
 
 
-VARIANTS = [(family, variant) for family, cases in CASES.items() for variant in cases.variants]
+def parameter(family: str, variant: str) -> Any:
+    name = f"{family}-{variant.replace(', ', '-').replace(' ', '_')}"
+    # In a group, so that a model is built once also where tests are shared out to several processes.
+    return pytest.param((family, variant), id=name, marks=pytest.mark.xdist_group(name))
 
 
-@pytest.fixture(
-    scope="module", params=VARIANTS, ids=lambda case: f"{case[0]}-{case[1].replace(', ', '-').replace(' ', '_')}"
-)
+VARIANTS = [parameter(family, variant) for family, cases in CASES.items() for variant in cases.variants]
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory) -> Pair:
     family, variant = request.param
     cases = CASES[family]
     folder = tmp_path_factory.mktemp(family)
     model = build_torch(family, {**cases.config, **cases.variants[variant]}, folder)
-    return Pair(model, gj.load(folder, "float32"), folder, cases.down)
+    return Pair(model, gj.load(folder, "float32"), folder, cases.down, cases.not_in_gguf.get(variant))
 
 
 def run(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
@@ -71,46 +77,51 @@ def close(got: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_whole_sequence(pair, rng):
-    tokens = rng.integers(0, VOCABULARY, (2, 70)).astype(np.int32)
+def test_whole_sequences(pair, rng):
+    tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
     close(run(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
-def test_token_by_token_through_the_cache(pair, rng):
-    tokens = rng.integers(0, VOCABULARY, (2, 24)).astype(np.int32)
-    steps = [tokens[:, :16], tokens[:, 16:19], *(tokens[:, t : t + 1] for t in range(19, 24))]
-    close(run(pair.llm.model, steps, 40), torch_logits(pair.torch, tokens))
+def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
+    """Rows of different lengths with padding anywhere between their tokens, as prompts and single tokens."""
+    columns, lengths = 24, (1, 7, 24)
+    padded = np.full((len(lengths), columns), -1, np.int32)
+    places = [np.sort(rng.permutation(columns)[:length]) for length in lengths]
+    rows = [rng.integers(0, VOCABULARY, length).astype(np.int32) for length in lengths]
+    for line, place, row in zip(padded, places, rows, strict=True):
+        line[place] = row
+    steps = np.split(padded, [16, 19, 20, 21, 22, 23], axis=1)
+    logits = run(pair.llm.model, steps, 40)
+    for line, place, row in zip(logits, places, rows, strict=True):
+        close(line[place], torch_logits(pair.torch, [row])[0])
 
 
-def test_ragged_batch_and_padding_anywhere(pair, rng):
-    rows = [rng.integers(0, VOCABULARY, n).astype(np.int32) for n in (1, 7, 30)]
-    expected = [torch_logits(pair.torch, [row])[0] for row in rows]
-    tokens, lengths = gj.pad(rows, 32)
-    prefilled = gj.prefill(pair.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=4, collect=False)
-    for index in range(len(rows)):
-        close(np.asarray(prefilled.logits[index]), expected[index][-1])
-    scattered = np.full((3, 40), -1, np.int32)
-    places = [np.sort(rng.permutation(40)[: len(row)]) for row in rows]
-    for index, row in enumerate(rows):
-        scattered[index, places[index]] = row
-    logits = run(pair.llm.model, [scattered[:, :24], scattered[:, 24:]], 50)
-    for index in range(len(rows)):
-        close(logits[index, places[index]], expected[index])
+def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
+    prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in (37, 20)]
+    out = pair.llm.generate(prompts, max_new_tokens=12, density=0.5, ignore_eos=True)
+    for row, prompt in enumerate(prompts):
+        z = torch_intermediates(pair.torch, prompt, pair.down)
+        assert len(out.experts) == len(z)
+        for kept, layer in zip(out.experts, z, strict=True):
+            np.testing.assert_array_equal(kept[row], oracle_topk(oracle_squares(layer), layer.shape[1] // 2))
+        masks = [mask[row] for mask in out.experts.masks()]
+        assert out.tokens[row] == torch_greedy(pair.torch, prompt, 12, masks, pair.down)
 
 
-def test_experts_and_pruned_tokens(pair, rng):
-    tokens = rng.integers(3, VOCABULARY, 37).tolist()
-    experts = pair.llm.experts([tokens], density=0.5)
-    z = torch_intermediates(pair.torch, tokens, pair.down)
-    assert len(experts) == len(z)
-    for kept, layer in zip(experts, z, strict=True):
-        width = layer.shape[1]
-        np.testing.assert_array_equal(kept[0], oracle_topk(oracle_squares(layer), width // 2))
-    masks = [mask[0] for mask in experts.masks()]
-    got = pair.llm.generate([tokens], max_new_tokens=12, density=0.5, ignore_eos=True).tokens[0]
-    assert got == torch_greedy(pair.torch, tokens, 12, masks, pair.down)
-    dense = pair.llm.generate([tokens], max_new_tokens=12, density=1.0, ignore_eos=True).tokens[0]
-    assert dense == torch_greedy(pair.torch, tokens, 12, None, pair.down)
+def test_gguf_twin(pair, rng, tmp_path):
+    family = families()[pair.torch.config.model_type]
+    if not family.gguf and not family.also_gguf:
+        pytest.skip("llama.cpp does not have this family")
+    if pair.not_in_gguf:
+        pytest.skip(pair.not_in_gguf)
+    twin = gj.load(write_twin(pair.folder, tmp_path / "twin.gguf"), "float32")
+    tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
+    close(run(twin.model, [tokens], 70), torch_logits(pair.torch, tokens))
+
+
+def test_every_family_that_llama_cpp_has_is_read_from_gguf_files():
+    for name, family in families().items():
+        assert bool(family.gguf or family.also_gguf) == (name in RECIPES), name
 
 
 # ---- what must be noticed ----

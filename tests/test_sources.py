@@ -16,7 +16,9 @@ from checkpoints_gguf import write_gguf
 from safetensors.numpy import save_file
 
 from griffin_jax.checkpoint import NativeCheckpoint
+from griffin_jax.config import Rotary
 from griffin_jax.loading import load_model, open_source, parse_dtype
+from griffin_jax.model import rotary_frequencies
 from griffin_jax.sources import read_gguf_header
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -379,29 +381,18 @@ def add_rope_factors(factors):
     return lambda writer: writer.add_tensor("rope_freqs.weight", np.asarray(factors, np.float32))
 
 
-def test_gguf_llama3_scaling_is_recognised_by_its_factors(tmp_path):
-    from griffin_jax.config import Rotary
-    from griffin_jax.model import rotary_frequencies
+def test_gguf_rope_factors_divide_the_frequencies(tmp_path, weights):
+    rotary = open_source(write_gguf(tmp_path / "x.gguf", weights, extra=(add_rope_factors([1, 2, 8]),))).config.rotary
+    plain = rotary_frequencies(Rotary(), checkpoints.HEAD_DIM)
+    for long in (False, True):
+        found = rotary_frequencies(rotary, checkpoints.HEAD_DIM, long=long)
+        np.testing.assert_allclose(found, plain / [1, 2, 8], rtol=1e-6)
+    assert rotary.attention_factor == 1
 
-    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 8192}  # fmt: skip
-    config = {**BLOCKY, "rope_theta": 500_000.0, "head_dim": 128}
-    weights = blocky_tensors()
-    for name, array in weights.items():
-        if "q_proj" in name or "k_proj" in name or "v_proj" in name:
-            weights[name] = np.repeat(array, 16, axis=0)
-        elif "o_proj" in name:
-            weights[name] = np.repeat(array, 16, axis=1)
-    plain = rotary_frequencies(Rotary(theta=500_000.0), 128)
-    scaled = rotary_frequencies(Rotary(500_000.0, "llama3", factor=8.0, original_positions=8192), 128)
-    file = write_gguf(tmp_path / "twin.gguf", weights, config, extra=(add_rope_factors(plain / scaled),))
-    folder = checkpoints.write(tmp_path / "hf", weights, config={**config, "rope_scaling": scaling})
-    assert open_source(file).config == open_source(folder).config
 
-    other = plain / scaled
-    other[40] *= 1.01
-    with pytest.raises(ValueError, match=r"rope_freqs\.weight are not those of Llama 3\.1"):
-        open_source(write_gguf(tmp_path / "other.gguf", weights, config, extra=(add_rope_factors(other),)))
+def test_gguf_rope_factors_must_be_one_for_each_pair(tmp_path, weights):
+    message = refusal(write_gguf(tmp_path / "x.gguf", weights, extra=(add_rope_factors([1, 2]),)))
+    assert "must be 3, one for each pair, got 2" in message
 
 
 def test_gguf_rope_factors_of_one_change_nothing(tmp_path, weights):

@@ -32,18 +32,19 @@ ACTIVATIONS: dict[str, Activation] = {
 """Names of `hidden_act` -> ours."""
 
 _IGNORED_GROUPS = (
-    # What wrote the file, and how the model was trained.
-    "architectures transformers_version _name_or_path name_or_path _commit_hash is_llama_config transformers.js_config "
-    "unsloth_fixed unsloth_version initializer_range initializer_factor torch_dtype dtype use_bfloat16 "
-    "attention_dropout attn_pdrop hidden_dropout hidden_dropout_prob resid_dropout resid_pdrop embd_pdrop dropout "
+    # What wrote the file, how the model was trained, and which remote code would run it: none does here.
+    "architectures auto_map custom_pipelines transformers_version _name_or_path name_or_path _commit_hash "
+    "is_llama_config transformers.js_config unsloth_fixed unsloth_version initializer_range initializer_factor "
+    "torch_dtype dtype use_bfloat16 attention_dropout attn_pdrop hidden_dropout hidden_dropout_prob resid_dropout "
+    "resid_pdrop embd_pdrop dropout attention_probs_dropout_prob activation_dropout layerdrop init_std "
     "classifier_dropout gradient_checkpointing cache_implementation",
     # How transformers would run it: the same function, computed or returned differently.
-    "use_cache pretraining_tp chunk_size_feed_forward torchscript return_dict output_attentions "
+    "use_cache output_past pretraining_tp chunk_size_feed_forward torchscript return_dict output_attentions "
     "output_hidden_states output_scores return_dict_in_generate _attn_implementation attn_implementation "
     "_attn_implementation_autoset tf_legacy_loss is_decoder",
     # Tokens that no prompt or answer of ours depends on, labels of classifiers, names of tokenizers.
     "pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id tokenizer_class prefix "
-    "id2label label2id num_labels problem_type finetuning_task task_specific_params",
+    "id2label label2id num_labels _num_labels problem_type finetuning_task task_specific_params",
     # How an answer is drawn, which is the caller's choice here.
     "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups "
     "diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size "
@@ -103,6 +104,34 @@ class Attributes:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{self.where}: {name} must be {wanted}, got {value!r}")
         return value
+
+    def ignore(self, *names: str) -> None:
+        """Count attributes as read whose values change nothing."""
+        self._taken.update(names)
+
+    def expect(self, **values: Any) -> None:
+        """Count attributes as read that may only have these values, if they are given at all.
+
+        Raises:
+            ValueError: one has another value.
+        """
+        for name, value in values.items():
+            if (given := self._values.get(name, value)) != value:
+                raise ValueError(f"{self.where}: {name} is {given!r}; only {value!r} is supported")
+        self.ignore(*values)
+
+    def rename(self, **names: str) -> None:
+        """Give attributes the names that most families use: `rename(n_embd="hidden_size")`.
+
+        Raises:
+            ValueError: both names are given, with different values.
+        """
+        for old, new in names.items():
+            value = self._values.pop(old, None)
+            if value is not None and self._values.setdefault(new, value) != value:
+                raise ValueError(f"{self.where}: {old} is {value!r}, but {new} is {self._values[new]!r}")
+            if old in self._nulls and new not in self._values:
+                self._nulls |= {new}
 
     def is_null(self, name: str) -> bool:
         """Whether an attribute is given as null, which switches some features off that are on by default."""
@@ -282,6 +311,8 @@ def read_rotary(
     *,
     theta: float = 10_000.0,
     share: float = 1.0,
+    original: int | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> Rotary:
     """Rotary embedding, from `rope_theta` and `rope_scaling` or from transformers 5's `rope_parameters`.
 
@@ -291,13 +322,15 @@ def read_rotary(
         head_dim: H.
         theta: the family's default base.
         share: the family's default for the share of a head that turns.
+        original: the family's default for the context of the unscaled model, if `rope_scaling` is not asked.
+        kinds: what the family's names of kinds mean, and all that it has; None for the usual ones.
 
     Raises:
         ValueError: the kind is not supported, an attribute is missing, or one is not understood.
     """
     theta = attributes.take("rope_theta", float, default=theta)
     share = attributes.take("partial_rotary_factor", float, default=share)
-    original = attributes.take("original_max_position_embeddings", int)
+    original = attributes.take("original_max_position_embeddings", int, default=original)
     scaling = attributes.take("rope_scaling", dict, default={})
     parameters = attributes.take("rope_parameters", dict, default={})
     if scaling and parameters and scaling != parameters:
@@ -312,6 +345,7 @@ def read_rotary(
         theta=theta,
         share=share,
         original=original,
+        kinds=kinds,
     )
 
 
@@ -324,6 +358,7 @@ def rotary_of(
     theta: float,
     share: float = 1.0,
     original: int | None = None,
+    kinds: Mapping[str, str] | None = None,
 ) -> Rotary:
     """Rotary embedding from the value of `rope_scaling` or `rope_parameters`.
 
@@ -335,6 +370,7 @@ def rotary_of(
         theta: the base if `parameters` does not say.
         share: of a head that turns if `parameters` does not say.
         original: context of the unscaled model, which takes precedence over that in `parameters`.
+        kinds: what names of kinds mean, and all that are allowed; None for the usual ones.
 
     Raises:
         ValueError: the kind is not supported, an attribute is missing, or one is not understood.
@@ -342,6 +378,10 @@ def rotary_of(
     rope = Attributes(parameters, where)
     legacy_kind = rope.take("type", str, default="default")
     kind = rope.take("rope_type", str, default=legacy_kind)
+    if kinds is not None:
+        if kind not in kinds:
+            raise ValueError(f"{where}: kind {kind!r}; supported are {', '.join(kinds)}")
+        kind = kinds[kind]
     theta = rope.take("rope_theta", float, default=theta)
     share = rope.take("partial_rotary_factor", float, default=share)
     dims = int(head_dim * share)
@@ -559,6 +599,11 @@ class TensorRule:
         return {self.name.replace("{head}", str(head)): shape[1:] for head in range(shape[0])}
 
 
+def layer_rules(prefix: str, *rules: tuple[str, str, str]) -> tuple[TensorRule, ...]:
+    """Rules of the tensors of a layer: name behind `prefix`, path within the layer, layout."""
+    return tuple(TensorRule(prefix + name, f"layers.{{layer}}.{path}", layout) for name, path, layout in rules)
+
+
 Rules = tuple[TensorRule, ...] | Callable[[ModelConfig], tuple[TensorRule, ...]]
 """Of a family; a function where they depend on more of the configuration than which parameters there are."""
 
@@ -608,6 +653,7 @@ class Family:
         ignored: regular expressions of tensors that carry nothing the configuration does not say.
         copies: tensors that may be present although their rule does not apply, if they equal another.
         gguf: how it looks in GGUF files, if it is read from them.
+        also_gguf: architectures of another family that llama.cpp converts these models to.
     """
 
     model_type: str
@@ -618,6 +664,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: GgufFamily | None = None
+    also_gguf: tuple[str, ...] = ()
 
     def model_config(self, values: Mapping[str, Any], where: str) -> ModelConfig:
         """The architecture that a config.json describes.

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from griffin_jax.config import ModelConfig, Rotary
+from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
     Attributes,
     Family,
@@ -18,24 +18,49 @@ from griffin_jax.families.base import (
     read_rotary,
     read_sizes,
 )
-from griffin_jax.model import rotary_frequencies
+
+
+def read_fields(
+    attributes: Attributes,
+    family: str,
+    *,
+    norm_eps: float = 1e-6,
+    activation_name: str = "hidden_act",
+    activation: str = "silu",
+    tied_head: bool = False,
+    **sizes: Any,
+) -> dict[str, Any]:
+    """The fields of `ModelConfig` that Llama and the families built like it read alike, but for the rotary embedding.
+
+    Args:
+        attributes: of the configuration.
+        family: name of the module.
+        norm_eps: default of `rms_norm_eps`.
+        activation_name: what the configuration calls the non-linearity.
+        activation: its default.
+        tied_head: default of `tie_word_embeddings`.
+        sizes: other defaults, see `read_sizes`.
+    """
+    fields = read_sizes(attributes, **sizes)
+    # One switch in transformers for query, key, value and output.
+    attention_bias = attributes.take("attention_bias", bool, default=False)
+    return fields | {
+        "family": family,
+        "activation": read_activation(attributes, activation_name, activation),
+        "norm_eps": attributes.take("rms_norm_eps", float, default=norm_eps),
+        "tied_head": attributes.take("tie_word_embeddings", bool, default=tied_head),
+        "attention_bias": attention_bias,
+        "attention_out_bias": attention_bias,
+    }
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "llama"` describes."""
     attributes.require("rms_norm_eps")
-    sizes = read_sizes(attributes, bos_token_id=1, eos_token_id=2)
-    # One switch in transformers for query, key, value and output.
-    attention_bias = attributes.take("attention_bias", bool, default=False)
+    fields = read_fields(attributes, "llama", bos_token_id=1, eos_token_id=2)
     return ModelConfig(
-        family="llama",
-        **sizes,
-        activation=read_activation(attributes),
-        norm_eps=attributes.take("rms_norm_eps", float),
-        rotary=read_rotary(attributes, sizes["max_positions"], sizes["head_dim"]),
-        tied_head=attributes.take("tie_word_embeddings", bool, default=False),
-        attention_bias=attention_bias,
-        attention_out_bias=attention_bias,
+        **fields,
+        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
         ff_bias=attributes.take("mlp_bias", bool, default=False),
     )
 
@@ -63,8 +88,8 @@ RULES = (
 )
 
 
-def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
-    """llama.cpp's metadata in the terms of config.json."""
+def read_gguf_fields(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata of Llama and the families built like it, in the terms of config.json."""
     values = read_gguf_sizes(attributes)
     theta = attributes.take("rope.freq_base", float, default=10_000.0)
     scaling = _gguf_scaling(attributes)
@@ -73,11 +98,17 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
         if scaling is not None and not np.all(factors == 1):
             raise ValueError(f"{attributes.where}: both rope.scaling and rope_freqs.weight are given")
         if not np.all(factors == 1):
-            scaling = _llama3_scaling(factors, theta, values["head_dim"], attributes.where)
+            scaling = _factors_as_given(factors)
     return values | {
         "rms_norm_eps": attributes.take("attention.layer_norm_rms_epsilon", float),
         "rope_theta": theta,
         "rope_scaling": scaling,
+    }
+
+
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """The same, with the biases that Llama may have."""
+    return read_gguf_fields(attributes, tensors) | {
         "attention_bias": "blk.0.attn_q.bias" in tensors.shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors.shapes,
     }
@@ -91,6 +122,7 @@ def _gguf_scaling(attributes: Attributes) -> dict[str, Any] | None:
         "original_max_position_embeddings": attributes.take("rope.scaling.original_context_length", int),
         "beta_fast": attributes.take("rope.scaling.yarn_beta_fast", float),
         "beta_slow": attributes.take("rope.scaling.yarn_beta_slow", float),
+        "attention_factor": attributes.take("rope.scaling.yarn_attn_factor", float),
     }
     attributes.take("rope.scaling.finetuned", bool)
     if kind == "none":
@@ -100,42 +132,26 @@ def _gguf_scaling(attributes: Attributes) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _llama3_scaling(factors: np.ndarray, theta: float, head_dim: int, where: str) -> dict[str, Any]:
-    """Llama 3.1's scaling, of which llama.cpp keeps only the factor of each wavelength.
+def _factors_as_given(factors: np.ndarray) -> dict[str, Any]:
+    """Llama 3.1's scaling, of which llama.cpp keeps only what each frequency is divided by.
 
-    The published models differ in nothing but `factor`, the largest of them. If that does not
-    reproduce the others, the model is not one of those.
+    That is a LongRoPE whose factors are the same at all lengths.
     """
-    scaling = {
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    rotary = Rotary(theta=theta, kind="llama3", factor=scaling["factor"], original_positions=8192)
-    expected = rotary_frequencies(Rotary(theta=theta), head_dim) / rotary_frequencies(rotary, head_dim)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise ValueError(
-            f"{where}: the factors in rope_freqs.weight are not those of Llama 3.1's scaling, the only ones supported; "
-            "use the Hugging Face checkpoint instead"
-        )
-    return scaling
+    listed = factors.tolist()
+    return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0}
 
 
-# llama.cpp turns neighbouring dimensions of a head, transformers those half a head apart, so it stores the rows
-# of queries and keys pair by pair.
 GGUF_RULES = (
     TensorRule("token_embd.weight", "embedding", "V D"),
     TensorRule("output_norm.weight", "norm.scale", "D"),
     TensorRule("output.weight", "head", "V D"),
     TensorRule("blk.{layer}.attn_norm.weight", "layers.{layer}.attention_norm.scale", "D"),
-    TensorRule("blk.{layer}.attn_q.weight", "layers.{layer}.attention.query", "(N P 2) D -> N (2 P) D"),
-    TensorRule("blk.{layer}.attn_k.weight", "layers.{layer}.attention.key", "(G P 2) D -> G (2 P) D"),
+    TensorRule("blk.{layer}.attn_q.weight", "layers.{layer}.attention.query", "(N H) D -> N H D"),
+    TensorRule("blk.{layer}.attn_k.weight", "layers.{layer}.attention.key", "(G H) D -> G H D"),
     TensorRule("blk.{layer}.attn_v.weight", "layers.{layer}.attention.value", "(G H) D -> G H D"),
     TensorRule("blk.{layer}.attn_output.weight", "layers.{layer}.attention.out", "D (N H) -> N H D"),
-    TensorRule("blk.{layer}.attn_q.bias", "layers.{layer}.attention.query_bias", "(N P 2) -> N (2 P)"),
-    TensorRule("blk.{layer}.attn_k.bias", "layers.{layer}.attention.key_bias", "(G P 2) -> G (2 P)"),
+    TensorRule("blk.{layer}.attn_q.bias", "layers.{layer}.attention.query_bias", "(N H) -> N H"),
+    TensorRule("blk.{layer}.attn_k.bias", "layers.{layer}.attention.key_bias", "(G H) -> G H"),
     TensorRule("blk.{layer}.attn_v.bias", "layers.{layer}.attention.value_bias", "(G H) -> G H"),
     TensorRule("blk.{layer}.attn_output.bias", "layers.{layer}.attention.out_bias", "D"),
     TensorRule("blk.{layer}.ffn_norm.weight", "layers.{layer}.ff_norm.scale", "D"),
@@ -146,16 +162,29 @@ GGUF_RULES = (
     TensorRule("blk.{layer}.ffn_up.bias", "layers.{layer}.ff.up_bias", "F"),
     TensorRule("blk.{layer}.ffn_down.bias", "layers.{layer}.ff.down_bias", "D"),
 )
+# For some architectures llama.cpp turns neighbouring dimensions of a head where transformers turns those half a head
+# apart, and stores the rows of queries and keys pair by pair. Of rules for the same parameter the last one counts.
+PAIRED_GGUF_RULES = (
+    *GGUF_RULES,
+    TensorRule("blk.{layer}.attn_q.weight", "layers.{layer}.attention.query", "(N P 2) D -> N (2 P) D"),
+    TensorRule("blk.{layer}.attn_k.weight", "layers.{layer}.attention.key", "(G P 2) D -> G (2 P) D"),
+    TensorRule("blk.{layer}.attn_q.bias", "layers.{layer}.attention.query_bias", "(N P 2) -> N (2 P)"),
+    TensorRule("blk.{layer}.attn_k.bias", "layers.{layer}.attention.key_bias", "(G P 2) -> G (2 P)"),
+)
+
+# Old checkpoints store the wavelengths, which follow from the configuration.
+IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+# Written by some tools into models whose head is tied. If it differed, the configuration would be wrong about the tie,
+# and ignoring it would give a wrong model.
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
 FAMILY = Family(
     model_type="llama",
-    title="Llama 1 to 3, SmolLM2, TinyLlama, ReLULLaMA, Vicuna, ...",
+    title="Llama 1 to 3, SmolLM2, TinyLlama, ReLULLaMA, Vicuna",
     read_config=read_config,
     rules=RULES,
-    # Old checkpoints store the wavelengths, which follow from the configuration.
-    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    # Written by some tools into models whose head is tied. If it differed, the configuration would be wrong about
-    # the tie, and ignoring it would give a wrong model.
-    copies={"lm_head.weight": "model.embed_tokens.weight"},
-    gguf=GgufFamily(("llama",), read_gguf_config, GGUF_RULES, ignored=(r"rope_freqs\.weight",)),
+    prefix="model.",
+    ignored=IGNORED,
+    copies=COPIES,
+    gguf=GgufFamily(("llama",), read_gguf_config, PAIRED_GGUF_RULES, ignored=(r"rope_freqs\.weight",)),
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-VOCABULARY, WIDTH, FF, LAYERS, HEADS, KV_HEADS, CONTEXT = 101, 32, 48, 3, 4, 2, 256
+VOCABULARY, WIDTH, FF, LAYERS, HEADS, KV_HEADS, CONTEXT = 101, 32, 48, 2, 4, 2, 256
 """Sizes of the tiny models. They differ wherever they could be mistaken for each other, and are the same for all
 families, so that little is compiled anew."""
 
@@ -32,14 +32,13 @@ class Cases:
         config: attributes that all of them share.
         variants: name -> further attributes.
         down: end of the name of the torch modules whose input is z.
-        ungiven: attributes that may not be left out of config.json although transformers has a default
-            for them.
+        not_in_gguf: variants that a GGUF file cannot say, with the reason.
     """
 
     config: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]]
     down: str = "mlp.down_proj"
-    ungiven: tuple[str, ...] = ()
+    not_in_gguf: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def all_cases() -> dict[str, Cases]:
@@ -54,13 +53,17 @@ def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, se
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **attributes)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    attention = attributes.get("attn_implementation", "eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    # About the gain of one for each matrix: with larger weights the attention of a random model is a maximum rather
+    # than a mean, and which key wins hangs on the last bit.
+    center = 0.0 if model_type.startswith("gemma") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or name.endswith("bias"):
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.2)
             else:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(center - 0.5, center + 0.5)
     model.save_pretrained(folder)
     return model
 

@@ -35,4 +35,9 @@ CASES = Cases(
         },
         "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
     },
+    not_in_gguf={
+        "head size, relu": "the activation is not in the file",
+        "gelu, theta": "the activation is not in the file",
+        "tanh gelu, linear rope": "the activation is not in the file",
+    },
 )  # fmt: skip
