@@ -11,6 +11,7 @@ from griffin_jax.families.base import (
     GgufFamily,
     StoredTensors,
     TensorRule,
+    layer_rules,
     read_activation,
     read_gguf_sizes,
     read_rotary,
@@ -45,21 +46,18 @@ RULES = (
     TensorRule("model.embed_tokens.weight", "embedding", "V D"),
     TensorRule("model.norm.weight", "norm.scale", "D"),
     TensorRule("lm_head.weight", "head", "V D"),
-    TensorRule("model.layers.{layer}.input_layernorm.weight", "layers.{layer}.attention_norm.scale", "D"),
-    TensorRule(
-        "model.layers.{layer}.self_attn.qkv_proj.weight", "layers.{layer}.attention.query", "([N]+G+G H) D -> N H D"
+    *layer_rules(
+        "model.layers.{layer}.",
+        ("input_layernorm.weight", "attention_norm.scale", "D"),
+        ("self_attn.qkv_proj.weight", "attention.query", "([N]+G+G H) D -> N H D"),
+        ("self_attn.qkv_proj.weight", "attention.key", "(N+[G]+G H) D -> G H D"),
+        ("self_attn.qkv_proj.weight", "attention.value", "(N+G+[G] H) D -> G H D"),
+        ("self_attn.o_proj.weight", "attention.out", "D (N H) -> N H D"),
+        ("post_attention_layernorm.weight", "ff_norm.scale", "D"),
+        ("mlp.gate_up_proj.weight", "ff.gate", "([F]+F) D -> F D"),
+        ("mlp.gate_up_proj.weight", "ff.up", "(F+[F]) D -> F D"),
+        ("mlp.down_proj.weight", "ff.down", "D F -> F D"),
     ),
-    TensorRule(
-        "model.layers.{layer}.self_attn.qkv_proj.weight", "layers.{layer}.attention.key", "(N+[G]+G H) D -> G H D"
-    ),
-    TensorRule(
-        "model.layers.{layer}.self_attn.qkv_proj.weight", "layers.{layer}.attention.value", "(N+G+[G] H) D -> G H D"
-    ),
-    TensorRule("model.layers.{layer}.self_attn.o_proj.weight", "layers.{layer}.attention.out", "D (N H) -> N H D"),
-    TensorRule("model.layers.{layer}.post_attention_layernorm.weight", "layers.{layer}.ff_norm.scale", "D"),
-    TensorRule("model.layers.{layer}.mlp.gate_up_proj.weight", "layers.{layer}.ff.gate", "([F]+F) D -> F D"),
-    TensorRule("model.layers.{layer}.mlp.gate_up_proj.weight", "layers.{layer}.ff.up", "(F+[F]) D -> F D"),
-    TensorRule("model.layers.{layer}.mlp.down_proj.weight", "layers.{layer}.ff.down", "D F -> F D"),
 )
 
 
@@ -96,16 +94,19 @@ GGUF_RULES = (
     TensorRule("token_embd.weight", "embedding", "V D"),
     TensorRule("output_norm.weight", "norm.scale", "D"),
     TensorRule("output.weight", "head", "V D"),
-    TensorRule("blk.{layer}.attn_norm.weight", "layers.{layer}.attention_norm.scale", "D"),
-    TensorRule("blk.{layer}.attn_qkv.weight", "layers.{layer}.attention.query", "([N]+G+G H) D -> N H D"),
-    TensorRule("blk.{layer}.attn_qkv.weight", "layers.{layer}.attention.key", "(N+[G]+G H) D -> G H D"),
-    TensorRule("blk.{layer}.attn_qkv.weight", "layers.{layer}.attention.value", "(N+G+[G] H) D -> G H D"),
-    TensorRule("blk.{layer}.attn_output.weight", "layers.{layer}.attention.out", "D (N H) -> N H D"),
-    TensorRule("blk.{layer}.ffn_norm.weight", "layers.{layer}.ff_norm.scale", "D"),
-    # Gate and up together, though the name tells only of the latter.
-    TensorRule("blk.{layer}.ffn_up.weight", "layers.{layer}.ff.gate", "([F]+F) D -> F D"),
-    TensorRule("blk.{layer}.ffn_up.weight", "layers.{layer}.ff.up", "(F+[F]) D -> F D"),
-    TensorRule("blk.{layer}.ffn_down.weight", "layers.{layer}.ff.down", "D F -> F D"),
+    *layer_rules(
+        "blk.{layer}.",
+        ("attn_norm.weight", "attention_norm.scale", "D"),
+        ("attn_qkv.weight", "attention.query", "([N]+G+G H) D -> N H D"),
+        ("attn_qkv.weight", "attention.key", "(N+[G]+G H) D -> G H D"),
+        ("attn_qkv.weight", "attention.value", "(N+G+[G] H) D -> G H D"),
+        ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
+        ("ffn_norm.weight", "ff_norm.scale", "D"),
+        # Gate and up together, though the name tells only of the latter.
+        ("ffn_up.weight", "ff.gate", "([F]+F) D -> F D"),
+        ("ffn_up.weight", "ff.up", "(F+[F]) D -> F D"),
+        ("ffn_down.weight", "ff.down", "D F -> F D"),
+    ),
 )
 
 FAMILY = Family(
