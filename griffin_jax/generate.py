@@ -86,6 +86,7 @@ def prefill(
     lengths: Int[Array, "b"],
     *,
     room: int,
+    longest: int | Int[Array, ""] | None = None,
     chunk: int = DEFAULT_CHUNK,
     collect: bool = True,
 ) -> Prefilled:
@@ -96,6 +97,8 @@ def prefill(
         tokens: prompts, padded on the right to a common length with any token.
         lengths: real tokens of each prompt, in [1, T].
         room: longest answer that the cache gets slots for, in tokens; static.
+        longest: tokens that the answer may come to have, by which LongRoPE chooses its wavelengths; `room` if
+            None. Not static, so that `room` can be rounded up without meaning.
         chunk: tokens read at a time; static. It bounds memory and changes no result.
         collect: whether to gather the statistics; static.
     """
@@ -117,8 +120,9 @@ def prefill(
         last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
         return (cache, last, jax.tree.map(jnp.add, squares, more)), None
 
+    context = jnp.asarray(lengths + (room if longest is None else longest), jnp.int32)
     carry = (
-        empty_cache(model.config, batch, padded + room, model.dtype, context=jnp.asarray(lengths + room, jnp.int32)),
+        empty_cache(model.config, batch, padded + room, model.dtype, context=context),
         jnp.zeros((batch, model.config.width), model.dtype),
         tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons) if collect else (),
     )

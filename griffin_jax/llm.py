@@ -277,7 +277,9 @@ class LLM:
         with watch.phase("prefill"):
             tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
             collect = experts is None and not dense
-            prefilled: Prefilled = jitted.prefill(self.model, tokens, lengths, room=room, collect=collect)
+            prefilled: Prefilled = jitted.prefill(
+                self.model, tokens, lengths, room=room, longest=max_new_tokens, collect=collect
+            )
             jax.block_until_ready(prefilled)
         with watch.phase("select"):
             if collect:

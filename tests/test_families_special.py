@@ -59,11 +59,11 @@ def longropes(tmp_path_factory) -> dict[str, gj.LLM]:
 
 
 def answer(llm: gj.LLM, *prompts: list[int]) -> list[list[int]]:
-    return llm.generate(prompts, max_new_tokens=16, density=1.0, ignore_eos=True).tokens
+    return llm.generate(prompts, max_new_tokens=12, density=1.0, ignore_eos=True).tokens
 
 
 def test_longrope_goes_by_prompt_and_answer_together(longropes, rng):
-    below, above = (rng.integers(3, VOCABULARY, n).tolist() for n in (16, 17))
+    below, above = (rng.integers(3, VOCABULARY, n).tolist() for n in (20, 21))
     for prompt in (below, above):
         assert answer(longropes["long"], prompt) != answer(longropes["short"], prompt)
     assert answer(longropes["both"], below) == answer(longropes["short"], below)
@@ -72,7 +72,7 @@ def test_longrope_goes_by_prompt_and_answer_together(longropes, rng):
 
 
 def test_longrope_goes_by_each_text_of_a_batch(longropes, rng):
-    above, below = (rng.integers(3, VOCABULARY, n).tolist() for n in (20, 5))
+    above, below = (rng.integers(3, VOCABULARY, n).tolist() for n in (25, 5))
     expected = answer(longropes["long"], above) + answer(longropes["short"], below)
     assert answer(longropes["both"], above, below) == expected
 

@@ -33,7 +33,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
         window = None
     return ModelConfig(
         **fields,
-        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
+        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"], theta=2_000_000.0),
         unrotated_layers=tuple(layer for layer in layers if not rotated[layer]),
         windows=windows_of(window, read_layer_types(attributes, [not has for has in rotated])),
         ff_bias=attributes.take("mlp_bias", bool, default=False),

@@ -8,12 +8,12 @@ CASES = Cases(
     config=LLAMA_LIKE,
     variants={
         "window": {"sliding_window": 8},
-        "window of one, mqa": {"sliding_window": 1, "num_key_value_heads": 1},
+        "narrow window, mqa": {"sliding_window": 2, "num_key_value_heads": 1},
         "no window, head size": {"sliding_window": None, "head_dim": 16},
         "default window, tied": {"tie_word_embeddings": True},
     },
     not_in_gguf={
         "window": "windows are not in the file",
-        "window of one, mqa": "windows are not in the file",
+        "narrow window, mqa": "windows are not in the file",
     },
 )
