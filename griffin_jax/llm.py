@@ -235,11 +235,13 @@ class LLM:
         Row t holds the scores of token t + 1. All sequences must have the same length.
 
         Raises:
-            ValueError: an argument is outside its range, or the sequences differ in length.
+            ValueError: an argument is outside its range, there are no sequences, or they differ in length.
         """
         config = GriffinConfig(density, method, shared, multiple)
         kept = config.kept(self.model.neurons)
         _check_seed(seed)
+        if not len(tokens):
+            raise ValueError("logits needs at least one sequence of tokens, got none")
         rows = [
             [operator.index(token) for token in row] for row in cast(Any, tokens if np.ndim(tokens[0]) else [tokens])
         ]
