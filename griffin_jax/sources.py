@@ -4,8 +4,9 @@ Two steps. A `Reader` presents what is in the files under Hugging Face's names: 
 and dtypes, and one tensor at a time. A `FamilySource` joins it with the table of its family, checks
 that the two fit without gaps, and from there on speaks of the parameters of `griffin_jax.model`.
 
-Files are read with plain reads, never mapped into memory: the pages of a mapped checkpoint would
-count as resident until the last tensor was read.
+Files are read with plain reads, not mapped into memory: the pages of a mapped checkpoint would count
+as resident until the last tensor was read. (PyTorch's are mapped anew for every read.) Large tensors
+are read, cast and laid out some rows at a time, so that a conversion needs memory for one of them.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import mmap
+import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
@@ -29,6 +34,7 @@ from griffin_jax.assembly import parameter_shapes
 from griffin_jax.config import ModelConfig
 from griffin_jax.families import Family, GgufRule, Layout, family_of, gguf_family_of
 from griffin_jax.families.base import Attributes, sizes_of
+from griffin_jax.pytorch import PickleFile
 from griffin_jax.tokenizer import Tokenizer
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -37,6 +43,31 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 
 LISTED = 8
 """So many tensors of a kind are named in a message."""
+
+PIECE_BYTES = 64 << 20
+"""Tensors larger than this are read in pieces of about this size."""
+
+PICKLE_HELP = (
+    "PyTorch's pickle files (pytorch_model.bin) are read only where allow_pickle=True is given, --allow-pickle on the "
+    "command line, since such a file is a program; they are run by torch with weights_only=True"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from.
+
+    Attributes:
+        tensor: its name in the source.
+        layout: how its axes become the parameter's, see `griffin_jax.families.Layout`.
+        shape: of the tensor.
+        dtype: of the tensor, as the source names it.
+    """
+
+    tensor: str
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Source(abc.ABC):
@@ -47,12 +78,16 @@ class Source(abc.ABC):
         config: the architecture.
         shapes: of every parameter, by path.
         dtype: of the stored weights, one that the native format has as well.
+        files: what the weights and the architecture are read from.
+        ignored: names of tensors that are knowingly left aside.
     """
 
     name: str
     config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
     dtype: np.dtype
+    files: list[Path]
+    ignored: list[str]
 
     @abc.abstractmethod
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
@@ -66,10 +101,26 @@ class Source(abc.ABC):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies with the model, if one does."""
 
-    def parameters(self, dtype: np.dtype) -> Iterator[tuple[str, Any]]:
-        """Path and weights of all parameters, one after the other."""
+    @abc.abstractmethod
+    def origin(self, path: str) -> Origin:
+        """Where a parameter comes from."""
+
+    def parameters(
+        self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Path and weights of all parameters, one after the other.
+
+        Args:
+            dtype: of the weights.
+            shardings: by path; with them every array is on its devices.
+        """
         for path in self.shapes:
-            yield path, self.read(path, dtype)
+            array = self.read(path, dtype)
+            yield path, array if shardings is None else jax.device_put(array, shardings[path])
+
+    def reference(self) -> dict[str, Any] | None:
+        """What `from_pretrained` of transformers takes to load the same files; None if it cannot."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +145,8 @@ class Reader(abc.ABC):
         config: its architecture.
         tensors: of the checkpoint.
         problems: what is wrong with the files as such, in words.
+        files: those that the tensors and the configuration are in.
+        ignored: tensors that are in the files and, knowingly, not among `tensors`.
     """
 
     name: str
@@ -101,14 +154,24 @@ class Reader(abc.ABC):
     config: ModelConfig
     tensors: dict[str, TensorInfo]
     problems: list[str]
+    files: list[Path]
+    ignored: tuple[str, ...] = ()
 
     @abc.abstractmethod
     def read(self, tensor: str) -> np.ndarray:
         """The values of a tensor, in Hugging Face's layout and in the stored dtype (float32 where quantised)."""
 
     @abc.abstractmethod
+    def read_rows(self, tensor: str, start: int, stop: int) -> np.ndarray:
+        """`read(tensor)[start:stop]`, with memory for these rows only wherever that is possible."""
+
+    @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies with the model, if one does."""
+
+    @abc.abstractmethod
+    def reference(self) -> dict[str, Any]:
+        """What `from_pretrained` of transformers takes to load the same files."""
 
 
 class FamilySource(Source):
@@ -126,21 +189,58 @@ class FamilySource(Source):
         self.dtype = _stored_dtype(reader.tensors.values())
         self._reader = reader
         self._sizes = sizes_of(reader.config)
+        self.files = reader.files
         rules = reader.family.rules_by_path(reader.config)
         self._rules = {path: rules[path] for path in self.shapes}
         self._check()
+        used = {rule.name for rule in self._rules.values()}
+        self.ignored = sorted({*reader.ignored, *(reader.tensors.keys() - used)})
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        rule = self._rules[path]
+        rule, layout = self._rules[path], Layout.parse(self._rules[path].layout)
+        what = f"{self.name}: {rule.name}"
+        info = self._reader.tensors[rule.name]
+        if math.prod(info.shape) * max(_itemsize(info.dtype), dtype.itemsize) > PIECE_BYTES and _is_permutation(layout):
+            return self._read_in_pieces(rule.name, layout, dtype, what)
         stored = self._reader.read(rule.name)
-        array = Layout.parse(rule.layout).apply(stored, self._sizes)
+        array = layout.apply(stored, self._sizes)
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype)
-        check_finite(array, stored, f"{self.name}: {rule.name}")
+        check_finite(array, stored, what)
+        return array
+
+    def _read_in_pieces(self, tensor: str, layout: Layout, dtype: np.dtype, what: str) -> np.ndarray:
+        """A parameter, with memory for it and for some rows of the tensor."""
+        before, after = _letters(layout.before), _letters(layout.after)
+        shape = [self._sizes[letter] for letter in before]
+        array = np.empty(layout.shape_after(self._sizes), dtype)
+        # The parameter under the tensor's axes: what is written to its rows lands in the right places.
+        in_order = array.reshape([self._sizes[letter] for letter in after]).transpose(
+            [after.index(letter) for letter in before]
+        )
+        # Rows of the tensor for each index of the first letter.
+        rows = math.prod(self._sizes[letter] for letter in layout.before[0][1:])
+        info = self._reader.tensors[tensor]
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * max(_itemsize(info.dtype), dtype.itemsize)))
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            stored = self._reader.read_rows(tensor, start * rows, stop * rows)
+            with np.errstate(over="ignore"):
+                piece = stored.astype(dtype, copy=False)
+            check_finite(piece, stored, what)
+            in_order[start:stop] = piece.reshape(stop - start, *shape[1:])
         return array
 
     def tokenizer(self) -> Tokenizer | None:
         return self._reader.tokenizer()
+
+    def origin(self, path: str) -> Origin:
+        rule = self._rules[path]
+        info = self._reader.tensors[rule.name]
+        return Origin(rule.name, rule.layout, info.shape, info.dtype)
+
+    def reference(self) -> dict[str, Any]:
+        return self._reader.reference()
 
     def _check(self) -> None:
         tensors, family = self._reader.tensors, self._reader.family
@@ -181,7 +281,28 @@ class FamilySource(Source):
             )
 
     def _digest(self, name: str) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(self._reader.read(name)).view(np.uint8).data).digest()
+        digest = hashlib.sha256()
+        num_rows, *row = self._reader.tensors[name].shape
+        step = max(1, PIECE_BYTES // max(math.prod(row) * 8, 1))
+        for start in range(0, num_rows, step):
+            rows = self._reader.read_rows(name, start, min(start + step, num_rows))
+            digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
+        return digest.digest()
+
+
+def _letters(axes: tuple[tuple[str, ...], ...]) -> list[str]:
+    return [letter for axis in axes for letter in axis]
+
+
+def _is_permutation(layout: Layout) -> bool:
+    """Whether a layout only moves axes, each of them named once."""
+    before, after = _letters(layout.before), _letters(layout.after)
+    return sorted(before) == sorted(after) and len({*before}) == len(before) and all(map(str.isalpha, before))
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of a value of a stored dtype, of float32 where it is quantised."""
+    return FLOATS.get(dtype, FLOATS["F32"]).itemsize
 
 
 def _check_layers(name: str, config: ModelConfig, num_tensors: int) -> None:
@@ -221,7 +342,7 @@ def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
     """Of most of the weights, float32 where they are quantised or have 64 bits."""
     weights = Counter()
     for tensor in tensors:
-        weights[tensor.dtype] += int(np.prod(tensor.shape))
+        weights[tensor.dtype] += math.prod(tensor.shape)
     most = max(weights, key=lambda dtype: weights[dtype], default="F32")
     return FLOATS[most] if most in ("F16", "BF16") else FLOATS["F32"]
 
@@ -234,6 +355,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid JSON for us (nested too deeply)") from error
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
@@ -244,58 +367,118 @@ def read_json(path: Path) -> dict[str, Any]:
 # ---- Hugging Face folders ----
 
 
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """A format of weights in a Hugging Face folder: the file of unsharded ones, the index of the others."""
+
+    single: str
+    index: str
+    suffix: str
+
+    def is_in(self, folder: Path) -> bool:
+        return (folder / self.single).exists() or (folder / self.index).exists()
+
+
+_SAFETENSORS = _Format("model.safetensors", "model.safetensors.index.json", ".safetensors")
+_PICKLE = _Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder has weights as safetensors."""
+    return _SAFETENSORS.is_in(folder)
+
+
 class HuggingFaceFolder(Reader):
-    """A folder with config.json and safetensors files.
+    """A folder with config.json and safetensors files, or PyTorch's if they are allowed.
+
+    Args:
+        folder: of that kind. Where it has both safetensors and PyTorch's files, the latter are left alone.
+        allow_pickle: whether PyTorch's pickle files may be read.
 
     Raises:
         FileNotFoundError: the folder lacks config.json or weights.
+        ImportError: PyTorch's files are to be read, and torch is not there.
         ValueError: a file is malformed, or the configuration is not supported.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, allow_pickle: bool = False):
         self.name = str(folder)
         self._folder = folder
         self.family, self.config = read_hf_config(folder)
         self.tensors, self.problems = {}, []
         self._files: dict[str, Path] = {}
+        self._pickles: dict[Path, PickleFile] = {}
+        self._format = self._choose_format(allow_pickle)
         listed = self._shards()
-        for file in dict.fromkeys(listed.values()) if listed else [folder / "model.safetensors"]:
+        shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
+        for file in shards:
             self._open(file)
+        self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
         _check_layers(self.name, self.config, len(self.tensors))
 
     def read(self, tensor: str) -> np.ndarray:
+        return self.read_rows(tensor, 0, None)
+
+    def read_rows(self, tensor: str, start: int, stop: int | None) -> np.ndarray:
         file = self._files[tensor]
+        if pickle := self._pickles.get(file):
+            for other in self._pickles.values():
+                if other is not pickle:
+                    other.release()
+            return pickle.read(tensor, start, stop)
         try:
             with _safe_open(file) as opened:
-                return opened.get_tensor(tensor)
+                return opened.get_tensor(tensor) if (start, stop) == (0, None) else opened.get_slice(tensor)[start:stop]
         except Exception as error:
             raise ValueError(f"{file}: tensor {tensor} cannot be read ({_brief(error)})") from error
+
+    def reference(self) -> dict[str, Any]:
+        return {
+            "pretrained_model_name_or_path": str(self._folder),
+            "use_safetensors": self._format is _SAFETENSORS,
+        }
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_folder(self._folder) if Tokenizer.is_in(self._folder) else None
 
+    def _choose_format(self, allow_pickle: bool) -> _Format:
+        if _SAFETENSORS.is_in(self._folder):
+            return _SAFETENSORS
+        if _PICKLE.is_in(self._folder):
+            if allow_pickle:
+                return _PICKLE
+            raise FileNotFoundError(f"{self._folder}: has no safetensors. {PICKLE_HELP}")
+        raise FileNotFoundError(f"{self._folder}: has neither {_SAFETENSORS.single} nor {_SAFETENSORS.index}")
+
     def _shards(self) -> dict[str, Path]:
         """The file of every tensor according to the index; empty if there is only one file."""
-        index = self._folder / "model.safetensors.index.json"
-        if (self._folder / "model.safetensors").exists():
+        if (self._folder / self._format.single).exists():
             return {}
-        if not index.exists():
-            raise FileNotFoundError(_no_weights(self._folder))
+        index = self._folder / self._format.index
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise ValueError(f"{index}: has no weight_map")
+        suffix = self._format.suffix
         for name in files.values():
-            if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-                raise ValueError(f"{index}: {name!r} is not the name of a file in the folder")
+            # An index that somebody else wrote must not point out of the folder, on any system.
+            if not isinstance(name, str) or re.search(r"[/\\:\x00-\x1f]", name) or not name.endswith(suffix):
+                raise ValueError(f"{index}: {name!r:.200} is not the name of a {suffix} file in the folder")
         shards = {tensor: self._folder / name for tensor, name in files.items()}
-        if absent := sorted({file.name for file in shards.values() if not file.is_file()}):
+        if absent := sorted({file.name for file in shards.values() if not os.path.isfile(file)}):
             raise FileNotFoundError(f"{index}: names files that do not exist: {', '.join(absent)}")
         return shards
 
     def _open(self, file: Path) -> None:
-        tensors, duplicates = _safetensors_header(file)
+        if self._format is _PICKLE:
+            opened = self._pickles[file] = PickleFile(file)
+            opened.release()
+            tensors = {name: TensorInfo(*info) for name, info in opened.tensors.items()}
+            self.problems += _listed("entries that are no tensors", opened.problems)
+            duplicates = []
+        else:
+            tensors, duplicates = _safetensors_header(file)
         self.problems += _listed("duplicate", [f"{name} twice in {file.name}" for name in duplicates])
         self.problems += _listed(
             "duplicate",
@@ -333,15 +516,6 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
         eos = read_json(generation).get("eos_token_id")
         values = values if eos is None else {**values, "eos_token_id": eos}
     return family, family.model_config(values, str(path))
-
-
-def _no_weights(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        return (
-            f"{folder}: has weights only in PyTorch's pickle format; griffin_jax reads safetensors. Convert them with "
-            "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)"
-        )
-    return f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
 
 
 def _safe_open(file: Path) -> Any:
@@ -416,6 +590,8 @@ class GgufFile(Reader):
             raise ValueError(f"{file}: is one part of several; join them with llama.cpp's llama-gguf-split --merge")
         self.family = gguf_family_of(self.metadata.get("general.architecture"), self.name)
         assert self.family.gguf is not None
+        self.files = [file]
+        self.ignored = tuple(tensors.keys() & self.family.gguf.ignored)
         factors = tensors.get("rope_freqs.weight")
         self.config = self._read_config(
             tensors, None if factors is None else self._values("rope_freqs.weight", factors)
@@ -437,6 +613,24 @@ class GgufFile(Reader):
         if stored.rule and stored.rule.layout:
             values = Layout.parse(stored.rule.layout).apply(values, sizes_of(self.config))
         return values
+
+    def read_rows(self, tensor: str, start: int, stop: int) -> np.ndarray:
+        stored = self._tensors[tensor]
+        num_rows = stored.shape[0]
+        # A quantised block has no parts, and rows that are stored in another order are not where their number says.
+        if (stored.rule and stored.rule.layout) or len(stored.shape) == 1 or (start, stop) == (0, num_rows):
+            return self.read(tensor)[start:stop]
+        row = stored.size // num_rows
+        part = dataclasses.replace(
+            stored,
+            shape=(stop - start, *stored.shape[1:]),
+            start=stored.start + start * row,
+            size=(stop - start) * row,
+        )
+        return self._values(tensor, part)
+
+    def reference(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None

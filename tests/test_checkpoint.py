@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from griffin_jax.assembly import abstract_model, assemble, parameter_shapes
 from griffin_jax.checkpoint import MANIFEST, NativeCheckpoint, load, save
 from griffin_jax.loading import convert, load_model, open_source
 from griffin_jax.model import Transformer
+from griffin_jax.planning import NarrowingWarning
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +69,7 @@ def test_a_conversion_gives_the_same_model(hf_folder, tmp_path):
     assert "peak memory" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_any_dtype_can_be_stored_and_loaded(hf_folder, tmp_path, dtype):
     path = convert(hf_folder, tmp_path / "native", dtype, progress=False).path
@@ -84,7 +87,8 @@ def test_any_dtype_can_be_stored_and_loaded(hf_folder, tmp_path, dtype):
 
 
 def test_a_native_checkpoint_can_be_converted_again(native, tmp_path):
-    again = convert(native, tmp_path / "again", "bfloat16", progress=False)
+    with pytest.warns(NarrowingWarning, match="24 bits of precision become 8"):
+        again = convert(native, tmp_path / "again", "bfloat16", progress=False)
     for name, array in leaves(load(again.path)).items():
         np.testing.assert_array_equal(array, leaves(load(native))[name].astype(ml_dtypes.bfloat16))
 
@@ -169,7 +173,7 @@ def test_assembling_needs_every_parameter_once_and_in_shape(tmp_path):
 def test_an_existing_output_is_left_alone_and_nothing_is_read(tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
-    monkeypatch.setattr("griffin_jax.loading.open_source", lambda source: pytest.fail("the source was opened"))
+    monkeypatch.setattr("griffin_jax.loading.open_source", lambda *_: pytest.fail("the source was opened"))
     for existing in (output, tmp_path / "file", tmp_path / "dangling"):
         if existing.name == "file":
             existing.write_text("mine")
@@ -424,6 +428,7 @@ def test_the_command(hf_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "21 tensors" in done.stdout
     assert "bfloat16" in done.stdout
+    assert re.fullmatch(r"python -m convert: warning: .* 21 stored as F32 become bfloat16: .*\n", done.stderr)
     assert "peak memory" in done.stdout
     assert load(tmp_path / "native").dtype == jnp.bfloat16
 
