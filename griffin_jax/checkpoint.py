@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 
 from griffin_jax.assembly import assemble, dotted, parameter_shapes
@@ -235,9 +236,24 @@ class _Batches(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
         # Orbax abandons the other writes of a batch when one fails, and they print tracebacks when they end.
         try:
-            await super()._open_and_write(value, tspec, ts_context)
+            store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            chunk = [size or 1 for size in store.chunk_layout.write_chunk.shape or value.shape]
+            for part in _parts(value.shape, chunk, value.itemsize):
+                await store[part].write(value[part], can_reference_source_data_indefinitely=True)
         except Exception as error:
             self._failures.append(error)
+
+
+def _parts(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Slices of an array of whole chunks, written one after the other: what is being written is in memory twice."""
+    axis = max(range(len(shape)), key=lambda axis: -(-shape[axis] // chunk[axis]), default=None)
+    if axis is None:
+        yield ()
+        return
+    row_of_chunks = math.prod(shape) // shape[axis] * chunk[axis] * itemsize
+    step = max(1, BATCH_BYTES // row_of_chunks) * chunk[axis]
+    for start in range(0, shape[axis], step):
+        yield (slice(None),) * axis + (slice(start, min(start + step, shape[axis])),)
 
 
 def _finish(written: Any) -> None:

@@ -212,6 +212,8 @@ def _shardings(sharding: ShardingLike, shapes: Mapping[str, tuple[int, ...]]) ->
         if not isinstance(one, jax.sharding.Sharding):
             raise ValueError(f"the sharding of parameter {path} is {one!r}, not a jax.sharding.Sharding")
         try:
+            if isinstance(one, jax.sharding.NamedSharding):
+                one.check_compatible_aval(shape)
             one.shard_shape(shape)
         except (ValueError, IndexError, AssertionError) as error:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -129,6 +130,20 @@ def test_batches_are_bounded(monkeypatch):
     monkeypatch.setattr(checkpoint, "BATCH_BYTES", 10)
     sizes = [3, 3, 3, 3, 20, 1, 10]
     assert list(checkpoint._batches(sizes)) == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6), slice(6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"), [((10, 7), (3, 7)), ((4, 30), (4, 7)), ((5,), (5,)), ((2, 9, 3), (2, 2, 1))]
+)
+def test_parts_of_an_array_are_whole_chunks_and_bounded(monkeypatch, shape, chunk):
+    monkeypatch.setattr(checkpoint, "BATCH_BYTES", 4 * 50)
+    covered = np.zeros(shape, int)
+    for part in checkpoint._parts(shape, chunk, 4):
+        covered[part] += 1
+        assert covered[part].size <= max(50, math.prod(shape) * 4 // 9)
+        assert all(one.start in (None, 0) or one.start % size == 0 for one, size in zip(part, chunk, strict=False))
+    assert (covered == 1).all()
+    assert list(checkpoint._parts((), (), 4)) == [()]
 
 
 def test_parameters_are_read_one_batch_at_a_time(tmp_path, monkeypatch):
