@@ -22,7 +22,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,10 +305,16 @@ def _itemsize(dtype: str) -> int:
     return FLOATS.get(dtype, FLOATS["F32"]).itemsize
 
 
-def _check_layers(name: str, config: ModelConfig, num_tensors: int) -> None:
-    """Refuse absurdly many layers before anything is made for each of them: the number may be garbage."""
-    if config.num_layers > max(num_tensors, 256):
-        raise ValueError(f"{name}: {num_tensors} tensors are too few for {config.num_layers} layers")
+def _check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse absurd numbers before anything is made of that size: they may be garbage."""
+    if config.num_layers > max(len(shapes), 256):
+        raise ValueError(f"{name}: {len(shapes)} tensors are too few for {config.num_layers} layers")
+    largest = max(map(math.prod, shapes), default=0)
+    for letter, size in sizes_of(config).items():
+        if size > max(largest, 1 << 20):
+            raise ValueError(
+                f"{name}: the configuration has a size of {size} ({letter}), the largest tensor only {largest} values"
+            )
 
 
 def check_finite(array: np.ndarray, stored: np.ndarray, what: str) -> None:
@@ -416,7 +422,7 @@ class HuggingFaceFolder(Reader):
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
-        _check_layers(self.name, self.config, len(self.tensors))
+        _check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
 
     def read(self, tensor: str) -> np.ndarray:
         return self.read_rows(tensor, 0, None)
@@ -593,11 +599,13 @@ class GgufFile(Reader):
         self.files = [file]
         self.ignored = tuple(tensors.keys() & self.family.gguf.ignored)
         factors = tensors.get("rope_freqs.weight")
-        self.config = self._read_config(
-            tensors, None if factors is None else self._values("rope_freqs.weight", factors)
-        )
-
-        _check_layers(self.name, self.config, len(tensors))
+        try:
+            self.config = self._read_config(
+                tensors, None if factors is None else self._values("rope_freqs.weight", factors)
+            )
+        except ValueError as error:
+            raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
+        _check_plausible(self.name, self.config, [tensor.shape for tensor in tensors.values()])
         rules = {rule.name: rule for rule in _gguf_rules(self.family.gguf.rules, self.config.num_layers)}
         self._tensors = {}
         for name, tensor in tensors.items():
@@ -709,6 +717,8 @@ def _is_quantised(dtype: str) -> bool:
 
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_NESTING = 8
+"""Arrays of arrays go no deeper than this; real files have none at all."""
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
@@ -771,6 +781,8 @@ class _GgufHeader:
         if not 1 <= num_axes <= 4:
             raise ValueError(f"tensor {name} has {num_axes} axes")
         shape = tuple(self._scalar("<Q") for _ in range(num_axes))[::-1]
+        if 0 in shape:
+            raise ValueError(f"tensor {name} is empty, its shape is {shape}")
         kind = GGMLQuantizationType(self._scalar("<I"))
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
@@ -796,7 +808,9 @@ class _GgufHeader:
     def _string(self) -> str:
         return self._take(self._scalar("<Q")).decode("utf-8")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
+        if depth > _GGUF_NESTING:
+            raise ValueError(f"arrays nested more than {_GGUF_NESTING} times at byte {self._at}")
         if kind == _GGUF_STRING:
             return self._string()
         if kind == _GGUF_ARRAY:
@@ -804,7 +818,7 @@ class _GgufHeader:
             if element in _GGUF_SCALARS:
                 code = _GGUF_SCALARS[element]
                 return list(np.frombuffer(self._take(count * struct.calcsize(code)), np.dtype(code)).tolist())
-            return [self._value(element) for _ in range(count)]
+            return [self._value(element, depth + 1) for _ in range(count)]
         if kind not in _GGUF_SCALARS:
             raise ValueError(f"unknown type {kind} of a value at byte {self._at}")
         return self._scalar(_GGUF_SCALARS[kind])
