@@ -270,7 +270,7 @@ class FamilySource(Source):
         ]
         if not problems:
             for name, of in copies.items():
-                if tensors[name].shape != tensors[of].shape or self._digest(name) != self._digest(of):
+                if tensors[name] != tensors[of] or self._digest(name) != self._digest(of):
                     problems.append(
                         f"{name} should be the same as {of}, which the configuration ties it to, but is not"
                     )
@@ -414,6 +414,7 @@ class HuggingFaceFolder(Reader):
         self.tensors, self.problems = {}, []
         self._files: dict[str, Path] = {}
         self._pickles: dict[Path, PickleFile] = {}
+        self._starts: dict[str, int] = {}
         self._format = self._choose_format(allow_pickle)
         listed = self._shards()
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
@@ -434,11 +435,19 @@ class HuggingFaceFolder(Reader):
                 if other is not pickle:
                     other.release()
             return pickle.read(tensor, start, stop)
+        info = self.tensors[tensor]
+        num_rows, *row = info.shape or (1,)
+        stop = num_rows if stop is None else stop
+        count = math.prod(row)
+        dtype = FLOATS[info.dtype]
         try:
-            with _safe_open(file) as opened:
-                return opened.get_tensor(tensor) if (start, stop) == (0, None) else opened.get_slice(tensor)[start:stop]
-        except Exception as error:
+            at = self._starts[tensor] + start * count * dtype.itemsize
+            values = np.fromfile(file, dtype, (stop - start) * count, offset=at)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file}: tensor {tensor} cannot be read ({_brief(error)})") from error
+        if values.size != (stop - start) * count:
+            raise ValueError(f"{file}: tensor {tensor} cannot be read (the file has become shorter)")
+        return values.reshape(stop - start, *row) if info.shape else values.reshape(())
 
     def reference(self) -> dict[str, Any]:
         return {
@@ -484,7 +493,8 @@ class HuggingFaceFolder(Reader):
             self.problems += _listed("entries that are no tensors", opened.problems)
             duplicates = []
         else:
-            tensors, duplicates = _safetensors_header(file)
+            tensors, starts, duplicates = _safetensors_header(file)
+            self._starts.update(starts)
         self.problems += _listed("duplicate", [f"{name} twice in {file.name}" for name in duplicates])
         self.problems += _listed(
             "duplicate",
@@ -530,8 +540,8 @@ def _safe_open(file: Path) -> Any:
     return safe_open(file, framework="numpy", backend="pread")
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The tensors of a file, and the names that its header has more than once.
+def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, int], list[str]]:
+    """The tensors of a file, where in it they begin, and the names that its header has more than once.
 
     Raises:
         ValueError: the file is truncated or its header is corrupt.
@@ -542,24 +552,30 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             tensors = {
                 name: TensorInfo(tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()
             }
-        names = _header_names(file)
+        pairs, data = _raw_header(file)
+        starts = {name: data + entry["data_offsets"][0] for name, entry in pairs if name in tensors}
     except Exception as error:
         raise ValueError(f"{file}: not a readable safetensors file ({_brief(error)})") from error
-    return tensors, [name for name, count in Counter(names).items() if count > 1]
+    return tensors, starts, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
-def _header_names(file: Path) -> list[str]:
-    """Keys of the header as written; the safetensors library keeps the last of equal ones."""
+def _raw_header(file: Path) -> tuple[list[tuple[str, Any]], int]:
+    """The header's entries as written, and where the data begin.
+
+    Of entries with the same name the safetensors library keeps the last, and it does not tell where
+    they are, although its slices of a tensor are cut from the whole one, read anew for each.
+    """
     pairs: list[tuple[str, Any]] = []
 
-    def note(items: list[tuple[str, Any]]) -> None:
+    def note(items: list[tuple[str, Any]]) -> dict[str, Any]:
         # Objects close from the inside out, so the last call is that of the header itself.
         pairs[:] = items
+        return dict(items)
 
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         json.loads(opened.read(size), object_pairs_hook=note)
-    return [name for name, _ in pairs]
+    return pairs, 8 + size
 
 
 def _brief(error: BaseException) -> str:

@@ -147,6 +147,9 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path, weights):
     weights["lm_head.weight"][3, 4] += 1
     message = refusal(checkpoints.write(tmp_path / "other", weights, config=tied))
     assert "lm_head.weight should be the same as model.embed_tokens.weight" in message
+    weights["lm_head.weight"] = weights[EMBEDDING].astype(np.int64)
+    message = refusal(checkpoints.write(tmp_path / "whole-numbers", weights, config=tied))
+    assert "lm_head.weight should be the same as model.embed_tokens.weight" in message
 
 
 # ---- weights that are not numbers ----
