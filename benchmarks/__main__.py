@@ -1,18 +1,18 @@
-"""`python -m benchmarks COMMAND`: what pruning gains in speed and costs in quality, on this machine."""
+"""`python -m benchmarks COMMAND`: what pruning gains and costs, and conversion needs, on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import quality, speed
+from benchmarks import memory, quality, speed
 from griffin_jax.cli import Parser, guarded
 
 
 def main() -> int:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (speed, quality):
+    for module in (speed, quality, memory):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(
             name,

@@ -6,10 +6,12 @@ from griffin_jax.config import GriffinConfig, ModelConfig, Rotary, kept_neurons
 from griffin_jax.generate import Answer, Prefilled, begin, bucket, decode, pad, prefill, teacher_forced
 from griffin_jax.griffin import Experts, Statistics, magnitude, prune, select, token_statistic
 from griffin_jax.llm import LLM, Generation, load
-from griffin_jax.loading import ConversionReport, convert, load_model, open_source
+from griffin_jax.loading import ConversionReport, convert, load_model, open_source, plan, verify
 from griffin_jax.model import FeedForward, Transformer
+from griffin_jax.planning import NarrowingWarning, Plan
 from griffin_jax.sampling import Greedy, Sample
 from griffin_jax.tokenizer import Tokenizer
+from griffin_jax.verification import Verification, VerificationError
 
 __version__ = "0.1.0"
 
@@ -25,12 +27,16 @@ __all__ = [
     "GriffinConfig",
     "KVCache",
     "ModelConfig",
+    "NarrowingWarning",
+    "Plan",
     "Prefilled",
     "Rotary",
     "Sample",
     "Statistics",
     "Tokenizer",
     "Transformer",
+    "Verification",
+    "VerificationError",
     "begin",
     "bucket",
     "convert",
@@ -42,10 +48,12 @@ __all__ = [
     "magnitude",
     "open_source",
     "pad",
+    "plan",
     "prefill",
     "prune",
     "save",
     "select",
     "teacher_forced",
     "token_statistic",
+    "verify",
 ]

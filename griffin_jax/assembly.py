@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Trans
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter by its path, such as `layers.3.ff.gate`."""
+    return dict(_parameter_shapes(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     state = nnx.state(abstract_model(config))
     return {dotted(path): tuple(variable.shape) for path, variable in nnx.to_flat_state(state)}
 

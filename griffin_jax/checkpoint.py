@@ -1,6 +1,6 @@
 """The native format: a folder that loads fast and in which nothing is missing.
 
-    griffin_jax.json   format, version, dtype, source and `ModelConfig`; written last
+    griffin_jax.json   format, version, dtype, source with its hashes, and `ModelConfig`; written last
     params/            the parameters, one Orbax checkpoint; the tree of the module, with text keys
     tokenizer/         files of the tokenizer, if the model has one
 
@@ -30,12 +30,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 
 from griffin_jax.assembly import assemble, dotted, parameter_shapes
 from griffin_jax.config import ModelConfig
 from griffin_jax.model import Transformer
-from griffin_jax.sources import Source, check_finite, read_json
+from griffin_jax.sources import FLOATS, Origin, Source, check_finite, read_json
 from griffin_jax.tokenizer import Tokenizer, check_fits
 
 FORMAT, VERSION = "griffin_jax", 1
@@ -98,6 +99,7 @@ def write(
     read: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
     source: str,
+    hashes: Callable[[], Mapping[str, str]] | None = None,
 ) -> None:
     """Write a checkpoint, reading one parameter at a time.
 
@@ -109,6 +111,7 @@ def write(
         read: gives a parameter, contiguous; called once for each, in order.
         tokenizer: to lie with it.
         source: where the weights come from, in words.
+        hashes: gives the sha256 of every file they come from; called when the weights are written.
 
     Raises:
         FileExistsError: the folder exists.
@@ -129,7 +132,7 @@ def write(
             "format": FORMAT,
             "version": VERSION,
             "dtype": dtype.name,
-            "source": source,
+            "source": {"name": source, "sha256": dict(hashes()) if hashes else {}},
             "files": _fingerprints(partial, _files_in(partial)),
             "config": config.to_json(),
         }
@@ -233,9 +236,24 @@ class _Batches(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
         # Orbax abandons the other writes of a batch when one fails, and they print tracebacks when they end.
         try:
-            await super()._open_and_write(value, tspec, ts_context)
+            store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            chunk = [size or 1 for size in store.chunk_layout.write_chunk.shape or value.shape]
+            for part in _parts(value.shape, chunk, value.itemsize):
+                await store[part].write(value[part], can_reference_source_data_indefinitely=True)
         except Exception as error:
             self._failures.append(error)
+
+
+def _parts(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Slices of an array of whole chunks, written one after the other: what is being written is in memory twice."""
+    axis = max(range(len(shape)), key=lambda axis: -(-shape[axis] // chunk[axis]), default=None)
+    if axis is None:
+        yield ()
+        return
+    row_of_chunks = math.prod(shape) // shape[axis] * chunk[axis] * itemsize
+    step = max(1, BATCH_BYTES // row_of_chunks) * chunk[axis]
+    for start in range(0, shape[axis], step):
+        yield (slice(None),) * axis + (slice(start, min(start + step, shape[axis])),)
 
 
 def _finish(written: Any) -> None:
@@ -316,6 +334,10 @@ def _quiet() -> Iterator[None]:
 class NativeCheckpoint(Source):
     """A folder that `save` or a conversion wrote.
 
+    Attributes:
+        converted_from: what it was converted from, in words.
+        hashes: sha256 of each file of that; empty in folders that were written before these were kept.
+
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it is incomplete, malformed or of a newer version.
@@ -330,8 +352,18 @@ class NativeCheckpoint(Source):
             self.config = ModelConfig.from_json(manifest["config"])
         except ValueError as error:
             raise ValueError(f"{self._folder / MANIFEST}: {error}") from error
+        source = manifest.get("source")
+        source = source if isinstance(source, dict) else {"name": source}
+        self.converted_from = str(source.get("name"))
+        self.hashes: dict[str, str] = dict(source.get("sha256") or {})
+        self.files = [self._folder / MANIFEST, *(self._folder / name for name in manifest["files"])]
+        self.ignored = []
         self.shapes = parameter_shapes(self.config)
         self._check_parameters()
+
+    def origin(self, path: str) -> Origin:
+        name = next(name for name, dtype in FLOATS.items() if dtype == self.dtype)
+        return Origin(path, "", self.shapes[path], name)
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
         stored = np.asarray(_leaf(self._restore({path: self.shapes[path]}, self.dtype), path))
@@ -340,13 +372,24 @@ class NativeCheckpoint(Source):
         check_finite(array, stored, f"{self.name}: {path}")
         return array
 
-    def parameters(self, dtype: np.dtype) -> Iterator[tuple[str, Any]]:
-        """Path and weights of all parameters, read at once: Orbax reads many files at a time."""
+    def parameters(
+        self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Path and weights of all parameters, read at once: Orbax reads many files at a time.
+
+        With shardings, every device gets its part of each array from the disk, and nothing more.
+        """
         if dtype == np.float16 != self.dtype:
-            # Wider weights may not fit, which only `read` looks at.
-            yield from super().parameters(dtype)
+            # Wider weights may not fit, which has to be looked at.
+            for path, shape in self.shapes.items():
+                stored = _leaf(self._restore({path: shape}, self.dtype, shardings), path)
+                array = stored.astype(dtype)
+                if not jnp.isfinite(array).all():
+                    largest = float(jnp.abs(stored).max())
+                    raise ValueError(f"{self.name}: {path}: values up to {largest:.3g} do not fit into {dtype}")
+                yield path, array
             return
-        tree = self._restore(self.shapes, dtype)
+        tree = self._restore(self.shapes, dtype, shardings)
         for path in self.shapes:
             yield path, _leaf(tree, path)
 
@@ -406,16 +449,24 @@ class NativeCheckpoint(Source):
                 "convert the model again"
             ) from error
 
-    def _restore(self, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> Any:
-        """The tree of some parameters, as arrays on the default device."""
-        (device,) = jnp.zeros(()).devices()
-        sharding = jax.sharding.SingleDeviceSharding(device)
+    def _restore(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: np.dtype,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    ) -> Any:
+        """The tree of some parameters, by default as arrays on the default device."""
+        if shardings is None:
+            (device,) = jnp.zeros(()).devices()
+            shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(device))
         tree = _nested({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
-        restore_args = jax.tree.map(
-            lambda leaf: ocp.ArrayRestoreArgs(
-                restore_type=jax.Array, dtype=dtype, sharding=sharding, global_shape=leaf.shape
-            ),
-            tree,
+        restore_args = _nested(
+            {
+                path: ocp.ArrayRestoreArgs(
+                    restore_type=jax.Array, dtype=dtype, sharding=shardings[path], global_shape=shape
+                )
+                for path, shape in shapes.items()
+            }
         )
         arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
         with self._opened() as (checkpointer, folder):

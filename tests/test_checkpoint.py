@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from griffin_jax.assembly import abstract_model, assemble, parameter_shapes
 from griffin_jax.checkpoint import MANIFEST, NativeCheckpoint, load, save
 from griffin_jax.loading import convert, load_model, open_source
 from griffin_jax.model import Transformer
+from griffin_jax.planning import NarrowingWarning
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,6 +70,7 @@ def test_a_conversion_gives_the_same_model(hf_folder, tmp_path):
     assert "peak memory" in str(report)
 
 
+@pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_any_dtype_can_be_stored_and_loaded(hf_folder, tmp_path, dtype):
     path = convert(hf_folder, tmp_path / "native", dtype, progress=False).path
@@ -84,7 +88,8 @@ def test_any_dtype_can_be_stored_and_loaded(hf_folder, tmp_path, dtype):
 
 
 def test_a_native_checkpoint_can_be_converted_again(native, tmp_path):
-    again = convert(native, tmp_path / "again", "bfloat16", progress=False)
+    with pytest.warns(NarrowingWarning, match="24 bits of precision become 8"):
+        again = convert(native, tmp_path / "again", "bfloat16", progress=False)
     for name, array in leaves(load(again.path)).items():
         np.testing.assert_array_equal(array, leaves(load(native))[name].astype(ml_dtypes.bfloat16))
 
@@ -125,6 +130,20 @@ def test_batches_are_bounded(monkeypatch):
     monkeypatch.setattr(checkpoint, "BATCH_BYTES", 10)
     sizes = [3, 3, 3, 3, 20, 1, 10]
     assert list(checkpoint._batches(sizes)) == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6), slice(6, 7)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"), [((10, 7), (3, 7)), ((4, 30), (4, 7)), ((5,), (5,)), ((2, 9, 3), (2, 2, 1))]
+)
+def test_parts_of_an_array_are_whole_chunks_and_bounded(monkeypatch, shape, chunk):
+    monkeypatch.setattr(checkpoint, "BATCH_BYTES", 4 * 50)
+    covered = np.zeros(shape, int)
+    for part in checkpoint._parts(shape, chunk, 4):
+        covered[part] += 1
+        assert covered[part].size <= max(50, math.prod(shape) * 4 // 9)
+        assert all(one.start in (None, 0) or one.start % size == 0 for one, size in zip(part, chunk, strict=False))
+    assert (covered == 1).all()
+    assert list(checkpoint._parts((), (), 4)) == [()]
 
 
 def test_parameters_are_read_one_batch_at_a_time(tmp_path, monkeypatch):
@@ -169,7 +188,7 @@ def test_assembling_needs_every_parameter_once_and_in_shape(tmp_path):
 def test_an_existing_output_is_left_alone_and_nothing_is_read(tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
-    monkeypatch.setattr("griffin_jax.loading.open_source", lambda source: pytest.fail("the source was opened"))
+    monkeypatch.setattr("griffin_jax.loading.open_source", lambda *_: pytest.fail("the source was opened"))
     for existing in (output, tmp_path / "file", tmp_path / "dangling"):
         if existing.name == "file":
             existing.write_text("mine")
@@ -377,18 +396,23 @@ def test_a_conversion_that_is_killed_in_the_middle(hf_folder, tmp_path, how):
 # ---- memory ----
 
 MEMORY_OF_A_CONVERSION = """
-import sys
+import sys, warnings
 from griffin_jax.loading import convert
-report = convert(sys.argv[1], sys.argv[2], sys.argv[3], progress=False)
+warnings.simplefilter("ignore")
+report = convert(sys.argv[1], sys.argv[2], sys.argv[3], progress=False, allow_pickle=True)
 print(report.largest_bytes, report.peak_memory - report.memory_before, report.bytes)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stored", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]
-)
-def test_memory_does_not_grow_with_the_model(tmp_path, stored, dtype):
+    ("stored", "dtype", "pickled"),
+    [
+        ("float32", "float32", False), ("bfloat16", "float32", False), ("float32", "bfloat16", False),
+        ("float32", "float32", True),
+    ],
+)  # fmt: skip
+def test_memory_does_not_grow_with_the_model(tmp_path, stored, dtype, pickled):
     """Far below the 1.5 x largest tensor + 1 GiB that is promised, for a model of many times that size."""
     config = checkpoints.config(
         vocab_size=65536, hidden_size=1024, intermediate_size=8192, num_hidden_layers=12, num_attention_heads=8,
@@ -403,6 +427,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path, stored, dtype):
         for name in names
     }
     checkpoints.write(tmp_path / "hf", weights, shards=4, config=config)
+    if pickled:
+        import torch
+
+        for file in (tmp_path / "hf").glob("model*"):
+            file.unlink()
+        payload = {name: torch.from_numpy(array) for name, array in weights.items()}
+        torch.save(payload, tmp_path / "hf" / "pytorch_model.bin")
     process = run_python(MEMORY_OF_A_CONVERSION, tmp_path / "hf", tmp_path / "native", dtype)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
@@ -424,6 +455,7 @@ def test_the_command(hf_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "21 tensors" in done.stdout
     assert "bfloat16" in done.stdout
+    assert re.fullmatch(r"python -m convert: warning: .* 21 stored as F32 become bfloat16: .*\n", done.stderr)
     assert "peak memory" in done.stdout
     assert load(tmp_path / "native").dtype == jnp.bfloat16
 

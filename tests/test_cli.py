@@ -139,6 +139,21 @@ class TestConvert:
         assert code == 2
         assert "exists" in err
 
+    def test_pickles_only_with_the_option(self, capfd, tiny, tmp_path):
+        import torch
+
+        folder = tmp_path / "hf"
+        folder.mkdir()
+        (folder / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
+        torch.save(tiny.torch.state_dict(), folder / "pytorch_model.bin")
+        for command in (["convert", str(folder), str(tmp_path / "native")], ["info", "--model", str(folder)]):
+            code, _, err = run(capfd, *command)
+            assert code == 2
+            assert "--allow-pickle on the command line" in err
+            assert len(err.splitlines()) == 1
+            assert run(capfd, *command, "--allow-pickle")[0] == 0
+        assert gj.load(tmp_path / "native").config == tiny.llm.config
+
     def test_python_m_convert(self, tiny, tmp_path):
         command = [sys.executable, "-m", "convert", str(tiny.folder), str(tmp_path / "native")]
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)

@@ -357,6 +357,9 @@ class TestRefusals:
             tiny.llm.logits([[5, 6, 7]], prompt_length=4)
         with pytest.raises(ValueError, match="sequences of one length"):
             tiny.llm.logits([[5, 6, 7], [5]], prompt_length=1)
+        for none in ([], np.zeros((0, 3), np.int32)):
+            with pytest.raises(ValueError, match="at least one sequence of tokens, got none"):
+                tiny.llm.logits(none, prompt_length=1)
         with pytest.raises(ValueError, match="token 200"):
             tiny.llm.logits([[5, 200]], prompt_length=1)
 

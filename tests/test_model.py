@@ -97,6 +97,7 @@ def test_padded_queries_stay_finite(tiny):
     assert np.isfinite(run(tiny.llm.model, [padded], 8)).all()
 
 
+@pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_compute_near_float32(tiny, rng, dtype):
     tokens = rng.integers(0, 101, (1, 20)).astype(np.int32)

@@ -19,6 +19,7 @@ from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import Rotary
 from griffin_jax.loading import load_model, open_source, parse_dtype
 from griffin_jax.model import rotary_frequencies
+from griffin_jax.planning import NarrowingWarning
 from griffin_jax.sources import read_gguf_header
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -148,6 +149,9 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path, weights):
     weights["lm_head.weight"][3, 4] += 1
     message = refusal(checkpoints.write(tmp_path / "other", weights, config=tied))
     assert "lm_head.weight should be the same as model.embed_tokens.weight" in message
+    weights["lm_head.weight"] = weights[EMBEDDING].astype(np.int64)
+    message = refusal(checkpoints.write(tmp_path / "whole-numbers", weights, config=tied))
+    assert "lm_head.weight should be the same as model.embed_tokens.weight" in message
 
 
 # ---- weights that are not numbers ----
@@ -166,7 +170,10 @@ def test_weights_that_overflow_a_narrow_dtype(tmp_path, weights):
     weights[DOWN][0, 0] = 1e5
     folder = checkpoints.write(tmp_path, weights)
     load_model(folder, "float32")
-    with pytest.raises(ValueError, match=rf"{DOWN}: values up to 1e\+05 do not fit into float16"):
+    with (
+        pytest.warns(NarrowingWarning, match="values beyond 65504 are refused"),
+        pytest.raises(ValueError, match=rf"{DOWN}: values up to 1e\+05 do not fit into float16"),
+    ):
         load_model(folder, "float16")
 
 
@@ -183,11 +190,23 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path, weights):
     assert f"1 in a file but not in the index: {EMBEDDING}" in message
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", 7])
-def test_an_index_that_points_elsewhere(tmp_path, weights, name):
-    index = checkpoints.write(tmp_path, weights, shards=2) / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
-    assert "is not the name of a file in the folder" in refusal(tmp_path)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret{}", "/etc/passwd", "/etc/x{}", "a/b{}", "..\\x{}", "C:x{}", "model\0{}", "\n{}", "..", ".", "", 7,
+        None, ["x{}"], "model", "x" * 5000,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("index", "suffix"), [("model.safetensors.index.json", ".safetensors"), ("pytorch_model.bin.index.json", ".bin")]
+)
+def test_an_index_that_points_elsewhere(tmp_path, weights, index, suffix, name):
+    checkpoints.write(tmp_path, weights)
+    (tmp_path / "model.safetensors").unlink()
+    name = name.format(suffix) if isinstance(name, str) else name
+    (tmp_path / index).write_text(json.dumps({"weight_map": {EMBEDDING: name}}))
+    with pytest.raises(ValueError, match=rf"{index}: .* is not the name of a {suffix} file in the folder"):
+        open_source(tmp_path, allow_pickle=True)
 
 
 def test_a_shard_that_is_missing(tmp_path, weights):
@@ -230,7 +249,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path, weights):
 def test_folders_without_weights_say_what_they_need(tmp_path, weights):
     checkpoints.write(tmp_path, weights)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="griffin_jax reads safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no safetensors.*allow_pickle=True.*--allow-pickle"):
         open_source(tmp_path)
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
