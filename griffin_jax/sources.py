@@ -305,7 +305,7 @@ def _itemsize(dtype: str) -> int:
     return FLOATS.get(dtype, FLOATS["F32"]).itemsize
 
 
-def _check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
+def check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
     """Refuse absurd numbers before anything is made of that size: they may be garbage."""
     if config.num_layers > max(len(shapes), 256):
         raise ValueError(f"{name}: {len(shapes)} tensors are too few for {config.num_layers} layers")
@@ -423,7 +423,7 @@ class HuggingFaceFolder(Reader):
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
-        _check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
+        check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
 
     def read(self, tensor: str) -> np.ndarray:
         return self.read_rows(tensor, 0, None)
@@ -621,7 +621,7 @@ class GgufFile(Reader):
             )
         except ValueError as error:
             raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
-        _check_plausible(self.name, self.config, [tensor.shape for tensor in tensors.values()])
+        check_plausible(self.name, self.config, [tensor.shape for tensor in tensors.values()])
         rules = {rule.name: rule for rule in _gguf_rules(self.family.gguf.rules, self.config.num_layers)}
         self._tensors = {}
         for name, tensor in tensors.items():
