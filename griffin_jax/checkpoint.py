@@ -36,7 +36,7 @@ from flax import nnx
 from griffin_jax.assembly import assemble, dotted, parameter_shapes
 from griffin_jax.config import ModelConfig
 from griffin_jax.model import Transformer
-from griffin_jax.sources import FLOATS, Origin, Source, check_finite, read_json
+from griffin_jax.sources import FLOATS, Origin, Source, check_finite, check_plausible, read_json
 from griffin_jax.tokenizer import Tokenizer, check_fits
 
 FORMAT, VERSION = "griffin_jax", 1
@@ -358,8 +358,12 @@ class NativeCheckpoint(Source):
         self.hashes: dict[str, str] = dict(source.get("sha256") or {})
         self.files = [self._folder / MANIFEST, *(self._folder / name for name in manifest["files"])]
         self.ignored = []
+        stored = self._stored_shapes()
+        check_plausible(self.name, self.config, list(stored.values()))
         self.shapes = parameter_shapes(self.config)
-        self._check_parameters()
+        if wrong := sorted(stored.items() ^ self.shapes.items()):
+            listed = ", ".join(dict.fromkeys(f"{path} {shape}" for path, shape in wrong[:8]))
+            raise ValueError(f"{self._folder}: the parameters are not those of its config; they differ in {listed}")
 
     def origin(self, path: str) -> Origin:
         name = next(name for name, dtype in FLOATS.items() if dtype == self.dtype)
@@ -425,15 +429,12 @@ class NativeCheckpoint(Source):
             raise ValueError(f"{self._folder}: damaged files: {listed}; convert the model again")
         return manifest
 
-    def _check_parameters(self) -> None:
-        """Raise `ValueError` unless the stored parameters are exactly those of the configuration."""
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter that the folder has, by path."""
         with self._opened() as (checkpointer, folder):
             metadata = checkpointer.metadata(folder).item_metadata
         tree = {} if metadata is None else nnx.traversals.flatten_mapping(metadata.tree)
-        found = {dotted(path): tuple(leaf.shape) for path, leaf in tree.items()}
-        if wrong := sorted(found.items() ^ self.shapes.items()):
-            listed = ", ".join(dict.fromkeys(f"{path} {shape}" for path, shape in wrong[:8]))
-            raise ValueError(f"{self._folder}: the parameters are not those of its config; they differ in {listed}")
+        return {dotted(path): tuple(leaf.shape) for path, leaf in tree.items()}
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[ocp.Checkpointer, Path]]:

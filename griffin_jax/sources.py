@@ -321,7 +321,7 @@ def _itemsize(dtype: str) -> int:
     return FLOATS.get(dtype, FLOATS["F32"]).itemsize
 
 
-def _check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
+def check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
     """Refuse absurd numbers before anything is made of that size: they may be garbage."""
     if config.num_layers > max(len(shapes), 256):
         raise ValueError(f"{name}: {len(shapes)} tensors are too few for {config.num_layers} layers")
@@ -440,7 +440,7 @@ class HuggingFaceFolder(Reader):
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
-        _check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
+        check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
         # Checkpoints of the bare model, as AutoModel saves it, lack the name of the part that it is of the whole.
         prefix = self.family.prefix
         self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
@@ -645,7 +645,7 @@ class GgufFile(Reader):
             self.config = self._read_config(gguf)
         except ValueError as error:
             raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
-        _check_plausible(self.name, self.config, list(self.shapes.values()))
+        check_plausible(self.name, self.config, list(self.shapes.values()))
 
     def read(self, name: str) -> np.ndarray:
         return self._values(name, self._tensors[name])

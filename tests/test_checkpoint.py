@@ -281,6 +281,17 @@ def test_parameters_of_another_model(native, field, change, message):
         load(native)
 
 
+@pytest.mark.parametrize(
+    ("field", "message"), [("num_layers", "too few for 1000000000 layers"), ("ff_width", "a size of 1000000000")]
+)
+def test_absurd_sizes_are_refused_before_anything_is_made_of_that_size(native, field, message):
+    manifest = json.loads((native / MANIFEST).read_text())
+    manifest["config"][field] = 10**9
+    (native / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=message):
+        load(native)
+
+
 def test_folders_without_a_manifest_are_incomplete(native):
     (native / MANIFEST).unlink()
     with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
