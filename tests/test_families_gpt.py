@@ -253,7 +253,9 @@ def test_masks_and_wavelengths_in_old_files_are_ignored(family, tmp_path):
     save_file(weights, file)
     expected = open_source(tmp_path)
     masks = {name.format(layer): np.ones((1, 1, 256, 256), bool) for name in BUFFERS[family] for layer in range(3)}
-    save_file(weights | masks, file)
-    source = open_source(tmp_path)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    save_file(weights | masks, tmp_path / "old" / "model.safetensors")
+    source = open_source(tmp_path / "old")
     assert source.dtype == np.float16
     assert same(source, expected)

@@ -174,6 +174,13 @@ def _transformers_defaults(model_type: str) -> dict[str, Any]:
         return {}
 
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+"""What most configurations call their sizes."""
+
+
 def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
     """The fields of `ModelConfig` that most families name alike.
 
@@ -184,11 +191,9 @@ def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
     Raises:
         ValueError: an attribute is missing or not a whole number.
     """
-    required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "max_position_embeddings"]  # fmt: skip
-    attributes.require(*(name for name in required if name not in defaults))
+    attributes.require(*(name for name in SIZES if name not in defaults))
     vocabulary, width, ff_width, layers, heads, positions = (
-        attributes.take(name, int, default=defaults.get(name)) for name in required
+        attributes.take(name, int, default=defaults.get(name)) for name in SIZES
     )
     return {
         "vocab_size": vocabulary,
@@ -248,14 +253,18 @@ def read_layer_types(attributes: Attributes, default: Sequence[bool]) -> list[bo
     return [kind == "sliding_attention" for kind in types]
 
 
-def read_gguf_sizes(attributes: Attributes) -> dict[str, Any]:
+def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     """What the metadata of most architectures name alike, in the terms of config.json.
+
+    Args:
+        attributes: of the metadata.
+        required: further fields that must be there.
 
     Raises:
         ValueError: a field is missing or of another type, or the model is a mixture of experts.
     """
     attributes.require(
-        "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length"
+        "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length", *required
     )
     width = attributes.take("embedding_length", int)
     heads = attributes.take("attention.head_count", int)
@@ -310,7 +319,7 @@ def read_rotary(
     head_dim: int,
     *,
     theta: float = 10_000.0,
-    share: float = 1.0,
+    share: float | None = None,
     original: int | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> Rotary:
@@ -321,7 +330,7 @@ def read_rotary(
         max_positions: the context, in tokens.
         head_dim: H.
         theta: the family's default base.
-        share: the family's default for the share of a head that turns.
+        share: the family's default for the share of a head that turns; None if it turns whole heads only.
         original: the family's default for the context of the unscaled model, if `rope_scaling` is not asked.
         kinds: what the family's names of kinds mean, and all that it has; None for the usual ones.
 
@@ -329,7 +338,7 @@ def read_rotary(
         ValueError: the kind is not supported, an attribute is missing, or one is not understood.
     """
     theta = attributes.take("rope_theta", float, default=theta)
-    share = attributes.take("partial_rotary_factor", float, default=share)
+    given_share = attributes.take("partial_rotary_factor", float)
     original = attributes.take("original_max_position_embeddings", int, default=original)
     scaling = attributes.take("rope_scaling", dict, default={})
     parameters = attributes.take("rope_parameters", dict, default={})
@@ -337,8 +346,10 @@ def read_rotary(
         raise ValueError(
             f"{attributes.where}: rope_scaling {scaling} and rope_parameters {parameters} contradict each other"
         )
+    if given_share is not None:
+        parameters = {"partial_rotary_factor": given_share, **(scaling or parameters)}
     return rotary_of(
-        scaling or parameters,
+        parameters or scaling,
         f"{attributes.where}: rotary embedding",
         max_positions,
         head_dim,
@@ -356,7 +367,7 @@ def rotary_of(
     head_dim: int,
     *,
     theta: float,
-    share: float = 1.0,
+    share: float | None = None,
     original: int | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> Rotary:
@@ -368,7 +379,7 @@ def rotary_of(
         max_positions: the context, in tokens.
         head_dim: H.
         theta: the base if `parameters` does not say.
-        share: of a head that turns if `parameters` does not say.
+        share: of a head that turns if `parameters` does not say; None if it must be the whole head.
         original: context of the unscaled model, which takes precedence over that in `parameters`.
         kinds: what names of kinds mean, and all that are allowed; None for the usual ones.
 
@@ -383,8 +394,10 @@ def rotary_of(
             raise ValueError(f"{where}: kind {kind!r}; supported are {', '.join(kinds)}")
         kind = kinds[kind]
     theta = rope.take("rope_theta", float, default=theta)
-    share = rope.take("partial_rotary_factor", float, default=share)
-    dims = int(head_dim * share)
+    given_share = rope.take("partial_rotary_factor", float, default=share or 1.0)
+    if share is None and given_share != 1.0:
+        raise ValueError(f"{where}: partial_rotary_factor is {given_share}; this family turns whole heads only")
+    dims = int(head_dim * given_share)
     plain = Rotary(theta=theta, dims=None if dims == head_dim else dims)
     if kind in ("llama3", "yarn", "longrope"):
         inner = rope.take("original_max_position_embeddings", int, default=max_positions)

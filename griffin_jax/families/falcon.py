@@ -36,8 +36,6 @@ def read_config(attributes: Attributes) -> ModelConfig:
         sizes["num_kv_heads"] = _ungrouped_kv_heads(attributes, sizes)
     attributes.ignore("multi_query")
     rotary = read_rotary(attributes, sizes["max_positions"], sizes["head_dim"])
-    if rotary.dims is not None:
-        raise ValueError(f"{attributes.where}: Falcon turns whole heads, not {rotary.dims} dimensions of them")
     alibi = attributes.take("alibi", bool, default=False)
     bias = attributes.take("bias", bool, default=False)
     parallel, shared_norm = _read_layer_form(attributes, grouped)

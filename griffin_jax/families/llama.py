@@ -8,6 +8,7 @@ import numpy as np
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    SIZES,
     Attributes,
     Family,
     GgufFamily,
@@ -56,7 +57,7 @@ def read_fields(
 
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "llama"` describes."""
-    attributes.require("rms_norm_eps")
+    attributes.require(*SIZES, "rms_norm_eps")
     fields = read_fields(attributes, "llama", bos_token_id=1, eos_token_id=2)
     return ModelConfig(
         **fields,
@@ -90,7 +91,7 @@ RULES = (
 
 def read_gguf_fields(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
     """llama.cpp's metadata of Llama and the families built like it, in the terms of config.json."""
-    values = read_gguf_sizes(attributes)
+    values = read_gguf_sizes(attributes, "attention.layer_norm_rms_epsilon")
     theta = attributes.take("rope.freq_base", float, default=10_000.0)
     scaling = _gguf_scaling(attributes)
     if "rope_freqs.weight" in tensors.shapes:

@@ -36,7 +36,9 @@ def read_config(attributes: Attributes) -> ModelConfig:
         **sizes,
         activation=read_activation(attributes),
         norm_eps=attributes.take("rms_norm_eps", float, default=1e-5),
-        rotary=read_rotary(attributes, sizes["max_positions"], sizes["head_dim"], original=4096, kinds=ROTARY_KINDS),
+        rotary=read_rotary(
+            attributes, sizes["max_positions"], sizes["head_dim"], share=1.0, original=4096, kinds=ROTARY_KINDS
+        ),
         windows=windows_of(window, [True] * sizes["num_layers"]),
         tied_head=attributes.take("tie_word_embeddings", bool, default=False),
     )
