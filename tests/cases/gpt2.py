@@ -17,7 +17,12 @@ CASES = Cases(
         "unscaled scores, relu": {
             "scale_attn_weights": False, "activation_function": "relu", "reorder_and_upcast_attn": True,
         },
-        "one head": {"n_head": 1},
+        "one head, four times the width": {"n_head": 1, "n_inner": None},
     },
     down="mlp.c_proj",
+    not_in_gguf={
+        "tied": "another width than four times n_embd is not in the file",
+        "own head, gelu, four times the width": "the activation is not in the file",
+        "unscaled scores, relu": "the activation and the scale are not in the file",
+    },
 )  # fmt: skip
