@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info`."""
+"""The command line: `griffin-jax generate | convert | info | compile`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, demo, loading
+from griffin_jax import __version__, demo, deviceless, loading
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.griffin import NEURON_MAJOR, Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
@@ -77,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--density", type=_density, default=0.5, help="density to describe (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "compile",
+        help="what a model needs and can reach on an accelerator that is not there",
+        description="Compiles prefill, pruning and decoding of a full-size model for a chip, which need not be there,"
+        " without its weights, and shows memory, kernels, copies and the ceiling that the bandwidth sets.",
+    )
+    deviceless.add_arguments(command, _density)
+    command.set_defaults(run=deviceless.run)
     return parser
 
 

@@ -30,9 +30,7 @@ def _opt(width: int, ff: int, layers: int, heads: int) -> ModelConfig:
     )  # fmt: skip
 
 
-_LLAMA_3_1 = Rotary(
-    500_000.0, "llama3", factor=8.0, original_positions=8192, low_freq_factor=1.0, high_freq_factor=4.0
-)
+_LLAMA_3_1 = Rotary(500_000.0, "llama3", factor=8.0, original_positions=8192, low_freq_factor=1.0, high_freq_factor=4.0)
 _GEMMA: dict[str, Any] = {
     "head_dim": 256, "activation": "gelu_tanh", "norm_eps": 1e-6, "norm_plus_one": True, "tied_head": True,
 }  # fmt: skip
