@@ -31,6 +31,9 @@ from griffin_jax.named import NAMED, named, with_layers
 from griffin_jax.targets import TARGETS, Chip, gpu_target_config, target
 
 CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
+GPU_TILE = 64
+"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
+
 TPU_VMEM = 1
 """XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
 
@@ -471,7 +474,7 @@ def table(model: str, report: Report) -> str:
     lines = [
         f"{model} on {chip.name} ({_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s), compiled without it:",
         f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
-        f" cache of {report.slots:,} slots, {report.layers} layers",
+        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}",
         _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
         _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
         _row("weights", [_size(c.weights) for c in columns]),
@@ -484,15 +487,20 @@ def table(model: str, report: Report) -> str:
         lines.append(_row(f"all memory, {phase}", held))
     lines += [
         _row("fits", ["yes" if c.fits else "NO" for c in columns]),
-        _row("read at each step", [_size(c.step_bytes) for c in columns]),
-        _row("kernels of each step" if chip.gpu else "operations of each step", [_count(c) for c in columns]),
-        _row("copies of FF weights", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
-        _row("copies of the cache", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
+        _row("read, each step", [_size(c.step_bytes) for c in columns]),
+        _row("kernels, each step" if chip.gpu else "operations, each step", [_count(c) for c in columns]),
+        _row("FF weights copied, each step", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
+        _row("cache copied, each step", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
         _row("ceiling, tokens/s", [f"{c.ceiling:,.1f}" for c in columns]),
     ]
     if report.speedup_ceiling is not None:
         lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
+    if chip.gpu and report.pruned and report.pruned.ff_copies_per_step and any(k % GPU_TILE for k in report.pruned.kept):
+        lines.append(
+            f"Where the kept neurons are no multiple of {GPU_TILE}, XLA pads or joins matrices at every step; --multiple"
+            f" {GPU_TILE} avoids that."
+        )
     lines += [
         "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
         "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",
@@ -501,7 +509,7 @@ def table(model: str, report: Report) -> str:
 
 
 def _row(title: str, cells: Sequence[str]) -> str:
-    return f"{title:26}" + "".join(f"{cell:>18}" for cell in cells)
+    return f"{title:29}" + "".join(f"{cell:>16}" for cell in cells)
 
 
 def _size(size: int | None) -> str:
