@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from griffin_jax import compilers
 from griffin_jax.config import GriffinConfig, ModelConfig
 from griffin_jax.generate import bucket
 from griffin_jax.hlo import Module
@@ -30,7 +30,6 @@ from griffin_jax.loading import open_source, parse_dtype
 from griffin_jax.named import NAMED, named, with_layers
 from griffin_jax.targets import TARGETS, Chip, gpu_target_config, target
 
-CUDA_PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
 GPU_TILE = 64
 """Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
 
@@ -136,6 +135,7 @@ def compile_for(
     new: int = 128,
     dtype: str = "bfloat16",
     hlo: str | os.PathLike[str] | None = None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Compiles prefill, prune and decoding, dense and pruned, for a chip that need not be there.
 
@@ -152,11 +152,12 @@ def compile_for(
         new: tokens of each answer.
         dtype: of weights and cache.
         hlo: a folder that the optimised HLO of every program is written to; none if None.
+        notice: is called with one line before a compiler is downloaded: see `griffin_jax.compilers`.
 
     Raises:
         ValueError: an argument is outside its range, there is no such chip, or prompt and answer are
             more than the model's context.
-        RuntimeError: the compiler for this chip is not installed, or failed.
+        RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
     """
     chip = target(name)
     for argument, value in (("batch", batch), ("prompt", prompt), ("new", new)):
@@ -167,7 +168,7 @@ def compile_for(
     weights_dtype = parse_dtype(dtype)
     assert weights_dtype is not None
     kept = GriffinConfig(density, multiple=multiple).kept([config.ff_width] * config.num_layers)
-    _require_compiler(name, chip)
+    compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
     task: dict[str, Any] = {
         "config": config.to_json(),
         "gpu": None if chip.gpu is None else gpu_target_config(chip),
@@ -180,7 +181,7 @@ def compile_for(
         "dtype": weights_dtype.name,
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
-    found = _in_child(task)
+    found = _in_child(task, compiler)
     sizes = _Sizes(config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"])
     variants = {}
     for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
@@ -264,35 +265,22 @@ class _Sizes:
         return self.weights(kept) - self.tables + self.table_rows + self.cache
 
 
-def _require_compiler(name: str, chip: Chip) -> None:
-    if chip.gpu is not None and not any(map(_installed, CUDA_PLUGINS)):
-        raise RuntimeError(
-            f"compiling for {name} needs JAX's CUDA plugin, not CUDA itself: pip install 'griffin-jax[compile]'"
-        )
-    if chip.topology is not None and not _installed("libtpu"):
-        raise RuntimeError(f"compiling for {name} needs libtpu: pip install 'griffin-jax[tpu]'")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-def _in_child(task: dict[str, Any]) -> dict[str, Any]:
-    """Runs `_child` in a new process with an environment for compiling."""
-    environment = os.environ | {
+def child_environment(compiler: Path | None) -> dict[str, str]:
+    """The environment of a process that compiles for another chip than this machine has; see `compilers.fetch`."""
+    return os.environ | {
         "JAX_PLATFORMS": "cpu",
         # Autotuning would run kernels, and there is nothing to run them on.
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
         "TPU_SKIP_MDS_QUERY": "1",
-        "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path),
+        "PYTHONPATH": compilers.search_path(compiler),
     }
+
+
+def _in_child(task: dict[str, Any], compiler: Path | None) -> dict[str, Any]:
+    """Runs `_child` in a new process."""
     result = subprocess.run(
         [sys.executable, "-c", "from griffin_jax.deviceless import _child; _child()"],
-        input=json.dumps(task), capture_output=True, text=True, env=environment, check=False,
+        input=json.dumps(task), capture_output=True, text=True, env=child_environment(compiler), check=False,
     )  # fmt: skip
     lines = result.stdout.splitlines()
     if result.returncode or not lines:
@@ -461,6 +449,7 @@ def run(options: argparse.Namespace) -> None:
     report = compile_for(
         options.target, config, density=options.density, multiple=options.multiple, shared=options.shared,
         batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype, hlo=options.hlo,
+        notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
         print(json.dumps({"model": options.model, **report.to_json()}))
@@ -496,10 +485,11 @@ def table(model: str, report: Report) -> str:
     if report.speedup_ceiling is not None:
         lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
-    if chip.gpu and report.pruned and report.pruned.ff_copies_per_step and any(k % GPU_TILE for k in report.pruned.kept):
+    pruned = report.pruned
+    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % GPU_TILE for k in pruned.kept):
         lines.append(
-            f"Where the kept neurons are no multiple of {GPU_TILE}, XLA pads or joins matrices at every step; --multiple"
-            f" {GPU_TILE} avoids that."
+            f"Where the kept neurons are no multiple of {GPU_TILE}, XLA pads or joins matrices at every step:"
+            f" --multiple {GPU_TILE} avoids that."
         )
     lines += [
         "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
