@@ -7,6 +7,7 @@ import math
 import pytest
 
 from griffin_jax.assembly import parameter_shapes
+from griffin_jax.deviceless import GPU_TILE
 from griffin_jax.named import NAMED, named
 
 PUBLISHED = {
@@ -44,6 +45,10 @@ def test_every_name_is_checked():
 @pytest.mark.parametrize("name", NAMED)
 def test_parameters_are_the_published_ones(name):
     assert parameters(named(name)) == PUBLISHED[name]
+
+
+def test_half_of_the_neurons_are_whole_tiles():
+    assert all(config.ff_width // 2 % GPU_TILE == 0 for config in NAMED.values())
 
 
 def test_case_does_not_matter():
