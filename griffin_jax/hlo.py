@@ -119,8 +119,8 @@ class Module:
         """Instructions that read an array of one of these shapes and write at least half as many elements.
 
         That is what a copy does, and a gather, a transposition, a conversion, a slice or a padding; a product does
-        not, nor does an update in place. What is written to on-chip memory does not count: it is read there instead
-        of in main memory.
+        not, nor does an update in place. What goes to on-chip memory or comes from there does not count: an array that
+        is there for a while is read there instead of in main memory.
 
         Args:
             computations: to look through; arrays that come into one from outside are what is looked for.
@@ -135,13 +135,13 @@ class Module:
             sources: dict[str, int] = {}
             for i in computation:
                 if i.opcode in ("parameter", "get-tuple-element") and len(i.results) == 1:
-                    if i.results[0].dims in shapes:
+                    if i.results[0].dims in shapes and (i.results[0].space != on_chip or not on_chip):
                         sources[i.name] = i.results[0].elements
                 elif i.opcode == "bitcast" and i.operands[0] in sources:
                     sources[i.name] = sources[i.operands[0]]
                 elif i.runs and i.opcode not in ("while", "conditional", "call"):
                     read = max((sources.get(name, 0) for name in i.operands), default=0)
-                    written = max((r.elements for r in i.results if r.space != on_chip or not r.space), default=0)
+                    written = max((r.elements for r in i.results if r.space != on_chip or not on_chip), default=0)
                     if read and 2 * written >= read and not self._updates_in_place(i):
                         found.append(self._described(i))
         return found

@@ -411,6 +411,11 @@ class TestReadingHlo:
     def test_other_memory_counts_where_it_is_not_on_the_chip(self):
         assert self.read(on_chip=None)["ff_copies_per_step"] == ["copy", "slice"]
 
+    def test_an_array_that_returns_from_the_chip(self):
+        line = "%here = bf16[8,4]{1,0:S(1)} get-tuple-element(%state), index=1\n  %back = bf16[8,4]{1,0} copy(%here)"
+        assert self.read(line)["ff_copies_per_step"] == []
+        assert self.read(line, on_chip=None)["ff_copies_per_step"] == ["copy", "slice", "copy"]
+
     def test_copies_before_the_loop(self):
         text = HLO.replace("  %t = ", "  %b.1 = f32[8,4]{1,0} convert(%b)\n  %t = ").replace("SPOILED", "")
         found = inspect(text, {(8, 4)}, {(1, 2, 6)})
