@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families`."""
+"""The command line: `griffin-jax generate | convert | info | families | compile`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, demo, families, loading
+from griffin_jax import __version__, demo, deviceless, families, loading
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.griffin import NEURON_MAJOR, Experts
@@ -97,6 +97,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("families", help="list the model families that are supported, and what is refused")
     command.set_defaults(run=lambda options: print(families.table()))
+
+    command = commands.add_parser(
+        "compile",
+        help="what a model needs and can reach on an accelerator that is not there",
+        description="Compiles prefill, pruning and decoding of a full-size model for a chip, which need not be there,"
+        " without its weights, and shows memory, kernels, copies and the ceiling that the bandwidth sets.",
+    )
+    deviceless.add_arguments(command, _density)
+    command.set_defaults(run=deviceless.run)
     return parser
 
 

@@ -1,0 +1,530 @@
+"""Compiling a full-size model for an accelerator that is not there.
+
+XLA compiles for a chip from its description alone, and needs no weights, only their shapes. What comes out is the
+very program that would run: how much memory it takes, how many kernels a token launches, and whether the decode loop
+copies anything that it should only read. It is not a time. What is said about speed here is a ceiling: the bytes that
+a token must read, over the bandwidth that the chip's vendor publishes.
+
+The compiler runs in a process of its own, because it must be set up before JAX is, and differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from griffin_jax import compilers
+from griffin_jax.config import GriffinConfig, ModelConfig
+from griffin_jax.generate import bucket
+from griffin_jax.hlo import Module
+from griffin_jax.loading import open_source, parse_dtype
+from griffin_jax.named import NAMED, named, with_layers
+from griffin_jax.targets import TARGETS, Chip, gpu_target_config, target
+
+GPU_TILE = 64
+"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
+
+TPU_VMEM = 1
+"""XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Decoding as it was compiled, dense or pruned. Sizes in bytes.
+
+    Attributes:
+        kept: neurons of each feed-forward layer.
+        weights: of the model that decodes.
+        memory: that `prefill`, `prune` and `decode` hold at most, the full model always among it; None
+            for what XLA refused to compile because it needs more than the chip has.
+        fits: whether the largest of them is no more than the chip's memory.
+        temporaries: of the decode loop, beside weights and cache; None if it was refused.
+        step_bytes: that one step of the loop must read: weights in use and all slots of the cache.
+        kernels_per_step: launches in one turn of the loop; on TPUs, operations.
+        ff_copies_per_step: instructions of the loop that copy, gather, transpose or convert a whole
+            feed-forward matrix. None are wanted.
+        ff_copies_per_call: the same before or behind the loop.
+        cache_copies_per_step: the same in the loop, of a layer's keys or values.
+        cache_copies_per_call: the same before or behind the loop.
+        ceiling: tokens per second of the whole batch if a step took no longer than reading
+            `step_bytes` at the published bandwidth. Computed, not measured.
+    """
+
+    kept: tuple[int, ...]
+    weights: int
+    memory: dict[str, int | None]
+    fits: bool
+    temporaries: int | None
+    step_bytes: int
+    kernels_per_step: int | None
+    ff_copies_per_step: tuple[str, ...] | None
+    ff_copies_per_call: tuple[str, ...] | None
+    cache_copies_per_step: tuple[str, ...] | None
+    cache_copies_per_call: tuple[str, ...] | None
+    ceiling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling a model for a chip showed.
+
+    Attributes:
+        target: name of the chip in `griffin_jax.targets.TARGETS`.
+        chip: its published figures.
+        dtype: of weights and cache.
+        batch: sequences.
+        prompt: tokens of each.
+        new: tokens of each answer.
+        slots: tokens that each row of the cache has room for: prompt and answer, each in its bucket.
+        layers: of the model as compiled.
+        parameters: of the full model as compiled.
+        ff_width: F.
+        cache: bytes of keys and values.
+        shared: whether the batch shares its experts.
+        density: as it was asked for.
+        dense: the full model.
+        pruned: the pruned model; None at a density of 1.
+        refusals: what XLA said about programs that it did not compile.
+    """
+
+    target: str
+    chip: Chip
+    dtype: str
+    batch: int
+    prompt: int
+    new: int
+    slots: int
+    layers: int
+    parameters: int
+    ff_width: int
+    cache: int
+    shared: bool
+    density: float | Sequence[float]
+    dense: Compiled
+    pruned: Compiled | None
+    refusals: tuple[str, ...]
+
+    @property
+    def speedup_ceiling(self) -> float | None:
+        """How many times faster pruned decoding is at most, if reading is all that takes time; None at density 1."""
+        return None if self.pruned is None else self.dense.step_bytes / self.pruned.step_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary of every attribute and the speed-up's ceiling."""
+        return dataclasses.asdict(self) | {"speedup_ceiling": self.speedup_ceiling}
+
+
+def compile_for(
+    name: str,
+    config: ModelConfig,
+    *,
+    density: float | Sequence[float] = 0.5,
+    multiple: int = 1,
+    shared: bool = False,
+    batch: int = 1,
+    prompt: int = 2048,
+    new: int = 128,
+    dtype: str = "bfloat16",
+    hlo: str | os.PathLike[str] | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Compiles prefill, prune and decoding, dense and pruned, for a chip that need not be there.
+
+    Nothing of the model is allocated, and the backend of this process is not touched.
+
+    Args:
+        name: of the chip, one of `griffin_jax.targets.TARGETS`.
+        config: the model.
+        density: share of neurons kept; one for all layers or one for each.
+        multiple: the number of kept neurons is rounded up to a multiple of this.
+        shared: whether the batch shares its experts, or every sequence has its own.
+        batch: sequences.
+        prompt: tokens of each.
+        new: tokens of each answer.
+        dtype: of weights and cache.
+        hlo: a folder that the optimised HLO of every program is written to; none if None.
+        notice: is called with one line before a compiler is downloaded: see `griffin_jax.compilers`.
+
+    Raises:
+        ValueError: an argument is outside its range, there is no such chip, or prompt and answer are
+            more than the model's context.
+        RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
+    """
+    chip = target(name)
+    for argument, value in (("batch", batch), ("prompt", prompt), ("new", new)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+    if prompt + new > config.max_positions:
+        raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
+    weights_dtype = parse_dtype(dtype)
+    assert weights_dtype is not None
+    kept = GriffinConfig(density, multiple=multiple).kept([config.ff_width] * config.num_layers)
+    compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
+    task: dict[str, Any] = {
+        "config": config.to_json(),
+        "gpu": None if chip.gpu is None else gpu_target_config(chip),
+        "topology": chip.topology,
+        "kept": None if set(kept) == {config.ff_width} else kept,
+        "shared": shared or batch == 1,
+        "batch": batch,
+        "prompt": bucket(prompt),
+        "room": bucket(new),
+        "dtype": weights_dtype.name,
+        "hlo": None if hlo is None else os.path.abspath(hlo),
+    }
+    found = _in_child(task, compiler)
+    sizes = _Sizes(config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"])
+    variants = {}
+    for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
+        if variant not in found:
+            continue
+        decoded, pruning = found[variant], variant == "pruned"
+        # The full model stays: it reads the next prompt. The compiler knows what goes into each program only.
+        memory = {"prefill": _total(found["prefill"])}
+        if pruning:
+            memory["prune"] = _total(found["prune"], beside=sizes.weights(None) - sizes.ff(None) + sizes.cache)
+        memory["decode"] = _total(decoded, beside=sizes.ff(None) if pruning else 0)
+        needed = list(memory.values())
+        program = decoded or dict.fromkeys(PROGRAM_FIELDS)
+        variants[variant] = Compiled(
+            kept=widths,
+            weights=sizes.weights(widths if pruning else None),
+            memory=memory,
+            fits=all(size is not None and size <= chip.memory for size in needed),
+            temporaries=program["temporaries"],
+            step_bytes=sizes.step(widths if pruning else None),
+            ceiling=batch * chip.bandwidth / sizes.step(widths if pruning else None),
+            **{field: _tuple(program[field]) for field in PROGRAM_FIELDS if field != "temporaries"},
+        )
+    return Report(
+        target=name.lower(), chip=chip, dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new,
+        slots=sizes.slots, layers=config.num_layers, parameters=sizes.parameters, ff_width=config.ff_width,
+        cache=sizes.cache, shared=shared, density=density, dense=variants["dense"], pruned=variants.get("pruned"),
+        refusals=tuple(found["refusals"]),
+    )  # fmt: skip
+
+
+PROGRAM_FIELDS = (
+    "temporaries", "kernels_per_step", "ff_copies_per_step", "ff_copies_per_call", "cache_copies_per_step",
+    "cache_copies_per_call",
+)  # fmt: skip
+"""What the child finds out about each decode loop."""
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _total(program: dict[str, Any] | None, beside: int = 0) -> int | None:
+    """Bytes held while a program runs: what goes in, what comes out in other memory, temporaries, and all beside it."""
+    if program is None:
+        return None
+    return program["arguments"] + program["outputs"] - program["aliased"] + program["temporaries"] + beside
+
+
+class _Sizes:
+    """Bytes of the parts of a model, counted from its architecture."""
+
+    def __init__(self, config: ModelConfig, batch: int, slots: int, itemsize: int, *, shared: bool):
+        from griffin_jax.assembly import parameter_shapes
+        from griffin_jax.griffin import NEURON_MAJOR
+
+        self.config, self.batch, self.slots, self.itemsize = config, batch, slots, itemsize
+        self.sets = 1 if shared else batch
+        shapes = parameter_shapes(config)
+        self.parameters = sum(map(math.prod, shapes.values()))
+        ends = tuple(f"layers.0.ff.{name}" for name in NEURON_MAJOR)
+        self.row = sum(math.prod(shape[1:]) for path, shape in shapes.items() if path in ends)
+        self.cache = 2 * config.num_layers * batch * config.num_kv_heads * config.head_dim * slots * itemsize
+        tables = ["position_embedding"] if config.tied_head else ["embedding", "position_embedding"]
+        looked_up = [shapes[table] for table in tables if table in shapes]
+        self.tables = sum(map(math.prod, looked_up)) * itemsize
+        self.table_rows = sum(shape[1] for shape in looked_up) * batch * itemsize
+
+    def ff(self, kept: Sequence[int] | None) -> int:
+        """The parameters with a row for each neuron: all rows, or the kept ones."""
+        if kept is None:
+            return self.config.ff_width * self.config.num_layers * self.row * self.itemsize
+        return sum(kept) * self.sets * self.row * self.itemsize
+
+    def weights(self, kept: Sequence[int] | None) -> int:
+        """The model's: the full one's, or with the kept rows only."""
+        return self.parameters * self.itemsize - self.ff(None) + self.ff(kept)
+
+    def step(self, kept: Sequence[int] | None) -> int:
+        """What one decode step must read: of tables only the tokens' rows, of the cache all slots."""
+        return self.weights(kept) - self.tables + self.table_rows + self.cache
+
+
+def child_environment(compiler: Path | None) -> dict[str, str]:
+    """The environment of a process that compiles for another chip than this machine has; see `compilers.fetch`."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # Autotuning would run kernels, and there is nothing to run them on.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "PYTHONPATH": compilers.search_path(compiler),
+    }
+
+
+def _in_child(task: dict[str, Any], compiler: Path | None) -> dict[str, Any]:
+    """Runs `_child` in a new process."""
+    result = subprocess.run(
+        [sys.executable, "-c", "from griffin_jax.deviceless import _child; _child()"],
+        input=json.dumps(task), capture_output=True, text=True, env=child_environment(compiler), check=False,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    if result.returncode or not lines:
+        said = [line for line in result.stderr.splitlines() if line.strip()]
+        reason = said[-1] if said else f"exit code {result.returncode}"
+        raise RuntimeError(f"the compiler failed: {reason}")
+    return json.loads(lines[-1])
+
+
+def _child() -> None:
+    """Compiles the task on stdin; writes what it found as the last line of stdout."""
+    print(json.dumps(_compile_all(json.load(sys.stdin))))
+
+
+def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from griffin_jax import generate, griffin, jitted
+    from griffin_jax.assembly import abstract_model
+    from griffin_jax.model import FeedForward, Transformer
+
+    if task["gpu"]:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="one", target_config=task["gpu"], topology="1x1x1"
+        )
+    else:
+        topology = topologies.get_topology_desc(task["topology"], platform="tpu")
+    mesh = jax.sharding.Mesh(np.asarray(topology.devices[:1]), ("one",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), tree)
+
+    config = ModelConfig.from_json(task["config"])
+    batch, room = task["batch"], task["room"]
+    model = placed(abstract_model(config, jnp.dtype(task["dtype"])))
+    prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
+    prefilled = placed(jax.eval_shape(functools.partial(generate.prefill, room=room), model, *prompt))
+    answer = placed(jax.eval_shape(generate.begin, prefilled))
+    until = array((), jnp.int32)
+
+    def kept_rows(model: Transformer, experts: griffin.Experts) -> list[FeedForward]:
+        """What `prune` computes; the rest of its result is passed through, which jit would copy."""
+        return [layer.ff for layer in griffin.prune(model, experts).layers]
+
+    found: dict[str, Any] = {"refusals": []}
+
+    def compiled(name: str, lower: Callable[[], Any]) -> Any:
+        try:
+            program = lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            # TPU programs that need more memory than there is are refused; GPU programs are not.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found["refusals"].append(f"{name}: {' '.join(str(error).split())[:300]}")
+            found[name] = None
+            return None
+        sizes = program.memory_analysis()
+        found[name] = {
+            "arguments": sizes.argument_size_in_bytes,
+            "outputs": sizes.output_size_in_bytes,
+            "temporaries": sizes.temp_size_in_bytes,
+            "aliased": sizes.alias_size_in_bytes,
+        }
+        text = program.as_text()
+        if task["hlo"]:
+            folder = Path(task["hlo"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        return text
+
+    def decode(name: str, model: Any) -> None:
+        text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
+        if text is not None:
+            weights = {
+                getattr(layer.ff, part).shape for layer in model.layers for part in ("gate", "up", "down")
+                if getattr(layer.ff, part) is not None
+            }  # fmt: skip
+            caches = {leaf.shape for leaf in (*answer.cache.keys, *answer.cache.values)}
+            found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
+
+    compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, room=room))
+    decode("dense", model)
+    if task["kept"] is not None:
+        sets = () if task["shared"] else (batch,)
+        zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
+        experts = griffin.Experts(placed(zeros), model.neurons)
+        compiled("prune", lambda: jax.jit(kept_rows).lower(model, experts))
+        decode("pruned", placed(jax.eval_shape(griffin.prune, model, experts)))
+    return found
+
+
+def inspect(
+    text: str, weights: set[tuple[int, ...]], caches: set[tuple[int, ...]], on_chip: int | None = None
+) -> dict[str, Any]:
+    """What the optimised HLO of `decode` does at every step and around its loop.
+
+    Args:
+        text: the HLO.
+        weights: shapes of the feed-forward matrices.
+        caches: shapes of a layer's keys and values.
+        on_chip: number of the memory space on the chip, which may be written; None if there is none.
+
+    Returns:
+        All of `PROGRAM_FIELDS` but the temporaries.
+
+    Raises:
+        ValueError: the text is not that of a program with one loop.
+    """
+    module = Module.parse(text)
+    loop = module.loop()
+    inside, around = list(module.computations_of(loop)), [module.computations[module.entry]]
+    return {
+        "kernels_per_step": module.kernels(loop),
+        "ff_copies_per_step": module.copies(inside, weights, on_chip),
+        "ff_copies_per_call": module.copies(around, weights, on_chip),
+        "cache_copies_per_step": module.copies(inside, caches, on_chip),
+        "cache_copies_per_call": module.copies(around, caches, on_chip),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], float | Sequence[float]]) -> None:
+    """Declare what the compile command takes; `density` reads its value."""
+    parser.add_argument("--target", required=True, metavar="CHIP", help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"a model's folder or GGUF file, or one of {', '.join(NAMED)} (no weights needed)",
+    )
+    parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="default: %(default)s"
+    )
+    parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
+    parser.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
+    sets = parser.add_mutually_exclusive_group()
+    sets.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
+    sets.add_argument(
+        "--per-sequence", dest="shared", action="store_false", help="one set for every sequence (the default)"
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the compile command.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: see `compile_for`.
+        RuntimeError: likewise.
+    """
+    path = Path(os.path.expanduser(options.model))
+    config = open_source(path).config if path.exists() else named(options.model)
+    if options.layers is not None:
+        config = with_layers(config, options.layers)
+    report = compile_for(
+        options.target, config, density=options.density, multiple=options.multiple, shared=options.shared,
+        batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype, hlo=options.hlo,
+        notice=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps({"model": options.model, **report.to_json()}))
+    else:
+        print(table(options.model, report))
+
+
+def table(model: str, report: Report) -> str:
+    """The report for people; `model` is what they call it."""
+    chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
+    lines = [
+        f"{model} on {chip.name} ({_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s), compiled without it:",
+        f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
+        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}",
+        _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
+        _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
+        _row("weights", [_size(c.weights) for c in columns]),
+        _row("cache", [_size(report.cache) for _ in columns]),
+        _row("temporaries of decoding", [_size(c.temporaries) for c in columns]),
+    ]
+    phases: tuple[Literal["prefill", "prune", "decode"], ...] = ("prefill", "prune", "decode")
+    for phase in phases if report.pruned is not None else ("prefill", "decode"):
+        held = [_size(c.memory[phase]) if phase in c.memory else "-" for c in columns]
+        lines.append(_row(f"all memory, {phase}", held))
+    lines += [
+        _row("fits", ["yes" if c.fits else "NO" for c in columns]),
+        _row("read, each step", [_size(c.step_bytes) for c in columns]),
+        _row("kernels, each step" if chip.gpu else "operations, each step", [_count(c) for c in columns]),
+        _row("FF weights copied, each step", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
+        _row("cache copied, each step", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
+        _row("ceiling, tokens/s", [f"{c.ceiling:,.1f}" for c in columns]),
+    ]
+    if report.speedup_ceiling is not None:
+        lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
+    lines += [f"not compiled: {refusal}" for refusal in report.refusals]
+    pruned = report.pruned
+    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % GPU_TILE for k in pruned.kept):
+        lines.append(
+            f"Where the kept neurons are no multiple of {GPU_TILE}, XLA pads or joins matrices at every step:"
+            f" --multiple {GPU_TILE} avoids that."
+        )
+    lines += [
+        "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
+        "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",
+    ]
+    return "\n".join(lines)
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:29}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "refused"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+
+
+def _span(kept: Sequence[int]) -> str:
+    low, high = min(kept), max(kept)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _densities(density: float | Sequence[float]) -> str:
+    if not isinstance(density, Sequence):
+        return f"{density:g}"
+    low, high = min(density), max(density)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _count(compiled: Compiled) -> str:
+    return "refused" if compiled.kernels_per_step is None else f"{compiled.kernels_per_step:,}"
+
+
+def _copies(per_step: Sequence[str] | None, per_call: Sequence[str] | None) -> str:
+    if per_step is None or per_call is None:
+        return "refused"
+    return f"{len(per_step)}" + (f" (+{len(per_call)} once)" if per_call else "")

@@ -1,0 +1,210 @@
+"""Reading what XLA made of a decode loop: how many kernels a token takes, and what is copied that should not be.
+
+The text is that of `jax.stages.Compiled.as_text()`, the optimised HLO of one module. Only as much of its grammar is
+read as that takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+FREE = {
+    "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "add-dependency", "opt-barrier",
+    "partition-id", "replica-id",
+}  # fmt: skip
+"""Opcodes that run nothing."""
+
+_ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
+_SPACE = re.compile(r"S\((\d+)\)")
+_NAME = re.compile(r"%([\w.\-]+)")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
+_CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class HloArray:
+    """An array that an instruction makes: its dimensions, and the number of its memory space (0 is the main one)."""
+
+    dims: tuple[int, ...]
+    space: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO.
+
+    Attributes:
+        name: unique within its computation.
+        opcode: such as `fusion` or `copy-start`.
+        results: the arrays it makes; of `-start`, only those it makes and not what it reads.
+        operands: names of what it reads.
+        called: computations that it runs, by role: `body`, `condition`, `calls`, ...
+        attributes: the rest of the line.
+    """
+
+    name: str
+    opcode: str
+    results: tuple[HloArray, ...]
+    operands: tuple[str, ...]
+    called: tuple[tuple[str, str], ...]
+    attributes: str
+
+    @property
+    def runs(self) -> bool:
+        """Whether it costs a launch of its own."""
+        return self.opcode not in FREE and not self.opcode.endswith("-done") and "Bitcast" not in self.attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """The computations of an HLO module by name, and the name of the one that runs first."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    @classmethod
+    def parse(cls, text: str) -> Module:
+        """Raises `ValueError` where there is no entry computation."""
+        computations: dict[str, list[Instruction]] = {}
+        entry, current = None, None
+        for line in text.splitlines():
+            if current is None:
+                if header := _COMPUTATION.match(line):
+                    current = computations.setdefault(header[2], [])
+                    entry = header[2] if header[1] else entry
+            elif line.startswith("}"):
+                current = None
+            elif instruction := _INSTRUCTION.match(line):
+                current.append(_instruction(instruction[2], instruction[3]))
+        if entry is None:
+            raise ValueError("this is no text of an HLO module: it has no ENTRY")
+        return cls(computations, entry)
+
+    def loop(self) -> Instruction:
+        """The one loop of the entry computation.
+
+        Raises:
+            ValueError: there is none, or more than one.
+        """
+        loops = [i for i in self.computations[self.entry] if i.opcode == "while"]
+        if len(loops) != 1:
+            raise ValueError(f"the program has {len(loops)} loops where decoding has one")
+        return loops[0]
+
+    def computations_of(self, instruction: Instruction) -> Iterator[list[Instruction]]:
+        """The computations that it runs instruction by instruction, and those that these run."""
+        for _, name in instruction.called:
+            yield (computation := self.computations[name])
+            for inner in computation:
+                if inner.opcode in ("while", "conditional", "call"):
+                    yield from self.computations_of(inner)
+
+    def kernels(self, loop: Instruction) -> int:
+        """Launches of one turn of a loop, its condition included; loops within count one turn."""
+        control = ("while", "conditional", "call")
+        return sum(i.runs and i.opcode not in control for c in self.computations_of(loop) for i in c)
+
+    def copies(
+        self, computations: Collection[Sequence[Instruction]], shapes: Collection[tuple[int, ...]], on_chip: int | None
+    ) -> list[str]:
+        """Instructions that read an array of one of these shapes and write at least half as many elements.
+
+        That is what a copy does, and a gather, a transposition, a conversion, a slice or a padding; a product does
+        not, nor does an update in place. What goes to on-chip memory or comes from there does not count: an array that
+        is there for a while is read there instead of in main memory.
+
+        Args:
+            computations: to look through; arrays that come into one from outside are what is looked for.
+            shapes: of these arrays.
+            on_chip: number of the memory space that is on the chip; None if the chip shows none.
+
+        Returns:
+            For each such instruction its opcode, or `fusion of` and the opcode of what the fusion makes last.
+        """
+        found = []
+        for computation in computations:
+            sources: dict[str, int] = {}
+            for i in computation:
+                if i.opcode in ("parameter", "get-tuple-element") and len(i.results) == 1:
+                    if i.results[0].dims in shapes and (i.results[0].space != on_chip or not on_chip):
+                        sources[i.name] = i.results[0].elements
+                elif i.opcode == "bitcast" and i.operands[0] in sources:
+                    sources[i.name] = sources[i.operands[0]]
+                elif i.runs and i.opcode not in ("while", "conditional", "call"):
+                    read = max((sources.get(name, 0) for name in i.operands), default=0)
+                    written = max((r.elements for r in i.results if r.space != on_chip or not on_chip), default=0)
+                    if read and 2 * written >= read and not self._updates_in_place(i):
+                        found.append(self._described(i))
+        return found
+
+    def _inside(self, fusion: Instruction) -> list[Instruction]:
+        return [i for _, name in fusion.called for i in self.computations[name]]
+
+    def _updates_in_place(self, i: Instruction) -> bool:
+        # Where XLA cannot update in place it puts an instruction that copies before the update.
+        if i.opcode == "fusion":
+            return any(inner.opcode == "dynamic-update-slice" for inner in self._inside(i))
+        return i.opcode == "dynamic-update-slice"
+
+    def _described(self, i: Instruction) -> str:
+        if i.opcode != "fusion":
+            return i.opcode.removesuffix("-start")
+        return f"fusion of {next((x.opcode for x in reversed(self._inside(i)) if x.runs), 'nothing')}"
+
+
+def _instruction(name: str, line: str) -> Instruction:
+    shape, rest = _split_shape(line)
+    opcode, _, rest = rest.partition("(")
+    end = _closing(rest)
+    operands, attributes = rest[:end], rest[end + 1 :]
+    called = [(role, computation) for role, computation in _CALLED.findall(attributes)]
+    called += [("branch", branch) for names in _BRANCHES.findall(attributes) for branch in _NAME.findall(names)]
+    if opcode.endswith("-start") and shape.startswith("("):
+        parts = list(_parts(shape[1:-1]))
+        shape = parts[0] if opcode == "copy-start" else parts[1]
+    return Instruction(name, opcode, tuple(_arrays(shape)), tuple(_NAME.findall(operands)), tuple(called), attributes)
+
+
+def _split_shape(line: str) -> tuple[str, str]:
+    if not line.startswith("("):
+        shape, _, rest = line.partition(" ")
+        return shape, rest
+    end = _closing(line[1:]) + 1
+    return line[: end + 1], line[end + 1 :].lstrip()
+
+
+def _closing(text: str) -> int:
+    """Where the bracket closes that was opened before the text."""
+    depth = 0
+    for bracket in re.finditer(r"[()]", text):
+        depth += 1 if bracket[0] == "(" else -1
+        if depth < 0:
+            return bracket.start()
+    return len(text)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text between the commas that lie in no bracket."""
+    start = depth = 0
+    for mark in re.finditer(r"[(){}\[\],]", text):
+        if mark[0] == "," and depth == 0:
+            yield text[start : mark.start()].strip()
+            start = mark.end()
+        elif mark[0] != ",":
+            depth += 1 if mark[0] in "({[" else -1
+    yield text[start:].strip()
+
+
+def _arrays(shape: str) -> Iterator[HloArray]:
+    for _, dims, layout in _ARRAY.findall(shape):
+        space = _SPACE.search(layout)
+        yield HloArray(tuple(int(n) for n in dims.split(",") if n), int(space[1]) if space else 0)
