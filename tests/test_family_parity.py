@@ -9,9 +9,11 @@ import dataclasses
 import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,12 +52,20 @@ VARIANTS = [parameter(family, variant) for family, cases in CASES.items() for va
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
-def pair(request, tmp_path_factory) -> Pair:
+def pair(request, tmp_path_factory) -> Iterator[Pair]:
     family, variant = request.param
     cases = CASES[family]
     folder = tmp_path_factory.mktemp(family)
     model = build_torch(family, {**cases.config, **cases.variants[variant]}, folder)
-    return Pair(model, gj.load(folder, "float32"), folder, cases.down, cases.not_in_gguf.get(variant))
+    yield Pair(model, gj.load(folder, "float32"), folder, cases.down, cases.not_in_gguf.get(variant))
+    if variant == list(cases.variants)[-1]:
+        # Some gigabytes of small programs after a few families. All families share the smallest, so not after each.
+        pair_families.append(family)
+        if len(pair_families) % 5 == 0:
+            jax.clear_caches()
+
+
+pair_families: list[str] = []
 
 
 def run(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
