@@ -621,6 +621,57 @@ Rules = tuple[TensorRule, ...] | Callable[[ModelConfig], tuple[TensorRule, ...]]
 """Of a family; a function where they depend on more of the configuration than which parameters there are."""
 
 
+GGUF_RULES = (
+    TensorRule("token_embd.weight", "embedding", "V D"),
+    TensorRule("token_embd_norm.weight", "embedding_norm.scale", "D"),
+    TensorRule("token_embd_norm.bias", "embedding_norm.bias", "D"),
+    TensorRule("position_embd.weight", "position_embedding", "C D"),
+    TensorRule("output_norm.weight", "norm.scale", "D"),
+    TensorRule("output_norm.bias", "norm.bias", "D"),
+    TensorRule("output.weight", "head", "V D"),
+    *layer_rules(
+        "blk.{layer}.",
+        ("attn_norm.weight", "attention_norm.scale", "D"),
+        ("attn_norm.bias", "attention_norm.bias", "D"),
+        ("attn_q.weight", "attention.query", "(N H) D -> N H D"),
+        ("attn_k.weight", "attention.key", "(G H) D -> G H D"),
+        ("attn_v.weight", "attention.value", "(G H) D -> G H D"),
+        ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
+        ("attn_q.bias", "attention.query_bias", "(N H) -> N H"),
+        ("attn_k.bias", "attention.key_bias", "(G H) -> G H"),
+        ("attn_v.bias", "attention.value_bias", "(G H) -> G H"),
+        ("attn_output.bias", "attention.out_bias", "D"),
+        ("ffn_norm.weight", "ff_norm.scale", "D"),
+        ("ffn_norm.bias", "ff_norm.bias", "D"),
+        ("ffn_gate.weight", "ff.gate", "F D"),
+        ("ffn_up.weight", "ff.up", "F D"),
+        ("ffn_down.weight", "ff.down", "D F -> F D"),
+        ("ffn_gate.bias", "ff.gate_bias", "F"),
+        ("ffn_up.bias", "ff.up_bias", "F"),
+        ("ffn_down.bias", "ff.down_bias", "D"),
+    ),
+)
+"""llama.cpp's names, which are the same for all architectures.
+
+A family whose files hold something in another way adds rules of its own behind these: of rules for the
+same parameter the last one counts.
+"""
+
+FUSED_GGUF_RULES = (
+    *GGUF_RULES,
+    *layer_rules(
+        "blk.{layer}.",
+        ("attn_qkv.weight", "attention.query", "([N]+G+G H) D -> N H D"),
+        ("attn_qkv.weight", "attention.key", "(N+[G]+G H) D -> G H D"),
+        ("attn_qkv.weight", "attention.value", "(N+G+[G] H) D -> G H D"),
+        ("attn_qkv.bias", "attention.query_bias", "([N]+G+G H) -> N H"),
+        ("attn_qkv.bias", "attention.key_bias", "(N+[G]+G H) -> G H"),
+        ("attn_qkv.bias", "attention.value_bias", "(N+G+[G] H) -> G H"),
+    ),
+)
+"""The same of architectures whose queries, keys and values are one tensor, in this order however they were before."""
+
+
 class StoredTensors(Protocol):
     """What the description of a GGUF family may look at beside the metadata."""
 

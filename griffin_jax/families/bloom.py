@@ -6,16 +6,16 @@ from typing import Any
 
 from griffin_jax.config import Alibi, ModelConfig
 from griffin_jax.families.base import (
+    FUSED_GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
     StoredTensors,
     TensorRule,
-    layer_rules,
     read_sizes,
 )
-from griffin_jax.families.gpt2 import GGUF_RULES
 from griffin_jax.families.gpt2 import read_gguf_config as read_gpt2_gguf_config
+from griffin_jax.families.gpt_neox import block_rules
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
@@ -60,7 +60,6 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
-# Query, key and value of a head lie together.
 RULES = (
     TensorRule("transformer.word_embeddings.weight", "embedding", "V D"),
     TensorRule("transformer.word_embeddings_layernorm.weight", "embedding_norm.scale", "D"),
@@ -68,25 +67,7 @@ RULES = (
     TensorRule("transformer.ln_f.weight", "norm.scale", "D"),
     TensorRule("transformer.ln_f.bias", "norm.bias", "D"),
     TensorRule("lm_head.weight", "head", "V D"),
-    *layer_rules(
-        "transformer.h.{layer}.",
-        ("input_layernorm.weight", "attention_norm.scale", "D"),
-        ("input_layernorm.bias", "attention_norm.bias", "D"),
-        ("self_attention.query_key_value.weight", "attention.query", "(N [1]+1+1 H) D -> N H D"),
-        ("self_attention.query_key_value.weight", "attention.key", "(N 1+[1]+1 H) D -> N H D"),
-        ("self_attention.query_key_value.weight", "attention.value", "(N 1+1+[1] H) D -> N H D"),
-        ("self_attention.query_key_value.bias", "attention.query_bias", "(N [1]+1+1 H) -> N H"),
-        ("self_attention.query_key_value.bias", "attention.key_bias", "(N 1+[1]+1 H) -> N H"),
-        ("self_attention.query_key_value.bias", "attention.value_bias", "(N 1+1+[1] H) -> N H"),
-        ("self_attention.dense.weight", "attention.out", "D (N H) -> N H D"),
-        ("self_attention.dense.bias", "attention.out_bias", "D"),
-        ("post_attention_layernorm.weight", "ff_norm.scale", "D"),
-        ("post_attention_layernorm.bias", "ff_norm.bias", "D"),
-        ("mlp.dense_h_to_4h.weight", "ff.up", "F D"),
-        ("mlp.dense_h_to_4h.bias", "ff.up_bias", "F"),
-        ("mlp.dense_4h_to_h.weight", "ff.down", "D F -> F D"),
-        ("mlp.dense_4h_to_h.bias", "ff.down_bias", "D"),
-    ),
+    *block_rules("transformer.h.{layer}.", "self_attention"),
 )
 
 
@@ -106,5 +87,5 @@ FAMILY = Family(
     rules=RULES,
     prefix="transformer.",
     copies={"lm_head.weight": "transformer.word_embeddings.weight"},
-    gguf=GgufFamily(("bloom",), read_gguf_config, GGUF_RULES),
+    gguf=GgufFamily(("bloom",), read_gguf_config, FUSED_GGUF_RULES),
 )

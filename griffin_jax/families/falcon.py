@@ -6,6 +6,7 @@ from typing import Any
 
 from griffin_jax.config import Alibi, ModelConfig
 from griffin_jax.families.base import (
+    FUSED_GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -17,6 +18,7 @@ from griffin_jax.families.base import (
     read_rotary,
     read_sizes,
 )
+from griffin_jax.families.gpt_neox import block_rules
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
@@ -86,34 +88,31 @@ def _read_layer_form(attributes: Attributes, grouped: bool) -> tuple[bool, bool]
 
 def rules(config: ModelConfig) -> tuple[TensorRule, ...]:
     """The new decoder architecture names its two norms for what they lie in front of."""
-    two_norms = config.parallel and not config.shared_norm
-    attention_norm, ff_norm = ("ln_attn", "ln_mlp") if two_norms else ("input_layernorm", "post_attention_layernorm")
-    # Each group's queries, then its key and value.
-    query, key, value = "(G [R]+1+1 H)", "(G R+[1]+1 H)", "(G R+1+[1] H)"
     return (
         TensorRule("transformer.word_embeddings.weight", "embedding", "V D"),
         TensorRule("transformer.ln_f.weight", "norm.scale", "D"),
         TensorRule("transformer.ln_f.bias", "norm.bias", "D"),
         TensorRule("lm_head.weight", "head", "V D"),
-        *layer_rules(
-            "transformer.h.{layer}.",
-            (f"{attention_norm}.weight", "attention_norm.scale", "D"),
-            (f"{attention_norm}.bias", "attention_norm.bias", "D"),
-            ("self_attention.query_key_value.weight", "attention.query", f"{query} D -> (G R) H D"),
-            ("self_attention.query_key_value.weight", "attention.key", f"{key} D -> G H D"),
-            ("self_attention.query_key_value.weight", "attention.value", f"{value} D -> G H D"),
-            ("self_attention.dense.weight", "attention.out", "D (N H) -> N H D"),
-            ("self_attention.query_key_value.bias", "attention.query_bias", f"{query} -> (G R) H"),
-            ("self_attention.query_key_value.bias", "attention.key_bias", f"{key} -> G H"),
-            ("self_attention.query_key_value.bias", "attention.value_bias", f"{value} -> G H"),
-            ("self_attention.dense.bias", "attention.out_bias", "D"),
-            (f"{ff_norm}.weight", "ff_norm.scale", "D"),
-            (f"{ff_norm}.bias", "ff_norm.bias", "D"),
-            ("mlp.dense_h_to_4h.weight", "ff.up", "F D"),
-            ("mlp.dense_4h_to_h.weight", "ff.down", "D F -> F D"),
-            ("mlp.dense_h_to_4h.bias", "ff.up_bias", "F"),
-            ("mlp.dense_4h_to_h.bias", "ff.down_bias", "D"),
-        ),
+        *block_rules("transformer.h.{layer}.", "self_attention"),
+        *_norm_rules(config, "transformer.h.{layer}.", "ln_attn", "ln_mlp"),
+    )
+
+
+def gguf_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
+    """Of two norms, attn_norm is that of the feed-forward layer."""
+    return FUSED_GGUF_RULES + _norm_rules(config, "blk.{layer}.", "attn_norm_2", "attn_norm")
+
+
+def _norm_rules(config: ModelConfig, prefix: str, attention_norm: str, ff_norm: str) -> tuple[TensorRule, ...]:
+    """The norms of parallel layers that do not share one."""
+    if not config.parallel or config.shared_norm:
+        return ()
+    return layer_rules(
+        prefix,
+        (f"{attention_norm}.weight", "attention_norm.scale", "D"),
+        (f"{attention_norm}.bias", "attention_norm.bias", "D"),
+        (f"{ff_norm}.weight", "ff_norm.scale", "D"),
+        (f"{ff_norm}.bias", "ff_norm.bias", "D"),
     )
 
 
@@ -140,30 +139,6 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
         "num_kv_heads": kv_heads if grouped else None,
         "num_ln_in_parallel_attn": 2 if two_norms else 1,
     }
-
-
-def gguf_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """Of two norms, attn_norm is that of the feed-forward layer."""
-    attention_norm = "attn_norm" if config.shared_norm else "attn_norm_2"
-    return (
-        TensorRule("token_embd.weight", "embedding", "V D"),
-        TensorRule("output_norm.weight", "norm.scale", "D"),
-        TensorRule("output_norm.bias", "norm.bias", "D"),
-        TensorRule("output.weight", "head", "V D"),
-        *layer_rules(
-            "blk.{layer}.",
-            (f"{attention_norm}.weight", "attention_norm.scale", "D"),
-            (f"{attention_norm}.bias", "attention_norm.bias", "D"),
-            ("attn_qkv.weight", "attention.query", "([N]+G+G H) D -> N H D"),
-            ("attn_qkv.weight", "attention.key", "(N+[G]+G H) D -> G H D"),
-            ("attn_qkv.weight", "attention.value", "(N+G+[G] H) D -> G H D"),
-            ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
-            ("attn_norm.weight", "ff_norm.scale", "D"),
-            ("attn_norm.bias", "ff_norm.bias", "D"),
-            ("ffn_up.weight", "ff.up", "F D"),
-            ("ffn_down.weight", "ff.down", "D F -> F D"),
-        ),
-    )
 
 
 FAMILY = Family(

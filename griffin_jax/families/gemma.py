@@ -10,13 +10,14 @@ from typing import Any
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
     ACTIVATIONS,
+    GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
     TensorRule,
     read_rotary,
 )
-from griffin_jax.families.llama import COPIES, GGUF_RULES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 
 DEFAULTS: dict[str, Any] = {
     "activation": "gelu_pytorch_tanh", "tied_head": True, "head_dim": 256, "bos_token_id": 2, "eos_token_id": 1,

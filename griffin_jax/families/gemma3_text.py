@@ -6,6 +6,7 @@ from typing import Any
 
 from griffin_jax.config import ModelConfig, Rotary
 from griffin_jax.families.base import (
+    GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -16,7 +17,7 @@ from griffin_jax.families.base import (
 )
 from griffin_jax.families.gemma import DEFAULTS, scaled_embedding, without_one
 from griffin_jax.families.gemma2 import GGUF_NORMS, NORMS, query_scalar
-from griffin_jax.families.llama import COPIES, GGUF_RULES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.families.qwen3 import GGUF_HEAD_NORMS, HEAD_NORMS
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0

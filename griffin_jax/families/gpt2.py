@@ -6,6 +6,7 @@ from typing import Any
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    FUSED_GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -109,36 +110,6 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     return read_gguf_sizes(attributes) | {"layer_norm_epsilon": attributes.take("attention.layer_norm_epsilon", float)}
 
 
-GGUF_RULES = (
-    TensorRule("token_embd.weight", "embedding", "V D"),
-    TensorRule("token_embd_norm.weight", "embedding_norm.scale", "D"),
-    TensorRule("token_embd_norm.bias", "embedding_norm.bias", "D"),
-    TensorRule("position_embd.weight", "position_embedding", "C D"),
-    TensorRule("output_norm.weight", "norm.scale", "D"),
-    TensorRule("output_norm.bias", "norm.bias", "D"),
-    TensorRule("output.weight", "head", "V D"),
-    *layer_rules(
-        "blk.{layer}.",
-        ("attn_norm.weight", "attention_norm.scale", "D"),
-        ("attn_norm.bias", "attention_norm.bias", "D"),
-        ("attn_qkv.weight", "attention.query", "([1]+1+1 N H) D -> N H D"),
-        ("attn_qkv.weight", "attention.key", "(1+[1]+1 N H) D -> N H D"),
-        ("attn_qkv.weight", "attention.value", "(1+1+[1] N H) D -> N H D"),
-        ("attn_qkv.bias", "attention.query_bias", "([1]+1+1 N H) -> N H"),
-        ("attn_qkv.bias", "attention.key_bias", "(1+[1]+1 N H) -> N H"),
-        ("attn_qkv.bias", "attention.value_bias", "(1+1+[1] N H) -> N H"),
-        ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
-        ("attn_output.bias", "attention.out_bias", "D"),
-        ("ffn_norm.weight", "ff_norm.scale", "D"),
-        ("ffn_norm.bias", "ff_norm.bias", "D"),
-        ("ffn_up.weight", "ff.up", "F D"),
-        ("ffn_up.bias", "ff.up_bias", "F"),
-        ("ffn_down.weight", "ff.down", "D F -> F D"),
-        ("ffn_down.bias", "ff.down_bias", "D"),
-    ),
-)
-"""Of GPT-2, GPT-NeoX and BLOOM: llama.cpp sorts the heads of all of them alike."""
-
 FAMILY = Family(
     model_type="gpt2",
     title="GPT-2, DistilGPT2",
@@ -147,5 +118,5 @@ FAMILY = Family(
     prefix="transformer.",
     ignored=IGNORED,
     copies={"lm_head.weight": "transformer.wte.weight"},
-    gguf=GgufFamily(("gpt2",), read_gguf_config, GGUF_RULES),
+    gguf=GgufFamily(("gpt2",), read_gguf_config, FUSED_GGUF_RULES),
 )

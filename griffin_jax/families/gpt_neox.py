@@ -6,6 +6,7 @@ from typing import Any
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    FUSED_GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -17,7 +18,6 @@ from griffin_jax.families.base import (
     read_rotary,
     read_sizes,
 )
-from griffin_jax.families.gpt2 import GGUF_RULES
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
@@ -43,31 +43,43 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
-# Query, key and value of a head lie together.
-RULES = (
-    TensorRule("gpt_neox.embed_in.weight", "embedding", "V D"),
-    TensorRule("gpt_neox.final_layer_norm.weight", "norm.scale", "D"),
-    TensorRule("gpt_neox.final_layer_norm.bias", "norm.bias", "D"),
-    TensorRule("embed_out.weight", "head", "V D"),
-    *layer_rules(
-        "gpt_neox.layers.{layer}.",
+def block_rules(prefix: str, attention: str) -> tuple[TensorRule, ...]:
+    """Rules of a layer whose tensors have Megatron's names: here, in BLOOM and in Falcon.
+
+    Each group's queries lie before its key and its value; here and in BLOOM a group is one head.
+
+    Args:
+        prefix: of the names of all tensors of the layer.
+        attention: what the attention is called.
+    """
+    query, key, value = "(G [R]+1+1 H)", "(G R+[1]+1 H)", "(G R+1+[1] H)"
+    return layer_rules(
+        prefix,
         ("input_layernorm.weight", "attention_norm.scale", "D"),
         ("input_layernorm.bias", "attention_norm.bias", "D"),
-        ("attention.query_key_value.weight", "attention.query", "(N [1]+1+1 H) D -> N H D"),
-        ("attention.query_key_value.weight", "attention.key", "(N 1+[1]+1 H) D -> N H D"),
-        ("attention.query_key_value.weight", "attention.value", "(N 1+1+[1] H) D -> N H D"),
-        ("attention.query_key_value.bias", "attention.query_bias", "(N [1]+1+1 H) -> N H"),
-        ("attention.query_key_value.bias", "attention.key_bias", "(N 1+[1]+1 H) -> N H"),
-        ("attention.query_key_value.bias", "attention.value_bias", "(N 1+1+[1] H) -> N H"),
-        ("attention.dense.weight", "attention.out", "D (N H) -> N H D"),
-        ("attention.dense.bias", "attention.out_bias", "D"),
+        (f"{attention}.query_key_value.weight", "attention.query", f"{query} D -> (G R) H D"),
+        (f"{attention}.query_key_value.weight", "attention.key", f"{key} D -> G H D"),
+        (f"{attention}.query_key_value.weight", "attention.value", f"{value} D -> G H D"),
+        (f"{attention}.query_key_value.bias", "attention.query_bias", f"{query} -> (G R) H"),
+        (f"{attention}.query_key_value.bias", "attention.key_bias", f"{key} -> G H"),
+        (f"{attention}.query_key_value.bias", "attention.value_bias", f"{value} -> G H"),
+        (f"{attention}.dense.weight", "attention.out", "D (N H) -> N H D"),
+        (f"{attention}.dense.bias", "attention.out_bias", "D"),
         ("post_attention_layernorm.weight", "ff_norm.scale", "D"),
         ("post_attention_layernorm.bias", "ff_norm.bias", "D"),
         ("mlp.dense_h_to_4h.weight", "ff.up", "F D"),
         ("mlp.dense_h_to_4h.bias", "ff.up_bias", "F"),
         ("mlp.dense_4h_to_h.weight", "ff.down", "D F -> F D"),
         ("mlp.dense_4h_to_h.bias", "ff.down_bias", "D"),
-    ),
+    )
+
+
+RULES = (
+    TensorRule("gpt_neox.embed_in.weight", "embedding", "V D"),
+    TensorRule("gpt_neox.final_layer_norm.weight", "norm.scale", "D"),
+    TensorRule("gpt_neox.final_layer_norm.bias", "norm.bias", "D"),
+    TensorRule("embed_out.weight", "head", "V D"),
+    *block_rules("gpt_neox.layers.{layer}.", "attention"),
 )
 
 
@@ -95,5 +107,5 @@ FAMILY = Family(
     # Causal masks and wavelengths, which old checkpoints hold.
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.((masked_)?bias|rotary_emb\.inv_freq)",),
     copies={"embed_out.weight": "gpt_neox.embed_in.weight"},
-    gguf=GgufFamily(("gptneox",), read_gguf_config, GGUF_RULES),
+    gguf=GgufFamily(("gptneox",), read_gguf_config, FUSED_GGUF_RULES),
 )

@@ -8,6 +8,7 @@ import numpy as np
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    GGUF_RULES,
     SIZES,
     Attributes,
     Family,
@@ -142,29 +143,8 @@ def _factors_as_given(factors: np.ndarray) -> dict[str, Any]:
     return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0}
 
 
-GGUF_RULES = (
-    TensorRule("token_embd.weight", "embedding", "V D"),
-    TensorRule("output_norm.weight", "norm.scale", "D"),
-    TensorRule("output.weight", "head", "V D"),
-    TensorRule("blk.{layer}.attn_norm.weight", "layers.{layer}.attention_norm.scale", "D"),
-    TensorRule("blk.{layer}.attn_q.weight", "layers.{layer}.attention.query", "(N H) D -> N H D"),
-    TensorRule("blk.{layer}.attn_k.weight", "layers.{layer}.attention.key", "(G H) D -> G H D"),
-    TensorRule("blk.{layer}.attn_v.weight", "layers.{layer}.attention.value", "(G H) D -> G H D"),
-    TensorRule("blk.{layer}.attn_output.weight", "layers.{layer}.attention.out", "D (N H) -> N H D"),
-    TensorRule("blk.{layer}.attn_q.bias", "layers.{layer}.attention.query_bias", "(N H) -> N H"),
-    TensorRule("blk.{layer}.attn_k.bias", "layers.{layer}.attention.key_bias", "(G H) -> G H"),
-    TensorRule("blk.{layer}.attn_v.bias", "layers.{layer}.attention.value_bias", "(G H) -> G H"),
-    TensorRule("blk.{layer}.attn_output.bias", "layers.{layer}.attention.out_bias", "D"),
-    TensorRule("blk.{layer}.ffn_norm.weight", "layers.{layer}.ff_norm.scale", "D"),
-    TensorRule("blk.{layer}.ffn_gate.weight", "layers.{layer}.ff.gate", "F D"),
-    TensorRule("blk.{layer}.ffn_up.weight", "layers.{layer}.ff.up", "F D"),
-    TensorRule("blk.{layer}.ffn_down.weight", "layers.{layer}.ff.down", "D F -> F D"),
-    TensorRule("blk.{layer}.ffn_gate.bias", "layers.{layer}.ff.gate_bias", "F"),
-    TensorRule("blk.{layer}.ffn_up.bias", "layers.{layer}.ff.up_bias", "F"),
-    TensorRule("blk.{layer}.ffn_down.bias", "layers.{layer}.ff.down_bias", "D"),
-)
 # For some architectures llama.cpp turns neighbouring dimensions of a head where transformers turns those half a head
-# apart, and stores the rows of queries and keys pair by pair. Of rules for the same parameter the last one counts.
+# apart, and stores the rows of queries and keys pair by pair.
 PAIRED_GGUF_RULES = (
     *GGUF_RULES,
     TensorRule("blk.{layer}.attn_q.weight", "layers.{layer}.attention.query", "(N P 2) D -> N (2 P) D"),

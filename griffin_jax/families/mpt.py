@@ -6,6 +6,7 @@ from typing import Any
 
 from griffin_jax.config import Alibi, ModelConfig
 from griffin_jax.families.base import (
+    FUSED_GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -119,23 +120,6 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     }
 
 
-GGUF_RULES = (
-    TensorRule("token_embd.weight", "embedding", "V D"),
-    TensorRule("output_norm.weight", "norm.scale", "D"),
-    TensorRule("output.weight", "head", "V D"),
-    *layer_rules(
-        "blk.{layer}.",
-        ("attn_norm.weight", "attention_norm.scale", "D"),
-        ("attn_qkv.weight", "attention.query", "([1]+1+1 N H) D -> N H D"),
-        ("attn_qkv.weight", "attention.key", "(1+[1]+1 N H) D -> N H D"),
-        ("attn_qkv.weight", "attention.value", "(1+1+[1] N H) D -> N H D"),
-        ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
-        ("ffn_norm.weight", "ff_norm.scale", "D"),
-        ("ffn_up.weight", "ff.up", "F D"),
-        ("ffn_down.weight", "ff.down", "D F -> F D"),
-    ),
-)
-
 FAMILY = Family(
     model_type="mpt",
     title="MPT-7B, MPT-30B",
@@ -143,5 +127,5 @@ FAMILY = Family(
     rules=RULES,
     prefix="transformer.",
     copies={"lm_head.weight": "transformer.wte.weight"},
-    gguf=GgufFamily(("mpt",), read_gguf_config, GGUF_RULES),
+    gguf=GgufFamily(("mpt",), read_gguf_config, FUSED_GGUF_RULES),
 )

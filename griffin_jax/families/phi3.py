@@ -6,11 +6,11 @@ from typing import Any
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    FUSED_GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
     StoredTensors,
-    TensorRule,
     layer_rules,
     read_activation,
     read_gguf_sizes,
@@ -18,6 +18,8 @@ from griffin_jax.families.base import (
     read_sizes,
     windows_of,
 )
+from griffin_jax.families.llama import COPIES, IGNORED
+from griffin_jax.families.llama import RULES as LLAMA_RULES
 
 # The first models were published with the names of LongRoPE's drafts.
 ROTARY_KINDS = {"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"}
@@ -45,20 +47,14 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 RULES = (
-    TensorRule("model.embed_tokens.weight", "embedding", "V D"),
-    TensorRule("model.norm.weight", "norm.scale", "D"),
-    TensorRule("lm_head.weight", "head", "V D"),
+    *LLAMA_RULES,
     *layer_rules(
         "model.layers.{layer}.",
-        ("input_layernorm.weight", "attention_norm.scale", "D"),
         ("self_attn.qkv_proj.weight", "attention.query", "([N]+G+G H) D -> N H D"),
         ("self_attn.qkv_proj.weight", "attention.key", "(N+[G]+G H) D -> G H D"),
         ("self_attn.qkv_proj.weight", "attention.value", "(N+G+[G] H) D -> G H D"),
-        ("self_attn.o_proj.weight", "attention.out", "D (N H) -> N H D"),
-        ("post_attention_layernorm.weight", "ff_norm.scale", "D"),
         ("mlp.gate_up_proj.weight", "ff.gate", "([F]+F) D -> F D"),
         ("mlp.gate_up_proj.weight", "ff.up", "(F+[F]) D -> F D"),
-        ("mlp.down_proj.weight", "ff.down", "D F -> F D"),
     ),
 )
 
@@ -93,21 +89,12 @@ def _gguf_longrope(attributes: Attributes, tensors: StoredTensors) -> dict[str, 
 
 
 GGUF_RULES = (
-    TensorRule("token_embd.weight", "embedding", "V D"),
-    TensorRule("output_norm.weight", "norm.scale", "D"),
-    TensorRule("output.weight", "head", "V D"),
+    *FUSED_GGUF_RULES,
+    # Gate and up together, though the name tells only of the latter.
     *layer_rules(
         "blk.{layer}.",
-        ("attn_norm.weight", "attention_norm.scale", "D"),
-        ("attn_qkv.weight", "attention.query", "([N]+G+G H) D -> N H D"),
-        ("attn_qkv.weight", "attention.key", "(N+[G]+G H) D -> G H D"),
-        ("attn_qkv.weight", "attention.value", "(N+G+[G] H) D -> G H D"),
-        ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
-        ("ffn_norm.weight", "ff_norm.scale", "D"),
-        # Gate and up together, though the name tells only of the latter.
         ("ffn_up.weight", "ff.gate", "([F]+F) D -> F D"),
         ("ffn_up.weight", "ff.up", "(F+[F]) D -> F D"),
-        ("ffn_down.weight", "ff.down", "D F -> F D"),
     ),
 )
 
@@ -117,7 +104,7 @@ FAMILY = Family(
     read_config=read_config,
     rules=RULES,
     prefix="model.",
-    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    copies={"lm_head.weight": "model.embed_tokens.weight"},
+    ignored=IGNORED,
+    copies=COPIES,
     gguf=GgufFamily(("phi3",), read_gguf_config, GGUF_RULES, ignored=(r"rope_factors_(long|short)\.weight",)),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -11,7 +12,7 @@ from griffin_jax.families.base import (
     read_rotary,
     windows_of,
 )
-from griffin_jax.families.llama import COPIES, GGUF_RULES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 
 
 def read_config(attributes: Attributes) -> ModelConfig:

@@ -5,8 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from griffin_jax.config import ModelConfig
-from griffin_jax.families.base import Attributes, Family, GgufFamily, StoredTensors, TensorRule, read_rotary
-from griffin_jax.families.llama import COPIES, GGUF_RULES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.families.base import (
+    GGUF_RULES,
+    Attributes,
+    Family,
+    GgufFamily,
+    StoredTensors,
+    TensorRule,
+    read_rotary,
+)
+from griffin_jax.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.families.qwen2 import read_windows
 
 

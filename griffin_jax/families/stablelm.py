@@ -6,6 +6,7 @@ from typing import Any
 
 from griffin_jax.config import ModelConfig
 from griffin_jax.families.base import (
+    GGUF_RULES,
     Attributes,
     Family,
     GgufFamily,
@@ -17,6 +18,8 @@ from griffin_jax.families.base import (
     read_rotary,
     read_sizes,
 )
+from griffin_jax.families.llama import COPIES, IGNORED
+from griffin_jax.families.llama import RULES as LLAMA_RULES
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
@@ -42,28 +45,14 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 RULES = (
-    TensorRule("model.embed_tokens.weight", "embedding", "V D"),
-    TensorRule("model.norm.weight", "norm.scale", "D"),
+    *LLAMA_RULES,
     TensorRule("model.norm.bias", "norm.bias", "D"),
-    TensorRule("lm_head.weight", "head", "V D"),
     *layer_rules(
         "model.layers.{layer}.",
-        ("input_layernorm.weight", "attention_norm.scale", "D"),
         ("input_layernorm.bias", "attention_norm.bias", "D"),
-        ("self_attn.q_proj.weight", "attention.query", "(N H) D -> N H D"),
-        ("self_attn.k_proj.weight", "attention.key", "(G H) D -> G H D"),
-        ("self_attn.v_proj.weight", "attention.value", "(G H) D -> G H D"),
-        ("self_attn.o_proj.weight", "attention.out", "D (N H) -> N H D"),
-        ("self_attn.q_proj.bias", "attention.query_bias", "(N H) -> N H"),
-        ("self_attn.k_proj.bias", "attention.key_bias", "(G H) -> G H"),
-        ("self_attn.v_proj.bias", "attention.value_bias", "(G H) -> G H"),
+        ("post_attention_layernorm.bias", "ff_norm.bias", "D"),
         ("self_attn.q_layernorm.norms.{head}.weight", "attention.query_norm.scale", "N H -> N 1 H"),
         ("self_attn.k_layernorm.norms.{head}.weight", "attention.key_norm.scale", "G H -> G 1 H"),
-        ("post_attention_layernorm.weight", "ff_norm.scale", "D"),
-        ("post_attention_layernorm.bias", "ff_norm.bias", "D"),
-        ("mlp.gate_proj.weight", "ff.gate", "F D"),
-        ("mlp.up_proj.weight", "ff.up", "F D"),
-        ("mlp.down_proj.weight", "ff.down", "D F -> F D"),
     ),
 )
 
@@ -90,30 +79,10 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     }
 
 
-GGUF_RULES = (
-    TensorRule("token_embd.weight", "embedding", "V D"),
-    TensorRule("output_norm.weight", "norm.scale", "D"),
-    TensorRule("output_norm.bias", "norm.bias", "D"),
-    TensorRule("output.weight", "head", "V D"),
-    *layer_rules(
-        "blk.{layer}.",
-        ("attn_norm.weight", "attention_norm.scale", "D"),
-        ("attn_norm.bias", "attention_norm.bias", "D"),
-        ("attn_q.weight", "attention.query", "(N H) D -> N H D"),
-        ("attn_k.weight", "attention.key", "(G H) D -> G H D"),
-        ("attn_v.weight", "attention.value", "(G H) D -> G H D"),
-        ("attn_output.weight", "attention.out", "D (N H) -> N H D"),
-        ("attn_q.bias", "attention.query_bias", "(N H) -> N H"),
-        ("attn_k.bias", "attention.key_bias", "(G H) -> G H"),
-        ("attn_v.bias", "attention.value_bias", "(G H) -> G H"),
-        ("attn_q_norm.weight", "attention.query_norm.scale", "N H -> N 1 H"),
-        ("attn_k_norm.weight", "attention.key_norm.scale", "G H -> G 1 H"),
-        ("ffn_norm.weight", "ff_norm.scale", "D"),
-        ("ffn_norm.bias", "ff_norm.bias", "D"),
-        ("ffn_gate.weight", "ff.gate", "F D"),
-        ("ffn_up.weight", "ff.up", "F D"),
-        ("ffn_down.weight", "ff.down", "D F -> F D"),
-    ),
+HEAD_NORMS = layer_rules(
+    "blk.{layer}.",
+    ("attn_q_norm.weight", "attention.query_norm.scale", "N H -> N 1 H"),
+    ("attn_k_norm.weight", "attention.key_norm.scale", "G H -> G 1 H"),
 )
 
 FAMILY = Family(
@@ -122,7 +91,7 @@ FAMILY = Family(
     read_config=read_config,
     rules=RULES,
     prefix="model.",
-    ignored=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
-    copies={"lm_head.weight": "model.embed_tokens.weight"},
-    gguf=GgufFamily(("stablelm",), read_gguf_config, GGUF_RULES),
+    ignored=IGNORED,
+    copies=COPIES,
+    gguf=GgufFamily(("stablelm",), read_gguf_config, GGUF_RULES + HEAD_NORMS),
 )
