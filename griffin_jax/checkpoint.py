@@ -35,6 +35,7 @@ from flax import nnx
 
 from griffin_jax.assembly import assemble, dotted, parameter_shapes
 from griffin_jax.config import ModelConfig
+from griffin_jax.messages import brief
 from griffin_jax.model import Transformer
 from griffin_jax.sources import FLOATS, Origin, Source, check_finite, check_plausible, read_json
 from griffin_jax.tokenizer import Tokenizer, check_fits
@@ -444,10 +445,8 @@ class NativeCheckpoint(Source):
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
             raise ValueError(
-                f"{self._folder}: damaged, the parameters cannot be read ({type(error).__name__}: {lines[0][:300]}); "
-                "convert the model again"
+                f"{self._folder}: damaged, the parameters cannot be read ({brief(error)}); convert the model again"
             ) from error
 
     def _restore(

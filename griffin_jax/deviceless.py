@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from griffin_jax import compilers
+from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig
 from griffin_jax.generate import bucket
 from griffin_jax.hlo import Module
@@ -417,9 +418,7 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
         help=f"a model's folder or GGUF file, or one of {', '.join(NAMED)} (no weights needed)",
     )
     parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="default: %(default)s"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
     parser.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
     sets = parser.add_mutually_exclusive_group()

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import ml_dtypes
 import numpy as np
 
+from griffin_jax.messages import shortened
 from griffin_jax.sources import FLOATS, Origin, Source
 
 LISTED = 20
@@ -66,8 +67,7 @@ class Plan:
     def __str__(self) -> str:
         header = ("parameter", "shape", "from", "shape", "layout", "dtype", "MB")
         lines = [*_aligned([header, *_collapsed(self.steps, self.dtype)])]
-        more = f", and {len(self.ignored) - LISTED} more" if len(self.ignored) > LISTED else ""
-        ignored = f"{len(self.ignored)} ({', '.join(self.ignored[:LISTED])}{more})" if self.ignored else "none"
+        ignored = f"{len(self.ignored)} ({shortened(self.ignored, LISTED)})" if self.ignored else "none"
         return "\n".join(
             [
                 *lines,

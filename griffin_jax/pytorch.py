@@ -22,6 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from griffin_jax.messages import brief
 from griffin_jax.transformers_import import import_transformers
 
 OLDEST = (2, 10)
@@ -103,7 +104,7 @@ class PickleFile:
                 return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
             return tensor.numpy().copy()
         except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
-            raise ValueError(f"{self._file}: tensor {name} cannot be read ({_brief(error)})") from error
+            raise ValueError(f"{self._file}: tensor {name} cannot be read ({brief(error)})") from error
 
     def release(self) -> None:
         """Forget what is kept of the file."""
@@ -166,7 +167,7 @@ def _is_archive(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except Exception as error:
-        raise ValueError(f"{file}: damaged, not a readable zip archive ({_brief(error)})") from error
+        raise ValueError(f"{file}: damaged, not a readable zip archive ({brief(error)})") from error
     size = file.stat().st_size
     names = Counter(entry.filename for entry in entries)
     if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
@@ -187,11 +188,6 @@ def _is_archive(file: Path) -> bool:
             f"{file}: not an archive that torch.save writes: its entries claim {total:,} bytes, the file has {size:,}"
         )
     return True
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -226,7 +222,7 @@ def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.
                 raise
             except Exception as error:
                 raise ValueError(
-                    f"{name}: transformers cannot load it, so there is nothing to compare with ({_brief(error)})"
+                    f"{name}: transformers cannot load it, so there is nothing to compare with ({brief(error)})"
                 ) from error
             return [
                 model(torch.from_numpy(batch.astype(np.int64)), use_cache=False).logits.float().numpy()

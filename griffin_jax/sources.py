@@ -34,6 +34,7 @@ from griffin_jax.assembly import parameter_shapes
 from griffin_jax.config import ModelConfig
 from griffin_jax.families import Family, Layout, family_of, gguf_family_of
 from griffin_jax.families.base import Attributes, Factor, GgufFamily, Rules, is_ignored, rules_by_path, sizes_of
+from griffin_jax.messages import brief, shortened
 from griffin_jax.pytorch import PickleFile
 from griffin_jax.tokenizer import Tokenizer
 
@@ -199,9 +200,11 @@ class FamilySource(Source):
         self.files = reader.files
         rules = rules_by_path(reader.rules, reader.config)
         self._rules = {path: rules[path] for path in self.shapes}
-        self._check()
-        used = {name for rule in self._rules.values() for name in rule.tensors(self._sizes)}
-        self.ignored = sorted(reader.tensors.keys() - used)
+        expected: dict[str, tuple[int, ...]] = {}
+        for rule in self._rules.values():
+            expected |= rule.tensors(self._sizes)
+        self._check(expected)
+        self.ignored = sorted(reader.tensors.keys() - expected.keys())
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
         rule, layout = self._rules[path], Layout.parse(self._rules[path].layout)
@@ -256,11 +259,9 @@ class FamilySource(Source):
     def reference(self) -> dict[str, Any]:
         return self._reader.reference()
 
-    def _check(self) -> None:
+    def _check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise `ValueError` unless the tensors are those of these names and shapes, or known not to matter."""
         reader, tensors = self._reader, self._reader.tensors
-        expected: dict[str, tuple[int, ...]] = {}
-        for rule in self._rules.values():
-            expected |= rule.tensors(self._sizes)
         copies = {name: of for name, of in reader.copies.items() if name in tensors and name not in expected}
         surplus = tensors.keys() - expected.keys() - copies.keys()
         problems = [
@@ -352,8 +353,7 @@ def _is_finite(array: np.ndarray, step: int = 1 << 22) -> bool:
 def _listed(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return [f"{len(names)} {kind}: {', '.join(names[:LISTED])}{more}"]
+    return [f"{len(names)} {kind}: {shortened(names, LISTED)}"]
 
 
 def _is_supported(dtype: str) -> bool:
@@ -467,7 +467,7 @@ class HuggingFaceFolder(Reader):
             at = self._starts[name] + start * count * dtype.itemsize
             values = np.fromfile(file, dtype, (stop - start) * count, offset=at)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file}: tensor {name} cannot be read ({_brief(error)})") from error
+            raise ValueError(f"{file}: tensor {name} cannot be read ({brief(error)})") from error
         if values.size != (stop - start) * count:
             raise ValueError(f"{file}: tensor {name} cannot be read (the file has become shorter)")
         return values.reshape(stop - start, *row) if info.shape else values.reshape(())
@@ -578,7 +578,7 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, in
         pairs, data = _raw_header(file)
         starts = {name: data + entry["data_offsets"][0] for name, entry in pairs if name in tensors}
     except Exception as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({_brief(error)})") from error
+        raise ValueError(f"{file}: not a readable safetensors file ({brief(error)})") from error
     return tensors, starts, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
@@ -599,11 +599,6 @@ def _raw_header(file: Path) -> tuple[list[tuple[str, Any]], int]:
         (size,) = struct.unpack("<Q", opened.read(8))
         json.loads(opened.read(size), object_pairs_hook=note)
     return pairs, 8 + size
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
 # ---- GGUF files ----
@@ -652,11 +647,10 @@ class GgufFile(Reader):
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self._tensors[name]
-        num_rows = stored.shape[0]
         # A quantised block has no parts.
-        if len(stored.shape) == 1 or (start, stop) == (0, num_rows):
+        if len(stored.shape) == 1:
             return self.read(name)[start:stop]
-        row = stored.size // num_rows
+        row = stored.size // stored.shape[0]
         part = dataclasses.replace(
             stored,
             shape=(stop - start, *stored.shape[1:]),
@@ -730,7 +724,7 @@ def _is_quantised(dtype: str) -> bool:
     try:
         with np.errstate(all="ignore"):
             dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
-    except NotImplementedError:
+    except NotImplementedError:  # by which gguf says that it cannot dequantise a type
         return False
     return True
 

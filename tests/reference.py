@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import griffin_jax as gj
+
+TOLERANCE = 1e-5
 
 
 def oracle_squares(z: np.ndarray) -> np.ndarray:
@@ -72,6 +77,26 @@ def torch_logits(model: Any, tokens: Sequence[Sequence[int]]) -> np.ndarray:
     return model(torch.tensor([list(row) for row in tokens])).logits.numpy()
 
 
+def stepwise_logits(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
+    """Logits of token columns read step by step through one cache; -1 is padding."""
+    batch = steps[0].shape[0]
+    context = np.sum([(step >= 0).sum(axis=1) for step in steps], axis=0)
+    cache = gj.empty_cache(model.config, batch, slots, context=jnp.asarray(context, jnp.int32))
+    logits, lengths = [], np.zeros((batch, 1), np.int32)
+    for step in steps:
+        real = step >= 0
+        positions = np.where(real, lengths + np.cumsum(real, axis=1) - 1, gj.EMPTY).astype(np.int32)
+        x, cache, _ = model(jnp.asarray(np.maximum(step, 0)), jnp.asarray(positions), cache)
+        lengths += real.sum(axis=1, keepdims=True, dtype=np.int32)
+        logits.append(np.asarray(model.logits(x)))
+    return np.concatenate(logits, axis=1)
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
+    """Equal to 1e-5, of each logit or of the largest."""
+    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyLlama:
     """The same random weights in torch and in JAX."""
@@ -82,8 +107,6 @@ class TinyLlama:
 
     @classmethod
     def build(cls, folder: Path, **changes: Any) -> TinyLlama:
-        import griffin_jax as gj
-
         values: dict[str, Any] = {
             "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

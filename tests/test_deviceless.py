@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from griffin_jax import compilers, deviceless
+from griffin_jax import compilers, demo, deviceless
 from griffin_jax.cli import main
 from griffin_jax.config import ModelConfig
 from griffin_jax.demo import CACHE_VARIABLE
@@ -272,7 +272,7 @@ class TestFetching:
             Path(command[command.index("--target") + 1], "libtpu").mkdir(parents=True)
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        monkeypatch.setattr(compilers.subprocess, "run", run)
+        monkeypatch.setattr(demo.subprocess, "run", run)
         return calls
 
     def test_once_and_only_what_is_needed(self, pip, tmp_path):

@@ -14,12 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import VOCABULARY, Cases, all_cases, build_torch, rewrite_config
 from checkpoints_gguf import RECIPES, write_twin
-from reference import oracle_squares, oracle_topk, torch_greedy, torch_intermediates, torch_logits
+from reference import (
+    assert_close,
+    oracle_squares,
+    oracle_topk,
+    stepwise_logits,
+    torch_greedy,
+    torch_intermediates,
+    torch_logits,
+)
 from safetensors.numpy import load_file, save_file
 
 import griffin_jax as gj
@@ -28,7 +35,6 @@ from griffin_jax.loading import open_source
 from griffin_jax.sources import read_hf_config
 
 CASES = all_cases()
-TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,28 +74,9 @@ def pair(request, tmp_path_factory) -> Iterator[Pair]:
 pair_families: list[str] = []
 
 
-def run(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
-    """Logits of token columns read step by step through one cache; -1 is padding."""
-    batch = steps[0].shape[0]
-    context = np.sum([(step >= 0).sum(axis=1) for step in steps], axis=0)
-    cache = gj.empty_cache(model.config, batch, slots, context=jnp.asarray(context, jnp.int32))
-    logits, lengths = [], np.zeros((batch, 1), np.int32)
-    for step in steps:
-        real = step >= 0
-        positions = np.where(real, lengths + np.cumsum(real, axis=1) - 1, gj.EMPTY).astype(np.int32)
-        x, cache, _ = model(jnp.asarray(np.maximum(step, 0)), jnp.asarray(positions), cache)
-        lengths += real.sum(axis=1, keepdims=True, dtype=np.int32)
-        logits.append(np.asarray(model.logits(x)))
-    return np.concatenate(logits, axis=1)
-
-
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
-
-
 def test_whole_sequences(pair, rng):
     tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
-    close(run(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
+    assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
 def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
@@ -101,9 +88,9 @@ def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
     for line, place, row in zip(padded, places, rows, strict=True):
         line[place] = row
     steps = np.split(padded, [16, 19, 20, 21, 22, 23], axis=1)
-    logits = run(pair.llm.model, steps, 40)
+    logits = stepwise_logits(pair.llm.model, steps, 40)
     for line, place, row in zip(logits, places, rows, strict=True):
-        close(line[place], torch_logits(pair.torch, [row])[0])
+        assert_close(line[place], torch_logits(pair.torch, [row])[0])
 
 
 def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
@@ -126,7 +113,7 @@ def test_gguf_twin(pair, rng, tmp_path):
         pytest.skip(pair.not_in_gguf)
     twin = gj.load(write_twin(pair.folder, tmp_path / "twin.gguf"), "float32")
     tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
-    close(run(twin.model, [tokens], 70), torch_logits(pair.torch, tokens))
+    assert_close(stepwise_logits(twin.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
 def test_every_family_that_llama_cpp_has_is_read_from_gguf_files():

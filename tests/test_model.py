@@ -6,11 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, torch_greedy, torch_logits
+from reference import TinyLlama, assert_close, stepwise_logits, torch_greedy, torch_logits
 
 import griffin_jax as gj
-
-TOLERANCE = 1e-5
 
 # What else there is, and all other families: tests/test_family_parity.py.
 VARIANTS = {
@@ -32,32 +30,15 @@ def pair(request, tmp_path_factory) -> TinyLlama:
     return TinyLlama.build(tmp_path_factory.mktemp("variant"), **VARIANTS[request.param])
 
 
-def run(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
-    """Logits of token columns read step by step through one cache; -1 is padding."""
-    cache = gj.empty_cache(model.config, steps[0].shape[0], slots)
-    logits, lengths = [], np.zeros((steps[0].shape[0], 1), np.int32)
-    for step in steps:
-        real = step >= 0
-        positions = np.where(real, lengths + np.cumsum(real, axis=1) - 1, gj.EMPTY).astype(np.int32)
-        x, cache, _ = model(jnp.asarray(np.maximum(step, 0)), jnp.asarray(positions), cache)
-        lengths += real.sum(axis=1, keepdims=True, dtype=np.int32)
-        logits.append(np.asarray(model.logits(x)))
-    return np.concatenate(logits, axis=1)
-
-
-def close(got: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
-
-
 def test_whole_sequence(pair, rng):
     tokens = rng.integers(0, 101, (2, 70)).astype(np.int32)
-    close(run(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
+    assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
 def test_token_by_token_through_the_cache(pair, rng):
     tokens = rng.integers(0, 101, (2, 24)).astype(np.int32)
     steps = [tokens[:, :16], tokens[:, 16:19], *(tokens[:, t : t + 1] for t in range(19, 24))]
-    close(run(pair.llm.model, steps, 40), torch_logits(pair.torch, tokens))
+    assert_close(stepwise_logits(pair.llm.model, steps, 40), torch_logits(pair.torch, tokens))
 
 
 def test_padding_anywhere_changes_nothing(pair, rng):
@@ -66,8 +47,8 @@ def test_padding_anywhere_changes_nothing(pair, rng):
     gaps = np.sort(rng.permutation(33)[:20])
     padded = np.full((1, 33), -1, np.int32)
     padded[:, gaps] = tokens
-    close(run(pair.llm.model, [padded], 33)[:, gaps], expected)
-    close(run(pair.llm.model, [padded[:, :20], padded[:, 20:]], 50)[:, gaps], expected)
+    assert_close(stepwise_logits(pair.llm.model, [padded], 33)[:, gaps], expected)
+    assert_close(stepwise_logits(pair.llm.model, [padded[:, :20], padded[:, 20:]], 50)[:, gaps], expected)
 
 
 def test_ragged_batch(pair, rng):
@@ -75,12 +56,12 @@ def test_ragged_batch(pair, rng):
     tokens, lengths = gj.pad(rows, 32)
     prefilled = gj.prefill(pair.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=4, collect=False)
     for index, row in enumerate(rows):
-        close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
+        assert_close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
 
 
 def test_padded_queries_stay_finite(tiny):
     padded = np.full((1, 8), -1, np.int32)
-    assert np.isfinite(run(tiny.llm.model, [padded], 8)).all()
+    assert np.isfinite(stepwise_logits(tiny.llm.model, [padded], 8)).all()
 
 
 @pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
