@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from griffin_jax import kept_neurons
+from griffin_jax.assembly import disassemble
 
 
 class GriffinMLP(nn.Module):
@@ -90,26 +91,24 @@ def from_jax(model: Any) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": c.rotary.theta},
     )  # fmt: skip
 
-    def tensor(parameter: Any) -> torch.Tensor:
-        return torch.tensor(np.asarray(parameter[...], np.float32))
-
-    weights = {"model.embed_tokens.weight": tensor(model.embedding), "model.norm.weight": tensor(model.norm.scale)}
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] if model.head is None else tensor(model.head)
-    for index, layer in enumerate(model.layers):
-        a, f, at = layer.attention, layer.ff, f"model.layers.{index}."
+    if c.attention_bias or c.ff_bias:
+        raise ValueError("the PyTorch peer takes models without biases")
+    ours = {path: torch.tensor(np.asarray(array, np.float32)) for path, array in disassemble(model)}
+    weights = {"model.embed_tokens.weight": ours["embedding"], "model.norm.weight": ours["norm.scale"]}
+    weights["lm_head.weight"] = ours.get("head", ours["embedding"])
+    for index in range(c.num_layers):
+        mine, theirs = f"layers.{index}.", f"model.layers.{index}."
         weights |= {
-            f"{at}input_layernorm.weight": tensor(layer.attention_norm.scale),
-            f"{at}post_attention_layernorm.weight": tensor(layer.ff_norm.scale),
-            f"{at}self_attn.q_proj.weight": tensor(a.query).reshape(-1, c.width),
-            f"{at}self_attn.k_proj.weight": tensor(a.key).reshape(-1, c.width),
-            f"{at}self_attn.v_proj.weight": tensor(a.value).reshape(-1, c.width),
-            f"{at}self_attn.o_proj.weight": tensor(a.out).reshape(-1, c.width).T.contiguous(),
-            f"{at}mlp.gate_proj.weight": tensor(f.gate),
-            f"{at}mlp.up_proj.weight": tensor(f.up),
-            f"{at}mlp.down_proj.weight": tensor(f.down).T.contiguous(),
+            f"{theirs}input_layernorm.weight": ours[f"{mine}attention_norm.scale"],
+            f"{theirs}post_attention_layernorm.weight": ours[f"{mine}ff_norm.scale"],
+            f"{theirs}self_attn.q_proj.weight": ours[f"{mine}attention.query"].reshape(-1, c.width),
+            f"{theirs}self_attn.k_proj.weight": ours[f"{mine}attention.key"].reshape(-1, c.width),
+            f"{theirs}self_attn.v_proj.weight": ours[f"{mine}attention.value"].reshape(-1, c.width),
+            f"{theirs}self_attn.o_proj.weight": ours[f"{mine}attention.out"].reshape(-1, c.width).T.contiguous(),
+            f"{theirs}mlp.gate_proj.weight": ours[f"{mine}ff.gate"],
+            f"{theirs}mlp.up_proj.weight": ours[f"{mine}ff.up"],
+            f"{theirs}mlp.down_proj.weight": ours[f"{mine}ff.down"].T.contiguous(),
         }
-        if c.attention_bias or c.ff_bias:
-            raise ValueError("the PyTorch peer takes models without biases")
     peer = LlamaForCausalLM(config).eval()
     peer.load_state_dict(weights)
     return peer

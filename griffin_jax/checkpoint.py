@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
 
-from griffin_jax.assembly import assemble, dotted, parameter_shapes
+from griffin_jax.assembly import assemble, disassemble, dotted, parameter_shapes
 from griffin_jax.config import ModelConfig
 from griffin_jax.messages import brief
 from griffin_jax.model import Transformer
@@ -68,15 +68,15 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
         OSError: the disk is full, or the folder cannot be written.
     """
     folder = check_free(folder)
-    variables = {dotted(path): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
     shapes = parameter_shapes(model.config)
-    if {name: tuple(variable.shape) for name, variable in variables.items()} != shapes:
+    arrays = None if model.neurons != (model.config.ff_width,) * len(model.layers) else dict(disassemble(model))
+    if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
         raise ValueError(
             "the model's parameters are not those of its config; a pruned model cannot be saved, save the full one"
         )
 
     def read(path: str) -> np.ndarray:
-        array = np.asarray(variables[path][...])
+        array = np.asarray(arrays[path])
         check_finite(array, array, path)
         return array
 

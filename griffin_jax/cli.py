@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from griffin_jax import __version__, demo, deviceless, families, loading
+from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
-from griffin_jax.griffin import NEURON_MAJOR, Experts
+from griffin_jax.griffin import Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
 from griffin_jax.planning import NarrowingWarning
 
@@ -280,8 +281,8 @@ def _info(options: argparse.Namespace) -> None:
     config = source.config
     kept = GriffinConfig(options.density).kept([config.ff_width] * config.num_layers)
     total = sum(math.prod(shape) for shape in source.shapes.values())
-    neuron_major = {f".ff.{name}" for name in NEURON_MAJOR}
-    ff = sum(math.prod(shape) for path, shape in source.shapes.items() if path.endswith(tuple(neuron_major)))
+    neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
+    ff = sum(math.prod(shape) for path, shape in source.shapes.items() if path.endswith(neuron_major))
     active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
     facts = {
         "model": options.model,

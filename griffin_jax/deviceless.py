@@ -236,8 +236,7 @@ class _Sizes:
     """Bytes of the parts of a model, counted from its architecture."""
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, itemsize: int, *, shared: bool):
-        from griffin_jax.assembly import parameter_shapes
-        from griffin_jax.griffin import NEURON_MAJOR
+        from griffin_jax.assembly import NEURON_MAJOR, parameter_shapes
 
         self.config, self.batch, self.slots, self.itemsize = config, batch, slots, itemsize
         self.sets = 1 if shared else batch
@@ -362,10 +361,8 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     def decode(name: str, model: Any) -> None:
         text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
         if text is not None:
-            weights = {
-                getattr(layer.ff, part).shape for layer in model.layers for part in ("gate", "up", "down")
-                if getattr(layer.ff, part) is not None
-            }  # fmt: skip
+            matrices = {shape for layer in model.layers for shape in (layer.ff.inner.shape, layer.ff.down.shape)}
+            weights = matrices | {shape[1:] for shape in matrices if len(shape) > 2}
             caches = {leaf.shape for leaf in (*answer.cache.keys, *answer.cache.values)}
             found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from griffin_jax.model import Transformer
 
 EXPERTS_FORMAT = "griffin_jax experts 1"
-NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
-"""The parameters of a feed-forward layer that have a row for each neuron."""
+NEURON_AXES = {"inner": 1, "down": 0, "inner_bias": 1}
+"""The parameters of a feed-forward layer that have a row for each neuron, and the axis that counts neurons."""
 
 
 def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
@@ -217,13 +217,10 @@ class Experts:
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
     """The static score of every neuron: ||Wg_j|| * ||Wu_j|| if gated, else ||W1_j||. Float32."""
 
-    def norm(weight: nnx.Param) -> Array:
-        return jnp.linalg.norm(weight[...].astype(jnp.float32), axis=-1)
+    def score(inner: Array) -> Array:
+        return jnp.prod(jnp.linalg.norm(inner.astype(jnp.float32), axis=-1), axis=0)
 
-    return tuple(
-        norm(layer.ff.up) if layer.ff.gate is None else norm(layer.ff.gate) * norm(layer.ff.up)
-        for layer in model.layers
-    )
+    return tuple(score(layer.ff.inner[...]) for layer in model.layers)
 
 
 def select(
@@ -299,21 +296,21 @@ def prune(model: Transformer, experts: Experts) -> Transformer:
 
     Attention, norms, embedding, head and the bias of the down projection are the given model's own
     arrays; the first projections' biases follow their neurons. Experts of shape (B, K) give matrices
-    of shape (B, K, D), a set for every sequence, unless B is 1. The gather is jitted; the rest is
+    with a set for every sequence, unless B is 1. The gather is jitted; the rest is
     bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
 
     Raises:
         ValueError: the experts were selected for a model of other layers or widths, or the model holds
             a set of neurons for every sequence already.
     """
-    if any(layer.ff.up.ndim == 3 for layer in model.layers):
+    if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
     if experts.neurons != model.neurons:
         raise ValueError(
             f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
         )
     rows = [
-        {name: getattr(layer.ff, name) for name in NEURON_MAJOR if getattr(layer.ff, name) is not None}
+        {name: getattr(layer.ff, name) for name in NEURON_AXES if getattr(layer.ff, name) is not None}
         for layer in model.layers
     ]
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
@@ -325,12 +322,12 @@ def prune(model: Transformer, experts: Experts) -> Transformer:
 
 @jax.jit
 def _gather(rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...]) -> list[dict[str, nnx.Param]]:
-    def keep(weight: Array, indices: Array) -> Array:
+    def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
         if indices.ndim == 2 and indices.shape[0] == 1:
             indices = indices[0]
-        return jnp.take(weight, indices, axis=0, mode="clip")
+        return jax.tree.map(lambda w: jnp.take(w, indices, axis=NEURON_AXES[name], mode="clip"), weight)
 
-    return [jax.tree.map(lambda w, i=i: keep(w, i), layer) for layer, i in zip(rows, indices, strict=True)]
+    return [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
 
 
 def _widths(neurons: Sequence[int]) -> str:
