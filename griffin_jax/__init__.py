@@ -8,6 +8,7 @@ from griffin_jax.griffin import Experts, Statistics, magnitude, prune, select, t
 from griffin_jax.llm import LLM, Generation, load
 from griffin_jax.loading import ConversionReport, convert, load_model, open_source, plan, verify
 from griffin_jax.model import FeedForward, Transformer
+from griffin_jax.one_copy import OneCopy
 from griffin_jax.planning import NarrowingWarning, Plan
 from griffin_jax.sampling import Greedy, Sample
 from griffin_jax.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ __all__ = [
     "KVCache",
     "ModelConfig",
     "NarrowingWarning",
+    "OneCopy",
     "Plan",
     "Prefilled",
     "Rotary",

@@ -305,10 +305,9 @@ def prune(model: Transformer, experts: Experts) -> Transformer:
     """
     if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
-    if experts.neurons != model.neurons:
-        raise ValueError(
-            f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
-        )
+    if any(layer.ff.rest is not None for layer in model.layers):
+        raise ValueError("this model holds its neurons in two groups; it is pruned by the OneCopy that made it")
+    check_experts(experts, model)
     rows = [
         {name: getattr(layer.ff, name) for name in NEURON_AXES if getattr(layer.ff, name) is not None}
         for layer in model.layers
@@ -328,6 +327,14 @@ def _gather(rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"]
         return jax.tree.map(lambda w: jnp.take(w, indices, axis=NEURON_AXES[name], mode="clip"), weight)
 
     return [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
+
+
+def check_experts(experts: Experts, model: Transformer) -> None:
+    """Raise `ValueError` if experts were selected for a model of other layers or widths."""
+    if experts.neurons != model.neurons:
+        raise ValueError(
+            f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
+        )
 
 
 def _widths(neurons: Sequence[int]) -> str:

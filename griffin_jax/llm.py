@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax import jitted
 from griffin_jax.config import GriffinConfig, Method, ModelConfig
 from griffin_jax.generate import Prefilled, bucket, pad
-from griffin_jax.griffin import Experts, prune
+from griffin_jax.griffin import Experts, Statistics, prune
 from griffin_jax.loading import ShardingLike, load_model
 from griffin_jax.model import Transformer
+from griffin_jax.one_copy import OneCopy
 from griffin_jax.sampling import Sampler, sampler
 from griffin_jax.timing import Stopwatch
 from griffin_jax.tokenizer import Tokenizer
@@ -100,12 +101,28 @@ class LLM:
         model: the full model.
         tokenizer: without one, prompts must be token ids.
         name: for messages.
+        one_copy: hold every neuron once, see `griffin_jax.one_copy`. A batch then shares its experts,
+            requests are served one after the other, and the model is used up by this object.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer | None = None, name: str = "model"):
-        self.model = model
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | None = None,
+        name: str = "model",
+        *,
+        one_copy: bool = False,
+    ):
+        self._model = model
+        self._one_copy = OneCopy(model) if one_copy else None
+        self._busy = False
         self.tokenizer = tokenizer
         self.name = name
+
+    @property
+    def model(self) -> Transformer:
+        """The full model. With `one_copy` its neurons are in another order after every pruned answer."""
+        return self._model if self._one_copy is None else self._one_copy.model
 
     @property
     def config(self) -> ModelConfig:
@@ -214,9 +231,9 @@ class LLM:
         _check_seed(seed)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
+        self._check_one_copy(config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
-        prefilled = jitted.prefill(self.model, tokens, lengths, room=0)
-        return jitted.select(prefilled.statistics, config, model=self._if_scored(config), seed=seed)
+        return self._select(jitted.prefill(self.model, tokens, lengths, room=0).statistics, config, seed)
 
     def logits(
         self,
@@ -240,6 +257,8 @@ class LLM:
         config = GriffinConfig(density, method, shared, multiple)
         kept = config.kept(self.model.neurons)
         _check_seed(seed)
+        if self._one_copy is not None:
+            raise ValueError("logits needs the full model beside the pruned one: load it without one_copy")
         if not len(tokens):
             raise ValueError("logits needs at least one sequence of tokens, got none")
         rows = [
@@ -263,6 +282,19 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
     ) -> Iterator[tuple[Generation | None, list[str]]]:
         """Yields new text per row, with the generation once it is complete."""
+        if self._busy:
+            raise RuntimeError(
+                "with one_copy, an answer must be complete (or its stream closed) before the next begins"
+            )
+        self._busy = self._one_copy is not None
+        try:
+            yield from self._answer(prompts, request, stream)
+        finally:
+            self._busy = False
+
+    def _answer(
+        self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
+    ) -> Iterator[tuple[Generation | None, list[str]]]:
         config, max_new_tokens, experts = request.griffin, request.max_new_tokens, request.experts
         kept = config.kept(self.model.neurons)
         if request.stops and self.tokenizer is None:
@@ -270,6 +302,8 @@ class LLM:
         sequences = self._tokenize(prompts, request.chat)
         self._check_room(sequences, max_new_tokens)
         self._check_experts(experts, len(sequences))
+        if kept != self.model.neurons and experts is None:
+            self._check_one_copy(config, len(sequences))
 
         watch = Stopwatch()
         dense = experts is None and kept == self.model.neurons
@@ -285,11 +319,9 @@ class LLM:
             jax.block_until_ready(prefilled)
         with watch.phase("select"):
             if collect:
-                scored = self._if_scored(config)
-                experts = jitted.select(prefilled.statistics, config, model=scored, seed=request.seed)
-                jax.block_until_ready(experts)
+                experts = jax.block_until_ready(self._select(prefilled.statistics, config, request.seed))
         with watch.phase("prune"):
-            model = self.model if experts is None else jax.block_until_ready(prune(self.model, experts))
+            model = self.model if experts is None else jax.block_until_ready(self._prune(experts))
 
         text = _Text(self.tokenizer, len(sequences), request.stops)
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
@@ -325,6 +357,14 @@ class LLM:
             decode_tokens_per_second=decoded / watch.seconds["decode"] if decoded else float("nan"),
         )
         yield generation, text.pieces(last=True)
+
+    def _select(self, statistics: Statistics, config: GriffinConfig, seed: int) -> Experts:
+        if self._one_copy is not None:
+            statistics = self._one_copy.in_order(statistics)
+        return jitted.select(statistics, config, model=self._if_scored(config), seed=seed)
+
+    def _prune(self, experts: Experts) -> Transformer:
+        return prune(self.model, experts) if self._one_copy is None else self._one_copy.prune(experts)
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
         sequences: list[list[int]] = []
@@ -377,6 +417,14 @@ class LLM:
             )
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
+
+    def _check_one_copy(self, config: GriffinConfig, batch: int) -> None:
+        if self._one_copy is None:
+            return
+        if config.method == "magnitude":
+            raise ValueError('with one_copy the rows of weights move, so method "magnitude" cannot score them')
+        if batch > 1 and not config.shared:
+            raise ValueError(f"with one_copy a batch shares its experts: give shared=True for {batch} prompts")
 
     def _if_scored(self, config: GriffinConfig) -> Transformer | None:
         """The model where `select` scores weights: else it would be one more input to check and hash."""
@@ -487,6 +535,7 @@ def load(
     dtype: str | None = None,
     sharding: ShardingLike | None = None,
     allow_pickle: bool = False,
+    one_copy: bool = False,
 ) -> LLM:
     """A language model, ready to answer.
 
@@ -503,6 +552,7 @@ def load(
             function (path, shape) -> Sharding; see `load_model`.
         allow_pickle: whether to read PyTorch's pickle files where there are no safetensors; see
             `open_source`.
+        one_copy: hold every neuron once, so that pruning takes no memory beside the model; see `LLM`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -511,4 +561,4 @@ def load(
             parameter.
     """
     model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle)
-    return LLM(model, tokenizer, str(source))
+    return LLM(model, tokenizer, str(source), one_copy=one_copy)

@@ -296,6 +296,8 @@ class FeedForward(nnx.Module):
     each. Those of x are one, `inner`: (2, F, D), gate and up, or (1, F, D) if not gated; one product reads
     weights faster than two do. `down` is (F, D). After pruning there are K rows for F; where each sequence
     of a batch keeps neurons of its own, `inner` is (A, B, K, D) and `down` (B, K, D).
+
+    The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.one_copy`.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
@@ -305,11 +307,12 @@ class FeedForward(nnx.Module):
         self.inner_bias = _bias((a, f), dtype) if config.ff_bias else None
         self.down_bias = _bias((d,), dtype) if config.ff_bias else None
         self.activation: Activation = config.activation
+        self.rest: FeedForward | None = nnx.data(None)
 
     @property
     def neurons(self) -> int:
         """F, or K after pruning."""
-        return self.down.shape[-2]
+        return self.down.shape[-2] + (0 if self.rest is None else self.rest.neurons)
 
     @property
     def per_sequence(self) -> bool:
@@ -317,7 +320,11 @@ class FeedForward(nnx.Module):
         return self.down.ndim == 3
 
     def intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-        """z, the input of the down projection: one value for each neuron and token."""
+        """z, the input of the down projection: one value for each neuron and token, those of `rest` last."""
+        z = self._own_intermediate(x)
+        return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
+
+    def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         y = jnp.einsum("btd,abfd->btaf" if self.per_sequence else "btd,afd->btaf", x, self.inner[...])
         if self.inner_bias is not None:
             bias = self.inner_bias[...]
@@ -327,7 +334,11 @@ class FeedForward(nnx.Module):
 
     def project(self, z: Float[Array, "b t f"]) -> Float[Array, "b t d"]:
         """The layer's output for given intermediates."""
+        own = self.down.shape[-2]
+        others = None if self.rest is None else self.rest.project(z[..., own:])
+        z = z[..., :own]
         y = jnp.einsum("btf,bfd->btd", z, self.down[...]) if self.per_sequence else _down(z, self.down[...])
+        y = y if others is None else y + others
         return y if self.down_bias is None else y + self.down_bias[...]
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
