@@ -122,3 +122,17 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
     if missing := shapes.keys() - seen:
         raise ValueError(f"missing parameters: {', '.join(sorted(missing))}")
     return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def random_model(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Transformer:
+    """A model with random matrices of variance 1 / fan-in: as fast and as large as a trained one, and as finite.
+
+    They are drawn on the default device, one after the other, in the dtype that they keep, so that the memory
+    needed beside the model is that of its largest matrix.
+
+    Args:
+        config: the architecture.
+        dtype: of the weights.
+        seed: of the weights.
+    """
+    return Transformer(config, dtype, rngs=nnx.Rngs(params=seed))

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from griffin_jax.generate import bucket
 from griffin_jax.hlo import Module
 from griffin_jax.loading import open_source, parse_dtype
 from griffin_jax.named import NAMED, named, with_layers
+from griffin_jax.sizes import Sizes
 from griffin_jax.targets import TARGETS, Chip, gpu_target_config, target
 
 GPU_TILE = 64
@@ -183,7 +183,7 @@ def compile_for(
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
     found = _in_child(task, compiler)
-    sizes = _Sizes(config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"])
+    sizes = Sizes(config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"])
     variants = {}
     for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
         if variant not in found:
@@ -230,39 +230,6 @@ def _total(program: dict[str, Any] | None, beside: int = 0) -> int | None:
     if program is None:
         return None
     return program["arguments"] + program["outputs"] - program["aliased"] + program["temporaries"] + beside
-
-
-class _Sizes:
-    """Bytes of the parts of a model, counted from its architecture."""
-
-    def __init__(self, config: ModelConfig, batch: int, slots: int, itemsize: int, *, shared: bool):
-        from griffin_jax.assembly import NEURON_MAJOR, parameter_shapes
-
-        self.config, self.batch, self.slots, self.itemsize = config, batch, slots, itemsize
-        self.sets = 1 if shared else batch
-        shapes = parameter_shapes(config)
-        self.parameters = sum(map(math.prod, shapes.values()))
-        ends = tuple(f"layers.0.ff.{name}" for name in NEURON_MAJOR)
-        self.row = sum(math.prod(shape[1:]) for path, shape in shapes.items() if path in ends)
-        self.cache = 2 * config.num_layers * batch * config.num_kv_heads * config.head_dim * slots * itemsize
-        tables = ["position_embedding"] if config.tied_head else ["embedding", "position_embedding"]
-        looked_up = [shapes[table] for table in tables if table in shapes]
-        self.tables = sum(map(math.prod, looked_up)) * itemsize
-        self.table_rows = sum(shape[1] for shape in looked_up) * batch * itemsize
-
-    def ff(self, kept: Sequence[int] | None) -> int:
-        """The parameters with a row for each neuron: all rows, or the kept ones."""
-        if kept is None:
-            return self.config.ff_width * self.config.num_layers * self.row * self.itemsize
-        return sum(kept) * self.sets * self.row * self.itemsize
-
-    def weights(self, kept: Sequence[int] | None) -> int:
-        """The model's: the full one's, or with the kept rows only."""
-        return self.parameters * self.itemsize - self.ff(None) + self.ff(kept)
-
-    def step(self, kept: Sequence[int] | None) -> int:
-        """What one decode step must read: of tables only the tokens' rows, of the cache all slots."""
-        return self.weights(kept) - self.tables + self.table_rows + self.cache
 
 
 def child_environment(compiler: Path | None) -> dict[str, str]:
