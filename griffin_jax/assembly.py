@@ -8,6 +8,7 @@ place that knows both.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from griffin_jax.config import ModelConfig
@@ -127,12 +129,39 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
 def random_model(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Transformer:
     """A model with random matrices of variance 1 / fan-in: as fast and as large as a trained one, and as finite.
 
-    They are drawn on the default device, one after the other, in the dtype that they keep, so that the memory
-    needed beside the model is that of its largest matrix.
+    Norms and biases are what they are before training. The matrices are made on the default device, one after the
+    other, in the dtype that they keep: no memory is needed beside the model's.
 
     Args:
         config: the architecture.
         dtype: of the weights.
         seed: of the weights.
     """
-    return Transformer(config, dtype, rngs=nnx.Rngs(params=seed))
+    graph, state = nnx.split(abstract_model(config, dtype))
+    filled = []
+    for number, (path, variable) in enumerate(nnx.to_flat_state(state)):
+        shape, name = variable.get_value().shape, str(path[-1])
+        if name == "scale":
+            value = jnp.zeros(shape, dtype) if config.norm_plus_one else jnp.ones(shape, dtype)
+        elif name.endswith("bias"):
+            value = jnp.zeros(shape, dtype)
+        else:
+            # Products run over the leading axes of what leads back to the residual stream, else over the last one.
+            ends = name in ("down", "out", "project_in", "project_out")
+            fan_in = math.prod(shape[:-1]) if ends else shape[-1]
+            value = _uniform(np.uint32(seed * 100_003 + number), fan_in**-0.5, shape, jnp.dtype(dtype))
+        filled.append((path, variable.replace(value)))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _uniform(seed: Array, deviation: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Numbers of mean 0 and this deviation: a counter, scrambled as MurmurHash3 does at its end.
+
+    `jax.random` takes minutes for some billions of normal ones on a CPU, and nothing here needs their quality.
+    """
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)) + seed * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    x = jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(jnp.float32)
+    return (x * (deviation * (3**0.5 / 2**31))).astype(dtype).reshape(shape)
