@@ -1,1 +1,1 @@
-"""The benchmark runner: `python -m benchmarks speed` and `python -m benchmarks quality`."""
+"""The benchmark runner: `python -m benchmarks run`, `quality` and `memory`."""

@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile`."""
+"""The command line: `griffin-jax generate | convert | info | families | compile | bench`."""
 
 from __future__ import annotations
 
@@ -107,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     deviceless.add_arguments(command, _density)
     command.set_defaults(run=deviceless.run)
+
+    command = commands.add_parser(
+        "bench",
+        help="what pruning gains on this machine, beside what its memory bandwidth allows",
+        description=bench.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.run)
     return parser
 
 

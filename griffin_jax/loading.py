@@ -54,6 +54,7 @@ __all__ = [
     "load_model",
     "open_source",
     "parse_dtype",
+    "peak_memory",
     "plan",
     "run",
     "verify",
@@ -319,7 +320,7 @@ def convert(
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     tokenizer = _fitting_tokenizer(opened)
     sizes = {path: int(np.prod(shape)) * wanted.itemsize for path, shape in opened.shapes.items()}
-    before = _peak_memory()
+    before = peak_memory()
     total = sum(sizes.values())
     with (
         _hashing(opened.files) as hashes,
@@ -340,7 +341,7 @@ def convert(
         largest_bytes=max(sizes.values()),
         seconds=time.perf_counter() - start,
         memory_before=before,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
     )
     if verify:
         found = verification.verify_source(opened, folder)
@@ -417,8 +418,8 @@ def _sha256(file: Path, stop: threading.Event) -> str:
     return digest.hexdigest()
 
 
-def _peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes."""
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the platform does not tell."""
     # On Linux, getrusage's figure of a process begins with that of the one which started it.
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()

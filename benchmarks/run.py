@@ -1,0 +1,16 @@
+"""What pruning gains on this machine: `griffin-jax bench`, with peers in PyTorch and llama.cpp on request."""
+
+from __future__ import annotations
+
+import argparse
+
+from griffin_jax import bench
+from griffin_jax.bench import add_arguments
+
+__all__ = ["add_arguments", "run"]
+
+
+def run(options: argparse.Namespace) -> None:
+    from benchmarks import peers
+
+    bench.run(options, peers.find)
