@@ -1,4 +1,4 @@
-"""What pruning gains on this machine: `griffin-jax bench`, with peers in PyTorch and llama.cpp on request."""
+"""`griffin-jax bench`, with peers in PyTorch and llama.cpp on request."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from griffin_jax import bench
 from griffin_jax.bench import add_arguments
 
 __all__ = ["add_arguments", "run"]
+__doc__ = bench.__doc__  # what --help shows
 
 
 def run(options: argparse.Namespace) -> None:

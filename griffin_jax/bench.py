@@ -1,9 +1,9 @@
 """What pruning gains on this machine: every phase of a request timed, beside what the memory bandwidth allows.
 
 For every pair of prompt and answer lengths and every batch, the densities are measured in turn, round after round, so
-that a machine that is slower for a while is slower for all of them; the first round warms up and is not counted, and
-what XLA spends on compiling in it is shown apart. Prompts are random tokens of equal length, answers greedy, and no
-token ends them.
+that a machine that is slower for a while is slower for all of them; each round begins with another one. The first
+round warms up and is not counted, and what XLA spends on compiling in it is shown apart. Prompts are random tokens of
+equal length, answers greedy, and no token ends them.
 
 A ceiling is what one decode step must read (weights in use, all slots of the cache) over the bandwidth that this run
 measured by summing a large array. A step gives one token to every sequence of the batch.
@@ -168,6 +168,7 @@ class Plan:
         shared: what batches of several sequences are measured with.
         multiple: kept neurons are rounded up to a multiple of this.
         repeats: counted rounds.
+        peers: whether others are measured, too.
     """
 
     source: str
@@ -179,6 +180,7 @@ class Plan:
     shared: tuple[bool, ...]
     multiple: int
     repeats: int
+    peers: bool
 
     def griffin(self, density: float, shared: bool) -> GriffinConfig:
         """How a row prunes."""
@@ -238,6 +240,7 @@ def check(options: argparse.Namespace) -> Plan:
         shared=tuple(name == "shared" for name in experts),
         multiple=options.multiple,
         repeats=options.repeats,
+        peers=options.peers,
     )
     for density in plan.densities:
         plan.griffin(density, True)
@@ -324,6 +327,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
             "caches": 2 * sizes.cache,  # one to keep, which every row begins with a copy of
             "reading the prompt": case.batch * (scores + neurons + 4 * config.vocab_size),
             "measuring the bandwidth": BANDWIDTH_BYTES,
+            "peers": 2 * sizes.weights(None) if plan.peers else 0,  # PyTorch's and llama.cpp's own copies
         }
 
     return max(
@@ -335,7 +339,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
 def _check_memory(plan: Plan) -> None:
     needed, free = needed_memory(plan), free_memory()
     if free is not None and sum(needed.values()) > free:
-        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needed.items())
+        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needed.items() if size)
         raise MemoryError(
             f"about {sum(needed.values()) / 1e9:.1f} GB are needed ({listed}), {free / 1e9:.1f} GB are free; take a"
             " smaller --batch, shorter --lengths, a narrower --dtype or, of random weights, fewer --layers"
@@ -411,14 +415,14 @@ def measure(
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
-    bandwidth = measure_bandwidth()
-    groups = []
+    groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
         for case in plan.cases:
+            bandwidths.append(measure_bandwidth())
             groups.append(_measure_case(plan, model, case, peers if case.batch == 1 else (), bar.update))
     # A ceiling must not be lower than what the machine can do when nothing disturbs it.
-    bandwidth = max(bandwidth, measure_bandwidth())
+    bandwidth = max(*bandwidths, measure_bandwidth())
     rows = [
         row
         for case, measured in zip(plan.cases, groups, strict=True)
@@ -500,7 +504,8 @@ def _measure_case(
         # What comes first in a round may find threads asleep and caches cold.
         sides = _prefills(model, tokens, lengths, case.new, order if number % 2 else order[::-1])
         reading = {name: watch.seconds for name, (_, watch) in sides.items()}
-        for row in ours:
+        turn = number % len(ours)
+        for row in [*ours[turn:], *ours[:turn]]:
             pruned = row.density < 1
             prefilled, read = sides["with" if pruned else "without"]
             with _peak_memory(row):
@@ -514,7 +519,8 @@ def _measure_case(
             else:
                 row.compile = read.seconds["compile"] + watch.seconds["compile"]
         del sides
-        for peer, row in theirs:
+        turn = number % max(1, len(theirs))
+        for peer, row in [*theirs[turn:], *theirs[:turn]]:
             time.sleep(PAUSE)
             with _peak_memory(row):
                 seconds = peer.measure(prompts[0].tolist(), case.new, row.density)
@@ -601,6 +607,7 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
         ceiling = (weights + cache) / bandwidth
         result: dict[str, Any] = {
             "system": row.system,
+            "baseline": row.baseline,
             "prompt": case.prompt,
             "new": case.new,
             "batch": case.batch,
@@ -614,7 +621,7 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "select_ms": times["select"],
             "prune_ms": times["prune"],
             "prune_bytes": copied,
-            "prune_speed": copied / pruning * 1e3 if copied and (pruning := times["prune"]) else None,
+            "prune_speed": copied / (times["prune"] or math.nan) * 1e3 if copied else None,
             "first_token_ms": _total(row.samples, ("prefill", "select", "prune", "begin")),
             "decode_ms": step,
             "decode_ms_range": [_step_of(edge(row.samples, key=_decode), case) for edge in (min, max)],
@@ -629,10 +636,13 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "peak_memory": row.peak_memory,
         }
         result["prune_fraction"] = None if result["prune_speed"] is None else result["prune_speed"] / bandwidth
-        result["speedup"] = None if base is None else _step(base, case) / step
-        first = next((r for r in rows if r["system"] == row.baseline and r["density"] == 1), None)
-        result["speedup_ceiling"] = None if base is None else (first or result)["step_bytes"] / result["step_bytes"]
-        result["fraction_of_speedup"] = None if base is None else result["speedup"] / result["speedup_ceiling"]
+        speedup = None if base is None else _step(base, case) / step
+        # Dense rows come first.
+        first = next((r for r in rows if r["system"] == row.baseline and r["density"] == 1), result)
+        allowed = first["step_bytes"] / result["step_bytes"]
+        result["speedup"] = speedup
+        result["speedup_ceiling"] = None if speedup is None else allowed
+        result["fraction_of_speedup"] = None if speedup is None else speedup / allowed
         rows.append(result)
     return rows
 

@@ -27,6 +27,8 @@ def read(file: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: there is no benchmark's result in it.
     """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no earlier result {file}")
     lines = Path(file).read_text(encoding="utf-8", errors="replace").strip().splitlines()
     try:
         found = json.loads(lines[-1])
@@ -55,6 +57,8 @@ def table(result: Mapping[str, Any]) -> str:
     for peer in result["peers"]:
         weights = f", weights of {peer['weights']}" if peer["weights"] else ""
         lines.append(f"peer: {peer['name']}, {peer['version']}{weights}")
+    if result["peers"] and any(row["batch"] > 1 for row in result["rows"]):
+        lines.append("peers are measured at batch 1 only")
     lines += [f"peer: {name} is skipped: {reason}" for name, reason in result["skipped"].items()]
     for rows in groups(result["rows"]):
         first = rows[0]
@@ -165,10 +169,10 @@ def _against_peers(rows: Sequence[Row]) -> list[str]:
         mine = ours.get(row["density"])
         if row["system"] == "griffin_jax" or mine is None:
             continue
-        ratios = [f"{row[name] / mine[name]:.2f}x" for name in ("decode_ms", "prefill_ms", "total_ms")]
+        decode, prefill, total = (row[name] / mine[name] for name in ("decode_ms", "prefill_ms", "total_ms"))
         lines.append(
-            f"{label(row)} at density {row['density']:g} takes {ratios[0]} as long as griffin_jax to decode, {ratios[1]} to"
-            f" prefill, {ratios[2]} in all"
+            f"{label(row)} at density {row['density']:g}: {decode:.2f}x as long as griffin_jax to decode,"
+            f" {prefill:.2f}x to prefill, {total:.2f}x in all"
         )
     return lines
 
@@ -261,10 +265,11 @@ def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
         for number, (name, line) in enumerate(_lines(members).items()):
             points = sorted(line, key=lambda row: row["density"])
             densities, colour = [row["density"] for row in points], f"C{number}"
-            axis.plot(densities, [row["speedup"] for row in points], "o-", color=colour, label=f"{name}, measured")
+            axis.plot(densities, [row["speedup"] for row in points], "o-", color=colour, label=name)
             allowed = [row["speedup_ceiling"] for row in points]
-            axis.plot(densities, allowed, "--", color=colour, label=f"{name}, ceiling", alpha=0.7)
+            axis.plot(densities, allowed, "--", color=colour, alpha=0.7)
         axis.axhline(1.0, color="grey", linewidth=0.8)
+        axis.plot([], [], "--", color="grey", label="ceiling: bytes dense / bytes pruned")
         axis.set_xlabel("density (share of feed-forward neurons kept)")
         axis.set_ylabel("speed-up of decoding (times dense)")
         axis.set_title(f"{prompt:,} prompt + {new:,} new tokens")
@@ -288,6 +293,6 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         if row["density"] < 1:
             name = f"{row['system']}, batch {row['batch']}" + (f" {row['experts']}" if row["experts"] else "")
-            start = dense.get((row["system"], row["batch"]))
+            start = dense.get((row["baseline"], row["batch"]))
             found.setdefault(name, [] if start is None else [start]).append(row)
     return found

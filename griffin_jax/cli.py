@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, demo, deviceless, families, loading
+from griffin_jax import __version__, bench, demo, deviceless, families, loading
 from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
