@@ -179,8 +179,8 @@ def _against_peers(rows: Sequence[Row]) -> list[str]:
 
 COMPARED = {
     "compile_seconds": "compile", "prefill_ms": "prefill", "select_ms": "select", "prune_ms": "prune",
-    "first_token_ms": "1st token", "decode_ms": "decode", "tokens_per_second": "tokens/s", "total_ms": "total",
-    "step_bytes": "bytes", "read_speed": "read/s", "speedup": "speed-up", "peak_memory": "memory",
+    "first_token_ms": "first", "decode_ms": "decode", "tokens_per_second": "tok/s", "total_ms": "total",
+    "step_bytes": "bytes", "read_speed": "read/s", "speedup": "gain", "peak_memory": "memory",
 }  # fmt: skip
 """Columns of a comparison."""
 
@@ -205,22 +205,27 @@ def comparison(now: Mapping[str, Any], before: Mapping[str, Any], name: str | os
     ]
     ratio = now["bandwidth"] / before["bandwidth"]
     lines = []
-    for row in now["rows"]:
-        title = f"{label(row)} {row['density']:g}, {row['prompt']}+{row['new']}, batch {row['batch']}"
-        other = _earlier(row, before["rows"])
-        if other is None:
-            warnings.append(f"warning: {title} was not measured before")
-            continue
-        if (was := (other["prompt"], other["new"])) != (row["prompt"], row["new"]):
-            warnings.append(f"warning: lengths of {title} were {was[0]}+{was[1]}")
-        cells = (f"{_ratio(row.get(column), other.get(column)):>{_width(column)}}" for column in COMPARED)
-        lines.append((title, "".join(cells)))
-    width = max([len(title) for title, _ in lines], default=0)
+    for rows in groups(now["rows"]):
+        first = rows[0]
+        lines += [
+            "",
+            f"{first['prompt']:,} prompt + {first['new']:,} new tokens, batch {first['batch']}",
+            f"{'now / before':{LABEL}}{'density':>8}" + "".join(f"{COMPARED[c]:>{_width(c)}}" for c in COMPARED),
+        ]
+        for row in rows:
+            title = f"{label(row)} at {row['density']:g}, {row['prompt']}+{row['new']}, batch {row['batch']}"
+            other = _earlier(row, before["rows"])
+            if other is None:
+                warnings.append(f"warning: {title} was not measured before")
+                other = {}
+            elif (was := (other["prompt"], other["new"])) != (row["prompt"], row["new"]):
+                warnings.append(f"warning: lengths of {title} were {was[0]}+{was[1]}")
+            cells = (f"{_ratio(row.get(column), other.get(column)):>{_width(column)}}" for column in COMPARED)
+            lines.append(f"{label(row):{LABEL}}{_density(row):>8}{''.join(cells)}")
     return "\n".join([
-        f"now / before ({name}); the bandwidth measured is {ratio:.2f}x what it was",
+        f"compared with {name}; the bandwidth measured is {ratio:.2f}x what it was",
         *warnings,
-        " " * width + "".join(f"{COMPARED[column]:>{_width(column)}}" for column in COMPARED),
-        *(f"{title:{width}}{cells}" for title, cells in lines),
+        *lines,
     ])  # fmt: skip
 
 
