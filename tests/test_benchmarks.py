@@ -168,6 +168,12 @@ def test_medians_of_made_up_samples():
     assert half["slots"] == 128 + 16
 
 
+def test_statistic_share_weighs_both_orders_alike():
+    samples = [{"prefill": ratio, "prefill_without": 1.0} for ratio in (1.2, 0.9, 1.2)]
+    assert bench._statistic_share(samples) == pytest.approx((1.2 * 0.9) ** 0.5 - 1)
+    assert bench._statistic_share(samples[:1]) == pytest.approx(0.2)
+
+
 def test_compare_with_an_earlier_run(measured, tmp_path):
     out, result = measured
     file = tmp_path / "printed.txt"
