@@ -276,7 +276,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
         """Queries, keys and values, before rotary embedding."""
-        y = jnp.einsum("btd,gjhd->btgjh", x, self.qkv[...])
+        weight = self.qkv[...]
+        y = (x @ weight.reshape(-1, weight.shape[-1]).T).reshape(*x.shape[:2], *weight.shape[:-1])
         if self.qkv_bias is not None:
             y = y + self.qkv_bias[...]
         if self.clip is not None:
@@ -325,7 +326,11 @@ class FeedForward(nnx.Module):
         return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
 
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-        y = jnp.einsum("btd,abfd->btaf" if self.per_sequence else "btd,afd->btaf", x, self.inner[...])
+        weight = self.inner[...]
+        if self.per_sequence:
+            y = jnp.einsum("btd,abfd->btaf", x, weight)
+        else:
+            y = (x @ weight.reshape(-1, weight.shape[-1]).T).reshape(*x.shape[:2], *weight.shape[:2])
         if self.inner_bias is not None:
             bias = self.inner_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
