@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -74,6 +75,17 @@ def join(path: str, parts: list[Any]) -> Any:
     return np_or_jnp.stack(parts) if ".inner" in path else parts[0]
 
 
+def _placed(path: str, whole: Any, part: Any) -> Any:
+    """A joined parameter on the devices of its parts, divided as the last of them is."""
+    sharding = getattr(part, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".inner" not in path):
+        return whole
+    axes = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
+    # (G, R + 2, H, D) from (G, H, D), and (2, F, D) from (F, D).
+    axes.insert(1 if ".qkv" in path else 0, None)
+    return jax.device_put(whole, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
+
+
 def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
     """The parts of a module's parameter by their paths: what `join` joined."""
     parts = parts_of(path, config)
@@ -118,7 +130,8 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
         parts = parts_of(path, config)
         if len(waiting[path]) == len(parts):
             have = waiting.pop(path)
-            whole = join(path, [have.pop(part) for part in parts])
+            pieces = [have.pop(part) for part in parts]
+            whole = _placed(path, join(path, pieces), pieces[-1])
             key, variable = variables[path]
             filled.append((key, variable.replace(jnp.asarray(whole, dtype))))
     if missing := shapes.keys() - seen:
