@@ -22,7 +22,7 @@ from flax import nnx
 
 from griffin_jax import checkpoint
 from griffin_jax.assembly import assemble, disassemble, parameter_shapes
-from griffin_jax.checkpoint import MANIFEST, NativeCheckpoint, load, save
+from griffin_jax.checkpoint import MANIFEST, load, save
 from griffin_jax.loading import convert, load_model, open_source
 from griffin_jax.model import Transformer
 from griffin_jax.planning import NarrowingWarning
