@@ -34,6 +34,10 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 
 
+QUERY_BLOCK = 256
+"""Tokens of a prompt that attend together: scores with tokens behind the block are not computed."""
+
+
 class Norm(nnx.Module):
     """RMSNorm, x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450).
 
@@ -105,34 +109,33 @@ def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> 
 
 def rotary_angles(
     positions: Int[Array, "b t"], context: Int[Array, "b"], rotary: Rotary, head_dim: int
-) -> tuple[Float[Array, "b 1 t turning"], Float[Array, "b 1 t turning"]]:
+) -> tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]]:
     """Cosines and sines of the turns at each position; `context` is the most tokens a row may come to hold."""
     frequencies = jnp.asarray(rotary_frequencies(rotary, head_dim))
     if rotary.kind == "longrope":
         is_long = (context > rotary.original_positions)[:, None, None, None]
         frequencies = jnp.where(is_long, rotary_frequencies(rotary, head_dim, long=True), frequencies)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    angles = jnp.repeat(angles, 2, axis=-1) if rotary.interleaved else jnp.concatenate([angles, angles], axis=-1)
-    return jnp.cos(angles) * rotary.attention_factor, jnp.sin(angles) * rotary.attention_factor
+    # Twice, or XLA's CPU code computes cosines and sines again in every layer, for every head.
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    cos, sin = (f(angles) * rotary.attention_factor for f in (jnp.cos, jnp.sin))
+    return cos[..., : frequencies.shape[-1]], sin[..., : frequencies.shape[-1]]
 
 
 def rotate(
     x: Float[Array, "b n t h"],
-    cos: Float[Array, "b 1 t turning"],
-    sin: Float[Array, "b 1 t turning"],
+    cos: Float[Array, "b 1 t pairs"],
+    sin: Float[Array, "b 1 t pairs"],
     interleaved: bool = False,
 ) -> Float[Array, "b n t h"]:
-    """Rotary embedding of the leading dimensions: i turns with i + turning/2, or 2i with 2i + 1 if interleaved."""
-    turning = cos.shape[-1]
-    x, still = x[..., :turning], x[..., turning:]
-    if interleaved:
-        pairs = x.reshape(*x.shape[:-1], -1, 2)
-        turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
-    else:
-        first, second = jnp.split(x, 2, axis=-1)
-        turned = jnp.concatenate([-second, first], axis=-1)
-    x = x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)
-    return jnp.concatenate([x, still], axis=-1) if still.shape[-1] else x
+    """Rotary embedding of the leading pairs: i turns with i + pairs, or 2i with 2i + 1 if interleaved."""
+    axis = -1 if interleaved else -2
+    x, still = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    pairs = x.reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
+    first, second = (jax.lax.index_in_dim(pairs, i, pairs.ndim + axis, keepdims=False) for i in (0, 1))
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis).reshape(x.shape)
+    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
 
 
 def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
@@ -183,9 +186,16 @@ class Positions:
         biases: what is added to the scores of both, or None.
     """
 
-    angles: tuple[Float[Array, "b 1 t turning"], Float[Array, "b 1 t turning"]] | None
+    angles: tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]] | None
     masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t t"]]
     biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t t"]] | None
+
+    def block(self, start: int, stop: int) -> Positions:
+        """Of these tokens of the call only, and of it up to the last of them, behind which they read nothing."""
+        masks = (self.masks[0][..., start:stop, :], self.masks[1][..., start:stop, :stop])
+        if self.biases is None:
+            return Positions(None, masks, None)
+        return Positions(None, masks, (self.biases[0][..., start:stop, :], self.biases[1][..., start:stop, :stop]))
 
 
 def layer_positions(
@@ -244,23 +254,16 @@ class Attention(nnx.Module):
             key = rotate(key, *at.angles, self.interleaved)
 
         b, n, t, h = query.shape
-        g, slots = key.shape[1], at.masks[0].shape[-1]
+        g = key.shape[1]
         query = query.reshape(b, g, n // g, t, h)
-        scores = jnp.einsum("bgrth,bguh->bgrtu", query, key, preferred_element_type=jnp.float32)
-        if slots:
-            read_keys = cached_keys[..., :slots]
-            cached = jnp.einsum("bgrth,bghs->bgrts", query, read_keys, preferred_element_type=jnp.float32)
-            scores = jnp.concatenate([cached, scores], axis=-1)
-        mask = jnp.concatenate(at.masks, axis=-1) if slots else at.masks[1]
-        scores = _softcap(scores * self.scale, self.softcap)
-        if at.biases is not None:
-            bias = jnp.concatenate(at.biases, axis=-1) if slots else at.biases[1]
-            scores = scores + bias.reshape(b, g, n // g, *bias.shape[2:])
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("bgrtu,bguh->bgrth", weights[..., slots:], value)
-        if slots:
-            mixed += jnp.einsum("bgrts,bgsh->bgrth", weights[..., :slots], cached_values[:, :, :slots])
+        blocks = [(start, min(start + QUERY_BLOCK, t)) for start in range(0, t, QUERY_BLOCK)]
+        mixed = jnp.concatenate(
+            [
+                self._mixed(query[:, :, :, a:z], key[:, :, :z], value[:, :, :z], at.block(a, z), cached_keys, cached_values)
+                for a, z in blocks
+            ],
+            axis=3,
+        )
 
         key, value = _after(mixed[:, :, 0], key, value)
         cached_keys = jax.lax.dynamic_update_slice(cached_keys, key.swapaxes(2, 3), (0, 0, 0, cursor))
@@ -272,12 +275,41 @@ class Attention(nnx.Module):
             out = out + self.out_bias[...]
         return out, cached_keys, cached_values
 
+    def _mixed(
+        self,
+        query: Float[Array, "b g r t h"],
+        key: Float[Array, "b g u h"],
+        value: Float[Array, "b g u h"],
+        at: Positions,
+        cached_keys: Float[Array, "b g h slots"],
+        cached_values: Float[Array, "b g slots h"],
+    ) -> Float[Array, "b g r t h"]:
+        """Values of the cache and of this call's tokens, weighted by the softmax of their scores."""
+        b, g, r, _, _ = query.shape
+        slots = at.masks[0].shape[-1]
+        scores = jnp.einsum("bgrth,bguh->bgrtu", query, key, preferred_element_type=jnp.float32)
+        if slots:
+            read_keys = cached_keys[..., :slots]
+            cached = jnp.einsum("bgrth,bghs->bgrts", query, read_keys, preferred_element_type=jnp.float32)
+            scores = jnp.concatenate([cached, scores], axis=-1)
+        mask = jnp.concatenate(at.masks, axis=-1) if slots else at.masks[1]
+        scores = _softcap(scores * self.scale, self.softcap)
+        if at.biases is not None:
+            bias = jnp.concatenate(at.biases, axis=-1) if slots else at.biases[1]
+            scores = scores + bias.reshape(b, g, r, *bias.shape[2:])
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+        mixed = jnp.einsum("bgrtu,bguh->bgrth", weights[..., slots:], value)
+        if slots:
+            mixed += jnp.einsum("bgrts,bgsh->bgrth", weights[..., :slots], cached_values[:, :, :slots])
+        return mixed
+
     def _projected(
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
         """Queries, keys and values, before rotary embedding."""
         weight = self.qkv[...]
-        y = (x @ weight.reshape(-1, weight.shape[-1]).T).reshape(*x.shape[:2], *weight.shape[:-1])
+        y = _times(x, weight)
         if self.qkv_bias is not None:
             y = y + self.qkv_bias[...]
         if self.clip is not None:
@@ -330,7 +362,7 @@ class FeedForward(nnx.Module):
         if self.per_sequence:
             y = jnp.einsum("btd,abfd->btaf", x, weight)
         else:
-            y = (x @ weight.reshape(-1, weight.shape[-1]).T).reshape(*x.shape[:2], *weight.shape[:2])
+            y = _times(x, weight)
         if self.inner_bias is not None:
             bias = self.inner_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
@@ -463,8 +495,8 @@ class Transformer(nnx.Module):
 
         Args:
             tokens: token ids.
-            positions: of each token in its row; `EMPTY` marks padding, which is written to the cache
-                but never attended to and enters no statistic.
+            positions: of each token in its row, rising; `EMPTY` anywhere among them marks padding, which is
+                written to the cache but never attended to and enters no statistic.
             cache: what was read so far, with room for T more tokens.
             read_slots: attention reads only this many slots of the cache (all of them if None). They
                 must hold every token so far; 0 for an empty cache.
@@ -543,6 +575,15 @@ def _matrix(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype
     if rngs is None:
         return nnx.Param(jnp.zeros(shape, dtype))
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
+
+
+def _times(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[Array, "b t *rows"]:
+    """x times every row of `weight`.
+
+    XLA's CPU code is fast for one token only if the matrix has two axes and is not transposed by itself.
+    """
+    y = jnp.einsum("btd,fd->btf", x, weight.reshape(-1, weight.shape[-1]))
+    return y.reshape(*x.shape[:2], *weight.shape[:-1])
 
 
 def _bias(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
