@@ -187,8 +187,8 @@ class Positions:
     """
 
     angles: tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]] | None
-    masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t t"]]
-    biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t t"]] | None
+    masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t u"]]
+    biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t u"]] | None
 
     def block(self, start: int, stop: int) -> Positions:
         """Of these tokens of the call only, and of it up to the last of them, behind which they read nothing."""

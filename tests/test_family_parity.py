@@ -74,7 +74,8 @@ def pair(request, tmp_path_factory) -> Iterator[Pair]:
 pair_families: list[str] = []
 
 
-def test_whole_sequences(pair, rng):
+def test_whole_sequences(pair, rng, monkeypatch):
+    monkeypatch.setattr("griffin_jax.model.QUERY_BLOCK", 32)
     tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
     assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
