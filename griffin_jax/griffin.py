@@ -10,6 +10,7 @@ All of them can be called under `jax.jit`. The letters of shapes are those of `g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -291,7 +292,7 @@ def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, "
     return jnp.where(sure, jnp.inf, draw)
 
 
-def prune(model: Transformer, experts: Experts) -> Transformer:
+def prune(model: Transformer, experts: Experts, *, reuse: Transformer | None = None) -> Transformer:
     """The same model with only the experts' rows in its feed-forward layers.
 
     Attention, norms, embedding, head and the bias of the down projection are the given model's own
@@ -299,24 +300,48 @@ def prune(model: Transformer, experts: Experts) -> Transformer:
     with a set for every sequence, unless B is 1. The gather is jitted; the rest is
     bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
 
+    Args:
+        model: the full model; it stays as it is.
+        experts: that `select` chose.
+        reuse: an earlier result of `prune` that is needed no more. If its kept rows are as large as the new ones,
+            these get their memory, and it cannot be used again. Memory that a CPU process gets from the operating
+            system is slow to write to for the first time: it takes longer than the copying.
+
     Raises:
-        ValueError: the experts were selected for a model of other layers or widths, or the model holds
-            a set of neurons for every sequence already.
+        ValueError: the experts were selected for a model of other layers or widths, the model holds a set of neurons
+            for every sequence already, or `reuse` shares feed-forward arrays with the model.
     """
     if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
     if any(layer.ff.rest is not None for layer in model.layers):
         raise ValueError("this model holds its neurons in two groups; it is pruned by the OneCopy that made it")
     check_experts(experts, model)
-    rows = [
-        {name: getattr(layer.ff, name) for name in NEURON_AXES if getattr(layer.ff, name) is not None}
-        for layer in model.layers
-    ]
+    rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    for layer, kept in zip(pruned.layers, _gather(rows, experts.indices), strict=True):
+    for layer, kept in zip(pruned.layers, _gather_into(rows, experts.indices, reuse), strict=True):
         for name, weight in kept.items():
             setattr(layer.ff, name, weight)
     return pruned
+
+
+def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
+    return [
+        {name: getattr(layer.ff, name) for name in NEURON_AXES if getattr(layer.ff, name) is not None}
+        for layer in model.layers
+    ]
+
+
+def _gather_into(
+    rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...], reuse: Transformer | None
+) -> list[dict[str, nnx.Param]]:
+    if reuse is None or any(isinstance(index, jax.core.Tracer) for index in indices):
+        return _gather(rows, indices)
+    old, new = _neuron_rows(reuse), jax.eval_shape(_gather, rows, indices)
+    if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
+        raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
+    if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != [(a.shape, a.dtype) for a in jax.tree.leaves(new)]:
+        return _gather(rows, indices)
+    return _overwrite(rows, indices, old)
 
 
 @jax.jit
@@ -327,6 +352,15 @@ def _gather(rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"]
         return jax.tree.map(lambda w: jnp.take(w, indices, axis=NEURON_AXES[name], mode="clip"), weight)
 
     return [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
+
+
+@functools.partial(jax.jit, donate_argnames="old", keep_unused=True)
+def _overwrite(
+    rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...], old: list[dict[str, nnx.Param]]
+) -> list[dict[str, nnx.Param]]:
+    """`_gather` into the memory of `old`."""
+    del old
+    return _gather(rows, indices)
 
 
 def check_experts(experts: Experts, model: Transformer) -> None:

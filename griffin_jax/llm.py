@@ -115,6 +115,7 @@ class LLM:
     ):
         self._model = model
         self._one_copy = OneCopy(model) if one_copy else None
+        self._spare: Transformer | None = None
         self._busy = False
         self.tokenizer = tokenizer
         self.name = name
@@ -340,6 +341,8 @@ class LLM:
                 answer = jitted.decode(model, answer, np.int32(until), sampler=draw, eos=eos)
                 written = jax.device_get((answer.tokens, answer.done))
             rows = text.update(*written)
+        if experts is not None:
+            self._give_back(model)
 
         decoded = sum(map(len, rows)) - len(rows)
         finished = [
@@ -364,7 +367,15 @@ class LLM:
         return jitted.select(statistics, config, model=self._if_scored(config), seed=seed)
 
     def _prune(self, experts: Experts) -> Transformer:
-        return prune(self.model, experts) if self._one_copy is None else self._one_copy.prune(experts)
+        if self._one_copy is not None:
+            return self._one_copy.prune(experts)
+        spare, self._spare = self._spare, None
+        return prune(self.model, experts, reuse=spare)
+
+    def _give_back(self, pruned: Transformer) -> None:
+        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""
+        if self._one_copy is None and next(iter(pruned.embedding[...].devices())).platform == "cpu":
+            self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
         sequences: list[list[int]] = []

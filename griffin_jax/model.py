@@ -259,7 +259,9 @@ class Attention(nnx.Module):
         blocks = [(start, min(start + QUERY_BLOCK, t)) for start in range(0, t, QUERY_BLOCK)]
         mixed = jnp.concatenate(
             [
-                self._mixed(query[:, :, :, a:z], key[:, :, :z], value[:, :, :z], at.block(a, z), cached_keys, cached_values)
+                self._mixed(
+                    query[:, :, :, a:z], key[:, :, :z], value[:, :, :z], at.block(a, z), cached_keys, cached_values
+                )
                 for a, z in blocks
             ],
             axis=3,

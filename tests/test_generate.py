@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -96,6 +97,16 @@ class TestSameTokens:
             state = gj.decode(model, state, until, sampler=draw)
         assert state.tokens[:, :20].tolist() == expected
         assert (state.tokens[:, 20:] == gj.EMPTY).all()
+
+    def test_answers_after_answers_in_the_same_memory(self, tiny):
+        alone = [answer(gj.LLM(tiny.llm.model), [prompt]) for prompt in PROMPTS]
+        llm = gj.LLM(tiny.llm.model)
+        for density in (0.5, 0.25, 0.5):
+            for prompt, expected in zip(PROMPTS, alone, strict=True):
+                tokens = answer(llm, [prompt], density=density)
+                assert density != 0.5 or tokens == expected
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(lambda prompt: answer(llm, [prompt]), PROMPTS * 3)) == alone * 3
 
     def test_teacher_forced_logits_choose_the_decoded_tokens(self, tiny):
         prompt = PROMPTS[2]

@@ -210,6 +210,30 @@ class TestPrune:
         with pytest.raises(ValueError, match=r"50 neurons.*48 neurons"):
             gj.prune(tiny.llm.model, experts)
 
+    def test_reuses_memory(self, tiny, rng):
+        model = tiny.llm.model
+        first, second = (
+            gj.Experts.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons) for _ in range(2)
+        )
+        expected = [np.asarray(array) for _, array in disassemble(gj.prune(model, second))]
+        old = gj.prune(model, first)
+        places = [layer.ff.inner[...].unsafe_buffer_pointer() for layer in old.layers]
+        new = gj.prune(model, second, reuse=old)
+        assert [layer.ff.inner[...].unsafe_buffer_pointer() for layer in new.layers] == places
+        assert all(layer.ff.inner[...].is_deleted() for layer in old.layers)
+        for array, (_, other) in zip(expected, disassemble(new), strict=True):
+            np.testing.assert_array_equal(array, other)
+        smaller = gj.prune(model, gj.Experts.from_indices([[1, 2]] * 3, model.neurons), reuse=new)
+        assert smaller.neurons == (2, 2, 2)
+        assert not new.layers[0].ff.inner[...].is_deleted()
+
+    def test_does_not_take_the_models_own_memory(self, tiny):
+        model = tiny.llm.model
+        everything = gj.Experts.from_indices([range(48)] * 3, model.neurons)
+        with pytest.raises(ValueError, match="shares its weights"):
+            gj.prune(model, everything, reuse=model)
+        assert not model.layers[0].ff.down[...].is_deleted()
+
 
 class TestExperts:
     def test_masks_and_back(self, rng):
