@@ -36,9 +36,10 @@ from griffin_jax.assembly import random_model
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig, check_density, kept_neurons
 from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, bucket, pad
-from griffin_jax.griffin import prune
+from griffin_jax.griffin import Experts, Statistics, prune
 from griffin_jax.model import Transformer
 from griffin_jax.named import NAMED, named
+from griffin_jax.one_copy import OneCopy
 from griffin_jax.sizes import Sizes
 from griffin_jax.timing import Stopwatch
 
@@ -135,6 +136,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (default: %(default)s)",
     )
     what.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
+    what.add_argument(
+        "--one-copy",
+        action="store_true",
+        help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(one_copy=True) does; with"
+        " one density below 1, and shared experts",
+    )
     what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
     what.add_argument(
         "--peers",
@@ -167,6 +174,7 @@ class Plan:
         cases: in the order in which they are measured.
         shared: what batches of several sequences are measured with.
         multiple: kept neurons are rounded up to a multiple of this.
+        one_copy: whether every neuron is held once.
         repeats: counted rounds.
         peers: whether others are measured, too.
     """
@@ -179,6 +187,7 @@ class Plan:
     cases: tuple[Case, ...]
     shared: tuple[bool, ...]
     multiple: int
+    one_copy: bool
     repeats: int
     peers: bool
 
@@ -237,11 +246,17 @@ def check(options: argparse.Namespace) -> Plan:
         dtype=jnp.dtype(dtype),
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
         cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
-        shared=tuple(name == "shared" for name in experts),
+        shared=(True,) if options.one_copy else tuple(name == "shared" for name in experts),
         multiple=options.multiple,
+        one_copy=options.one_copy,
         repeats=options.repeats,
         peers=options.peers,
     )
+    if plan.one_copy and len(plan.densities) != 2:
+        raise ValueError(
+            f"--one-copy takes one density below 1, got {', '.join(f'{d:g}' for d in plan.densities[1:]) or 'none'};"
+            " give for example --density 0.5"
+        )
     for density in plan.densities:
         plan.griffin(density, True)
         kept_neurons(config.ff_width, density, options.multiple)
@@ -323,7 +338,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         neurons = (3 * itemsize + 4) * chunk * config.ff_width
         return {
             "weights": sizes.weights(None),
-            "kept neurons": 0 if density == 1 else sizes.ff(plan.kept(density)),
+            "kept neurons": 0 if density == 1 or plan.one_copy else sizes.ff(plan.kept(density)),
             "caches": 2 * sizes.cache,  # one to keep, which every row begins with a copy of
             "reading the prompt": case.batch * (scores + neurons + 4 * config.vocab_size),
             "measuring the bandwidth": BANDWIDTH_BYTES,
@@ -415,12 +430,13 @@ def measure(
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
+    subject = _Subject(model, plan.griffin(plan.densities[-1], True) if plan.one_copy else None)
     groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
         for case in plan.cases:
             bandwidths.append(measure_bandwidth())
-            groups.append(_measure_case(plan, model, case, peers if case.batch == 1 else (), bar.update))
+            groups.append(_measure_case(plan, subject, case, peers if case.batch == 1 else (), bar.update))
     # A ceiling must not be lower than what the machine can do when nothing disturbs it.
     bandwidth = max(*bandwidths, measure_bandwidth())
     rows = [
@@ -444,6 +460,7 @@ def measure(
         "threads": threads(),
         "repeats": plan.repeats,
         "multiple": plan.multiple,
+        "one_copy": plan.one_copy,
         "bandwidth": bandwidth,
         "peak_memory": loading.peak_memory(),
         "device_memory": stats.get("peak_bytes_in_use"),
@@ -488,8 +505,44 @@ class Measured:
     peak_memory: int | None = None
 
 
+class _Subject:
+    """The model, selecting and pruning as `LLM` does.
+
+    Args:
+        model: the full one.
+        one_copy: how a request prunes, if every neuron is to be held once; the model is then used up.
+    """
+
+    def __init__(self, model: Transformer, one_copy: GriffinConfig | None):
+        self._model = model
+        self._one_copy = None if one_copy is None else OneCopy(model)
+        if self._one_copy is not None and one_copy is not None:
+            # Any experts: from now on the programs are those of two groups.
+            kept = one_copy.kept(model.neurons)
+            self._one_copy.prune(Experts.from_indices([range(k) for k in kept], model.neurons))
+
+    @property
+    def model(self) -> Transformer:
+        """The full one."""
+        return self._model if self._one_copy is None else self._one_copy.model
+
+    def prune(self, statistics: Statistics, config: GriffinConfig, watch: Stopwatch) -> Transformer:
+        """The pruned model."""
+        with watch.phase("select"):
+            if self._one_copy is not None:
+                statistics = self._one_copy.in_order(statistics)
+            experts = jax.block_until_ready(jitted.select(statistics, config))
+        if self._one_copy is not None:
+            with watch.phase("prune"):
+                return jax.block_until_ready(self._one_copy.prune(experts))
+        with watch.phase("first_prune"):
+            first = jax.block_until_ready(prune(self._model, experts))
+        with watch.phase("prune"):
+            return jax.block_until_ready(prune(self._model, experts, reuse=first))
+
+
 def _measure_case(
-    plan: Plan, model: Transformer, case: Case, peers: Sequence[Peer], progress: Callable[[], Any]
+    plan: Plan, subject: _Subject, case: Case, peers: Sequence[Peer], progress: Callable[[], Any]
 ) -> list[Measured]:
     prompts = np.random.default_rng(0).integers(0, plan.config.vocab_size, (case.batch, case.prompt))
     tokens, lengths = pad(prompts.tolist(), bucket(case.prompt))
@@ -502,14 +555,15 @@ def _measure_case(
     for number in range(plan.repeats + 1):
         order = ["without", "with"] if len(ours) > 1 else ["without"]
         # What comes first in a round may find threads asleep and caches cold.
-        sides = _prefills(model, tokens, lengths, case.new, order if number % 2 else order[::-1])
+        sides = _prefills(subject.model, tokens, lengths, case.new, order if number % 2 else order[::-1])
         reading = {name: watch.seconds for name, (_, watch) in sides.items()}
         turn = number % len(ours)
         for row in [*ours[turn:], *ours[:turn]]:
             pruned = row.density < 1
             prefilled, read = sides["with" if pruned else "without"]
             with _peak_memory(row):
-                watch = _answer(model, prefilled, plan.griffin(row.density, row.shared) if pruned else None, case.new)
+                config = plan.griffin(row.density, row.shared or plan.one_copy) if pruned else None
+                watch = _answer(subject, prefilled, config, case.new)
             sample = {name: seconds for name, seconds in watch.seconds.items() if name != "compile"}
             sample["prefill"] = read.seconds["prefill"]
             if pruned:
@@ -550,14 +604,10 @@ def _prefills(
     return sides
 
 
-def _answer(model: Transformer, prefilled: Prefilled, config: GriffinConfig | None, new: int) -> Stopwatch:
+def _answer(subject: _Subject, prefilled: Prefilled, config: GriffinConfig | None, new: int) -> Stopwatch:
     """An answer, phase by phase as `LLM.generate` writes it."""
     watch = Stopwatch()
-    if config is not None:
-        with watch.phase("select"):
-            experts = jax.block_until_ready(jitted.select(prefilled.statistics, config))
-        with watch.phase("prune"):
-            model = jax.block_until_ready(prune(model, experts))
+    model = subject.model if config is None else subject.prune(prefilled.statistics, config, watch)
     # `begin` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
     with watch.phase("begin"):
@@ -599,11 +649,12 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
         # Peers' caches grow with the text; ours has all its slots from the start.
         cache = sizes.cache if ours else sizes.cache * (case.prompt + case.new // 2) // case.slots
         weights = sizes.step(kept) - sizes.cache
-        times = {name: _median(row.samples, name) for name in ("prefill", "select", "prune", "begin")}
+        times = {name: _median(row.samples, name) for name in ("prefill", "select", "prune", "first_prune", "begin")}
         step = _step(row, case)
         base = dense.get(row.baseline)
         is_pruned = row.density < 1
-        copied = 2 * sizes.ff(kept) if ours and is_pruned else None  # read and written
+        moved = sizes.ff(None if plan.one_copy else kept)
+        copied = 2 * moved if ours and is_pruned else None  # read and written
         ceiling = (weights + cache) / bandwidth
         result: dict[str, Any] = {
             "system": row.system,
@@ -620,6 +671,7 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "statistic_share": _statistic_share(row.samples),
             "select_ms": times["select"],
             "prune_ms": times["prune"],
+            "first_prune_ms": times["first_prune"],
             "prune_bytes": copied,
             "prune_speed": copied / (times["prune"] or math.nan) * 1e3 if copied else None,
             "first_token_ms": _total(row.samples, ("prefill", "select", "prune", "begin")),

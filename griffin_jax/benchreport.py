@@ -52,6 +52,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"medians of {result['repeats']} after a warm-up, all rows of a group in turn; bandwidth"
         f" {result['bandwidth'] / 1e9:.1f} GB/s" + (f"; peak memory {', '.join(memory)}" if memory else ""),
     ]
+    if result["one_copy"]:
+        lines.append("one copy of the weights: kept rows and others in two groups, regrouped for every prompt")
     if result["multiple"] > 1:
         lines.append(f"kept neurons rounded up to a multiple of {result['multiple']}")
     for peer in result["peers"]:
@@ -67,14 +69,16 @@ def table(result: Mapping[str, Any]) -> str:
             f"{first['prompt']:,} prompt + {first['new']:,} new tokens, batch {first['batch']},"
             f" cache of {first['slots']:,} slots",
             *_block("request", REQUEST, rows),
+            *_first_prunes(rows),
             "",
             *_block("decoding", DECODING, rows),
             *_against_peers(rows),
         ]
     lines += [
         "",
-        "statistic: what it adds to prefill. steps: select and prune in decode steps. gather: bytes read and written by"
-        " prune.",
+        "statistic: what it adds to prefill. prune: into the memory of the answer before. steps: select and prune in"
+        " decode",
+        "steps. gather: bytes that prune reads and writes.",
         "ceiling: weights in use and all slots of the cache, over the bandwidth. allowed: bytes dense / bytes pruned.",
     ]
     return "\n".join(lines)
@@ -162,6 +166,14 @@ def _block(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[s
     return lines
 
 
+def _first_prunes(rows: Sequence[Row]) -> list[str]:
+    fresh = [row for row in rows if row["first_prune_ms"] is not None]
+    if not fresh:
+        return []
+    listed = ", ".join(f"{row['first_prune_ms']:,.1f} ms at {_density(row)}" for row in fresh)
+    return [f"the first prune, into memory that is new: {listed}"]
+
+
 def _against_peers(rows: Sequence[Row]) -> list[str]:
     ours = {row["density"]: row for row in rows if row["system"] == "griffin_jax"}
     lines = []
@@ -184,7 +196,19 @@ COMPARED = {
 }  # fmt: skip
 """Columns of a comparison."""
 
-SETTINGS = ("model", "layers", "weights", "dtype", "backend", "device", "threads", "repeats", "multiple", "jax")
+SETTINGS = (
+    "model",
+    "layers",
+    "weights",
+    "dtype",
+    "backend",
+    "device",
+    "threads",
+    "repeats",
+    "multiple",
+    "one_copy",
+    "jax",
+)
 """What two runs must have in common for their ratios to say something about the code."""
 
 

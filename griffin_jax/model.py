@@ -256,16 +256,12 @@ class Attention(nnx.Module):
         b, n, t, h = query.shape
         g = key.shape[1]
         query = query.reshape(b, g, n // g, t, h)
-        blocks = [(start, min(start + QUERY_BLOCK, t)) for start in range(0, t, QUERY_BLOCK)]
-        mixed = jnp.concatenate(
-            [
-                self._mixed(
-                    query[:, :, :, a:z], key[:, :, :z], value[:, :, :z], at.block(a, z), cached_keys, cached_values
-                )
-                for a, z in blocks
-            ],
-            axis=3,
-        )
+        blocks = []
+        for start in range(0, t, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, t)
+            own = query[:, :, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+            blocks.append(self._mixed(*own, at.block(start, stop), cached_keys, cached_values))
+        mixed = jnp.concatenate(blocks, axis=3)
 
         key, value = _after(mixed[:, :, 0], key, value)
         cached_keys = jax.lax.dynamic_update_slice(cached_keys, key.swapaxes(2, 3), (0, 0, 0, cursor))
@@ -361,10 +357,7 @@ class FeedForward(nnx.Module):
 
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         weight = self.inner[...]
-        if self.per_sequence:
-            y = jnp.einsum("btd,abfd->btaf", x, weight)
-        else:
-            y = _times(x, weight)
+        y = jnp.einsum("btd,abfd->btaf", x, weight) if self.per_sequence else _times(x, weight)
         if self.inner_bias is not None:
             bias = self.inner_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)

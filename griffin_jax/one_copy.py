@@ -8,6 +8,7 @@ is given up for its successor. Beside the model that takes memory for one layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from griffin_jax.griffin import NEURON_AXES, Experts, Statistics, check_experts
+from griffin_jax.griffin import NEURON_AXES, Experts, Statistics, check_experts, take_neurons
 from griffin_jax.model import FeedForward, Transformer
 
 
@@ -58,25 +59,26 @@ class OneCopy:
         dense: Transformer = jax.tree.map(lambda leaf: leaf, self.model)
         pruned: Transformer = jax.tree.map(lambda leaf: leaf, self.model)
         for number, (layer, small, indices) in enumerate(zip(dense.layers, pruned.layers, experts, strict=True)):
-            before = _rows(layer.ff)
-            kept, rest, self._order[number] = _regroup(before, self._order[number], indices.reshape(-1))
-            # Given up now and not when the last reference goes, or all layers would be there twice. (Donated they
-            # could be reused in place only where the sizes of the groups stay the same.)
-            for array in jax.tree.leaves(jax.block_until_ready((before, kept, rest))[0]):
-                array.delete()
+            chosen, others, self._order[number] = _places(self._order[number], indices.reshape(-1))
+            kept, rest = {}, {}
+            for name, groups in _rows(layer.ff).items():
+                kept[name], rest[name] = jax.block_until_ready(_regroup(name, groups, chosen, others))
+                # Given up now and not when the last reference goes, or all layers would be there twice. (Rows that
+                # change places cannot be moved within the memory that they are read from.)
+                for array in jax.tree.leaves(groups):
+                    array.delete()
             _put(layer.ff, kept, rest)
             _put(small.ff, kept, None)
         self.model = dense
         return pruned
 
 
-def _rows(ff: FeedForward) -> list[dict[str, Array]]:
-    """The groups of a layer's rows."""
+def _rows(ff: FeedForward) -> dict[str, list[Array]]:
+    """A layer's parameters with rows for neurons, each in its one or two groups."""
     groups = [ff] if ff.rest is None else [ff, ff.rest]
-    return [
-        {name: getattr(group, name)[...] for name in NEURON_AXES if getattr(group, name) is not None}
-        for group in groups
-    ]
+    return {
+        name: [getattr(group, name)[...] for group in groups] for name in NEURON_AXES if getattr(ff, name) is not None
+    }
 
 
 def _put(ff: FeedForward, kept: dict[str, Array], rest: dict[str, Array] | None) -> None:
@@ -92,21 +94,33 @@ def _put(ff: FeedForward, kept: dict[str, Array], rest: dict[str, Array] | None)
 
 
 @jax.jit
-def _regroup(
-    groups: Sequence[dict[str, Array]], order: Int[Array, "f"], indices: Int[Array, "k"]
-) -> tuple[dict[str, Array], dict[str, Array], Int[Array, "f"]]:
-    """Rows of the neurons `indices`, rows of the others, and which neuron each row now belongs to."""
-    neurons = order.shape[0]
+def _places(
+    order: Int[Array, "f"], indices: Int[Array, "k"]
+) -> tuple[Int[Array, "k"], Int[Array, "rest"], Int[Array, "f"]]:
+    """Where the rows of the neurons `indices` and of the others are, and which neuron each row will belong to."""
     chosen = _inverse(order)[indices]
-    is_kept = jnp.zeros((neurons,), bool).at[chosen].set(True)
-    (others,) = jnp.nonzero(~is_kept, size=neurons - indices.shape[0])
+    is_kept = jnp.zeros(order.shape, bool).at[chosen].set(True)
+    (others,) = jnp.nonzero(~is_kept, size=order.shape[0] - indices.shape[0])
+    return chosen, others, jnp.concatenate([order[chosen], order[others]])
 
-    def take(name: str, rows: Int[Array, "n"]) -> Array:
-        whole = jnp.concatenate([group[name] for group in groups], axis=NEURON_AXES[name])
-        return jnp.take(whole, rows, axis=NEURON_AXES[name], mode="clip")
 
-    kept, rest = ({name: take(name, rows) for name in groups[0]} for rows in (chosen, others))
-    return kept, rest, jnp.concatenate([order[chosen], order[others]])
+@functools.partial(jax.jit, static_argnames="name")
+def _regroup(
+    name: str, groups: Sequence[Array], chosen: Int[Array, "k"], others: Int[Array, "rest"]
+) -> tuple[Array, Array]:
+    """The rows at these places, and the others."""
+    axis = NEURON_AXES[name]
+
+    def take(places: Int[Array, "n"]) -> Array:
+        found = take_neurons(name, groups[0], places)
+        if len(groups) == 1:
+            return found
+        # Of both groups joined, without joining them.
+        size = groups[0].shape[axis]
+        second = take_neurons(name, groups[1], jnp.maximum(places - size, 0))
+        return jnp.where(jnp.expand_dims(places < size, range(1, found.ndim - axis)), found, second)
+
+    return take(chosen), take(others)
 
 
 def _inverse(order: Int[Array, "f"]) -> Int[Array, "f"]:
