@@ -116,10 +116,9 @@ def rotary_angles(
         is_long = (context > rotary.original_positions)[:, None, None, None]
         frequencies = jnp.where(is_long, rotary_frequencies(rotary, head_dim, long=True), frequencies)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    # Twice, or XLA's CPU code computes cosines and sines again in every layer, for every head.
-    angles = jnp.concatenate([angles, angles], axis=-1)
-    cos, sin = (f(angles) * rotary.attention_factor for f in (jnp.cos, jnp.sin))
-    return cos[..., : frequencies.shape[-1]], sin[..., : frequencies.shape[-1]]
+    # Written into an array, or XLA's CPU code would compute them again in every layer, for every head.
+    table = jnp.zeros((2, *angles.shape)).at[0].set(jnp.cos(angles)).at[1].set(jnp.sin(angles))
+    return table[0] * rotary.attention_factor, table[1] * rotary.attention_factor
 
 
 def rotate(
@@ -129,13 +128,14 @@ def rotate(
     interleaved: bool = False,
 ) -> Float[Array, "b n t h"]:
     """Rotary embedding of the leading pairs: i turns with i + pairs, or 2i with 2i + 1 if interleaved."""
-    axis = -1 if interleaved else -2
-    x, still = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
-    pairs = x.reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
-    first, second = (jax.lax.index_in_dim(pairs, i, pairs.ndim + axis, keepdims=False) for i in (0, 1))
+    turning = 2 * cos.shape[-1]
+    pairs = x[..., :turning].reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
+    axis = pairs.ndim - (1 if interleaved else 2)
+    first, second = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in (0, 1))
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis).reshape(x.shape)
-    return jnp.concatenate([turned, still], axis=-1) if still.shape[-1] else turned
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    turned = turned.reshape(*x.shape[:-1], turning)
+    return jnp.concatenate([turned, x[..., turning:]], axis=-1) if turning < x.shape[-1] else turned
 
 
 def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
@@ -296,11 +296,14 @@ class Attention(nnx.Module):
             bias = jnp.concatenate(at.biases, axis=-1) if slots else at.biases[1]
             scores = scores + bias.reshape(b, g, r, *bias.shape[2:])
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-        mixed = jnp.einsum("bgrtu,bguh->bgrth", weights[..., slots:], value)
+        # The softmax divides the mixed values, which are fewer than the weights.
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights, f32 = weights.astype(query.dtype), {"preferred_element_type": jnp.float32}
+        mixed = jnp.einsum("bgrtu,bguh->bgrth", weights[..., slots:], value, **f32)
         if slots:
-            mixed += jnp.einsum("bgrts,bgsh->bgrth", weights[..., :slots], cached_values[:, :, :slots])
-        return mixed
+            mixed += jnp.einsum("bgrts,bgsh->bgrth", weights[..., :slots], cached_values[:, :, :slots], **f32)
+        return (mixed / total).astype(query.dtype)
 
     def _projected(
         self, x: Float[Array, "b t d"]
