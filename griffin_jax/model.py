@@ -37,6 +37,9 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 QUERY_BLOCK = 256
 """Tokens of a prompt that attend together: scores with tokens behind the block are not computed."""
 
+LAYER_SCOPE = "layer"
+"""What profiles and compiled programs call everything that a layer computes."""
+
 
 class Norm(nnx.Module):
     """RMSNorm, x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450).
@@ -412,6 +415,7 @@ class Layer(nnx.Module):
         self.parallel = config.parallel
         self.residual_scale = config.residual_scale
 
+    @jax.named_scope(LAYER_SCOPE)
     def __call__(
         self,
         x: Float[Array, "b t d"],
@@ -531,7 +535,7 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream before the first layer; anything where a position is `EMPTY`."""
-        x = _scaled(self.embedding[...][tokens], self.config.embedding_scale)
+        x = _scaled(_rows(self.embedding[...], tokens), self.config.embedding_scale)
         if self.project_in is not None:
             x = x @ self.project_in[...]
         if self.position_embedding is not None:
@@ -575,13 +579,31 @@ def _matrix(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
 
 
+def _rows(table: Float[Array, "v e"], tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
+    """The rows of these tokens.
+
+    A single one is looked up twice: of one lookup XLA makes a slice, and a table that is divided among devices
+    is put together whole to be sliced.
+    """
+    b, t = tokens.shape
+    return table[tokens] if b * t > 1 else table[jnp.broadcast_to(tokens, (2, 1))][:1]
+
+
 def _times(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[Array, "b t *rows"]:
     """x times every row of `weight`.
 
-    XLA's CPU code is fast for one token only if the matrix has two axes and is not transposed by itself.
+    XLA's CPU code is fast for one token only if the matrix has two axes and is not transposed by itself. Elsewhere
+    the axes stay: one that is divided among devices can only be merged if it comes first.
     """
-    y = jnp.einsum("btd,fd->btf", x, weight.reshape(-1, weight.shape[-1]))
-    return y.reshape(*x.shape[:2], *weight.shape[:-1])
+
+    def flat(x: Array, weight: Array) -> Array:
+        y = jnp.einsum("btd,fd->btf", x, weight.reshape(-1, weight.shape[-1]))
+        return y.reshape(*x.shape[:2], *weight.shape[:-1])
+
+    def as_it_is(x: Array, weight: Array) -> Array:
+        return jax.lax.dot_general(x, weight, (((2,), (weight.ndim - 1,)), ((), ())))
+
+    return jax.lax.platform_dependent(x, weight, cpu=flat, default=as_it_is)
 
 
 def _bias(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
