@@ -17,7 +17,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +26,13 @@ from griffin_jax import compilers
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig
 from griffin_jax.generate import bucket
-from griffin_jax.hlo import Module
+from griffin_jax.hlo import Collective, Module
 from griffin_jax.loading import open_source, parse_dtype
+from griffin_jax.model import LAYER_SCOPE
 from griffin_jax.named import NAMED, named, with_layers
+from griffin_jax.sharding import HEADS, VOCABULARY, check_mesh, divided
 from griffin_jax.sizes import Sizes
-from griffin_jax.targets import TARGETS, Chip, gpu_target_config, target
-
-GPU_TILE = 64
-"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
+from griffin_jax.targets import GPU_TILE, TARGETS, Chip, gpu_target_config, target, topology
 
 TPU_VMEM = 1
 """XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
@@ -40,7 +40,7 @@ TPU_VMEM = 1
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Decoding as it was compiled, dense or pruned. Sizes in bytes.
+    """Decoding as it was compiled, dense or pruned. Sizes in bytes, those of each device.
 
     Attributes:
         kept: neurons of each feed-forward layer.
@@ -56,8 +56,13 @@ class Compiled:
         ff_copies_per_call: the same before or behind the loop.
         cache_copies_per_step: the same in the loop, of a layer's keys or values.
         cache_copies_per_call: the same before or behind the loop.
+        collectives_in_layers: how often devices communicate in all layers of one step together, by kind.
+        collectives_elsewhere: the same before and behind the layers, in the embedding, the head or the sampler.
+        communicated_per_step: bytes that a device has of the results of all these.
+        collectives_in_prune: how often devices communicate in `prune`, by kind; None if nothing is pruned.
+        communicated_in_prune: bytes, likewise.
         ceiling: tokens per second of the whole batch if a step took no longer than reading
-            `step_bytes` at the published bandwidth. Computed, not measured.
+            `step_bytes` at the published bandwidth, communication not counted. Computed, not measured.
     """
 
     kept: tuple[int, ...]
@@ -71,6 +76,11 @@ class Compiled:
     ff_copies_per_call: tuple[str, ...] | None
     cache_copies_per_step: tuple[str, ...] | None
     cache_copies_per_call: tuple[str, ...] | None
+    collectives_in_layers: dict[str, int] | None
+    collectives_elsewhere: dict[str, int] | None
+    communicated_per_step: int | None
+    collectives_in_prune: dict[str, int] | None
+    communicated_in_prune: int | None
     ceiling: float
 
 
@@ -81,6 +91,9 @@ class Report:
     Attributes:
         target: name of the chip in `griffin_jax.targets.TARGETS`.
         chip: its published figures.
+        devices: how many of it the model is divided among.
+        replicated: what every device has all of, because it cannot be shared evenly: `heads` (attention and the
+            cache) or `vocabulary` (embedding and head).
         dtype: of weights and cache.
         batch: sequences.
         prompt: tokens of each.
@@ -89,7 +102,7 @@ class Report:
         layers: of the model as compiled.
         parameters: of the full model as compiled.
         ff_width: F.
-        cache: bytes of keys and values.
+        cache: bytes of keys and values on each device.
         shared: whether the batch shares its experts.
         density: as it was asked for.
         dense: the full model.
@@ -99,6 +112,8 @@ class Report:
 
     target: str
     chip: Chip
+    devices: int
+    replicated: tuple[str, ...]
     dtype: str
     batch: int
     prompt: int
@@ -128,6 +143,7 @@ def compile_for(
     name: str,
     config: ModelConfig,
     *,
+    devices: int = 1,
     density: float | Sequence[float] = 0.5,
     multiple: int = 1,
     shared: bool = False,
@@ -145,6 +161,7 @@ def compile_for(
     Args:
         name: of the chip, one of `griffin_jax.targets.TARGETS`.
         config: the model.
+        devices: how many of the chip the model is divided among, as `griffin_jax.sharding` says.
         density: share of neurons kept; one for all layers or one for each.
         multiple: the number of kept neurons is rounded up to a multiple of this.
         shared: whether the batch shares its experts, or every sequence has its own.
@@ -156,8 +173,8 @@ def compile_for(
         notice: is called with one line before a compiler is downloaded: see `griffin_jax.compilers`.
 
     Raises:
-        ValueError: an argument is outside its range, there is no such chip, or prompt and answer are
-            more than the model's context.
+        ValueError: an argument is outside its range, there is no such chip or not in this number, the devices
+            cannot share the neurons or the kept ones evenly, or prompt and answer are more than the model's context.
         RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
     """
     chip = target(name)
@@ -169,11 +186,14 @@ def compile_for(
     weights_dtype = parse_dtype(dtype)
     assert weights_dtype is not None
     kept = GriffinConfig(density, multiple=multiple).kept([config.ff_width] * config.num_layers)
+    check_mesh(config, devices, kept)
+    slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
     task: dict[str, Any] = {
         "config": config.to_json(),
         "gpu": None if chip.gpu is None else gpu_target_config(chip),
-        "topology": chip.topology,
+        "topology": slice_name,
+        "devices": devices,
         "kept": None if set(kept) == {config.ff_width} else kept,
         "shared": shared or batch == 1,
         "batch": batch,
@@ -183,7 +203,9 @@ def compile_for(
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
     found = _in_child(task, compiler)
-    sizes = Sizes(config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"])
+    sizes = Sizes(
+        config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"], devices=devices
+    )
     variants = {}
     for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
         if variant not in found:
@@ -196,6 +218,7 @@ def compile_for(
         memory["decode"] = _total(decoded, beside=sizes.ff(None) if pruning else 0)
         needed = list(memory.values())
         program = decoded or dict.fromkeys(PROGRAM_FIELDS)
+        moved = found["prune"] if pruning and found["prune"] else {}
         variants[variant] = Compiled(
             kept=widths,
             weights=sizes.weights(widths if pruning else None),
@@ -203,20 +226,23 @@ def compile_for(
             fits=all(size is not None and size <= chip.memory for size in needed),
             temporaries=program["temporaries"],
             step_bytes=sizes.step(widths if pruning else None),
+            collectives_in_prune=moved.get("collectives"),
+            communicated_in_prune=moved.get("communicated"),
             ceiling=batch * chip.bandwidth / sizes.step(widths if pruning else None),
             **{field: _tuple(program[field]) for field in PROGRAM_FIELDS if field != "temporaries"},
         )
     return Report(
-        target=name.lower(), chip=chip, dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new,
-        slots=sizes.slots, layers=config.num_layers, parameters=sizes.parameters, ff_width=config.ff_width,
-        cache=sizes.cache, shared=shared, density=density, dense=variants["dense"], pruned=variants.get("pruned"),
-        refusals=tuple(found["refusals"]),
+        target=name.lower(), chip=chip, devices=devices,
+        replicated=tuple(what for what, shared_out in divided(config, devices).items() if not shared_out),
+        dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new, slots=sizes.slots, layers=config.num_layers,
+        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, density=density,
+        dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
     )  # fmt: skip
 
 
 PROGRAM_FIELDS = (
     "temporaries", "kernels_per_step", "ff_copies_per_step", "ff_copies_per_call", "cache_copies_per_step",
-    "cache_copies_per_call",
+    "cache_copies_per_call", "collectives_in_layers", "collectives_elsewhere", "communicated_per_step",
 )  # fmt: skip
 """What the child finds out about each decode loop."""
 
@@ -268,36 +294,47 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from jax.experimental import topologies
 
-    from griffin_jax import generate, griffin, jitted
+    from griffin_jax import generate, griffin, jitted, sharding
     from griffin_jax.assembly import abstract_model
     from griffin_jax.model import FeedForward, Transformer
 
     if task["gpu"]:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="one", target_config=task["gpu"], topology="1x1x1"
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name="one", target_config=task["gpu"], topology=task["topology"]
         )
     else:
-        topology = topologies.get_topology_desc(task["topology"], platform="tpu")
-    mesh = jax.sharding.Mesh(np.asarray(topology.devices[:1]), ("one",))
+        described = topologies.get_topology_desc(task["topology"], platform="tpu")
+    mesh = jax.sharding.Mesh(np.asarray(described.devices[: task["devices"]]), (sharding.MODEL_AXIS,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    def array(shape: tuple[int, ...], dtype: Any, at: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
 
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), tree)
+    def placed(tree: Any, shardings: Any = None) -> Any:
+        if shardings is None:
+            return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), tree)
+        return jax.tree.map(lambda leaf, at: array(leaf.shape, leaf.dtype, at), tree, shardings)
+
+    def divided_model(model: Transformer) -> Transformer:
+        return placed(model, sharding.model_shardings(model, mesh))
 
     config = ModelConfig.from_json(task["config"])
     batch, room = task["batch"], task["room"]
-    model = placed(abstract_model(config, jnp.dtype(task["dtype"])))
+    model = divided_model(abstract_model(config, jnp.dtype(task["dtype"])))
     prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
-    prefilled = placed(jax.eval_shape(functools.partial(generate.prefill, room=room), model, *prompt))
+    prefilled = jax.eval_shape(functools.partial(generate.prefill, room=room), model, *prompt)
     answer = placed(jax.eval_shape(generate.begin, prefilled))
+    cache = placed(answer.cache, sharding.cache_shardings(answer.cache, config, mesh))
+    answer = dataclasses.replace(answer, cache=cache)
     until = array((), jnp.int32)
 
     def kept_rows(model: Transformer, experts: griffin.Experts) -> list[FeedForward]:
         """What `prune` computes; the rest of its result is passed through, which jit would copy."""
         return [layer.ff for layer in griffin.prune(model, experts).layers]
+
+    def local(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        assert leaf.sharding is not None
+        return leaf.sharding.shard_shape(leaf.shape)
 
     found: dict[str, Any] = {"refusals": []}
 
@@ -328,9 +365,9 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     def decode(name: str, model: Any) -> None:
         text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
         if text is not None:
-            matrices = {shape for layer in model.layers for shape in (layer.ff.inner.shape, layer.ff.down.shape)}
+            matrices = {local(m.get_value()) for layer in model.layers for m in (layer.ff.inner, layer.ff.down)}
             weights = matrices | {shape[1:] for shape in matrices if len(shape) > 2}
-            caches = {leaf.shape for leaf in (*answer.cache.keys, *answer.cache.values)}
+            caches = {local(leaf) for leaf in (*answer.cache.keys, *answer.cache.values)}
             found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
 
     compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, room=room))
@@ -339,8 +376,14 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
         experts = griffin.Experts(placed(zeros), model.neurons)
-        compiled("prune", lambda: jax.jit(kept_rows).lower(model, experts))
-        decode("pruned", placed(jax.eval_shape(griffin.prune, model, experts)))
+        pruned = divided_model(jax.eval_shape(griffin.prune, model, experts))
+        rows = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
+        text = compiled("prune", lambda: jax.jit(kept_rows, out_shardings=rows).lower(model, experts))
+        if text is not None:
+            module = Module.parse(text)
+            collectives = module.collectives(module.run())
+            found["prune"] |= {"collectives": _kinds(collectives), "communicated": _bytes(collectives)}
+        decode("pruned", pruned)
     return found
 
 
@@ -363,6 +406,7 @@ def inspect(
     """
     module = Module.parse(text)
     loop = module.loop()
+    collectives = module.collectives(module.computations_of(loop))
     inside, around = list(module.computations_of(loop)), [module.computations[module.entry]]
     return {
         "kernels_per_step": module.kernels(loop),
@@ -370,7 +414,18 @@ def inspect(
         "ff_copies_per_call": module.copies(around, weights, on_chip),
         "cache_copies_per_step": module.copies(inside, caches, on_chip),
         "cache_copies_per_call": module.copies(around, caches, on_chip),
+        "collectives_in_layers": _kinds(c for c in collectives if LAYER_SCOPE in c.origin),
+        "collectives_elsewhere": _kinds(c for c in collectives if LAYER_SCOPE not in c.origin),
+        "communicated_per_step": _bytes(collectives),
     }
+
+
+def _kinds(collectives: Iterable[Collective]) -> dict[str, int]:
+    return dict(sorted(Counter(c.kind for c in collectives).items()))
+
+
+def _bytes(collectives: Iterable[Collective]) -> int:
+    return sum(c.size for c in collectives)
 
 
 def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], float | Sequence[float]]) -> None:
@@ -389,6 +444,14 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
     sets.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
     sets.add_argument(
         "--per-sequence", dest="shared", action="store_false", help="one set for every sequence (the default)"
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide heads, neurons and vocabulary among N of the chip; all bytes are then those of each"
+        " (default: %(default)s)",
     )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
@@ -410,9 +473,9 @@ def run(options: argparse.Namespace) -> None:
     if options.layers is not None:
         config = with_layers(config, options.layers)
     report = compile_for(
-        options.target, config, density=options.density, multiple=options.multiple, shared=options.shared,
-        batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype, hlo=options.hlo,
-        notice=lambda line: print(line, file=sys.stderr),
+        options.target, config, devices=options.devices, density=options.density, multiple=options.multiple,
+        shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype,
+        hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
         print(json.dumps({"model": options.model, **report.to_json()}))
@@ -423,8 +486,12 @@ def run(options: argparse.Namespace) -> None:
 def table(model: str, report: Report) -> str:
     """The report for people; `model` is what they call it."""
     chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
+    figures = f"{_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s"
+    several = report.devices > 1
     lines = [
-        f"{model} on {chip.name} ({_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s), compiled without it:",
+        f"{model} on {report.devices} x {chip.name} (each {figures}), compiled without them:"
+        if several
+        else f"{model} on {chip.name} ({figures}), compiled without it:",
         f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
         f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}",
         _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
@@ -443,22 +510,50 @@ def table(model: str, report: Report) -> str:
         _row("kernels, each step" if chip.gpu else "operations, each step", [_count(c) for c in columns]),
         _row("FF weights copied, each step", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
         _row("cache copied, each step", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
+        *(_communication(report, columns) if several else ()),
         _row("ceiling, tokens/s", [f"{c.ceiling:,.1f}" for c in columns]),
     ]
     if report.speedup_ceiling is not None:
         lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
-    pruned = report.pruned
-    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % GPU_TILE for k in pruned.kept):
+    pruned, tiles = report.pruned, GPU_TILE * report.devices
+    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):
         lines.append(
-            f"Where the kept neurons are no multiple of {GPU_TILE}, XLA pads or joins matrices at every step:"
-            f" --multiple {GPU_TILE} avoids that."
+            f"Where the kept neurons{' of a device' * several} are no multiple of {GPU_TILE}, XLA pads or joins"
+            f" matrices at every step: --multiple {tiles} avoids that."
         )
+    lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
+    if several:
+        lines.append("Bytes and kernels are those of each device. Ceilings do not count communication.")
     lines += [
         "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
         "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",
     ]
     return "\n".join(lines)
+
+
+_REPLICATED = {
+    HEADS: "Attention and the cache are not divided: {} devices cannot share the key/value heads evenly.",
+    VOCABULARY: "Embedding and head are not divided: {} devices cannot share the vocabulary evenly.",
+}
+
+
+def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:
+    """How often the devices communicate: per layer, beside the layers and in `prune`, a row for each kind."""
+    rows = []
+    for title, counts, share in (
+        ("each layer", [c.collectives_in_layers for c in columns], report.layers),
+        ("beside the layers", [c.collectives_elsewhere for c in columns], 1),
+        ("prune", [c.collectives_in_prune if c is report.pruned else {} for c in columns], 1),
+    ):
+        kinds = sorted({kind for count in counts if count for kind in count})
+        for kind in kinds:
+            cells = ["refused" if count is None else f"{count.get(kind, 0) / share:,.6g}" for count in counts]
+            rows.append(_row(f"{kind}, {title}", cells))
+    rows.append(_row("communicated, each step", [_size(c.communicated_per_step) for c in columns]))
+    if report.pruned is not None:
+        rows.append(_row("communicated, prune", ["-", _size(report.pruned.communicated_in_prune)]))
+    return rows
 
 
 def _row(title: str, cells: Sequence[str]) -> str:

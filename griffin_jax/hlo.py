@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 FREE = {
     "parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "add-dependency", "opt-barrier",
@@ -17,21 +17,32 @@ FREE = {
 }  # fmt: skip
 """Opcodes that run nothing."""
 
+CONTROL = {"while", "conditional", "call"}
+"""Opcodes that run other computations instruction by instruction."""
+
+COLLECTIVES = {
+    "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast", "send",
+}  # fmt: skip
+"""Opcodes by which devices communicate, each perhaps followed by `-start`."""
+
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
+_ORIGIN = re.compile(r'\bop_name="([^"]*)"')
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
 @dataclasses.dataclass(frozen=True)
 class HloArray:
-    """An array that an instruction makes: its dimensions, and the number of its memory space (0 is the main one)."""
+    """An array that an instruction makes: its dimensions, memory space (0 is the main one) and bytes of an element."""
 
     dims: tuple[int, ...]
     space: int
+    itemsize: float
 
     @property
     def elements(self) -> int:
@@ -59,9 +70,30 @@ class Instruction:
     attributes: str
 
     @property
+    def origin(self) -> tuple[str, ...]:
+        """Names of what it was traced from, from the function to the operation; empty if XLA does not say."""
+        name = _ORIGIN.search(self.attributes)
+        return tuple(name[1].split("/")) if name else ()
+
+    @property
     def runs(self) -> bool:
         """Whether it costs a launch of its own."""
         return self.opcode not in FREE and not self.opcode.endswith("-done") and "Bitcast" not in self.attributes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An instruction by which devices communicate.
+
+    Attributes:
+        kind: such as `all-reduce`.
+        size: bytes that each device has of it afterwards.
+        origin: as of the instruction.
+    """
+
+    kind: str
+    size: int
+    origin: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +137,19 @@ class Module:
         for _, name in instruction.called:
             yield (computation := self.computations[name])
             for inner in computation:
-                if inner.opcode in ("while", "conditional", "call"):
+                if inner.opcode in CONTROL:
                     yield from self.computations_of(inner)
+
+    def run(self) -> Iterator[list[Instruction]]:
+        """Every computation that the program runs instruction by instruction."""
+        yield self.computations[self.entry]
+        for instruction in self.computations[self.entry]:
+            if instruction.opcode in CONTROL:
+                yield from self.computations_of(instruction)
 
     def kernels(self, loop: Instruction) -> int:
         """Launches of one turn of a loop, its condition included; loops within count one turn."""
-        control = ("while", "conditional", "call")
-        return sum(i.runs and i.opcode not in control for c in self.computations_of(loop) for i in c)
+        return sum(i.runs and i.opcode not in CONTROL for c in self.computations_of(loop) for i in c)
 
     def copies(
         self, computations: Collection[Sequence[Instruction]], shapes: Collection[tuple[int, ...]], on_chip: int | None
@@ -139,11 +177,23 @@ class Module:
                         sources[i.name] = i.results[0].elements
                 elif i.opcode == "bitcast" and i.operands[0] in sources:
                     sources[i.name] = sources[i.operands[0]]
-                elif i.runs and i.opcode not in ("while", "conditional", "call"):
+                elif i.runs and i.opcode not in CONTROL:
                     read = max((sources.get(name, 0) for name in i.operands), default=0)
                     written = max((r.elements for r in i.results if r.space != on_chip or not on_chip), default=0)
                     if read and 2 * written >= read and not self._updates_in_place(i):
                         found.append(self._described(i))
+        return found
+
+    def collectives(self, computations: Iterable[Sequence[Instruction]]) -> list[Collective]:
+        """What of these computations, and of their fusions, makes devices communicate."""
+        found = []
+        for instruction in (i for computation in computations for i in computation):
+            hidden = self._inside(instruction) if instruction.opcode in ("fusion", "async-start") else []
+            for i in (instruction, *hidden):
+                kind = i.opcode.removesuffix("-start")
+                if kind in COLLECTIVES:
+                    size = sum(math.ceil(array.elements * array.itemsize) for array in i.results)
+                    found.append(Collective(kind, size, i.origin))
         return found
 
     def _inside(self, fusion: Instruction) -> list[Instruction]:
@@ -168,7 +218,7 @@ def _instruction(name: str, line: str) -> Instruction:
     operands, attributes = rest[:end], rest[end + 1 :]
     called = [(role, computation) for role, computation in _CALLED.findall(attributes)]
     called += [("branch", branch) for names in _BRANCHES.findall(attributes) for branch in _NAME.findall(names)]
-    if opcode.endswith("-start") and shape.startswith("("):
+    if opcode.endswith("-start") and shape.startswith("(") and opcode != "all-reduce-start":
         parts = list(_parts(shape[1:-1]))
         shape = parts[0] if opcode == "copy-start" else parts[1]
     return Instruction(name, opcode, tuple(_arrays(shape)), tuple(_NAME.findall(operands)), tuple(called), attributes)
@@ -205,6 +255,7 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _arrays(shape: str) -> Iterator[HloArray]:
-    for _, dims, layout in _ARRAY.findall(shape):
-        space = _SPACE.search(layout)
-        yield HloArray(tuple(int(n) for n in dims.split(",") if n), int(space[1]) if space else 0)
+    for element, dims, layout in _ARRAY.findall(shape):
+        space, bits = _SPACE.search(layout), re.search(r"\d+", element)
+        itemsize = int(bits[0]) / 8 if bits else 1
+        yield HloArray(tuple(int(n) for n in dims.split(",") if n), int(space[1]) if space else 0, itemsize)

@@ -41,14 +41,14 @@ class Chip:
         memory: bytes of device memory, as the driver reports them where it does.
         bandwidth: of the device memory, bytes per second.
         gpu: more of an NVIDIA GPU; None for a TPU.
-        topology: the smallest slice that libtpu has a description of; None for a GPU.
+        generation: of a TPU, as libtpu names it; None for a GPU.
     """
 
     name: str
     memory: int
     bandwidth: float
     gpu: Gpu | None = None
-    topology: str | None = None
+    generation: str | None = None
 
 
 # Sources. NVIDIA: the data sheets of H100, H200, A100, L40 and GeForce RTX 4090 for memory and bandwidth; the
@@ -73,9 +73,16 @@ TARGETS: Mapping[str, Chip] = MappingProxyType({
         "NVIDIA GeForce RTX 4090", 25_757_220_864, 1.008e12,
         Gpu((8, 9), 128, 128, 1536, 102_400, 101_376, 72 << 20, 2.52),
     ),
-    "tpu-v5e": Chip("TPU v5e", 16 << 30, 8.19e11, topology="v5e:2x2"),
-    "tpu-v6e": Chip("TPU v6e", 32 << 30, 1.64e12, topology="v6e:2x2"),
+    "tpu-v5e": Chip("TPU v5e", 16 << 30, 8.19e11, generation="v5e"),
+    "tpu-v6e": Chip("TPU v6e", 32 << 30, 1.64e12, generation="v6e"),
 })  # fmt: skip
+
+
+SLICES: Mapping[int, str] = MappingProxyType({1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"})
+"""How many TPUs can work together, and the smallest slice with as many that libtpu has a description of."""
+
+GPU_TILE = 64
+"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
 
 
 def target(name: str) -> Chip:
@@ -88,6 +95,20 @@ def target(name: str) -> Chip:
         return TARGETS[name.lower()]
     except KeyError:
         raise ValueError(f"there is no target {name!r}; there are {', '.join(TARGETS)}") from None
+
+
+def topology(chip: Chip, devices: int) -> str:
+    """What JAX calls this many of a chip; of a TPU slice with more, the first ones are used.
+
+    Raises:
+        ValueError: the chip does not come in this number.
+    """
+    if chip.generation is None:
+        return f"1x1x{devices}"
+    if devices not in SLICES:
+        *others, most = map(str, SLICES)
+        raise ValueError(f"{chip.name} works in slices of {', '.join(others)} or {most} devices, not {devices}")
+    return f"{chip.generation}:{SLICES[devices]}"
 
 
 def gpu_target_config(chip: Chip) -> str:

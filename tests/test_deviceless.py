@@ -91,6 +91,85 @@ class TestPrograms:
         assert "bf16[13824,5120]" in text
 
 
+@pytest.fixture(scope="module")
+def divided(cuda, tmp_path_factory):
+    """Three layers of Llama-3-70B on eight H100s, and the HLO of every program."""
+    folder = tmp_path_factory.mktemp("divided")
+    config = named("Llama-3-70B", layers=3)
+    return compile_for("h100", config, devices=8, prompt=250, new=24, hlo=folder), folder
+
+
+class TestDevices:
+    def test_a_layer_takes_two_sums(self, divided):
+        report, _ = divided
+        for compiled in (report.dense, report.pruned):
+            assert compiled.collectives_in_layers == {"all-reduce": 2 * 3}
+            # The embedding's row, and the best token of each device with its score.
+            assert compiled.collectives_elsewhere == {"all-reduce": 1, "all-gather": 1}
+            # Seven sums of D bfloat16s, of which the row is looked up twice; of each device a score and an index.
+            assert compiled.communicated_per_step == (6 + 2) * 8192 * 2 + 8 * (4 + 4)
+
+    def test_nothing_is_copied_or_put_together(self, divided):
+        report, folder = divided
+        for name, compiled, neurons in (("dense", report.dense, 28672), ("pruned", report.pruned, 14336)):
+            assert compiled.ff_copies_per_step == compiled.ff_copies_per_call == ()
+            assert compiled.cache_copies_per_step == ()
+            assert compiled.temporaries < 2_000_000
+            text = (folder / f"{name}.txt").read_text()
+            assert f"bf16[2,{neurons // 8},8192]" in text
+            assert f"bf16[2,{neurons},8192]" not in text
+            assert "bf16[128256,8192]" not in text
+
+    def test_sizes_are_those_of_a_device(self, divided):
+        report, _ = divided
+        d, f, v = 8192, 28672, 128256
+        layer = (2 * d * d + 2 * 1024 * d + 3 * f * d) // 8 + 2 * d
+        assert report.dense.weights == 2 * (2 * v * d // 8 + d + 3 * layer)
+        assert report.dense.weights - report.pruned.weights == 2 * 3 * 3 * f // 16 * d
+        assert report.cache == 2 * 3 * 128 * report.slots * 2
+        held = report.dense.weights + report.cache + report.dense.temporaries
+        assert 0 <= report.dense.memory["decode"] - held < 1_000_000
+        assert report.dense.ceiling == pytest.approx(3.35e12 / report.dense.step_bytes)
+        assert report.parameters == 2 * v * d + d + 3 * (8 * layer - 14 * d)
+        assert report.replicated == ()
+
+    def test_prune_says_what_it_moves(self, divided):
+        report, _ = divided
+        assert report.dense.collectives_in_prune is None
+        assert set(report.pruned.collectives_in_prune) == {"reduce-scatter"}
+        rows = 3 * 3 * 14336 // 8 * 8192 * 2
+        assert report.pruned.communicated_in_prune == rows
+
+    def test_table(self, divided):
+        lines = table("Llama", divided[0]).splitlines()
+        assert lines[0].startswith("Llama on 8 x NVIDIA H100 SXM (each 84.94 GB, 3,350 GB/s), compiled without them")
+        cells = [line.rsplit(maxsplit=2) for line in lines if line.startswith(("all-", "reduce-"))]
+        assert cells == [
+            ["all-reduce, each layer", "2", "2"],
+            ["all-gather, beside the layers", "1", "1"],
+            ["all-reduce, beside the layers", "1", "1"],
+            ["reduce-scatter, prune", "0", str(2 * 3)],
+        ]
+        assert "Ceilings do not count communication." in "\n".join(lines)
+
+    def test_heads_that_cannot_be_shared(self, cuda):
+        report = compile_for("h100", named("Qwen2.5-7B", layers=2), devices=8, batch=2, shared=True, prompt=16, new=16)
+        assert report.replicated == ("heads",)
+        assert report.cache == 2 * 2 * 2 * 4 * 128 * 32 * 2
+        for compiled in (report.dense, report.pruned):
+            assert compiled.collectives_in_layers == {"all-reduce": 2}
+            assert compiled.ff_copies_per_step == ()
+        shown = table("Qwen", report)
+        assert "Attention and the cache are not divided: 8 devices cannot share the key/value heads evenly." in shown
+
+    def test_one_device_talks_to_nobody(self, report):
+        for compiled in (report.dense, report.pruned):
+            assert compiled.collectives_in_layers == compiled.collectives_elsewhere == {}
+            assert compiled.communicated_per_step == 0
+        assert report.pruned.collectives_in_prune == {}
+        assert "layers  " not in table("alone", report)
+
+
 class TestSizes:
     def test_weights_cache_and_reads(self, report):
         layer = ATTENTION + F * ROWS
@@ -155,6 +234,12 @@ def test_tpu(tpu):
     assert report.pruned.ff_copies_per_step == ()
 
 
+def test_tpu_slice(tpu):
+    report = compile_for("tpu-v6e", named("SmolLM2-1.7B", layers=2), devices=8, prompt=16, new=16)
+    assert report.dense.collectives_in_layers == report.pruned.collectives_in_layers == {"all-reduce": 4}
+    assert report.pruned.ff_copies_per_step == ()
+
+
 def test_command_with_a_folder(cuda, capfd, tiny):
     code = main(["compile", "--target", "A100", "--model", str(tiny.folder), "--prompt", "8", "--new", "8"])
     out, err = capfd.readouterr()
@@ -172,7 +257,9 @@ def found(monkeypatch):
     """What a compiler might have found, instead of a compiler."""
     program = {"arguments": 5, "outputs": 1, "aliased": 1, "temporaries": 7, "kernels_per_step": 9}
     copies = {field: [] for field in deviceless.PROGRAM_FIELDS if "copies" in field}
-    found = dict.fromkeys(("prefill", "dense", "prune", "pruned"), program | copies) | {"refusals": []}
+    moved = {"collectives_in_layers": {"all-reduce": 4}, "collectives_elsewhere": {}, "communicated_per_step": 8}
+    program |= copies | moved | {"collectives": {}, "communicated": 0}
+    found = dict.fromkeys(("prefill", "dense", "prune", "pruned"), program) | {"refusals": []}
     monkeypatch.setattr(compilers, "_installed", lambda module: True)
     monkeypatch.setattr(deviceless, "_in_child", lambda task, compiler: found)
     return found
@@ -194,6 +281,22 @@ class TestOutcomes:
         assert result["dense"]["memory"]["decode"] == 12
         assert result["speedup_ceiling"] > 1
 
+    def test_devices(self, capfd, found):
+        arguments = ["--model", "llama-2-13b", "--layers", "2", "--prompt", "16", "--new", "8", "--devices", "4"]
+        assert main(["compile", "--target", "L40", *arguments, "--json"]) == 0
+        result = json.loads(capfd.readouterr()[0])
+        assert (result["devices"], result["replicated"]) == (4, [])
+        assert result["pruned"]["collectives_in_layers"] == {"all-reduce": 4}
+        assert main(["compile", "--target", "L40", *arguments]) == 0
+        lines = capfd.readouterr()[0].splitlines()
+        assert f"{'all-reduce, each layer':29}{'2':>16}{'2':>16}" in lines
+
+    def test_tiles_of_each_device(self, found):
+        found["pruned"] = found["pruned"] | {"ff_copies_per_step": ["fusion of pad"]}
+        assert "of a device are no multiple of 64" in table("Llama", compile_for("h100", LLAMA, devices=8))
+        assert "--multiple 512 avoids" in table("Llama", compile_for("h100", LLAMA, devices=8))
+        assert "avoids" not in table("Llama", compile_for("h100", LLAMA, devices=8, multiple=512))
+
     def test_what_does_not_fit(self, found):
         del found["prune"], found["pruned"]
         found["dense"] = found["dense"] | {"arguments": TARGETS["rtx4090"].memory - 6}
@@ -212,6 +315,7 @@ class TestOutcomes:
         assert not report.dense.fits
         assert report.dense.memory["decode"] is None
         shown = table("Llama", report)
+        assert "refused" in table("Llama", compile_for("tpu-v5e", LLAMA, devices=4))
         assert "refused" in shown
         assert "not compiled: dense: too large" in shown
 
@@ -228,6 +332,10 @@ class TestRefusals:
             ("h100", {"density": 0}, "density must be in"),
             ("h100", {"density": (0.5, 0.5)}, "2 densities for 1 layers"),
             ("h100", {"dtype": "int8"}, "dtype is 'int8'"),
+            ("h100", {"devices": 0}, "devices must be a whole number of at least 1, got 0"),
+            ("h100", {"devices": 5}, "5 devices cannot share the 13824 neurons"),
+            ("h100", {"devices": 8, "density": 0.3}, r"8 devices cannot share 4147 kept neurons .*--multiple 8;"),
+            ("tpu-v5e", {"devices": 2}, "TPU v5e works in slices of 1, 4, 8, 16 or 32 devices, not 2"),
         ],
     )
     def test_values(self, name, options, message):
@@ -383,7 +491,7 @@ class TestReadingHlo:
         # matvec, fetch, part, written; the condition's compare
         assert found.pop("kernels_per_step") == 5
         assert set(found) == set(deviceless.PROGRAM_FIELDS) - {"kernels_per_step", "temporaries"}
-        assert all(copies == [] for copies in found.values())
+        assert not any(found.values())
 
     @pytest.mark.parametrize(
         ("line", "kind"),
@@ -402,6 +510,32 @@ class TestReadingHlo:
         found = self.read(line)
         assert found["ff_copies_per_step"] == [kind]
         assert found["cache_copies_per_step"] == []
+
+    @pytest.mark.parametrize(
+        ("line", "kind", "size"),
+        [
+            ("%sum = f32[4]{0} all-reduce(%x), to_apply=%add", "all-reduce", 16),
+            ("%sum = bf16[4]{0} all-reduce-start(%x), to_apply=%add", "all-reduce", 8),
+            ("%sum = (bf16[4]{0}, s32[2]{0}) all-reduce-start(%x, %i), to_apply=%add", "all-reduce", 16),
+            ("%all = (bf16[4]{0}, bf16[8,4]{1,0}) all-gather-start(%x), dimensions={0}", "all-gather", 64),
+            ("%all = ((bf16[4], s32[]), (bf16[8,4], s32[8])) all-gather-start(%x, %i)", "all-gather", 96),
+            ("%all = pred[4]{0} fusion(%x), kind=kCustom, calls=%fused_gather", "all-gather", 4),
+        ],
+    )
+    def test_communication(self, line, kind, size):
+        inner = "%fused_gather (p.6: pred[4]) -> pred[4] {\n  ROOT %all.1 = pred[4]{0} all-gather(%p.6)\n}\n\n"
+        text = HLO.replace("%body (", inner + "%body (")
+        for scope, where in (("layer", "collectives_in_layers"), ("player", "collectives_elsewhere")):
+            named_line = f'{line}, metadata={{op_name="jit(decode)/while/body/{scope}/dot_general"}}'
+            named_inner = text.replace("all-gather(%p.6)", f'all-gather(%p.6), metadata={{op_name="a/{scope}/b"}}')
+            found = inspect(named_inner.replace("SPOILED", named_line), set(), set())
+            assert found[where] == {kind: 1}
+            assert found["communicated_per_step"] == size
+        assert inspect(text.replace("SPOILED", line), set(), set())["collectives_elsewhere"] == {kind: 1}
+
+    def test_weights_that_are_put_together(self):
+        found = self.read("%all = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%w), dimensions={0}")
+        assert found["ff_copies_per_step"] == ["all-gather"]
 
     def test_a_copied_cache(self):
         found = self.read("%bad = bf16[1,2,6]{2,1,0} copy(%cache)")
