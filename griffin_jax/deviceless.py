@@ -58,7 +58,7 @@ class Compiled:
         cache_copies_per_call: the same before or behind the loop.
         collectives_in_layers: how often devices communicate in all layers of one step together, by kind.
         collectives_elsewhere: the same before and behind the layers, in the embedding, the head or the sampler.
-        communicated_per_step: bytes that a device has of the results of all these.
+        communicated_per_step: bytes of what these sum, put together or send, on each device.
         collectives_in_prune: how often devices communicate in `prune`, by kind; None if nothing is pruned.
         communicated_in_prune: bytes, likewise.
         ceiling: tokens per second of the whole batch if a step took no longer than reading

@@ -87,7 +87,8 @@ class Collective:
 
     Attributes:
         kind: such as `all-reduce`.
-        size: bytes that each device has of it afterwards.
+        size: bytes of what it sums, puts together or sends: the larger of what goes in and what comes out, on
+            each device.
         origin: as of the instruction.
     """
 
@@ -187,13 +188,15 @@ class Module:
     def collectives(self, computations: Iterable[Sequence[Instruction]]) -> list[Collective]:
         """What of these computations, and of their fusions, makes devices communicate."""
         found = []
-        for instruction in (i for computation in computations for i in computation):
-            hidden = self._inside(instruction) if instruction.opcode in ("fusion", "async-start") else []
-            for i in (instruction, *hidden):
+        for computation in computations:
+            sizes = {i.name: math.ceil(sum(a.elements * a.itemsize for a in i.results)) for i in computation}
+            for i in computation:
                 kind = i.opcode.removesuffix("-start")
                 if kind in COLLECTIVES:
-                    size = sum(math.ceil(array.elements * array.itemsize) for array in i.results)
+                    size = max(sizes[i.name], sum(sizes.get(name, 0) for name in i.operands))
                     found.append(Collective(kind, size, i.origin))
+                elif i.opcode in ("fusion", "async-start"):
+                    found += self.collectives([self._inside(i)])
         return found
 
     def _inside(self, fusion: Instruction) -> list[Instruction]:

@@ -7,7 +7,7 @@ mesh: XLA divides the computation as the weights are divided.
 
 Everything here is a plain function of shapes, and takes a `Mesh` or an `AbstractMesh`:
 
-    mesh = jax.make_mesh((8,), (MODEL_AXIS,))
+    mesh = jax.sharding.Mesh(jax.devices(), (MODEL_AXIS,))
     model = jax.device_put(model, model_shardings(model, mesh))
 """
 
