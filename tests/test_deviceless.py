@@ -149,7 +149,7 @@ class TestDevices:
             ["all-reduce, each layer", "2", "2"],
             ["all-gather, beside the layers", "1", "1"],
             ["all-reduce, beside the layers", "1", "1"],
-            ["reduce-scatter, prune", "0", str(3 * 3)],
+            ["reduce-scatter, prune", "0", str(2 * 3)],
         ]
         assert "Ceilings do not count communication." in "\n".join(lines)
 
