@@ -357,16 +357,17 @@ def _gather(rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"]
 
 def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array:
     """Rows of one of `NEURON_AXES`; an index beyond them takes the nearest."""
-    axis = NEURON_AXES[name]
 
     def take(weight: Array, indices: Array) -> Array:
-        return jnp.take(weight, indices, axis=axis, mode="clip")
+        return jnp.take(weight, indices, axis=NEURON_AXES[name], mode="clip")
 
     def part_by_part(weight: Array, indices: Array) -> Array:
         return jnp.stack([jnp.take(part, indices, axis=0, mode="clip") for part in weight])
 
+    if NEURON_AXES[name] == 0:
+        return take(weight, indices)
     # XLA's CPU code gathers from a first axis twice as fast as from a second one; on a mesh of GPUs parts take memory.
-    return jax.lax.platform_dependent(weight, indices, cpu=part_by_part if axis else take, default=take)
+    return jax.lax.platform_dependent(weight, indices, cpu=part_by_part, default=take)
 
 
 @functools.partial(jax.jit, donate_argnames="old", keep_unused=True)

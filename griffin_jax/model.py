@@ -12,6 +12,7 @@ one it runs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -302,10 +303,11 @@ class Attention(nnx.Module):
         # The softmax divides the mixed values, which are fewer than the weights.
         weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        weights, f32 = weights.astype(query.dtype), {"preferred_element_type": jnp.float32}
-        mixed = jnp.einsum("bgrtu,bguh->bgrth", weights[..., slots:], value, **f32)
+        weights = weights.astype(query.dtype)
+        mix = functools.partial(jnp.einsum, "bgrts,bgsh->bgrth", preferred_element_type=jnp.float32)
+        mixed = mix(weights[..., slots:], value)
         if slots:
-            mixed += jnp.einsum("bgrts,bgsh->bgrth", weights[..., :slots], cached_values[:, :, :slots], **f32)
+            mixed += mix(weights[..., :slots], cached_values[:, :, :slots])
         return (mixed / total).astype(query.dtype)
 
     def _projected(

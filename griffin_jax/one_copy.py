@@ -2,8 +2,8 @@
 
 `griffin_jax.prune` leaves the full model as it is, so that the kept rows are in memory twice. Here each
 feed-forward layer is two groups of rows, the kept ones and the others. The dense model uses both, the
-pruned one the first; for the next prompt the rows are regrouped, one layer after the other, each of which
-is given up for its successor. Beside the model that takes memory for one layer.
+pruned one the first; for the next prompt the rows are regrouped, one matrix after the other, each of which
+is given up for its successor. Beside the model that takes memory for one matrix.
 """
 
 from __future__ import annotations
