@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -32,6 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from griffin_jax import __version__, benchreport, demo, jitted, loading
+from griffin_jax.arguments import check_output, check_plot, numbers
 from griffin_jax.assembly import random_model
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig, check_density, kept_neurons
@@ -220,10 +220,10 @@ def check(options: argparse.Namespace) -> Plan:
         ImportError: a plot is wanted, and matplotlib is not installed.
         MemoryError: the largest case needs more memory than is free.
     """
-    densities = _numbers("--density", ",".join(options.density), float)
+    densities = numbers("--density", ",".join(options.density), float)
     for density in densities:
         check_density(density)
-    batches = _numbers("--batch", options.batch, int)
+    batches = numbers("--batch", options.batch, int)
     experts = list(dict.fromkeys(options.experts.split(",")))
     if unknown := [name for name in experts if name not in EXPERTS]:
         raise ValueError(f"--experts: {unknown[0]!r} is neither of {', '.join(EXPERTS)}")
@@ -264,13 +264,6 @@ def check(options: argparse.Namespace) -> Plan:
     return plan
 
 
-def _numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError as error:
-        raise ValueError(f"{name}: {text!r} is no list of numbers separated by commas") from error
-
-
 def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
     if (options.prompt is None) != (options.new is None):
         raise ValueError("--prompt and --new belong together")
@@ -294,19 +287,10 @@ def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 def check_outputs(options: argparse.Namespace) -> None:
     """Raise unless the files that are asked for can be written, and the one to compare with can be read."""
-    for name, path in (("--json-file", options.json_file), ("--plot", options.plot)):
-        if path is None:
-            continue
-        folder = path.absolute().parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{name}: there is no folder {folder}")
-        if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-            raise ValueError(f"{name}: {path} cannot be written")
+    if options.json_file is not None:
+        check_output("--json-file", options.json_file)
     if options.plot is not None:
-        if options.plot.suffix.lower() != ".png":
-            raise ValueError(f"--plot writes PNG files; {options.plot} does not end in .png")
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("--plot needs matplotlib: pip install 'griffin-jax[plot]'")
+        check_plot("--plot", options.plot)
     if options.compare is not None:
         benchreport.read(options.compare)
 

@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile | bench`."""
+"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from griffin_jax import __version__, bench, demo, deviceless, families, loading
 from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
+from griffin_jax.evaluation import commands as evaluation
 from griffin_jax.griffin import Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
 from griffin_jax.planning import NarrowingWarning
@@ -116,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_arguments(command)
     command.set_defaults(run=bench.run)
+
+    command = commands.add_parser(
+        "eval",
+        help="what pruning costs in quality: divergence, perplexity or ROUGE on your own texts",
+        description=evaluation.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluation.add_arguments(command)
+    command.set_defaults(run=evaluation.run)
     return parser
 
 

@@ -69,12 +69,14 @@ class Prefilled:
 
     Attributes:
         logits: scores of the token behind each prompt, float32.
+        hidden: the residual stream that they are computed from, behind the last layer.
         cache: keys and values of the prompt, with room for the answer.
         statistics: what GRIFFIN selects by; no layers if they were not collected.
         room: tokens that the cache has room for behind the prompt.
     """
 
     logits: Float[Array, "b v"]
+    hidden: Float[Array, "b d"]
     cache: KVCache
     statistics: Statistics
     room: int = dataclasses.field(metadata={"static": True})
@@ -136,7 +138,7 @@ def prefill(
         carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens), by_chunk(positions)))
     cache, last, squares = carry
     statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
-    return Prefilled(model.logits(last[:, None])[:, 0], cache, statistics, room)
+    return Prefilled(model.logits(last[:, None])[:, 0], last, cache, statistics, room)
 
 
 @jax.tree_util.register_dataclass

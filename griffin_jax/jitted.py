@@ -11,13 +11,16 @@ import functools
 import jax
 from jax import Array
 
-from griffin_jax import generate, griffin
+from griffin_jax import generate, griffin, scoring
 from griffin_jax.cache import KVCache
 from griffin_jax.sampling import Greedy, Sampler
 
 prefill = jax.jit(generate.prefill, static_argnames=("room", "chunk", "collect"))
 select = jax.jit(griffin.select, static_argnames=("config",))
 decode = jax.jit(generate.decode, static_argnames=("eos",), donate_argnames=("answer",))
+follow = jax.jit(scoring.follow, static_argnames=("collect",))
+losses = jax.jit(scoring.losses)
+compare = jax.jit(scoring.compare)
 teacher_forced = jax.jit(generate.teacher_forced, static_argnames=("prompt_length", "config"))
 
 
@@ -33,5 +36,6 @@ def begin(
 def _begin(
     cache: KVCache, logits: Array, tokens: Array, room: int, sampler: Sampler, eos: tuple[int, ...], seed: int
 ) -> generate.Answer:
-    prefilled = generate.Prefilled(logits, cache, griffin.Statistics((), tokens), room)
+    nothing = logits[:, :0]
+    prefilled = generate.Prefilled(logits, nothing, cache, griffin.Statistics((), tokens), room)
     return generate.begin(prefilled, sampler=sampler, eos=eos, seed=seed)

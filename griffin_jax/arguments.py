@@ -1,0 +1,54 @@
+"""Parts that several commands' arguments have in common. All of them raise before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+
+def numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
+    """Numbers that are separated by commas, each once.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError as error:
+        raise ValueError(f"{name}: {text!r} is no list of numbers separated by commas") from error
+
+
+def check_output(name: str, path: Path) -> None:
+    """Raise unless a file can be written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the file cannot be written to.
+    """
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{name}: there is no folder {folder}")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{name}: {path} cannot be written")
+
+
+def check_plot(name: str, path: Path) -> None:
+    """Raise unless a PNG can be drawn there.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the file cannot be written to, or is no PNG.
+        ImportError: matplotlib is not installed.
+    """
+    check_output(name, path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{name} writes PNG files; {path} does not end in .png")
+    check_matplotlib(name)
+
+
+def check_matplotlib(name: str) -> None:
+    """Raise `ImportError` unless plots can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"{name} needs matplotlib: pip install 'griffin-jax[plot]'")

@@ -1,0 +1,59 @@
+"""Scores of given answers in the dense and every pruned model, text by text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from griffin_jax import jitted
+from griffin_jax.evaluation.grid import Row, models
+from griffin_jax.generate import Prefilled
+from griffin_jax.model import Transformer
+
+SCORES = ("loss", "kl", "agree")
+"""Sums over the tokens of an answer: -log p in nats, KL(dense || pruned) in nats, equal most probable tokens."""
+
+
+def score_answers(
+    model: Transformer,
+    rows: Sequence[Row],
+    prefilled: Prefilled,
+    answers: Int[np.ndarray, "b r"],
+    lengths: Int[np.ndarray, "b"],
+    seeds: Int[np.ndarray, "b"],
+    upto: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Scores of given answers in every row's model, one for each sequence.
+
+    Args:
+        model: the full model.
+        rows: what to compare with it.
+        prefilled: the prompts, with statistics and with room for the answers.
+        answers: token ids, padded on the right.
+        lengths: real ones of each.
+        seeds: of the draws for each.
+        upto: the sums are over the first tokens of an answer, as many as each of these says, or all if it has fewer.
+
+    Returns:
+        For each sequence `tokens`, how many were scored, and for each row's name the sums of `SCORES`; all of these
+        are lists along `upto`.
+    """
+    tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
+    dense, following = jitted.follow(model, prefilled, tokens, real, collect=True)
+    hidden = []
+    for _, pruned in models(model, rows, prefilled.statistics, following, seeds):
+        hidden.append(dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0])
+    found = jax.device_get(jitted.compare(model, dense, tuple(hidden), tokens))
+    ends = np.minimum(np.asarray(upto)[:, None], lengths).T
+    scores = []
+    for sequence, end in enumerate(ends):
+        scores.append({"tokens": end.tolist()})
+        for row, comparison in zip(rows, found, strict=True):
+            sums = {name: np.cumsum(np.append(0.0, getattr(comparison, name)[sequence])) for name in SCORES}
+            scores[-1][row.name] = {name: sums[name][end].tolist() for name in SCORES}
+    return scores

@@ -1,0 +1,79 @@
+"""Scores written down text by text, so that an evaluation that was interrupted goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "scores.jsonl"
+
+
+class Journal:
+    """One file in the folder of an evaluation: its settings, then the scores of every text as a line of JSON.
+
+    A line that was cut off (the process was killed while it wrote) is dropped.
+
+    Args:
+        folder: made if it does not exist.
+        settings: everything that the scores depend on.
+        overwrite: drop scores of other settings instead of refusing to mix them.
+
+    Raises:
+        ValueError: the folder holds scores of other settings, or other files.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False):
+        self.folder = Path(folder)
+        self._file = self.folder / FILE
+        self.scores: dict[str, Any] = {}
+        wanted = json.loads(json.dumps(settings))
+        lines = [] if overwrite else self._read()
+        if lines:
+            self._check(lines[0], wanted)
+            self.scores = {line["text"]: line["scores"] for line in lines[1:]}
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self._file.with_suffix(".partial")
+        partial.write_text(json.dumps({"settings": wanted}) + "\n", encoding="utf-8")
+        partial.replace(self._file)
+
+    def add(self, scores: Mapping[str, Any]) -> None:
+        """Writes down the scores of some texts: name -> anything that JSON holds. On disk when it returns."""
+        with self._file.open("a", encoding="utf-8") as file:
+            for text, found in scores.items():
+                file.write(json.dumps({"text": text, "scores": found}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.scores.update(scores)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._file.is_file():
+            return []
+        content = self._file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self._file.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if (lines and "settings" not in lines[0]) or any({"text", "scores"} - line.keys() for line in lines[1:]):
+                raise ValueError("it is another kind of file")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{self._file} is damaged ({error}); give --overwrite or another --output") from error
+        return lines
+
+    def _check(self, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        had = header["settings"]
+        changed = [
+            f"{name} was {had.get(name)!r:.60}, is {wanted.get(name)!r:.60}"
+            for name in sorted(had.keys() | wanted.keys())
+            if had.get(name) != wanted.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds scores of other settings ({'; '.join(changed)}); give another --output, or"
+                " --overwrite to drop them"
+            )

@@ -1,0 +1,265 @@
+"""Scores of texts added up to figures with intervals: for programs, for people as a table, and as a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from griffin_jax.evaluation.grid import ALWAYS, DENSE, ORACLE, Row
+from griffin_jax.evaluation.intervals import Interval, exponential, mean, ratio_of_sums
+from griffin_jax.evaluation.tasks import OWN, REAL, ROUGE
+
+CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own continuation"}
+COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}
+METHOD_COLOURS = ("C0", "C1", "C4", "C5")
+WIDTH = 24
+"""Of a figure with its interval in a table."""
+
+Figures = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A figure of tables and plots.
+
+    Attributes:
+        key: in JSON.
+        title: for people, with its unit.
+        digits: behind the point.
+        log: whether a plot's axis is logarithmic.
+    """
+
+    key: str
+    title: str
+    digits: int
+    log: bool = False
+
+
+PERPLEXITY = Metric("perplexity", "perplexity", 1, log=True)
+KL = Metric("kl", "KL (nats/token)", 3)
+TOP1 = Metric("top1", "top-1 agreement", 3)
+FORCED = (PERPLEXITY, KL, TOP1)
+ROUGES = tuple(Metric(key, f"ROUGE-{key[5:]} (F, %)", 1) for key in ROUGE)
+
+
+def forced_figures(scores: Sequence[Mapping[str, Any]], row: Row, at: int, seed: int) -> dict[str, Any]:
+    """Perplexity, KL and top-1 agreement over all tokens of all texts, each with its interval over texts.
+
+    Args:
+        scores: of each text, as `score_answers` has them.
+        row: whose.
+        at: which of the answer lengths.
+        seed: of the bootstrap.
+    """
+    tokens = [text["tokens"][at] for text in scores]
+
+    def per_token(name: str) -> Interval:
+        return ratio_of_sums([text[row.name][name][at] for text in scores], tokens, seed)
+
+    figures = {"perplexity": exponential(per_token("loss")), "kl": per_token("kl"), "top1": per_token("agree")}
+    return {"tokens": sum(tokens)} | {name: _as_json(figure) for name, figure in figures.items()}
+
+
+def divergence_figures(scores: Mapping[str, Any], rows: Sequence[Row], seed: int) -> Figures:
+    """One entry for each continuation and row."""
+    return [
+        {"continuation": kind, "method": row.method, "density": row.density}
+        | forced_figures([text[kind] for text in scores.values()], row, 0, seed)
+        for kind in CONTINUATIONS
+        for row in rows
+    ]
+
+
+def perplexity_figures(
+    scores: Mapping[str, Any], rows: Sequence[Row], prompts: Sequence[int], news: Sequence[int], seed: int
+) -> Figures:
+    """One entry for each prompt length, answer length and row."""
+    return [
+        {"prompt": prompt, "new": new, "method": row.method, "density": row.density}
+        | forced_figures([text[str(prompt)] for text in scores.values()], row, at, seed)
+        for at, new in enumerate(news)
+        for prompt in prompts
+        for row in rows
+    ]
+
+
+def summarize_figures(scores: Mapping[str, Any], rows: Sequence[Row], seed: int) -> Figures:
+    """One entry for each row: ROUGE F-measures in percent."""
+    return [
+        {"method": row.method, "density": row.density}
+        | {key: _as_json(mean([100 * text[row.name][key] for text in scores.values()], seed)) for key in ROUGE}
+        for row in rows
+    ]
+
+
+def _as_json(interval: Interval) -> dict[str, float | None]:
+    values = dataclasses.asdict(interval)
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
+    """Rows of figures with their intervals."""
+    lines = [title, f"{'selection':14}{'density':>8}" + "".join(f"{m.title:>{WIDTH}}" for m in metrics)]
+    for entry in figures:
+        cells = "".join(f"{_cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
+        lines.append(f"{entry['method']:14}{entry['density']:>8g}{cells}")
+    return "\n".join(lines)
+
+
+def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[int]) -> str:
+    """For every answer length a block: rows by prompt length."""
+    blocks = []
+    for new in news:
+        entries = [entry for entry in figures if entry["new"] == new]
+        lines = [
+            f"perplexity of the next {new} tokens behind prompts of",
+            f"{'selection':14}{'density':>8}" + "".join(f"{f'{prompt:,} tokens':>{WIDTH}}" for prompt in prompts),
+        ]
+        by_row: dict[tuple[str, float], list[str]] = {}
+        for entry in entries:
+            by_row.setdefault((entry["method"], entry["density"]), []).append(_cell(entry["perplexity"], 1))
+        lines += [f"{m:14}{d:>8g}" + "".join(f"{c:>{WIDTH}}" for c in cells) for (m, d), cells in by_row.items()]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _cell(figure: Mapping[str, float | None], digits: int) -> str:
+    value, low, high = (figure[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "overflow"
+    if low is None or high is None:
+        return f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def plot_by_density(
+    panels: Mapping[str, Figures], metrics: Sequence[Metric], title: str, file: str | os.PathLike[str]
+) -> None:
+    """Every metric against density, a line for each method, bars for 95% intervals; the dense model as a line across.
+
+    Args:
+        panels: rows of the plot by their title.
+        metrics: its columns.
+        title: of the whole.
+        file: a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure, axes = _panels(len(panels), len(metrics), title)
+    for down, (name, figures) in enumerate(panels.items()):
+        for across, metric in enumerate(metrics):
+            axis = axes[down][across]
+            for method, entries in _by_method(figures).items():
+                if method == DENSE:
+                    _across(axis, entries[0][metric.key])
+                else:
+                    _line(axis, method, entries, [entry["density"] for entry in entries], metric)
+            axis.set_xlabel("density (share of neurons kept)")
+            axis.set_ylabel(metric.title)
+            densities = sorted({entry["density"] for entry in figures if entry["method"] != DENSE})
+            axis.set_xticks(densities, [f"{density:g}" for density in densities])
+            _finish(axis, metric, name if across == 0 else "")
+    _legend(figure, axes[0][0])
+    figure.savefig(file, format="png")
+
+
+def plot_by_length(
+    figures: Figures, prompts: Sequence[int], news: Sequence[int], title: str, file: str | os.PathLike[str]
+) -> None:
+    """Perplexity against prompt length (at the longest answer) and answer length (at the longest prompt).
+
+    One row of panels for each density; the paper's figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    densities = sorted({entry["density"] for entry in figures if entry["method"] != DENSE}, reverse=True)
+    figure, axes = _panels(max(1, len(densities)), 2, title)
+    kinds = (
+        ("prompt", "prompt (tokens)", "new", max(news), "the next {:,} tokens"),
+        ("new", "tokens behind the prompt that are scored", "prompt", max(prompts), "a prompt of {:,} tokens"),
+    )
+    for down, density in enumerate(densities or [1.0]):
+        for across, (key, label, fixed, value, said) in enumerate(kinds):
+            axis = axes[down][across]
+            chosen = [
+                entry for entry in figures if entry[fixed] == value and entry["density"] in (1.0, density)
+            ]  # fmt: skip
+            for method, entries in _by_method(chosen).items():
+                _line(axis, method, entries, [entry[key] for entry in entries], PERPLEXITY)
+            axis.set_xlabel(label)
+            axis.set_ylabel("perplexity")
+            axis.set_xscale("log", base=2)
+            lengths = sorted({entry[key] for entry in chosen})
+            axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+            axis.minorticks_off()
+            _finish(axis, PERPLEXITY, f"density {density:g}, {said.format(value)}")
+    _legend(figure, axes[0][0])
+    figure.savefig(file, format="png")
+
+
+def _panels(down: int, across: int, title: str) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+    figure = Figure(figsize=(3.6 * across + 0.4, 3.1 * down + 1.0), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize="medium")
+    return figure, figure.subplots(down, across, squeeze=False)
+
+
+def _by_method(figures: Figures) -> dict[str, Figures]:
+    found: dict[str, Figures] = {}
+    for entry in figures:
+        found.setdefault(entry["method"], []).append(entry)
+    return found
+
+
+def _colour(method: str, methods: Sequence[str]) -> str:
+    return COLOURS.get(method) or METHOD_COLOURS[methods.index(method) % len(METHOD_COLOURS)]
+
+
+def _line(axis: Any, method: str, entries: Figures, at: Sequence[float], metric: Metric) -> None:
+    figures = [(x, entry[metric.key]) for x, entry in zip(at, entries, strict=True)]
+    shown = [(x, f) for x, f in figures if f["value"] is not None and (f["value"] > 0 or not metric.log)]
+    values = [figure["value"] for _, figure in shown]
+    bars = [
+        [max(0.0, sign * (figure["value"] - (figure[bound] if figure[bound] is not None else figure["value"])))
+         for _, figure in shown]
+        for bound, sign in (("low", 1), ("high", -1))
+    ]  # fmt: skip
+    axis.errorbar(
+        [x for x, _ in shown],
+        values,
+        yerr=bars,
+        marker="o",
+        markersize=4,
+        capsize=2,
+        linewidth=1.5 if method not in ALWAYS else 1.0,
+        linestyle="--" if method in ALWAYS else "-",
+        color=_colour(method, ("topk", "sample", "topk_sample")),
+        label=method,
+    )
+
+
+def _across(axis: Any, figure: Mapping[str, float | None]) -> None:
+    if figure["value"] is not None:
+        axis.axhline(figure["value"], color=COLOURS[DENSE], linewidth=1.0, label=DENSE)
+
+
+def _finish(axis: Any, metric: Metric, title: str) -> None:
+    if metric.log:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
+    axis.set_title(title, fontsize="small", loc="left")
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")

@@ -1,0 +1,193 @@
+"""The three evaluations: texts in, scores of every text and every row out.
+
+    divergence   how far the pruned models' predictions are from the dense one's
+    perplexity   how probable text is behind prompts of several lengths, for several lengths of answers
+    summarize    how good the answers are, by ROUGE
+
+Each takes texts as `Item`s, goes through them in batches, and notes the scores of each in a `Journal`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from griffin_jax import jitted
+from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
+from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.grid import DENSE, Row, models
+from griffin_jax.evaluation.journal import Journal
+from griffin_jax.generate import Prefilled, bucket, pad
+from griffin_jax.llm import LLM
+from griffin_jax.model import Transformer
+
+REAL, OWN = "real", "own"
+"""Continuations: what really follows, and what the dense model itself would write."""
+
+CHUNK = 16
+"""Tokens decoded between two looks at whether all answers have ended."""
+
+
+def divergence(
+    llm: LLM, items: Sequence[Item], rows: Sequence[Row], journal: Journal, *, new: int, size: int, seed: int
+) -> dict[str, Any]:
+    """Scores of the real continuation and of the dense model's own (greedy, at most `new` tokens).
+
+    Returns:
+        For each text `real` and `own`, each as `score_answers` has them with one length.
+    """
+    model, eos = llm.model, llm.config.eos_token_ids
+
+    def score(batch: Batch) -> list[dict[str, Any]]:
+        length = max(new, batch.answers.shape[1])
+        prefilled = batch.prefill(model, bucket(length))
+        own = pad(generate(model, prefilled, new, eos), bucket(new))
+        found = {
+            kind: score_answers(model, rows, prefilled, *answers, batch.seeds, [length])
+            for kind, answers in {REAL: (batch.answers, batch.answer_lengths), OWN: own}.items()
+        }
+        return [{kind: found[kind][index] for kind in found} for index in range(len(batch.items))]
+
+    return evaluate(items, score, journal, size=size, seed=seed)
+
+
+def perplexity(
+    llm: LLM,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    journal: Journal,
+    *,
+    prompts: Sequence[int],
+    news: Sequence[int],
+    size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Scores of the same tokens behind the last P tokens of what stands before them, for every P.
+
+    Args:
+        llm: the model.
+        items: with prompts of at least max(prompts) and answers of max(news) tokens.
+        rows: what to compare.
+        journal: what is done already.
+        prompts: prompt lengths P.
+        news: answer lengths G; the tokens of a shorter one are the first of a longer one.
+        size: texts in a batch.
+        seed: of all draws.
+
+    Returns:
+        For each text and P (as text) what `score_answers` has, along `news`.
+    """
+
+    def score(batch: Batch) -> list[dict[str, Any]]:
+        found = []
+        for length in prompts:
+            shortened = [dataclasses.replace(item, prompt=item.prompt[-length:]) for item in batch.items]
+            short = batch_of(shortened, size, seed)
+            prefilled = short.prefill(llm.model, batch.answers.shape[1])
+            answers = batch.answers, batch.answer_lengths, batch.seeds
+            found.append(score_answers(llm.model, rows, prefilled, *answers, news))
+        return [
+            {str(length): scores[index] for length, scores in zip(prompts, found, strict=True)}
+            for index in range(len(batch.items))
+        ]
+
+    return evaluate(items, score, journal, size=size, seed=seed)
+
+
+def summarize(
+    llm: LLM,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    journal: Journal,
+    *,
+    new: int,
+    stop: Sequence[str],
+    stem: bool,
+    size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Every row's greedy answers and their ROUGE against the references.
+
+    The oracle selects by the statistic of the dense model's own answer.
+
+    Returns:
+        For each text and row `text` and the F-measures `rouge1`, `rouge2` and `rougeL`.
+
+    Raises:
+        ImportError: the package rouge-score is not installed.
+    """
+    rouge = _rouge(stem)
+    assert llm.tokenizer is not None
+    model, tokenizer, eos = llm.model, llm.tokenizer, llm.config.eos_token_ids
+
+    def cut(tokens: Sequence[int]) -> str:
+        text = tokenizer.decode(tokens)
+        return text[: min((at for mark in stop if (at := text.find(mark)) >= 0), default=len(text))]
+
+    def ended(tokens: Sequence[int]) -> bool:
+        text = tokenizer.decode(tokens)
+        return any(mark in text for mark in stop)
+
+    def score(batch: Batch) -> list[dict[str, Any]]:
+        prefilled = batch.prefill(model, bucket(new))
+        dense = generate(model, prefilled, new, eos, ended)
+        answers, lengths = pad(dense, bucket(new))
+        _, following = jitted.follow(model, prefilled, answers, lengths, collect=True)
+        found: list[dict[str, Any]] = [{} for _ in batch.items]
+        for row, pruned in models(model, rows, prefilled.statistics, following, batch.seeds):
+            written = dense if row.method == DENSE else generate(pruned, prefilled, new, eos, ended)
+            for scores, item, tokens in zip(found, batch.items, written, strict=False):
+                text = cut(tokens)
+                measures = rouge.score(item.reference, text)
+                scores[row.name] = {"text": text} | {name: measure.fmeasure for name, measure in measures.items()}
+        return found
+
+    return evaluate(items, score, journal, size=size, seed=seed)
+
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def _rouge(stem: bool) -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("ROUGE needs the package rouge-score: pip install 'griffin-jax[eval]'") from error
+    return RougeScorer(list(ROUGE), use_stemmer=stem)
+
+
+def generate(
+    model: Transformer,
+    prefilled: Prefilled,
+    new: int,
+    eos: tuple[int, ...],
+    ended: Callable[[Sequence[int]], bool] = lambda tokens: False,
+) -> list[list[int]]:
+    """Greedy answers behind prompts, whose cache stays as it is.
+
+    Args:
+        model: the full model or a pruned one.
+        prefilled: the prompts, with room for the answers.
+        new: tokens of the longest answer.
+        eos: any of these tokens ends an answer, and is its last one.
+        ended: whether a growing answer needs no more tokens.
+    """
+    answer = jitted.begin(_copy(prefilled), eos=eos)
+    until = 1
+    while True:
+        rows = [[int(token) for token in row if token >= 0] for row in np.asarray(answer.tokens)]
+        done = np.asarray(answer.done)
+        if until >= new or all(end or ended(row) for end, row in zip(done, rows, strict=True)):
+            return rows
+        until = min(until + CHUNK, new)
+        answer = jitted.decode(model, answer, np.int32(until), eos=eos)
+
+
+@jax.jit
+def _copy(prefilled: Prefilled) -> Prefilled:
+    return jax.tree.map(jnp.copy, prefilled)

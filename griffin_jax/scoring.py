@@ -1,0 +1,152 @@
+"""Teacher forcing: how probable given answers are, and how far a pruned model's predictions are from the dense one's.
+
+    prefilled = prefill(model, tokens, lengths, room=R)                   as for an answer that is to be written
+    hidden, statistics = follow(model, prefilled, answers, lengths)       what decoding these tokens would have seen
+    hidden, _ = follow(prune(model, experts), prefilled, answers, lengths)
+    losses(model, hidden, answers), compare(model, dense, pruned, answers)
+
+Prompts and answers may be ragged; a prompt that was read once serves any number of pruned models. Scores over the
+vocabulary are made a few tokens at a time, so that they never take more memory than a few tokens' worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from griffin_jax.cache import EMPTY
+from griffin_jax.generate import Prefilled
+from griffin_jax.griffin import Statistics
+from griffin_jax.model import Transformer
+
+LOGITS_BYTES = 1 << 27
+"""Logits of at most this size exist at a time, or those of one token of each row."""
+
+
+def follow(
+    model: Transformer,
+    prefilled: Prefilled,
+    answers: Int[Array, "b r"],
+    lengths: Int[Array, "b"],
+    *,
+    collect: bool = False,
+) -> tuple[Float[Array, "b r d"], Statistics]:
+    """Reads given answers behind prompts that were prefilled.
+
+    Args:
+        model: the full model or a pruned one.
+        prefilled: the prompts, with room for R tokens. It stays as it is.
+        answers: token ids, padded on the right with any token.
+        lengths: real tokens of each answer, in [0, R].
+        collect: whether to gather GRIFFIN's statistic over the answers; static.
+
+    Returns:
+        The residual stream that scores each answer token, for `losses` and `compare` (of the first one it is the
+        prompt's own, dense), and the statistics of the answers (no layers unless `collect`).
+    """
+    steps = jnp.arange(answers.shape[1], dtype=jnp.int32)
+    positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
+    hidden, _, squares = model(answers, positions, prefilled.cache, collect=collect)
+    hidden = jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
+    return hidden, Statistics(squares, jnp.asarray(lengths, jnp.int32))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """How well each token of an answer was predicted. Where an answer is padded, anything.
+
+    Attributes:
+        loss: -log p of the token, in nats, float32.
+        greedy: whether the token is the most probable one.
+    """
+
+    loss: Float[Array, "b r"]
+    greedy: Bool[Array, "b r"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A pruned model's predictions beside the dense one's. Where an answer is padded, anything.
+
+    Attributes:
+        loss: -log p of the answer's token in the pruned model, in nats, float32.
+        kl: KL(dense || pruned) of the next token's distribution, in nats, float32.
+        agree: whether both models' most probable tokens are the same.
+    """
+
+    loss: Float[Array, "b r"]
+    kl: Float[Array, "b r"]
+    agree: Bool[Array, "b r"]
+
+
+def losses(model: Transformer, hidden: Float[Array, "b r d"], answers: Int[Array, "b r"]) -> Losses:
+    """How well answers were predicted.
+
+    Args:
+        model: whose norm and head make the scores; pruned models have the full one's.
+        hidden: from `follow`.
+        answers: the tokens that were predicted.
+    """
+
+    def few(hidden: Array, answers: Array) -> Losses:
+        logits = model.logits(hidden)
+        return Losses(_loss(jax.nn.log_softmax(logits), answers), jnp.argmax(logits, axis=-1) == answers)
+
+    return _few_at_a_time(model, few, hidden, answers)
+
+
+def compare(
+    model: Transformer,
+    dense: Float[Array, "b r d"],
+    pruned: tuple[Float[Array, "b r d"], ...],
+    answers: Int[Array, "b r"],
+) -> tuple[Comparison, ...]:
+    """Several pruned models' predictions beside the dense one's.
+
+    Args:
+        model: the full model, whose norm and head all of them have.
+        dense: its residual stream, from `follow`.
+        pruned: those of the pruned models.
+        answers: the tokens that were predicted.
+    """
+
+    def few(dense: Array, pruned: tuple[Array, ...], answers: Array) -> tuple[Comparison, ...]:
+        p = jax.nn.log_softmax(model.logits(dense))
+        probability, best = jnp.exp(p), jnp.argmax(p, axis=-1)
+        found = []
+        for hidden in pruned:
+            q = jax.nn.log_softmax(model.logits(hidden))
+            kl = jnp.sum(probability * (p - q), axis=-1)
+            found.append(Comparison(_loss(q, answers), kl, jnp.argmax(q, axis=-1) == best))
+        return tuple(found)
+
+    return _few_at_a_time(model, few, dense, pruned, answers)
+
+
+def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) -> Float[Array, "b r"]:
+    return -jnp.take_along_axis(log_probabilities, answers[..., None], axis=-1)[..., 0]
+
+
+def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any) -> Any:
+    """`score` of arrays (B, R, ...), some columns at a time."""
+    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
+    columns = max(1, min(length, LOGITS_BYTES // (4 * batch * model.config.vocab_size)))
+    blocks = -(-length // columns)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, blocks * columns - length), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(batch, blocks, columns, *x.shape[2:]).swapaxes(0, 1)
+
+    def join(y: Array) -> Array:
+        return y.swapaxes(0, 1).reshape(batch, blocks * columns, *y.shape[3:])[:, :length]
+
+    if blocks == 1:
+        return score(*arrays)
+    return jax.tree.map(join, jax.lax.map(lambda block: score(*block), jax.tree.map(split, arrays)))

@@ -1,0 +1,94 @@
+"""Given answers are scored as decoding them would have, whatever the padding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close
+
+import griffin_jax as gj
+from griffin_jax import scoring
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [90, 3, 77, 3, 21]]
+ANSWERS = [[13, 14, 15], [50, 51, 52, 53, 54, 55], [1]]
+
+
+@pytest.fixture
+def followed(tiny):
+    """Residual streams of dense and pruned passes over ragged prompts and answers."""
+    model = tiny.llm.model
+    tokens, lengths = gj.pad(PROMPTS, 16)
+    answers, answered = gj.pad(ANSWERS, 8)
+    prefilled = gj.prefill(model, tokens, lengths, room=8)
+    experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
+    dense, statistics = scoring.follow(model, prefilled, jnp.asarray(answers), jnp.asarray(answered), collect=True)
+    pruned, _ = scoring.follow(gj.prune(model, experts), prefilled, jnp.asarray(answers), jnp.asarray(answered))
+    return model, dense, pruned, jnp.asarray(answers), statistics
+
+
+def alone(model, prompt: list[int], answer: list[int], density: float) -> np.ndarray:
+    """Logits that score the answer's tokens, of one sequence without padding."""
+    tokens = jnp.asarray([[*prompt, *answer]])
+    logits = gj.teacher_forced(model, tokens, len(prompt), gj.GriffinConfig(density))
+    return np.asarray(logits[0, len(prompt) - 1 : -1])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_follow_is_teacher_forcing_of_each_row_alone(followed, density):
+    model, dense, pruned, *_ = followed
+    logits = np.asarray(model.logits(dense if density == 1 else pruned))
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        assert_close(logits[row, : len(answer)], alone(model, prompt, answer, density))
+
+
+def test_statistics_of_answers_are_what_the_prompts_lack(followed):
+    model, *_, statistics = followed
+    for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+        whole, head = (
+            gj.prefill(model, jnp.asarray([tokens]), jnp.asarray([len(tokens)]), room=0).statistics.squares
+            for tokens in (prompt + answer, prompt)
+        )
+        for layer, squares in enumerate(statistics.squares):
+            assert_close(np.asarray(squares[row]), np.asarray(whole[layer] - head[layer])[0])
+    assert statistics.tokens.tolist() == [len(answer) for answer in ANSWERS]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize("columns", [None, 1, 3])
+def test_scores_are_those_of_the_definitions(followed, monkeypatch, columns):
+    """Whether logits are made at once or a few columns at a time."""
+    model, dense, pruned, answers, _ = followed
+    if columns:
+        monkeypatch.setattr(scoring, "LOGITS_BYTES", columns * 4 * len(PROMPTS) * model.config.vocab_size)
+    p, q = log_softmax(np.asarray(model.logits(dense))), log_softmax(np.asarray(model.logits(pruned)))
+    loss = scoring.losses(model, dense, answers)
+    first, second = scoring.compare(model, dense, (pruned, dense), answers)
+    at = np.asarray(answers)[..., None]
+    assert_close(np.asarray(loss.loss), -np.take_along_axis(p, at, -1)[..., 0])
+    np.testing.assert_array_equal(loss.greedy, p.argmax(-1) == np.asarray(answers))
+    assert_close(np.asarray(first.loss), -np.take_along_axis(q, at, -1)[..., 0])
+    np.testing.assert_allclose(first.kl, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(first.agree, p.argmax(-1) == q.argmax(-1))
+    np.testing.assert_array_equal(second.kl, np.zeros_like(second.kl))
+    assert second.agree.all()
+
+
+def test_logits_are_never_all_there(tiny):
+    """The compiled scorer holds a few columns of logits, not all of them."""
+    model = tiny.llm.model
+    shape = (2, 4096, model.config.width)
+    hidden, answers = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+    limit, scoring.LOGITS_BYTES = scoring.LOGITS_BYTES, 1 << 16
+    try:
+        compiled = jax.jit(scoring.losses).lower(model, hidden, answers).compile()
+    finally:
+        scoring.LOGITS_BYTES = limit
+    everything = 4 * 2 * 4096 * model.config.vocab_size
+    assert compiled.memory_analysis().temp_size_in_bytes < everything / 3
