@@ -95,11 +95,11 @@ def losses(model: Transformer, hidden: Float[Array, "b r d"], answers: Int[Array
         answers: the tokens that were predicted.
     """
 
-    def few(hidden: Array, answers: Array) -> Losses:
+    def few(hidden: Array, answers: Array) -> tuple[Array, Array]:
         logits = model.logits(hidden)
-        return Losses(_loss(jax.nn.log_softmax(logits), answers), jnp.argmax(logits, axis=-1) == answers)
+        return _loss(jax.nn.log_softmax(logits), answers), jnp.argmax(logits, axis=-1) == answers
 
-    return _few_at_a_time(model, few, hidden, answers)
+    return Losses(*_few_at_a_time(model, few, hidden, answers))
 
 
 def compare(
@@ -117,17 +117,17 @@ def compare(
         answers: the tokens that were predicted.
     """
 
-    def few(dense: Array, pruned: tuple[Array, ...], answers: Array) -> tuple[Comparison, ...]:
+    def few(dense: Array, pruned: tuple[Array, ...], answers: Array) -> list[tuple[Array, Array, Array]]:
         p = jax.nn.log_softmax(model.logits(dense))
         probability, best = jnp.exp(p), jnp.argmax(p, axis=-1)
         found = []
         for hidden in pruned:
             q = jax.nn.log_softmax(model.logits(hidden))
             kl = jnp.sum(probability * (p - q), axis=-1)
-            found.append(Comparison(_loss(q, answers), kl, jnp.argmax(q, axis=-1) == best))
-        return tuple(found)
+            found.append((_loss(q, answers), kl, jnp.argmax(q, axis=-1) == best))
+        return found
 
-    return _few_at_a_time(model, few, dense, pruned, answers)
+    return tuple(Comparison(*scores) for scores in _few_at_a_time(model, few, dense, pruned, answers))
 
 
 def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) -> Float[Array, "b r"]:
