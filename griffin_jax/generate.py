@@ -32,18 +32,15 @@ DEFAULT_CHUNK = 1024
 """Tokens that prefill reads at a time: its attention scores and intermediates are this high."""
 
 
-def bucket(length: int, chunk: int = DEFAULT_CHUNK) -> int:
-    """The padded length: 16, 24, 32, 48, 64, ... up to `chunk`, then multiples of it.
+def bucket(length: int) -> int:
+    """The padded length: 16, 24, 32, 48, 64, ... up to 1,024, behind it four lengths up to each doubling.
 
-    Few lengths mean few compilations: a second prompt of the same bucket compiles nothing.
+    Few lengths mean few compilations: a second prompt of the same bucket compiles nothing. Of a long prompt, less than
+    a fifth is padding.
     """
-    if length >= chunk:
-        return -(-length // chunk) * chunk
-    power = 16
-    while power < length:
-        power *= 2
-    three_quarters = power * 3 // 4
-    return min(chunk, three_quarters if power > 16 and length <= three_quarters else power)
+    below = 1 << max(4, (length - 1).bit_length() - 1)
+    step = below // (2 if length <= DEFAULT_CHUNK else 4)
+    return max(16, -(-length // step) * step)
 
 
 def pad(
@@ -101,12 +98,13 @@ def prefill(
         room: longest answer that the cache gets slots for, in tokens; static.
         longest: tokens that the answer may come to have, by which LongRoPE chooses its wavelengths; `room` if
             None. Not static, so that `room` can be rounded up without meaning.
-        chunk: tokens read at a time; static. It bounds memory and changes no result.
+        chunk: tokens read at a time, at most; static. It bounds memory and changes no result.
         collect: whether to gather the statistics; static.
     """
     batch, length = tokens.shape
-    chunk = min(chunk, length)
-    chunks = -(-length // chunk)
+    fewest = -(-length // chunk)
+    chunks = next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)
+    chunk = -(-length // chunks)
     padded = chunks * chunk
     tokens = jnp.pad(tokens, ((0, 0), (0, padded - length)))
     positions = jnp.arange(padded, dtype=jnp.int32)

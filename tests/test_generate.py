@@ -291,11 +291,24 @@ class TestCompilation:
 
 class TestBuckets:
     def test_few_and_large_enough(self):
-        lengths = [gj.bucket(n) for n in range(1, 3000)]
+        lengths = [gj.bucket(n) for n in range(1, 4097)]
         assert all(b >= n for n, b in enumerate(lengths, start=1))
         assert lengths == sorted(lengths)
-        assert len(set(lengths)) <= 20
-        assert all(b <= max(16, 1.5 * n) or b - n < DEFAULT_CHUNK for n, b in enumerate(lengths, start=1))
+        assert len(set(lengths)) == 21
+        assert all(b <= max(16, 1.5 * n) for n, b in enumerate(lengths, start=1))
+        assert all(b <= 1.25 * n for n, b in enumerate(lengths, start=1) if n > DEFAULT_CHUNK)
+
+    @pytest.mark.parametrize("length", [DEFAULT_CHUNK + 1, 2100, 3000])
+    def test_a_bucket_is_read_without_more_padding(self, tiny, length):
+        """In chunks that divide it."""
+        size = gj.bucket(length)
+        tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
+
+        def slots(model, tokens, lengths):
+            return gj.prefill(model, tokens, lengths, room=16).cache.positions
+
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        assert jax.eval_shape(slots, tiny.llm.model, tokens, lengths).shape == (1, size + 16)
 
 
 class TestPipeline:

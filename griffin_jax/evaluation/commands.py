@@ -148,7 +148,7 @@ def _add_lengths(parser: argparse.ArgumentParser, scored: str, prompt: int, new:
 def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     what = parser.add_argument_group("what is compared")
     what.add_argument("--model", default=demo.NAME, help="any model that griffin_jax loads (default: %(default)s)")
-    loading.add_pickle_argument(what)
+    loading.add_pickle_argument(parser)
     what.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
     what.add_argument("--density", default="0.5", metavar="D", help="separated by commas (default: %(default)s)")
     what.add_argument(

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from griffin_jax import jitted
-from griffin_jax.config import GriffinConfig, Method
+from griffin_jax.config import GriffinConfig, Method, check_density
 from griffin_jax.griffin import Experts, Statistics, prune, select
 from griffin_jax.model import Transformer
 
@@ -52,7 +52,9 @@ def grid(methods: Sequence[str], densities: Sequence[float]) -> tuple[Row, ...]:
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}")
-    below = sorted({GriffinConfig(density).density for density in densities} - {1.0}, reverse=True)
+    for density in densities:
+        check_density(density)
+    below = sorted({density for density in densities if density < 1}, reverse=True)
     every = dict.fromkeys([*methods, *ALWAYS])
     return (Row(DENSE, 1.0), *(Row(method, density) for density in below for method in every))
 

@@ -15,7 +15,7 @@ from griffin_jax.evaluation.tasks import OWN, REAL, ROUGE
 CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own continuation"}
 COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}
 METHOD_COLOURS = ("C0", "C1", "C4", "C5")
-WIDTH = 24
+WIDTH = 27
 """Of a figure with its interval in a table."""
 
 Figures = list[dict[str, Any]]
@@ -131,8 +131,12 @@ def _cell(figure: Mapping[str, float | None], digits: int) -> str:
     if value is None:
         return "overflow"
     if low is None or high is None:
-        return f"{value:,.{digits}f}"
-    return f"{value:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+        return _number(value, digits)
+    return f"{_number(value, digits)} [{_number(low, digits)}, {_number(high, digits)}]"
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits if value < 1000 else 0}f}"
 
 
 def plot_by_density(

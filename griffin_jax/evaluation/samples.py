@@ -31,8 +31,8 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Where it is."""
-        return f"{self.file}, line {self.line}"
+        """Where it is, for people."""
+        return f"{Path(self.file).name}, line {self.line}"
 
 
 @dataclasses.dataclass
@@ -52,7 +52,7 @@ class Skipped:
         """Says for people what is left out: places for each reason, at most `SHOWN` of them."""
         for reason, places in self.places.items():
             more = f", and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-            print(f"left out, {reason}: {'; '.join(places[:SHOWN])}{more}", file=output or sys.stderr)
+            print(f"left out, {reason}: {'; '.join(places[:SHOWN])}{more}", file=output or sys.stderr, flush=True)
 
 
 def read_jsonl(file: str | os.PathLike[str], columns: Sequence[str], skipped: Skipped) -> Iterator[Record]:
@@ -69,7 +69,7 @@ def read_jsonl(file: str | os.PathLike[str], columns: Sequence[str], skipped: Sk
                 continue
             texts = _texts(line, columns)
             if isinstance(texts, str):
-                skipped.add(texts, f"{file}, line {number}")
+                skipped.add(texts, Record(str(file), number, ()).name)
             else:
                 yield Record(str(file), number, texts)
 
