@@ -1,1 +1,1 @@
-"""The benchmark runner: `python -m benchmarks run`, `quality` and `memory`."""
+"""The benchmark runner: `python -m benchmarks run` and `memory`."""

@@ -1,18 +1,18 @@
-"""`python -m benchmarks COMMAND`: what pruning gains and costs, and conversion needs, on this machine."""
+"""`python -m benchmarks COMMAND`: what pruning gains, and conversion needs, on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from benchmarks import memory, quality, run
+from benchmarks import memory, run
 from griffin_jax.cli import Parser, guarded
 
 
 def main() -> int:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (run, quality, memory):
+    for module in (run, memory):
         name = module.__name__.rpartition(".")[2]
         # What the command was called before it measured more than one density at a time.
         aliases = ["speed"] if module is run else []

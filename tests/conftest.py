@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -15,6 +16,7 @@ HOOKED = ["cache", "generate", "griffin", "model", "scoring"]
 with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.beartype"):
     import griffin_jax as gj
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -71,3 +73,17 @@ def tiny(tmp_path_factory) -> TinyLlama:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def compiled() -> Iterator[list[str]]:
+    """Grows by one with every program that XLA compiles."""
+    programs: list[str] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            programs.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield programs
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import griffin_jax as gj
 
@@ -95,6 +96,29 @@ def stepwise_logits(model: gj.Transformer, steps: list[np.ndarray], slots: int) 
 def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     """Equal to 1e-5, of each logit or of the largest."""
     np.testing.assert_allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+
+
+def tiny_tokenizer(folder: Path, texts: Sequence[str], size: int) -> None:
+    """Writes a byte-level tokenizer of `size` tokens, the first three of which are special, with a chat template."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from reference import TinyLlama, torch_greedy
 
-from benchmarks import memory, peers, quality, torchpeers
+from benchmarks import memory, peers, torchpeers
 from benchmarks.__main__ import main
 from griffin_jax import bench, benchreport, cli
 from griffin_jax.assembly import random_model
@@ -347,34 +347,6 @@ def test_llama_cpp_reads_the_same_weights(plain, monkeypatch, tmp_path):
     assert skipped["llama.cpp"].startswith("it reads GGUF files")
 
 
-def test_quality_on_hand_computed_logits():
-    dense, pruned = np.zeros((1, 3, 2), np.float32), np.zeros((1, 3, 2), np.float32)
-    dense[0, 0] = np.log([0.75, 0.25])
-    pruned[0, 0] = np.log([0.25, 0.75])
-    dense[0, 1] = pruned[0, 1] = np.log([0.5, 0.5])
-    tokens = np.array([[1, 0, 1]], np.int32)
-    loss, kl, agree = quality._score(dense, pruned, tokens, 1)
-    np.testing.assert_allclose(loss, -(np.log(0.25) + np.log(0.5)) / 2, rtol=1e-6)
-    np.testing.assert_allclose(kl, (0.75 * np.log(3) - 0.25 * np.log(3)) / 2, rtol=1e-6)
-    assert agree == 0.5
-
-
-def test_quality_order_on_the_demo_model(demo_gguf, monkeypatch, capsys, tmp_path):
-    from conftest import PASSAGES
-
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(json.dumps({"text": passage}) for passage in [*PASSAGES, "short"]), encoding="utf-8")
-    code, out, _ = run(
-        monkeypatch, capsys, "quality", str(file), "--field", "text", "--model", str(demo_gguf),
-        "--prompt-tokens", "30", "--new-tokens", "14",
-    )  # fmt: skip
-    assert code == 0
-    result = json.loads(out[-1])
-    assert result["texts"] == len(PASSAGES)
-    kl = {name: scores["kl"] for name, scores in result["results"].items()}
-    assert 0 == kl["dense"] < kl["oracle"] < kl["topk"] < min(kl["random"], kl["magnitude"])
-
-
 @pytest.mark.parametrize("options", [(), ("--dtype", "float32"), ("--stored", "float32")])
 def test_memory_of_a_conversion(monkeypatch, capsys, tmp_path, options):
     arguments = ("--gigabytes", "0.002", "--shards", "3", "--folder", str(tmp_path), *options)
@@ -434,7 +406,6 @@ def test_memory_has_a_model_of_every_size(size, itemsize):
         (["run", "--plot", "x.pdf"], "--plot writes PNG files"),
         (["run", "--compare", "no such file"], "there is no earlier result no such file"),
         (["run", "--compare", "README.md"], "its last line is no JSON object of a benchmark"),
-        (["quality", "no such file"], "no such file"),
         (["nothing"], "invalid choice"),
     ],
 )
@@ -443,10 +414,3 @@ def test_bad_input(monkeypatch, capsys, arguments, message):
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
-
-
-def test_quality_names_the_bad_line(monkeypatch, capsys, tmp_path, tiny):
-    file = tmp_path / "texts.jsonl"
-    file.write_text('{"article": "x"}\n{"other": "y"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match="line 2: no JSON object with a field 'article'"):
-        list(quality._texts(file, "article", "a", "b"))

@@ -242,18 +242,6 @@ def hlo(tiny) -> dict[str, str]:
 
 
 class TestCompilation:
-    @pytest.fixture
-    def compiled(self):
-        names = []
-
-        def listen(event, seconds, **_):
-            if event == "/jax/core/compile/backend_compile_duration":
-                names.append(event)
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        yield names
-        jax.monitoring.unregister_event_duration_listener(listen)
-
     def test_a_second_prompt_of_the_bucket_compiles_nothing(self, tiny, compiled):
         options = {"temperature": 0.9, "top_p": 0.9, "ignore_eos": True}
         tiny.llm.generate([[4, 5, 6]], max_new_tokens=17, **options)

@@ -237,7 +237,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _divergence(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skipped: Skipped) -> Evaluation:
     prompt, new = options.prompt_tokens, options.new_tokens
-    _check_lengths(llm, prompt, new)
+    _check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
     items = list(_first(options.limit, _divergence_items(options, llm, columns, skipped)))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -48,12 +47,13 @@ def score_answers(
     hidden = []
     for _, pruned in models(model, rows, prefilled.statistics, following, seeds):
         hidden.append(dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0])
-    found = jax.device_get(jitted.compare(model, dense, tuple(hidden), tokens))
+    compared = jitted.compare(model, dense, tuple(hidden), tokens)
+    found = [{name: np.asarray(getattr(comparison, name)) for name in SCORES} for comparison in compared]
     ends = np.minimum(np.asarray(upto)[:, None], lengths).T
     scores = []
     for sequence, end in enumerate(ends):
         scores.append({"tokens": end.tolist()})
         for row, comparison in zip(rows, found, strict=True):
-            sums = {name: np.cumsum(np.append(0.0, getattr(comparison, name)[sequence])) for name in SCORES}
+            sums = {name: np.cumsum(np.append(0.0, values[sequence])) for name, values in comparison.items()}
             scores[-1][row.name] = {name: sums[name][end].tolist() for name in SCORES}
     return scores
