@@ -187,7 +187,7 @@ def plot_by_length(
     figure, axes = _panels(max(1, len(densities)), 2, title)
     kinds = (
         ("prompt", "prompt (tokens)", "new", max(news), "the next {:,} tokens"),
-        ("new", "tokens behind the prompt that are scored", "prompt", max(prompts), "a prompt of {:,} tokens"),
+        ("new", "answer (tokens)", "prompt", max(prompts), "a prompt of {:,} tokens"),
     )
     for down, density in enumerate(densities or [1.0]):
         for across, (key, label, fixed, value, said) in enumerate(kinds):
@@ -212,7 +212,7 @@ def _panels(down: int, across: int, title: str) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
     from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
 
-    figure = Figure(figsize=(3.6 * across + 0.4, 3.1 * down + 1.0), dpi=120, layout="constrained")
+    figure = Figure(figsize=(2.8 * across + 0.4, 2.7 * down + 1.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize="medium")
     return figure, figure.subplots(down, across, squeeze=False)
