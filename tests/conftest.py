@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Most of the time of these tests is that of compiling tiny models. What LLVM makes of XLA's instructions runs slower at
+# this level, by less than it saves; XLA's own passes, which tests look at, stay as they are.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from jaxtyping import install_import_hook
 
@@ -23,6 +26,8 @@ import torch
 from reference import TinyLlama
 
 torch.set_grad_enabled(False)
+# Two workers with a thread for every core only wait for each other.
+torch.set_num_threads(1)
 
 PASSAGES = [
     "A lighthouse keeper writes down the weather four times a day. The book is older than the lamp, and its first "

@@ -214,7 +214,8 @@ print("same")
 @pytest.mark.parametrize("kv_heads", [8, 2])
 def test_eight_devices_answer_as_one(kv_heads):
     """In a process of its own, where the CPU counts as eight devices."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
     command = [sys.executable, "-c", EIGHT_DEVICES, str(kv_heads)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
