@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
@@ -78,6 +79,14 @@ def torch_logits(model: Any, tokens: Sequence[Sequence[int]]) -> np.ndarray:
     return model(torch.tensor([list(row) for row in tokens])).logits.numpy()
 
 
+@jax.jit
+def step_logits(
+    model: gj.Transformer, tokens: jax.Array, positions: jax.Array, cache: gj.KVCache
+) -> tuple[jax.Array, gj.KVCache]:
+    x, cache, _ = model(tokens, positions, cache)
+    return model.logits(x), cache
+
+
 def stepwise_logits(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
     """Logits of token columns read step by step through one cache; -1 is padding."""
     batch = steps[0].shape[0]
@@ -87,9 +96,10 @@ def stepwise_logits(model: gj.Transformer, steps: list[np.ndarray], slots: int) 
     for step in steps:
         real = step >= 0
         positions = np.where(real, lengths + np.cumsum(real, axis=1) - 1, gj.EMPTY).astype(np.int32)
-        x, cache, _ = model(jnp.asarray(np.maximum(step, 0)), jnp.asarray(positions), cache)
+        # Compiled as one: operation by operation takes longer, because every operation is a program to compile.
+        found, cache = step_logits(model, np.maximum(step, 0), positions, cache)
         lengths += real.sum(axis=1, keepdims=True, dtype=np.int32)
-        logits.append(np.asarray(model.logits(x)))
+        logits.append(np.asarray(found))
     return np.concatenate(logits, axis=1)
 
 

@@ -74,8 +74,14 @@ def pair(request, tmp_path_factory) -> Iterator[Pair]:
 pair_families: list[str] = []
 
 
-def test_whole_sequences(pair, rng, monkeypatch):
+@pytest.fixture
+def query_blocks(monkeypatch) -> None:
+    """Long sequences in several blocks. For every test that compiles their length: a program is compiled once."""
     monkeypatch.setattr("griffin_jax.model.QUERY_BLOCK", 32)
+
+
+@pytest.mark.usefixtures("query_blocks")
+def test_whole_sequences(pair, rng):
     tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
     assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
@@ -88,7 +94,7 @@ def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
     rows = [rng.integers(0, VOCABULARY, length).astype(np.int32) for length in lengths]
     for line, place, row in zip(padded, places, rows, strict=True):
         line[place] = row
-    steps = np.split(padded, [16, 19, 20, 21, 22, 23], axis=1)
+    steps = np.split(padded, [10, *range(20, columns)], axis=1)
     logits = stepwise_logits(pair.llm.model, steps, 40)
     for line, place, row in zip(logits, places, rows, strict=True):
         assert_close(line[place], torch_logits(pair.torch, [row])[0])
@@ -106,6 +112,7 @@ def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
         assert out.tokens[row] == torch_greedy(pair.torch, prompt, 12, masks, pair.down)
 
 
+@pytest.mark.usefixtures("query_blocks")
 def test_gguf_twin(pair, rng, tmp_path):
     family = families()[pair.torch.config.model_type]
     if not family.gguf and not family.also_gguf:

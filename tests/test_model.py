@@ -37,7 +37,7 @@ def test_whole_sequence(pair, rng):
 
 def test_token_by_token_through_the_cache(pair, rng):
     tokens = rng.integers(0, 101, (2, 24)).astype(np.int32)
-    steps = [tokens[:, :16], tokens[:, 16:19], *(tokens[:, t : t + 1] for t in range(19, 24))]
+    steps = np.split(tokens, [10, *range(20, 24)], axis=1)
     assert_close(stepwise_logits(pair.llm.model, steps, 40), torch_logits(pair.torch, tokens))
 
 
