@@ -48,6 +48,15 @@ PASSAGES = [
 """Five texts of different kinds, written for these tests."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a file, and those of the demo model, go to one worker: the other would load and compile it again."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            group = "demo" if "demo_llm" in item.fixturenames else item.path.name
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def demo_gguf():
     """Path of the demo model's GGUF file, downloaded once."""
