@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from griffin_jax.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.config import GriffinConfig
 from griffin_jax.griffin import Experts, Statistics, prune, select
-from griffin_jax.model import Transformer
+from griffin_jax.model import Transformer, statistic
 from griffin_jax.sampling import Greedy, Sampler
 
 DEFAULT_CHUNK = 1024
@@ -114,7 +114,11 @@ def prefill(
         cache, last, squares = carry
         chunk_tokens, chunk_positions = step
         x, cache, more = model(
-            chunk_tokens, chunk_positions, cache, read_slots=0 if chunks == 1 else padded, collect=collect
+            chunk_tokens,
+            chunk_positions,
+            cache,
+            read_slots=0 if chunks == 1 else padded,
+            observe=statistic if collect else None,
         )
         is_last = (chunk_positions == lengths[:, None] - 1)[..., None]
         last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
@@ -274,7 +278,11 @@ def teacher_forced(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     cache = empty_cache(model.config, batch, length, model.dtype)
     prompt, cache, squares = model(
-        tokens[:, :prompt_length], positions[:, :prompt_length], cache, read_slots=0, collect=experts is None
+        tokens[:, :prompt_length],
+        positions[:, :prompt_length],
+        cache,
+        read_slots=0,
+        observe=statistic if experts is None else None,
     )
     logits = model.logits(prompt)
     if prompt_length == length:

@@ -34,6 +34,22 @@ NEURON_AXES = {"inner": 1, "down": 0, "inner_bias": 1}
 """The parameters of a feed-forward layer that have a row for each neuron, and the axis that counts neurons."""
 
 
+def relative_activations(z: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """zbar = z / ||z||, each token by itself (arXiv 2404.01365, section 3).
+
+    Args:
+        z: the input of the down projection, any float dtype; finite.
+
+    Returns:
+        Float32; zero where z is zero (||z||^2 must be a normal float32: tokens with ||z|| below about 1e-19 count as
+        zero).
+    """
+    z = z.astype(jnp.float32)
+    square_norm = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
+    alive = square_norm > 0
+    return z * jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, square_norm, 1.0)), 0.0)
+
+
 def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
     """s_j^2 = sum_t z_tj^2 / ||z_t||^2 over the real tokens (arXiv 2404.01365, section 4.2).
 
@@ -45,13 +61,9 @@ def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float
         real: false for padding.
 
     Returns:
-        s^2 in float32. Its sum over neurons is the number of real tokens with z != 0 (||z||^2 must be a
-        normal float32: tokens with ||z|| below about 1e-19 count as zero).
+        s^2 in float32. Its sum over neurons is the number of real tokens with z != 0.
     """
-    z = z.astype(jnp.float32)
-    square_norm = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
-    alive = square_norm > 0
-    share = jnp.square(z * jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, square_norm, 1.0)), 0.0))
+    share = jnp.square(relative_activations(z))
     # As a product, because XLA's CPU code sums over tokens many times slower than it multiplies matrices.
     return jnp.einsum("bt,btf->bf", real.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST)
 
@@ -108,10 +120,12 @@ class Experts:
 
     def masks(self) -> tuple[Bool[Array, "*b _f"], ...]:
         """The same experts as masks over all neurons."""
-        return tuple(
-            jnp.any(indices[..., None] == jnp.arange(neurons), axis=-2)
-            for indices, neurons in zip(self.indices, self.neurons, strict=True)
-        )
+
+        def mask(indices: Array, neurons: int) -> Array:
+            nothing = jnp.zeros((*indices.shape[:-1], neurons), bool)
+            return jnp.put_along_axis(nothing, indices, True, axis=-1, inplace=False)
+
+        return tuple(map(mask, self.indices, self.neurons))
 
     @classmethod
     def from_masks(cls, masks: Sequence[ArrayLike]) -> Experts:

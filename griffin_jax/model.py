@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,20 @@ QUERY_BLOCK = 256
 
 LAYER_SCOPE = "layer"
 """What profiles and compiled programs call everything that a layer computes."""
+
+Observer = Callable[[int, Float[Array, "b t f"], Bool[Array, "b t"]], Any]
+"""Sees the intermediates z of each feed-forward layer while the model reads.
+
+It is called, inside of jit, with the layer's number, z and which tokens are real (false for padding, where z is finite
+and means nothing). What it returns, arrays in any pytree or None, is returned beside the model's output. Whatever it
+does not keep is not kept: z of one layer is in memory at a time.
+"""
+
+
+def statistic(layer: int, z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
+    """The observer that collects GRIFFIN's s^2 over the real tokens, float32."""
+    del layer
+    return token_statistic(z, real)
 
 
 class Norm(nnx.Module):
@@ -384,13 +399,6 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.project(self.intermediate(x))
 
-    def with_statistic(
-        self, x: Float[Array, "b t d"], real: Bool[Array, "b t"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b f"]]:
-        """The exact output, and GRIFFIN's s^2 summed over the real tokens, float32."""
-        z = self.intermediate(x)
-        return self.project(z), token_statistic(z, real)
-
 
 class Layer(nnx.Module):
     """Attention and feed-forward, each added to the residual stream.
@@ -426,12 +434,9 @@ class Layer(nnx.Module):
         cached_keys: Float[Array, "b g h slots"],
         cached_values: Float[Array, "b g slots h"],
         cursor: Int[Array, ""],
-        *,
-        collect: bool,
-    ) -> tuple[
-        Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Float[Array, "b f"] | None
-    ]:
-        """The residual stream behind the layer, its cache, and GRIFFIN's statistic if it is collected."""
+        observe: Callable[[Float[Array, "b t f"], Bool[Array, "b t"]], Any] | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Any]:
+        """The residual stream behind the layer, its cache, and what `observe` makes of z, if it is given."""
         normed = _apply(self.attention_norm, x)
         mixed, keys, values = self.attention(normed, at, cached_keys, cached_values, cursor)
         mixed = _scaled(_apply(self.attention_out_norm, mixed), self.residual_scale)
@@ -440,14 +445,11 @@ class Layer(nnx.Module):
         else:
             x = _apply(self.attention_sum_norm, x + mixed)
             normed = _apply(self.ff_norm, x)
-        statistic = None
-        if collect:
-            y, statistic = self.ff.with_statistic(normed, real)
-        else:
-            y = self.ff(normed)
-        y = _scaled(_apply(self.ff_out_norm, y), self.residual_scale)
+        z = self.ff.intermediate(normed)
+        observed = None if observe is None else observe(z, real)
+        y = _scaled(_apply(self.ff_out_norm, self.ff.project(z)), self.residual_scale)
         x = x + mixed + y if self.parallel else x + y
-        return _apply(self.ff_sum_norm, x), keys, values, statistic
+        return _apply(self.ff_sum_norm, x), keys, values, observed
 
 
 class Transformer(nnx.Module):
@@ -493,8 +495,8 @@ class Transformer(nnx.Module):
         cache: KVCache,
         *,
         read_slots: int | None = None,
-        collect: bool = False,
-    ) -> tuple[Float[Array, "b t d"], KVCache, tuple[Float[Array, "b _f"], ...]]:
+        observe: Observer | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache, tuple[Any, ...]]:
         """Reads T tokens of every row, behind those that the cache holds.
 
         Args:
@@ -504,27 +506,27 @@ class Transformer(nnx.Module):
             cache: what was read so far, with room for T more tokens.
             read_slots: attention reads only this many slots of the cache (all of them if None). They
                 must hold every token so far; 0 for an empty cache.
-            collect: whether to gather GRIFFIN's statistic.
+            observe: sees the intermediates of every layer; `statistic` collects what GRIFFIN selects by.
 
         Returns:
             The residual stream behind the last layer (for `logits`), the cache with T more tokens,
-            and per layer the statistic s^2 over these tokens (empty unless `collect`).
+            and per layer what `observe` returned (empty without it).
         """
         real = positions != EMPTY
         # Padding is zero between the layers: what it would become could overflow, and 0 * inf in a sum over
         # tokens would reach the real ones.
         x = jnp.where(real[..., None], self.embed(tokens, positions), 0)
         at = layer_positions(self.config, positions, cache.positions[:, :read_slots], cache.context)
-        keys, values, statistics = [], [], []
+        keys, values, observed = [], [], []
         for number, layer in enumerate(self.layers):
-            x, layer_keys, layer_values, statistic = layer(
-                x, real, at[number], cache.keys[number], cache.values[number], cache.cursor, collect=collect
+            observe_layer = None if observe is None else functools.partial(observe, number)
+            x, layer_keys, layer_values, seen = layer(
+                x, real, at[number], cache.keys[number], cache.values[number], cache.cursor, observe_layer
             )
             x = jnp.where(real[..., None], x, 0)
             keys.append(layer_keys)
             values.append(layer_values)
-            if statistic is not None:
-                statistics.append(statistic)
+            observed.append(seen)
         written = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.cursor))
         cache = dataclasses.replace(
             cache,
@@ -533,7 +535,7 @@ class Transformer(nnx.Module):
             positions=written,
             cursor=cache.cursor + tokens.shape[1],
         )
-        return x, cache, tuple(statistics)
+        return x, cache, () if observe is None else tuple(observed)
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream before the first layer; anything where a position is `EMPTY`."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax.cache import EMPTY
 from griffin_jax.generate import Prefilled
 from griffin_jax.griffin import Statistics
-from griffin_jax.model import Transformer
+from griffin_jax.model import Transformer, statistic
 
 LOGITS_BYTES = 1 << 27
 """Logits of at most this size exist at a time, or those of one token of each row."""
@@ -51,7 +51,7 @@ def follow(
     """
     steps = jnp.arange(answers.shape[1], dtype=jnp.int32)
     positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
-    hidden, _, squares = model(answers, positions, prefilled.cache, collect=collect)
+    hidden, _, squares = model(answers, positions, prefilled.cache, observe=statistic if collect else None)
     hidden = jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
     return hidden, Statistics(squares, jnp.asarray(lengths, jnp.int32))
 

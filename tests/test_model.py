@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, assert_close, stepwise_logits, torch_greedy, torch_logits
+from reference import TinyLlama, assert_close, stepwise_logits, torch_greedy, torch_intermediates, torch_logits
 
 import griffin_jax as gj
+from griffin_jax.model import statistic
 
 # What else there is, and all other families: tests/test_family_parity.py.
 VARIANTS = {
@@ -59,6 +60,28 @@ def test_ragged_batch(pair, rng):
         assert_close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
 
 
+def test_observers_see_the_intermediates_of_real_tokens_and_change_nothing(tiny, rng):
+    model = tiny.llm.model
+    tokens, lengths = rng.integers(0, 101, (2, 12)).astype(np.int32), np.array([12, 7])
+    positions = np.where(np.arange(12) < lengths[:, None], np.arange(12), gj.EMPTY).astype(np.int32)
+
+    def read(observe):
+        cache = gj.empty_cache(model.config, 2, 12)
+        return model(jnp.asarray(tokens), jnp.asarray(positions), cache, observe=observe)
+
+    plain, _, nothing = read(None)
+    output, _, seen = read(lambda layer, z, real: (z, real) if layer != 1 else None)
+    assert nothing == ()
+    assert seen[1] is None
+    np.testing.assert_array_equal(output, plain)
+    for row, length in enumerate(lengths):
+        expected = torch_intermediates(tiny.torch, tokens[row, :length].tolist())
+        for layer in (0, 2):
+            z, real = seen[layer]
+            assert_close(np.asarray(z[row, :length]), expected[layer])
+            np.testing.assert_array_equal(real[row], positions[row] != gj.EMPTY)
+
+
 def test_padded_queries_stay_finite(tiny):
     padded = np.full((1, 8), -1, np.int32)
     assert np.isfinite(stepwise_logits(tiny.llm.model, [padded], 8)).all()
@@ -71,7 +94,8 @@ def test_narrow_weights_compute_near_float32(tiny, rng, dtype):
     narrow = gj.load(tiny.folder, dtype).model
     assert narrow.dtype == jnp.dtype(dtype)
     cache = gj.empty_cache(narrow.config, 1, 20, narrow.dtype)
-    x, cache, squares = narrow(jnp.asarray(tokens), jnp.arange(20, dtype=jnp.int32)[None], cache, collect=True)
+    positions = jnp.arange(20, dtype=jnp.int32)[None]
+    x, cache, squares = narrow(jnp.asarray(tokens), positions, cache, observe=statistic)
     logits, expected = np.asarray(narrow.logits(x)), torch_logits(tiny.torch, tokens)
     assert logits.dtype == squares[0].dtype == np.float32
     assert np.linalg.norm(logits - expected) < 0.1 * np.linalg.norm(expected)
