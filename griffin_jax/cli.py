@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval`."""
+"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | flocking`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, bench, demo, deviceless, families, loading
+from griffin_jax import __version__, bench, demo, deviceless, families, flocking, loading
 from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
@@ -126,6 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.add_arguments(command)
     command.set_defaults(run=evaluation.run)
+
+    command = commands.add_parser(
+        "flocking",
+        help="the paper's figures of why pruning works, for your own model and texts",
+        description=flocking.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    flocking.add_arguments(command)
+    command.set_defaults(run=flocking.run)
     return parser
 
 

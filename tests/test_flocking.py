@@ -1,0 +1,265 @@
+"""Flocking as NumPy and sets of numbers have it, and the command that draws it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import TinyLlama, assert_close, oracle_squares, oracle_topk, torch_greedy, torch_intermediates
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import griffin_jax as gj
+from griffin_jax import flocking, flockingreport
+from griffin_jax.cli import main
+from griffin_jax.evaluation.batches import Item
+
+PROMPT, NEW, WINDOW, DENSITIES = 12, 8, 4, (0.25, 0.5)
+
+
+def similarity_of_sets(first, second) -> float:
+    first, second = set(map(int, first)), set(map(int, second))
+    return len(first & second) / len(first | second)
+
+
+def experts(squares: np.ndarray, density: float) -> np.ndarray:
+    return oracle_topk(squares, int(len(squares) * density))
+
+
+def relative(z: np.ndarray) -> np.ndarray:
+    return np.abs(z) / np.linalg.norm(z, axis=-1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory) -> TinyLlama:
+    """A tiny model whose words are w0 to w100."""
+    folder = tmp_path_factory.mktemp("worded")
+    backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(101)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    # Only a model that writes no end of text has every window.
+    return TinyLlama.build(folder, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    """Three texts; of the third the first PROMPT tokens are a model's whole prompt."""
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 101, length).tolist() for length in (20, 30, 25)]
+
+
+class TestSimilarity:
+    def test_pairs_are_those_of_sets(self, rng):
+        masks = rng.random((5, 40)) < 0.4
+        sets = [np.flatnonzero(mask) for mask in masks]
+        expected = [[similarity_of_sets(a, b) for a in sets] for b in sets]
+        pairs = flocking.jaccard_of_pairs(jnp.asarray(masks))
+        np.testing.assert_allclose(pairs, expected, rtol=1e-6)
+        different = [similarity_of_sets(a, b) for a, b in itertools.combinations(sets, 2)]
+        np.testing.assert_allclose(flocking.mean_of_pairs(pairs), np.mean(different), rtol=1e-6)
+        np.testing.assert_allclose(
+            flocking.jaccard(jnp.asarray(masks[:4]), jnp.asarray(masks[1:])), np.diagonal(expected, 1), rtol=1e-6
+        )
+
+    @pytest.mark.parametrize(("kept", "neurons"), [(1, 5), (3, 7), (6, 7), (4, 4)])
+    def test_random_experts_as_counted(self, kept, neurons):
+        first = range(kept)
+        every = itertools.combinations(range(neurons), kept)
+        expected = np.mean([similarity_of_sets(first, second) for second in every])
+        assert flocking.expected_jaccard(kept, neurons) == pytest.approx(expected)
+
+    def test_random_experts_of_many_neurons(self):
+        assert flocking.expected_jaccard(6912, 13824) == pytest.approx(1 / 3, abs=1e-4)
+
+
+class TestReadings:
+    def test_activations_are_those_of_torch(self, tiny, texts):
+        tokens, lengths = gj.pad(texts, 32)
+        found = flocking.activations(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), (2, 0), 40)
+        for row, text in enumerate(texts):
+            z = torch_intermediates(tiny.torch, text)
+            for array, layer in zip(found, (2, 0), strict=True):
+                assert_close(np.asarray(array[row, : len(text)]), relative(z[layer])[:, :40])
+
+    def test_windows_are_parts_of_the_text(self, tiny, texts):
+        """Also where a text ends within a window or before one."""
+        ends = [PROMPT + NEW, PROMPT + 5, PROMPT + 3]
+        tokens, lengths = gj.pad([text[:PROMPT] for text in texts], 16)
+        answers = np.full((3, NEW), gj.EMPTY, np.int32)
+        for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            answers[row, : end - PROMPT] = text[PROMPT:end]
+        prefilled = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=16)
+        windows = np.asarray(flocking.window_statistics(tiny.llm.model, prefilled, jnp.asarray(answers), WINDOW))
+        assert windows.shape == (3, 3, NEW // WINDOW, 48)
+        for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
+            for layer, z in enumerate(torch_intermediates(tiny.torch, text[:end])):
+                for number, start in enumerate(range(PROMPT, PROMPT + NEW, WINDOW)):
+                    expected = oracle_squares(z[start : start + WINDOW])
+                    np.testing.assert_allclose(windows[layer, row, number], expected, rtol=1e-4, atol=1e-6)
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("lead", [0, 2])
+    def test_permuting_keeps_the_tokens_and_what_stands_in_front(self, lead):
+        item = Item("a", list(range(50)), [1, 2], "summary")
+        other = flocking.permuted(item, lead, np.random.default_rng(0))
+        assert sorted(other.prompt) == item.prompt != other.prompt
+        assert list(other.prompt[:lead]) == item.prompt[:lead]
+        assert (other.name, other.answer, other.reference) == (item.name, item.answer, item.reference)
+
+    def test_random_tokens_are_of_the_whole_vocabulary(self):
+        other = flocking.random_tokens(Item("a", [90, *[0] * 999]), 1, 7, np.random.default_rng(0))
+        assert len(other.prompt) == 1000
+        assert other.prompt[0] == 90
+        assert set(other.prompt[1:]) == set(range(7))
+
+    @pytest.mark.parametrize("kind", [flocking.PERMUTED, flocking.RANDOM])
+    def test_draws_belong_to_text_and_seed(self, kind, texts):
+        items = [Item(str(number), text) for number, text in enumerate(texts)]
+        both = flocking.Texts(items, 0, 101).of_kind(kind, 3)
+        assert flocking.Texts(items[1:], 0, 101).of_kind(kind, 3) == both[1:]
+        assert flocking.Texts(items, 0, 101).of_kind(kind, 4) != both
+
+
+def command(folder: Path, *arguments: str) -> int:
+    lengths = ["--prompt-tokens", str(PROMPT), "--new-tokens", str(NEW), "--window", str(WINDOW)]
+    densities = ["--density", "0.5", "--densities", "0.25"]
+    return main(["flocking", "--output", str(folder), *lengths, *densities, "--batch", "2", *arguments])
+
+
+def written(texts: list[list[int]]) -> list[str]:
+    return [" ".join(f"w{token}" for token in text) for text in texts]
+
+
+@pytest.mark.parametrize("continuation", ["own", "text"])
+def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuation):
+    """From a file to JSON, against torch's intermediates; the third text is alone in its batch."""
+    lines = [json.dumps({"body": f"A w1 {text} B"}) for text in written(texts)]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join([lines[0], "{", json.dumps({"body": "w1"}), *lines[1:]]))
+    marks = ["--column", "body", "--after", "w1 ", "--before", " B", "--continuation", continuation]
+    assert command(tmp_path / "out", str(file), "--model", str(worded.folder), *marks, "--json") == 0
+    out, err = capsys.readouterr()
+    results = json.loads(out.splitlines()[-1])
+    assert results == json.loads((tmp_path / "out" / "flocking.json").read_text())
+    assert (results["used"], results["left_out"]["count"], results["kept"]) == (3, 2, [12, 24])
+    assert "not JSON" in err
+    assert f"{file}, line 3" in err
+
+    prompts, follows, permutations = [], [], []
+    items = [Item(f"{file}, line {line}", text[:PROMPT]) for line, text in zip((1, 4, 5), texts, strict=True)]
+    for text, other in zip(texts, flocking.Texts(items, 0, 101).of_kind(flocking.PERMUTED, 0), strict=True):
+        answer = text[PROMPT : PROMPT + NEW]
+        if continuation == "own":
+            answer = torch_greedy(worded.torch, text[:PROMPT], NEW)
+        z = torch_intermediates(worded.torch, text[:PROMPT] + answer)
+        prompts.append([oracle_squares(layer[:PROMPT]) for layer in z])
+        follows.append([[oracle_squares(part) for part in np.split(layer[PROMPT:], NEW // WINDOW)] for layer in z])
+        permutations.append(list(map(oracle_squares, torch_intermediates(worded.torch, list(other.prompt)))))
+
+    def mean(pairs, density: float) -> float:
+        return float(np.mean([similarity_of_sets(experts(a, density), experts(b, density)) for a, b in pairs]))
+
+    stability = results["stability"]
+    assert stability["texts"] == [3, 3]
+    for at, density in enumerate(DENSITIES):
+        for layer in range(3):
+            own, other = ([squares[layer] for squares in kind] for kind in (prompts, permutations))
+            for kind, squares in (("texts", own), ("permuted", other)):
+                expected = mean(itertools.combinations(squares, 2), density)
+                assert results["similarity"][kind][at][layer] == pytest.approx(expected, rel=1e-5)
+            assert results["own_permutation"][at][layer] == pytest.approx(
+                mean(zip(own, other, strict=True), density), rel=1e-5
+            )
+            for window in range(NEW // WINDOW):
+                windows = [follow[layer][window] for follow in follows]
+                so_far = [np.sum(follow[layer][: window + 1], axis=0) for follow in follows]
+                for key, pairs in (
+                    ("windows", zip(own, windows, strict=True)),
+                    ("so_far", zip(own, so_far, strict=True)),
+                    ("other_windows", zip(own, windows[1:], strict=False)),
+                    ("other_so_far", zip(own, so_far[1:], strict=False)),
+                ):
+                    assert stability[key][at][layer][window] == pytest.approx(mean(pairs, density), rel=1e-5)
+    with np.load(tmp_path / "out" / "activations.npz") as maps:
+        assert set(maps) == {f"text {text}, layer {layer}" for text in (1, 2) for layer in range(3)}
+        z = torch_intermediates(worded.torch, texts[1])
+        assert_close(maps["text 2, layer 1"], relative(z[1]))
+
+
+def test_texts_that_end_are_counted_no_more(worded, texts, tmp_path, capsys):
+    """A model that ends with what it would write as the third token of the first text."""
+    end = torch_greedy(worded.torch, texts[0][:PROMPT], 3)[-1]
+    folder = tmp_path / "ends"
+    TinyLlama.build(folder, eos_token_id=end)
+    for file in worded.folder.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    for number, text in enumerate(written(texts)[:2]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    files = [str(tmp_path / f"{number}.txt") for number in range(2)]
+    assert command(tmp_path / "out", *files, "--model", str(folder)) == 0
+    stability = json.loads((tmp_path / "out" / "flocking.json").read_text())["stability"]
+    second = torch_greedy(worded.torch, texts[1][:PROMPT], NEW)
+    reached = second.index(end) + 1 if end in second else NEW
+    assert stability["texts"] == [int(reached >= stop) for stop in (4, 8)]
+    for density in stability["windows"]:
+        assert [value is None for value in density[0]] == [count == 0 for count in stability["texts"]]
+    assert "experts chosen at random" in capsys.readouterr().out
+
+
+def test_reports_of_texts_that_end_at_once(tmp_path):
+    """There is nothing to draw, and no warning."""
+    results = {
+        "model_name": "m", "dtype": "float32", "used": 2, "left_out": {"count": 0}, "layers": 1, "prompt": 4,
+        "continuation": "own", "window": 2, "density": 0.5, "densities": [0.5], "kept": [2], "neurons": 4,
+        "random_experts": [0.4], "similarity": {key: [[0.6]] for key in flockingreport.KINDS},
+        "own_permutation": [[0.7]],
+        "stability": {"texts": [0], **{key: [[[None]]] for key in flockingreport.STABILITY}},
+    }  # fmt: skip
+    lines = flockingreport.table(results).splitlines()
+    assert lines[4].split()[2:] == ["0.600", *["0.600", "(in", "0)"] * 2]
+    assert lines[8].split()[-3:] == ["-"] * 3
+    flockingreport.plot_stability(results, tmp_path / "stability.png")
+    assert (tmp_path / "stability.png").stat().st_size
+
+
+def test_pictures_of_several_texts_and_layers(worded, texts, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in written(texts)))
+    arguments = ["--model", str(worded.folder), "--layer", "2", "--text", "3", "--limit", "3"]
+    assert command(tmp_path / "out", str(file), *arguments) == 0
+    for name in ("activations", "similarity", "stability"):
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(tmp_path / "out" / "activations.npz") as maps:
+        assert {name: maps[name].shape for name in maps} == {"text 3, layer 2": (25, 48)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--window", "3"], "--new-tokens must be whole windows of 3, got 8"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--density", "1.5"], "density must be in (0, 1], got 1.5"),
+        (["--densities", "a"], "--densities: 'a' is no list of numbers"),
+        (["--densities", "0.01"], "density 0.01 keeps 0 of 48 neurons"),
+        (["--layer", "3"], "--layer: the model's layers are 0 to 2, got 3"),
+        (["--text", "0"], "--text: 3 texts can be used, numbered from 1, got 0"),
+        (["--text", "4"], "--text: 3 texts can be used, numbered from 1, got 4"),
+        (["--limit", "1"], "line 1 can be used; similarity needs two texts or more"),
+        (["--prompt-tokens", "100"], "no text can be used (3 x shorter than 100 tokens)"),
+        (["--prompt-tokens", "250"], "250 + 8 tokens are more than the model's context of 256"),
+        (["--column", "body"], "no text can be used (3 x no column 'body')"),
+        (["--output", "no/such"], "--output: there is no folder"),
+        (["no.txt"], "there is no file no.txt"),
+    ],
+)  # fmt: skip
+def test_bad_input(worded, texts, tmp_path, capsys, arguments, message):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in written(texts)))
+    assert command(tmp_path / "out", str(file), *arguments, "--model", str(worded.folder)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
