@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ KINDS = {TEXTS: "different texts", PERMUTED: "their tokens permuted", RANDOM: "r
 
 OWN_PERMUTATION = "a text and its permutation"
 STABILITY = {
-    "so_far": "the prompt and all behind it",
-    "other_so_far": "another prompt and all behind this one",
-    "windows": "the prompt and a window behind it",
-    "other_windows": "another prompt and a window behind this one",
+    "windows": "a prompt and a window behind it",
+    "other_windows": "another prompt and this window",
+    "so_far": "a prompt and all behind it",
+    "other_so_far": "another prompt and all this",
 }
 """Likewise, of the tokens that follow a prompt."""
 
@@ -38,8 +39,10 @@ def table(results: Results) -> str:
     ]
     windows, window = len(results["stability"]["texts"]), results["window"]
     for key, title in STABILITY.items():
-        for number in dict.fromkeys([0, windows - 1]):
-            first = 1 if key.endswith("so_far") else number * window + 1
+        # The first window is all so far.
+        whole = key.endswith("so_far")
+        for number in [windows - 1] if whole else dict.fromkeys([0, windows - 1]):
+            first = 1 if whole else number * window + 1
             layers = [layer[number] for layer in results["stability"][key][at]]
             rows.append((f"{title}, tokens {first} to {(number + 1) * window}", layers))
     width = max(len(title) for title, _ in rows) + 2
@@ -94,7 +97,7 @@ def plot_activations(
             shrink=0.9,
             aspect=25,
         )
-    figure.suptitle(f"{model}: relative activations")
+    figure.suptitle(f"{_short(model)}: relative activations")
     figure.savefig(file, format="png")
 
 
@@ -121,7 +124,7 @@ def plot_similarity(results: Results, file: str | os.PathLike[str]) -> None:
         axis.set_xlim(0, 1)
         axis.set_ylim(0, 1)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="upper left")
+        axis.legend(fontsize="small", loc="lower right")
     last = axes[3]
     last.plot(results["own_permutation"][at], "o-", color="C2", markersize=3, label=OWN_PERMUTATION)
     for number, (kind, title) in enumerate(KINDS.items()):
@@ -134,10 +137,10 @@ def plot_similarity(results: Results, file: str | os.PathLike[str]) -> None:
     last.set_ylabel("Jaccard similarity")
     last.set_ylim(0, 1)
     last.grid(alpha=0.3)
-    last.legend(fontsize="small", loc="best")
+    last.legend(fontsize="x-small", loc="lower center", ncols=2)
     figure.colorbar(colours, ax=axes, label="layer", location="bottom", shrink=0.5, aspect=40)
     figure.suptitle(
-        f"{results['model_name']}: experts of {results['used']} prompts of {results['prompt']} tokens,"
+        f"{_short(results['model_name'])}: experts of {results['used']} prompts of {results['prompt']} tokens,"
         " means over all pairs"
     )
     figure.savefig(file, format="png")
@@ -172,7 +175,7 @@ def plot_stability(results: Results, file: str | os.PathLike[str]) -> None:
         axis.set_ylabel("layer")
     figure.colorbar(axes[0].images[0], ax=axes[:2], label="Jaccard similarity (of all heat maps)")
     lines, ends = axes[3], window * np.arange(1, windows + 1)
-    for (key, title), style in zip(STABILITY.items(), ("C0o-", "C0o:", "C2s-", "C2s:"), strict=True):
+    for (key, title), style in zip(STABILITY.items(), ("C0o-", "C0o:", "C1s-", "C1s:"), strict=True):
         lines.plot(ends, stability[key].mean(axis=0), style, markersize=4, label=title)
     lines.axhline(results["random_experts"][at], linestyle="--", color="C3", label=RANDOM_EXPERTS)
     lines.set_title("means over layers", fontsize="medium")
@@ -183,10 +186,15 @@ def plot_stability(results: Results, file: str | os.PathLike[str]) -> None:
     figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
     behind = "what the model writes" if results["continuation"] == "own" else "the text"
     figure.suptitle(
-        f"{results['model_name']}: experts of {results['used']} prompts of {results['prompt']} tokens,\n"
+        f"{_short(results['model_name'])}: experts of {results['used']} prompts of {results['prompt']} tokens,\n"
         f"and of {behind} behind them, at density {results['density']:g}"
     )
     figure.savefig(file, format="png")
+
+
+def _short(model: str) -> str:
+    """The last part of a path or repository id, which fits into a title."""
+    return PurePath(model).name or model
 
 
 def _drawn(results: Results) -> int:

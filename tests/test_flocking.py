@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import griffin_jax as gj
-from griffin_jax import flocking, flockingreport
+from griffin_jax import flocking, flockingreport, jitted
 from griffin_jax.cli import main
 from griffin_jax.evaluation.batches import Item
 
@@ -35,21 +35,20 @@ def relative(z: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model whose words are w0 to w100."""
+def texts() -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 101, length).tolist() for length in (20, 30, 25)]
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory, texts) -> TinyLlama:
+    """A tiny model whose words are w0 to w100, and which writes less than a window behind the first text."""
     folder = tmp_path_factory.mktemp("worded")
     backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(101)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
-    # Only a model that writes no end of text has every window.
-    return TinyLlama.build(folder, eos_token_id=None)
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[list[int]]:
-    """Three texts; of the third the first PROMPT tokens are a model's whole prompt."""
-    rng = np.random.default_rng(5)
-    return [rng.integers(3, 101, length).tolist() for length in (20, 30, 25)]
+    end = torch_greedy(TinyLlama.build(folder).torch, texts[0][:PROMPT], WINDOW - 1)[-1]
+    return TinyLlama.build(folder, eos_token_id=end)
 
 
 class TestSimilarity:
@@ -92,7 +91,7 @@ class TestReadings:
         answers = np.full((3, NEW), gj.EMPTY, np.int32)
         for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
             answers[row, : end - PROMPT] = text[PROMPT:end]
-        prefilled = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=16)
+        prefilled = jitted.prefill(tiny.llm.model, tokens, lengths, room=16)
         windows = np.asarray(flocking.window_statistics(tiny.llm.model, prefilled, jnp.asarray(answers), WINDOW))
         assert windows.shape == (3, 3, NEW // WINDOW, 48)
         for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
@@ -137,7 +136,10 @@ def written(texts: list[list[int]]) -> list[str]:
 
 @pytest.mark.parametrize("continuation", ["own", "text"])
 def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuation):
-    """From a file to JSON, against torch's intermediates; the third text is alone in its batch."""
+    """From a file to JSON, against torch's intermediates; the third text is alone in its batch.
+
+    What the model writes behind the first text ends within a window, which then does not count.
+    """
     lines = [json.dumps({"body": f"A w1 {text} B"}) for text in written(texts)]
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join([lines[0], "{", json.dumps({"body": "w1"}), *lines[1:]]))
@@ -150,65 +152,53 @@ def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuatio
     assert "not JSON" in err
     assert f"{file}, line 3" in err
 
-    prompts, follows, permutations = [], [], []
     items = [Item(f"{file}, line {line}", text[:PROMPT]) for line, text in zip((1, 4, 5), texts, strict=True)]
+    prompts, follows, permutations = [], [], []
     for text, other in zip(texts, flocking.Texts(items, 0, 101).of_kind(flocking.PERMUTED, 0), strict=True):
         answer = text[PROMPT : PROMPT + NEW]
         if continuation == "own":
             answer = torch_greedy(worded.torch, text[:PROMPT], NEW)
+            end = worded.torch.config.eos_token_id
+            answer = answer[: answer.index(end) + 1] if end in answer else answer
         z = torch_intermediates(worded.torch, text[:PROMPT] + answer)
         prompts.append([oracle_squares(layer[:PROMPT]) for layer in z])
-        follows.append([[oracle_squares(part) for part in np.split(layer[PROMPT:], NEW // WINDOW)] for layer in z])
+        ends = range(PROMPT + WINDOW, len(z[0]) + 1, WINDOW)
+        follows.append([[oracle_squares(layer[end - WINDOW : end]) for end in ends] for layer in z])
         permutations.append(list(map(oracle_squares, torch_intermediates(worded.torch, list(other.prompt)))))
 
     def mean(pairs, density: float) -> float:
         return float(np.mean([similarity_of_sets(experts(a, density), experts(b, density)) for a, b in pairs]))
 
     stability = results["stability"]
-    assert stability["texts"] == [3, 3]
-    for at, density in enumerate(DENSITIES):
-        for layer in range(3):
-            own, other = ([squares[layer] for squares in kind] for kind in (prompts, permutations))
-            for kind, squares in (("texts", own), ("permuted", other)):
-                expected = mean(itertools.combinations(squares, 2), density)
-                assert results["similarity"][kind][at][layer] == pytest.approx(expected, rel=1e-5)
-            assert results["own_permutation"][at][layer] == pytest.approx(
-                mean(zip(own, other, strict=True), density), rel=1e-5
-            )
-            for window in range(NEW // WINDOW):
-                windows = [follow[layer][window] for follow in follows]
-                so_far = [np.sum(follow[layer][: window + 1], axis=0) for follow in follows]
-                for key, pairs in (
-                    ("windows", zip(own, windows, strict=True)),
-                    ("so_far", zip(own, so_far, strict=True)),
-                    ("other_windows", zip(own, windows[1:], strict=False)),
-                    ("other_so_far", zip(own, so_far[1:], strict=False)),
-                ):
-                    assert stability[key][at][layer][window] == pytest.approx(mean(pairs, density), rel=1e-5)
+    reached = [[row for row in range(3) if len(follows[row][0]) > window] for window in range(NEW // WINDOW)]
+    assert stability["texts"] == list(map(len, reached))
+    assert (0 in reached[0]) == (continuation == "text")
+    for (at, density), layer in itertools.product(enumerate(DENSITIES), range(3)):
+        own, other = ([squares[layer] for squares in kind] for kind in (prompts, permutations))
+        found = {kind: values[at][layer] for kind, values in results["similarity"].items()}
+        found["own"] = results["own_permutation"][at][layer]
+        expected = {
+            "texts": mean(itertools.combinations(own, 2), density),
+            "permuted": mean(itertools.combinations(other, 2), density),
+            "random_tokens": found["random_tokens"],
+            "own": mean(zip(own, other, strict=True), density),
+        }
+        assert found == pytest.approx(expected, rel=1e-5)
+        for window, rows in enumerate(reached):
+            windows = {row: follows[row][layer][window] for row in rows}
+            so_far = {row: np.sum(follows[row][layer][: window + 1], axis=0) for row in rows}
+            expected = {
+                "windows": mean([(own[row], windows[row]) for row in rows], density),
+                "so_far": mean([(own[row], so_far[row]) for row in rows], density),
+                "other_windows": mean([(own[row - 1], windows[row]) for row in rows if row], density),
+                "other_so_far": mean([(own[row - 1], so_far[row]) for row in rows if row], density),
+            }
+            found = {key: stability[key][at][layer][window] for key in expected}
+            assert found == pytest.approx(expected, rel=1e-5)
     with np.load(tmp_path / "out" / "activations.npz") as maps:
         assert set(maps) == {f"text {text}, layer {layer}" for text in (1, 2) for layer in range(3)}
         z = torch_intermediates(worded.torch, texts[1])
         assert_close(maps["text 2, layer 1"], relative(z[1]))
-
-
-def test_texts_that_end_are_counted_no_more(worded, texts, tmp_path, capsys):
-    """A model that ends with what it would write as the third token of the first text."""
-    end = torch_greedy(worded.torch, texts[0][:PROMPT], 3)[-1]
-    folder = tmp_path / "ends"
-    TinyLlama.build(folder, eos_token_id=end)
-    for file in worded.folder.glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    for number, text in enumerate(written(texts)[:2]):
-        (tmp_path / f"{number}.txt").write_text(text)
-    files = [str(tmp_path / f"{number}.txt") for number in range(2)]
-    assert command(tmp_path / "out", *files, "--model", str(folder)) == 0
-    stability = json.loads((tmp_path / "out" / "flocking.json").read_text())["stability"]
-    second = torch_greedy(worded.torch, texts[1][:PROMPT], NEW)
-    reached = second.index(end) + 1 if end in second else NEW
-    assert stability["texts"] == [int(reached >= stop) for stop in (4, 8)]
-    for density in stability["windows"]:
-        assert [value is None for value in density[0]] == [count == 0 for count in stability["texts"]]
-    assert "experts chosen at random" in capsys.readouterr().out
 
 
 def test_reports_of_texts_that_end_at_once(tmp_path):
@@ -227,11 +217,13 @@ def test_reports_of_texts_that_end_at_once(tmp_path):
     assert (tmp_path / "stability.png").stat().st_size
 
 
-def test_pictures_of_several_texts_and_layers(worded, texts, tmp_path):
-    file = tmp_path / "texts.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in written(texts)))
+def test_text_files_and_chosen_pictures(worded, texts, tmp_path, capsys):
+    files = [tmp_path / f"{number}.txt" for number in range(4)]
+    for file, text in zip(files, written([*texts, texts[0]]), strict=True):
+        file.write_text(text)
     arguments = ["--model", str(worded.folder), "--layer", "2", "--text", "3", "--limit", "3"]
-    assert command(tmp_path / "out", str(file), *arguments) == 0
+    assert command(tmp_path / "out", *map(str, files), *arguments) == 0
+    assert "3 texts of 12 tokens, 0 left out" in capsys.readouterr().out
     for name in ("activations", "similarity", "stability"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(tmp_path / "out" / "activations.npz") as maps:
