@@ -64,7 +64,7 @@ OWN, TEXT = "own", "text"
 """What follows a prompt: what the dense model writes (greedy), or the text itself."""
 
 
-def jaccard(first: Bool[Array, "*b f"], second: Bool[Array, "*b f"]) -> Float[Array, "*b"]:
+def jaccard(first: Bool[Array, "*#b f"], second: Bool[Array, "*#b f"]) -> Float[Array, "..."]:
     """|A & B| / |A | B| of sets of neurons given as masks; sets that are not empty."""
     return jnp.sum(first & second, axis=-1) / jnp.sum(first | second, axis=-1)
 
@@ -111,8 +111,8 @@ def similarity(squares: Float[Array, "n f"], configs: tuple[GriffinConfig, ...])
 
 @functools.partial(jax.jit, static_argnames="configs")
 def similarities(
-    first: Float[Array, "layers *b f"], second: Float[Array, "layers *b f"], configs: tuple[GriffinConfig, ...]
-) -> Float[Array, "densities layers *b"]:
+    first: Float[Array, "layers *#b f"], second: Float[Array, "layers *#b f"], configs: tuple[GriffinConfig, ...]
+) -> Float[Array, "densities layers ..."]:
     """Jaccard similarity of the experts that the statistics in equal places select, for each of `configs`."""
 
     def of_layer(squares: tuple[Array, Array]) -> Array:
@@ -310,8 +310,7 @@ class _Followed:
             ("other_windows", others, windows),
             ("other_so_far", others, so_far),
         ):
-            prompts = jnp.broadcast_to(prompts[:, :, None], windows.shape)
-            values = np.asarray(similarities(prompts, followed, self._configs))[:, :, :rows]
+            values = np.asarray(similarities(prompts[:, :, None], followed, self._configs))[:, :, :rows]
             values = np.where(reached, values, np.nan)
             if name.startswith("other") and self._before is None:
                 values[:, :, 0] = np.nan
