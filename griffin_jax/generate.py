@@ -43,6 +43,12 @@ def bucket(length: int) -> int:
     return max(16, -(-length // step) * step)
 
 
+def chunk_count(length: int, chunk: int = DEFAULT_CHUNK) -> int:
+    """In how many chunks a length is read that has at most `chunk` tokens in each; they divide it where that is easy."""
+    fewest = -(-length // chunk)
+    return next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)
+
+
 def pad(
     sequences: Sequence[Sequence[int] | Int[np.ndarray, "_n"]], length: int
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
@@ -85,7 +91,7 @@ def prefill(
     lengths: Int[Array, "b"],
     *,
     room: int,
-    longest: int | Int[Array, ""] | None = None,
+    longest: int | Int[Array, "..."] | None = None,
     chunk: int = DEFAULT_CHUNK,
     collect: bool = True,
 ) -> Prefilled:
@@ -96,14 +102,13 @@ def prefill(
         tokens: prompts, padded on the right to a common length with any token.
         lengths: real tokens of each prompt, in [1, T].
         room: longest answer that the cache gets slots for, in tokens; static.
-        longest: tokens that the answer may come to have, by which LongRoPE chooses its wavelengths; `room` if
-            None. Not static, so that `room` can be rounded up without meaning.
+        longest: tokens that the answer (or that of each row) may come to have, by which LongRoPE chooses its
+            wavelengths; `room` if None. Not static, so that `room` can be rounded up without meaning.
         chunk: tokens read at a time, at most; static. It bounds memory and changes no result.
         collect: whether to gather the statistics; static.
     """
     batch, length = tokens.shape
-    fewest = -(-length // chunk)
-    chunks = next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)
+    chunks = chunk_count(length, chunk)
     chunk = -(-length // chunks)
     padded = chunks * chunk
     tokens = jnp.pad(tokens, ((0, 0), (0, padded - length)))

@@ -4,6 +4,7 @@
     hidden, statistics = follow(model, prefilled, answers, lengths)       what decoding these tokens would have seen
     hidden, _ = follow(prune(model, experts), prefilled, answers, lengths)
     losses(model, hidden, answers), compare(model, dense, pruned, answers)
+    hidden, longer = extend(model, prefilled, tokens, lengths)            prompts that go on, scored on the way
 
 Prompts and answers may be ragged; a prompt that was read once serves any number of pruned models. Scores over the
 vocabulary are made a few tokens at a time, so that they never take more memory than a few tokens' worth.
@@ -19,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from griffin_jax.cache import EMPTY
-from griffin_jax.generate import Prefilled
+from griffin_jax.cache import EMPTY, KVCache
+from griffin_jax.generate import Prefilled, chunk_count
 from griffin_jax.griffin import Statistics
 from griffin_jax.model import Transformer, statistic
 
@@ -38,6 +39,9 @@ def follow(
 ) -> tuple[Float[Array, "b r d"], Statistics]:
     """Reads given answers behind prompts that were prefilled.
 
+    Answers whose width is a multiple of `DEFAULT_CHUNK`, as `bucket` makes it for long ones, are read that many tokens
+    at a time: their attention scores and intermediates are no larger.
+
     Args:
         model: the full model or a pruned one.
         prefilled: the prompts, with room for R tokens. It stays as it is.
@@ -49,11 +53,62 @@ def follow(
         The residual stream that scores each answer token, for `losses` and `compare` (of the first one it is the
         prompt's own, dense), and the statistics of the answers (no layers unless `collect`).
     """
-    steps = jnp.arange(answers.shape[1], dtype=jnp.int32)
+    hidden, _, statistics = _read(model, prefilled, answers, lengths, collect)
+    return _behind(prefilled, hidden), statistics
+
+
+def extend(
+    model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"]
+) -> tuple[Float[Array, "b r d"], Prefilled]:
+    """Reads more tokens of prompts, as if these had been prefilled with them.
+
+    Args:
+        model: the full model.
+        prefilled: the prompts, with room for at least R tokens. It stays as it is.
+        tokens: that follow, padded on the right with any token.
+        lengths: real tokens of each row, in [0, R].
+
+    Returns:
+        The residual stream that scores each of the tokens, as from `follow`, and the longer prompts, with room for R
+        tokens less and with statistics if there were any.
+    """
+    collect = bool(prefilled.statistics.squares)
+    hidden, cache, statistics = _read(model, prefilled, tokens, lengths, collect)
+    at = jnp.maximum(lengths - 1, 0)[:, None, None]
+    last = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
+    logits = model.logits(last[:, None])[:, 0]
+    room = prefilled.room - tokens.shape[1]
+    return _behind(prefilled, hidden), Prefilled(logits, last, cache, prefilled.statistics + statistics, room)
+
+
+def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
+    """What scores each token is what stands before it."""
+    return jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
+
+
+def _read(
+    model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"], collect: bool
+) -> tuple[Float[Array, "b r d"], KVCache, Statistics]:
+    batch, length = tokens.shape
+    steps = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
-    hidden, _, squares = model(answers, positions, prefilled.cache, observe=statistic if collect else None)
-    hidden = jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
-    return hidden, Statistics(squares, jnp.asarray(lengths, jnp.int32))
+    observe = statistic if collect else None
+    chunks = chunk_count(length) if length else 1
+    if chunks == 1 or length % chunks:
+        hidden, cache, squares = model(tokens, positions, prefilled.cache, observe=observe)
+    else:
+
+        def read(cache: KVCache, chunk: tuple[Array, Array]) -> tuple[KVCache, tuple[Array, tuple[Array, ...]]]:
+            hidden, cache, squares = model(*chunk, cache, observe=observe)
+            return cache, (hidden, squares)
+
+        def by_chunk(x: Int[Array, "b r"]) -> Int[Array, "chunks b chunk"]:
+            return x.reshape(batch, chunks, length // chunks).swapaxes(0, 1)
+
+        cache, (hidden, squares) = jax.lax.scan(read, prefilled.cache, (by_chunk(tokens), by_chunk(positions)))
+        hidden = hidden.swapaxes(0, 1).reshape(batch, length, -1)
+        squares = tuple(square.sum(axis=0) for square in squares)
+    return hidden, cache, Statistics(squares, jnp.asarray(lengths, jnp.int32))
 
 
 @jax.tree_util.register_dataclass

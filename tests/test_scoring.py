@@ -9,7 +9,7 @@ import pytest
 from reference import assert_close
 
 import griffin_jax as gj
-from griffin_jax import scoring
+from griffin_jax import jitted, scoring
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [90, 3, 77, 3, 21]]
 ANSWERS = [[13, 14, 15], [50, 51, 52, 53, 54, 55], [1]]
@@ -53,6 +53,33 @@ def test_statistics_of_answers_are_what_the_prompts_lack(followed):
         for layer, squares in enumerate(statistics.squares):
             assert_close(np.asarray(squares[row]), np.asarray(whole[layer] - head[layer])[0])
     assert statistics.tokens.tolist() == [len(answer) for answer in ANSWERS]
+
+
+@pytest.mark.parametrize("chunk", [1024, 4])
+def test_extended_prompts_are_longer_prompts(tiny, monkeypatch, chunk):
+    """Whether they are read at once or in chunks; a row may have nothing more, or end before the last chunk."""
+    model = tiny.llm.model
+    more, behind = [[13, 14, 15, 16, 17, 18], [], [1, 2]], [[19], [43, 44], []]
+    tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 16))
+    rest, rest_lengths = map(jnp.asarray, gj.pad(more, 8))
+    both = [first + second for first, second in zip(more, behind, strict=True)]
+    prefilled = jitted.prefill(model, tokens, lengths, room=10)
+    expected, _ = jitted.follow(model, prefilled, *map(jnp.asarray, gj.pad(both, 10)))
+    whole = [prompt + tail for prompt, tail in zip(PROMPTS, more, strict=True)]
+    prefilled_whole = jitted.prefill(model, *gj.pad(whole, 16), room=2)
+
+    monkeypatch.setattr(scoring, "DEFAULT_CHUNK", chunk)
+    hidden, longer = scoring.extend(model, prefilled, rest, rest_lengths)
+    following, _ = jitted.follow(model, longer, *map(jnp.asarray, gj.pad(behind, 2)))
+    for row, (tail, last) in enumerate(zip(more, behind, strict=True)):
+        got = np.concatenate([hidden[row, : len(tail)], following[row, : len(last)]])
+        assert_close(got, np.asarray(expected[row, : len(tail + last)]))
+    assert longer.room == prefilled_whole.room
+    assert longer.statistics.tokens.tolist() == prefilled_whole.statistics.tokens.tolist()
+    for name in ("logits", "hidden"):
+        assert_close(np.asarray(getattr(longer, name)), np.asarray(getattr(prefilled_whole, name)))
+    for got, squares in zip(longer.statistics.squares, prefilled_whole.statistics.squares, strict=True):
+        assert_close(np.asarray(got), np.asarray(squares))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

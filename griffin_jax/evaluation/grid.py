@@ -89,13 +89,13 @@ def models(
         else:
             oracle = row.method == ORACLE
             config = GriffinConfig(row.density, "topk" if oracle else row.method)  # pyright: ignore[reportArgumentType]
-            spare = prune(model, _each_alone(answers if oracle else prompts, config, seeds), reuse=spare)
+            spare = prune(model, select_each(answers if oracle else prompts, config, seeds), reuse=spare)
             yield row, spare
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _each_alone(statistics: Statistics, config: GriffinConfig, seeds: Int[Array, "b"]) -> Experts:
-    """`select` for each sequence with a seed of its own."""
+def select_each(statistics: Statistics, config: GriffinConfig, seeds: Int[Array, "b"]) -> Experts:
+    """`select` for each sequence with a seed of its own, so that what is drawn does not depend on its batch."""
 
     def select_one(squares: tuple[Array, ...], tokens: Array, seed: Array) -> tuple[Array, ...]:
         alone = Statistics(tuple(s[None] for s in squares), tokens[None])
