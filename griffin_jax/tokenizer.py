@@ -79,13 +79,27 @@ class Tokenizer:
         """The token that the tokenizer itself ends a text with, if it has one."""
         return self._tokenizer.eos_token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the first token in front where the model was trained so.
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that a text begins with, if the tokenizer has one, whether or not `encode` puts it there."""
+        return self._tokenizer.bos_token_id
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The Jinja template of chats, or several by name; None if the model was not trained to chat."""
+        return self._tokenizer.chat_template
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: the text.
+            special: put the first token in front where the model was trained so.
 
         Raises:
             ValueError: the text has a lone surrogate, so it is not Unicode.
         """
-        return self._tokenizer.encode(_unicode(text))
+        return self._tokenizer.encode(_unicode(text), add_special_tokens=special)
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids.
@@ -109,12 +123,32 @@ class Tokenizer:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": _unicode(messages)}]
+        return self._apply_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, begin_answer: bool = True, **arguments: Any) -> str:
+        """The text of a conversation, special tokens included.
+
+        Args:
+            messages: a list of `{"role": ..., "content": ...}`.
+            begin_answer: end where the model's answer begins; otherwise in the middle of the last message.
+            **arguments: what the template knows besides, such as `enable_thinking`.
+
+        Raises:
+            ValueError: there is no chat template, or it rejects the messages.
+        """
+        return self._apply_template(
+            messages,
+            add_generation_prompt=begin_answer,
+            continue_final_message=not begin_answer,
+            tokenize=False,
+            **arguments,
+        )
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]], **arguments: Any) -> Any:
         if not self._tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template, so the model was not trained to chat; use encode()")
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            return self._tokenizer.apply_chat_template(list(messages), **arguments)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
 

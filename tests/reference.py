@@ -87,6 +87,25 @@ def step_logits(
     return model.logits(x), cache
 
 
+def pruned_log_softmax(model: Any, tokens: Sequence[int], dense: int, density: float) -> np.ndarray:
+    """log p behind every token, (T, V): the first `dense` are read whole, the rest with the neurons these choose."""
+    if density == 1 or dense >= len(tokens):
+        logits = model(torch.tensor([list(tokens)])).logits[0]
+    else:
+        hooks = []
+        intermediates = torch_intermediates(model, tokens[:dense])
+        for module, z in zip(down_projections(model), intermediates, strict=True):
+            mask = torch.zeros(z.shape[1])
+            mask[oracle_topk(oracle_squares(z), int(z.shape[1] * density))] = 1
+            # The prompt is read whole: masks are for what stands behind it.
+            rows = torch.cat([torch.ones(dense, len(mask)), mask.expand(len(tokens) - dense, -1)])
+            hooks.append(module.register_forward_pre_hook(lambda _, args, rows=rows: (args[0] * rows,)))
+        logits = model(torch.tensor([list(tokens)])).logits[0]
+        for hook in hooks:
+            hook.remove()
+    return torch.log_softmax(logits.double(), dim=-1).numpy()
+
+
 def stepwise_logits(model: gj.Transformer, steps: list[np.ndarray], slots: int) -> np.ndarray:
     """Logits of token columns read step by step through one cache; -1 is padding."""
     batch = steps[0].shape[0]

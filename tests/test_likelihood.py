@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
-from reference import TOLERANCE, down_projections, oracle_squares, oracle_topk, torch_intermediates
+from reference import TOLERANCE, pruned_log_softmax
 
 import griffin_jax as gj
 from griffin_jax.evaluation import likelihood
@@ -18,29 +17,10 @@ CONTINUATIONS = [[13, 14, 15], [50], [1, 60, 61, 62, 63, 64], [70, 71]]
 PAIRS = [(context, tokens) for context in CONTEXTS for tokens in CONTINUATIONS]
 
 
-def masked_log_softmax(model, tokens: list[int], dense: int, density: float) -> np.ndarray:
-    """log p behind every token: the first `dense` read whole, the rest with the neurons that those choose."""
-    if density == 1 or dense >= len(tokens):
-        logits = model(torch.tensor([tokens])).logits[0]
-    else:
-        hooks = []
-        intermediates = torch_intermediates(model, tokens[:dense])
-        for module, z in zip(down_projections(model), intermediates, strict=True):
-            mask = torch.zeros(z.shape[1])
-            mask[oracle_topk(oracle_squares(z), int(z.shape[1] * density))] = 1
-            # The prompt is read whole: masks are for what stands behind it.
-            rows = torch.cat([torch.ones(dense, len(mask)), mask.expand(len(tokens) - dense, -1)])
-            hooks.append(module.register_forward_pre_hook(lambda _, args, rows=rows: (args[0] * rows,)))
-        logits = model(torch.tensor([tokens])).logits[0]
-        for hook in hooks:
-            hook.remove()
-    return torch.log_softmax(logits.double(), dim=-1).numpy()
-
-
 def oracle(model, context: list[int], tokens: list[int], dense: int, density: float) -> tuple[float, bool]:
     """Of the tokens behind a context, when the first `dense` tokens of both are read by the whole model."""
     read = [*context, *tokens][:-1]
-    scores = masked_log_softmax(model, read, dense, density)[-len(tokens) :]
+    scores = pruned_log_softmax(model, read, dense, density)[-len(tokens) :]
     return float(sum(scores[range(len(tokens)), tokens])), scores.argmax(-1).tolist() == tokens
 
 
