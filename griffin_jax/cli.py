@@ -1,8 +1,9 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | flocking`."""
+"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | flocking | lm-eval`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from griffin_jax.planning import NarrowingWarning
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+LM_EVAL = "lm-eval"
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +37,11 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 with one line on stderr for bad input."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser()
+    if arguments[:1] == [LM_EVAL]:
+        # All the rest is lm_eval's, --help too; argparse has no way to leave options alone.
+        return guarded(f"{parser.prog} {LM_EVAL}", lambda: _lm_eval(arguments[1:]))
     options = parser.parse_args(arguments)
     return guarded(f"{parser.prog} {options.command}", lambda: options.run(options))
 
@@ -135,7 +141,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     flocking.add_arguments(command)
     command.set_defaults(run=flocking.run)
+
+    commands.add_parser(LM_EVAL, help="lm-evaluation-harness with the model griffin_jax; takes its arguments")
     return parser
+
+
+def _lm_eval(arguments: Sequence[str]) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError("lm-evaluation-harness is not installed: pip install 'griffin-jax[lm-eval]'")
+    from griffin_jax import harness
+
+    harness.run(arguments)
 
 
 def _add_model_argument(parser: argparse.ArgumentParser) -> None:

@@ -43,7 +43,7 @@ def bucket(length: int) -> int:
     return max(16, -(-length // step) * step)
 
 
-def chunk_count(length: int, chunk: int = DEFAULT_CHUNK) -> int:
+def chunk_count(length: int, chunk: int) -> int:
     """In how many chunks a length is read that has at most `chunk` tokens in each; they divide it where that is easy."""
     fewest = -(-length // chunk)
     return next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.cache import EMPTY, KVCache
-from griffin_jax.generate import Prefilled, chunk_count
+from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, chunk_count
 from griffin_jax.griffin import Statistics
 from griffin_jax.model import Transformer, statistic
 
@@ -93,7 +93,7 @@ def _read(
     steps = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
     observe = statistic if collect else None
-    chunks = chunk_count(length) if length else 1
+    chunks = chunk_count(length, DEFAULT_CHUNK) if length else 1
     if chunks == 1 or length % chunks:
         hidden, cache, squares = model(tokens, positions, prefilled.cache, observe=observe)
     else:
