@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | flocking | lm-eval`."""
+"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | ...`."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def bucket(length: int) -> int:
 
 
 def chunk_count(length: int, chunk: int) -> int:
-    """In how many chunks a length is read that has at most `chunk` tokens in each; they divide it where that is easy."""
+    """In how many chunks of at most `chunk` tokens a length is read; they divide it evenly where they can."""
     fewest = -(-length // chunk)
     return next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)
 
