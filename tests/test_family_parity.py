@@ -49,9 +49,7 @@ class Pair:
 
 
 def parameter(family: str, variant: str) -> Any:
-    name = f"{family}-{variant.replace(', ', '-').replace(' ', '_')}"
-    # In a group, so that a model is built once also where tests are shared out to several processes.
-    return pytest.param((family, variant), id=name, marks=pytest.mark.xdist_group(name))
+    return pytest.param((family, variant), id=f"{family}-{variant.replace(', ', '-').replace(' ', '_')}")
 
 
 VARIANTS = [parameter(family, variant) for family, cases in CASES.items() for variant in cases.variants]
