@@ -21,17 +21,17 @@ def followed(tiny):
     model = tiny.llm.model
     tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 16))
     answers, answered = map(jnp.asarray, gj.pad(ANSWERS, 8))
-    prefilled = gj.prefill(model, tokens, lengths, room=8)
+    prefilled = jitted.prefill(model, tokens, lengths, room=8)
     experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
-    dense, statistics = scoring.follow(model, prefilled, answers, answered, collect=True)
-    pruned, _ = scoring.follow(gj.prune(model, experts), prefilled, answers, answered)
+    dense, statistics = jitted.follow(model, prefilled, answers, answered, collect=True)
+    pruned, _ = jitted.follow(gj.prune(model, experts), prefilled, answers, answered)
     return model, dense, pruned, answers, statistics
 
 
 def alone(model, prompt: list[int], answer: list[int], density: float) -> np.ndarray:
     """Logits that score the answer's tokens, of one sequence without padding."""
     tokens = jnp.asarray([[*prompt, *answer]])
-    logits = gj.teacher_forced(model, tokens, len(prompt), gj.GriffinConfig(density))
+    logits = jitted.teacher_forced(model, tokens, len(prompt), gj.GriffinConfig(density))
     return np.asarray(logits[0, len(prompt) - 1 : -1])
 
 
@@ -47,7 +47,7 @@ def test_statistics_of_answers_are_what_the_prompts_lack(followed):
     model, *_, statistics = followed
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         whole, head = (
-            gj.prefill(model, jnp.asarray([tokens]), jnp.asarray([len(tokens)]), room=0).statistics.squares
+            jitted.prefill(model, jnp.asarray([tokens]), jnp.asarray([len(tokens)]), room=0).statistics.squares
             for tokens in (prompt + answer, prompt)
         )
         for layer, squares in enumerate(statistics.squares):
