@@ -15,6 +15,7 @@ from conftest import PASSAGES
 from reference import torch_greedy
 
 import griffin_jax as gj
+from griffin_jax import jitted
 from griffin_jax.generate import DEFAULT_CHUNK
 from griffin_jax.sampling import sampler
 
@@ -65,10 +66,10 @@ class TestSameTokens:
         for length in (37, 38, 64, 100):
             tokens, lengths = gj.pad(PROMPTS, length)
             tokens[tokens == 0] = 99
-            prefilled = gj.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), room=20)
-            pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-            state = gj.begin(prefilled)
-            assert gj.decode(pruned, state, 20).tokens.tolist() == expected
+            prefilled = jitted.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), room=20)
+            pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
+            state = jitted.begin(prefilled)
+            assert jitted.decode(pruned, state, 20).tokens.tolist() == expected
 
     @pytest.mark.parametrize("chunk", [1, 5, 16, 36])
     def test_chunked_prefill(self, tiny, chunk):
@@ -91,10 +92,10 @@ class TestSameTokens:
         model, draw = tiny.llm.model, sampler(options.get("temperature", 0))
         expected = answer(tiny.llm, PROMPTS, density=1.0, **options)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        prefilled = gj.prefill(model, tokens, lengths, room=32)
-        state = gj.begin(prefilled, sampler=draw, seed=options.get("seed", 0))
+        prefilled = jitted.prefill(model, tokens, lengths, room=32)
+        state = jitted.begin(prefilled, sampler=draw, seed=options.get("seed", 0))
         for until in (2, 3, 11, 20, 20):
-            state = gj.decode(model, state, until, sampler=draw)
+            state = jitted.decode(model, state, np.int32(until), sampler=draw)
         assert state.tokens[:, :20].tolist() == expected
         assert (state.tokens[:, 20:] == gj.EMPTY).all()
 
