@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import math
@@ -213,7 +214,7 @@ def test_lines_of_a_plot_begin_at_the_dense_row(measured):
 
 
 def test_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, err = run(monkeypatch, capsys, "run", "--plot", str(tmp_path / "x.png"))
     assert (code, "pip install 'griffin-jax[plot]'" in err) == (2, True)
 

@@ -16,7 +16,7 @@ from conftest import PASSAGES
 from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
-from griffin_jax import cli
+from griffin_jax import cli, jitted
 from griffin_jax.evaluation import batches, intervals, report, tasks
 from griffin_jax.evaluation.batches import Item, batch_of
 from griffin_jax.evaluation.forced import score_answers
@@ -182,7 +182,7 @@ class TestGrid:
         """Each sequence the neurons that it would keep alone."""
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad([item.prompt for item in ITEMS], 16))
-        prompts = gj.prefill(model, tokens, lengths, room=0).statistics
+        prompts = jitted.prefill(model, tokens, lengths, room=0).statistics
         answers = jax.tree.map(lambda x: x[::-1] if x.ndim == 2 else x, prompts)
         seeds = np.array([7, 8, 9], np.int32)
         rows = grid(["topk", "sample"], [0.25])
@@ -200,7 +200,7 @@ class TestGrid:
                     else:
                         alone = gj.Statistics(tuple(s[sequence : sequence + 1] for s in prompts.squares), lengths[:1])
                         config = gj.GriffinConfig(0.25, row.method)
-                        expected = full[np.asarray(gj.select(alone, config, seed=int(seeds[sequence]))[layer][0])]
+                        expected = full[np.asarray(jitted.select(alone, config, seed=int(seeds[sequence]))[layer][0])]
                     got = kept[layer] if kept[layer].ndim == 2 else kept[layer][sequence]
                     np.testing.assert_array_equal(got, expected, err_msg=row.name)
 
@@ -216,7 +216,7 @@ def by_hand(model, item: Item, density: float, answer=None) -> dict[str, np.ndar
     tokens = jnp.asarray([[*item.prompt, *answer]])
 
     def log_p(density: float) -> np.ndarray:
-        logits = gj.teacher_forced(model, tokens, len(item.prompt), gj.GriffinConfig(density))
+        logits = jitted.teacher_forced(model, tokens, len(item.prompt), gj.GriffinConfig(density))
         logits = np.asarray(logits[0, len(item.prompt) - 1 : -1], np.float64)
         return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
@@ -311,7 +311,7 @@ class TestTasks:
         )
         dense = llm.generate([prompt], max_new_tokens=12, density=1.0).tokens[0]
         whole, head = (
-            gj.prefill(llm.model, jnp.asarray([t]), jnp.asarray([len(t)]), room=0).statistics.squares
+            jitted.prefill(llm.model, jnp.asarray([t]), jnp.asarray([len(t)]), room=0).statistics.squares
             for t in (prompt + dense, prompt)
         )
         experts = gj.Experts.from_indices(

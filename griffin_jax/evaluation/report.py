@@ -136,7 +136,7 @@ def _cell(figure: Mapping[str, float | None], digits: int) -> str:
 
 
 def _number(value: float, digits: int) -> str:
-    return f"{value:,.{digits if value < 1000 else 0}f}"
+    return f"{value:.1e}" if value >= 1e6 else f"{value:,.{digits if value < 1000 else 0}f}"
 
 
 def plot_by_density(
