@@ -127,7 +127,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--new-tokens", type=int, metavar="N", default=128, help="of the longest answer (default: %(default)s)"
     )
-    _add_common(kind, size=4)
+    # Sequences that keep neurons of their own gain little from being decoded together, and the longest is waited for.
+    _add_common(kind, size=1)
     kind.set_defaults(prepare=_summarize)
 
 
