@@ -61,7 +61,11 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
     if config.ff_width % devices:
-        raise ValueError(f"{devices} devices cannot share the {config.ff_width} neurons of a feed-forward layer evenly")
+        possible = ", ".join(str(count) for count in range(1, 2 * devices + 1) if config.ff_width % count == 0)
+        raise ValueError(
+            f"{devices} devices cannot share the {config.ff_width} neurons of a feed-forward layer evenly; these can:"
+            f" {possible}"
+        )
     if uneven := sorted({k for k in kept if k % devices}):
         raise ValueError(
             f"{devices} devices cannot share {uneven[0]} kept neurons evenly: round them up to a multiple of {devices}"

@@ -141,7 +141,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("devices", "kept", "message"),
         [
-            (5, (), "5 devices cannot share the 48 neurons of a feed-forward layer evenly"),
+            (5, (), "5 devices cannot share the 48 neurons .* evenly; these can: 1, 2, 3, 4, 6, 8$"),
             (8, (16, 20), r"8 devices cannot share 20 kept neurons evenly: .*--multiple 8; .* --multiple 512\)"),
             (0, (), "devices must be a whole number of at least 1, got 0"),
             (True, (), "got True"),
