@@ -150,9 +150,9 @@ def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuatio
     assert results == json.loads((tmp_path / "out" / "flocking.json").read_text())
     assert (results["used"], results["left_out"]["count"], results["kept"]) == (3, 2, [12, 24])
     assert "not JSON" in err
-    assert f"{file}, line 3" in err
+    assert f"{file.name}, line 3" in err
 
-    items = [Item(f"{file}, line {line}", text[:PROMPT]) for line, text in zip((1, 4, 5), texts, strict=True)]
+    items = [Item(f"{file.name}, line {line}", text[:PROMPT]) for line, text in zip((1, 4, 5), texts, strict=True)]
     prompts, follows, permutations = [], [], []
     for text, other in zip(texts, flocking.Texts(items, 0, 101).of_kind(flocking.PERMUTED, 0), strict=True):
         answer = text[PROMPT : PROMPT + NEW]
