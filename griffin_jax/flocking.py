@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,11 +29,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from griffin_jax import __version__, demo, flockingreport, loading
-from griffin_jax.arguments import check_matplotlib, check_output, numbers
+from griffin_jax import __version__, flockingreport
+from griffin_jax.arguments import (
+    add_dtype_argument,
+    add_model_argument,
+    check_folder,
+    check_matplotlib,
+    load_reader,
+    numbers,
+)
 from griffin_jax.cache import EMPTY, empty_cache
-from griffin_jax.checkpoint import DTYPES
-from griffin_jax.config import GriffinConfig
+from griffin_jax.config import GriffinConfig, check_density
 from griffin_jax.evaluation.batches import Batch, Item, batches
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.samples import (
@@ -49,7 +56,7 @@ from griffin_jax.fingerprint import fingerprint
 from griffin_jax.flockingreport import KINDS, PERMUTED, RANDOM, STABILITY, TEXTS
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Statistics, relative_activations, select, token_statistic
-from griffin_jax.llm import LLM, load
+from griffin_jax.llm import LLM
 from griffin_jax.model import Transformer
 
 FORMAT = "griffin_jax flocking 1"
@@ -372,12 +379,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--text", metavar="N,...", default="1,2", help="likewise, of the texts used, from 1 (default: %(default)s)"
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default=demo.NAME, help="any model that griffin_jax loads (default: %(default)s)")
-    loading.add_pickle_argument(parser)
-    model.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
-    model.add_argument("--batch", type=int, metavar="B", default=4, help="texts at a time (default: %(default)s)")
-    model.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
+    add_model_argument(parser)
+    add_dtype_argument(parser)
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--batch", type=int, metavar="B", default=4, help="texts at a time (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, metavar="FOLDER", default=Path("flocking"),
@@ -392,16 +398,15 @@ def run(options: argparse.Namespace) -> None:
     chosen = numbers("--text", options.text, int)
     layers = None if options.layer is None else numbers("--layer", options.layer, int)
     folder: Path = options.output
-    check_output("--output", folder / RESULTS if folder.is_dir() else folder)
+    check_folder("--output", folder, RESULTS)
     check_matplotlib("flocking")
     if len(set(options.files)) < len(options.files):
         raise ValueError(f"a file is given twice: {', '.join(map(str, options.files))}")
     if missing := [file for file in options.files if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
-    if llm.tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts")
+    llm = load_reader(options)
+    assert llm.tokenizer is not None
     count, context = llm.config.num_layers, llm.config.max_positions
     if options.prompt_tokens + options.new_tokens > context:
         raise ValueError(
@@ -414,7 +419,7 @@ def run(options: argparse.Namespace) -> None:
     GriffinConfig(min(densities)).kept(llm.model.neurons)
 
     skipped = Skipped()
-    whole = dict(_texts(options, llm.tokenizer.encode, skipped))
+    whole = dict(itertools.islice(_texts(options, llm.tokenizer.encode, skipped), options.limit))
     skipped.report()
     if not whole:
         raise nothing_left(skipped, ", ".join(map(str, options.files)))
@@ -487,25 +492,23 @@ def _checked_densities(options: argparse.Namespace) -> list[float]:
     if options.new_tokens % options.window:
         raise ValueError(f"--new-tokens must be whole windows of {options.window}, got {options.new_tokens}")
     densities = {options.density, *numbers("--densities", options.densities, float)}
-    return sorted(GriffinConfig(density).density for density in densities)  # pyright: ignore
+    for density in densities:
+        check_density(density)
+    return sorted(densities)
 
 
 def _texts(
     options: argparse.Namespace, encode: Callable[[str], list[int]], skipped: Skipped
 ) -> Iterator[tuple[str, list[int]]]:
-    """Name and tokens of the texts that are long enough, the first --limit of them."""
+    """Name and tokens of the texts that are long enough."""
     cut = excerpt(options.after, options.before)
     needed = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
-    used = 0
     for name, text in _read(options, skipped):
         tokens = encode(cut(text))
         if len(tokens) < needed:
             skipped.add(f"shorter than {needed} tokens", name)
-            continue
-        yield name, tokens
-        used += 1
-        if used == options.limit:
-            return
+        else:
+            yield name, tokens
 
 
 def _read(options: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[str, str]]:

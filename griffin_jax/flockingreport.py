@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from griffin_jax.figures import new_figure
+
 TEXTS, PERMUTED, RANDOM = "texts", "permuted", "random_tokens"
 KINDS = {TEXTS: "different texts", PERMUTED: "their tokens permuted", RANDOM: "random tokens"}
 """Prompts whose experts are compared, as JSON and people call them."""
@@ -79,7 +81,7 @@ def plot_activations(
         OSError: the file cannot be written.
     """
     layers = list(next(iter(maps.values())))
-    figure = _figure(0.8 + 3.4 * len(maps), 0.7 + 3.0 * len(layers))
+    figure = new_figure(0.8 + 3.4 * len(maps), 0.7 + 3.0 * len(layers))
     axes = figure.subplots(len(layers), len(maps), squeeze=False, sharex=True, sharey=True)
     for down, layer in enumerate(layers):
         brightest = np.percentile(np.concatenate([found[layer].ravel() for found in maps.values()]), BRIGHTEST)
@@ -108,7 +110,7 @@ def plot_similarity(results: Results, file: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    figure = _figure(8.4, 7.2)
+    figure = new_figure(8.4, 7.2)
     axes = list(figure.subplots(2, 2).flat)
     layers, densities, at = results["layers"], results["densities"], _drawn(results)
     colours = _layer_colours(layers)
@@ -153,7 +155,7 @@ def plot_stability(results: Results, file: str | os.PathLike[str]) -> None:
         ImportError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
-    figure = _figure(8.4, 8.0)
+    figure = new_figure(8.4, 8.0)
     axes = list(figure.subplots(2, 2).flat)
     window, at = results["window"], _drawn(results)
     # None becomes NaN, which is drawn as nothing.
@@ -200,16 +202,6 @@ def _short(model: str) -> str:
 def _drawn(results: Results) -> int:
     """Which of the densities is drawn by layer."""
     return results["densities"].index(results["density"])
-
-
-def _figure(width: float, height: float) -> Any:
-    """In inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _layer_colours(layers: int) -> Any:

@@ -49,6 +49,11 @@ def chunk_count(length: int, chunk: int) -> int:
     return next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)
 
 
+def by_chunk(x: Array, chunks: int) -> Array:
+    """An array (B, T, ...) cut along T into equal chunks, which come first: (chunks, B, T / chunks, ...)."""
+    return x.reshape(x.shape[0], chunks, -1, *x.shape[2:]).swapaxes(0, 1)
+
+
 def pad(
     sequences: Sequence[Sequence[int] | Int[np.ndarray, "_n"]], length: int
 ) -> tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"]]:
@@ -138,11 +143,7 @@ def prefill(
     if chunks == 1:
         carry, _ = read(carry, (tokens, positions))
     else:
-
-        def by_chunk(x: Int[Array, "b t"]) -> Int[Array, "chunks b chunk"]:
-            return x.reshape(batch, chunks, chunk).swapaxes(0, 1)
-
-        carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens), by_chunk(positions)))
+        carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens, chunks), by_chunk(positions, chunks)))
     cache, last, squares = carry
     statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
     return Prefilled(model.logits(last[:, None])[:, 0], last, cache, statistics, room)

@@ -471,13 +471,13 @@ class _Text:
         assert self._tokenizer is not None
         row = self._rows[index]
         text = self._tokenizer.decode(row)
-        at = _first(text, self._stops)
+        at = find_stop(text, self._stops)
         if at is not None:
             self.stopped[index] = True
             low, high = 1, len(row)
             while low < high:
                 middle = (low + high) // 2
-                if _first(self._tokenizer.decode(row[:middle]), self._stops) is None:
+                if find_stop(self._tokenizer.decode(row[:middle]), self._stops) is None:
                     low = middle + 1
                 else:
                     high = middle
@@ -530,7 +530,7 @@ def _check_seed(seed: object) -> None:
         raise ValueError(f"seed must be a whole number in [-2**31, 2**31), got {seed!r}")
 
 
-def _first(text: str, stops: tuple[str, ...]) -> int | None:
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the earliest stop string begins."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     return min(found, default=None)

@@ -11,7 +11,7 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
-def shortened(names: Sequence[str], limit: int) -> str:
+def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
     """The first `limit` names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return separator.join(names[:limit]) + more

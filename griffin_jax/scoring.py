@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.cache import EMPTY, KVCache
-from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, chunk_count
+from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, by_chunk, chunk_count
 from griffin_jax.griffin import Statistics
 from griffin_jax.model import Transformer, statistic
 
@@ -39,8 +39,8 @@ def follow(
 ) -> tuple[Float[Array, "b r d"], Statistics]:
     """Reads given answers behind prompts that were prefilled.
 
-    Answers whose width is a multiple of `DEFAULT_CHUNK`, as `bucket` makes it for long ones, are read that many tokens
-    at a time: their attention scores and intermediates are no larger.
+    Answers that are wider than `DEFAULT_CHUNK` are read in chunks of at most so many tokens, if these divide the width,
+    as they do what `bucket` makes: attention scores and intermediates are no larger.
 
     Args:
         model: the full model or a pruned one.
@@ -102,10 +102,8 @@ def _read(
             hidden, cache, squares = model(*chunk, cache, observe=observe)
             return cache, (hidden, squares)
 
-        def by_chunk(x: Int[Array, "b r"]) -> Int[Array, "chunks b chunk"]:
-            return x.reshape(batch, chunks, length // chunks).swapaxes(0, 1)
-
-        cache, (hidden, squares) = jax.lax.scan(read, prefilled.cache, (by_chunk(tokens), by_chunk(positions)))
+        parts = by_chunk(tokens, chunks), by_chunk(positions, chunks)
+        cache, (hidden, squares) = jax.lax.scan(read, prefilled.cache, parts)
         hidden = hidden.swapaxes(0, 1).reshape(batch, length, -1)
         squares = tuple(square.sum(axis=0) for square in squares)
     return hidden, cache, Statistics(squares, jnp.asarray(lengths, jnp.int32))
@@ -196,8 +194,7 @@ def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any) 
     blocks = -(-length // columns)
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, blocks * columns - length), *[(0, 0)] * (x.ndim - 2)))
-        return x.reshape(batch, blocks, columns, *x.shape[2:]).swapaxes(0, 1)
+        return by_chunk(jnp.pad(x, ((0, 0), (0, blocks * columns - length), *[(0, 0)] * (x.ndim - 2))), blocks)
 
     def join(y: Array) -> Array:
         return y.swapaxes(0, 1).reshape(batch, blocks * columns, *y.shape[3:])[:, :length]

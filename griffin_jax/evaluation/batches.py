@@ -91,7 +91,6 @@ def evaluate(
     *,
     size: int,
     seed: int,
-    quiet: bool = False,
 ) -> dict[str, Any]:
     """Scores of every text, in the order of the texts: those in the journal are taken from it, the others go there.
 
@@ -101,10 +100,9 @@ def evaluate(
         journal: what is done already.
         size: texts in a batch.
         seed: of all draws.
-        quiet: no progress bar.
     """
     missing = [item for item in items if item.name not in journal.scores]
-    with tqdm(total=len(items), initial=len(items) - len(missing), unit="text", disable=quiet or None) as progress:
+    with tqdm(total=len(items), initial=len(items) - len(missing), unit="text", disable=None) as progress:
         for batch in batches(missing, size, seed):
             found = score(batch)
             journal.add({item.name: scores for item, scores in zip(batch.items, found, strict=True)})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +20,15 @@ from typing import Any
 
 import jax
 
-from griffin_jax import __version__, demo, loading
-from griffin_jax.arguments import check_output, check_plot, numbers
-from griffin_jax.checkpoint import DTYPES
+from griffin_jax import __version__
+from griffin_jax.arguments import (
+    add_dtype_argument,
+    add_model_argument,
+    check_folder,
+    check_plot,
+    load_reader,
+    numbers,
+)
 from griffin_jax.evaluation import report, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import METHODS, Row, grid
@@ -38,14 +44,12 @@ from griffin_jax.evaluation.samples import (
     sha256_of_files,
 )
 from griffin_jax.fingerprint import fingerprint
-from griffin_jax.llm import LLM, load
+from griffin_jax.llm import LLM
 
 FORMAT = "griffin_jax eval 1"
 """Of results.json."""
 
 RESULTS, TABLE = "results.json", "table.txt"
-
-Plot = Callable[[report.Figures, Path], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " what really follows, and what the dense model itself would write there.",
     )
     _add_text_file(kind, "text")
-    _add_lengths(kind, "tokens scored, at most of the dense model's own", prompt=256, new=128)
+    kind.add_argument(
+        "--prompt-tokens", type=int, metavar="P", default=256, help="tokens read densely (default: %(default)s)"
+    )
+    kind.add_argument(
+        "--new-tokens", type=int, metavar="G", default=128,
+        help="tokens scored, at most of the dense model's own (default: %(default)s)",
+    )  # fmt: skip
     kind.add_argument(
         "--reference",
         metavar="COLUMN",
@@ -139,18 +149,10 @@ def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
 
 
-def _add_lengths(parser: argparse.ArgumentParser, scored: str, prompt: int, new: int) -> None:
-    parser.add_argument(
-        "--prompt-tokens", type=int, metavar="P", default=prompt, help="tokens read densely (default: %(default)s)"
-    )
-    parser.add_argument("--new-tokens", type=int, metavar="G", default=new, help=f"{scored} (default: %(default)s)")
-
-
 def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
+    add_model_argument(parser)
+    add_dtype_argument(parser)
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--model", default=demo.NAME, help="any model that griffin_jax loads (default: %(default)s)")
-    loading.add_pickle_argument(parser)
-    what.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
     what.add_argument("--density", default="0.5", metavar="D", help="separated by commas (default: %(default)s)")
     what.add_argument(
         "--method", default="topk",
@@ -180,18 +182,16 @@ def run(options: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     folder = options.output or Path(f"eval-{options.task}")
-    check_output("--output", folder / RESULTS) if folder.exists() else check_output("--output", folder)
+    check_folder("--output", folder, RESULTS)
     if options.plot is not None:
         check_plot("--plot", options.plot)
-    if options.task == "summarize" and importlib.util.find_spec("rouge_score") is None:
-        raise ImportError("ROUGE needs the package rouge-score: pip install 'griffin-jax[eval]'")
+    if options.task == "summarize":
+        tasks.rouge_scorer(options.stem)
     files = options.files if options.task == "perplexity" else [options.file]
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
-    if llm.tokenizer is None:
-        raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts")
+    llm = load_reader(options)
     skipped = Skipped()
     evaluation: Evaluation = options.prepare(options, llm, rows, skipped)
     skipped.report()
@@ -240,7 +240,7 @@ def _divergence(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skip
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
-    items = list(_first(options.limit, _divergence_items(options, llm, columns, skipped)))
+    items = list(itertools.islice(_divergence_items(options, llm, columns, skipped), options.limit))
 
     def tabulate(figures: report.Figures) -> str:
         return "\n\n".join(
@@ -297,7 +297,7 @@ def _perplexity(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skip
         if length < 1:
             raise ValueError(f"lengths are at least 1 token, got {length}")
     _check_lengths(llm, prompts[-1], news[-1])
-    items = list(_first(options.limit, _windows(options.files, llm, prompts[-1], news[-1], skipped)))
+    items = list(itertools.islice(_windows(options.files, llm, prompts[-1], news[-1], skipped), options.limit))
     return Evaluation(
         items,
         {"prompts": prompts, "new": news},
@@ -331,7 +331,7 @@ def _summarize(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skipp
     stop = [STOP] if options.stop is None else options.stop
     if "" in stop:
         raise ValueError("--stop must not be empty")
-    items = list(_first(options.limit, _prompts(options, llm, skipped)))
+    items = list(itertools.islice(_prompts(options, llm, skipped), options.limit))
     settings = {
         "columns": [options.column, options.reference], "after": options.after, "before": options.before,
         "format": options.format, "shots": options.shots if options.format else None, "chat": options.chat,
@@ -373,13 +373,6 @@ def _prompts(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterato
             )
         else:
             yield Item(record.name, tokens, reference=reference)
-
-
-def _first(limit: int | None, items: Iterator[Item]) -> Iterator[Item]:
-    for number, item in enumerate(items, start=1):
-        yield item
-        if number == limit:
-            return
 
 
 def _check_lengths(llm: LLM, prompt: int, new: int) -> None:

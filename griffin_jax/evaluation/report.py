@@ -11,6 +11,7 @@ from typing import Any
 from griffin_jax.evaluation.grid import ALWAYS, DENSE, ORACLE, Row
 from griffin_jax.evaluation.intervals import Interval, exponential, mean, ratio_of_sums
 from griffin_jax.evaluation.tasks import OWN, REAL, ROUGE
+from griffin_jax.figures import new_figure
 
 CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own continuation"}
 COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}
@@ -209,11 +210,7 @@ def plot_by_length(
 
 
 def _panels(down: int, across: int, title: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # pyright: ignore[reportMissingImports]
-    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-
-    figure = Figure(figsize=(2.8 * across + 0.4, 2.7 * down + 1.0), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.8 * across + 0.4, 2.7 * down + 1.0)
     figure.suptitle(title, fontsize="medium")
     return figure, figure.subplots(down, across, squeeze=False)
 

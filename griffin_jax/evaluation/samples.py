@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from griffin_jax.messages import shortened
+
 SHOWN = 10
 """Lines that are named one by one for each reason; of the others the number."""
 
@@ -51,8 +53,7 @@ class Skipped:
     def report(self, output: Any = None) -> None:
         """Says for people what is left out: places for each reason, at most `SHOWN` of them."""
         for reason, places in self.places.items():
-            more = f", and {len(places) - SHOWN} more" if len(places) > SHOWN else ""
-            print(f"left out, {reason}: {'; '.join(places[:SHOWN])}{more}", file=output or sys.stderr, flush=True)
+            print(f"left out, {reason}: {shortened(places, SHOWN, '; ')}", file=output or sys.stderr, flush=True)
 
 
 def read_jsonl(file: str | os.PathLike[str], columns: Sequence[str], skipped: Skipped) -> Iterator[Record]:

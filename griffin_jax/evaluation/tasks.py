@@ -23,7 +23,7 @@ from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import DENSE, Row, models
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generate import Prefilled, bucket, pad
-from griffin_jax.llm import LLM
+from griffin_jax.llm import LLM, find_stop
 from griffin_jax.model import Transformer
 
 REAL, OWN = "real", "own"
@@ -121,17 +121,16 @@ def summarize(
     Raises:
         ImportError: the package rouge-score is not installed.
     """
-    rouge = _rouge(stem)
+    rouge = rouge_scorer(stem)
     assert llm.tokenizer is not None
     model, tokenizer, eos = llm.model, llm.tokenizer, llm.config.eos_token_ids
 
     def cut(tokens: Sequence[int]) -> str:
         text = tokenizer.decode(tokens)
-        return text[: min((at for mark in stop if (at := text.find(mark)) >= 0), default=len(text))]
+        return text[: find_stop(text, stop)]
 
     def ended(tokens: Sequence[int]) -> bool:
-        text = tokenizer.decode(tokens)
-        return any(mark in text for mark in stop)
+        return find_stop(tokenizer.decode(tokens), stop) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         prefilled = batch.prefill(model, bucket(new))
@@ -153,7 +152,12 @@ def summarize(
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def _rouge(stem: bool) -> Any:
+def rouge_scorer(stem: bool) -> Any:
+    """What compares an answer with a reference, by words or (with `stem`) by their stems.
+
+    Raises:
+        ImportError: the package rouge-score is not installed.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
