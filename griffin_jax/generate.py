@@ -26,6 +26,7 @@ from griffin_jax.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.config import GriffinConfig
 from griffin_jax.griffin import Experts, Statistics, prune, select
 from griffin_jax.model import Transformer, statistic
+from griffin_jax.reconstruction import rows_at, spread
 from griffin_jax.sampling import Greedy, Sampler
 
 DEFAULT_CHUNK = 1024
@@ -70,6 +71,10 @@ def pad(
     return tokens, np.asarray([len(sequence) for sequence in sequences], np.int32)
 
 
+_Observed = tuple[Array | None, Array | None]
+"""What prefill keeps of a layer: s^2, and relative activations of some tokens."""
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
@@ -81,6 +86,8 @@ class Prefilled:
         cache: keys and values of the prompt, with room for the answer.
         statistics: what GRIFFIN selects by; no layers if they were not collected.
         room: tokens that the cache has room for behind the prompt.
+        rows: per layer, relative activations of some tokens of each prompt, in the model's dtype, for a
+            `Reconstruction`; no layers unless they were asked for.
     """
 
     logits: Float[Array, "b v"]
@@ -88,6 +95,7 @@ class Prefilled:
     cache: KVCache
     statistics: Statistics
     room: int = dataclasses.field(metadata={"static": True})
+    rows: tuple[Float[Array, "b _r _f"], ...] = ()
 
 
 def prefill(
@@ -99,6 +107,7 @@ def prefill(
     longest: int | Int[Array, "..."] | None = None,
     chunk: int = DEFAULT_CHUNK,
     collect: bool = True,
+    rows: int = 0,
 ) -> Prefilled:
     """Reads prompts with the model, exactly, and records how strongly each neuron takes part.
 
@@ -111,6 +120,8 @@ def prefill(
             wavelengths; `room` if None. Not static, so that `room` can be rounded up without meaning.
         chunk: tokens read at a time, at most; static. It bounds memory and changes no result.
         collect: whether to gather the statistics; static.
+        rows: tokens of each prompt whose relative activations are kept for a `Reconstruction`: all of them, or this
+            many that are spread evenly over a longer prompt; static.
     """
     batch, length = tokens.shape
     chunks = chunk_count(length, chunk)
@@ -119,34 +130,51 @@ def prefill(
     tokens = jnp.pad(tokens, ((0, 0), (0, padded - length)))
     positions = jnp.arange(padded, dtype=jnp.int32)
     positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
+    chosen = spread(lengths, rows) if rows else None
 
-    def read(carry: tuple[KVCache, Array, tuple[Array, ...]], step: tuple[Array, Array]):
-        cache, last, squares = carry
+    def read(carry: tuple[KVCache, Array, tuple[_Observed, ...]], step: tuple[Array, Array]):
+        cache, last, observed = carry
         chunk_tokens, chunk_positions = step
+        # The cache was empty, so its cursor is the number of tokens before this chunk.
+        before = cache.cursor
+
+        def observe(layer: int, z: Array, real: Array) -> _Observed:
+            squares = statistic(layer, z, real) if collect else None
+            return squares, None if chosen is None else rows_at(z, chosen - before)
+
         x, cache, more = model(
             chunk_tokens,
             chunk_positions,
             cache,
             read_slots=0 if chunks == 1 else padded,
-            observe=statistic if collect else None,
+            observe=observe if collect or rows else None,
         )
         is_last = (chunk_positions == lengths[:, None] - 1)[..., None]
         last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
-        return (cache, last, jax.tree.map(jnp.add, squares, more)), None
+        return (cache, last, jax.tree.map(jnp.add, observed, more)), None
 
     context = jnp.asarray(lengths + (room if longest is None else longest), jnp.int32)
     carry = (
         empty_cache(model.config, batch, padded + room, model.dtype, context=context),
         jnp.zeros((batch, model.config.width), model.dtype),
-        tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons) if collect else (),
+        tuple(
+            (
+                jnp.zeros((batch, neurons), jnp.float32) if collect else None,
+                jnp.zeros((batch, rows, neurons), model.dtype) if rows else None,
+            )
+            for neurons in model.neurons
+            if collect or rows
+        ),
     )
     if chunks == 1:
         carry, _ = read(carry, (tokens, positions))
     else:
         carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens, chunks), by_chunk(positions, chunks)))
-    cache, last, squares = carry
+    cache, last, observed = carry
+    squares = tuple(square for square, _ in observed if square is not None)
     statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
-    return Prefilled(model.logits(last[:, None])[:, 0], last, cache, statistics, room)
+    logits = model.logits(last[:, None])[:, 0]
+    return Prefilled(logits, last, cache, statistics, room, tuple(row for _, row in observed if row is not None))
 
 
 @jax.tree_util.register_dataclass

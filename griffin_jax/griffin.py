@@ -28,6 +28,7 @@ from griffin_jax.config import GriffinConfig, Method
 
 if TYPE_CHECKING:
     from griffin_jax.model import Transformer
+    from griffin_jax.reconstruction import Reconstruction
 
 EXPERTS_FORMAT = "griffin_jax experts 1"
 NEURON_AXES = {"inner": 1, "down": 0, "inner_bias": 1}
@@ -307,7 +308,13 @@ def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, "
     return jnp.where(sure, jnp.inf, draw)
 
 
-def prune(model: Transformer, experts: Experts, *, reuse: Transformer | None = None) -> Transformer:
+def prune(
+    model: Transformer,
+    experts: Experts,
+    *,
+    reuse: Transformer | None = None,
+    reconstruction: Reconstruction | None = None,
+) -> Transformer:
     """The same model with only the experts' rows in its feed-forward layers.
 
     Attention, norms, embedding, head and the bias of the down projection are the given model's own
@@ -321,19 +328,24 @@ def prune(model: Transformer, experts: Experts, *, reuse: Transformer | None = N
         reuse: an earlier result of `prune` that is needed no more. If its kept rows are as large as the new ones,
             these get their memory, and it cannot be used again. Memory that a CPU process gets from the operating
             system is slow to write to for the first time: it takes longer than the copying.
+        reconstruction: beyond GRIFFIN: refit the kept rows of the down projections to what the prompt had from all of
+            them; see `griffin_jax.reconstruction`. Without it they are the model's own.
 
     Raises:
         ValueError: the experts were selected for a model of other layers or widths, the model holds a set of neurons
-            for every sequence already, or `reuse` shares feed-forward arrays with the model.
+            for every sequence already, `reuse` shares feed-forward arrays with the model, or a reconstruction does not
+            belong to the model or the experts.
     """
     if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
     if any(layer.ff.rest is not None for layer in model.layers):
         raise ValueError("this model holds its neurons in two groups; it is pruned by the OneCopy that made it")
     check_experts(experts, model)
+    if reconstruction is not None:
+        reconstruction.check(model.neurons, experts.indices)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    for layer, kept in zip(pruned.layers, _gather_into(rows, experts.indices, reuse), strict=True):
+    for layer, kept in zip(pruned.layers, _gather_into(rows, experts.indices, reconstruction, reuse), strict=True):
         for name, weight in kept.items():
             setattr(layer.ff, name, weight)
     return pruned
@@ -347,26 +359,38 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
 
 
 def _gather_into(
-    rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...], reuse: Transformer | None
+    rows: list[dict[str, nnx.Param]],
+    indices: tuple[Int[Array, "*b _k"], ...],
+    reconstruction: Reconstruction | None,
+    reuse: Transformer | None,
 ) -> list[dict[str, nnx.Param]]:
     if reuse is None or any(isinstance(index, Tracer) for index in indices):
-        return _gather(rows, indices)
-    old, new = _neuron_rows(reuse), jax.eval_shape(_gather, rows, indices)
+        return _gather(rows, indices, reconstruction)
+    old, new = _neuron_rows(reuse), jax.eval_shape(_gather, rows, indices, reconstruction)
     if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
         raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
     if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != [(a.shape, a.dtype) for a in jax.tree.leaves(new)]:
-        return _gather(rows, indices)
-    return _overwrite(rows, indices, old)
+        return _gather(rows, indices, reconstruction)
+    return _overwrite(rows, indices, reconstruction, old)
 
 
 @jax.jit
-def _gather(rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...]) -> list[dict[str, nnx.Param]]:
+def _gather(
+    rows: list[dict[str, nnx.Param]],
+    indices: tuple[Int[Array, "*b _k"], ...],
+    reconstruction: Reconstruction | None,
+) -> list[dict[str, nnx.Param]]:
     def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
-        if indices.ndim == 2 and indices.shape[0] == 1:
-            indices = indices[0]
         return jax.tree.map(lambda w: take_neurons(name, w, indices), weight)
 
-    return [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
+    indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in indices)
+    kept = [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
+    if reconstruction is not None:
+        changes = reconstruction.changes([layer["down"][...] for layer in rows], indices)
+        for layer, change in zip(kept, changes, strict=True):
+            changed = (layer["down"][...].astype(jnp.float32) + change).astype(layer["down"].dtype)
+            layer["down"] = nnx.Param(changed)
+    return kept
 
 
 def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array:
@@ -386,11 +410,14 @@ def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array
 
 @functools.partial(jax.jit, donate_argnames="old", keep_unused=True)
 def _overwrite(
-    rows: list[dict[str, nnx.Param]], indices: tuple[Int[Array, "*b _k"], ...], old: list[dict[str, nnx.Param]]
+    rows: list[dict[str, nnx.Param]],
+    indices: tuple[Int[Array, "*b _k"], ...],
+    reconstruction: Reconstruction | None,
+    old: list[dict[str, nnx.Param]],
 ) -> list[dict[str, nnx.Param]]:
     """`_gather` into the memory of `old`."""
     del old
-    return _gather(rows, indices)
+    return _gather(rows, indices, reconstruction)
 
 
 def check_experts(experts: Experts, model: Transformer) -> None:

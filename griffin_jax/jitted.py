@@ -15,7 +15,7 @@ from griffin_jax import generate, griffin, scoring
 from griffin_jax.cache import KVCache
 from griffin_jax.sampling import Greedy, Sampler
 
-prefill = jax.jit(generate.prefill, static_argnames=("room", "chunk", "collect"))
+prefill = jax.jit(generate.prefill, static_argnames=("room", "chunk", "collect", "rows"))
 select = jax.jit(griffin.select, static_argnames=("config",))
 decode = jax.jit(generate.decode, static_argnames=("eos",), donate_argnames=("answer",))
 follow = jax.jit(scoring.follow, static_argnames=("collect",))

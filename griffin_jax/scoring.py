@@ -70,7 +70,7 @@ def extend(
 
     Returns:
         The residual stream that scores each of the tokens, as from `follow`, and the longer prompts, with room for R
-        tokens less and with statistics if there were any.
+        tokens less and with statistics if there were any. They have no rows for a `Reconstruction`.
     """
     collect = bool(prefilled.statistics.squares)
     hidden, cache, statistics = _read(model, prefilled, tokens, lengths, collect)
