@@ -10,6 +10,7 @@ from griffin_jax.loading import ConversionReport, convert, load_model, open_sour
 from griffin_jax.model import FeedForward, Transformer
 from griffin_jax.one_copy import OneCopy
 from griffin_jax.planning import NarrowingWarning, Plan
+from griffin_jax.prior import Prior
 from griffin_jax.reconstruction import Reconstruction
 from griffin_jax.sampling import Greedy, Sample
 from griffin_jax.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ __all__ = [
     "OneCopy",
     "Plan",
     "Prefilled",
+    "Prior",
     "Reconstruction",
     "Rotary",
     "Sample",

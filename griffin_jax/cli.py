@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, bench, deviceless, families, flocking, loading
+from griffin_jax import __version__, bench, deviceless, families, flocking, generaltext, loading
 from griffin_jax.arguments import add_dtype_argument, add_model_argument
 from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         ("bench", bench, "what pruning gains on this machine, beside what its memory bandwidth allows"),
         ("eval", evaluation, "what pruning costs in quality: divergence, perplexity or ROUGE on your own texts"),
         ("flocking", flocking, "the paper's figures of why pruning works, for your own model and texts"),
+        ("prior", generaltext, "measure what a model's neurons do in general text, for better pruning of short prompts"),
     ):
         command = commands.add_parser(
             name,

@@ -188,7 +188,8 @@ class Answer:
         done: rows that have ended.
         lengths: real tokens of the prompts.
         cache: of the prompts and of all answer tokens but the newest.
-        key: each token is drawn with a key of its own, derived from this, its column and its row.
+        key: each token is drawn with a key of its own, derived from this, its column and its row; or from its row's
+            key and its column, if every row has one.
     """
 
     tokens: Int[Array, "b n"]
@@ -196,7 +197,7 @@ class Answer:
     done: Bool[Array, "b"]
     lengths: Int[Array, "b"]
     cache: KVCache
-    key: Key[Array, ""]
+    key: Key[Array, "*b"]
 
 
 def begin(
@@ -204,7 +205,7 @@ def begin(
     *,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
-    seed: int | Int[Array, ""] = 0,
+    seed: int | Int[Array, "*b"] = 0,
 ) -> Answer:
     """The answer's first token, from the full model's logits behind the prompt.
 
@@ -212,7 +213,7 @@ def begin(
         prefilled: the prompts. Donate the cache: the answer goes on in it.
         sampler: how to draw.
         eos: any of these tokens ends a row; static.
-        seed: of all randomness in the answer.
+        seed: of all randomness in the answer; or one for each row, whose draws then do not depend on its batch.
 
     Returns:
         Answers of one token each, with room for as many as the cache has.
@@ -224,7 +225,7 @@ def begin(
         done=jnp.zeros((batch,), bool),
         lengths=prefilled.statistics.tokens,
         cache=prefilled.cache,
-        key=jax.random.key(seed),
+        key=jax.vmap(jax.random.key)(seed) if jnp.ndim(seed) else jax.random.key(seed),
     )
     return _append(answer, prefilled.logits, prefilled.cache, sampler, eos)
 
@@ -269,8 +270,11 @@ def decode(
 def _append(
     answer: Answer, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
 ) -> Answer:
-    key = jax.random.fold_in(answer.key, answer.count)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
+    if answer.key.ndim:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(answer.key, answer.count)
+    else:
+        key = jax.random.fold_in(answer.key, answer.count)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
     token = jnp.where(answer.done, EMPTY, sampler(logits, keys))
     ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(answer.done)
     return dataclasses.replace(

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,7 +23,9 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
 from numpy.typing import ArrayLike
 
+from griffin_jax.arrayfile import load_arrays, save_arrays
 from griffin_jax.config import GriffinConfig, Method
+from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion, fuse
 
 if TYPE_CHECKING:
     from griffin_jax.model import Transformer
@@ -187,20 +188,8 @@ class Experts:
         Raises:
             OSError: it cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import save_file
-
-        path = Path(path)
         arrays = {f"layers.{layer}": np.asarray(indices) for layer, indices in enumerate(self.indices)}
-        metadata = {"format": EXPERTS_FORMAT, "neurons": " ".join(map(str, self.neurons))}
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(arrays, partial, metadata)
-            os.replace(partial, path)
-        except SafetensorError as error:
-            raise OSError(f"experts cannot be written to {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        save_arrays(path, EXPERTS_FORMAT, arrays, {"neurons": " ".join(map(str, self.neurons))})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Experts:
@@ -210,20 +199,11 @@ class Experts:
             FileNotFoundError: there is no such file.
             ValueError: the file is damaged or of another kind or version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no experts file at {path}")
+        arrays, metadata = load_arrays(path, EXPERTS_FORMAT)
         try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != EXPERTS_FORMAT:
-                    raise ValueError(
-                        f"{path} is not a file of {EXPERTS_FORMAT!r}: its format is {metadata.get('format')!r}"
-                    )
-                neurons = [int(width) for width in metadata["neurons"].split()]
-                indices = [file.get_tensor(f"layers.{layer}") for layer in range(len(neurons))]
-        except (SafetensorError, KeyError) as error:
+            neurons = [int(width) for width in metadata["neurons"].split()]
+            indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
+        except KeyError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         try:
             return cls.from_indices(indices, neurons)
@@ -241,7 +221,13 @@ def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
 
 
 def select(
-    statistics: Statistics, config: GriffinConfig, *, model: Transformer | None = None, seed: int | Int[Array, ""] = 0
+    statistics: Statistics,
+    config: GriffinConfig,
+    *,
+    model: Transformer | None = None,
+    seed: int | Int[Array, ""] = 0,
+    prior: Prior | None = None,
+    prior_weight: float | Float[Array, ""] = DEFAULT_WEIGHT,
 ) -> Experts:
     """Chooses the neurons to keep, each layer for itself.
 
@@ -252,13 +238,17 @@ def select(
             equal weight.
         model: the full model; only `method="magnitude"` needs it.
         seed: for the methods that draw.
+        prior: beyond GRIFFIN, for `method="topk"`: fuse the prompt's statistic with that of general text; see
+            `griffin_jax.prior`.
+        prior_weight: of the prior, in [0, 1]; 0 selects as without it.
 
     Returns:
         Experts of shape (K,) if shared, else (B, K), K static.
 
     Raises:
-        ValueError: the statistics were not collected, a density does not fit the layers, or `magnitude`
-            is asked for without a model.
+        ValueError: the statistics were not collected, a density does not fit the layers, `magnitude` is asked for
+            without a model, or a prior with another method than `topk`, of another model's layers or with a weight
+            outside its range.
     """
     if not statistics.squares:
         raise ValueError("there are no statistics to select by: prefill with collect=True")
@@ -273,6 +263,9 @@ def select(
         if config.shared:
             weight = jax.lax.rsqrt(jnp.maximum(statistics.tokens, 1).astype(jnp.float32))
             scores = tuple(jnp.einsum("b,bf->f", weight, s, precision=jax.lax.Precision.HIGHEST) for s in scores)
+    if prior is not None:
+        check_fusion(config.method, prior_weight)
+        scores = fuse(scores, prior, prior_weight)
 
     key = jax.random.key(seed)
     indices = []

@@ -26,7 +26,7 @@ teacher_forced = jax.jit(generate.teacher_forced, static_argnames=("prompt_lengt
 
 
 def begin(
-    prefilled: generate.Prefilled, *, sampler: Sampler = Greedy(), eos: tuple[int, ...] = (), seed: int = 0
+    prefilled: generate.Prefilled, *, sampler: Sampler = Greedy(), eos: tuple[int, ...] = (), seed: int | Array = 0
 ) -> generate.Answer:
     """`griffin_jax.begin`, compiled; the cache is donated, so `prefilled` cannot be used again."""
     parts = prefilled.cache, prefilled.logits, prefilled.statistics.tokens
@@ -35,7 +35,7 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames=("room", "eos"), donate_argnames=("cache",))
 def _begin(
-    cache: KVCache, logits: Array, tokens: Array, room: int, sampler: Sampler, eos: tuple[int, ...], seed: int
+    cache: KVCache, logits: Array, tokens: Array, room: int, sampler: Sampler, eos: tuple[int, ...], seed: int | Array
 ) -> generate.Answer:
     nothing = logits[:, :0]
     prefilled = generate.Prefilled(logits, nothing, cache, griffin.Statistics((), tokens), room)

@@ -148,7 +148,8 @@ class Reconstruction:
             rows = rows.reshape(1, -1, rows.shape[-1])
         prompt = jnp.any(rows != 0, axis=-1)
         if self.calibration:
-            more = (self.calibration[layer] * jnp.sqrt(self.weight)).astype(rows.dtype)
+            more = self.calibration[layer].astype(jnp.float32) * jnp.sqrt(self.weight)
+            more = more.astype(rows.dtype)
             rows = jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
         is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
         target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)

@@ -34,6 +34,11 @@ def oracle_topk(scores: np.ndarray, k: int) -> np.ndarray:
     return np.sort(np.argsort(-scores, kind="stable")[:k])
 
 
+def oracle_positions(length: int, rows: int) -> list[int]:
+    """Which tokens stand for a sequence: all, or those in the middles of equal parts."""
+    return list(range(length)) if length <= rows else [(2 * i + 1) * length // (2 * rows) for i in range(rows)]
+
+
 def down_projections(model: Any, name: str = "mlp.down_proj") -> list[torch.nn.Module]:
     return [module for path, module in model.named_modules() if path.endswith(f".{name}")]
 

@@ -86,7 +86,7 @@ class TestGenerate:
             (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be"),
             (["--prompt", "a", "--top-p", "0.9"], "top_p need a temperature"),
             (["--prompt-file", "no such file"], "no such file"),
-            (["--prompt", "a", "--experts", "no such file"], "no experts file at no such file"),
+            (["--prompt", "a", "--experts", "no such file"], "there is no file no such file"),
             (["--prompt", "a", "--prompt", "b", "--stream"], "--stream shows one answer"),
             (["--prompt", "a", "--seed", "5000000000"], "seed must be a whole number"),
             (["--prompt", "\udcff"], "the text is not Unicode"),

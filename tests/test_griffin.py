@@ -249,7 +249,7 @@ class TestExperts:
             experts.save(tmp_path / "no folder" / "e.safetensors")
 
     def test_damaged_or_missing_files(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no experts file"):
+        with pytest.raises(FileNotFoundError, match="there is no file"):
             gj.Experts.load(tmp_path / "none")
         gj.Experts.from_indices([[4, 1]], (5,)).save(tmp_path / "e")
         (tmp_path / "cut").write_bytes((tmp_path / "e").read_bytes()[:-3])

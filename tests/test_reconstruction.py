@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import oracle_squares, oracle_topk, torch_intermediates
+from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
 from griffin_jax import jitted
@@ -14,10 +14,6 @@ from griffin_jax.reconstruction import spread
 
 PROMPTS = [[5, 6, 7], list(range(3, 40)), [9, 8, 7, 60, 61, 62, 63, 64, 65, 5]]
 HALF = gj.GriffinConfig(0.5)
-
-
-def oracle_positions(length: int, rows: int) -> list[int]:
-    return list(range(length)) if length <= rows else [(2 * i + 1) * length // (2 * rows) for i in range(rows)]
 
 
 def oracle_rows(z: np.ndarray, rows: int) -> np.ndarray:

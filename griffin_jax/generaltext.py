@@ -1,0 +1,204 @@
+"""Measures a model's prior: what its neurons do in general text.
+
+The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) behind its first
+token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds the statistic of
+all tokens and, as calibration rows, the relative activations of some of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from griffin_jax import demo, jitted, loading
+from griffin_jax.arguments import check_output
+from griffin_jax.cache import EMPTY
+from griffin_jax.checkpoint import DTYPES
+from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
+from griffin_jax.fingerprint import fingerprint
+from griffin_jax.generate import bucket, pad
+from griffin_jax.llm import load
+from griffin_jax.model import Transformer
+from griffin_jax.prior import Prior
+from griffin_jax.reconstruction import DEFAULT_ROWS, spread
+from griffin_jax.sampling import Sample
+from griffin_jax.tokenizer import Tokenizer
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]:
+    """A text in windows of at most `length` tokens, each of which begins as a text of its own does.
+
+    Raises:
+        ValueError: the length leaves no room for text behind the first token.
+    """
+    tokens, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
+    first = tokens[: len(tokens) - len(plain)]
+    if length <= len(first):
+        raise ValueError(f"windows of {length} tokens have no room behind the {len(first)} that a text begins with")
+    step = length - len(first)
+    for start in range(0, len(plain), step):
+        yield [*first, *plain[start : start + step]]
+
+
+def self_generated(
+    model: Transformer, count: int, length: int, *, size: int, seed: int = 0, quiet: bool = False
+) -> list[list[int]]:
+    """Texts that a model writes by itself at temperature 1; they do not depend on the batch.
+
+    Args:
+        model: the full model.
+        count: how many texts.
+        length: tokens of each, at most: one that ends is shorter.
+        size: texts in a batch.
+        seed: of the draws.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: a text would be longer than the model's context.
+    """
+    config = model.config
+    if not 2 <= length <= config.max_positions:
+        raise ValueError(
+            f"texts must have from 2 tokens to the model's context of {config.max_positions}, got {length}"
+        )
+    seeds = [np.random.default_rng([seed, number]) for number in range(count)]
+    begin = config.bos_token_id
+    firsts = [int(rng.integers(config.vocab_size)) if begin is None else begin for rng in seeds]
+    draws = np.asarray([rng.integers(1 << 31) for rng in seeds], np.int32)
+    texts = []
+    with tqdm(total=count, unit="text", desc="writing", disable=quiet or None) as progress:
+        for start in range(0, count, size):
+            # The last batch is filled with its last text, so that it has the shape of the others.
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            tokens, lengths = pad([[firsts[row]] for row in rows], bucket(1))
+            prefilled = jitted.prefill(
+                model, tokens, lengths, room=bucket(length - 1), longest=length - 1, collect=False
+            )
+            draw = {"sampler": Sample(temperature=1.0), "eos": config.eos_token_ids}
+            answer = jitted.begin(prefilled, seed=jnp.asarray(draws[rows]), **draw)
+            answer = jitted.decode(model, answer, np.int32(length - 1), **draw)
+            written = np.asarray(answer.tokens)[: count - start]
+            texts += [
+                [firsts[row], *row_tokens[row_tokens >= 0].tolist()]
+                for row, row_tokens in zip(rows, written, strict=False)
+            ]
+            progress.update(len(written))
+    return texts
+
+
+def measure(
+    model: Transformer,
+    texts: Sequence[Sequence[int]],
+    *,
+    size: int,
+    rows: int = DEFAULT_ROWS,
+    quiet: bool = False,
+) -> Prior:
+    """The prior of a model: its statistic over texts, and rows of some of their tokens.
+
+    Args:
+        model: the full model.
+        texts: token ids, each of at least one and within the model's context. What is found for a text does not
+            depend on its batch.
+        size: texts in a batch.
+        rows: calibration rows of every layer, at most, spread evenly over all texts.
+        quiet: no progress bar.
+    """
+    ends = np.cumsum([len(text) for text in texts])
+    counts = np.bincount(np.searchsorted(ends, _spread(ends[-1], rows), side="right"), minlength=len(texts))
+    most = int(counts.max())
+    squares = [np.zeros(neurons, np.float64) for neurons in model.neurons]
+    found: list[tuple[int, list[np.ndarray]]] = []
+    shapes: dict[int, list[int]] = {}
+    for number, text in enumerate(texts):
+        shapes.setdefault(bucket(len(text)), []).append(number)
+    with tqdm(total=len(texts), unit="text", desc="reading", disable=quiet or None) as progress:
+        for width, numbers in sorted(shapes.items(), reverse=True):
+            for start in range(0, len(numbers), size):
+                batch = numbers[start : start + size]
+                filled = [*batch, *[batch[-1]] * (size - len(batch))]
+                tokens, lengths = pad([texts[number] for number in filled], width)
+                read = jitted.prefill(model, tokens, lengths, room=0, rows=most)
+                for total, layer in zip(squares, read.statistics.squares, strict=True):
+                    total += np.asarray(layer, np.float64)[: len(batch)].sum(axis=0)
+                for index, number in enumerate(batch):
+                    if counts[number]:
+                        chosen = _spread(min(len(texts[number]), most), counts[number])
+                        found.append((number, [np.asarray(layer[index], np.float16)[chosen] for layer in read.rows]))
+                progress.update(len(batch))
+    in_order = [layers for _, layers in sorted(found, key=lambda pair: pair[0])]
+    return Prior(
+        tuple(jnp.asarray(total, jnp.float32) for total in squares),
+        tuple(jnp.asarray(np.concatenate(layers)) for layers in zip(*in_order, strict=True)),
+        fingerprint(model),
+        sum(map(len, texts)),
+    )
+
+
+def _spread(length: int, rows: int) -> np.ndarray:
+    """Evenly spread numbers below `length`: `rows` of them, or all."""
+    found = np.asarray(spread(jnp.asarray([length]), int(rows))[0]) if rows else np.empty(0, np.int32)
+    return found[found != EMPTY]
+
+
+def beside(model: str) -> Path:
+    """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
+    path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
+    return path.with_name(f"{path.name}.prior.safetensors")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.add_argument("--model", default=demo.NAME, help="any model that griffin_jax loads (default: %(default)s)")
+    loading.add_pickle_argument(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
+    text.add_argument("--self-generated", metavar="N", type=int, help="N texts that the dense model writes")
+    parser.add_argument(
+        "--window", metavar="T", type=int, default=512, help="tokens of each text, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows", metavar="C", type=int, default=DEFAULT_ROWS,
+        help="calibration rows of each layer, for reconstruction; 0 for none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="(default: beside the model, *.prior.safetensors)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures a prior and writes its file."""
+    least = {"--window": 2, "--rows": 0, "--batch": 1, "--self-generated": 1, "--seed": 0}
+    for name, minimum in least.items():
+        value = getattr(options, name[2:].replace("-", "_"))
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    output = options.output or beside(options.model)
+    check_output("--output", output)
+    if missing := [file for file in options.text or () if not file.is_file()]:
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
+    window = min(options.window, llm.config.max_positions)
+    if options.text:
+        if llm.tokenizer is None:
+            raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts; give --self-generated")
+        skipped = Skipped()
+        texts = [
+            tokens for _, text in read_texts(options.text, skipped) for tokens in windows(llm.tokenizer, text, window)
+        ]
+        skipped.report()
+        if not texts:
+            raise nothing_left(skipped, ", ".join(map(str, options.text)))
+    else:
+        texts = self_generated(llm.model, options.self_generated, window, size=options.batch, seed=options.seed)
+    prior = measure(llm.model, texts, size=options.batch, rows=options.rows)
+    prior.save(output)
+    rows = prior.rows[0].shape[0] if prior.rows else 0
+    print(f"{output}: {prior.tokens:,} tokens in {len(texts):,} texts, {rows:,} calibration rows of each layer")
