@@ -23,6 +23,8 @@ from griffin_jax.evaluation import commands as evaluation
 from griffin_jax.griffin import Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
 from griffin_jax.planning import NarrowingWarning
+from griffin_jax.prior import DEFAULT_WEIGHT, Prior
+from griffin_jax.reconstruction import DEFAULT_ROWS
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -175,6 +177,18 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
     pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
+    pruning.add_argument(
+        "--prior", metavar="FILE", help="choose also by general text: what griffin-jax prior measured for this model"
+    )
+    pruning.add_argument(
+        "--prior-weight", type=float, default=DEFAULT_WEIGHT, metavar="W",
+        help="of the prior, in [0, 1] (default: %(default)s)",
+    )  # fmt: skip
+    pruning.add_argument(
+        "--reconstruct", type=int, nargs="?", const=True, default=False, metavar="ROWS",
+        help=f"refit the kept neurons to what the prompt had from all of them, at ROWS of its tokens"
+        f" (default: {DEFAULT_ROWS})",
+    )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
     answer.add_argument(
@@ -220,6 +234,7 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in OPTIONS}
     settings["experts"] = Experts.load(options.experts) if options.experts else None
+    settings["prior"] = Prior.load(options.prior) if options.prior else None
     check_options(**settings)
     if options.save_experts:
         if options.density == 1 and not options.experts:

@@ -15,11 +15,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax import jitted
 from griffin_jax.config import GriffinConfig, Method, ModelConfig
+from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Experts, Statistics, prune
 from griffin_jax.loading import ShardingLike, load_model
 from griffin_jax.model import Transformer
 from griffin_jax.one_copy import OneCopy
+from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
 from griffin_jax.sampling import Sampler, sampler
 from griffin_jax.timing import Stopwatch
 from griffin_jax.tokenizer import Tokenizer
@@ -41,6 +44,9 @@ class _Request:
     shared: bool
     multiple: int
     experts: Experts | None
+    prior: Prior | None
+    prior_weight: float
+    reconstruct: bool | int
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -64,6 +70,18 @@ class _Request:
         object.__setattr__(self, "stops", stops)
         object.__setattr__(self, "griffin", GriffinConfig(self.density, self.method, self.shared, self.multiple))
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
+        if self.prior is not None:
+            check_fusion(self.method, self.prior_weight)
+        if not isinstance(self.reconstruct, int | np.integer) or self.reconstruct < 0:
+            raise ValueError(
+                f"reconstruct must be True, False or a whole number of rows of at least 0, got {self.reconstruct!r}"
+            )
+
+    def rows(self, batch: int) -> int:
+        """Tokens of each sequence that the kept neurons are refitted to; if these are shared, of all together."""
+        rows = DEFAULT_ROWS if self.reconstruct is True else int(self.reconstruct)
+        together = self.shared if self.experts is None else self.experts.shared or self.experts[0].shape[0] == 1
+        return -(-rows // batch) if together else rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,6 +134,7 @@ class LLM:
         self._model = model
         self._one_copy = OneCopy(model) if one_copy else None
         self._spare: Transformer | None = None
+        self._fingerprint: str | None = None
         self._busy = False
         self.tokenizer = tokenizer
         self.name = name
@@ -140,6 +159,9 @@ class LLM:
         shared: bool = False,
         multiple: int = 1,
         experts: Experts | None = None,
+        prior: Prior | None = None,
+        prior_weight: float = DEFAULT_WEIGHT,
+        reconstruct: bool | int = False,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -162,6 +184,12 @@ class LLM:
                 batches fast and fit.
             multiple: kept neurons are rounded up to a multiple of this.
             experts: keep these neurons; `density` and `method` are not used.
+            prior: beyond GRIFFIN: choose neurons also by what they do in general text, which
+                `griffin-jax prior` has measured for this model.
+            prior_weight: of the prior, in [0, 1].
+            reconstruct: beyond GRIFFIN: refit the kept neurons to what the prompt had from all of them. True, or
+                how many tokens of each prompt to fit to (or of all prompts together, if they share experts).
+                The calibration rows of a prior are used, too.
             temperature: 0 takes the most probable token; above, tokens are drawn.
             top_k: draw from the k most probable tokens.
             top_p: draw from the fewest tokens that hold this probability.
@@ -176,8 +204,8 @@ class LLM:
             The answers in the order of the prompts, and how they came about.
 
         Raises:
-            ValueError: an argument is outside its range, a prompt is empty, or prompt and answer
-                together are longer than the model's context.
+            ValueError: an argument is outside its range, a prompt is empty, prompt and answer
+                together are longer than the model's context, or the prior is another model's.
         """
         options = {name: value for name, value in locals().items() if name in OPTIONS}
         *_, (generation, _) = self._run(prompts, _Request(**options), stream=False)
@@ -219,6 +247,8 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
+        prior: Prior | None = None,
+        prior_weight: float = DEFAULT_WEIGHT,
         seed: int = 0,
         chat: bool = False,
     ) -> Experts:
@@ -230,11 +260,15 @@ class LLM:
         config = GriffinConfig(density, method, shared, multiple)
         config.kept(self.model.neurons)
         _check_seed(seed)
+        if prior is not None:
+            check_fusion(method, prior_weight)
+            self._check_prior(prior)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
         self._check_one_copy(config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
-        return self._select(jitted.prefill(self.model, tokens, lengths, room=0).statistics, config, seed)
+        statistics = jitted.prefill(self.model, tokens, lengths, room=0).statistics
+        return self._select(statistics, config, seed, prior, prior_weight)
 
     def logits(
         self,
@@ -305,6 +339,12 @@ class LLM:
         self._check_experts(experts, len(sequences))
         if kept != self.model.neurons and experts is None:
             self._check_one_copy(config, len(sequences))
+        if request.reconstruct and self._one_copy is not None:
+            raise ValueError(
+                "with one_copy the kept rows are the model's own and cannot be refitted: reconstruct=False"
+            )
+        if request.prior is not None:
+            self._check_prior(request.prior)
 
         watch = Stopwatch()
         dense = experts is None and kept == self.model.neurons
@@ -314,15 +354,22 @@ class LLM:
         with watch.phase("prefill"):
             tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
             collect = experts is None and not dense
+            rows = 0 if dense else request.rows(len(sequences))
             prefilled: Prefilled = jitted.prefill(
-                self.model, tokens, lengths, room=room, longest=max_new_tokens, collect=collect
+                self.model, tokens, lengths, room=room, longest=max_new_tokens, collect=collect, rows=rows
             )
             jax.block_until_ready(prefilled)
         with watch.phase("select"):
             if collect:
-                experts = jax.block_until_ready(self._select(prefilled.statistics, config, request.seed))
+                fusion = request.prior, request.prior_weight
+                experts = jax.block_until_ready(self._select(prefilled.statistics, config, request.seed, *fusion))
         with watch.phase("prune"):
-            model = self.model if experts is None else jax.block_until_ready(self._prune(experts))
+            calibration = () if request.prior is None else request.prior.rows
+            reconstruction = Reconstruction(prefilled.rows, calibration=calibration) if rows else None
+            model = self.model if experts is None else jax.block_until_ready(self._prune(experts, reconstruction))
+            # Their memory is not needed while decoding.
+            del reconstruction
+            prefilled = dataclasses.replace(prefilled, rows=())
 
         text = _Text(self.tokenizer, len(sequences), request.stops)
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
@@ -361,16 +408,19 @@ class LLM:
         )
         yield generation, text.pieces(last=True)
 
-    def _select(self, statistics: Statistics, config: GriffinConfig, seed: int) -> Experts:
+    def _select(
+        self, statistics: Statistics, config: GriffinConfig, seed: int, prior: Prior | None, prior_weight: float
+    ) -> Experts:
         if self._one_copy is not None:
             statistics = self._one_copy.in_order(statistics)
-        return jitted.select(statistics, config, model=self._if_scored(config), seed=seed)
+        fusion = {} if prior is None else {"prior": prior, "prior_weight": prior_weight}
+        return jitted.select(statistics, config, model=self._if_scored(config), seed=seed, **fusion)
 
-    def _prune(self, experts: Experts) -> Transformer:
+    def _prune(self, experts: Experts, reconstruction: Reconstruction | None) -> Transformer:
         if self._one_copy is not None:
             return self._one_copy.prune(experts)
         spare, self._spare = self._spare, None
-        return prune(self.model, experts, reuse=spare)
+        return prune(self.model, experts, reuse=spare, reconstruction=reconstruction)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""
@@ -436,6 +486,13 @@ class LLM:
             raise ValueError('with one_copy the rows of weights move, so method "magnitude" cannot score them')
         if batch > 1 and not config.shared:
             raise ValueError(f"with one_copy a batch shares its experts: give shared=True for {batch} prompts")
+
+    def _check_prior(self, prior: Prior) -> None:
+        if self._one_copy is not None:
+            raise ValueError("with one_copy the rows of weights move, so a prior cannot be known to be theirs")
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model)
+        prior.check(self._fingerprint)
 
     def _if_scored(self, config: GriffinConfig) -> Transformer | None:
         """The model where `select` scores weights: else it would be one more input to check and hash."""

@@ -182,11 +182,12 @@ class TestGrid:
         """Each sequence the neurons that it would keep alone."""
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad([item.prompt for item in ITEMS], 16))
-        prompts = jitted.prefill(model, tokens, lengths, room=0).statistics
+        prefilled = jitted.prefill(model, tokens, lengths, room=0)
+        prompts = prefilled.statistics
         answers = jax.tree.map(lambda x: x[::-1] if x.ndim == 2 else x, prompts)
         seeds = np.array([7, 8, 9], np.int32)
         rows = grid(["topk", "sample"], [0.25])
-        for row, pruned in models(model, rows, prompts, answers, seeds):
+        for row, pruned in models(model, rows, prefilled, answers, seeds):
             kept = [np.asarray(layer.ff.down[...]) for layer in pruned.layers]
             for layer, full in enumerate(np.asarray(layer.ff.down[...]) for layer in model.layers):
                 for sequence in range(3):

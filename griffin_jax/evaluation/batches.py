@@ -59,9 +59,9 @@ class Batch:
     answer_lengths: Int[np.ndarray, "b"]
     seeds: Int[np.ndarray, "b"]
 
-    def prefill(self, model: Transformer, room: int) -> Prefilled:
-        """The prompts, read by the full model with room for an answer."""
-        return jitted.prefill(model, self.prompts, self.prompt_lengths, room=room, longest=room)
+    def prefill(self, model: Transformer, room: int, rows: int = 0) -> Prefilled:
+        """The prompts, read by the full model with room for an answer and with rows for a `Reconstruction`."""
+        return jitted.prefill(model, self.prompts, self.prompt_lengths, room=room, longest=room, rows=rows)
 
 
 def batch_of(items: Sequence[Item], size: int, seed: int) -> Batch:

@@ -31,7 +31,7 @@ from griffin_jax.arguments import (
 )
 from griffin_jax.evaluation import report, tasks
 from griffin_jax.evaluation.batches import Item
-from griffin_jax.evaluation.grid import METHODS, Row, grid
+from griffin_jax.evaluation.grid import CALIBRATION, METHODS, PRIOR, RECONSTRUCTION, STEPS, Beyond, Row, grid
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.prompts import SENTENCES, STOP, summarization_prompt
 from griffin_jax.evaluation.samples import (
@@ -45,6 +45,8 @@ from griffin_jax.evaluation.samples import (
 )
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.llm import LLM
+from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
 
 FORMAT = "griffin_jax eval 1"
 """Of results.json."""
@@ -157,7 +159,8 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     what.add_argument(
         "--method", default="topk",
         help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s); oracle, magnitude and random are"
-        " always there",
+        f" always there. Behind each may be steps beyond GRIFFIN: +{' +'.join(STEPS)}, such as"
+        f" topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
@@ -165,6 +168,25 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
         "--batch", type=int, default=size, metavar="B",
         help="texts at a time: each of them keeps neurons of its own, so B sets of kept weights are in memory"
         " (default: %(default)s)",
+    )  # fmt: skip
+    beyond = parser.add_argument_group("beyond GRIFFIN")
+    beyond.add_argument(
+        "--prior", type=Path, metavar="FILE",
+        help=f"that griffin-jax prior measured for this model, for +{PRIOR} and +{CALIBRATION}",
+    )  # fmt: skip
+    beyond.add_argument(
+        "--prior-weight", type=float, default=DEFAULT_WEIGHT, metavar="W", help="in [0, 1] (default: %(default)s)"
+    )
+    beyond.add_argument(
+        "--rows", type=int, default=DEFAULT_ROWS, metavar="R",
+        help=f"tokens of each prompt, at most, that +{RECONSTRUCTION} fits to (default: %(default)s)",
+    )  # fmt: skip
+    beyond.add_argument(
+        "--ridge", type=float, default=1.0, metavar="L", help="the larger, the less it changes (default: %(default)s)"
+    )
+    beyond.add_argument(
+        "--calibration-weight", type=float, default=0.5, metavar="A",
+        help="of a calibration row, where a token of the prompt has 1 (default: %(default)s)",
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -181,6 +203,7 @@ def run(options: argparse.Namespace) -> None:
     for name, value in (("--limit", options.limit), ("--batch", options.batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    beyond = _beyond(options, rows)
     folder = options.output or Path(f"eval-{options.task}")
     check_folder("--output", folder, RESULTS)
     if options.plot is not None:
@@ -192,18 +215,22 @@ def run(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
     llm = load_reader(options)
+    model = fingerprint(llm.model)
+    if beyond.prior is not None:
+        beyond.prior.check(model)
     skipped = Skipped()
-    evaluation: Evaluation = options.prepare(options, llm, rows, skipped)
+    evaluation: Evaluation = options.prepare(options, llm, rows, beyond, skipped)
     skipped.report()
     if not evaluation.items:
         raise nothing_left(skipped, ", ".join(map(str, files)))
     settings = {
         "task": options.task,
-        "model": fingerprint(llm.model),
+        "model": model,
         "texts": sha256_of_files(files),
         "dtype": str(llm.model.dtype),
         "rows": [row.name for row in rows],
         "seed": options.seed,
+        **_beyond_settings(options, rows),
         **evaluation.settings,
     }
     journal = Journal(folder, settings, overwrite=options.overwrite)
@@ -236,7 +263,41 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(results))
 
 
-def _divergence(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skipped: Skipped) -> Evaluation:
+def _has(rows: Sequence[Row], *steps: str) -> bool:
+    return any(step in row.steps for row in rows for step in steps)
+
+
+def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
+    """What the rows' steps take, checked before the model is loaded."""
+    check_fusion("topk", options.prior_weight)
+    if options.rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {options.rows}")
+    Reconstruction((), options.ridge, weight=options.calibration_weight)
+    prior = None
+    if _has(rows, PRIOR, CALIBRATION):
+        if options.prior is None:
+            raise ValueError(f"+{PRIOR} and +{CALIBRATION} need --prior FILE; griffin-jax prior measures it")
+        prior = Prior.load(options.prior)
+        if _has(rows, CALIBRATION) and not prior.rows:
+            raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
+    return Beyond(prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight)
+
+
+def _beyond_settings(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+    """What scores depend on beyond GRIFFIN; None where no row does."""
+    uses_prior, uses_rows = _has(rows, PRIOR, CALIBRATION), _has(rows, RECONSTRUCTION)
+    return {
+        "prior": sha256_of_files([options.prior]) if uses_prior else None,
+        "prior_weight": options.prior_weight if _has(rows, PRIOR) else None,
+        "reconstruction_rows": options.rows if uses_rows else None,
+        "ridge": options.ridge if uses_rows else None,
+        "calibration_weight": options.calibration_weight if _has(rows, CALIBRATION) else None,
+    }
+
+
+def _divergence(
+    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
@@ -259,7 +320,9 @@ def _divergence(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skip
     return Evaluation(
         items,
         settings,
-        lambda journal: tasks.divergence(llm, items, rows, journal, new=new, size=options.batch, seed=options.seed),
+        lambda journal: tasks.divergence(
+            llm, items, rows, journal, new=new, size=options.batch, seed=options.seed, beyond=beyond
+        ),
         lambda scores: report.divergence_figures(scores, rows, options.seed),
         tabulate,
         plot,
@@ -290,7 +353,9 @@ def _divergence_items(
             yield item
 
 
-def _perplexity(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skipped: Skipped) -> Evaluation:
+def _perplexity(
+    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
     prompts = sorted(numbers("--prompt-tokens", options.prompt_tokens, int))
     news = sorted(numbers("--new-tokens", options.new_tokens, int))
     for length in (prompts[0], news[0]):
@@ -302,7 +367,15 @@ def _perplexity(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skip
         items,
         {"prompts": prompts, "new": news},
         lambda journal: tasks.perplexity(
-            llm, items, rows, journal, prompts=prompts, news=news, size=options.batch, seed=options.seed
+            llm,
+            items,
+            rows,
+            journal,
+            prompts=prompts,
+            news=news,
+            size=options.batch,
+            seed=options.seed,
+            beyond=beyond,
         ),
         lambda scores: report.perplexity_figures(scores, rows, prompts, news, options.seed),
         lambda figures: report.perplexity_table(figures, prompts, news),
@@ -323,7 +396,9 @@ def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Sk
             yield Item(f"{name}, window {number + 1}", window[:prompt], window[prompt:])
 
 
-def _summarize(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skipped: Skipped) -> Evaluation:
+def _summarize(
+    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens must be at least 1, got {options.new_tokens}")
     if options.format and options.shots < 0:
@@ -343,6 +418,7 @@ def _summarize(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], skipp
         lambda journal: tasks.summarize(
             llm, items, rows, journal,
             new=options.new_tokens, stop=stop, stem=options.stem, size=options.batch, seed=options.seed,
+            beyond=beyond,
         ),
         lambda scores: report.summarize_figures(scores, rows, options.seed),
         lambda figures: report.table("ROUGE of greedy answers:", figures, report.ROUGES),

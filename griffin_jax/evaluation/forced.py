@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from griffin_jax import jitted
-from griffin_jax.evaluation.grid import Row, models
+from griffin_jax.evaluation.grid import Beyond, Row, models
 from griffin_jax.generate import Prefilled
 from griffin_jax.model import Transformer
 
@@ -26,17 +26,19 @@ def score_answers(
     lengths: Int[np.ndarray, "b"],
     seeds: Int[np.ndarray, "b"],
     upto: Sequence[int],
+    beyond: Beyond = Beyond(),
 ) -> list[dict[str, Any]]:
     """Scores of given answers in every row's model, one for each sequence.
 
     Args:
         model: the full model.
         rows: what to compare with it.
-        prefilled: the prompts, with statistics and with room for the answers.
+        prefilled: the prompts, with statistics, with room for the answers and with `grid.rows_of(rows, beyond)` rows.
         answers: token ids, padded on the right.
         lengths: real ones of each.
         seeds: of the draws for each.
         upto: the sums are over the first tokens of an answer, as many as each of these says, or all if it has fewer.
+        beyond: for the rows that have steps beyond GRIFFIN.
 
     Returns:
         For each sequence `tokens`, how many were scored, and for each row's name the sums of `SCORES`; all of these
@@ -45,7 +47,7 @@ def score_answers(
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     dense, following = jitted.follow(model, prefilled, tokens, real, collect=True)
     hidden = []
-    for _, pruned in models(model, rows, prefilled.statistics, following, seeds):
+    for _, pruned in models(model, rows, prefilled, following, seeds, beyond):
         hidden.append(dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0])
     compared = jitted.compare(model, dense, tuple(hidden), tokens)
     found = [{name: np.asarray(getattr(comparison, name)) for name in SCORES} for comparison in compared]

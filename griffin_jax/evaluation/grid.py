@@ -11,17 +11,48 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from griffin_jax import jitted
 from griffin_jax.config import GriffinConfig, Method, check_density
+from griffin_jax.generate import Prefilled
 from griffin_jax.griffin import Experts, Statistics, prune, select
 from griffin_jax.model import Transformer
+from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
 
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)
 ALWAYS = (ORACLE, "magnitude", "random")
 """What stands beside every method: the best that this kind of selection can be, and two that ignore the prompt."""
+
+PRIOR, RECONSTRUCTION, CALIBRATION = "prior", "reconstruction", "calibration"
+STEPS = (PRIOR, RECONSTRUCTION, CALIBRATION)
+"""Beyond GRIFFIN, each behind a `+`: the prior's rank, refitted rows, and these fitted to the prior's rows, too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Beyond:
+    """What the steps beyond GRIFFIN take.
+
+    Attributes:
+        prior: for `PRIOR` and `CALIBRATION`; None if no row has these steps.
+        prior_weight: of the prior's rank.
+        rows: tokens of each prompt for `RECONSTRUCTION`.
+        ridge: of the same.
+        calibration_weight: of a calibration row.
+    """
+
+    prior: Prior | None = None
+    prior_weight: float = DEFAULT_WEIGHT
+    rows: int = DEFAULT_ROWS
+    ridge: float = 1.0
+    calibration_weight: float = 0.5
+
+    def reconstruction(self, rows: tuple[Array, ...], *, calibrated: bool) -> Reconstruction:
+        """What the kept neurons of a batch are refitted to, rows being those of its prompts."""
+        calibration = self.prior.rows if calibrated and self.prior is not None else ()
+        return Reconstruction(rows, self.ridge, calibration, self.calibration_weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +61,22 @@ class Row:
 
     Attributes:
         method: `dense`, one of `GriffinConfig.method`, or `oracle`: the k best neurons by the statistic of the answer
-            itself instead of the prompt's.
+            itself instead of the prompt's. Behind it any of `STEPS`, each after a `+`.
         density: share of feed-forward neurons kept.
     """
 
     method: str
     density: float
+
+    @property
+    def selection(self) -> str:
+        """The method without the steps behind it."""
+        return self.method.split("+")[0]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Those of `STEPS` that the row has."""
+        return tuple(self.method.split("+")[1:])
 
     @property
     def name(self) -> str:
@@ -46,17 +87,36 @@ class Row:
 def grid(methods: Sequence[str], densities: Sequence[float]) -> tuple[Row, ...]:
     """The dense model, and each method and all of `ALWAYS` at every density below 1, the largest first.
 
+    Args:
+        methods: those of `GriffinConfig.method`, each with any of `STEPS` behind it.
+        densities: shares of neurons kept.
+
     Raises:
-        ValueError: there is no such method, or a density is outside (0, 1].
+        ValueError: there is no such method, its steps do not go together, or a density is outside (0, 1].
     """
     for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}")
+        _check_method(Row(method, 1.0))
     for density in densities:
         check_density(density)
     below = sorted({density for density in densities if density < 1}, reverse=True)
     every = dict.fromkeys([*methods, *ALWAYS])
     return (Row(DENSE, 1.0), *(Row(method, density) for density in below for method in every))
+
+
+def _check_method(row: Row) -> None:
+    if row.selection not in METHODS:
+        raise ValueError(f"method is {row.selection!r}; allowed are {', '.join(METHODS)}")
+    if row.steps != tuple(step for step in STEPS if step in row.steps):
+        raise ValueError(f"method is {row.method!r}; behind it may be any of +{' +'.join(STEPS)}, in this order")
+    if CALIBRATION in row.steps and RECONSTRUCTION not in row.steps:
+        raise ValueError(f"method is {row.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
+    if PRIOR in row.steps:
+        check_fusion(row.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
+
+
+def rows_of(rows: Sequence[Row], beyond: Beyond) -> int:
+    """Tokens of each prompt whose activations must be kept: none unless a row is reconstructed."""
+    return beyond.rows if any(RECONSTRUCTION in row.steps for row in rows) else 0
 
 
 def seed_of(seed: int, text: str) -> int:
@@ -65,7 +125,12 @@ def seed_of(seed: int, text: str) -> int:
 
 
 def models(
-    model: Transformer, rows: Sequence[Row], prompts: Statistics, answers: Statistics, seeds: Int[np.ndarray, "b"]
+    model: Transformer,
+    rows: Sequence[Row],
+    prompts: Prefilled,
+    answers: Statistics,
+    seeds: Int[np.ndarray, "b"],
+    beyond: Beyond = Beyond(),
 ) -> Iterator[tuple[Row, Transformer]]:
     """Every row's model for a batch of prompts, one after the other.
 
@@ -75,31 +140,47 @@ def models(
     Args:
         model: the full one.
         rows: those of `grid`.
-        prompts: the statistics of the prompts, which the methods select by.
-        answers: those of the answers, which the oracle selects by.
+        prompts: with the statistics that the methods select by, and with `rows_of(rows, beyond)` rows.
+        answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
+        beyond: for the rows that have steps beyond GRIFFIN.
     """
     spare = None
     for row in rows:
         if row.method == DENSE:
             yield row, model
-        elif row.method == "magnitude":
-            config = GriffinConfig(row.density, "magnitude", shared=True)
-            yield row, prune(model, jitted.select(prompts, config, model=model))
-        else:
-            oracle = row.method == ORACLE
-            config = GriffinConfig(row.density, "topk" if oracle else row.method)  # pyright: ignore[reportArgumentType]
-            spare = prune(model, select_each(answers if oracle else prompts, config, seeds), reuse=spare)
-            yield row, spare
+            continue
+        reconstruction = None
+        if RECONSTRUCTION in row.steps:
+            reconstruction = beyond.reconstruction(prompts.rows, calibrated=CALIBRATION in row.steps)
+        if row.selection == "magnitude":
+            # Neurons that are the same for all can be held once, unless each sequence has them refitted.
+            config = GriffinConfig(row.density, "magnitude", shared=reconstruction is None)
+            experts = jitted.select(prompts.statistics, config, model=model)
+            yield row, prune(model, experts, reconstruction=reconstruction)
+            continue
+        oracle = row.selection == ORACLE
+        config = GriffinConfig(row.density, "topk" if oracle else row.selection)  # pyright: ignore[reportArgumentType]
+        statistics = answers if oracle else prompts.statistics
+        fusion = (beyond.prior, beyond.prior_weight) if PRIOR in row.steps else ()
+        experts = select_each(statistics, config, seeds, *fusion)
+        spare = prune(model, experts, reuse=spare, reconstruction=reconstruction)
+        yield row, spare
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def select_each(statistics: Statistics, config: GriffinConfig, seeds: Int[Array, "b"]) -> Experts:
+def select_each(
+    statistics: Statistics,
+    config: GriffinConfig,
+    seeds: Int[Array, "b"],
+    prior: Prior | None = None,
+    prior_weight: float | Float[Array, ""] = DEFAULT_WEIGHT,
+) -> Experts:
     """`select` for each sequence with a seed of its own, so that what is drawn does not depend on its batch."""
 
     def select_one(squares: tuple[Array, ...], tokens: Array, seed: Array) -> tuple[Array, ...]:
         alone = Statistics(tuple(s[None] for s in squares), tokens[None])
-        return tuple(kept[0] for kept in select(alone, config, seed=seed))
+        return tuple(kept[0] for kept in select(alone, config, seed=seed, prior=prior, prior_weight=prior_weight))
 
     indices = jax.vmap(select_one)(statistics.squares, statistics.tokens, jnp.asarray(seeds))
     return Experts(indices, tuple(squares.shape[-1] for squares in statistics.squares))

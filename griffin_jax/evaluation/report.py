@@ -15,7 +15,7 @@ from griffin_jax.figures import new_figure
 
 CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own continuation"}
 COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}
-METHOD_COLOURS = ("C0", "C1", "C4", "C5")
+METHOD_COLOURS = ("C0", "C1", "C4", "C5", "C6", "C8", "C9")
 WIDTH = 27
 """Of a figure with its interval in a table."""
 
@@ -103,28 +103,34 @@ def _as_json(interval: Interval) -> dict[str, float | None]:
 
 def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
     """Rows of figures with their intervals."""
-    lines = [title, f"{'selection':14}{'density':>8}" + "".join(f"{m.title:>{WIDTH}}" for m in metrics)]
+    first = _first_width(figures)
+    lines = [title, f"{'selection':{first}}{'density':>8}" + "".join(f"{m.title:>{WIDTH}}" for m in metrics)]
     for entry in figures:
         cells = "".join(f"{_cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
-        lines.append(f"{entry['method']:14}{entry['density']:>8g}{cells}")
+        lines.append(f"{entry['method']:{first}}{entry['density']:>8g}{cells}")
     return "\n".join(lines)
 
 
 def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[int]) -> str:
     """For every answer length a block: rows by prompt length."""
-    blocks = []
+    blocks, first = [], _first_width(figures)
     for new in news:
         entries = [entry for entry in figures if entry["new"] == new]
         lines = [
             f"perplexity of the next {new} tokens behind prompts of",
-            f"{'selection':14}{'density':>8}" + "".join(f"{f'{prompt:,} tokens':>{WIDTH}}" for prompt in prompts),
+            f"{'selection':{first}}{'density':>8}" + "".join(f"{f'{prompt:,} tokens':>{WIDTH}}" for prompt in prompts),
         ]
         by_row: dict[tuple[str, float], list[str]] = {}
         for entry in entries:
             by_row.setdefault((entry["method"], entry["density"]), []).append(_cell(entry["perplexity"], 1))
-        lines += [f"{m:14}{d:>8g}" + "".join(f"{c:>{WIDTH}}" for c in cells) for (m, d), cells in by_row.items()]
+        lines += [f"{m:{first}}{d:>8g}" + "".join(f"{c:>{WIDTH}}" for c in cells) for (m, d), cells in by_row.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _first_width(figures: Figures) -> int:
+    """Of the column with the rows' names."""
+    return max([14, *(len(entry["method"]) + 1 for entry in figures)])
 
 
 def _cell(figure: Mapping[str, float | None], digits: int) -> str:
@@ -156,6 +162,7 @@ def plot_by_density(
         OSError: the file cannot be written.
     """
     figure, axes = _panels(len(panels), len(metrics), title)
+    colours = _colours([entry for figures in panels.values() for entry in figures])
     for down, (name, figures) in enumerate(panels.items()):
         for across, metric in enumerate(metrics):
             axis = axes[down][across]
@@ -163,7 +170,7 @@ def plot_by_density(
                 if method == DENSE:
                     _across(axis, entries[0][metric.key])
                 else:
-                    _line(axis, method, entries, [entry["density"] for entry in entries], metric)
+                    _line(axis, method, entries, [entry["density"] for entry in entries], metric, colours)
             axis.set_xlabel("density (share of neurons kept)")
             axis.set_ylabel(metric.title)
             densities = sorted({entry["density"] for entry in figures if entry["method"] != DENSE})
@@ -186,6 +193,7 @@ def plot_by_length(
     """
     densities = sorted({entry["density"] for entry in figures if entry["method"] != DENSE}, reverse=True)
     figure, axes = _panels(max(1, len(densities)), 2, title)
+    colours = _colours(figures)
     kinds = (
         ("prompt", "prompt (tokens)", "new", max(news), "the next {:,} tokens"),
         ("new", "answer (tokens)", "prompt", max(prompts), "a prompt of {:,} tokens"),
@@ -197,7 +205,7 @@ def plot_by_length(
                 entry for entry in figures if entry[fixed] == value and entry["density"] in (1.0, density)
             ]  # fmt: skip
             for method, entries in _by_method(chosen).items():
-                _line(axis, method, entries, [entry[key] for entry in entries], PERPLEXITY)
+                _line(axis, method, entries, [entry[key] for entry in entries], PERPLEXITY, colours)
             axis.set_xlabel(label)
             axis.set_ylabel("perplexity")
             axis.set_xscale("log", base=2)
@@ -222,11 +230,15 @@ def _by_method(figures: Figures) -> dict[str, Figures]:
     return found
 
 
-def _colour(method: str, methods: Sequence[str]) -> str:
-    return COLOURS.get(method) or METHOD_COLOURS[methods.index(method) % len(METHOD_COLOURS)]
+def _colours(figures: Figures) -> dict[str, str]:
+    """A colour for each method, by their order."""
+    others = [method for method in _by_method(figures) if method not in COLOURS]
+    return COLOURS | {method: METHOD_COLOURS[at % len(METHOD_COLOURS)] for at, method in enumerate(others)}
 
 
-def _line(axis: Any, method: str, entries: Figures, at: Sequence[float], metric: Metric) -> None:
+def _line(
+    axis: Any, method: str, entries: Figures, at: Sequence[float], metric: Metric, colours: Mapping[str, str]
+) -> None:
     figures = [(x, entry[metric.key]) for x, entry in zip(at, entries, strict=True)]
     shown = [(x, f) for x, f in figures if f["value"] is not None and (f["value"] > 0 or not metric.log)]
     values = [figure["value"] for _, figure in shown]
@@ -244,7 +256,7 @@ def _line(axis: Any, method: str, entries: Figures, at: Sequence[float], metric:
         capsize=2,
         linewidth=1.5 if method not in ALWAYS else 1.0,
         linestyle="--" if method in ALWAYS else "-",
-        color=_colour(method, ("topk", "sample", "topk_sample")),
+        color=colours[method],
         label=method,
     )
 
@@ -263,4 +275,5 @@ def _finish(axis: Any, metric: Metric, title: str) -> None:
 
 def _legend(figure: Any, axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+    columns = len(labels) if max(map(len, labels)) < 15 else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")

@@ -20,7 +20,7 @@ import numpy as np
 from griffin_jax import jitted
 from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import DENSE, Row, models
+from griffin_jax.evaluation.grid import DENSE, Beyond, Row, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.llm import LLM, find_stop
@@ -34,7 +34,15 @@ CHUNK = 16
 
 
 def divergence(
-    llm: LLM, items: Sequence[Item], rows: Sequence[Row], journal: Journal, *, new: int, size: int, seed: int
+    llm: LLM,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    journal: Journal,
+    *,
+    new: int,
+    size: int,
+    seed: int,
+    beyond: Beyond = Beyond(),
 ) -> dict[str, Any]:
     """Scores of the real continuation and of the dense model's own (greedy, at most `new` tokens).
 
@@ -45,10 +53,10 @@ def divergence(
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         length = max(new, batch.answers.shape[1])
-        prefilled = batch.prefill(model, bucket(length))
+        prefilled = batch.prefill(model, bucket(length), rows_of(rows, beyond))
         own = pad(generate(model, prefilled, new, eos), bucket(new))
         found = {
-            kind: score_answers(model, rows, prefilled, *answers, batch.seeds, [length])
+            kind: score_answers(model, rows, prefilled, *answers, batch.seeds, [length], beyond)
             for kind, answers in {REAL: (batch.answers, batch.answer_lengths), OWN: own}.items()
         }
         return [{kind: found[kind][index] for kind in found} for index in range(len(batch.items))]
@@ -66,6 +74,7 @@ def perplexity(
     news: Sequence[int],
     size: int,
     seed: int,
+    beyond: Beyond = Beyond(),
 ) -> dict[str, Any]:
     """Scores of the same tokens behind the last P tokens of what stands before them, for every P.
 
@@ -78,6 +87,7 @@ def perplexity(
         news: answer lengths G; the tokens of a shorter one are the first of a longer one.
         size: texts in a batch.
         seed: of all draws.
+        beyond: for the rows that have steps beyond GRIFFIN.
 
     Returns:
         For each text and P (as text) what `score_answers` has, along `news`.
@@ -88,9 +98,9 @@ def perplexity(
         for length in prompts:
             shortened = [dataclasses.replace(item, prompt=item.prompt[-length:]) for item in batch.items]
             short = batch_of(shortened, size, seed)
-            prefilled = short.prefill(llm.model, batch.answers.shape[1])
+            prefilled = short.prefill(llm.model, batch.answers.shape[1], rows_of(rows, beyond))
             answers = batch.answers, batch.answer_lengths, batch.seeds
-            found.append(score_answers(llm.model, rows, prefilled, *answers, news))
+            found.append(score_answers(llm.model, rows, prefilled, *answers, news, beyond))
         return [
             {str(length): scores[index] for length, scores in zip(prompts, found, strict=True)}
             for index in range(len(batch.items))
@@ -110,6 +120,7 @@ def summarize(
     stem: bool,
     size: int,
     seed: int,
+    beyond: Beyond = Beyond(),
 ) -> dict[str, Any]:
     """Every row's greedy answers and their ROUGE against the references.
 
@@ -133,12 +144,12 @@ def summarize(
         return find_stop(tokenizer.decode(tokens), stop) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
-        prefilled = batch.prefill(model, bucket(new))
+        prefilled = batch.prefill(model, bucket(new), rows_of(rows, beyond))
         dense = generate(model, prefilled, new, eos, ended)
         answers, lengths = pad(dense, bucket(new))
         _, following = jitted.follow(model, prefilled, answers, lengths, collect=True)
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        for row, pruned in models(model, rows, prefilled.statistics, following, batch.seeds):
+        for row, pruned in models(model, rows, prefilled, following, batch.seeds, beyond):
             written = dense if row.method == DENSE else generate(pruned, prefilled, new, eos, ended)
             for scores, item, tokens in zip(found, batch.items, written, strict=False):
                 text = cut(tokens)
