@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         ("bench", bench, "what pruning gains on this machine, beside what its memory bandwidth allows"),
         ("eval", evaluation, "what pruning costs in quality: divergence, perplexity or ROUGE on your own texts"),
         ("flocking", flocking, "the paper's figures of why pruning works, for your own model and texts"),
-        ("prior", generaltext, "measure what a model's neurons do in general text, for better pruning of short prompts"),
+        ("prior", generaltext, "measure what a model's neurons do in general text, which helps to choose among them"),
     ):
         command = commands.add_parser(
             name,

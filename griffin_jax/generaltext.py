@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from griffin_jax import demo, jitted, loading
-from griffin_jax.arguments import check_output
+from griffin_jax import jitted
+from griffin_jax.arguments import add_dtype_argument, add_model_argument, check_output
 from griffin_jax.cache import EMPTY
-from griffin_jax.checkpoint import DTYPES
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import bucket, pad
@@ -154,9 +153,8 @@ def beside(model: str) -> Path:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("--model", default=demo.NAME, help="any model that griffin_jax loads (default: %(default)s)")
-    loading.add_pickle_argument(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
+    add_model_argument(parser)
+    add_dtype_argument(parser)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
     text.add_argument("--self-generated", metavar="N", type=int, help="N texts that the dense model writes")
