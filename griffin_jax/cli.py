@@ -21,7 +21,7 @@ from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.evaluation import commands as evaluation
 from griffin_jax.griffin import Experts
-from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, check_options, load
+from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, Quality, check_options, load
 from griffin_jax.planning import NarrowingWarning
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior
 from griffin_jax.reconstruction import DEFAULT_ROWS
@@ -178,7 +178,14 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
     pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
     pruning.add_argument(
+        "--quality", choices=get_args(Quality), default=OPTIONS["quality"],
+        help="best: the same as --budgets --reconstruct, with the --prior (by default the file beside the model)",
+    )  # fmt: skip
+    pruning.add_argument(
         "--prior", metavar="FILE", help="choose also by general text: what griffin-jax prior measured for this model"
+    )
+    pruning.add_argument(
+        "--budgets", action="store_true", help="each layer keeps a share of its own, which the prior found best"
     )
     pruning.add_argument(
         "--prior-weight", type=float, default=DEFAULT_WEIGHT, metavar="W",
@@ -234,7 +241,12 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in OPTIONS}
     settings["experts"] = Experts.load(options.experts) if options.experts else None
-    settings["prior"] = Prior.load(options.prior) if options.prior else None
+    prior = options.prior or (generaltext.beside(options.model) if options.quality == "best" else None)
+    if options.quality == "best" and prior and not Path(prior).is_file():
+        raise FileNotFoundError(
+            f"--quality best needs a prior, and there is no file {prior}; measure it with griffin-jax prior"
+        )
+    settings["prior"] = Prior.load(prior) if prior else None
     check_options(**settings)
     if options.save_experts:
         if options.density == 1 and not options.experts:

@@ -314,6 +314,12 @@ def kept_neurons(ff_width: int, density: float, multiple: int = 1) -> int:
     return k
 
 
+def density_that_keeps(k: int, ff_width: int) -> float:
+    """A density of which `kept_neurons` makes k of F neurons: k / F, or the next number above if that is too small."""
+    density = k / ff_width
+    return density if ff_width * Fraction(repr(density)) >= k else math.nextafter(density, 1.0)
+
+
 def check_density(density: object) -> None:
     """Raise `ValueError` unless `density` is a number in (0, 1]."""
     if not isinstance(density, float | int | np.floating) or isinstance(density, bool) or not 0 < density <= 1:

@@ -1,13 +1,18 @@
 """Measures a model's prior: what its neurons do in general text.
 
 The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) behind its first
-token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds the statistic of
-all tokens and, as calibration rows, the relative activations of some of them.
+token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds
+
+- the statistic of all tokens,
+- the relative activations of some of them: the calibration rows,
+- how sensitive predictions are to each neuron, by which layers keep shares of their own. These shares are used only if
+  they helped in texts that were held out of all this.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,15 +23,25 @@ from tqdm import tqdm
 from griffin_jax import jitted
 from griffin_jax.arguments import add_dtype_argument, add_model_argument, check_output
 from griffin_jax.cache import EMPTY
+from griffin_jax.evaluation.batches import Item, batches
+from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, STEPS, Beyond, Row
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import bucket, pad
 from griffin_jax.llm import load
 from griffin_jax.model import Transformer
 from griffin_jax.prior import Prior
-from griffin_jax.reconstruction import DEFAULT_ROWS, spread
+from griffin_jax.reconstruction import DEFAULT_CALIBRATION, spread
 from griffin_jax.sampling import Sample
+from griffin_jax.sensitivity import SINKS, sensitivity
 from griffin_jax.tokenizer import Tokenizer
+
+TRIAL_DENSITY = 0.5
+"""Of the trial of budgets."""
+
+LEAST_TEXTS, MOST_HELD_OUT = 5, 8
+"""A trial needs a fifth of the texts, and at most this many of them."""
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]:
@@ -95,7 +110,7 @@ def measure(
     texts: Sequence[Sequence[int]],
     *,
     size: int,
-    rows: int = DEFAULT_ROWS,
+    rows: int = DEFAULT_CALIBRATION,
     quiet: bool = False,
 ) -> Prior:
     """The prior of a model: its statistic over texts, and rows of some of their tokens.
@@ -139,6 +154,58 @@ def measure(
     )
 
 
+def with_budgets(
+    model: Transformer,
+    prior: Prior,
+    texts: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    *,
+    size: int,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Prior:
+    """A prior with the sensitivity of neurons, and with what came of a trial of the budgets that follow from it.
+
+    In the trial the first half of each text is a prompt, and the divergence of pruned models is measured over the rest,
+    with the prior and a reconstruction, at `TRIAL_DENSITY`.
+
+    Args:
+        model: the full model.
+        prior: of other texts than those held out.
+        texts: to measure the sensitivity on.
+        held_out: for the trial, each of at least two tokens.
+        size: texts in a batch of the trial.
+        seed: of the draws.
+        quiet: no progress bar.
+    """
+    found = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet), uniform="")
+    steps = [PRIOR, RECONSTRUCTION, *([CALIBRATION] if prior.rows else [])]
+    same, own = (
+        Row("+".join(["topk", *(step for step in STEPS if step in chosen)]), TRIAL_DENSITY)
+        for chosen in (steps, [*steps, BUDGETS])
+    )
+    items = [Item(str(number), text[: len(text) // 2], text[len(text) // 2 :]) for number, text in enumerate(held_out)]
+    sums = {same.name: 0.0, own.name: 0.0}
+    for batch in batches(items, size, seed):
+        width = batch.answers.shape[1]
+        beyond = Beyond(found)
+        prefilled = batch.prefill(model, width, beyond.rows)
+        answers = batch.answers, batch.answer_lengths, batch.seeds
+        scores = score_answers(model, [Row(DENSE, 1.0), same, own], prefilled, *answers, [width], beyond)
+        for text in scores[: len(batch.items)]:
+            for name in sums:
+                sums[name] += text[name]["kl"][0]
+    tokens = sum(len(item.answer) for item in items)
+    without, with_shares = sums[same.name] / tokens, sums[own.name] / tokens
+    if with_shares < without:
+        return found
+    return dataclasses.replace(
+        found,
+        uniform=f"in texts held out, KL to the dense model was {with_shares:.3f} nats per token with shares of their"
+        f" own for layers, and {without:.3f} without",
+    )
+
+
 def _spread(length: int, rows: int) -> np.ndarray:
     """Evenly spread numbers below `length`: `rows` of them, or all."""
     found = np.asarray(spread(jnp.asarray([length]), int(rows))[0]) if rows else np.empty(0, np.int32)
@@ -162,8 +229,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--window", metavar="T", type=int, default=512, help="tokens of each text, at most (default: %(default)s)"
     )
     parser.add_argument(
-        "--rows", metavar="C", type=int, default=DEFAULT_ROWS,
+        "--rows", metavar="C", type=int, default=DEFAULT_CALIBRATION,
         help="calibration rows of each layer, for reconstruction; 0 for none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget-texts", metavar="N", type=int, default=32,
+        help="texts that the sensitivity of neurons is measured on, by a backward pass over each; 0 for none"
+        " (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
@@ -172,7 +244,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Measures a prior and writes its file."""
-    least = {"--window": 2, "--rows": 0, "--batch": 1, "--self-generated": 1, "--seed": 0}
+    least = {"--window": 2, "--rows": 0, "--budget-texts": 0, "--batch": 1, "--self-generated": 1, "--seed": 0}
     for name, minimum in least.items():
         value = getattr(options, name[2:].replace("-", "_"))
         if value is not None and value < minimum:
@@ -196,7 +268,22 @@ def run(options: argparse.Namespace) -> None:
             raise nothing_left(skipped, ", ".join(map(str, options.text)))
     else:
         texts = self_generated(llm.model, options.self_generated, window, size=options.batch, seed=options.seed)
-    prior = measure(llm.model, texts, size=options.batch, rows=options.rows)
+    held_out = _held_out(texts) if options.budget_texts else []
+    measured = [text for number, text in enumerate(texts) if number not in held_out]
+    prior = measure(llm.model, measured, size=options.batch, rows=options.rows)
+    if held_out:
+        trial = [texts[number] for number in held_out]
+        sensitive = measured[:: -(-len(measured) // options.budget_texts)]
+        prior = with_budgets(llm.model, prior, sensitive, trial, size=options.batch, seed=options.seed)
+    elif options.budget_texts:
+        prior = dataclasses.replace(prior, uniform=f"fewer than {LEAST_TEXTS} texts are too few to try budgets on")
     prior.save(output)
     rows = prior.rows[0].shape[0] if prior.rows else 0
-    print(f"{output}: {prior.tokens:,} tokens in {len(texts):,} texts, {rows:,} calibration rows of each layer")
+    print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
+    print(f"layers keep the same share: {prior.uniform}" if prior.uniform else "layers keep shares of their own")
+
+
+def _held_out(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Which texts are for the trial: of those that have two halves every fifth, at most `MOST_HELD_OUT`."""
+    whole = [number for number, text in enumerate(texts) if len(text) >= 2 * SINKS]
+    return whole[4::5][:MOST_HELD_OUT]

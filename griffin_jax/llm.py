@@ -6,7 +6,7 @@ import dataclasses
 import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ from griffin_jax.tokenizer import Tokenizer
 STREAM_CHUNK = 8
 """Tokens decoded between two looks at the text, when it is streamed or stop strings are given."""
 
+Quality = Literal["griffin", "best"]
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
 
@@ -44,8 +46,10 @@ class _Request:
     shared: bool
     multiple: int
     experts: Experts | None
+    quality: Quality
     prior: Prior | None
     prior_weight: float
+    budgets: bool
     reconstruct: bool | int
     temperature: float
     top_k: int | None
@@ -72,6 +76,12 @@ class _Request:
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
         if self.prior is not None:
             check_fusion(self.method, self.prior_weight)
+        if self.quality not in get_args(Quality):
+            raise ValueError(f"quality must be one of {', '.join(get_args(Quality))}, got {self.quality!r}")
+        if self.quality == "best":
+            object.__setattr__(self, "budgets", True)
+            object.__setattr__(self, "reconstruct", self.reconstruct or True)
+        _check_budgets(self.budgets, self.prior)
         if not isinstance(self.reconstruct, int | np.integer) or self.reconstruct < 0:
             raise ValueError(
                 f"reconstruct must be True, False or a whole number of rows of at least 0, got {self.reconstruct!r}"
@@ -159,8 +169,10 @@ class LLM:
         shared: bool = False,
         multiple: int = 1,
         experts: Experts | None = None,
+        quality: Quality = "griffin",
         prior: Prior | None = None,
         prior_weight: float = DEFAULT_WEIGHT,
+        budgets: bool = False,
         reconstruct: bool | int = False,
         temperature: float = 0.0,
         top_k: int | None = None,
@@ -184,9 +196,14 @@ class LLM:
                 batches fast and fit.
             multiple: kept neurons are rounded up to a multiple of this.
             experts: keep these neurons; `density` and `method` are not used.
+            quality: `griffin` is the paper's method with what is turned on below; `best` turns on everything that
+                gains answers of the dense model at the same cost of decoding: `budgets` and `reconstruct`, with a
+                `prior`.
             prior: beyond GRIFFIN: choose neurons also by what they do in general text, which
                 `griffin-jax prior` has measured for this model.
             prior_weight: of the prior, in [0, 1].
+            budgets: beyond GRIFFIN: as many neurons in all, but each layer keeps a share of its own, as the prior
+                found best.
             reconstruct: beyond GRIFFIN: refit the kept neurons to what the prompt had from all of them. True, or
                 how many tokens of each prompt to fit to (or of all prompts together, if they share experts).
                 The calibration rows of a prior are used, too.
@@ -249,6 +266,7 @@ class LLM:
         multiple: int = 1,
         prior: Prior | None = None,
         prior_weight: float = DEFAULT_WEIGHT,
+        budgets: bool = False,
         seed: int = 0,
         chat: bool = False,
     ) -> Experts:
@@ -258,11 +276,13 @@ class LLM:
             ValueError: as for `generate`.
         """
         config = GriffinConfig(density, method, shared, multiple)
-        config.kept(self.model.neurons)
         _check_seed(seed)
+        _check_budgets(budgets, prior)
         if prior is not None:
             check_fusion(method, prior_weight)
             self._check_prior(prior)
+            config = prior.budgeted(config) if budgets else config
+        config.kept(self.model.neurons)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
         self._check_one_copy(config, 1)
@@ -331,6 +351,9 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
     ) -> Iterator[tuple[Generation | None, list[str]]]:
         config, max_new_tokens, experts = request.griffin, request.max_new_tokens, request.experts
+        if request.prior is not None:
+            self._check_prior(request.prior)
+            config = request.prior.budgeted(config) if request.budgets else config
         kept = config.kept(self.model.neurons)
         if request.stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
@@ -343,8 +366,6 @@ class LLM:
             raise ValueError(
                 "with one_copy the kept rows are the model's own and cannot be refitted: reconstruct=False"
             )
-        if request.prior is not None:
-            self._check_prior(request.prior)
 
         watch = Stopwatch()
         dense = experts is None and kept == self.model.neurons
@@ -580,6 +601,11 @@ OPTIONS: dict[str, Any] = dict(LLM.generate.__kwdefaults__ or {})
 def check_options(**options: Any) -> None:
     """Raise as `LLM.generate` would for these options, before a model is loaded."""
     _Request(**(OPTIONS | options))
+
+
+def _check_budgets(budgets: bool, prior: Prior | None) -> None:
+    if budgets and prior is None:
+        raise ValueError('quality="best" and budgets need a prior, which griffin-jax prior measures for a model')
 
 
 def _check_seed(seed: object) -> None:

@@ -9,6 +9,13 @@ statistic s and by the same statistic p of general text, and kept by
     score = (1 - w) * rank(s) + w * rank(p)
 
 Ranks, because the statistics of different texts have different scales.
+
+The same texts say which layers can spare most neurons, so that layers may keep different shares of theirs:
+
+    config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with a share of its own
+
+What dropping neuron j of a layer loses is estimated by p_j^2 c_j / 2, c_j its `griffin_jax.sensitivity`, and the shares
+are those with the least loss in all.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from griffin_jax.arrayfile import load_arrays, save_arrays
-from griffin_jax.config import Method
+from griffin_jax.config import GriffinConfig, Method, density_that_keeps
 
 PRIOR_FORMAT = "griffin_jax prior 1"
 
@@ -42,12 +49,17 @@ class Prior:
             `Reconstruction`. No layers if there are none.
         model: fingerprint of the model that it belongs to.
         tokens: how many there were.
+        sensitivity: per layer, what predictions depend on each neuron, see `griffin_jax.sensitivity`; no layers if it
+            was not measured.
+        uniform: why all layers keep the same share; empty if they keep shares of their own.
     """
 
     squares: tuple[Float[Array, "_f"], ...]
     rows: tuple[Float[Array, "_c _f"], ...]
     model: str = dataclasses.field(metadata={"static": True})
     tokens: int = dataclasses.field(metadata={"static": True})
+    sensitivity: tuple[Float[Array, "_f"], ...] = ()
+    uniform: str = dataclasses.field(default="the sensitivity of neurons was not measured", metadata={"static": True})
 
     def check(self, model: str) -> None:
         """Raise `ValueError` unless this is the prior of a model.
@@ -61,6 +73,34 @@ class Prior:
                 " measure it with griffin-jax prior"
             )
 
+    def budgeted(self, config: GriffinConfig) -> GriffinConfig:
+        """The same density as a mean over layers, with a share for each layer.
+
+        Every layer keeps at least a quarter of its uniform share, and a multiple of `config.multiple`. The sum over
+        layers is that of the uniform shares exactly.
+
+        Args:
+            config: with one density for all layers.
+
+        Returns:
+            A config with one for each, or the same one if layers are better off with the same share (`uniform`).
+
+        Raises:
+            ValueError: there is a density for each layer already.
+        """
+        if isinstance(config.density, Sequence):
+            raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
+        if self.uniform:
+            return config
+        widths = [squares.shape[0] for squares in self.squares]
+        losses = [
+            np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
+            for squares, weight in zip(self.squares, self.sensitivity, strict=True)
+        ]
+        kept = share_out(losses, config.kept(widths), multiple=config.multiple)
+        density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
+        return dataclasses.replace(config, density=density)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an existing one is replaced.
 
@@ -69,7 +109,9 @@ class Prior:
         """
         arrays = {f"layers.{layer}.squares": np.asarray(squares) for layer, squares in enumerate(self.squares)}
         arrays |= {f"layers.{layer}.rows": np.asarray(rows) for layer, rows in enumerate(self.rows)}
-        metadata = {"model": self.model, "tokens": str(self.tokens), "layers": str(len(self.squares))}
+        arrays |= {f"layers.{layer}.sensitivity": np.asarray(weight) for layer, weight in enumerate(self.sensitivity)}
+        counts = {"tokens": str(self.tokens), "layers": str(len(self.squares))}
+        metadata = {"model": self.model, "uniform": self.uniform, **counts}
         save_arrays(path, PRIOR_FORMAT, arrays, metadata)
 
     @classmethod
@@ -82,21 +124,28 @@ class Prior:
         """
         arrays, metadata = load_arrays(path, PRIOR_FORMAT)
         try:
-            layers = range(int(metadata["layers"]))
-            squares = tuple(_checked(arrays[f"layers.{layer}.squares"], np.float32, 1) for layer in layers)
-            has_rows = len(arrays) > len(squares)
-            rows = tuple(_checked(arrays[f"layers.{layer}.rows"], np.float16, 2) for layer in layers if has_rows)
-            if any(row.shape[1:] != square.shape for row, square in zip(rows, squares, strict=False)):
-                raise ValueError("rows and statistics are of different widths")
-            return cls(squares, rows, metadata["model"], int(metadata["tokens"]))
+            layers = int(metadata["layers"])
+            squares = _layers(arrays, "squares", layers, np.float32, 1)
+            rows = _layers(arrays, "rows", layers, np.float16, 2) if "layers.0.rows" in arrays else ()
+            weights = _layers(arrays, "sensitivity", layers, np.float32, 1) if "layers.0.sensitivity" in arrays else ()
+            for found in (rows, weights):
+                if found and [layer.shape[-1] for layer in found] != [layer.shape[0] for layer in squares]:
+                    raise ValueError("its arrays are of different widths")
+            if not weights and not metadata["uniform"]:
+                raise ValueError("it has no sensitivity")
+            return cls(squares, rows, metadata["model"], int(metadata["tokens"]), weights, metadata["uniform"])
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _checked(array: np.ndarray, dtype: type[np.floating], axes: int) -> Array:
-    if array.dtype != dtype or array.ndim != axes or not np.isfinite(array).all():
-        raise ValueError(f"an array is {array.dtype} of shape {array.shape}, or not finite")
-    return jnp.asarray(array)
+def _layers(
+    arrays: dict[str, np.ndarray], name: str, layers: int, dtype: type[np.floating], axes: int
+) -> tuple[Array, ...]:
+    found = [arrays[f"layers.{layer}.{name}"] for layer in range(layers)]
+    for array in found:
+        if array.dtype != dtype or array.ndim != axes or not np.isfinite(array).all():
+            raise ValueError(f"an array is {array.dtype} of shape {array.shape}, or not finite")
+    return tuple(map(jnp.asarray, found))
 
 
 def check_fusion(method: Method, weight: object) -> None:
@@ -138,3 +187,33 @@ def fuse(
 def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     order = jnp.argsort(score, axis=-1, stable=True, descending=True)
     return (score.shape[-1] - 1 - jnp.argsort(order, axis=-1)).astype(jnp.float32)
+
+
+def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, multiple: int = 1) -> tuple[int, ...]:
+    """Neurons that each layer keeps, as many in all as given, so that the sum of what the dropped ones lose is least.
+
+    A layer keeps its best neurons first, so that the next ones are worth ever less, and taking the best next block of
+    all layers again and again is exact.
+
+    Args:
+        losses: per layer what dropping each neuron loses, at least 0.
+        kept: neurons of each layer without this; their sum stays what it is.
+        multiple: every layer keeps a multiple of this, and at least a quarter of what it keeps without: the losses of
+            many neurons are more than the sum of each one's.
+
+    Returns:
+        `kept` itself where it is all neurons of a layer or no multiple.
+    """
+    if any(k % multiple or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
+        return tuple(kept)
+    least = [-(-k // (4 * multiple)) * multiple for k in kept]
+    blocks = []
+    for layer, (loss, start) in enumerate(zip(losses, least, strict=True)):
+        ordered = -np.sort(-np.asarray(loss, np.float64))
+        worth = np.add.reduceat(ordered, np.arange(start, len(ordered), multiple))
+        # The last one may be no whole block.
+        whole = (len(ordered) - start) // multiple
+        blocks += [(-value, number, layer) for number, value in enumerate(worth[:whole])]
+    taken = sorted(blocks)[: (sum(kept) - sum(least)) // multiple]
+    found = np.asarray(least) + multiple * np.bincount([layer for *_, layer in taken], minlength=len(least))
+    return tuple(map(int, found))

@@ -30,6 +30,9 @@ from griffin_jax.griffin import relative_activations
 DEFAULT_ROWS = 256
 """Tokens of a prompt that a reconstruction is fitted to, at most."""
 
+DEFAULT_CALIBRATION = 384
+"""Tokens of general text that it is fitted to beside them: more of them gain, and cost time for every prompt."""
+
 LEAST_RIDGE = 1e-3
 """Below, float32 could not solve systems of a few thousand tokens."""
 
@@ -152,7 +155,8 @@ class Reconstruction:
             more = more.astype(rows.dtype)
             rows = jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
         is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
-        target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
+        dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
+        target = _product("bse,bed->bsd", jnp.take_along_axis(rows, dropped[:, None], axis=-1), weight[dropped])
         a = jnp.take_along_axis(rows, index[:, None], axis=-1)
         system = _product("bsk,buk->bsu", a, a)
         squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]

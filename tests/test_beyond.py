@@ -132,7 +132,7 @@ class TestGrid:
         ("method", "message"),
         [
             ("best+prior", "method is 'best'"),
-            ("topk+better", r"behind it may be any of \+prior \+reconstruction \+calibration, in this order"),
+            ("topk+better", r"behind it may be any of \+prior \+budgets \+reconstruction \+calibration, in this order"),
             ("topk+reconstruction+prior", "in this order"),
             ("topk+prior+prior", "in this order"),
             ("topk+", "in this order"),

@@ -223,9 +223,14 @@ class TestCommand:
         encode = worded.llm.tokenizer.encode
         tokens = [encode(file.read_text(encoding="utf-8")) for file in files[:2]]
         cut = [text[start : start + 40] for text in tokens for start in range(0, len(text), 40)]
-        total = sum(map(len, tokens))
-        assert out == f"{tmp_path / 'p'}: {total:,} tokens in {len(cut)} texts, 12 calibration rows of each layer\n"
+        # Every fifth is held out, to try budgets on.
+        cut = [text for number, text in enumerate(cut) if number not in (4, 9)]
+        first, second, *_ = out.splitlines()
+        total = sum(map(len, cut))
+        assert first == f"{tmp_path / 'p'}: {total:,} tokens in {len(cut)} texts, 12 calibration rows of each layer"
+        assert second.startswith("layers keep ")
         found, expected = gj.Prior.load(tmp_path / "p"), measure(worded.llm.model, cut, size=4, rows=12, quiet=True)
+        assert len(found.sensitivity) == len(found.squares)
         found.check(fingerprint(worded.llm.model))
         for a, b in zip(found.squares, expected.squares, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -236,6 +241,7 @@ class TestCommand:
         found = gj.Prior.load(tmp_path / "p")
         expected = measure(tiny.llm.model, self_generated(tiny.llm.model, 3, 9, size=4), size=4, rows=0)
         assert (found.rows, found.tokens) == ((), expected.tokens)
+        assert found.uniform == "fewer than 5 texts are too few to try budgets on"
 
     def test_lies_beside_the_model(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -255,6 +261,7 @@ class TestCommand:
             (("--self-generated", 0), "--self-generated must be at least 1, got 0"),
             (("--self-generated", 1, "--window", 1), "--window must be at least 2, got 1"),
             (("--self-generated", 1, "--rows", -1), "--rows must be at least 0, got -1"),
+            (("--self-generated", 1, "--budget-texts", -1), "--budget-texts must be at least 0, got -1"),
             (("--self-generated", 1, "--output", "/nowhere/p"), "there is no folder /nowhere"),
         ],
     )

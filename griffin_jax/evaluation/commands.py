@@ -31,7 +31,18 @@ from griffin_jax.arguments import (
 )
 from griffin_jax.evaluation import report, tasks
 from griffin_jax.evaluation.batches import Item
-from griffin_jax.evaluation.grid import CALIBRATION, METHODS, PRIOR, RECONSTRUCTION, STEPS, Beyond, Row, grid
+from griffin_jax.evaluation.grid import (
+    BUDGETS,
+    CALIBRATION,
+    MEASURED,
+    METHODS,
+    PRIOR,
+    RECONSTRUCTION,
+    STEPS,
+    Beyond,
+    Row,
+    grid,
+)
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.prompts import SENTENCES, STOP, summarization_prompt
 from griffin_jax.evaluation.samples import (
@@ -172,7 +183,7 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     beyond = parser.add_argument_group("beyond GRIFFIN")
     beyond.add_argument(
         "--prior", type=Path, metavar="FILE",
-        help=f"that griffin-jax prior measured for this model, for +{PRIOR} and +{CALIBRATION}",
+        help=f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}",
     )  # fmt: skip
     beyond.add_argument(
         "--prior-weight", type=float, default=DEFAULT_WEIGHT, metavar="W", help="in [0, 1] (default: %(default)s)"
@@ -274,10 +285,12 @@ def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
         raise ValueError(f"--rows must be at least 1, got {options.rows}")
     Reconstruction((), options.ridge, weight=options.calibration_weight)
     prior = None
-    if _has(rows, PRIOR, CALIBRATION):
+    if _has(rows, *MEASURED):
         if options.prior is None:
-            raise ValueError(f"+{PRIOR} and +{CALIBRATION} need --prior FILE; griffin-jax prior measures it")
+            raise ValueError(f"+{' +'.join(MEASURED)} need --prior FILE; griffin-jax prior measures it")
         prior = Prior.load(options.prior)
+        if _has(rows, BUDGETS) and prior.uniform:
+            raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
         if _has(rows, CALIBRATION) and not prior.rows:
             raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
     return Beyond(prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight)
@@ -285,7 +298,7 @@ def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
 
 def _beyond_settings(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
     """What scores depend on beyond GRIFFIN; None where no row does."""
-    uses_prior, uses_rows = _has(rows, PRIOR, CALIBRATION), _has(rows, RECONSTRUCTION)
+    uses_prior, uses_rows = _has(rows, *MEASURED), _has(rows, RECONSTRUCTION)
     return {
         "prior": sha256_of_files([options.prior]) if uses_prior else None,
         "prior_weight": options.prior_weight if _has(rows, PRIOR) else None,

@@ -26,9 +26,12 @@ METHODS = get_args(Method)
 ALWAYS = (ORACLE, "magnitude", "random")
 """What stands beside every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
-PRIOR, RECONSTRUCTION, CALIBRATION = "prior", "reconstruction", "calibration"
-STEPS = (PRIOR, RECONSTRUCTION, CALIBRATION)
-"""Beyond GRIFFIN, each behind a `+`: the prior's rank, refitted rows, and these fitted to the prior's rows, too."""
+PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
+STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION)
+"""Beyond GRIFFIN, each behind a `+`: the prior's rank, a share of its own for each layer, refitted rows, and these
+fitted to the prior's rows, too."""
+MEASURED = (PRIOR, BUDGETS, CALIBRATION)
+"""Those that need a prior."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Beyond:
     """What the steps beyond GRIFFIN take.
 
     Attributes:
-        prior: for `PRIOR` and `CALIBRATION`; None if no row has these steps.
+        prior: for the steps in `MEASURED`; None if no row has one of them.
         prior_weight: of the prior's rank.
         rows: tokens of each prompt for `RECONSTRUCTION`.
         ridge: of the same.
@@ -110,6 +113,8 @@ def _check_method(row: Row) -> None:
         raise ValueError(f"method is {row.method!r}; behind it may be any of +{' +'.join(STEPS)}, in this order")
     if CALIBRATION in row.steps and RECONSTRUCTION not in row.steps:
         raise ValueError(f"method is {row.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
+    if BUDGETS in row.steps and row.selection == "magnitude":
+        raise ValueError(f"method is {row.method!r}; +{BUDGETS} is for methods that look at the prompt")
     if PRIOR in row.steps:
         check_fusion(row.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
 
@@ -161,6 +166,8 @@ def models(
             continue
         oracle = row.selection == ORACLE
         config = GriffinConfig(row.density, "topk" if oracle else row.selection)  # pyright: ignore[reportArgumentType]
+        if BUDGETS in row.steps and beyond.prior is not None:
+            config = beyond.prior.budgeted(config)
         statistics = answers if oracle else prompts.statistics
         fusion = (beyond.prior, beyond.prior_weight) if PRIOR in row.steps else ()
         experts = select_each(statistics, config, seeds, *fusion)

@@ -1,0 +1,206 @@
+"""Sensitivity of neurons against torch's gradients, and shares of layers against all possible ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import griffin_jax as gj
+from griffin_jax import cli
+from griffin_jax.config import density_that_keeps
+from griffin_jax.generaltext import measure, with_budgets
+from griffin_jax.prior import share_out
+from griffin_jax.sensitivity import SINKS, sensitivity, squared_gradients
+
+TEXTS = [list(range(start, start + 12)) for start in range(10, 90, 11)]
+
+
+@pytest.fixture(scope="module")
+def prior(tiny) -> gj.Prior:
+    plain = measure(tiny.llm.model, TEXTS, size=4, rows=20, quiet=True)
+    found = with_budgets(tiny.llm.model, plain, TEXTS, TEXTS[:2], size=2, quiet=True)
+    # Whatever the trial said: these tests are of what follows from a sensitivity.
+    return dataclasses.replace(found, uniform="")
+
+
+def torch_squared_gradients(model: torch.nn.Module, tokens: list[int], drawn: list[int]) -> list[np.ndarray]:
+    """sum_t (||z_t|| dl/dz_tj)^2 for each layer."""
+    inputs: list[torch.Tensor] = []
+
+    def keep(_module: object, arguments: tuple[torch.Tensor, ...]) -> None:
+        arguments[0].retain_grad()
+        inputs.append(arguments[0])
+
+    hooks = [layer.mlp.down_proj.register_forward_pre_hook(keep) for layer in model.model.layers]
+    try:
+        with torch.enable_grad():
+            logits = model(torch.tensor([tokens])).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits, torch.tensor(drawn), reduction="none")
+            losses[SINKS:].sum().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = []
+    for z in inputs:
+        assert z.grad is not None
+        relative = z.norm(dim=-1, keepdim=True) * z.grad
+        found.append((relative[0, SINKS:] ** 2).sum(dim=0).detach().numpy())
+    return found
+
+
+class TestSensitivity:
+    def test_is_torchs_gradient(self, tiny):
+        model, text = tiny.llm.model, TEXTS[0]
+        tokens, lengths = map(jnp.asarray, gj.pad([text], 16))
+        key = jax.random.key(3)
+        positions = jnp.arange(16)[None]
+        hidden, _, _ = model(tokens, positions, gj.empty_cache(model.config, 1, 16, model.dtype), read_slots=0)
+        drawn = np.asarray(jax.random.categorical(key, model.logits(hidden)))[0, : len(text)]
+        got = squared_gradients(model, tokens, lengths, key)
+        for layer, expected in zip(got, torch_squared_gradients(tiny.torch, text, drawn.tolist()), strict=True):
+            assert expected.max() > 0
+            np.testing.assert_allclose(layer, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+    def test_is_a_mean_over_tokens(self, tiny):
+        model = tiny.llm.model
+        got = sensitivity(model, [TEXTS[0], [5, 6], TEXTS[1]], seed=7, quiet=True)
+        parts = [
+            squared_gradients(model, *gj.pad([text], 16), jax.random.key(7 + number))
+            for number, text in enumerate(TEXTS[:2])
+        ]
+        for layer, *sums in zip(got, *parts, strict=True):
+            np.testing.assert_allclose(layer, sum(sums) / (2 * (12 - SINKS)), rtol=1e-5)
+
+    def test_refused_without_tokens_that_count(self, tiny):
+        with pytest.raises(ValueError, match="texts of more than 4 tokens"):
+            sensitivity(tiny.llm.model, [[1, 2, 3, 4]])
+
+
+class TestShares:
+    @pytest.mark.parametrize("multiple", [1, 2])
+    def test_best_of_all(self, rng, multiple):
+        losses = [rng.gamma(0.5, scale, 8) for scale in (1.0, 3.0, 0.2)]
+        found = share_out(losses, (4, 4, 4), multiple=multiple)
+
+        def lost(kept: tuple[int, ...]) -> float:
+            return sum(np.sort(loss)[: len(loss) - k].sum() for loss, k in zip(losses, kept, strict=True))
+
+        least = multiple
+        allowed = [range(least, 9, multiple)] * 3
+        best = min((kept for kept in itertools.product(*allowed) if sum(kept) == 12), key=lost)
+        assert sum(found) == 12
+        assert lost(found) == pytest.approx(lost(best))
+        assert lost(found) < lost((4, 4, 4))
+
+    @pytest.mark.parametrize(("kept", "multiple"), [((8, 8), 4), ((5, 5), 2), ((8, 4), 4)])
+    def test_all_neurons_or_no_multiples_stay(self, rng, kept, multiple):
+        assert share_out([rng.random(8), rng.random(8)], kept, multiple=multiple) == kept
+
+    def test_no_layer_is_left_without(self):
+        assert share_out([np.ones(16), np.zeros(16)], (8, 8)) == (14, 2)
+
+    def test_widths_that_are_no_multiple(self):
+        """The rest of a layer behind its last whole block is not to be had."""
+        assert share_out([np.ones(10), np.zeros(10)], (4, 4), multiple=4) == (4, 4)
+        assert share_out([np.ones(14), np.zeros(14)], (8, 8), multiple=4) == (12, 4)
+
+    @pytest.mark.parametrize("width", [3, 7, 48, 1536, 13824])
+    def test_a_density_for_every_number(self, width):
+        for k in range(1, width + 1, max(1, width // 97)):
+            assert gj.kept_neurons(width, density_that_keeps(k, width)) == k
+
+
+class TestPrior:
+    @pytest.mark.parametrize("density", [0.25, 0.5, 0.75])
+    @pytest.mark.parametrize("multiple", [1, 4])
+    def test_the_sum_is_the_same(self, tiny, prior, density, multiple):
+        neurons = tiny.llm.model.neurons
+        config = gj.GriffinConfig(density, multiple=multiple)
+        budgeted = prior.budgeted(config)
+        kept = budgeted.kept(neurons)
+        assert sum(kept) == sum(config.kept(neurons))
+        assert kept != config.kept(neurons)
+        assert all(k % multiple == 0 for k in kept)
+        losses = [
+            np.asarray(s, float) * np.asarray(c, float) for s, c in zip(prior.squares, prior.sensitivity, strict=True)
+        ]
+        assert kept == share_out(losses, config.kept(neurons), multiple=multiple)
+
+    def test_not_used_where_they_do_not_pay(self, prior):
+        config = gj.GriffinConfig(0.5)
+        assert dataclasses.replace(prior, uniform="they lost").budgeted(config) is config
+
+    def test_refused_beside_densities_of_ones_own(self, prior):
+        with pytest.raises(ValueError, match="one for each already"):
+            prior.budgeted(gj.GriffinConfig((0.5, 0.25, 0.5)))
+
+    @pytest.mark.parametrize("pays", [True, False])
+    def test_a_trial_decides(self, tiny, monkeypatch, pays):
+        """The scores of the trial are made up: with shares of their own layers do better, or worse."""
+        plain = measure(tiny.llm.model, TEXTS, size=4, rows=20, quiet=True)
+
+        def scored(_model, rows, _prefilled, answers, *_rest):
+            return [{row.name: {"kl": [0.1 if ("budgets" in row.method) == pays else 0.3]} for row in rows}] * len(
+                answers
+            )
+
+        monkeypatch.setattr("griffin_jax.generaltext.score_answers", scored)
+        found = with_budgets(tiny.llm.model, plain, TEXTS[:2], TEXTS[2:5], size=2, quiet=True)
+        assert len(found.sensitivity) == 3
+        assert ("KL to the dense model was 0.05" in found.uniform) == (not pays)
+
+    def test_saved_and_loaded(self, prior, tmp_path):
+        for saved in (
+            prior,
+            dataclasses.replace(prior, uniform="they lost"),
+            dataclasses.replace(prior, sensitivity=(), uniform="x"),
+        ):
+            saved.save(tmp_path / "p")
+            again = gj.Prior.load(tmp_path / "p")
+            assert again.uniform == saved.uniform
+            assert len(again.sensitivity) == len(saved.sensitivity)
+            for a, b in zip(saved.sensitivity, again.sensitivity, strict=True):
+                np.testing.assert_array_equal(a, b)
+
+
+class TestGenerate:
+    OPTIONS = {"max_new_tokens": 8, "ignore_eos": True}  # noqa: RUF012
+
+    def test_layers_keep_their_shares(self, tiny, prior):
+        kept = prior.budgeted(gj.GriffinConfig(0.5)).kept(tiny.llm.model.neurons)
+        out = tiny.llm.generate(TEXTS[:2], prior=prior, budgets=True, **self.OPTIONS)
+        assert out.kept == kept
+        assert tiny.llm.experts(TEXTS[:2], prior=prior, budgets=True).kept == kept
+        assert tiny.llm.generate(TEXTS[:2], prior=prior, **self.OPTIONS).kept != kept
+
+    def test_best_is_all_steps(self, tiny, prior):
+        best = tiny.llm.generate(TEXTS[:2], quality="best", prior=prior, **self.OPTIONS)
+        steps = tiny.llm.generate(TEXTS[:2], prior=prior, budgets=True, reconstruct=True, **self.OPTIONS)
+        assert best.tokens == steps.tokens
+        assert best.kept == steps.kept
+        assert best.tokens != tiny.llm.generate(TEXTS[:2], **self.OPTIONS).tokens
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"quality": "best"}, "need a prior"),
+            ({"budgets": True}, "need a prior"),
+            ({"quality": "good"}, "quality must be one of griffin, best, got 'good'"),
+        ],
+    )
+    def test_refused(self, tiny, options, message):
+        with pytest.raises(ValueError, match=message):
+            tiny.llm.generate(TEXTS[0], **options)
+
+    def test_the_file_beside_the_model_is_the_default(self, tiny, prior, tmp_path, capsys):
+        arguments = ["generate", "--model", str(tiny.folder), "--prompt", "a", "--quality", "best"]
+        assert cli.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"there is no file {tiny.folder}.prior.safetensors" in error
+        assert "griffin-jax prior" in error
