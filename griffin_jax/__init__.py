@@ -3,7 +3,7 @@
 from griffin_jax.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.checkpoint import save
 from griffin_jax.config import GriffinConfig, ModelConfig, Rotary, kept_neurons
-from griffin_jax.generate import Answer, Prefilled, begin, bucket, decode, pad, prefill, teacher_forced
+from griffin_jax.generate import Answer, Prefilled, begin, bucket, decode, pad, prefill, refresh, teacher_forced
 from griffin_jax.griffin import Experts, Statistics, magnitude, prune, select, token_statistic
 from griffin_jax.llm import LLM, Generation, load
 from griffin_jax.loading import ConversionReport, convert, load_model, open_source, plan, verify
@@ -57,6 +57,7 @@ __all__ = [
     "plan",
     "prefill",
     "prune",
+    "refresh",
     "save",
     "select",
     "teacher_forced",

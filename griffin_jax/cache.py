@@ -48,6 +48,12 @@ class KVCache:
         """S, how many tokens each row has room for."""
         return self.positions.shape[1]
 
+    def without_last(self, count: int | Int[Array, ""]) -> KVCache:
+        """The last `count` slots given back: they hold nothing, and the next tokens take them."""
+        cursor = self.cursor - count
+        written = jnp.arange(self.slots, dtype=jnp.int32) < cursor
+        return dataclasses.replace(self, positions=jnp.where(written, self.positions, EMPTY), cursor=cursor)
+
 
 def empty_cache(
     config: ModelConfig,

@@ -196,6 +196,10 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"refit the kept neurons to what the prompt had from all of them, at ROWS of its tokens"
         f" (default: {DEFAULT_ROWS})",
     )  # fmt: skip
+    pruning.add_argument(
+        "--refresh-every", type=int, metavar="N",
+        help="after every N tokens read them with the full model, and choose the neurons to keep anew",
+    )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
     answer.add_argument(
@@ -221,7 +225,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
-        " several prompts), density and method (null with --experts), kept, seconds, decode_tokens_per_second",
+        " several prompts), density and method (null with --experts), kept, refreshes, seconds,"
+        " decode_tokens_per_second",
     )
 
 
@@ -305,6 +310,7 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
         "density": None if options.experts else options.density,
         "method": None if options.experts else options.method,
         "kept": generation.kept,
+        "refreshes": generation.refreshes,
         "seconds": seconds,
         "decode_tokens_per_second": rate if rate == rate else None,
     }

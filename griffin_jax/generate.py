@@ -10,6 +10,11 @@ can be called alone, under `jax.jit` or inside a user's own pipeline:
 
 Decoding does not know whether the model it was handed is pruned, so dense decoding is the same code
 with the prune step left out.
+
+Beyond GRIFFIN, the full model may read every N tokens what the pruned one wrote:
+
+    answer, statistics, _ = refresh(model, answer, statistics, N)
+    pruned = prune(model, select(statistics, config), reuse=pruned)
 """
 
 from __future__ import annotations
@@ -72,7 +77,7 @@ def pad(
 
 
 _Observed = tuple[Array | None, Array | None]
-"""What prefill keeps of a layer: s^2, and relative activations of some tokens."""
+"""What is kept of a layer: s^2, and relative activations of some tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -265,6 +270,91 @@ def decode(
         return _append(answer, model.logits(x)[:, 0], cache, sampler, eos)
 
     return jax.lax.while_loop(unfinished, step, answer)
+
+
+def refresh(
+    model: Transformer,
+    answer: Answer,
+    statistics: Statistics,
+    width: int,
+    *,
+    rows: tuple[Float[Array, "b _r _f"], ...] = (),
+    sampler: Sampler = Greedy(),
+    eos: tuple[int, ...] = (),
+) -> tuple[Answer, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
+    """Beyond GRIFFIN: the full model reads the newest `width` tokens of the answers, in one pass, and writes the next.
+
+    What the pruned model has put into the cache for these tokens is replaced by what the full model makes of them. If
+    that is done at every `width` tokens (when `answer.count` is a multiple of it), each token is read by the full model
+    once, so that cache and statistics are those of a prompt that had the answer in it. One token in `width` is the full
+    model's, whose scores come with the pass; with a width of 1 all are, which is dense decoding.
+
+    Args:
+        model: the full model.
+        answer: that holds at least `width` tokens and has room for one more. Donate it.
+        statistics: of all that the full model has read before: of the prompts, or from the refresh before.
+            With no layers none are added.
+        width: how many tokens to read; static.
+        rows: relative activations for a `Reconstruction`, from `prefill` or from the refresh before.
+        sampler: how to draw.
+        eos: any of these tokens ends a row; static.
+
+    Returns:
+        The answers, one token longer; the statistics with those of the tokens that were read; and the rows, in which
+        the newest tokens have taken free places and then those of the oldest ones: what was read last is most like
+        what comes next, and the fit costs no more than before.
+    """
+    first = answer.count - width
+    tokens = jax.lax.dynamic_slice_in_dim(answer.tokens, first, width, axis=1)
+    positions = answer.lengths[:, None] + first + jnp.arange(width, dtype=jnp.int32)
+    positions = jnp.where(tokens == EMPTY, EMPTY, positions)
+    cache = answer.cache.without_last(width - 1)
+    x, cache, statistics, rows = read_on(model, cache, jnp.maximum(tokens, 0), positions, statistics, rows)
+    return _append(answer, model.logits(x[:, -1:])[:, 0], cache, sampler, eos), statistics, rows
+
+
+def read_on(
+    model: Transformer,
+    cache: KVCache,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    statistics: Statistics,
+    rows: tuple[Float[Array, "b _r _f"], ...] = (),
+) -> tuple[Float[Array, "b t d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
+    """Reads tokens behind those of a cache, and takes them into what was recorded of these.
+
+    Args:
+        model: what reads.
+        cache: of the tokens before, with room for T more.
+        tokens: token ids.
+        positions: of each in its row; `EMPTY` for padding, which is on the right.
+        statistics: of the tokens before. With no layers none are gathered; its counts of tokens are needed for `rows`.
+        rows: relative activations of some of the tokens before, the oldest first, zeros behind them.
+
+    Returns:
+        The residual stream, the longer cache, the statistics of all tokens, and as many rows as before: the newest
+        there are, the oldest first.
+    """
+    more = jnp.sum(positions != EMPTY, axis=1, dtype=jnp.int32)
+
+    def newest(old: Float[Array, "b r f"], z: Float[Array, "b t f"]) -> Float[Array, "b r f"]:
+        size = old.shape[1]
+        used = jnp.minimum(statistics.tokens, size)[:, None]
+        # Old and new rows are one queue, of which the last `size` are kept.
+        place = jnp.arange(size) + jnp.maximum(used + more[:, None] - size, 0)
+        kept = jnp.take_along_axis(old, jnp.minimum(place, size - 1)[..., None], axis=1)
+        column = jnp.where(place - used < more[:, None], place - used, EMPTY)
+        return jnp.where((place < used)[..., None], kept, rows_at(z, column))
+
+    def observe(layer: int, z: Array, real: Array) -> _Observed:
+        squares = statistic(layer, z, real) if statistics.squares else None
+        return squares, newest(rows[layer], z) if rows else None
+
+    recorded = bool(statistics.squares or rows)
+    x, cache, observed = model(tokens, positions, cache, observe=observe if recorded else None)
+    squares = tuple(square for square, _ in observed if square is not None)
+    rows = tuple(row for _, row in observed if row is not None)
+    return x, cache, statistics + Statistics(squares, more), rows
 
 
 def _append(

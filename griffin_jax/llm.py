@@ -51,6 +51,7 @@ class _Request:
     prior_weight: float
     budgets: bool
     reconstruct: bool | int
+    refresh_every: int | None
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -86,6 +87,9 @@ class _Request:
             raise ValueError(
                 f"reconstruct must be True, False or a whole number of rows of at least 0, got {self.reconstruct!r}"
             )
+        every = self.refresh_every
+        if every is not None and (not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1):
+            raise ValueError(f"refresh_every must be a whole number of tokens of at least 1, or None, got {every!r}")
 
     def rows(self, batch: int) -> int:
         """Tokens of each sequence that the kept neurons are refitted to; if these are shared, of all together."""
@@ -105,11 +109,13 @@ class Generation:
         prompt_tokens: length of every prompt, in tokens.
         finished: why each answer ended: `eos`, `stop` (a stop string) or `length`.
         kept: kept neurons of each layer.
-        experts: which neurons those were; None if nothing was pruned.
-        seconds: of `compile`, `prefill`, `select`, `prune` and `decode`. Compilation is counted apart
-            from the phase in which it happened.
+        experts: which neurons those were, with refreshes the last ones; None if nothing was pruned.
+        seconds: of `compile`, `prefill`, `select`, `prune`, `decode` and, if there were any, of all that was done
+            for each `refresh`. Compilation is counted apart from the phase in which it happened.
         decode_tokens_per_second: all rows together, without the first token of each, which comes from
-            prefill, and without what a stop string cut off. NaN if nothing was decoded.
+            prefill, and without what a stop string cut off; refreshes take their part of the time. NaN if
+            nothing was decoded.
+        refreshes: how often the full model read what was written.
     """
 
     texts: list[str]
@@ -120,6 +126,7 @@ class Generation:
     experts: Experts | None
     seconds: dict[str, float]
     decode_tokens_per_second: float
+    refreshes: int = 0
 
 
 class LLM:
@@ -174,6 +181,7 @@ class LLM:
         prior_weight: float = DEFAULT_WEIGHT,
         budgets: bool = False,
         reconstruct: bool | int = False,
+        refresh_every: int | None = None,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -207,6 +215,9 @@ class LLM:
             reconstruct: beyond GRIFFIN: refit the kept neurons to what the prompt had from all of them. True, or
                 how many tokens of each prompt to fit to (or of all prompts together, if they share experts).
                 The calibration rows of a prior are used, too.
+            refresh_every: beyond GRIFFIN: after every so many tokens the full model reads them in one pass, which
+                corrects the cache and writes the next token, and neurons are chosen (and refitted) anew, by the
+                prompt and all of the answer so far. 1 is dense decoding.
             temperature: 0 takes the most probable token; above, tokens are drawn.
             top_k: draw from the k most probable tokens.
             top_p: draw from the fewest tokens that hold this probability.
@@ -366,31 +377,36 @@ class LLM:
             raise ValueError(
                 "with one_copy the kept rows are the model's own and cannot be refitted: reconstruct=False"
             )
+        if request.refresh_every and self._one_copy is not None:
+            raise ValueError(
+                "with one_copy all rows would be regrouped at every refresh: refresh_every=None, or load it without"
+            )
 
         watch = Stopwatch()
         dense = experts is None and kept == self.model.neurons
         eos = () if request.ignore_eos else self.config.eos_token_ids
         room = bucket(max_new_tokens)
         draw = request.sampler
+        choice = config, request.seed, request.prior, request.prior_weight
         with watch.phase("prefill"):
             tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
             collect = experts is None and not dense
-            rows = 0 if dense else request.rows(len(sequences))
+            fitted = 0 if dense else request.rows(len(sequences))
             prefilled: Prefilled = jitted.prefill(
-                self.model, tokens, lengths, room=room, longest=max_new_tokens, collect=collect, rows=rows
+                self.model, tokens, lengths, room=room, longest=max_new_tokens, collect=collect, rows=fitted
             )
             jax.block_until_ready(prefilled)
         with watch.phase("select"):
             if collect:
-                fusion = request.prior, request.prior_weight
-                experts = jax.block_until_ready(self._select(prefilled.statistics, config, request.seed, *fusion))
+                experts = jax.block_until_ready(self._select(prefilled.statistics, *choice))
+        model = self.model
         with watch.phase("prune"):
-            calibration = () if request.prior is None else request.prior.rows
-            reconstruction = Reconstruction(prefilled.rows, calibration=calibration) if rows else None
-            model = self.model if experts is None else jax.block_until_ready(self._prune(experts, reconstruction))
-            # Their memory is not needed while decoding.
-            del reconstruction
-            prefilled = dataclasses.replace(prefilled, rows=())
+            if experts is not None:
+                model = jax.block_until_ready(self._prune(experts, prefilled.rows, request))
+        every = None if experts is None else request.refresh_every
+        statistics, read = prefilled.statistics, prefilled.rows if every else ()
+        # Their memory is not needed while decoding, unless there are refreshes.
+        prefilled = dataclasses.replace(prefilled, rows=())
 
         text = _Text(self.tokenizer, len(sequences), request.stops)
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
@@ -398,21 +414,34 @@ class LLM:
             answer = jitted.begin(prefilled, sampler=draw, eos=eos, seed=request.seed)
             written = jax.device_get((answer.tokens, answer.done))
         rows = text.update(*written)
-        until = 1
+        until, refreshes = 1, 0
         while until < max_new_tokens and not all(text.ended):
             if stream:
                 yield None, text.pieces()
-            until = min(until + step, max_new_tokens)
-            with watch.phase("decode"):
-                if any(text.stopped):
-                    answer = dataclasses.replace(answer, done=answer.done | np.asarray(text.stopped))
-                answer = jitted.decode(model, answer, np.int32(until), sampler=draw, eos=eos)
-                written = jax.device_get((answer.tokens, answer.done))
+            if any(text.stopped):
+                answer = dataclasses.replace(answer, done=answer.done | np.asarray(text.stopped))
+            if every and until % every == 0:
+                until, refreshes = until + 1, refreshes + 1
+                with watch.phase("refresh"):
+                    answer, statistics, read = jitted.refresh(
+                        self.model, answer, statistics, every, rows=read, sampler=draw, eos=eos
+                    )
+                    written = jax.device_get((answer.tokens, answer.done))
+                    if collect and until < max_new_tokens:
+                        experts = self._select(statistics, *choice)
+                    if experts is not None and (collect or fitted) and until < max_new_tokens:
+                        model = jax.block_until_ready(self._prune(experts, read, request, reuse=model))
+            else:
+                until = min(until + step, max_new_tokens, until + every - until % every if every else max_new_tokens)
+                with watch.phase("decode"):
+                    answer = jitted.decode(model, answer, np.int32(until), sampler=draw, eos=eos)
+                    written = jax.device_get((answer.tokens, answer.done))
             rows = text.update(*written)
         if experts is not None:
             self._give_back(model)
 
         decoded = sum(map(len, rows)) - len(rows)
+        writing = watch.seconds["decode"] + watch.seconds.get("refresh", 0.0)
         finished = [
             "stop" if stopped else "eos" if row[-1] in eos else "length"
             for stopped, row in zip(text.stopped, rows, strict=True)
@@ -425,7 +454,8 @@ class LLM:
             kept=kept if experts is None else experts.kept,
             experts=experts,
             seconds=watch.seconds,
-            decode_tokens_per_second=decoded / watch.seconds["decode"] if decoded else float("nan"),
+            decode_tokens_per_second=decoded / writing if decoded else float("nan"),
+            refreshes=refreshes,
         )
         yield generation, text.pieces(last=True)
 
@@ -437,11 +467,21 @@ class LLM:
         fusion = {} if prior is None else {"prior": prior, "prior_weight": prior_weight}
         return jitted.select(statistics, config, model=self._if_scored(config), seed=seed, **fusion)
 
-    def _prune(self, experts: Experts, reconstruction: Reconstruction | None) -> Transformer:
+    def _prune(
+        self,
+        experts: Experts,
+        rows: tuple[Float[Array, "b _r _f"], ...],
+        request: _Request,
+        reuse: Transformer | None = None,
+    ) -> Transformer:
+        """The pruned model, its kept rows refitted to `rows` if there are any."""
         if self._one_copy is not None:
             return self._one_copy.prune(experts)
-        spare, self._spare = self._spare, None
-        return prune(self.model, experts, reuse=spare, reconstruction=reconstruction)
+        if reuse is None:
+            reuse, self._spare = self._spare, None
+        calibration = () if request.prior is None else request.prior.rows
+        reconstruction = Reconstruction(rows, calibration=calibration) if rows else None
+        return prune(self.model, experts, reuse=reuse, reconstruction=reconstruction)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""

@@ -5,6 +5,7 @@
     hidden, _ = follow(prune(model, experts), prefilled, answers, lengths)
     losses(model, hidden, answers), compare(model, dense, pruned, answers)
     hidden, longer = extend(model, prefilled, tokens, lengths)            prompts that go on, scored on the way
+    hidden = follow_refreshed(model, prefilled, answers, lengths, config, N)   as with a refresh every N tokens
 
 Prompts and answers may be ragged; a prompt that was read once serves any number of pruned models. Scores over the
 vocabulary are made a few tokens at a time, so that they never take more memory than a few tokens' worth.
@@ -21,9 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.cache import EMPTY, KVCache
-from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, by_chunk, chunk_count
-from griffin_jax.griffin import Statistics
-from griffin_jax.model import Transformer, statistic
+from griffin_jax.config import GriffinConfig
+from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, by_chunk, chunk_count, read_on
+from griffin_jax.griffin import Statistics, prune, select
+from griffin_jax.model import Transformer
+from griffin_jax.prior import DEFAULT_WEIGHT, Prior
+from griffin_jax.reconstruction import Reconstruction
 
 LOGITS_BYTES = 1 << 27
 """Logits of at most this size exist at a time, or those of one token of each row."""
@@ -53,7 +57,10 @@ def follow(
         The residual stream that scores each answer token, for `losses` and `compare` (of the first one it is the
         prompt's own, dense), and the statistics of the answers (no layers unless `collect`).
     """
-    hidden, _, statistics = _read(model, prefilled, answers, lengths, collect)
+    batch = answers.shape[0]
+    nothing = tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons if collect)
+    nothing = Statistics(nothing, jnp.zeros((batch,), jnp.int32))
+    hidden, _, statistics, _ = _read(model, prefilled, answers, lengths, nothing)
     return _behind(prefilled, hidden), statistics
 
 
@@ -70,15 +77,72 @@ def extend(
 
     Returns:
         The residual stream that scores each of the tokens, as from `follow`, and the longer prompts, with room for R
-        tokens less and with statistics if there were any. They have no rows for a `Reconstruction`.
+        tokens less; with statistics if there were any, and with as many rows for a `Reconstruction`, in which the
+        newest tokens have taken the places of the oldest.
     """
-    collect = bool(prefilled.statistics.squares)
-    hidden, cache, statistics = _read(model, prefilled, tokens, lengths, collect)
+    hidden, cache, statistics, rows = _read(model, prefilled, tokens, lengths, prefilled.statistics, prefilled.rows)
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
     last = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
     logits = model.logits(last[:, None])[:, 0]
     room = prefilled.room - tokens.shape[1]
-    return _behind(prefilled, hidden), Prefilled(logits, last, cache, prefilled.statistics + statistics, room)
+    return _behind(prefilled, hidden), Prefilled(logits, last, cache, statistics, room, rows)
+
+
+def follow_refreshed(
+    model: Transformer,
+    prefilled: Prefilled,
+    answers: Int[Array, "b r"],
+    lengths: Int[Array, "b"],
+    config: GriffinConfig,
+    width: int,
+    *,
+    prior: Prior | None = None,
+    prior_weight: float | Float[Array, ""] = DEFAULT_WEIGHT,
+    reconstruction: Reconstruction | None = None,
+    seed: int | Int[Array, ""] = 0,
+) -> Float[Array, "b r d"]:
+    """Reads given answers as decoding does that is refreshed at every `width` tokens, with neurons selected anew.
+
+    Each stretch of `width` tokens is read by the pruned model, and then once more by the full one, which scores the
+    token behind it; see `griffin_jax.refresh`.
+
+    Args:
+        model: the full model.
+        prefilled: the prompts, with statistics and with room for R tokens. It stays as it is.
+        answers: token ids, padded on the right with any token.
+        lengths: real tokens of each answer, in [0, R].
+        config: how to prune; static.
+        width: tokens between two refreshes; static.
+        prior: for `select`.
+        prior_weight: for `select`.
+        reconstruction: for the first `prune`; later its rows give way to those of the answer.
+        seed: for the methods that draw.
+
+    Returns:
+        The residual stream that scores each answer token, as from `follow`.
+    """
+
+    def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
+        experts = select(state.statistics, config, model=model, seed=seed, prior=prior, prior_weight=prior_weight)
+        fitted = None if reconstruction is None else dataclasses.replace(reconstruction, rows=state.rows)
+        return follow(prune(model, experts, reconstruction=fitted), state, tokens, lengths)[0]
+
+    def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
+        hidden = stretch(state, *step)
+        _, longer = extend(model, state, *step)
+        # The stretches of a loop have one type, of which the room is a part.
+        return dataclasses.replace(longer, room=state.room), hidden
+
+    batch, length = answers.shape
+    refreshes = max(length - 1, 0) // width
+    read = refreshes * width
+    left = jnp.clip(lengths - width * jnp.arange(refreshes + 1)[:, None], 0, width)
+    state = dataclasses.replace(prefilled, rows=() if reconstruction is None else reconstruction.rows)
+    if not refreshes:
+        return stretch(state, answers, left[0])
+    state, hidden = jax.lax.scan(refreshed, state, (by_chunk(answers[:, :read], refreshes), left[:-1]))
+    hidden = hidden.swapaxes(0, 1).reshape(batch, read, -1)
+    return jnp.concatenate([hidden, stretch(state, answers[:, read:], left[-1])], axis=1)
 
 
 def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
@@ -87,26 +151,28 @@ def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array,
 
 
 def _read(
-    model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"], collect: bool
-) -> tuple[Float[Array, "b r d"], KVCache, Statistics]:
+    model: Transformer,
+    prefilled: Prefilled,
+    tokens: Int[Array, "b r"],
+    lengths: Int[Array, "b"],
+    statistics: Statistics,
+    rows: tuple[Float[Array, "b _r _f"], ...] = (),
+) -> tuple[Float[Array, "b r d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
     batch, length = tokens.shape
     steps = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
-    observe = statistic if collect else None
     chunks = chunk_count(length, DEFAULT_CHUNK) if length else 1
     if chunks == 1 or length % chunks:
-        hidden, cache, squares = model(tokens, positions, prefilled.cache, observe=observe)
-    else:
+        return read_on(model, prefilled.cache, tokens, positions, statistics, rows)
 
-        def read(cache: KVCache, chunk: tuple[Array, Array]) -> tuple[KVCache, tuple[Array, tuple[Array, ...]]]:
-            hidden, cache, squares = model(*chunk, cache, observe=observe)
-            return cache, (hidden, squares)
+    def read(state: tuple[KVCache, Statistics, Any], chunk: tuple[Array, Array]):
+        cache, statistics, rows = state
+        hidden, cache, statistics, rows = read_on(model, cache, *chunk, statistics, rows)
+        return (cache, statistics, rows), hidden
 
-        parts = by_chunk(tokens, chunks), by_chunk(positions, chunks)
-        cache, (hidden, squares) = jax.lax.scan(read, prefilled.cache, parts)
-        hidden = hidden.swapaxes(0, 1).reshape(batch, length, -1)
-        squares = tuple(square.sum(axis=0) for square in squares)
-    return hidden, cache, Statistics(squares, jnp.asarray(lengths, jnp.int32))
+    parts = by_chunk(tokens, chunks), by_chunk(positions, chunks)
+    (cache, statistics, rows), hidden = jax.lax.scan(read, (prefilled.cache, statistics, rows), parts)
+    return hidden.swapaxes(0, 1).reshape(batch, length, -1), cache, statistics, rows
 
 
 @jax.tree_util.register_dataclass
