@@ -7,6 +7,7 @@ from griffin_jax.generate import Answer, Prefilled, begin, bucket, decode, pad, 
 from griffin_jax.griffin import Experts, Statistics, magnitude, prune, select, token_statistic
 from griffin_jax.llm import LLM, Generation, load
 from griffin_jax.loading import ConversionReport, convert, load_model, open_source, plan, verify
+from griffin_jax.lossless import Drafting, decode_lossless
 from griffin_jax.model import FeedForward, Transformer
 from griffin_jax.one_copy import OneCopy
 from griffin_jax.planning import NarrowingWarning, Plan
@@ -23,6 +24,7 @@ __all__ = [
     "LLM",
     "Answer",
     "ConversionReport",
+    "Drafting",
     "Experts",
     "FeedForward",
     "Generation",
@@ -47,6 +49,7 @@ __all__ = [
     "bucket",
     "convert",
     "decode",
+    "decode_lossless",
     "empty_cache",
     "kept_neurons",
     "load",

@@ -22,6 +22,7 @@ from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.evaluation import commands as evaluation
 from griffin_jax.griffin import Experts
 from griffin_jax.llm import LLM, OPTIONS, Generation, Prompt, Quality, check_options, load
+from griffin_jax.lossless import DEFAULT_DRAFTS
 from griffin_jax.planning import NarrowingWarning
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior
 from griffin_jax.reconstruction import DEFAULT_ROWS
@@ -200,6 +201,11 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--refresh-every", type=int, metavar="N",
         help="after every N tokens read them with the full model, and choose the neurons to keep anew",
     )  # fmt: skip
+    pruning.add_argument(
+        "--lossless", type=int, nargs="?", const=True, default=False, metavar="DRAFTS",
+        help=f"answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time"
+        f" (default: {DEFAULT_DRAFTS})",
+    )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
     answer.add_argument(
@@ -225,8 +231,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
-        " several prompts), density and method (null with --experts), kept, refreshes, seconds,"
-        " decode_tokens_per_second",
+        " several prompts), density and method (null with --experts), kept, refreshes, drafting"
+        " (null without --lossless), seconds, decode_tokens_per_second",
     )
 
 
@@ -303,7 +309,7 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
     }
     if len(generation.texts) == 1:
         fields = {name: values[0] for name, values in fields.items()}
-    rate = generation.decode_tokens_per_second
+    rate, drafting = generation.decode_tokens_per_second, generation.drafting
     return {
         **fields,
         "model": options.model,
@@ -311,6 +317,13 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
         "method": None if options.experts else options.method,
         "kept": generation.kept,
         "refreshes": generation.refreshes,
+        "drafting": None
+        if drafting is None
+        else {
+            "passes": int(drafting.passes),
+            "drafted": int(drafting.drafted.sum()),
+            "accepted": int(drafting.accepted.sum()),
+        },
         "seconds": seconds,
         "decode_tokens_per_second": rate if rate == rate else None,
     }
@@ -321,6 +334,10 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
     new = sum(map(len, generation.tokens))
     rate = generation.decode_tokens_per_second
     speed = f", {rate:.1f} tokens/s" if rate == rate else ""
+    drafting = generation.drafting
+    if drafting is not None:
+        speed += f"; {drafting.accepted.sum():,} of {drafting.drafted.sum():,} drafts accepted"
+        speed += f" in {drafting.passes:,} passes of the full model"
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return (
         f"[{sum(generation.prompt_tokens)} prompt tokens, {new} new; {kept:,} of {neurons:,} neurons kept;"

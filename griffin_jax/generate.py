@@ -357,15 +357,18 @@ def read_on(
     return x, cache, statistics + Statistics(squares, more), rows
 
 
+def column_keys(answer: Answer, column: int | Int[Array, ""]) -> Key[Array, "b"]:
+    """What the tokens of a column are drawn with, one key for each row."""
+    if answer.key.ndim:
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(answer.key, column)
+    key = jax.random.fold_in(answer.key, column)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(answer.done.shape[0]))
+
+
 def _append(
     answer: Answer, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
 ) -> Answer:
-    if answer.key.ndim:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(answer.key, answer.count)
-    else:
-        key = jax.random.fold_in(answer.key, answer.count)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(logits.shape[0]))
-    token = jnp.where(answer.done, EMPTY, sampler(logits, keys))
+    token = jnp.where(answer.done, EMPTY, sampler(logits, column_keys(answer, answer.count)))
     ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(answer.done)
     return dataclasses.replace(
         answer,

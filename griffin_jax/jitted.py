@@ -11,13 +11,14 @@ import functools
 import jax
 from jax import Array
 
-from griffin_jax import generate, griffin, scoring
+from griffin_jax import generate, griffin, lossless, scoring
 from griffin_jax.cache import KVCache
 from griffin_jax.sampling import Greedy, Sampler
 
 prefill = jax.jit(generate.prefill, static_argnames=("room", "chunk", "collect", "rows"))
 select = jax.jit(griffin.select, static_argnames=("config",))
 decode = jax.jit(generate.decode, static_argnames=("eos",), donate_argnames=("answer",))
+decode_lossless = jax.jit(lossless.decode_lossless, static_argnames=("drafts", "eos"), donate_argnames=("answer",))
 refresh = jax.jit(generate.refresh, static_argnames=("width", "eos"), donate_argnames=("answer", "statistics", "rows"))
 follow = jax.jit(scoring.follow, static_argnames=("collect",))
 follow_refreshed = jax.jit(scoring.follow_refreshed, static_argnames=("config", "width"))

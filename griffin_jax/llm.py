@@ -19,6 +19,7 @@ from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Experts, Statistics, prune
 from griffin_jax.loading import ShardingLike, load_model
+from griffin_jax.lossless import DEFAULT_DRAFTS, Drafting
 from griffin_jax.model import Transformer
 from griffin_jax.one_copy import OneCopy
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
@@ -52,6 +53,7 @@ class _Request:
     budgets: bool
     reconstruct: bool | int
     refresh_every: int | None
+    lossless: bool | int
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -90,6 +92,17 @@ class _Request:
         every = self.refresh_every
         if every is not None and (not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1):
             raise ValueError(f"refresh_every must be a whole number of tokens of at least 1, or None, got {every!r}")
+        if not isinstance(self.lossless, int | np.integer) or self.lossless < 0:
+            raise ValueError(
+                f"lossless must be True, False or a whole number of drafts of at least 0, got {self.lossless!r}"
+            )
+        if self.lossless and every is not None:
+            raise ValueError("lossless answers need no refresh, their cache is the full model's: refresh_every=None")
+
+    @property
+    def drafts(self) -> int:
+        """Tokens that are drafted for each pass of the full model; 0 if the pruned model writes the answer."""
+        return DEFAULT_DRAFTS if self.lossless is True else int(self.lossless)
 
     def rows(self, batch: int) -> int:
         """Tokens of each sequence that the kept neurons are refitted to; if these are shared, of all together."""
@@ -116,6 +129,7 @@ class Generation:
             prefill, and without what a stop string cut off; refreshes take their part of the time. NaN if
             nothing was decoded.
         refreshes: how often the full model read what was written.
+        drafting: how the drafts fared; None unless the answer was drafted.
     """
 
     texts: list[str]
@@ -127,6 +141,7 @@ class Generation:
     seconds: dict[str, float]
     decode_tokens_per_second: float
     refreshes: int = 0
+    drafting: Drafting | None = None
 
 
 class LLM:
@@ -182,6 +197,7 @@ class LLM:
         budgets: bool = False,
         reconstruct: bool | int = False,
         refresh_every: int | None = None,
+        lossless: bool | int = False,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -218,6 +234,10 @@ class LLM:
             refresh_every: beyond GRIFFIN: after every so many tokens the full model reads them in one pass, which
                 corrects the cache and writes the next token, and neurons are chosen (and refitted) anew, by the
                 prompt and all of the answer so far. 1 is dense decoding.
+            lossless: beyond GRIFFIN: the pruned model only drafts, and the full model decides, so that answers are
+                those of the full model: the same tokens (up to rounding) if the temperature is 0, above it tokens of
+                the same distribution. True, or how many tokens are drafted for each pass of the full model. See
+                `griffin_jax.lossless` for what it costs.
             temperature: 0 takes the most probable token; above, tokens are drawn.
             top_k: draw from the k most probable tokens.
             top_p: draw from the fewest tokens that hold this probability.
@@ -385,7 +405,8 @@ class LLM:
         watch = Stopwatch()
         dense = experts is None and kept == self.model.neurons
         eos = () if request.ignore_eos else self.config.eos_token_ids
-        room = bucket(max_new_tokens)
+        drafts = 0 if dense else request.drafts
+        room = bucket(max_new_tokens + drafts)
         draw = request.sampler
         choice = config, request.seed, request.prior, request.prior_weight
         with watch.phase("prefill"):
@@ -414,7 +435,7 @@ class LLM:
             answer = jitted.begin(prefilled, sampler=draw, eos=eos, seed=request.seed)
             written = jax.device_get((answer.tokens, answer.done))
         rows = text.update(*written)
-        until, refreshes = 1, 0
+        until, refreshes, drafting = 1, 0, None
         while until < max_new_tokens and not all(text.ended):
             if stream:
                 yield None, text.pieces()
@@ -431,6 +452,16 @@ class LLM:
                         experts = self._select(statistics, *choice)
                     if experts is not None and (collect or fitted) and until < max_new_tokens:
                         model = jax.block_until_ready(self._prune(experts, read, request, reuse=model))
+            elif drafts:
+                with watch.phase("decode"):
+                    until = np.int32(min(until + step, max_new_tokens))
+                    answer, more = jitted.decode_lossless(
+                        self.model, model, answer, until, drafts=drafts, sampler=draw, eos=eos
+                    )
+                    tokens, done, until = jax.device_get((answer.tokens, answer.done, answer.count))
+                # A round may write more than was asked for.
+                written = tokens[:, :max_new_tokens], done
+                drafting = more if drafting is None else drafting + more
             else:
                 until = min(until + step, max_new_tokens, until + every - until % every if every else max_new_tokens)
                 with watch.phase("decode"):
@@ -456,6 +487,7 @@ class LLM:
             seconds=watch.seconds,
             decode_tokens_per_second=decoded / writing if decoded else float("nan"),
             refreshes=refreshes,
+            drafting=drafting,
         )
         yield generation, text.pieces(last=True)
 

@@ -23,6 +23,10 @@ class Greedy:
         del keys
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+    def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+        """With which probability each token is taken, float32: 1 and 0."""
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +71,16 @@ class Sample:
         logits = self.filter(logits)
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
-    def filter(self, logits: Float[Array, "b v"]) -> Float[Array, "b v"]:
+    def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+        """With which probability each token is drawn, float32."""
+        return jax.nn.softmax(self.filter(logits), axis=-1)
+
+    def filter(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
         """Tempered logits, -inf where a filter removes the token."""
         # Relative to the largest, so that no temperature makes two logits overflow to the same infinity.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            smallest = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
             logits = jnp.where(logits < smallest, -jnp.inf, logits)
         if self.top_p is not None:
             ordered = jnp.sort(logits, axis=-1, descending=True)

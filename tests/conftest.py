@@ -16,7 +16,7 @@ from jaxtyping import install_import_hook
 
 # The modules whose arguments users check with a ValueError (config, sampling, llm) stay unhooked: there a wrong type is
 # theirs to refuse.
-HOOKED = ["cache", "flocking", "generate", "griffin", "model", "prior", "reconstruction", "scoring"]
+HOOKED = ["cache", "flocking", "generate", "griffin", "lossless", "model", "prior", "reconstruction", "scoring"]
 with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.beartype"):
     import griffin_jax as gj
 
