@@ -20,16 +20,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from griffin_jax import compilers
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig
 from griffin_jax.generate import bucket
 from griffin_jax.hlo import Collective, Module
+from griffin_jax.llm import Quality, check_quality
 from griffin_jax.loading import open_source, parse_dtype
 from griffin_jax.model import LAYER_SCOPE
 from griffin_jax.named import NAMED, named, with_layers
+from griffin_jax.reconstruction import DEFAULT_ROWS
 from griffin_jax.sharding import HEADS, VOCABULARY, check_mesh, divided
 from griffin_jax.sizes import Sizes
 from griffin_jax.targets import GPU_TILE, TARGETS, Chip, gpu_target_config, target, topology
@@ -45,7 +47,8 @@ class Compiled:
     Attributes:
         kept: neurons of each feed-forward layer.
         weights: of the model that decodes.
-        memory: that `prefill`, `prune` and `decode` hold at most, the full model always among it; None
+        memory: that `prefill`, `prune`, `decode` and, if asked for, `refresh` and `verify` (lossless decoding) hold at
+            most, the full model always among it; None
             for what XLA refused to compile because it needs more than the chip has.
         fits: whether the largest of them is no more than the chip's memory.
         temporaries: of the decode loop, beside weights and cache; None if it was refused.
@@ -151,6 +154,9 @@ def compile_for(
     prompt: int = 2048,
     new: int = 128,
     dtype: str = "bfloat16",
+    quality: Quality = "griffin",
+    refresh_every: int | None = None,
+    verify: int | None = None,
     hlo: str | os.PathLike[str] | None = None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -169,6 +175,10 @@ def compile_for(
         prompt: tokens of each.
         new: tokens of each answer.
         dtype: of weights and cache.
+        quality: `best` keeps rows of the prompt, and refits what is kept to them and to as many rows of general text as
+            a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
+        refresh_every: compile refreshing, too: the pass over this many tokens.
+        verify: compile lossless decoding, too, with this many drafts.
         hlo: a folder that the optimised HLO of every program is written to; none if None.
         notice: is called with one line before a compiler is downloaded: see `griffin_jax.compilers`.
 
@@ -178,9 +188,16 @@ def compile_for(
         RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
     """
     chip = target(name)
-    for argument, value in (("batch", batch), ("prompt", prompt), ("new", new)):
+    numbers = {"batch": batch, "prompt": prompt, "new": new, "refresh_every": refresh_every, "verify": verify}
+    optional = ("refresh_every", "verify")
+    for argument, value in numbers.items():
+        if value is None and argument in optional:
+            continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+    check_quality(quality)
+    if refresh_every is not None and refresh_every >= new:
+        raise ValueError(f"refresh_every is {refresh_every}: an answer of {new} tokens ends before")
     if prompt + new > config.max_positions:
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
     weights_dtype = parse_dtype(dtype)
@@ -198,7 +215,11 @@ def compile_for(
         "shared": shared or batch == 1,
         "batch": batch,
         "prompt": bucket(prompt),
-        "room": bucket(new),
+        # Lossless decoding may write some tokens more than are asked for.
+        "room": bucket(new + (verify or 0)),
+        "rows": DEFAULT_ROWS if quality == "best" else 0,
+        "refresh": refresh_every,
+        "verify": verify,
         "dtype": weights_dtype.name,
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
@@ -216,6 +237,12 @@ def compile_for(
         if pruning:
             memory["prune"] = _total(found["prune"], beside=sizes.weights(None) - sizes.ff(None) + sizes.cache)
         memory["decode"] = _total(decoded, beside=sizes.ff(None) if pruning else 0)
+        if pruning and "refresh" in found:
+            memory["refresh"] = _total(
+                found["refresh"], beside=sizes.weights(kept) - sizes.weights(None) + sizes.ff(None)
+            )
+        if pruning and "verify" in found:
+            memory["verify"] = _total(found["verify"])
         needed = list(memory.values())
         program = decoded or dict.fromkeys(PROGRAM_FIELDS)
         moved = found["prune"] if pruning and found["prune"] else {}
@@ -297,6 +324,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     from griffin_jax import generate, griffin, jitted, sharding
     from griffin_jax.assembly import abstract_model
     from griffin_jax.model import FeedForward, Transformer
+    from griffin_jax.reconstruction import DEFAULT_CALIBRATION, Reconstruction
 
     if task["gpu"]:
         described = topologies.get_topology_desc(
@@ -322,15 +350,19 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     batch, room = task["batch"], task["room"]
     model = divided_model(abstract_model(config, jnp.dtype(task["dtype"])))
     prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
-    prefilled = jax.eval_shape(functools.partial(generate.prefill, room=room), model, *prompt)
+    prefill = functools.partial(generate.prefill, room=room, rows=task["rows"])
+    prefilled = jax.eval_shape(prefill, model, *prompt)
+    rows, statistics = placed(prefilled.rows), placed(prefilled.statistics)
     answer = placed(jax.eval_shape(generate.begin, prefilled))
     cache = placed(answer.cache, sharding.cache_shardings(answer.cache, config, mesh))
     answer = dataclasses.replace(answer, cache=cache)
     until = array((), jnp.int32)
 
-    def kept_rows(model: Transformer, experts: griffin.Experts) -> list[FeedForward]:
+    def kept_rows(
+        model: Transformer, experts: griffin.Experts, reconstruction: Reconstruction | None
+    ) -> list[FeedForward]:
         """What `prune` computes; the rest of its result is passed through, which jit would copy."""
-        return [layer.ff for layer in griffin.prune(model, experts).layers]
+        return [layer.ff for layer in griffin.prune(model, experts, reconstruction=reconstruction).layers]
 
     def local(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         assert leaf.sharding is not None
@@ -370,20 +402,32 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
             caches = {local(leaf) for leaf in (*answer.cache.keys, *answer.cache.values)}
             found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
 
-    compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, room=room))
+    compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, room=room, rows=task["rows"]))
     decode("dense", model)
     if task["kept"] is not None:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
         experts = griffin.Experts(placed(zeros), model.neurons)
         pruned = divided_model(jax.eval_shape(griffin.prune, model, experts))
-        rows = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
-        text = compiled("prune", lambda: jax.jit(kept_rows, out_shardings=rows).lower(model, experts))
+        shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
+        reconstruction = None
+        if rows:
+            general = tuple(array((DEFAULT_CALIBRATION, width), jnp.float16) for width in model.neurons)
+            reconstruction = Reconstruction(rows, calibration=general)
+        text = compiled(
+            "prune", lambda: jax.jit(kept_rows, out_shardings=shardings).lower(model, experts, reconstruction)
+        )
         if text is not None:
             module = Module.parse(text)
             collectives = module.collectives(module.run())
             found["prune"] |= {"collectives": _kinds(collectives), "communicated": _bytes(collectives)}
         decode("pruned", pruned)
+        if task["refresh"]:
+            compiled("refresh", lambda: jitted.refresh.lower(model, answer, statistics, task["refresh"], rows=rows))
+        if task["verify"]:
+            compiled(
+                "verify", lambda: jitted.decode_lossless.lower(model, pruned, answer, until, drafts=task["verify"])
+            )
     return found
 
 
@@ -456,6 +500,12 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
     parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--quality", choices=get_args(Quality), default="griffin",
+        help="best: with rows of the prompt, to which prune refits what is kept (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--refresh-every", type=int, metavar="N", help="compile refreshing, too")
+    parser.add_argument("--verify", type=int, metavar="N", help="compile lossless decoding, too, with N drafts")
     parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -475,6 +525,7 @@ def run(options: argparse.Namespace) -> None:
     report = compile_for(
         options.target, config, devices=options.devices, density=options.density, multiple=options.multiple,
         shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype,
+        quality=options.quality, refresh_every=options.refresh_every, verify=options.verify,
         hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
@@ -500,8 +551,7 @@ def table(model: str, report: Report) -> str:
         _row("cache", [_size(report.cache) for _ in columns]),
         _row("temporaries of decoding", [_size(c.temporaries) for c in columns]),
     ]
-    phases: tuple[Literal["prefill", "prune", "decode"], ...] = ("prefill", "prune", "decode")
-    for phase in phases if report.pruned is not None else ("prefill", "decode"):
+    for phase in (report.pruned or report.dense).memory:
         held = [_size(c.memory[phase]) if phase in c.memory else "-" for c in columns]
         lines.append(_row(f"all memory, {phase}", held))
     lines += [

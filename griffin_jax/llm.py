@@ -79,8 +79,7 @@ class _Request:
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
         if self.prior is not None:
             check_fusion(self.method, self.prior_weight)
-        if self.quality not in get_args(Quality):
-            raise ValueError(f"quality must be one of {', '.join(get_args(Quality))}, got {self.quality!r}")
+        check_quality(self.quality)
         if self.quality == "best":
             object.__setattr__(self, "budgets", True)
             object.__setattr__(self, "reconstruct", self.reconstruct or True)
@@ -673,6 +672,12 @@ OPTIONS: dict[str, Any] = dict(LLM.generate.__kwdefaults__ or {})
 def check_options(**options: Any) -> None:
     """Raise as `LLM.generate` would for these options, before a model is loaded."""
     _Request(**(OPTIONS | options))
+
+
+def check_quality(quality: object) -> None:
+    """Raise `ValueError` unless this is a `Quality`."""
+    if quality not in get_args(Quality):
+        raise ValueError(f"quality must be one of {', '.join(get_args(Quality))}, got {quality!r}")
 
 
 def _check_budgets(budgets: bool, prior: Prior | None) -> None:

@@ -132,12 +132,14 @@ class TestGrid:
         ("method", "message"),
         [
             ("best+prior", "method is 'best'"),
-            ("topk+better", r"behind it may be any of \+prior \+budgets \+reconstruction \+calibration, in this order"),
+            ("topk+better", r"behind it may be any of \+prior \+budgets \+reconstruction \+calibration \+refresh, in"),
             ("topk+reconstruction+prior", "in this order"),
             ("topk+prior+prior", "in this order"),
             ("topk+", "in this order"),
             ("topk+calibration", "is a part of"),
             ("random+prior", 'for method "topk"'),
+            ("random+refresh", "for method topk"),
+            ("magnitude+budgets", "methods that look at the prompt"),
         ],
     )
     def test_refused(self, method, message):

@@ -57,6 +57,32 @@ def odd(cuda, tmp_path_factory):
     return report, folder
 
 
+@pytest.fixture(scope="module")
+def beyond(cuda):
+    """The same layer with every step beyond GRIFFIN."""
+    options = {"quality": "best", "refresh_every": 16, "verify": 4}
+    return compile_for("h100", LLAMA, density=0.5, prompt=300, new=28, **options)
+
+
+class TestBeyond:
+    def test_every_step_compiles(self, beyond):
+        assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "verify"]
+        assert all(beyond.pruned.memory.values())
+        assert "all memory, verify" in table("all", beyond)
+
+    def test_decoding_is_the_same_program(self, beyond, report):
+        for compiled, plain in ((beyond.dense, report.dense), (beyond.pruned, report.pruned)):
+            assert compiled.kernels_per_step == plain.kernels_per_step
+            assert compiled.ff_copies_per_step == compiled.cache_copies_per_step == ()
+            assert compiled.weights == plain.weights
+
+    def test_rows_are_held_while_pruning(self, beyond, cuda):
+        """256 of the prompt and 384 of general text, and systems of 640 equations."""
+        plain = compile_for("h100", LLAMA, density=0.5, prompt=300, new=32)
+        more = beyond.pruned.memory["prune"] - plain.pruned.memory["prune"]
+        assert 2 * (256 + 384) * F <= more <= 300e6
+
+
 class TestPrograms:
     def test_nothing_is_copied(self, report):
         for compiled in (report.dense, report.pruned):
@@ -333,6 +359,9 @@ class TestRefusals:
             ("h100", {"density": 0}, "density must be in"),
             ("h100", {"density": (0.5, 0.5)}, "2 densities for 1 layers"),
             ("h100", {"dtype": "int8"}, "dtype is 'int8'"),
+            ("h100", {"quality": "good"}, "quality must be one of griffin, best, got 'good'"),
+            ("h100", {"verify": 0}, "verify must be a whole number of at least 1, got 0"),
+            ("h100", {"refresh_every": 128}, "an answer of 128 tokens ends before"),
             ("h100", {"devices": 0}, "devices must be a whole number of at least 1, got 0"),
             ("h100", {"devices": 5}, "5 devices cannot share the 13824 neurons"),
             ("h100", {"devices": 8, "density": 0.3}, r"8 devices cannot share 4147 kept neurons .*--multiple 8;"),

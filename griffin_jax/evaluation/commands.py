@@ -38,6 +38,7 @@ from griffin_jax.evaluation.grid import (
     METHODS,
     PRIOR,
     RECONSTRUCTION,
+    REFRESH,
     STEPS,
     Beyond,
     Row,
@@ -199,6 +200,10 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
         "--calibration-weight", type=float, default=0.5, metavar="A",
         help="of a calibration row, where a token of the prompt has 1 (default: %(default)s)",
     )  # fmt: skip
+    beyond.add_argument(
+        "--refresh-every", type=int, default=32, metavar="N",
+        help=f"tokens, for +{REFRESH}, which scores given continuations only (default: %(default)s)",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of scores and results (default: eval-TASK in this folder)"
@@ -281,8 +286,11 @@ def _has(rows: Sequence[Row], *steps: str) -> bool:
 def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
     """What the rows' steps take, checked before the model is loaded."""
     check_fusion("topk", options.prior_weight)
-    if options.rows < 1:
-        raise ValueError(f"--rows must be at least 1, got {options.rows}")
+    for name, value in (("--rows", options.rows), ("--refresh-every", options.refresh_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.task == "summarize" and _has(rows, REFRESH):
+        raise ValueError(f"+{REFRESH} scores continuations that are given: evaluate divergence or perplexity")
     Reconstruction((), options.ridge, weight=options.calibration_weight)
     prior = None
     if _has(rows, *MEASURED):
@@ -293,7 +301,9 @@ def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
             raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
         if _has(rows, CALIBRATION) and not prior.rows:
             raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
-    return Beyond(prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight)
+    return Beyond(
+        prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight, options.refresh_every
+    )
 
 
 def _beyond_settings(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
@@ -305,6 +315,7 @@ def _beyond_settings(options: argparse.Namespace, rows: Sequence[Row]) -> dict[s
         "reconstruction_rows": options.rows if uses_rows else None,
         "ridge": options.ridge if uses_rows else None,
         "calibration_weight": options.calibration_weight if _has(rows, CALIBRATION) else None,
+        "refresh_every": options.refresh_every if _has(rows, REFRESH) else None,
     }
 
 

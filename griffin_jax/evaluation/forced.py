@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from griffin_jax import jitted
-from griffin_jax.evaluation.grid import Beyond, Row, models
+from griffin_jax.evaluation.grid import PRIOR, REFRESH, Beyond, Row, models
 from griffin_jax.generate import Prefilled
 from griffin_jax.model import Transformer
 
@@ -46,10 +46,25 @@ def score_answers(
     """
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     dense, following = jitted.follow(model, prefilled, tokens, real, collect=True)
-    hidden = []
-    for _, pruned in models(model, rows, prefilled, following, seeds, beyond):
-        hidden.append(dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0])
-    compared = jitted.compare(model, dense, tuple(hidden), tokens)
+    hidden = {}
+    for row, pruned in models(
+        model, [row for row in rows if REFRESH not in row.steps], prefilled, following, seeds, beyond
+    ):
+        hidden[row] = dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0]
+    for row in rows:
+        if REFRESH in row.steps:
+            hidden[row] = jitted.follow_refreshed(
+                model,
+                prefilled,
+                tokens,
+                real,
+                beyond.config(row),
+                beyond.refresh_every,
+                prior=beyond.prior if PRIOR in row.steps else None,
+                prior_weight=beyond.prior_weight,
+                reconstruction=beyond.reconstruction(row, prefilled.rows),
+            )
+    compared = jitted.compare(model, dense, tuple(hidden[row] for row in rows), tokens)
     found = [{name: np.asarray(getattr(comparison, name)) for name in SCORES} for comparison in compared]
     ends = np.minimum(np.asarray(upto)[:, None], lengths).T
     scores = []

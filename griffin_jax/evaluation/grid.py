@@ -27,9 +27,10 @@ ALWAYS = (ORACLE, "magnitude", "random")
 """What stands beside every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
 PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
-STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION)
-"""Beyond GRIFFIN, each behind a `+`: the prior's rank, a share of its own for each layer, refitted rows, and these
-fitted to the prior's rows, too."""
+REFRESH = "refresh"
+STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, REFRESH)
+"""Beyond GRIFFIN, each behind a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
+to the prior's rows, too, and all of it anew every few tokens."""
 MEASURED = (PRIOR, BUDGETS, CALIBRATION)
 """Those that need a prior."""
 
@@ -44,6 +45,7 @@ class Beyond:
         rows: tokens of each prompt for `RECONSTRUCTION`.
         ridge: of the same.
         calibration_weight: of a calibration row.
+        refresh_every: tokens, for `REFRESH`.
     """
 
     prior: Prior | None = None
@@ -51,10 +53,18 @@ class Beyond:
     rows: int = DEFAULT_ROWS
     ridge: float = 1.0
     calibration_weight: float = 0.5
+    refresh_every: int = 32
 
-    def reconstruction(self, rows: tuple[Array, ...], *, calibrated: bool) -> Reconstruction:
-        """What the kept neurons of a batch are refitted to, rows being those of its prompts."""
-        calibration = self.prior.rows if calibrated and self.prior is not None else ()
+    def config(self, row: Row) -> GriffinConfig:
+        """How a row's neurons are selected, for each sequence its own."""
+        config = GriffinConfig(row.density, "topk" if row.selection == ORACLE else row.selection)  # pyright: ignore[reportArgumentType]
+        return self.prior.budgeted(config) if BUDGETS in row.steps and self.prior is not None else config
+
+    def reconstruction(self, row: Row, rows: tuple[Array, ...]) -> Reconstruction | None:
+        """What a row's kept neurons are refitted to, if they are; `rows` are those of the prompts."""
+        if RECONSTRUCTION not in row.steps:
+            return None
+        calibration = self.prior.rows if CALIBRATION in row.steps and self.prior is not None else ()
         return Reconstruction(rows, self.ridge, calibration, self.calibration_weight)
 
 
@@ -115,6 +125,8 @@ def _check_method(row: Row) -> None:
         raise ValueError(f"method is {row.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
     if BUDGETS in row.steps and row.selection == "magnitude":
         raise ValueError(f"method is {row.method!r}; +{BUDGETS} is for methods that look at the prompt")
+    if REFRESH in row.steps and row.selection != "topk":
+        raise ValueError(f"method is {row.method!r}; +{REFRESH} is for method topk, by what was read last")
     if PRIOR in row.steps:
         check_fusion(row.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
 
@@ -144,7 +156,7 @@ def models(
 
     Args:
         model: the full one.
-        rows: those of `grid`.
+        rows: those of `grid`, without `REFRESH`.
         prompts: with the statistics that the methods select by, and with `rows_of(rows, beyond)` rows.
         answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
@@ -155,22 +167,16 @@ def models(
         if row.method == DENSE:
             yield row, model
             continue
-        reconstruction = None
-        if RECONSTRUCTION in row.steps:
-            reconstruction = beyond.reconstruction(prompts.rows, calibrated=CALIBRATION in row.steps)
+        reconstruction = beyond.reconstruction(row, prompts.rows)
         if row.selection == "magnitude":
             # Neurons that are the same for all can be held once, unless each sequence has them refitted.
             config = GriffinConfig(row.density, "magnitude", shared=reconstruction is None)
             experts = jitted.select(prompts.statistics, config, model=model)
             yield row, prune(model, experts, reconstruction=reconstruction)
             continue
-        oracle = row.selection == ORACLE
-        config = GriffinConfig(row.density, "topk" if oracle else row.selection)  # pyright: ignore[reportArgumentType]
-        if BUDGETS in row.steps and beyond.prior is not None:
-            config = beyond.prior.budgeted(config)
-        statistics = answers if oracle else prompts.statistics
+        statistics = answers if row.selection == ORACLE else prompts.statistics
         fusion = (beyond.prior, beyond.prior_weight) if PRIOR in row.steps else ()
-        experts = select_each(statistics, config, seeds, *fusion)
+        experts = select_each(statistics, beyond.config(row), seeds, *fusion)
         spare = prune(model, experts, reuse=spare, reconstruction=reconstruction)
         yield row, spare
 
