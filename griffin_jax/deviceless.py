@@ -47,9 +47,9 @@ class Compiled:
     Attributes:
         kept: neurons of each feed-forward layer.
         weights: of the model that decodes.
-        memory: that `prefill`, `prune`, `decode` and, if asked for, `refresh` and `verify` (lossless decoding) hold at
-            most, the full model always among it; None
-            for what XLA refused to compile because it needs more than the chip has.
+        memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `lossless` hold at most,
+            the full model always among it; None for what XLA refused to compile because it needs more than the chip
+            has.
         fits: whether the largest of them is no more than the chip's memory.
         temporaries: of the decode loop, beside weights and cache; None if it was refused.
         step_bytes: that one step of the loop must read: weights in use and all slots of the cache.
@@ -156,7 +156,7 @@ def compile_for(
     dtype: str = "bfloat16",
     quality: Quality = "griffin",
     refresh_every: int | None = None,
-    verify: int | None = None,
+    lossless: int | None = None,
     hlo: str | os.PathLike[str] | None = None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -178,7 +178,7 @@ def compile_for(
         quality: `best` keeps rows of the prompt, and refits what is kept to them and to as many rows of general text as
             a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
         refresh_every: compile refreshing, too: the pass over this many tokens.
-        verify: compile lossless decoding, too, with this many drafts.
+        lossless: compile lossless decoding, too, with this many drafts.
         hlo: a folder that the optimised HLO of every program is written to; none if None.
         notice: is called with one line before a compiler is downloaded: see `griffin_jax.compilers`.
 
@@ -188,8 +188,8 @@ def compile_for(
         RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
     """
     chip = target(name)
-    numbers = {"batch": batch, "prompt": prompt, "new": new, "refresh_every": refresh_every, "verify": verify}
-    optional = ("refresh_every", "verify")
+    numbers = {"batch": batch, "prompt": prompt, "new": new, "refresh_every": refresh_every, "lossless": lossless}
+    optional = ("refresh_every", "lossless")
     for argument, value in numbers.items():
         if value is None and argument in optional:
             continue
@@ -216,10 +216,10 @@ def compile_for(
         "batch": batch,
         "prompt": bucket(prompt),
         # Lossless decoding may write some tokens more than are asked for.
-        "room": bucket(new + (verify or 0)),
+        "room": bucket(new + (lossless or 0)),
         "rows": DEFAULT_ROWS if quality == "best" else 0,
         "refresh": refresh_every,
-        "verify": verify,
+        "lossless": lossless,
         "dtype": weights_dtype.name,
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
@@ -241,8 +241,8 @@ def compile_for(
             memory["refresh"] = _total(
                 found["refresh"], beside=sizes.weights(kept) - sizes.weights(None) + sizes.ff(None)
             )
-        if pruning and "verify" in found:
-            memory["verify"] = _total(found["verify"])
+        if pruning and "lossless" in found:
+            memory["lossless"] = _total(found["lossless"])
         needed = list(memory.values())
         program = decoded or dict.fromkeys(PROGRAM_FIELDS)
         moved = found["prune"] if pruning and found["prune"] else {}
@@ -424,9 +424,9 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         decode("pruned", pruned)
         if task["refresh"]:
             compiled("refresh", lambda: jitted.refresh.lower(model, answer, statistics, task["refresh"], rows=rows))
-        if task["verify"]:
+        if task["lossless"]:
             compiled(
-                "verify", lambda: jitted.decode_lossless.lower(model, pruned, answer, until, drafts=task["verify"])
+                "lossless", lambda: jitted.decode_lossless.lower(model, pruned, answer, until, drafts=task["lossless"])
             )
     return found
 
@@ -505,7 +505,7 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
         help="best: with rows of the prompt, to which prune refits what is kept (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--refresh-every", type=int, metavar="N", help="compile refreshing, too")
-    parser.add_argument("--verify", type=int, metavar="N", help="compile lossless decoding, too, with N drafts")
+    parser.add_argument("--lossless", type=int, metavar="N", help="compile lossless decoding, too, with N drafts")
     parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -525,7 +525,7 @@ def run(options: argparse.Namespace) -> None:
     report = compile_for(
         options.target, config, devices=options.devices, density=options.density, multiple=options.multiple,
         shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype,
-        quality=options.quality, refresh_every=options.refresh_every, verify=options.verify,
+        quality=options.quality, refresh_every=options.refresh_every, lossless=options.lossless,
         hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:

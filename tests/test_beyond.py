@@ -12,9 +12,10 @@ from conftest import PASSAGES
 from reference import TinyLlama, assert_close, tiny_tokenizer
 
 import griffin_jax as gj
-from griffin_jax import cli
+from griffin_jax import cli, jitted
 from griffin_jax.evaluation import tasks
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import Beyond, Row, grid, models
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generaltext import measure
@@ -166,6 +167,28 @@ class TestGrid:
             for a, b in zip(pruned.layers, expected.layers, strict=True):
                 np.testing.assert_allclose(a.ff.down[...], b.ff.down[...], rtol=1e-5, atol=1e-5, err_msg=row.name)
 
+    def test_refreshed_rows_are_followed_refreshed(self, tiny, prior):
+        """Beside another row, whose scores stay its own."""
+        model, beyond = tiny.llm.model, Beyond(prior, 0.3, rows=8, ridge=0.5, calibration_weight=0.2, refresh_every=4)
+        tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 48))
+        answers, real = gj.pad([[50, 51, 52, 53, 54, 55], [60] * 3, [70, 71, 72, 73, 74]], 16)
+        prefilled = jitted.prefill(model, tokens, lengths, room=16, rows=8)
+        steps = "topk+prior+reconstruction+calibration"
+        rows = [Row(f"{steps}+refresh", 0.5), Row("dense", 1.0), Row(steps, 0.5)]
+        found = score_answers(model, rows, prefilled, answers, real, np.arange(3, dtype=np.int32), [3, 16], beyond)
+        dense, _ = jitted.follow(model, prefilled, answers, real)
+        refreshed = jitted.follow_refreshed(
+            model, prefilled, answers, real, gj.GriffinConfig(0.5), 4,
+            prior=prior, prior_weight=0.3, reconstruction=Reconstruction(prefilled.rows, 0.5, prior.rows, 0.2),
+        )  # fmt: skip
+        (compared,) = jitted.compare(model, dense, (refreshed,), jnp.asarray(answers))
+        for scores, kl, length in zip(found, np.asarray(compared.kl), real, strict=True):
+            assert scores["dense"]["kl"] == [0.0, 0.0]
+            np.testing.assert_allclose(scores[rows[0].name]["kl"], [kl[:3].sum(), kl[:length].sum()], rtol=1e-5)
+        # The first four tokens are decoded before anything is read again.
+        assert_close(*(np.asarray([s[row.name]["kl"][0] for s in found]) for row in (rows[0], rows[2])))
+        assert found[0][rows[0].name]["kl"][1] != pytest.approx(found[0][rows[2].name]["kl"][1])
+
     def test_a_score_does_not_depend_on_the_batch(self, tiny, prior, tmp_path):
         items = [Item(str(number), prompt, [50, 51, 52]) for number, prompt in enumerate(PROMPTS)]
         rows = (Row("dense", 1.0), *(Row(f"topk{steps}", 0.5) for steps in STEPS))
@@ -210,7 +233,9 @@ class TestCommand:
             (["--method", "topk+reconstruction+calibration", "--prior", "{bare}"], "has no calibration rows"),
             (["--method", "topk+prior", "--prior", "{none}"], "there is no file"),
             (["--method", "topk+prior", "--prior", "{bare}"], "this prior is of model 0000"),
+            (["--method", "topk+budgets", "--prior", "{bare}"], "has no budgets: the sensitivity of neurons was not"),
             (["--rows", "0"], "--rows must be at least 1, got 0"),
+            (["--refresh-every", "0"], "--refresh-every must be at least 1, got 0"),
             (["--ridge", "0"], "ridge must be at least 0.001"),
             (["--calibration-weight", "-1"], "weight of calibration rows must be at least 0"),
             (["--prior-weight", "2"], "prior_weight must be in [0, 1], got 2.0"),

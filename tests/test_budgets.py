@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import griffin_jax as gj
-from griffin_jax import cli
+from griffin_jax import cli, jitted
 from griffin_jax.config import density_that_keeps
+from griffin_jax.evaluation.grid import Beyond, Row, models
 from griffin_jax.generaltext import measure, with_budgets
 from griffin_jax.prior import share_out
 from griffin_jax.sensitivity import SINKS, sensitivity, squared_gradients
@@ -167,6 +168,25 @@ class TestPrior:
             assert len(again.sensitivity) == len(saved.sensitivity)
             for a, b in zip(saved.sensitivity, again.sensitivity, strict=True):
                 np.testing.assert_array_equal(a, b)
+
+
+class TestEvaluation:
+    def test_rows_keep_their_shares(self, tiny, prior):
+        model = tiny.llm.model
+        tokens, lengths = map(jnp.asarray, gj.pad(TEXTS[:2], 16))
+        prefilled = jitted.prefill(model, tokens, lengths, room=0)
+        rows = [Row("topk", 0.5), Row("topk+budgets", 0.5), Row("oracle+budgets", 0.25)]
+        seeds = np.zeros(2, np.int32)
+        found = [
+            pruned.neurons for _, pruned in models(model, rows, prefilled, prefilled.statistics, seeds, Beyond(prior))
+        ]
+        shares = [prior.budgeted(gj.GriffinConfig(density)).kept(model.neurons) for density in (0.5, 0.25)]
+        assert found == [(24, 24, 24), *shares]
+
+    def test_summaries_are_not_refreshed(self, capsys, tmp_path):
+        arguments = ["eval", "summarize", str(tmp_path / "t"), "--method", "topk+refresh"]
+        assert cli.main(arguments) == 2
+        assert "evaluate divergence or perplexity" in capsys.readouterr().err
 
 
 class TestGenerate:

@@ -60,15 +60,15 @@ def odd(cuda, tmp_path_factory):
 @pytest.fixture(scope="module")
 def beyond(cuda):
     """The same layer with every step beyond GRIFFIN."""
-    options = {"quality": "best", "refresh_every": 16, "verify": 4}
+    options = {"quality": "best", "refresh_every": 16, "lossless": 4}
     return compile_for("h100", LLAMA, density=0.5, prompt=300, new=28, **options)
 
 
 class TestBeyond:
     def test_every_step_compiles(self, beyond):
-        assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "verify"]
+        assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "lossless"]
         assert all(beyond.pruned.memory.values())
-        assert "all memory, verify" in table("all", beyond)
+        assert "all memory, lossless" in table("all", beyond)
 
     def test_decoding_is_the_same_program(self, beyond, report):
         for compiled, plain in ((beyond.dense, report.dense), (beyond.pruned, report.pruned)):
@@ -360,7 +360,7 @@ class TestRefusals:
             ("h100", {"density": (0.5, 0.5)}, "2 densities for 1 layers"),
             ("h100", {"dtype": "int8"}, "dtype is 'int8'"),
             ("h100", {"quality": "good"}, "quality must be one of griffin, best, got 'good'"),
-            ("h100", {"verify": 0}, "verify must be a whole number of at least 1, got 0"),
+            ("h100", {"lossless": 0}, "lossless must be a whole number of at least 1, got 0"),
             ("h100", {"refresh_every": 128}, "an answer of 128 tokens ends before"),
             ("h100", {"devices": 0}, "devices must be a whole number of at least 1, got 0"),
             ("h100", {"devices": 5}, "5 devices cannot share the 13824 neurons"),
