@@ -8,9 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from griffin_jax import demo, loading
+from jax.sharding import Mesh
+
+from griffin_jax import demo, distributed, loading
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.llm import LLM, load
+from griffin_jax.mesh import make_mesh, parse_mesh
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -29,13 +32,38 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
 
 
-def load_reader(options: argparse.Namespace) -> LLM:
-    """The model of these arguments, which reads text.
+def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --mesh and --distributed."""
+    parser.add_argument(
+        "--mesh",
+        metavar="data=D,model=M",
+        help="D x M devices: batches are divided among D of them, the model among M (one that is left out is 1)",
+    )
+    distributed.add_argument(parser)
+
+
+def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
+    """The mesh of these arguments, if they have one.
+
+    Raises:
+        ValueError: it is malformed, there are fewer devices, or several processes have none.
+    """
+    if options.mesh is None:
+        if options.distributed:
+            raise ValueError(
+                "--distributed needs --mesh, such as --mesh data=2,model=4: what to divide among the devices"
+            )
+        return None
+    return make_mesh(**parse_mesh(options.mesh))
+
+
+def load_reader(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
+    """The model of these arguments, which reads text, on a mesh or on the default device.
 
     Raises:
         ValueError: it has no tokenizer, or as `load`.
     """
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
     if llm.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts")
     return llm

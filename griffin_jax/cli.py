@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from griffin_jax import __version__, bench, deviceless, families, flocking, generaltext, loading
-from griffin_jax.arguments import add_dtype_argument, add_model_argument
+from griffin_jax import __version__, bench, deviceless, distributed, families, flocking, generaltext, loading
+from griffin_jax.arguments import add_dtype_argument, add_mesh_arguments, add_model_argument, chosen_mesh
 from griffin_jax.assembly import NEURON_MAJOR
 from griffin_jax.checkpoint import NativeCheckpoint
 from griffin_jax.config import GriffinConfig, Method
@@ -47,7 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # All the rest is lm_eval's, --help too; argparse has no way to leave options alone.
         return guarded(f"{parser.prog} {LM_EVAL}", lambda: _lm_eval(arguments[1:]))
     options = parser.parse_args(arguments)
-    return guarded(f"{parser.prog} {options.command}", lambda: options.run(options))
+    return guarded(f"{parser.prog} {options.command}", lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int | None:
+    with distributed.joined(getattr(options, "distributed", None)):
+        return options.run(options)
 
 
 def guarded(name: str, command: Callable[[], int | None]) -> int:
@@ -149,6 +154,7 @@ def _lm_eval(arguments: Sequence[str]) -> None:
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_dtype_argument(parser)
+    add_mesh_arguments(parser)
 
     prompt = parser.add_argument_group("prompt (several make one batch)")
     prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the prompt")
@@ -176,6 +182,11 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument(
         "--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N"
     )
+    pruning.add_argument(
+        "--shards", type=int, default=1, metavar="M",
+        help="of M equal ranges of neurons, each keeps as many of its best; as many as the devices that --mesh divides"
+        " the model among: then these exchange no rows (default: 1, the best of all)",
+    )  # fmt: skip
     pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
     pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
     pruning.add_argument(
@@ -265,8 +276,11 @@ def _generate(options: argparse.Namespace) -> None:
         if not Path(options.save_experts).absolute().parent.is_dir():
             raise FileNotFoundError(f"--save-experts: there is no folder {Path(options.save_experts).parent}")
 
+    mesh = chosen_mesh(options)
+    same = {name: value for name, value in vars(options).items() if name not in ("distributed", "run")}
+    distributed.check_same("a prompt or an option", (prompts, same))
     start = time.perf_counter()
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
     seconds = {"load": time.perf_counter() - start}
     generation = _streamed(llm, prompts, settings) if options.stream else llm.generate(prompts, **settings)
     seconds |= generation.seconds
@@ -278,7 +292,8 @@ def _generate(options: argparse.Namespace) -> None:
                 if len(prompts) > 1:
                     print(f"--- prompt {number}")
                 print(text)
-        print(_summary(generation, llm, seconds), file=sys.stderr)
+        if distributed.is_first():
+            print(_summary(generation, llm, seconds), file=sys.stderr)
     if options.save_experts and generation.experts is not None:
         generation.experts.save(options.save_experts)
 

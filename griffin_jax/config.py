@@ -338,6 +338,9 @@ class GriffinConfig:
         shared: one set of experts for the whole batch (faster to decode), or one for every
             sequence (each answer as if it were alone, where nothing is drawn).
         multiple: the number of kept neurons is rounded up to a multiple of this.
+        shards: of so many equal ranges of a layer's neurons, each keeps its k / shards best; 1 keeps the k best of all.
+            On as many devices (see `griffin_jax.sharding`), or a divisor of that, every device keeps rows of its own,
+            as many as the others do, and `prune` moves none between them.
 
     Raises:
         ValueError: a value is outside its range.
@@ -347,6 +350,7 @@ class GriffinConfig:
     method: Method = "topk"
     shared: bool = False
     multiple: int = 1
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.density, Sequence | np.ndarray) and not isinstance(self.density, str):
@@ -354,14 +358,17 @@ class GriffinConfig:
         for density in self.density if isinstance(self.density, Sequence) else (self.density,):
             check_density(density)
         _check_choice("method", self.method, get_args(Method))
-        if not isinstance(self.multiple, int | np.integer) or self.multiple < 1:
-            raise ValueError(f"multiple must be a whole number of at least 1, got {self.multiple!r}")
+        for name in ("multiple", "shards"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
     def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:
         """k of every layer.
 
         Raises:
-            ValueError: there is not one density per layer, or a layer would keep no neuron.
+            ValueError: there is not one density per layer, a layer would keep no neuron, or its shards cannot have
+                or keep equally many.
         """
         if not isinstance(self.density, Sequence):
             densities = [self.density] * len(ff_widths)
@@ -369,4 +376,18 @@ class GriffinConfig:
             densities = self.density
         else:
             raise ValueError(f"{len(self.density)} densities for {len(ff_widths)} layers; give one, or one for each")
-        return tuple(kept_neurons(f, d, self.multiple) for f, d in zip(ff_widths, densities, strict=True))
+        kept = tuple(kept_neurons(f, d, self.multiple) for f, d in zip(ff_widths, densities, strict=True))
+        for neurons, k in zip(ff_widths, kept, strict=True):
+            check_shards(self.shards, neurons, k)
+        return kept
+
+
+def check_shards(shards: int, neurons: int, kept: int) -> None:
+    """Raise `ValueError` unless so many shards can each have as many of a layer's neurons and keep as many."""
+    if neurons % shards:
+        raise ValueError(f"{shards} shards cannot have equally many of {neurons} neurons: shards must divide them")
+    if kept % shards:
+        raise ValueError(
+            f"{shards} shards cannot keep equally many of {kept} neurons: round them up to a multiple of {shards}"
+            f" (multiple={shards}; --multiple {shards})"
+        )

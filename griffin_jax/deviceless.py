@@ -323,6 +323,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
 
     from griffin_jax import generate, griffin, jitted, sharding
     from griffin_jax.assembly import abstract_model
+    from griffin_jax.mesh import MODEL_AXIS
     from griffin_jax.model import FeedForward, Transformer
     from griffin_jax.reconstruction import DEFAULT_CALIBRATION, Reconstruction
 
@@ -332,7 +333,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         )
     else:
         described = topologies.get_topology_desc(task["topology"], platform="tpu")
-    mesh = jax.sharding.Mesh(np.asarray(described.devices[: task["devices"]]), (sharding.MODEL_AXIS,))
+    mesh = jax.sharding.Mesh(np.asarray(described.devices[: task["devices"]]), (MODEL_AXIS,))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def array(shape: tuple[int, ...], dtype: Any, at: Any = whole) -> jax.ShapeDtypeStruct:

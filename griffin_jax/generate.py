@@ -30,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from griffin_jax.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.config import GriffinConfig
 from griffin_jax.griffin import Experts, Statistics, prune, select
+from griffin_jax.mesh import mesh_of, over_data
 from griffin_jax.model import Transformer, statistic
 from griffin_jax.reconstruction import rows_at, spread
 from griffin_jax.sampling import Greedy, Sampler
@@ -116,6 +117,9 @@ def prefill(
 ) -> Prefilled:
     """Reads prompts with the model, exactly, and records how strongly each neuron takes part.
 
+    If the model is on a mesh, prompts are divided along its axis `data`, and all that comes from them; where that does
+    not divide their number, each part of the mesh has all of them.
+
     Args:
         model: the full model.
         tokens: prompts, padded on the right to a common length with any token.
@@ -132,7 +136,8 @@ def prefill(
     chunks = chunk_count(length, chunk)
     chunk = -(-length // chunks)
     padded = chunks * chunk
-    tokens = jnp.pad(tokens, ((0, 0), (0, padded - length)))
+    mesh = mesh_of(model.embedding[...])
+    tokens, lengths = over_data(mesh, jnp.pad(tokens, ((0, 0), (0, padded - length)))), over_data(mesh, lengths)
     positions = jnp.arange(padded, dtype=jnp.int32)
     positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
     chosen = spread(lengths, rows) if rows else None
@@ -406,6 +411,7 @@ def teacher_forced(
         Float32; row t scores token t + 1.
     """
     batch, length = tokens.shape
+    tokens = over_data(mesh_of(model.embedding[...]), tokens)
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     cache = empty_cache(model.config, batch, length, model.dtype)
     prompt, cache, squares = model(

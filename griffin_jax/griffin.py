@@ -20,12 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key
 from numpy.typing import ArrayLike
 
 from griffin_jax.arrayfile import load_arrays, save_arrays
-from griffin_jax.config import GriffinConfig, Method
+from griffin_jax.config import GriffinConfig, Method, ModelConfig, check_shards
+from griffin_jax.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of, to_host
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion, fuse
+from griffin_jax.sharding import check_mesh, parameter_spec
 
 if TYPE_CHECKING:
     from griffin_jax.model import Transformer
@@ -96,10 +99,12 @@ class Experts:
         indices: per layer, ascending, int32: (K,) for the whole batch or (B, K), one row for every
             sequence. K may differ between layers.
         neurons: F of every layer of the model they were selected for.
+        shards: into so many equal ranges the neurons fall, each with as many of the kept ones, see `GriffinConfig`.
     """
 
     indices: tuple[Int[Array, "*b _k"], ...]
     neurons: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(default=1, metadata={"static": True})
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -152,12 +157,12 @@ class Experts:
         return cls.from_indices(indices, [np.shape(mask)[-1] for mask in masks])
 
     @classmethod
-    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int]) -> Experts:
+    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int], shards: int = 1) -> Experts:
         """Experts from indices that come from outside, in any order.
 
         Raises:
             ValueError: there is no layer, the number of layers differs, an index is repeated or outside
-                [0, F), a layer keeps nothing, or layers differ in their batch.
+                [0, F), a layer keeps nothing, layers differ in their batch, or the shards do not keep equally many.
         """
         if not indices or len(indices) != len(neurons):
             raise ValueError(
@@ -179,17 +184,24 @@ class Experts:
             array = np.sort(array, axis=-1)
             if (np.diff(array, axis=-1) == 0).any():
                 raise ValueError(f"experts of layer {layer} name a neuron twice")
+            check_shards(shards, width, array.shape[-1])
+            owners = array.reshape(*array.shape[:-1], shards, -1) // (width // shards)
+            if (owners != np.arange(shards)[:, None]).any():
+                raise ValueError(f"of experts of layer {layer}, some of {shards} shards keep more than others")
             checked.append(jnp.asarray(array, jnp.int32))
-        return cls(tuple(checked), tuple(neurons))
+        return cls(tuple(checked), tuple(neurons), shards)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; an existing one is replaced.
+        """Writes a safetensors file, whole or not at all; an existing one is replaced. Of several processes all must
+        call this, and the first writes.
 
         Raises:
             OSError: it cannot be written.
         """
-        arrays = {f"layers.{layer}": np.asarray(indices) for layer, indices in enumerate(self.indices)}
-        save_arrays(path, EXPERTS_FORMAT, arrays, {"neurons": " ".join(map(str, self.neurons))})
+        arrays = {f"layers.{layer}": indices for layer, indices in enumerate(to_host(self.indices))}
+        metadata = {"neurons": " ".join(map(str, self.neurons)), "shards": str(self.shards)}
+        if jax.process_index() == 0:
+            save_arrays(path, EXPERTS_FORMAT, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Experts:
@@ -203,10 +215,11 @@ class Experts:
         try:
             neurons = [int(width) for width in metadata["neurons"].split()]
             indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
+            shards = int(metadata.get("shards", 1))
         except KeyError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         try:
-            return cls.from_indices(indices, neurons)
+            return cls.from_indices(indices, neurons, shards)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -233,7 +246,7 @@ def select(
 
     Args:
         statistics: of the prompts, from `prefill`.
-        config: density, method, and whether the batch shares its experts. With `shared` a neuron's
+        config: density, method, shards, and whether the batch shares its experts. With `shared` a neuron's
             score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
             equal weight.
         model: the full model; only `method="magnitude"` needs it.
@@ -270,10 +283,27 @@ def select(
     key = jax.random.key(seed)
     indices = []
     for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
-        rank = _rank(score, k, config.method, jax.random.fold_in(key, layer))
-        _, kept = jax.lax.top_k(rank, k)
-        indices.append(jnp.sort(kept, axis=-1).astype(jnp.int32))
-    return Experts(tuple(indices), neurons)
+        ranges = score.reshape(*score.shape[:-1], config.shards, -1)
+        rank = _rank(ranges, k // config.shards, config.method, jax.random.fold_in(key, layer))
+        kept = jnp.sort(_top_k(rank, k // config.shards)[1], axis=-1).astype(jnp.int32)
+        starts = ranges.shape[-1] * jnp.arange(config.shards, dtype=jnp.int32)[:, None]
+        indices.append((kept + starts).reshape(*score.shape[:-1], k))
+    return Experts(tuple(indices), neurons, config.shards)
+
+
+def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {k}"], Int[Array, "*b s {k}"]]:
+    """`jax.lax.top_k` of each range. On a mesh devices choose among what they have, which XLA would put together."""
+    mesh = mesh_of(values)
+
+    def largest(values: Array) -> tuple[Array, Array]:
+        found, at = jax.lax.top_k(values, k)
+        return found, at
+
+    if mesh is None:
+        return largest(values)
+    *batch, shards, _ = values.shape
+    spec = PartitionSpec(*(dividing(mesh, DATA_AXIS, b) for b in batch), dividing(mesh, MODEL_AXIS, shards))
+    return jax.shard_map(largest, mesh=mesh, in_specs=spec, out_specs=spec)(values)
 
 
 def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, ""]) -> Float[Array, "*b f"]:
@@ -293,7 +323,7 @@ def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, "
     half = k // 2
     if half == 0:
         return draw
-    smallest_sure = jax.lax.top_k(score, half)[0][..., -1:]
+    smallest_sure = _top_k(score, half)[0][..., -1:]
     # Ties at the threshold could make more than half of the neurons sure; the cumulative count stops that.
     above, tied = score > smallest_sure, score == smallest_sure
     room = half - jnp.sum(above, axis=-1, keepdims=True)
@@ -315,6 +345,9 @@ def prune(
     with a set for every sequence, unless B is 1. The gather is jitted; the rest is
     bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
 
+    On a mesh the kept rows are divided as `griffin_jax.sharding` says. Rows go from device to device for that, unless
+    the experts have as many shards as the model, or a multiple.
+
     Args:
         model: the full model; it stays as it is.
         experts: that `select` chose.
@@ -326,8 +359,8 @@ def prune(
 
     Raises:
         ValueError: the experts were selected for a model of other layers or widths, the model holds a set of neurons
-            for every sequence already, `reuse` shares feed-forward arrays with the model, or a reconstruction does not
-            belong to the model or the experts.
+            for every sequence already, `reuse` shares feed-forward arrays with the model, a reconstruction does not
+            belong to the model or the experts, or the devices of a mesh cannot share the kept rows evenly.
     """
     if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
@@ -336,9 +369,11 @@ def prune(
     check_experts(experts, model)
     if reconstruction is not None:
         reconstruction.check(model.neurons, experts.indices)
+    check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    for layer, kept in zip(pruned.layers, _gather_into(rows, experts.indices, reconstruction, reuse), strict=True):
+    gathered = _gather_into(rows, experts, reconstruction, reuse, model.config)
+    for layer, kept in zip(pruned.layers, gathered, strict=True):
         for name, weight in kept.items():
             setattr(layer.ff, name, weight)
     return pruned
@@ -353,37 +388,76 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
 
 def _gather_into(
     rows: list[dict[str, nnx.Param]],
-    indices: tuple[Int[Array, "*b _k"], ...],
+    experts: Experts,
     reconstruction: Reconstruction | None,
     reuse: Transformer | None,
+    config: ModelConfig,
 ) -> list[dict[str, nnx.Param]]:
-    if reuse is None or any(isinstance(index, Tracer) for index in indices):
-        return _gather(rows, indices, reconstruction)
-    old, new = _neuron_rows(reuse), jax.eval_shape(_gather, rows, indices, reconstruction)
+    if reuse is None or any(isinstance(index, Tracer) for index in experts):
+        return _gather(rows, experts, reconstruction, config)
+    gather = functools.partial(_gather, config=config)
+    old, new = _neuron_rows(reuse), jax.eval_shape(gather, rows, experts, reconstruction)
     if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
         raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
     if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != [(a.shape, a.dtype) for a in jax.tree.leaves(new)]:
-        return _gather(rows, indices, reconstruction)
-    return _overwrite(rows, indices, reconstruction, old)
+        return gather(rows, experts, reconstruction)
+    return _overwrite(rows, experts, reconstruction, config, old)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="config")
 def _gather(
-    rows: list[dict[str, nnx.Param]],
-    indices: tuple[Int[Array, "*b _k"], ...],
-    reconstruction: Reconstruction | None,
+    rows: list[dict[str, nnx.Param]], experts: Experts, reconstruction: Reconstruction | None, config: ModelConfig
 ) -> list[dict[str, nnx.Param]]:
     def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
-        return jax.tree.map(lambda w: take_neurons(name, w, indices), weight)
+        return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.shards), weight)
 
-    indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in indices)
+    def place(name: str, weight: nnx.Param) -> nnx.Param:
+        return jax.tree.map(lambda w: _placed(f"ff.{name}", w, config, mesh), weight)
+
+    mesh = mesh_of(rows[0]["down"][...])
+    indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in experts)
     kept = [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
     if reconstruction is not None:
         changes = reconstruction.changes([layer["down"][...] for layer in rows], indices)
         for layer, change in zip(kept, changes, strict=True):
             changed = (layer["down"][...].astype(jnp.float32) + change).astype(layer["down"].dtype)
             layer["down"] = nnx.Param(changed)
-    return kept
+    return [{name: place(name, weight) for name, weight in layer.items()} for layer in kept]
+
+
+def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Array:
+    if mesh is None:
+        return weight
+    spec = parameter_spec(path, weight.shape, config, mesh)
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
+
+
+def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], shards: int) -> Array:
+    """`take_neurons`: each device takes of its own rows, and all of them exchange these if they have to."""
+    mesh, axis = mesh_of(weight), NEURON_AXES[name]
+    devices = axis_size(mesh, MODEL_AXIS)
+    if mesh is None or devices == 1:
+        return take_neurons(name, weight, indices)
+    stays = shards % devices == 0
+    batch = [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
+    axis_after = axis + len(batch)
+
+    def take_own(weight: Array, indices: Array) -> Array:
+        neurons = weight.shape[axis]
+        at = indices - jax.lax.axis_index(MODEL_AXIS) * neurons
+        taken = take_neurons(name, weight, at)
+        if stays:
+            return taken
+        own = jnp.expand_dims((at >= 0) & (at < neurons), [*range(axis), *range(axis_after + 1, taken.ndim)])
+        return jax.lax.psum_scatter(jnp.where(own, taken, 0), MODEL_AXIS, scatter_dimension=axis_after, tiled=True)
+
+    before = [None] * axis
+    return jax.shard_map(
+        take_own,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*before, MODEL_AXIS), PartitionSpec(*batch, MODEL_AXIS if stays else None)),
+        out_specs=PartitionSpec(*before, *batch, MODEL_AXIS),
+    )(weight, indices)
 
 
 def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array:
@@ -401,16 +475,17 @@ def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array
     return jax.lax.platform_dependent(weight, indices, cpu=part_by_part, default=take)
 
 
-@functools.partial(jax.jit, donate_argnames="old", keep_unused=True)
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="old", keep_unused=True)
 def _overwrite(
     rows: list[dict[str, nnx.Param]],
-    indices: tuple[Int[Array, "*b _k"], ...],
+    experts: Experts,
     reconstruction: Reconstruction | None,
+    config: ModelConfig,
     old: list[dict[str, nnx.Param]],
 ) -> list[dict[str, nnx.Param]]:
     """`_gather` into the memory of `old`."""
     del old
-    return _gather(rows, indices, reconstruction)
+    return _gather(rows, experts, reconstruction, config)
 
 
 def check_experts(experts: Experts, model: Transformer) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax import jitted
@@ -20,11 +21,13 @@ from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Experts, Statistics, prune
 from griffin_jax.loading import ShardingLike, load_model
 from griffin_jax.lossless import DEFAULT_DRAFTS, Drafting
+from griffin_jax.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
 from griffin_jax.model import Transformer
 from griffin_jax.one_copy import OneCopy
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
 from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
 from griffin_jax.sampling import Sampler, sampler
+from griffin_jax.sharding import check_mesh
 from griffin_jax.timing import Stopwatch
 from griffin_jax.tokenizer import Tokenizer
 
@@ -46,6 +49,7 @@ class _Request:
     method: Method
     shared: bool
     multiple: int
+    shards: int
     experts: Experts | None
     quality: Quality
     prior: Prior | None
@@ -75,7 +79,8 @@ class _Request:
         if any(not isinstance(stop, str) or not stop for stop in stops):
             raise ValueError(f"stop strings must not be empty, got {list(stops)}")
         object.__setattr__(self, "stops", stops)
-        object.__setattr__(self, "griffin", GriffinConfig(self.density, self.method, self.shared, self.multiple))
+        griffin = GriffinConfig(self.density, self.method, self.shared, self.multiple, self.shards)
+        object.__setattr__(self, "griffin", griffin)
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
         if self.prior is not None:
             check_fusion(self.method, self.prior_weight)
@@ -189,6 +194,7 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
+        shards: int = 1,
         experts: Experts | None = None,
         quality: Quality = "griffin",
         prior: Prior | None = None,
@@ -218,6 +224,8 @@ class LLM:
                 of B holds, and reads in each step, B sets of kept weights: sharing is what makes large
                 batches fast and fit.
             multiple: kept neurons are rounded up to a multiple of this.
+            shards: of so many equal ranges of a layer's neurons, each keeps as many of its best. As many as the
+                devices that share the model: then no rows go between these; see `GriffinConfig`.
             experts: keep these neurons; `density` and `method` are not used.
             quality: `griffin` is the paper's method with what is turned on below; `best` turns on everything that
                 gains answers of the dense model at the same cost of decoding: `budgets` and `reconstruct`, with a
@@ -294,6 +302,7 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
+        shards: int = 1,
         prior: Prior | None = None,
         prior_weight: float = DEFAULT_WEIGHT,
         budgets: bool = False,
@@ -305,7 +314,7 @@ class LLM:
         Raises:
             ValueError: as for `generate`.
         """
-        config = GriffinConfig(density, method, shared, multiple)
+        config = GriffinConfig(density, method, shared, multiple, shards)
         _check_seed(seed)
         _check_budgets(budgets, prior)
         if prior is not None:
@@ -329,6 +338,7 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
+        shards: int = 1,
         seed: int = 0,
         experts: Experts | None = None,
     ) -> Float[Array, "b t v"]:
@@ -339,8 +349,9 @@ class LLM:
         Raises:
             ValueError: an argument is outside its range, there are no sequences, or they differ in length.
         """
-        config = GriffinConfig(density, method, shared, multiple)
+        config = GriffinConfig(density, method, shared, multiple, shards)
         kept = config.kept(self.model.neurons)
+        self._check_mesh(kept if experts is None else experts.kept)
         _check_seed(seed)
         if self._one_copy is not None:
             raise ValueError("logits needs the full model beside the pruned one: load it without one_copy")
@@ -385,6 +396,7 @@ class LLM:
             self._check_prior(request.prior)
             config = request.prior.budgeted(config) if request.budgets else config
         kept = config.kept(self.model.neurons)
+        self._check_mesh(kept if experts is None else experts.kept)
         if request.stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
         sequences = self._tokenize(prompts, request.chat)
@@ -432,7 +444,7 @@ class LLM:
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
         with watch.phase("decode"):
             answer = jitted.begin(prefilled, sampler=draw, eos=eos, seed=request.seed)
-            written = jax.device_get((answer.tokens, answer.done))
+            written = to_host((answer.tokens, answer.done))
         rows = text.update(*written)
         until, refreshes, drafting = 1, 0, None
         while until < max_new_tokens and not all(text.ended):
@@ -446,7 +458,7 @@ class LLM:
                     answer, statistics, read = jitted.refresh(
                         self.model, answer, statistics, every, rows=read, sampler=draw, eos=eos
                     )
-                    written = jax.device_get((answer.tokens, answer.done))
+                    written = to_host((answer.tokens, answer.done))
                     if collect and until < max_new_tokens:
                         experts = self._select(statistics, *choice)
                     if experts is not None and (collect or fitted) and until < max_new_tokens:
@@ -457,7 +469,7 @@ class LLM:
                     answer, more = jitted.decode_lossless(
                         self.model, model, answer, until, drafts=drafts, sampler=draw, eos=eos
                     )
-                    tokens, done, until = jax.device_get((answer.tokens, answer.done, answer.count))
+                    tokens, done, until = to_host((answer.tokens, answer.done, answer.count))
                 # A round may write more than was asked for.
                 written = tokens[:, :max_new_tokens], done
                 drafting = more if drafting is None else drafting + more
@@ -465,7 +477,7 @@ class LLM:
                 until = min(until + step, max_new_tokens, until + every - until % every if every else max_new_tokens)
                 with watch.phase("decode"):
                     answer = jitted.decode(model, answer, np.int32(until), sampler=draw, eos=eos)
-                    written = jax.device_get((answer.tokens, answer.done))
+                    written = to_host((answer.tokens, answer.done))
             rows = text.update(*written)
         if experts is not None:
             self._give_back(model)
@@ -570,6 +582,9 @@ class LLM:
             )
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
+
+    def _check_mesh(self, kept: Sequence[int]) -> None:
+        check_mesh(self.config, axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS), kept)
 
     def _check_one_copy(self, config: GriffinConfig, batch: int) -> None:
         if self._one_copy is None:
@@ -707,6 +722,7 @@ def load(
     sharding: ShardingLike | None = None,
     allow_pickle: bool = False,
     one_copy: bool = False,
+    mesh: Mesh | None = None,
 ) -> LLM:
     """A language model, ready to answer.
 
@@ -724,12 +740,16 @@ def load(
         allow_pickle: whether to read PyTorch's pickle files where there are no safetensors; see
             `open_source`.
         one_copy: hold every neuron once, so that pruning takes no memory beside the model; see `LLM`.
+        mesh: several devices, in axes `data` (batches are divided along it) and `model` (the model is); see
+            `griffin_jax.mesh`. Answers are those of one device.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
         ImportError: pickle files are to be read, and torch is not installed.
-        ValueError: the model is not supported, its files are malformed, or a sharding does not divide a
-            parameter.
+        ValueError: the model is not supported, its files are malformed, or a sharding or a mesh does not divide it;
+            or one copy of it is wanted on a mesh.
     """
-    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle)
+    if one_copy and mesh is not None:
+        raise ValueError("one_copy moves rows of weights, and not between devices: leave out one_copy or mesh")
+    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh)
     return LLM(model, tokenizer, str(source), one_copy=one_copy)

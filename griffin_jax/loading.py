@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import re
@@ -26,12 +27,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from griffin_jax import checkpoint, demo, verification
 from griffin_jax.assembly import assemble
 from griffin_jax.checkpoint import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
+from griffin_jax.config import ModelConfig
+from griffin_jax.mesh import MODEL_AXIS, axis_size, checked_mesh
 from griffin_jax.model import Transformer
 from griffin_jax.planning import NarrowingWarning, Plan, narrowing, plan_of
+from griffin_jax.sharding import check_mesh, parameter_spec
 from griffin_jax.sources import (
     PICKLE_HELP,
     FamilySource,
@@ -168,6 +173,7 @@ def load_model(
     dtype: str | jnp.dtype | None = None,
     sharding: ShardingLike | None = None,
     allow_pickle: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """A model ready to run, and its tokenizer if one lies with it.
 
@@ -180,18 +186,26 @@ def load_model(
             default they are whole on the default device. Of a native folder every device reads its own
             shards; of other sources one tensor after the other goes from the host to its devices.
         allow_pickle: see `open_source`.
+        mesh: divide the parameters as `griffin_jax.sharding` says: a mesh with axes `data` and `model`, or one of them.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
         ImportError: pickle files are to be read, and torch is not installed.
         ValueError: the dtype is not allowed, the model not supported, its files malformed or its
-            weights not finite, the tokenizer does not fit, or a sharding does not divide a parameter.
+            weights not finite, the tokenizer does not fit, or a sharding does not divide a parameter; or there are
+            both a mesh and a sharding, the mesh has other axes, or it cannot share the neurons evenly.
 
     Warns:
         NarrowingWarning: `dtype` is given, and narrower than the stored weights.
     """
     wanted = parse_dtype(dtype)
+    if mesh is not None and sharding is not None:
+        raise ValueError("a mesh says how the parameters are divided: give it or a sharding, not both")
+    mesh = None if mesh is None else checked_mesh(mesh)
     opened = open_source(source, allow_pickle)
+    if mesh is not None:
+        check_mesh(opened.config, axis_size(mesh, MODEL_AXIS))
+        sharding = functools.partial(_sharding_on, mesh, opened.config)
     if wanted is None:
         wanted = np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     elif lost := narrowing(opened, wanted):
@@ -199,6 +213,10 @@ def load_model(
     shardings = None if sharding is None else _shardings(sharding, opened.shapes)
     tokenizer = _fitting_tokenizer(opened)
     return assemble(opened.config, opened.parameters(wanted, shardings), jnp.dtype(wanted)), tokenizer
+
+
+def _sharding_on(mesh: Mesh, config: ModelConfig, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(path, shape, config, mesh))
 
 
 def _shardings(sharding: ShardingLike, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.sharding.Sharding]:

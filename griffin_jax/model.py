@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.cache import EMPTY, KVCache
 from griffin_jax.config import Activation, Alibi, ModelConfig, Rotary
 from griffin_jax.griffin import token_statistic
+from griffin_jax.mesh import MODEL_AXIS, axis_size, mesh_of
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -597,8 +599,10 @@ def _times(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[A
     """x times every row of `weight`.
 
     XLA's CPU code is fast for one token only if the matrix has two axes and is not transposed by itself. Elsewhere
-    the axes stay: one that is divided among devices can only be merged if it comes first.
+    the axes stay: one that is divided among devices can only be merged if it comes first. On CPUs each device merges
+    what it has of a feed-forward layer, (A, F, D), which is divided along its neurons.
     """
+    mesh = mesh_of(weight)
 
     def flat(x: Array, weight: Array) -> Array:
         y = jnp.einsum("btd,fd->btf", x, weight.reshape(-1, weight.shape[-1]))
@@ -607,7 +611,16 @@ def _times(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[A
     def as_it_is(x: Array, weight: Array) -> Array:
         return jax.lax.dot_general(x, weight, (((2,), (weight.ndim - 1,)), ((), ())))
 
-    return jax.lax.platform_dependent(x, weight, cpu=flat, default=as_it_is)
+    devices, cpu = axis_size(mesh, MODEL_AXIS), flat
+    if devices > 1 and weight.ndim == 3 and weight.shape[1] % devices == 0:
+        cpu = jax.shard_map(
+            flat,
+            mesh=mesh,
+            axis_names={MODEL_AXIS},
+            in_specs=(PartitionSpec(), PartitionSpec(None, MODEL_AXIS)),
+            out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
+        )
+    return jax.lax.platform_dependent(x, weight, cpu=cpu, default=as_it_is)
 
 
 def _bias(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:

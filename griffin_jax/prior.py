@@ -21,6 +21,7 @@ are those with the least loss in all.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -76,8 +77,8 @@ class Prior:
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
         """The same density as a mean over layers, with a share for each layer.
 
-        Every layer keeps at least a quarter of its uniform share, and a multiple of `config.multiple`. The sum over
-        layers is that of the uniform shares exactly.
+        Every layer keeps at least a quarter of its uniform share, and a multiple of `config.multiple` and of
+        `config.shards`. The sum over layers is that of the uniform shares exactly.
 
         Args:
             config: with one density for all layers.
@@ -97,7 +98,7 @@ class Prior:
             np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
             for squares, weight in zip(self.squares, self.sensitivity, strict=True)
         ]
-        kept = share_out(losses, config.kept(widths), multiple=config.multiple)
+        kept = share_out(losses, config.kept(widths), multiple=math.lcm(config.multiple, config.shards))
         density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
         return dataclasses.replace(config, density=density)
 

@@ -2,51 +2,70 @@
 
 Every device has its share of each layer's heads and of each feed-forward layer's neurons, and of the rows of the
 embedding and the head; all the rest is on every device. The outputs of attention and of the feed-forward layer are
-then sums over the devices, and these two sums are all that a layer has to communicate. The model itself knows of no
-mesh: XLA divides the computation as the weights are divided.
+then sums over the devices, and these two sums are all that a layer has to communicate. Sequences are divided along
+another axis of the mesh: their cache, and what each keeps of the weights for itself, is where they are. XLA divides the
+computation as its inputs are divided.
 
 Everything here is a plain function of shapes, and takes a `Mesh` or an `AbstractMesh`:
 
-    mesh = jax.sharding.Mesh(jax.devices(), (MODEL_AXIS,))
+    mesh = make_mesh(data=2, model=4)
     model = jax.device_put(model, model_shardings(model, mesh))
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from griffin_jax.assembly import abstract_model
 from griffin_jax.cache import KVCache
 from griffin_jax.config import ModelConfig
-from griffin_jax.model import Transformer
+from griffin_jax.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 from griffin_jax.targets import GPU_TILE
 
-MODEL_AXIS = "model"
-"""The axis of the mesh that heads, neurons and vocabulary are divided along. Other axes are left alone."""
+if TYPE_CHECKING:
+    from griffin_jax.model import Transformer
 
-HEADS, NEURONS, VOCABULARY = "heads", "neurons", "vocabulary"
+HEADS, NEURONS, VOCABULARY, SEQUENCES = "heads", "neurons", "vocabulary", "sequences"
 
-RULES: Mapping[str, tuple[str, int]] = MappingProxyType({
-    "embedding": (VOCABULARY, -2),  # (V, E)
-    "head": (VOCABULARY, -2),  # (V, E)
-    "head_bias": (VOCABULARY, -1),  # (V,)
-    "attention.qkv": (HEADS, -4),  # (G, R + 2, H, D)
-    "attention.qkv_bias": (HEADS, -3),  # (G, R + 2, H)
-    "attention.query_norm.scale": (HEADS, -3),  # (N, 1, H); (H,) if all heads share it
-    "attention.key_norm.scale": (HEADS, -3),  # (G, 1, H); (H,) likewise
-    "attention.out": (HEADS, -3),  # (N, H, D)
-    "ff.inner": (NEURONS, -2),  # (A, F, D), or (A, B, K, D)
-    "ff.inner_bias": (NEURONS, -1),  # (A, F), or (A, B, K)
-    "ff.down": (NEURONS, -2),  # (F, D), or (B, K, D)
-})  # fmt: skip
-"""What is divided, by the end of a parameter's path in the module, and along which axis, counted from the last.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("embedding", (VOCABULARY, None)),  # (V, E)
+    ("head", (VOCABULARY, None)),  # (V, E)
+    ("head_bias", (VOCABULARY,)),  # (V,)
+    ("attention.qkv", (HEADS, None, None, None)),  # (G, R + 2, H, D)
+    ("attention.qkv_bias", (HEADS, None, None)),  # (G, R + 2, H)
+    ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H); (H,) if all heads share it
+    ("attention.key_norm.scale", (HEADS, None, None)),  # (G, 1, H); (H,) likewise
+    ("attention.out", (HEADS, None, None)),  # (N, H, D)
+    ("ff.inner", (None, NEURONS, None)),  # (A, F, D)
+    ("ff.inner_bias", (None, NEURONS)),  # (A, F)
+    ("ff.down", (NEURONS, None)),  # (F, D)
+    # Kept by each sequence for itself.
+    ("ff.inner", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
+    ("ff.inner_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
+    ("ff.down", (SEQUENCES, NEURONS, None)),  # (B, K, D)
+    # What checkpoints have for `qkv` and `inner`.
+    ("attention.query", (HEADS, None, None)),  # (N, H, D)
+    ("attention.key", (HEADS, None, None)),  # (G, H, D)
+    ("attention.value", (HEADS, None, None)),  # (G, H, D)
+    ("attention.query_bias", (HEADS, None)),  # (N, H)
+    ("attention.key_bias", (HEADS, None)),  # (G, H)
+    ("attention.value_bias", (HEADS, None)),  # (G, H)
+    ("ff.gate", (NEURONS, None)),  # (F, D)
+    ("ff.up", (NEURONS, None)),  # (F, D)
+    ("ff.gate_bias", (NEURONS,)),  # (F,)
+    ("ff.up_bias", (NEURONS,)),  # (F,)
+    # The cache.
+    ("keys", (SEQUENCES, HEADS, None, None)),  # (B, G, H, S)
+    ("values", (SEQUENCES, HEADS, None, None)),  # (B, G, S, H)
+    ("positions", (SEQUENCES, None)),  # (B, S)
+    ("context", (SEQUENCES,)),  # (B,)
+)  # fmt: skip
+"""What is divided, by the end of its path in the module, in a checkpoint or in the cache, and what its axes count.
 
-Parameters that are not here are on every device: norms, the biases of outputs, tables of positions.
+What is not here is on every device: norms, the biases of outputs, tables of positions.
 """
 
 
@@ -83,29 +102,35 @@ def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
     return {name: size % devices == 0 for name, size in sizes.items()}
 
 
-def parameter_spec(path: str, ndim: int, config: ModelConfig, devices: int) -> PartitionSpec:
-    """How a parameter is divided.
+def parameter_spec(
+    path: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh | AbstractMesh | None
+) -> PartitionSpec:
+    """How an array is divided.
 
     Args:
-        path: of the parameter in the module, such as `layers.3.ff.down`.
-        ndim: its number of axes.
+        path: of a parameter in the module or in a checkpoint, such as `layers.3.ff.down` or `layers.3.ff.gate`; or of
+            an array of the cache, `keys`, `values`, `positions` or `context`.
+        shape: of all of it.
         config: the model.
-        devices: along `MODEL_AXIS`.
+        mesh: an axis that it lacks divides nothing.
     """
-    for end, (what, axis) in RULES.items():
-        if f".{path}".endswith(f".{end}") and ndim >= -axis and divided(config, devices)[what]:
-            return _spec(ndim, axis)
+    shared = divided(config, axis_size(mesh, MODEL_AXIS))
+
+    def axis(what: str | None, size: int) -> str | None:
+        if what == SEQUENCES:
+            return dividing(mesh, DATA_AXIS, size)
+        return dividing(mesh, MODEL_AXIS, size) if what is not None and shared[what] else None
+
+    for end, counted in RULES:
+        if f".{path}".endswith(f".{end}") and len(shape) == len(counted):
+            axes = [axis(what, size) for what, size in zip(counted, shape, strict=True)]
+            return PartitionSpec(*axes) if any(axes) else PartitionSpec()
     return PartitionSpec()
 
 
-def _spec(ndim: int, axis: int) -> PartitionSpec:
-    return PartitionSpec(*(MODEL_AXIS if number == ndim + axis else None for number in range(ndim)))
-
-
-def _devices(mesh: Mesh | AbstractMesh) -> int:
+def _check_axis(mesh: Mesh | AbstractMesh) -> None:
     if MODEL_AXIS not in mesh.shape:
         raise ValueError(f"the mesh has no axis {MODEL_AXIS!r}; its axes are {', '.join(map(repr, mesh.axis_names))}")
-    return mesh.shape[MODEL_AXIS]
 
 
 def model_shardings(model: Transformer, mesh: Mesh | AbstractMesh) -> Transformer:
@@ -119,13 +144,13 @@ def model_shardings(model: Transformer, mesh: Mesh | AbstractMesh) -> Transforme
         ValueError: the mesh has no such axis or cannot share the model's neurons evenly, or these lie in
             two groups.
     """
-    devices = _devices(mesh)
+    _check_axis(mesh)
     if any(layer.ff.rest is not None for layer in model.layers):
         raise ValueError("this model holds its neurons in two groups; divide the full model instead")
-    check_mesh(model.config, devices, model.neurons)
+    check_mesh(model.config, axis_size(mesh, MODEL_AXIS), model.neurons)
 
     def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(dotted(path), leaf.ndim, model.config, devices))
+        return NamedSharding(mesh, parameter_spec(dotted(path), leaf.shape, model.config, mesh))
 
     return jax.tree.map_with_path(sharding, model)
 
@@ -141,32 +166,14 @@ def cache_shardings(cache: KVCache, config: ModelConfig, mesh: Mesh | AbstractMe
     Raises:
         ValueError: the mesh has no such axis.
     """
-    spec = cache_spec(config, _devices(mesh))
+    _check_axis(mesh)
 
     def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
-        is_head = dotted(path).startswith(("keys.", "values."))
-        return NamedSharding(mesh, spec if is_head else PartitionSpec())
+        # The layer's number is the last of the path.
+        name = dotted(path).split(".")[0]
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, config, mesh))
 
     return jax.tree.map_with_path(sharding, cache)
-
-
-def cache_spec(config: ModelConfig, devices: int) -> PartitionSpec:
-    """How the keys and the values of a layer are divided, (B, G, H, S) and (B, G, S, H)."""
-    return _spec(4, -3) if divided(config, devices)[HEADS] else PartitionSpec()
-
-
-@functools.lru_cache(maxsize=16)
-def local_shapes(config: ModelConfig, devices: int) -> Mapping[str, tuple[int, ...]]:
-    """The shape of what each device has of every parameter of the full model, by path in the module.
-
-    Raises:
-        ValueError: this many devices cannot share the neurons evenly.
-    """
-    model = abstract_model(config)
-    shardings = jax.tree.leaves(model_shardings(model, AbstractMesh((devices,), (MODEL_AXIS,))))
-    leaves = jax.tree.leaves_with_path(model)
-    shapes = {dotted(path): s.shard_shape(leaf.shape) for (path, leaf), s in zip(leaves, shardings, strict=True)}
-    return MappingProxyType(shapes)
 
 
 def dotted(path: jax.tree_util.KeyPath) -> str:

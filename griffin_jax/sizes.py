@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
+import jax
+from jax.sharding import AbstractMesh
+
+from griffin_jax.assembly import abstract_model
 from griffin_jax.config import ModelConfig
 from griffin_jax.griffin import NEURON_AXES
-from griffin_jax.sharding import HEADS, divided, local_shapes
+from griffin_jax.mesh import MODEL_AXIS
+from griffin_jax.sharding import HEADS, divided, dotted, model_shardings
 
 
 class Sizes:
@@ -56,3 +63,17 @@ class Sizes:
     def step(self, kept: Sequence[int] | None) -> int:
         """What one decode step must read: of tables only the tokens' rows, of the cache all slots."""
         return self.weights(kept) - self.tables + self.table_rows + self.cache
+
+
+@functools.lru_cache(maxsize=16)
+def local_shapes(config: ModelConfig, devices: int) -> Mapping[str, tuple[int, ...]]:
+    """The shape of what each device has of every parameter of the full model, by path in the module.
+
+    Raises:
+        ValueError: this many devices cannot share the neurons evenly.
+    """
+    model = abstract_model(config)
+    shardings = jax.tree.leaves(model_shardings(model, AbstractMesh((devices,), (MODEL_AXIS,))))
+    leaves = jax.tree.leaves_with_path(model)
+    shapes = {dotted(path): s.shard_shape(leaf.shape) for (path, leaf), s in zip(leaves, shardings, strict=True)}
+    return MappingProxyType(shapes)

@@ -117,7 +117,10 @@ class Source(abc.ABC):
         """
         for path in self.shapes:
             array = self.read(path, dtype)
-            yield path, array if shardings is None else jax.device_put(array, shardings[path])
+            if shardings is not None:
+                # Every process has all of the tensor, and gives its own devices what they need of it.
+                array = jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)
+            yield path, array
 
     def reference(self) -> dict[str, Any] | None:
         """What `from_pretrained` of transformers takes to load the same files; None if it cannot."""

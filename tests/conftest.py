@@ -10,7 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Most of the time of these tests is that of compiling tiny models. What LLVM makes of XLA's instructions runs slower at
 # this level, by less than it saves; XLA's own passes, which tests look at, stay as they are.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The processor counts as eight devices, of which all but the tests of meshes use the first.
+DEVICES = 8
+os.environ.setdefault(
+    "XLA_FLAGS", f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={DEVICES}"
+)
 
 from jaxtyping import install_import_hook
 

@@ -119,10 +119,12 @@ class TestShares:
 
 class TestPrior:
     @pytest.mark.parametrize("density", [0.25, 0.5, 0.75])
-    @pytest.mark.parametrize("multiple", [1, 4])
-    def test_the_sum_is_the_same(self, tiny, prior, density, multiple):
+    @pytest.mark.parametrize(
+        ("multiple", "options"), [(1, {}), (4, {"multiple": 4}), (6, {"multiple": 2, "shards": 3})]
+    )
+    def test_the_sum_is_the_same(self, tiny, prior, density, multiple, options):
         neurons = tiny.llm.model.neurons
-        config = gj.GriffinConfig(density, multiple=multiple)
+        config = gj.GriffinConfig(density, **options)
         budgeted = prior.budgeted(config)
         kept = budgeted.kept(neurons)
         assert sum(kept) == sum(config.kept(neurons))

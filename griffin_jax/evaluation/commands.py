@@ -23,12 +23,15 @@ import jax
 from griffin_jax import __version__
 from griffin_jax.arguments import (
     add_dtype_argument,
+    add_mesh_arguments,
     add_model_argument,
     check_folder,
     check_plot,
+    chosen_mesh,
     load_reader,
     numbers,
 )
+from griffin_jax.distributed import is_first
 from griffin_jax.evaluation import report, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import (
@@ -44,7 +47,7 @@ from griffin_jax.evaluation.grid import (
     Row,
     grid,
 )
-from griffin_jax.evaluation.journal import Journal
+from griffin_jax.evaluation.journal import Journal, open_journal
 from griffin_jax.evaluation.prompts import SENTENCES, STOP, summarization_prompt
 from griffin_jax.evaluation.samples import (
     Skipped,
@@ -57,6 +60,7 @@ from griffin_jax.evaluation.samples import (
 )
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.llm import LLM
+from griffin_jax.mesh import DATA_AXIS, axis_size
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
 from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
 
@@ -166,6 +170,7 @@ def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
 def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     add_model_argument(parser)
     add_dtype_argument(parser)
+    add_mesh_arguments(parser)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--density", default="0.5", metavar="D", help="separated by commas (default: %(default)s)")
     what.add_argument(
@@ -230,7 +235,13 @@ def run(options: argparse.Namespace) -> None:
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
-    llm = load_reader(options)
+    mesh = chosen_mesh(options)
+    if options.batch % axis_size(mesh, DATA_AXIS):
+        raise ValueError(
+            f"--batch {options.batch} cannot be divided among data={axis_size(mesh, DATA_AXIS)} of --mesh; give a"
+            " multiple of it"
+        )
+    llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
     if beyond.prior is not None:
         beyond.prior.check(model)
@@ -249,7 +260,7 @@ def run(options: argparse.Namespace) -> None:
         **_beyond_settings(options, rows),
         **evaluation.settings,
     }
-    journal = Journal(folder, settings, overwrite=options.overwrite)
+    journal = open_journal(folder, settings, overwrite=options.overwrite)
     scores = evaluation.run(journal)
     figures = evaluation.figures(scores)
     results = {
@@ -269,6 +280,8 @@ def run(options: argparse.Namespace) -> None:
         " [95% bootstrap intervals over texts]"
     )
     shown = f"{head}\n\n{evaluation.tabulate(figures)}"
+    if not is_first():
+        return
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (folder / TABLE).write_text(shown + "\n", encoding="utf-8")
     print(shown)

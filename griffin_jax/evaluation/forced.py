@@ -12,6 +12,7 @@ from jaxtyping import Int
 from griffin_jax import jitted
 from griffin_jax.evaluation.grid import PRIOR, REFRESH, Beyond, Row, models
 from griffin_jax.generate import Prefilled
+from griffin_jax.mesh import to_host
 from griffin_jax.model import Transformer
 
 SCORES = ("loss", "kl", "agree")
@@ -65,7 +66,7 @@ def score_answers(
                 reconstruction=beyond.reconstruction(row, prefilled.rows),
             )
     compared = jitted.compare(model, dense, tuple(hidden[row] for row in rows), tokens)
-    found = [{name: np.asarray(getattr(comparison, name)) for name in SCORES} for comparison in compared]
+    found = [{name: to_host(getattr(comparison, name)) for name in SCORES} for comparison in compared]
     ends = np.minimum(np.asarray(upto)[:, None], lengths).T
     scores = []
     for sequence, end in enumerate(ends):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from griffin_jax.distributed import check_same, from_first
+
 FILE = "scores.jsonl"
 
 
@@ -77,3 +79,31 @@ class Journal:
                 f"{self.folder} holds scores of other settings ({'; '.join(changed)}); give another --output, or"
                 " --overwrite to drop them"
             )
+
+
+class Mirror(Journal):
+    """The scores of a journal that another process keeps."""
+
+    def __init__(self, scores: Mapping[str, Any]):
+        self.scores = dict(scores)
+
+    def add(self, scores: Mapping[str, Any]) -> None:
+        """Takes over what the other process writes down."""
+        self.scores.update(scores)
+
+
+def open_journal(folder: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False) -> Journal:
+    """A `Journal`, which of several processes the first keeps.
+
+    Raises:
+        ValueError: as from `Journal`, or processes have other settings, so other texts or another model.
+    """
+    check_same("the texts, the model or an option", sorted(settings.items()))
+    opened: list[Journal] = []
+
+    def scores() -> dict[str, Any]:
+        opened.append(Journal(folder, settings, overwrite=overwrite))
+        return opened[0].scores
+
+    found = from_first(scores)
+    return opened[0] if opened else Mirror(found)

@@ -24,6 +24,7 @@ from griffin_jax.evaluation.grid import DENSE, Beyond, Row, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.llm import LLM, find_stop
+from griffin_jax.mesh import to_host
 from griffin_jax.model import Transformer
 
 REAL, OWN = "real", "own"
@@ -195,8 +196,8 @@ def generate(
     answer = jitted.begin(_copy(prefilled), eos=eos)
     until = 1
     while True:
-        rows = [[int(token) for token in row if token >= 0] for row in np.asarray(answer.tokens)]
-        done = np.asarray(answer.done)
+        tokens, done = to_host((answer.tokens, answer.done))
+        rows = [[int(token) for token in row if token >= 0] for row in tokens]
         if until >= new or all(end or ended(row) for end, row in zip(done, rows, strict=True)):
             return rows
         until = min(until + CHUNK, new)

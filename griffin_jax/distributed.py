@@ -1,0 +1,135 @@
+"""Several processes as one, with `jax.distributed`: one for each host, all started with the same command.
+
+    griffin-jax generate --prompt "..." --mesh data=2,model=8 --distributed host0:1234,0,2        on the first host
+    griffin-jax generate --prompt "..." --mesh data=2,model=8 --distributed host0:1234,1,2        on the second one
+
+Each runs the same program on its share of the mesh. The first writes text and files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 20
+"""After so long without a sign of life a process counts as dead, and all others end."""
+
+START_SECONDS = 300
+"""How long processes wait for each other at the start: on some hosts there is more to import than on others."""
+
+AUTO = "auto"
+
+_WANTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<process>\d+),(?P<count>\d+)")
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --distributed."""
+    parser.add_argument(
+        "--distributed",
+        metavar="HOST:PORT,PROCESS,COUNT",
+        help="this is process PROCESS (from 0) of COUNT that were started with the same command, one on each host; HOST"
+        f" is that of process 0. {AUTO!r} on TPUs and under Slurm or Open MPI. Needs --mesh over all devices",
+    )
+
+
+def parse(text: str) -> dict[str, Any]:
+    """The arguments of `jax.distributed.initialize` that `HOST:PORT,PROCESS,COUNT` or `auto` stand for.
+
+    Raises:
+        ValueError: it is neither, or there is no such process.
+    """
+    if text == AUTO:
+        return {}
+    match = _WANTED.fullmatch(text)
+    if match is None:
+        raise ValueError(
+            f"--distributed must be HOST:PORT,PROCESS,COUNT, such as host0:1234,0,2, or {AUTO}; got {text!r}"
+        )
+    process, count = int(match["process"]), int(match["count"])
+    if process >= count:
+        raise ValueError(f"--distributed: of {count} processes the last one is {count - 1}, got {process}")
+    return {"coordinator_address": match["coordinator"], "process_id": process, "num_processes": count}
+
+
+@contextlib.contextmanager
+def joined(text: str | None) -> Iterator[None]:
+    """Joins the other processes before JAX is used, and leaves them; the first is the one that prints.
+
+    Args:
+        text: for `parse`; None for a process that is alone.
+
+    Raises:
+        ValueError: it is malformed.
+        RuntimeError: the others do not come.
+    """
+    if text is None:
+        yield
+        return
+    wanted = parse(text)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        **wanted,
+        initialization_timeout=START_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+    jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+    """Whether this process writes text and files."""
+    return jax.process_index() == 0
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """What a function returns in the first process, as JSON has it, on all of them.
+
+    Raises:
+        ValueError: the function did in the first process, or an `OSError`.
+    """
+    if jax.process_count() == 1:
+        return function()
+    outcome: dict[str, Any] = {}
+    if is_first():
+        try:
+            outcome = {"value": function()}
+        except (ValueError, OSError) as error:
+            outcome = {"error": str(error)}
+    content = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(content.size)))
+    sent = multihost_utils.broadcast_one_to_all(content if is_first() else np.zeros(size, np.uint8))
+    outcome = json.loads(bytes(np.asarray(sent, np.uint8)))
+    if "error" in outcome:
+        raise ValueError(outcome["error"])
+    return outcome["value"]
+
+
+def check_same(name: str, value: Any) -> None:
+    """Raise `ValueError` unless all processes have the same; they could not work together.
+
+    Args:
+        name: of what is compared.
+        value: whose `repr` is.
+    """
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.uint32(zlib.crc32(repr(value).encode())))
+    if others := [number for number, other in enumerate(found) if other != found[0]]:
+        raise ValueError(
+            f"{name} of process {', '.join(map(str, others))} is not that of process 0; start all with the same command"
+            " and the same files"
+        )

@@ -1,0 +1,318 @@
+"""Eight devices: the same answers as on one, and what they communicate."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from conftest import DEVICES, PASSAGES
+from jax.sharding import Mesh
+from reference import TinyLlama, oracle_topk, tiny_tokenizer
+
+import griffin_jax as gj
+from griffin_jax import griffin, jitted
+from griffin_jax.assembly import random_model
+from griffin_jax.cli import main
+from griffin_jax.deviceless import inspect
+from griffin_jax.hlo import Module
+from griffin_jax.mesh import checked_mesh, make_mesh, parse_mesh
+from griffin_jax.sharding import model_shardings, parameter_spec
+
+pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"XLA_FLAGS is set, and not to {DEVICES} devices")
+
+MESHES = [(1, 8), (2, 4), (4, 2), (8, 1)]
+RAGGED = [PASSAGES[0][:40], PASSAGES[1][:9], PASSAGES[2][:23], "a", *(text[:30] for text in PASSAGES[1:])]
+
+
+@functools.cache
+def built(folder, kv_heads: int) -> TinyLlama:
+    tiny_tokenizer(folder, PASSAGES, 320)
+    return TinyLlama.build(
+        folder, vocab_size=320, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=kv_heads,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[8, 2])
+def model(request, tmp_path_factory) -> TinyLlama:
+    """With as many key/value heads as devices, and with fewer."""
+    return built(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> TinyLlama:
+    """A model beside its native checkpoint."""
+    folder = tmp_path_factory.mktemp("native")
+    model = built(folder, 8)
+    gj.convert(folder, folder / "converted", progress=False)
+    return model
+
+
+def tokens(llm: gj.LLM, prompts=RAGGED, **options) -> list[list[int]]:
+    return llm.generate(prompts, max_new_tokens=6, ignore_eos=True, **options).tokens
+
+
+def assert_same(found, expected) -> None:
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("shape", MESHES)
+    def test_dense_and_pruned(self, model, shape):
+        llm = gj.load(model.folder, "float32", mesh=make_mesh(*shape))
+        for options in ({"density": 1.0}, {}):
+            assert tokens(llm, **options) == tokens(model.llm, **options)
+
+    @pytest.mark.parametrize("shape", MESHES[:2])
+    def test_experts_of_every_kind(self, native, shape):
+        llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(*shape))
+        for options in (
+            {"shared": True},
+            {"shards": 8},
+            {"shards": 8, "shared": True, "method": "topk_sample", "temperature": 1.0, "seed": 3},
+        ):
+            assert tokens(llm, **options) == tokens(native.llm, **options)
+        for options in ({"method": "sample"}, {"shards": 8, "density": 0.75}):
+            found, expected = (one.experts(RAGGED, **options) for one in (llm, native.llm))
+            assert found.shards == expected.shards
+            assert_same(found, expected)
+
+    def test_batches_that_do_not_divide(self, native):
+        llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
+        for options in ({}, {"shared": True, "shards": 4}):
+            assert tokens(llm, RAGGED[:3], **options) == tokens(native.llm, RAGGED[:3], **options)
+        assert tokens(llm, RAGGED[0]) == tokens(native.llm, RAGGED[0])
+
+    def test_streams_logits_and_reconstruction(self, native):
+        llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(4, 2))
+        options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5}
+        assert list(llm.stream(RAGGED, **options)) == list(native.llm.stream(RAGGED, **options))
+        assert tokens(llm, reconstruct=16) == tokens(native.llm, reconstruct=16)
+        rows = [[5, 7, 11, 13, 2], [9, 8, 7, 6, 5]]
+        found, expected = (np.asarray(one.logits(rows, prompt_length=3, shards=2)) for one in (llm, native.llm))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    def test_a_second_answer_compiles_nothing(self, native, compiled):
+        llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
+        options = {"max_new_tokens": 20, "ignore_eos": True, "stop": "nothing like this"}
+        first = llm.generate(RAGGED, **options)
+        again = llm.generate(RAGGED, **options)
+        compiled.clear()
+        assert llm.generate(RAGGED, **options).tokens == again.tokens == first.tokens
+        assert not compiled
+
+    def test_other_meshes(self, native):
+        expected = tokens(native.llm)
+        for mesh in (
+            Mesh(np.asarray(jax.devices()[:4]), ("model",)),
+            Mesh(np.asarray(jax.devices()[2:6]), ("data",)),
+            Mesh(np.asarray(jax.devices()).reshape(4, 2), ("model", "data")),
+        ):
+            llm = gj.load(native.folder, "float32", mesh=mesh)
+            assert tokens(llm) == expected
+            assert llm.model.embedding[...].sharding.device_set == set(mesh.devices.flat)
+
+
+def test_shards_keep_their_own_best(native):
+    """The rule of `shards`, in NumPy."""
+    sequences, lengths = gj.pad([[5, 7, 11, 13, 2, 4], [9, 8, 7]], 16)
+    statistics = jitted.prefill(native.llm.model, sequences, lengths, room=0).statistics
+    experts = jitted.select(statistics, gj.GriffinConfig(0.25, shards=4))
+    assert experts.shards == 4
+    for squares, kept in zip(statistics.squares, experts, strict=True):
+        for score, found in zip(np.asarray(squares), np.asarray(kept), strict=True):
+            own = [oracle_topk(part, 6) + 24 * number for number, part in enumerate(score.reshape(4, 24))]
+            np.testing.assert_array_equal(found, np.concatenate(own))
+    assert (np.asarray(experts[0]) != np.asarray(jitted.select(statistics, gj.GriffinConfig(0.25))[0])).any()
+
+
+WIDTH, NEURONS, LAYERS, BATCH = 64, 512, 2, 4
+
+
+@functools.cache
+def wide(shape: tuple[int, int]) -> gj.Transformer:
+    """Large enough for a matrix to be larger than anything else in the program."""
+    config = gj.ModelConfig(
+        family="llama", vocab_size=64, width=WIDTH, ff_width=NEURONS, num_layers=LAYERS, num_heads=16, num_kv_heads=8,
+        head_dim=4, max_positions=64,
+    )  # fmt: skip
+    model = random_model(config)
+    return jax.device_put(model, model_shardings(model, make_mesh(*shape)))
+
+
+def own(array: jax.Array) -> tuple[int, ...]:
+    return array.sharding.shard_shape(array.shape)
+
+
+def program(function, *arguments) -> str:
+    """The HLO of a function. (Lowering makes descriptions of arrays, which checked dataclasses cannot hold.)"""
+    leaves, structure = jax.tree.flatten(arguments)
+    return jax.jit(lambda *leaves: function(*structure.unflatten(leaves))).lower(*leaves).compile().as_text()
+
+
+def kinds(text: str) -> set[str]:
+    module = Module.parse(text)
+    return {collective.kind for collective in module.collectives(module.run())}
+
+
+def prefilled(model: gj.Transformer) -> gj.Prefilled:
+    sequences, lengths = gj.pad([[5, 7, 11, 13], [2, 3], [9, 1, 4], [3]], 16)
+    return jitted.prefill(model, sequences, lengths, room=16)
+
+
+def decoding(model: gj.Transformer, pruned: gj.Transformer) -> dict:
+    answer = jitted.begin(prefilled(model))
+    matrices = {own(matrix[...]) for layer in pruned.layers for matrix in (layer.ff.inner, layer.ff.down)}
+    caches = {own(array) for array in (*answer.cache.keys, *answer.cache.values)}
+    return inspect(program(gj.decode, pruned, answer, np.int32(16)), matrices, caches)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+class TestPrograms:
+    def test_prompts_go_where_their_answers_are_written(self, shape):
+        model = wide(shape)
+        mesh = model.embedding[...].sharding.mesh
+        answer = jitted.begin(prefilled(model))
+        arrays = {"keys": answer.cache.keys[0], "values": answer.cache.values[1], "positions": answer.cache.positions}
+        for name, array in arrays.items():
+            spec = parameter_spec(name, array.shape, model.config, mesh)
+            assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), array.ndim), name
+
+    @pytest.mark.parametrize("config", [None, gj.GriffinConfig(shared=True), gj.GriffinConfig(shards=8)])
+    def test_a_layer_takes_two_sums_and_moves_no_weights(self, shape, config):
+        model = wide(shape)
+        pruned = model
+        if config is not None:
+            pruned = gj.prune(model, jitted.select(prefilled(model).statistics, config))
+        found = decoding(model, pruned)
+        assert found["collectives_in_layers"] == {"all-reduce": 2 * LAYERS}
+        # The embedding's row, whether all rows have ended, and the best token of each device with its score.
+        assert found["collectives_elsewhere"] == {"all-reduce": 1 + (shape[0] > 1), "all-gather": 2}
+        sums, best = (2 * LAYERS + 1) * BATCH // shape[0] * WIDTH * 4, 2 * shape[1] * BATCH // shape[0] * 4
+        assert found["communicated_per_step"] == sums + best + (shape[0] > 1)
+        assert found["ff_copies_per_call"] == []
+        if config is None or config.shared:
+            assert found["ff_copies_per_step"] == []
+        else:
+            # XLA's CPU code reorders the rows of each sequence at every step on one device, too.
+            alone = wide((1, 1))
+            alone_pruned = gj.prune(alone, jitted.select(prefilled(alone).statistics, config))
+            assert found["ff_copies_per_step"] == decoding(alone, alone_pruned)["ff_copies_per_step"]
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_shards_exchange_no_rows(self, shape, shared):
+        model = wide(shape)
+        statistics = prefilled(model).statistics
+        rows = griffin._neuron_rows(model)
+        # A batch that is divided must still agree on what it shares.
+        agreed = {"all-reduce"} if shared and shape[0] > 1 else set()
+        for shards, exchanged in ((8, set()), (1, {"reduce-scatter"})):
+            config = gj.GriffinConfig(shared=shared, shards=shards)
+            select = functools.partial(gj.select, config=config)
+            assert kinds(program(select, statistics)) == agreed | ({"all-gather"} if exchanged else set())
+            experts = jitted.select(statistics, config)
+            gather = functools.partial(griffin._gather, reconstruction=None, config=model.config)
+            assert kinds(program(gather, rows, experts)) == exchanged
+            alone = gj.Experts.from_indices([np.asarray(kept) for kept in experts], experts.neurons)
+            pruned = gj.prune(model, experts)
+            assert_same(pruned, gj.prune(wide((1, 1)), alone))
+            matrices = pruned.layers[1].ff
+            sets = () if shared else (BATCH // shape[0],)
+            assert own(matrices.down[...]) == (*sets, NEURONS // 2 // shape[1], WIDTH)
+            assert own(matrices.inner[...]) == (2, *sets, NEURONS // 2 // shape[1], WIDTH)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "axes data and model, such as data=2,model=4; got ''"),
+            ("data", "got 'data'|size of a mesh's axis is a whole number of at least 1, got 'data'"),
+            ("model=0", "at least 1, got 'model=0'"),
+            ("model=-1", "at least 1, got 'model=-1'"),
+            ("model=2,model=4", "names model twice"),
+            ("tensor=2", "axes data and model"),
+        ],
+    )
+    def test_malformed(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            parse_mesh(text)
+
+    def test_well_formed(self):
+        assert parse_mesh("model=4, data=2") == {"data": 2, "model": 4}
+        assert parse_mesh("data=3") == {"data": 3, "model": 1}
+
+    def test_too_few_devices(self):
+        with pytest.raises(ValueError, match=r"data=4,model=4 takes 16 devices, there are 8 \(cpu\)"):
+            make_mesh(4, 4)
+
+    def test_unknown_axes(self):
+        with pytest.raises(ValueError, match="'tensor' means nothing here"):
+            checked_mesh(Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "tensor")))
+
+    def test_before_weights_are_read(self, native, monkeypatch):
+        monkeypatch.setattr(gj.sources.Source, "parameters", lambda *_: pytest.fail("weights were read"))
+        monkeypatch.setattr(gj.checkpoint.NativeCheckpoint, "parameters", lambda *_: pytest.fail("weights were read"))
+        for folder in (native.folder, native.folder / "converted"):
+            with pytest.raises(ValueError, match="5 devices cannot share the 96 neurons"):
+                gj.load(folder, mesh=make_mesh(1, 5))
+        with pytest.raises(ValueError, match="not both"):
+            gj.load(native.folder, mesh=make_mesh(1, 2), sharding=lambda path, shape: pytest.fail("asked"))
+        with pytest.raises(ValueError, match="leave out one_copy or mesh"):
+            gj.load(native.folder, mesh=make_mesh(1, 2), one_copy=True)
+
+    def test_kept_neurons_that_devices_cannot_share(self, native):
+        llm = gj.load(native.folder, "float32", mesh=make_mesh(1, 8))
+        for ask in (
+            lambda: llm.generate("a", density=0.3),
+            lambda: llm.generate("a", experts=native.llm.experts("a", density=0.3)),
+            lambda: llm.logits([[1, 2]], prompt_length=1, density=0.3),
+            lambda: gj.prune(llm.model, native.llm.experts("a", density=0.3)),
+        ):
+            with pytest.raises(ValueError, match=r"8 devices cannot share 28 kept neurons evenly: .*--multiple 8"):
+                ask()
+
+    def test_shards(self, native):
+        for density, shards, message in (
+            (0.5, 5, "5 shards cannot have equally many of 96 neurons"),
+            (0.3, 8, "8 shards cannot keep equally many of 28 neurons: .* multiple of 8"),
+            (0.5, 0, "shards must be a whole number of at least 1, got 0"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                native.llm.generate("a", density=density, shards=shards)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--mesh", "model=3x"], "at least 1, got 'model=3x'"),
+            (["--mesh", "model=16"], "takes 16 devices, there are 8"),
+            (["--mesh", "model=5"], "5 devices cannot share the 96 neurons"),
+        ],
+    )
+    def test_command(self, capfd, native, arguments, message):
+        code = main(["generate", "--model", str(native.folder), "--prompt", "a", *arguments])
+        assert code == 2
+        assert message in capfd.readouterr().err
+
+
+class TestFiles:
+    def test_experts_know_their_shards(self, native, tmp_path):
+        experts = native.llm.experts(RAGGED[:2], shards=4)
+        experts.save(tmp_path / "experts")
+        loaded = gj.Experts.load(tmp_path / "experts")
+        assert loaded.shards == 4
+        assert_same(loaded, experts)
+
+    def test_shards_that_are_claimed(self):
+        with pytest.raises(ValueError, match="some of 2 shards keep more than others"):
+            gj.Experts.from_indices([[0, 1]], [8], shards=2)
+
+    def test_command(self, capfd, native):
+        arguments = ["generate", "--model", str(native.folder), "--prompt", "A river", "--max-new-tokens", "6"]
+        assert main([*arguments, "--shards", "2"]) == 0
+        expected, _ = capfd.readouterr()
+        assert main([*arguments, "--shards", "2", "--mesh", "model=2"]) == 0
+        assert capfd.readouterr()[0] == expected
