@@ -413,7 +413,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
         reconstruction = None
         if rows:
-            general = tuple(array((DEFAULT_CALIBRATION, width), jnp.float16) for width in model.neurons)
+            general: Any = tuple(array((DEFAULT_CALIBRATION, width), jnp.float16) for width in model.neurons)
             reconstruction = Reconstruction(rows, calibration=general)
         text = compiled(
             "prune", lambda: jax.jit(kept_rows, out_shardings=shardings).lower(model, experts, reconstruction)
