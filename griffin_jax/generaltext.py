@@ -25,20 +25,23 @@ from griffin_jax.arguments import add_dtype_argument, add_model_argument, check_
 from griffin_jax.cache import EMPTY
 from griffin_jax.evaluation.batches import Item, batches
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, STEPS, Beyond, Row
+from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Row
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import bucket, pad
 from griffin_jax.llm import load
 from griffin_jax.model import Transformer
 from griffin_jax.prior import Prior
-from griffin_jax.reconstruction import DEFAULT_CALIBRATION, spread
+from griffin_jax.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, spread
 from griffin_jax.sampling import Sample
-from griffin_jax.sensitivity import SINKS, sensitivity
+from griffin_jax.sensitivity import sensitivity
 from griffin_jax.tokenizer import Tokenizer
 
 TRIAL_DENSITY = 0.5
 """Of the trial of budgets."""
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""That are tried, see `Prior.strength`."""
 
 LEAST_TEXTS, MOST_HELD_OUT = 5, 8
 """A trial needs a fifth of the texts, and at most this many of them."""
@@ -167,7 +170,7 @@ def with_budgets(
     """A prior with the sensitivity of neurons, and with what came of a trial of the budgets that follow from it.
 
     In the trial the first half of each text is a prompt, and the divergence of pruned models is measured over the rest,
-    with the prior and a reconstruction, at `TRIAL_DENSITY`.
+    with the prior and a reconstruction, at `TRIAL_DENSITY`, for each of `STRENGTHS`.
 
     Args:
         model: the full model.
@@ -178,32 +181,25 @@ def with_budgets(
         seed: of the draws.
         quiet: no progress bar.
     """
-    found = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet), uniform="")
-    steps = [PRIOR, RECONSTRUCTION, *([CALIBRATION] if prior.rows else [])]
-    same, own = (
-        Row("+".join(["topk", *(step for step in STEPS if step in chosen)]), TRIAL_DENSITY)
-        for chosen in (steps, [*steps, BUDGETS])
-    )
+    prior = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet))
+    steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
+    row = Row("+".join(["topk", *steps]), TRIAL_DENSITY)
     items = [Item(str(number), text[: len(text) // 2], text[len(text) // 2 :]) for number, text in enumerate(held_out)]
-    sums = {same.name: 0.0, own.name: 0.0}
-    for batch in batches(items, size, seed):
-        width = batch.answers.shape[1]
-        beyond = Beyond(found)
-        prefilled = batch.prefill(model, width, beyond.rows)
-        answers = batch.answers, batch.answer_lengths, batch.seeds
-        scores = score_answers(model, [Row(DENSE, 1.0), same, own], prefilled, *answers, [width], beyond)
-        for text in scores[: len(batch.items)]:
-            for name in sums:
-                sums[name] += text[name]["kl"][0]
+    sums = dict.fromkeys(STRENGTHS, 0.0)
+    with tqdm(total=len(items), unit="text", desc="trying budgets", disable=quiet or None) as progress:
+        for batch in batches(items, size, seed):
+            width = batch.answers.shape[1]
+            prefilled = batch.prefill(model, width, DEFAULT_ROWS)
+            answers = batch.answers, batch.answer_lengths, batch.seeds
+            for strength in STRENGTHS:
+                beyond = Beyond(dataclasses.replace(prior, strength=strength))
+                scores = score_answers(model, [Row(DENSE, 1.0), row], prefilled, *answers, [width], beyond)
+                sums[strength] += sum(text[row.name]["kl"][0] for text in scores[: len(batch.items)])
+            progress.update(len(batch.items))
     tokens = sum(len(item.answer) for item in items)
-    without, with_shares = sums[same.name] / tokens, sums[own.name] / tokens
-    if with_shares < without:
-        return found
-    return dataclasses.replace(
-        found,
-        uniform=f"in texts held out, KL to the dense model was {with_shares:.3f} nats per token with shares of their"
-        f" own for layers, and {without:.3f} without",
-    )
+    best = min(sums, key=lambda strength: sums[strength])
+    uniform = "" if best else f"KL was {sums[0.0] / tokens:.3f} nats per token, and with shares of their own no less"
+    return dataclasses.replace(prior, strength=best, uniform=uniform)
 
 
 def _spread(length: int, rows: int) -> np.ndarray:
@@ -280,10 +276,13 @@ def run(options: argparse.Namespace) -> None:
     prior.save(output)
     rows = prior.rows[0].shape[0] if prior.rows else 0
     print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
-    print(f"layers keep the same share: {prior.uniform}" if prior.uniform else "layers keep shares of their own")
+    if prior.strength:
+        print(f"layers keep shares of their own, {prior.strength:g} of the way to those with the least loss")
+    else:
+        print(f"layers keep the same share: {prior.uniform}")
 
 
 def _held_out(texts: Sequence[Sequence[int]]) -> list[int]:
     """Which texts are for the trial: of those that have two halves every fifth, at most `MOST_HELD_OUT`."""
-    whole = [number for number, text in enumerate(texts) if len(text) >= 2 * SINKS]
+    whole = [number for number, text in enumerate(texts) if len(text) > 1]
     return whole[4::5][:MOST_HELD_OUT]

@@ -14,8 +14,9 @@ The same texts say which layers can spare most neurons, so that layers may keep 
 
     config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with a share of its own
 
-What dropping neuron j of a layer loses is estimated by p_j^2 c_j / 2, c_j its `griffin_jax.sensitivity`, and the shares
-are those with the least loss in all.
+What dropping neuron j of a layer loses is estimated by p_j^2 c_j / 2, c_j its `griffin_jax.sensitivity`. The shares lie
+between equal ones and those with the least loss in all, as far from equal ones as was best in texts that were held out:
+the losses of many neurons are more than the sum of each one's, so that the whole way is too far.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Prior:
         tokens: how many there were.
         sensitivity: per layer, what predictions depend on each neuron, see `griffin_jax.sensitivity`; no layers if it
             was not measured.
+        strength: how far the shares of layers are from equal ones, 0, to those with the least loss, 1.
         uniform: why all layers keep the same share; empty if they keep shares of their own.
     """
 
@@ -60,6 +62,7 @@ class Prior:
     model: str = dataclasses.field(metadata={"static": True})
     tokens: int = dataclasses.field(metadata={"static": True})
     sensitivity: tuple[Float[Array, "_f"], ...] = ()
+    strength: float = dataclasses.field(default=0.0, metadata={"static": True})
     uniform: str = dataclasses.field(default="the sensitivity of neurons was not measured", metadata={"static": True})
 
     def check(self, model: str) -> None:
@@ -77,8 +80,8 @@ class Prior:
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
         """The same density as a mean over layers, with a share for each layer.
 
-        Every layer keeps at least a quarter of its uniform share, and a multiple of `config.multiple` and of
-        `config.shards`. The sum over layers is that of the uniform shares exactly.
+        Every layer keeps a multiple of `config.multiple` and of `config.shards`. The sum over layers is that of the
+        uniform shares exactly.
 
         Args:
             config: with one density for all layers.
@@ -91,14 +94,16 @@ class Prior:
         """
         if isinstance(config.density, Sequence):
             raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
-        if self.uniform:
+        if not self.strength:
             return config
         widths = [squares.shape[0] for squares in self.squares]
         losses = [
             np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
             for squares, weight in zip(self.squares, self.sensitivity, strict=True)
         ]
-        kept = share_out(losses, config.kept(widths), multiple=math.lcm(config.multiple, config.shards))
+        multiple = math.lcm(config.multiple, config.shards)
+        uniform = config.kept(widths)
+        kept = between(uniform, share_out(losses, uniform, multiple=multiple), self.strength, multiple=multiple)
         density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
         return dataclasses.replace(config, density=density)
 
@@ -112,7 +117,7 @@ class Prior:
         arrays |= {f"layers.{layer}.rows": np.asarray(rows) for layer, rows in enumerate(self.rows)}
         arrays |= {f"layers.{layer}.sensitivity": np.asarray(weight) for layer, weight in enumerate(self.sensitivity)}
         counts = {"tokens": str(self.tokens), "layers": str(len(self.squares))}
-        metadata = {"model": self.model, "uniform": self.uniform, **counts}
+        metadata = {"model": self.model, "strength": repr(self.strength), "uniform": self.uniform, **counts}
         save_arrays(path, PRIOR_FORMAT, arrays, metadata)
 
     @classmethod
@@ -132,9 +137,11 @@ class Prior:
             for found in (rows, weights):
                 if found and [layer.shape[-1] for layer in found] != [layer.shape[0] for layer in squares]:
                     raise ValueError("its arrays are of different widths")
-            if not weights and not metadata["uniform"]:
-                raise ValueError("it has no sensitivity")
-            return cls(squares, rows, metadata["model"], int(metadata["tokens"]), weights, metadata["uniform"])
+            strength = float(metadata["strength"])
+            if not 0 <= strength <= bool(weights):
+                raise ValueError(f"strength {strength} of budgets with {len(weights)} layers of sensitivity")
+            counts = metadata["model"], int(metadata["tokens"])
+            return cls(squares, rows, *counts, weights, strength, metadata["uniform"])
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -199,22 +206,36 @@ def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *,
     Args:
         losses: per layer what dropping each neuron loses, at least 0.
         kept: neurons of each layer without this; their sum stays what it is.
-        multiple: every layer keeps a multiple of this, and at least a quarter of what it keeps without: the losses of
-            many neurons are more than the sum of each one's.
+        multiple: every layer keeps a multiple of this, at least one.
 
     Returns:
         `kept` itself where it is all neurons of a layer or no multiple.
     """
     if any(k % multiple or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
         return tuple(kept)
-    least = [-(-k // (4 * multiple)) * multiple for k in kept]
     blocks = []
-    for layer, (loss, start) in enumerate(zip(losses, least, strict=True)):
+    for layer, loss in enumerate(losses):
         ordered = -np.sort(-np.asarray(loss, np.float64))
-        worth = np.add.reduceat(ordered, np.arange(start, len(ordered), multiple))
+        worth = np.add.reduceat(ordered, np.arange(multiple, len(ordered), multiple))
         # The last one may be no whole block.
-        whole = (len(ordered) - start) // multiple
-        blocks += [(-value, number, layer) for number, value in enumerate(worth[:whole])]
-    taken = sorted(blocks)[: (sum(kept) - sum(least)) // multiple]
-    found = np.asarray(least) + multiple * np.bincount([layer for *_, layer in taken], minlength=len(least))
+        blocks += [(-value, number, layer) for number, value in enumerate(worth[: len(ordered) // multiple - 1])]
+    taken = sorted(blocks)[: sum(kept) // multiple - len(losses)]
+    found = multiple * (1 + np.bincount([layer for *_, layer in taken], minlength=len(losses)))
     return tuple(map(int, found))
+
+
+def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, multiple: int = 1) -> tuple[int, ...]:
+    """Shares on the way from uniform ones to the best, with the same sum, which both have.
+
+    Args:
+        uniform: multiples.
+        best: multiples.
+        strength: 0 is uniform, 1 best.
+        multiple: that all are of.
+    """
+    exact = (np.asarray(uniform) + strength * (np.asarray(best) - np.asarray(uniform))) / multiple
+    blocks = np.floor(exact).astype(int)
+    # What rounding down has left over goes to the largest remainders.
+    left = sum(uniform) // multiple - blocks.sum()
+    blocks[np.argsort(blocks - exact, kind="stable")[:left]] += 1
+    return tuple(map(int, blocks * multiple))

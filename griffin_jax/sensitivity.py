@@ -7,6 +7,10 @@ drawn from the model's own predictions. To second order, dropping the neuron cha
 
 and c_j is the diagonal of the Fisher information of the relative activations. One backward pass over a few texts
 measures it, in all layers at once.
+
+The first half of a text stands for a prompt, which is read by the full model whatever is pruned. What counts is how the
+neurons of the other half change the predictions of that half. So an early layer, which later tokens look back at, is
+not weighed by more tokens than an answer has.
 """
 
 from __future__ import annotations
@@ -24,9 +28,8 @@ from griffin_jax.cache import EMPTY, empty_cache
 from griffin_jax.generate import bucket, pad
 from griffin_jax.model import Transformer
 
-SINKS = 4
-"""The first tokens of a text do not count: their activations can be enormous (arXiv 2309.17453), and none of them is
-ever decoded."""
+HORIZON = 128
+"""Tokens of the answer that a text stands for, at most."""
 
 
 def sensitivity(
@@ -36,7 +39,7 @@ def sensitivity(
 
     Args:
         model: the full model.
-        texts: token ids, each within the model's context. Memory is that of a backward pass over one of them.
+        texts: token ids, of which the first 2 x `HORIZON` are used. Memory is that of a backward pass over one of them.
         seed: of the tokens that are drawn.
         quiet: no progress bar.
 
@@ -44,18 +47,18 @@ def sensitivity(
         Per layer, float32, in nats.
 
     Raises:
-        ValueError: no text has more than `SINKS` tokens.
+        ValueError: no text has two tokens.
     """
-    long = [text for text in texts if len(text) > SINKS]
+    long = [text[: 2 * HORIZON] for text in texts if len(text) > 1]
     if not long:
-        raise ValueError(f"sensitivity needs texts of more than {SINKS} tokens")
+        raise ValueError("sensitivity needs texts of at least two tokens")
     sums, count = [np.zeros(neurons, np.float64) for neurons in model.neurons], 0
     for number, text in enumerate(tqdm(long, unit="text", desc="differentiating", disable=quiet or None)):
         tokens, lengths = pad([text], bucket(len(text)))
         squares = squared_gradients(model, tokens, lengths, jax.random.key(np.uint32(seed + number)))
         for total, layer in zip(sums, squares, strict=True):
             total += np.asarray(layer, np.float64)
-        count += len(text) - SINKS
+        count += len(text) - len(text) // 2
     return tuple(jnp.asarray(total / count, jnp.float32) for total in sums)
 
 
@@ -63,7 +66,7 @@ def sensitivity(
 def squared_gradients(
     model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], key: Key[Array, ""]
 ) -> tuple[Float[Array, "_f"], ...]:
-    """sum_t (dl / dzbar_tj)^2 of every layer, over the real tokens behind the first `SINKS`. Float32.
+    """sum_t (dl / dzbar_tj)^2 of every layer, over the second half of each text. Float32.
 
     Args:
         model: the full model.
@@ -73,7 +76,7 @@ def squared_gradients(
     """
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
-    counted = (columns >= SINKS) & (columns < lengths[:, None])
+    counted = (columns >= lengths[:, None] // 2) & (columns < lengths[:, None])
 
     def read(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """Logits and norms of z, if the outputs of the down projections were changed by these offsets."""

@@ -16,8 +16,8 @@ from griffin_jax import cli, jitted
 from griffin_jax.config import density_that_keeps
 from griffin_jax.evaluation.grid import Beyond, Row, models
 from griffin_jax.generaltext import measure, with_budgets
-from griffin_jax.prior import share_out
-from griffin_jax.sensitivity import SINKS, sensitivity, squared_gradients
+from griffin_jax.prior import between, share_out
+from griffin_jax.sensitivity import sensitivity, squared_gradients
 
 TEXTS = [list(range(start, start + 12)) for start in range(10, 90, 11)]
 
@@ -27,11 +27,11 @@ def prior(tiny) -> gj.Prior:
     plain = measure(tiny.llm.model, TEXTS, size=4, rows=20, quiet=True)
     found = with_budgets(tiny.llm.model, plain, TEXTS, TEXTS[:2], size=2, quiet=True)
     # Whatever the trial said: these tests are of what follows from a sensitivity.
-    return dataclasses.replace(found, uniform="")
+    return dataclasses.replace(found, strength=1.0, uniform="")
 
 
 def torch_squared_gradients(model: torch.nn.Module, tokens: list[int], drawn: list[int]) -> list[np.ndarray]:
-    """sum_t (||z_t|| dl/dz_tj)^2 for each layer."""
+    """sum_t (||z_t|| dl/dz_tj)^2 for each layer, over the second half of the tokens."""
     inputs: list[torch.Tensor] = []
 
     def keep(_module: object, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -43,7 +43,7 @@ def torch_squared_gradients(model: torch.nn.Module, tokens: list[int], drawn: li
         with torch.enable_grad():
             logits = model(torch.tensor([tokens])).logits[0]
             losses = torch.nn.functional.cross_entropy(logits, torch.tensor(drawn), reduction="none")
-            losses[SINKS:].sum().backward()
+            losses[len(tokens) // 2 :].sum().backward()
     finally:
         for hook in hooks:
             hook.remove()
@@ -51,7 +51,7 @@ def torch_squared_gradients(model: torch.nn.Module, tokens: list[int], drawn: li
     for z in inputs:
         assert z.grad is not None
         relative = z.norm(dim=-1, keepdim=True) * z.grad
-        found.append((relative[0, SINKS:] ** 2).sum(dim=0).detach().numpy())
+        found.append((relative[0, len(tokens) // 2 :] ** 2).sum(dim=0).detach().numpy())
     return found
 
 
@@ -70,17 +70,17 @@ class TestSensitivity:
 
     def test_is_a_mean_over_tokens(self, tiny):
         model = tiny.llm.model
-        got = sensitivity(model, [TEXTS[0], [5, 6], TEXTS[1]], seed=7, quiet=True)
+        got = sensitivity(model, [TEXTS[0], [5], TEXTS[1]], seed=7, quiet=True)
         parts = [
             squared_gradients(model, *gj.pad([text], 16), jax.random.key(7 + number))
             for number, text in enumerate(TEXTS[:2])
         ]
         for layer, *sums in zip(got, *parts, strict=True):
-            np.testing.assert_allclose(layer, sum(sums) / (2 * (12 - SINKS)), rtol=1e-5)
+            np.testing.assert_allclose(layer, sum(sums) / 12, rtol=1e-5)
 
     def test_refused_without_tokens_that_count(self, tiny):
-        with pytest.raises(ValueError, match="texts of more than 4 tokens"):
-            sensitivity(tiny.llm.model, [[1, 2, 3, 4]])
+        with pytest.raises(ValueError, match="texts of at least two tokens"):
+            sensitivity(tiny.llm.model, [[1], [2]])
 
 
 class TestShares:
@@ -92,8 +92,7 @@ class TestShares:
         def lost(kept: tuple[int, ...]) -> float:
             return sum(np.sort(loss)[: len(loss) - k].sum() for loss, k in zip(losses, kept, strict=True))
 
-        least = multiple
-        allowed = [range(least, 9, multiple)] * 3
+        allowed = [range(multiple, 9, multiple)] * 3
         best = min((kept for kept in itertools.product(*allowed) if sum(kept) == 12), key=lost)
         assert sum(found) == 12
         assert lost(found) == pytest.approx(lost(best))
@@ -104,12 +103,19 @@ class TestShares:
         assert share_out([rng.random(8), rng.random(8)], kept, multiple=multiple) == kept
 
     def test_no_layer_is_left_without(self):
-        assert share_out([np.ones(16), np.zeros(16)], (8, 8)) == (14, 2)
+        assert share_out([np.ones(16), np.zeros(16)], (8, 8)) == (15, 1)
 
     def test_widths_that_are_no_multiple(self):
         """The rest of a layer behind its last whole block is not to be had."""
         assert share_out([np.ones(10), np.zeros(10)], (4, 4), multiple=4) == (4, 4)
         assert share_out([np.ones(14), np.zeros(14)], (8, 8), multiple=4) == (12, 4)
+
+    @pytest.mark.parametrize(
+        ("strength", "expected"), [(0.0, (8, 8, 8)), (0.5, (12, 4, 8)), (1.0, (16, 4, 4)), (0.25, (12, 4, 8))]
+    )
+    def test_between(self, strength, expected):
+        """At a half and a quarter, 12 or 10 and 6 and 6 or 7: the largest remainder gets the block that is left."""
+        assert between((8, 8, 8), (16, 4, 4), strength, multiple=4) == expected
 
     @pytest.mark.parametrize("width", [3, 7, 48, 1536, 13824])
     def test_a_density_for_every_number(self, width):
@@ -133,40 +139,43 @@ class TestPrior:
         losses = [
             np.asarray(s, float) * np.asarray(c, float) for s, c in zip(prior.squares, prior.sensitivity, strict=True)
         ]
-        assert kept == share_out(losses, config.kept(neurons), multiple=multiple)
+        best = share_out(losses, config.kept(neurons), multiple=multiple)
+        assert kept == best
+        half = dataclasses.replace(prior, strength=0.5).budgeted(config).kept(neurons)
+        assert half == between(config.kept(neurons), best, 0.5, multiple=multiple)
+        assert sum(half) == sum(kept)
 
     def test_not_used_where_they_do_not_pay(self, prior):
         config = gj.GriffinConfig(0.5)
-        assert dataclasses.replace(prior, uniform="they lost").budgeted(config) is config
+        assert dataclasses.replace(prior, strength=0.0).budgeted(config) is config
 
     def test_refused_beside_densities_of_ones_own(self, prior):
         with pytest.raises(ValueError, match="one for each already"):
             prior.budgeted(gj.GriffinConfig((0.5, 0.25, 0.5)))
 
-    @pytest.mark.parametrize("pays", [True, False])
-    def test_a_trial_decides(self, tiny, monkeypatch, pays):
-        """The scores of the trial are made up: with shares of their own layers do better, or worse."""
+    @pytest.mark.parametrize("best", [0.0, 0.25, 1.0])
+    def test_a_trial_decides(self, tiny, monkeypatch, best):
+        """The scores of the trial are made up: the further from the best strength, the worse."""
         plain = measure(tiny.llm.model, TEXTS, size=4, rows=20, quiet=True)
 
-        def scored(_model, rows, _prefilled, answers, *_rest):
-            return [{row.name: {"kl": [0.1 if ("budgets" in row.method) == pays else 0.3]} for row in rows}] * len(
-                answers
-            )
+        def scored(_model, rows, _prefilled, answers, *rest):
+            kl = 0.6 + abs(rest[-1].prior.strength - best)
+            return [{row.name: {"kl": [kl]} for row in rows}] * len(answers)
 
         monkeypatch.setattr("griffin_jax.generaltext.score_answers", scored)
         found = with_budgets(tiny.llm.model, plain, TEXTS[:2], TEXTS[2:5], size=2, quiet=True)
         assert len(found.sensitivity) == 3
-        assert ("KL to the dense model was 0.05" in found.uniform) == (not pays)
+        assert found.strength == best
+        # Three texts with answers of six tokens.
+        assert found.uniform.startswith("KL was 0.100 nats per token" if not best else "")
+        assert bool(found.uniform) == (not best)
 
     def test_saved_and_loaded(self, prior, tmp_path):
-        for saved in (
-            prior,
-            dataclasses.replace(prior, uniform="they lost"),
-            dataclasses.replace(prior, sensitivity=(), uniform="x"),
-        ):
+        lost = dataclasses.replace(prior, strength=0.0, sensitivity=(), uniform="they lost")
+        for saved in (prior, dataclasses.replace(prior, strength=0.25), lost):
             saved.save(tmp_path / "p")
             again = gj.Prior.load(tmp_path / "p")
-            assert again.uniform == saved.uniform
+            assert (again.strength, again.uniform) == (saved.strength, saved.uniform)
             assert len(again.sensitivity) == len(saved.sensitivity)
             for a, b in zip(saved.sensitivity, again.sensitivity, strict=True):
                 np.testing.assert_array_equal(a, b)

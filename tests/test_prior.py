@@ -193,7 +193,9 @@ class TestFile:
         ],
     )
     def test_damaged(self, tmp_path, arrays, metadata, message):
-        save_arrays(tmp_path / "p", PRIOR_FORMAT, arrays, {"model": "0" * 16, "tokens": "1", **metadata})
+        save_arrays(
+            tmp_path / "p", PRIOR_FORMAT, arrays, {"model": "0" * 16, "tokens": "1", "strength": "0.0", **metadata}
+        )
         with pytest.raises(ValueError, match=message):
             gj.Prior.load(tmp_path / "p")
 

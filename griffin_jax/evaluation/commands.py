@@ -310,7 +310,7 @@ def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
         if options.prior is None:
             raise ValueError(f"+{' +'.join(MEASURED)} need --prior FILE; griffin-jax prior measures it")
         prior = Prior.load(options.prior)
-        if _has(rows, BUDGETS) and prior.uniform:
+        if _has(rows, BUDGETS) and not prior.strength:
             raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
         if _has(rows, CALIBRATION) and not prior.rows:
             raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
