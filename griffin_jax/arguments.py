@@ -50,9 +50,7 @@ def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
     """
     if options.mesh is None:
         if options.distributed:
-            raise ValueError(
-                "--distributed needs --mesh, such as --mesh data=2,model=4: what to divide among the devices"
-            )
+            raise ValueError("--distributed needs --mesh over all devices, such as --mesh data=2,model=4")
         return None
     return make_mesh(**parse_mesh(options.mesh))
 

@@ -107,6 +107,7 @@ class Report:
         ff_width: F.
         cache: bytes of keys and values on each device.
         shared: whether the batch shares its experts.
+        shards: ranges of neurons that each keep as many of their best; 1 if the best of all are kept.
         density: as it was asked for.
         dense: the full model.
         pruned: the pruned model; None at a density of 1.
@@ -127,6 +128,7 @@ class Report:
     ff_width: int
     cache: int
     shared: bool
+    shards: int
     density: float | Sequence[float]
     dense: Compiled
     pruned: Compiled | None
@@ -149,6 +151,7 @@ def compile_for(
     devices: int = 1,
     density: float | Sequence[float] = 0.5,
     multiple: int = 1,
+    shards: int = 1,
     shared: bool = False,
     batch: int = 1,
     prompt: int = 2048,
@@ -170,6 +173,7 @@ def compile_for(
         devices: how many of the chip the model is divided among, as `griffin_jax.sharding` says.
         density: share of neurons kept; one for all layers or one for each.
         multiple: the number of kept neurons is rounded up to a multiple of this.
+        shards: of so many equal ranges of neurons, each keeps as many; see `GriffinConfig`.
         shared: whether the batch shares its experts, or every sequence has its own.
         batch: sequences.
         prompt: tokens of each.
@@ -202,7 +206,7 @@ def compile_for(
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
     weights_dtype = parse_dtype(dtype)
     assert weights_dtype is not None
-    kept = GriffinConfig(density, multiple=multiple).kept([config.ff_width] * config.num_layers)
+    kept = GriffinConfig(density, multiple=multiple, shards=shards).kept([config.ff_width] * config.num_layers)
     check_mesh(config, devices, kept)
     slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
@@ -213,6 +217,7 @@ def compile_for(
         "devices": devices,
         "kept": None if set(kept) == {config.ff_width} else kept,
         "shared": shared or batch == 1,
+        "shards": shards,
         "batch": batch,
         "prompt": bucket(prompt),
         # Lossless decoding may write some tokens more than are asked for.
@@ -262,7 +267,8 @@ def compile_for(
         target=name.lower(), chip=chip, devices=devices,
         replicated=tuple(what for what, shared_out in divided(config, devices).items() if not shared_out),
         dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new, slots=sizes.slots, layers=config.num_layers,
-        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, density=density,
+        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, shards=shards,
+        density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
     )  # fmt: skip
 
@@ -408,7 +414,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     if task["kept"] is not None:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
-        experts = griffin.Experts(placed(zeros), model.neurons)
+        experts = griffin.Experts(placed(zeros), model.neurons, task["shards"])
         pruned = divided_model(jax.eval_shape(griffin.prune, model, experts))
         shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
         reconstruction = None
@@ -485,6 +491,10 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
     parser.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
+    parser.add_argument(
+        "--shards", type=int, default=1, metavar="M",
+        help="as in generate; as many as --devices: then pruning moves no rows between these (default: %(default)s)",
+    )  # fmt: skip
     sets = parser.add_mutually_exclusive_group()
     sets.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
     sets.add_argument(
@@ -525,8 +535,8 @@ def run(options: argparse.Namespace) -> None:
         config = with_layers(config, options.layers)
     report = compile_for(
         options.target, config, devices=options.devices, density=options.density, multiple=options.multiple,
-        shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype,
-        quality=options.quality, refresh_every=options.refresh_every, lossless=options.lossless,
+        shards=options.shards, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
+        dtype=options.dtype, quality=options.quality, refresh_every=options.refresh_every, lossless=options.lossless,
         hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
@@ -545,7 +555,8 @@ def table(model: str, report: Report) -> str:
         if several
         else f"{model} on {chip.name} ({figures}), compiled without it:",
         f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
-        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}",
+        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}"
+        + (f", experts of {report.shards} shards" if report.shards > 1 else ""),
         _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
         _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
         _row("weights", [_size(c.weights) for c in columns]),

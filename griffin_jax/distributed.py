@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-HEARTBEAT_SECONDS = 20
+HEARTBEAT_SECONDS = 30
 """After so long without a sign of life a process counts as dead, and all others end."""
 
 START_SECONDS = 300
@@ -83,11 +84,24 @@ def joined(text: str | None) -> Iterator[None]:
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
-    with contextlib.ExitStack() as stack:
-        if not is_first():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+    with _own_stdout():
         yield
     jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _own_stdout() -> Iterator[None]:
+    """Leaves stdout to what Python prints in the first process: Gloo reports there, too, whenever it connects."""
+    sys.stdout.flush()
+    before = os.dup(1)
+    text = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)
+    try:
+        with open(text, "w", encoding=sys.stdout.encoding) as stdout, contextlib.redirect_stdout(stdout):
+            yield
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
 
 
 def is_first() -> bool:

@@ -167,6 +167,18 @@ class TestDevices:
         rows = 3 * 3 * 14336 * 8192 * 2
         assert report.pruned.communicated_in_prune == rows
 
+    def test_shards_move_no_rows(self, cuda):
+        config = named("Llama-3-70B", layers=1)
+        report = compile_for("h100", config, devices=8, shards=8, prompt=16, new=16, batch=2)
+        assert report.pruned.collectives_in_prune == {}
+        assert report.pruned.communicated_in_prune == 0
+        for compiled in (report.dense, report.pruned):
+            assert compiled.collectives_in_layers == {"all-reduce": 2}
+            assert compiled.ff_copies_per_step == ()
+        shown = table("Llama", report)
+        assert ", experts of 8 shards" in shown.splitlines()[1]
+        assert "communicated, prune                         -         0.00 MB" in shown
+
     def test_table(self, divided):
         lines = table("Llama", divided[0]).splitlines()
         assert lines[0].startswith("Llama on 8 x NVIDIA H100 SXM (each 84.94 GB, 3,350 GB/s), compiled without them")
@@ -352,6 +364,7 @@ class TestRefusals:
         ("name", "options", "message"),
         [
             ("h1000", {}, "no target 'h1000'; there are h100, h200, a100, l40, rtx4090, tpu-v5e, tpu-v6e"),
+            ("h100", {"shards": 5}, "5 shards cannot have equally many of 13824 neurons"),
             ("h100", {"batch": 0}, "batch must be a whole number of at least 1, got 0"),
             ("h100", {"prompt": 1.5}, "prompt must be"),
             ("h100", {"new": True}, "new must be"),

@@ -32,7 +32,7 @@ from griffin_jax.arguments import (
     numbers,
 )
 from griffin_jax.distributed import is_first
-from griffin_jax.evaluation import report, tasks
+from griffin_jax.evaluation import report, shards, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import (
     BUDGETS,
@@ -92,7 +92,7 @@ class Evaluation:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the three evaluations."""
+    """Declare the four evaluations."""
     kinds = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     kind = kinds.add_parser(
@@ -102,13 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " what really follows, and what the dense model itself would write there.",
     )
     _add_text_file(kind, "text")
-    kind.add_argument(
-        "--prompt-tokens", type=int, metavar="P", default=256, help="tokens read densely (default: %(default)s)"
-    )
-    kind.add_argument(
-        "--new-tokens", type=int, metavar="G", default=128,
-        help="tokens scored, at most of the dense model's own (default: %(default)s)",
-    )  # fmt: skip
+    _add_lengths(kind)
     kind.add_argument(
         "--reference",
         metavar="COLUMN",
@@ -116,6 +110,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_common(kind, size=4)
     kind.set_defaults(prepare=_divergence)
+
+    kind = kinds.add_parser(
+        "shards",
+        help="the best neurons of each of several shards against the best of all",
+        description="The first tokens of each text are read densely; those that follow are scored by models that keep"
+        " the best of all neurons, and the best of each of several equal ranges, as devices that share the model can.",
+    )
+    _add_text_file(kind, "text")
+    _add_lengths(kind)
+    kind.add_argument("--shards", metavar="M", default="2,4,8", help="separated by commas (default: %(default)s)")
+    _add_common(kind, size=4)
+    kind.set_defaults(prepare=_shards, reference=None)
 
     kind = kinds.add_parser(
         "perplexity",
@@ -165,6 +171,16 @@ def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("--column", default=column, help=f"that holds the {column} (default: %(default)s)")
     parser.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
     parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="P", default=256, help="tokens read densely (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, metavar="G", default=128,
+        help="tokens scored, at most of the dense model's own (default: %(default)s)",
+    )  # fmt: skip
 
 
 def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
@@ -364,6 +380,29 @@ def _divergence(
         tabulate,
         plot,
     )
+
+
+def _shards(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped) -> Evaluation:
+    if options.method != "topk":
+        raise ValueError(f"shards are compared by topk, got --method {options.method}")
+    densities = [row.density for row in rows if row.method == "topk"]
+    rules = shards.rules(densities, numbers("--shards", options.shards, int), llm.model.neurons)
+    prompt, new = options.prompt_tokens, options.new_tokens
+    _check_lengths(llm, prompt, new)
+    items = list(itertools.islice(_divergence_items(options, llm, [options.column], skipped), options.limit))
+    return Evaluation(
+        items,
+        {
+            "column": options.column, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
+            "rows": [row.name for row in rules],
+        },
+        lambda journal: shards.compare_shards(
+            llm, items, rules, journal, new=new, size=options.batch, seed=options.seed
+        ),
+        lambda scores: shards.figures(scores, rules, options.seed),
+        lambda figures: report.table("what really follows:", figures, shards.METRICS),
+        lambda figures, title, file: report.plot_by_density({"": figures}, shards.METRICS, title, file),
+    )  # fmt: skip
 
 
 def _divergence_items(

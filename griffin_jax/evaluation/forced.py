@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from griffin_jax import jitted
 from griffin_jax.evaluation.grid import PRIOR, REFRESH, Beyond, Row, models
 from griffin_jax.generate import Prefilled
+from griffin_jax.griffin import Statistics
 from griffin_jax.mesh import to_host
 from griffin_jax.model import Transformer
 
@@ -45,33 +47,55 @@ def score_answers(
         For each sequence `tokens`, how many were scored, and for each row's name the sums of `SCORES`; all of these
         are lists along `upto`.
     """
+
+    def every(answers: Statistics) -> Iterator[tuple[Row, Transformer]]:
+        return models(model, [row for row in rows if REFRESH not in row.steps], prefilled, answers, seeds, beyond)
+
+    refreshed = {
+        row: jitted.follow_refreshed(
+            model, prefilled, jnp.asarray(answers), jnp.asarray(lengths), beyond.config(row), beyond.refresh_every,
+            prior=beyond.prior if PRIOR in row.steps else None, prior_weight=beyond.prior_weight,
+            reconstruction=beyond.reconstruction(row, prefilled.rows),
+        )
+        for row in rows if REFRESH in row.steps
+    }  # fmt: skip
+    return score_models(model, every, prefilled, answers, lengths, upto, refreshed)
+
+
+def score_models(
+    model: Transformer,
+    every: Callable[[Statistics], Iterable[tuple[Row, Transformer]]],
+    prefilled: Prefilled,
+    answers: Int[np.ndarray, "b r"],
+    lengths: Int[np.ndarray, "b"],
+    upto: Sequence[int],
+    more: Mapping[Row, Float[Array, "b r d"]] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """`score_answers` of any models.
+
+    Args:
+        model: the full model.
+        every: gives the rows with their models, from the statistics of the answers; each model may be used up when
+            the next one is asked for.
+        prefilled: the prompts, with room for the answers.
+        answers: token ids, padded on the right.
+        lengths: real ones of each.
+        upto: as in `score_answers`.
+        more: rows whose residual streams are there already, as from `follow`.
+    """
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     dense, following = jitted.follow(model, prefilled, tokens, real, collect=True)
-    hidden = {}
-    for row, pruned in models(
-        model, [row for row in rows if REFRESH not in row.steps], prefilled, following, seeds, beyond
-    ):
-        hidden[row] = dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0]
-    for row in rows:
-        if REFRESH in row.steps:
-            hidden[row] = jitted.follow_refreshed(
-                model,
-                prefilled,
-                tokens,
-                real,
-                beyond.config(row),
-                beyond.refresh_every,
-                prior=beyond.prior if PRIOR in row.steps else None,
-                prior_weight=beyond.prior_weight,
-                reconstruction=beyond.reconstruction(row, prefilled.rows),
-            )
-    compared = jitted.compare(model, dense, tuple(hidden[row] for row in rows), tokens)
-    found = [{name: to_host(getattr(comparison, name)) for name in SCORES} for comparison in compared]
+    found = dict(more)
+    for row, pruned in every(following):
+        found[row] = dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0]
+    rows = list(found)
+    compared = jitted.compare(model, dense, tuple(found.values()), tokens)
+    compared = [{name: to_host(getattr(comparison, name)) for name in SCORES} for comparison in compared]
     ends = np.minimum(np.asarray(upto)[:, None], lengths).T
     scores = []
     for sequence, end in enumerate(ends):
         scores.append({"tokens": end.tolist()})
-        for row, comparison in zip(rows, found, strict=True):
+        for row, comparison in zip(rows, compared, strict=True):
             sums = {name: np.cumsum(np.append(0.0, values[sequence])) for name, values in comparison.items()}
             scores[-1][row.name] = {name: sums[name][end].tolist() for name in SCORES}
     return scores

@@ -61,7 +61,7 @@ def forced_figures(scores: Sequence[Mapping[str, Any]], row: Row, at: int, seed:
         return ratio_of_sums([text[row.name][name][at] for text in scores], tokens, seed)
 
     figures = {"perplexity": exponential(per_token("loss")), "kl": per_token("kl"), "top1": per_token("agree")}
-    return {"tokens": sum(tokens)} | {name: _as_json(figure) for name, figure in figures.items()}
+    return {"tokens": sum(tokens)} | {name: as_json(figure) for name, figure in figures.items()}
 
 
 def divergence_figures(scores: Mapping[str, Any], rows: Sequence[Row], seed: int) -> Figures:
@@ -91,12 +91,13 @@ def summarize_figures(scores: Mapping[str, Any], rows: Sequence[Row], seed: int)
     """One entry for each row: ROUGE F-measures in percent."""
     return [
         {"method": row.method, "density": row.density}
-        | {key: _as_json(mean([100 * text[row.name][key] for text in scores.values()], seed)) for key in ROUGE}
+        | {key: as_json(mean([100 * text[row.name][key] for text in scores.values()], seed)) for key in ROUGE}
         for row in rows
     ]
 
 
-def _as_json(interval: Interval) -> dict[str, float | None]:
+def as_json(interval: Interval) -> dict[str, float | None]:
+    """An interval for results; None for what is not finite."""
     values = dataclasses.asdict(interval)
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
