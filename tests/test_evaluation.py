@@ -17,7 +17,7 @@ from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
 from griffin_jax import cli, jitted
-from griffin_jax.evaluation import batches, intervals, report, tasks
+from griffin_jax.evaluation import batches, intervals, report, shards, tasks
 from griffin_jax.evaluation.batches import Item, batch_of
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import Row, grid, models, seed_of
@@ -559,3 +559,46 @@ def test_batches_repeat_the_last_row():
     assert len(batch.items) == 2
     sizes = [[item.name for item in b.items] for b in batches.batches([*ITEMS, Item("d", [1] * 20)], 2, 0)]
     assert sizes == [["a", "b"], ["c"], ["d"]]
+
+
+class TestShards:
+    """`griffin-jax eval shards`."""
+
+    def test_scores_are_those_of_the_rules(self, worded, tmp_path):
+        llm = worded.llm
+        rules = shards.rules([0.5], [1, 2, 4], llm.model.neurons)
+        assert [(row.name, config.shards) for row, config in rules.items()] == [
+            ("topk 0.5", 1), ("topk, 2 shards 0.5", 2), ("topk, 4 shards 0.5", 4),
+        ]  # fmt: skip
+        scores = shards.compare_shards(llm, ITEMS[:2], rules, Journal(tmp_path, {}), new=5, size=2, seed=0)
+        for item in ITEMS[:2]:
+            found = scores[item.name]
+            best = llm.experts(item.prompt)
+            for row, config in rules.items():
+                experts = llm.experts(item.prompt, shards=config.shards)
+                shares = [
+                    len(set(map(int, a[0])) & set(map(int, b[0]))) / 24 for a, b in zip(experts, best, strict=True)
+                ]
+                assert found[row.name]["overlap"] == pytest.approx(np.mean(shares))
+                tokens = [*item.prompt, *item.answer]
+                logits = llm.logits([tokens], prompt_length=len(item.prompt), shards=config.shards)
+                rest = jax.nn.log_softmax(logits[0, len(item.prompt) - 1 : -1])
+                loss = -sum(float(rest[at, token]) for at, token in enumerate(item.answer))
+                assert found[row.name]["loss"] == [pytest.approx(loss, rel=1e-5)]
+            assert found["topk 0.5"]["overlap"] == 1
+            assert found["topk, 4 shards 0.5"]["overlap"] < 1
+
+    def test_command(self, worded, capsys, tmp_path):
+        texts = jsonl(tmp_path / "texts.jsonl", *({"text": text} for text in PASSAGES))
+        arguments = ["shards", texts, "--model", worded.folder, "--prompt-tokens", "12", "--new-tokens", "8"]
+        code, out, err = run(capsys, *arguments, "--shards", "2", "--output", tmp_path / "found", "--json")
+        assert code == 0, err
+        results = json.loads(out.splitlines()[-1])
+        assert results["rows"] == ["topk 0.5", "topk, 2 shards 0.5"]
+        assert [figure["shards"] for figure in results["figures"]] == [1, 2]
+        assert results["figures"][0]["overlap"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+        assert "overlap" in out
+        code, _, err = run(capsys, *arguments, "--shards", "5", "--output", tmp_path / "five")
+        assert (code, "5 shards cannot have equally many of 48 neurons" in err) == (2, True)
+        code, _, err = run(capsys, *arguments, "--method", "random", "--output", tmp_path / "random")
+        assert (code, "shards are compared by topk" in err) == (2, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -298,6 +299,23 @@ class TestRefusals:
         assert message in capfd.readouterr().err
 
 
+def test_evaluation(capfd, native, tmp_path):
+    """Experts that each sequence selects for itself, baselines, and refitted rows."""
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))
+    arguments = ["eval", "divergence", str(tmp_path / "texts.jsonl"), "--model", str(native.folder), "--json"]
+    arguments += ["--prompt-tokens", "12", "--new-tokens", "8", "--method", "topk,topk+reconstruction", "--batch", "2"]
+    found = []
+    for name, mesh in (("one", []), ("eight", ["--mesh", "data=2,model=4"])):
+        assert main([*arguments, *mesh, "--output", str(tmp_path / name)]) == 0
+        found.append(json.loads(capfd.readouterr()[0].splitlines()[-1]))
+    for one, eight in zip(*(results["figures"] for results in found), strict=True):
+        assert (one["method"], one["continuation"]) == (eight["method"], eight["continuation"])
+        for figure in ("perplexity", "kl", "top1"):
+            assert eight[figure] == pytest.approx(one[figure], rel=1e-4, abs=1e-5)
+    assert main([*arguments, "--mesh", "data=4,model=2", "--output", str(tmp_path / "odd")]) == 2
+    assert "--batch 2 cannot be divided among data=4" in capfd.readouterr().err
+
+
 class TestFiles:
     def test_experts_know_their_shards(self, native, tmp_path):
         experts = native.llm.experts(RAGGED[:2], shards=4)
@@ -305,6 +323,8 @@ class TestFiles:
         loaded = gj.Experts.load(tmp_path / "experts")
         assert loaded.shards == 4
         assert_same(loaded, experts)
+        llm = gj.load(native.folder, "float32", mesh=make_mesh(2, 4))
+        assert tokens(llm, RAGGED[:2], experts=loaded) == tokens(native.llm, RAGGED[:2], experts=experts)
 
     def test_shards_that_are_claimed(self):
         with pytest.raises(ValueError, match="some of 2 shards keep more than others"):
