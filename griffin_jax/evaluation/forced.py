@@ -88,14 +88,15 @@ def score_models(
     found = dict(more)
     for row, pruned in every(following):
         found[row] = dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0]
-    rows = list(found)
-    compared = jitted.compare(model, dense, tuple(found.values()), tokens)
-    compared = [{name: to_host(getattr(comparison, name)) for name in SCORES} for comparison in compared]
+    compared = [
+        {name: to_host(getattr(comparison, name)) for name in SCORES}
+        for comparison in jitted.compare(model, dense, tuple(found.values()), tokens)
+    ]
     ends = np.minimum(np.asarray(upto)[:, None], lengths).T
     scores = []
     for sequence, end in enumerate(ends):
         scores.append({"tokens": end.tolist()})
-        for row, comparison in zip(rows, compared, strict=True):
+        for row, comparison in zip(found, compared, strict=True):
             sums = {name: np.cumsum(np.append(0.0, values[sequence])) for name, values in comparison.items()}
             scores[-1][row.name] = {name: sums[name][end].tolist() for name in SCORES}
     return scores
