@@ -384,7 +384,7 @@ class GriffinConfig:
 
 def check_shards(shards: int, neurons: int, kept: int) -> None:
     """Raise `ValueError` unless so many shards can each have as many of a layer's neurons and keep as many."""
-    if neurons % shards:
+    if shards < 1 or neurons % shards:
         raise ValueError(f"{shards} shards cannot have equally many of {neurons} neurons: shards must divide them")
     if kept % shards:
         raise ValueError(

@@ -216,7 +216,7 @@ class Experts:
             neurons = [int(width) for width in metadata["neurons"].split()]
             indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
             shards = int(metadata.get("shards", 1))
-        except KeyError as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         try:
             return cls.from_indices(indices, neurons, shards)

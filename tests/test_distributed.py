@@ -19,6 +19,7 @@ from griffin_jax import distributed
 from griffin_jax.cli import main
 from griffin_jax.distributed import HEARTBEAT_SECONDS, parse
 from griffin_jax.griffin import Experts
+from griffin_jax.loading import convert
 
 ROOT = Path(__file__).parent.parent
 DIES = """
@@ -34,6 +35,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tiny_tokenizer(folder, PASSAGES, 320)
     TinyLlama.build(folder, vocab_size=320, num_hidden_layers=1)
+    convert(folder, folder / "native", progress=False)
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))
     return folder
 
@@ -61,9 +63,9 @@ def together(*arguments: str) -> list[tuple[int, str, str]]:
     return [(process.returncode, *output) for process, output in zip(both, outputs, strict=True)]
 
 
-@pytest.mark.parametrize("mesh", ["data=2", "model=2"])
-def test_generate(capfd, folder, mesh):
-    arguments = ["generate", "--model", str(folder), "--prompt", "A river", "--prompt", "The lamp is older"]
+@pytest.mark.parametrize(("mesh", "source"), [("data=2", "."), ("model=2", "native")])
+def test_generate(capfd, folder, mesh, source):
+    arguments = ["generate", "--model", str(folder / source), "--prompt", "A river", "--prompt", "The lamp is older"]
     arguments += ["--max-new-tokens", "6", "--ignore-eos", "--mesh", mesh]
     experts = folder / f"{mesh}.experts"
     (code, out, err), (other_code, other_out, other_err) = together(*arguments, "--save-experts", str(experts))

@@ -329,6 +329,8 @@ class TestFiles:
     def test_shards_that_are_claimed(self):
         with pytest.raises(ValueError, match="some of 2 shards keep more than others"):
             gj.Experts.from_indices([[0, 1]], [8], shards=2)
+        with pytest.raises(ValueError, match="0 shards cannot have equally many"):
+            gj.Experts.from_indices([[0, 1]], [8], shards=0)
 
     def test_command(self, capfd, native):
         arguments = ["generate", "--model", str(native.folder), "--prompt", "A river", "--max-new-tokens", "6"]
