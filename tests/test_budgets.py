@@ -111,10 +111,10 @@ class TestShares:
         assert share_out([np.ones(14), np.zeros(14)], (8, 8), multiple=4) == (12, 4)
 
     @pytest.mark.parametrize(
-        ("strength", "expected"), [(0.0, (8, 8, 8)), (0.5, (12, 4, 8)), (1.0, (16, 4, 4)), (0.25, (12, 4, 8))]
+        ("strength", "expected"), [(0.0, (8, 8, 8)), (0.25, (8, 8, 8)), (0.5, (12, 8, 4)), (1.0, (16, 4, 4))]
     )
     def test_between(self, strength, expected):
-        """At a half and a quarter, 12 or 10 and 6 and 6 or 7: the largest remainder gets the block that is left."""
+        """A quarter is 2.5, 1.75 and 1.75 blocks: the two largest remainders get what is left over."""
         assert between((8, 8, 8), (16, 4, 4), strength, multiple=4) == expected
 
     @pytest.mark.parametrize("width", [3, 7, 48, 1536, 13824])
