@@ -73,6 +73,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndVari
     return FilesAndVariants(config, log)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_other_files_are_dropped() -> Iterator[None]:
+    """Linux allows a process 65,530 memory maps, and the compiled programs of all tests together take more."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def demo_gguf():
     """Path of the demo model's GGUF file, downloaded once."""
