@@ -156,7 +156,9 @@ class Reconstruction:
             rows = jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
         is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
         dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
-        target = _product("bse,bed->bsd", jnp.take_along_axis(rows, dropped[:, None], axis=-1), weight[dropped])
+        # XLA's CPU code has no product of batches of bfloat16 in this form.
+        others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
+        target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
         a = jnp.take_along_axis(rows, index[:, None], axis=-1)
         system = _product("bsk,buk->bsu", a, a)
         squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
