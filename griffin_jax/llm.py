@@ -319,8 +319,7 @@ class LLM:
         _check_budgets(budgets, prior)
         if prior is not None:
             check_fusion(method, prior_weight)
-            self._check_prior(prior)
-            config = prior.budgeted(config) if budgets else config
+        config = self._budgeted(config, prior, budgets)
         config.kept(self.model.neurons)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
@@ -391,10 +390,8 @@ class LLM:
     def _answer(
         self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
     ) -> Iterator[tuple[Generation | None, list[str]]]:
-        config, max_new_tokens, experts = request.griffin, request.max_new_tokens, request.experts
-        if request.prior is not None:
-            self._check_prior(request.prior)
-            config = request.prior.budgeted(config) if request.budgets else config
+        config = self._budgeted(request.griffin, request.prior, request.budgets)
+        max_new_tokens, experts = request.max_new_tokens, request.experts
         kept = config.kept(self.model.neurons)
         self._check_mesh(kept if experts is None else experts.kept)
         if request.stops and self.tokenizer is None:
@@ -594,12 +591,16 @@ class LLM:
         if batch > 1 and not config.shared:
             raise ValueError(f"with one_copy a batch shares its experts: give shared=True for {batch} prompts")
 
-    def _check_prior(self, prior: Prior) -> None:
+    def _budgeted(self, config: GriffinConfig, prior: Prior | None, budgets: bool) -> GriffinConfig:
+        """The config with a prior's budgets, if they are wanted; the prior must be this model's."""
+        if prior is None:
+            return config
         if self._one_copy is not None:
             raise ValueError("with one_copy the rows of weights move, so a prior cannot be known to be theirs")
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.model)
         prior.check(self._fingerprint)
+        return prior.budgeted(config) if budgets else config
 
     def _if_scored(self, config: GriffinConfig) -> Transformer | None:
         """The model where `select` scores weights: else it would be one more input to check and hash."""

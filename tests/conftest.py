@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from reference import TinyLlama
+from reference import TinyLlama, tiny_tokenizer
 from xdist.scheduler import LoadScopeScheduling
 
 torch.set_grad_enabled(False)
@@ -105,6 +105,20 @@ def demo_torch(demo_gguf):
 def tiny(tmp_path_factory) -> TinyLlama:
     """A random GQA Llama in torch and in JAX, from the same files."""
     return TinyLlama.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def worded(tmp_path_factory) -> TinyLlama:
+    """A tiny model that reads text."""
+    folder = tmp_path_factory.mktemp("worded")
+    tiny_tokenizer(folder, PASSAGES, 320)
+    return TinyLlama.build(folder, vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def everything(tiny) -> gj.Experts:
+    """All neurons of the tiny model."""
+    return gj.Experts.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, assert_close, tiny_tokenizer
+from reference import assert_close
 
 import griffin_jax as gj
 from griffin_jax import cli, jitted
@@ -29,14 +29,6 @@ STEPS = ("", "+prior", "+reconstruction", "+prior+reconstruction", "+prior+recon
 @pytest.fixture(scope="module")
 def prior(tiny) -> gj.Prior:
     return measure(tiny.llm.model, TEXTS, size=4, rows=20, quiet=True)
-
-
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text."""
-    folder = tmp_path_factory.mktemp("worded")
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320)
 
 
 def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | None, rows: int, shared: bool):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import PASSAGES
-from reference import TinyLlama, assert_close, tiny_tokenizer
+from reference import TinyLlama, assert_close
 
 import griffin_jax as gj
 from griffin_jax import cli, jitted, lossless
@@ -24,19 +24,6 @@ NEW = 20
 
 def generate(llm: gj.LLM, prompts=PROMPTS, **options) -> gj.Generation:
     return llm.generate(prompts, **({"max_new_tokens": NEW, "ignore_eos": True} | options))
-
-
-@pytest.fixture(scope="module")
-def everything(tiny) -> gj.Experts:
-    return gj.Experts.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
-
-
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text."""
-    folder = tmp_path_factory.mktemp("worded")
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320)
 
 
 @pytest.fixture(scope="module")

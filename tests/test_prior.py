@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, oracle_positions, oracle_squares, oracle_topk, tiny_tokenizer, torch_intermediates
+from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
 from griffin_jax import cli
@@ -19,14 +19,6 @@ from griffin_jax.generaltext import beside, measure, self_generated, windows
 from griffin_jax.prior import PRIOR_FORMAT, fuse
 
 TEXTS = [[5, 6, 7], list(range(3, 40)), [9], [60, 61, 62, 63, 64], [70, 5, 71, 6, 72, 7, 73]]
-
-
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text."""
-    folder = tmp_path_factory.mktemp("worded")
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320)
 
 
 @pytest.fixture(scope="module")

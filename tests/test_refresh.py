@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, assert_close, oracle_positions, pruned_log_softmax, tiny_tokenizer
+from reference import TinyLlama, assert_close, oracle_positions, pruned_log_softmax
 
 import griffin_jax as gj
 from griffin_jax import cli, jitted
@@ -32,19 +32,6 @@ def oracle(tiny: TinyLlama, prompt: list[int], every: int, density: float = 0.5)
         whole = len(prompt) + len(written) // every * every
         written.append(int(pruned_log_softmax(tiny.torch, prompt + written, whole, density)[-1].argmax()))
     return written
-
-
-@pytest.fixture(scope="module")
-def everything(tiny) -> gj.Experts:
-    return gj.Experts.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
-
-
-@pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text."""
-    folder = tmp_path_factory.mktemp("worded")
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320)
 
 
 def written(model: gj.Transformer, prompts: list[list[int]], width: int, rows: int = 0):
