@@ -64,35 +64,49 @@ def parts_of(path: str, config: ModelConfig) -> list[str]:
     return [path]
 
 
-def join(path: str, parts: list[Any]) -> Any:
+def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
     """A module's parameter from its parts, in the order of `parts_of`; NumPy's arrays stay NumPy's."""
     np_or_jnp: ModuleType = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    if _of_each_kv_head(path, parts[0].ndim):
+        return np_or_jnp.repeat(parts[0], kv_copies, axis=0)
     if ".qkv" in path:
-        query, key, value = parts
+        query, key, value = (parts[0], *(np_or_jnp.repeat(part, kv_copies, axis=0) for part in parts[1:]))
         groups = key.shape[0]
         query = query.reshape(groups, query.shape[0] // groups, *query.shape[1:])
         return np_or_jnp.concatenate([query, key[:, None], value[:, None]], axis=1)
     return np_or_jnp.stack(parts) if ".inner" in path else parts[0]
 
 
+def _of_each_kv_head(path: str, axes: int) -> bool:
+    """Whether a parameter is the scale of a norm that each key head has for itself, (G, 1, H)."""
+    return path.endswith("key_norm.scale") and axes == 3
+
+
 def _placed(path: str, whole: Any, part: Any) -> Any:
-    """A joined parameter on the devices of its parts, divided as the last of them is."""
+    """A joined parameter on the devices of its parts, divided as this one of them is."""
     sharding = getattr(part, "sharding", None)
     if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".inner" not in path):
         return whole
     axes = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
-    # (G, R + 2, H, D) from (G, H, D), and (2, F, D) from (F, D).
+    # (G, R + 2, H, D) from (G, H, D) or (N, H, D), and (2, F, D) from (F, D).
     axes.insert(1 if ".qkv" in path else 0, None)
     return jax.device_put(whole, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
 
 
 def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
     """The parts of a module's parameter by their paths: what `join` joined."""
-    parts = parts_of(path, config)
+    parts, copies = parts_of(path, config), config.kv_copies
+    if _of_each_kv_head(path, array.ndim):
+        return {path: array[::copies]}
     if ".qkv" in path:
         query = array[:, :-2].reshape(-1, *array.shape[2:])
-        return dict(zip(parts, (query, array[:, -2], array[:, -1]), strict=True))
+        return dict(zip(parts, (query, array[::copies, -2], array[::copies, -1]), strict=True))
     return {name: array[number] for number, name in enumerate(parts)} if ".inner" in path else {path: array}
+
+
+def without_copies(path: str, array: Any, config: ModelConfig) -> Any:
+    """A module's parameter as it is where each key/value head is held once."""
+    return array if config.kv_copies == 1 else join(path, list(split(path, array, config).values()))
 
 
 def disassemble(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
@@ -131,7 +145,9 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
         if len(waiting[path]) == len(parts):
             have = waiting.pop(path)
             pieces = [have.pop(part) for part in parts]
-            whole = _placed(path, join(path, pieces), pieces[-1])
+            # Devices that hold copies of key/value heads share the queries.
+            like = pieces[0 if config.kv_copies > 1 else -1]
+            whole = _placed(path, join(path, pieces, config.kv_copies), like)
             key, variable = variables[path]
             filled.append((key, variable.replace(jnp.asarray(whole, dtype))))
     if missing := shapes.keys() - seen:

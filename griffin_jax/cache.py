@@ -72,7 +72,7 @@ def empty_cache(
         dtype: of keys and values.
         context: tokens that each row may come to hold, padding not included; all slots if None.
     """
-    layers, b, g, h = range(config.num_layers), batch, config.num_kv_heads, config.head_dim
+    layers, b, g, h = range(config.num_layers), batch, config.kv_heads, config.head_dim
     return KVCache(
         keys=tuple(jnp.zeros((b, g, h, slots), dtype) for _ in layers),
         values=tuple(jnp.zeros((b, g, slots, h), dtype) for _ in layers),

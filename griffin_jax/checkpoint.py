@@ -80,7 +80,8 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
         check_finite(array, array, path)
         return array
 
-    write(folder, model.config, shapes, np.dtype(model.dtype), read, tokenizer, source="a model in memory")
+    config = dataclasses.replace(model.config, kv_copies=1)
+    write(folder, config, shapes, np.dtype(model.dtype), read, tokenizer, source="a model in memory")
     return folder
 
 

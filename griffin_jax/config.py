@@ -156,6 +156,9 @@ class ModelConfig:
         ff_bias: biases on all projections of the feed-forward layer.
         bos_token_id: first token of a text, or None.
         eos_token_ids: any of these ends an answer.
+        kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
+            It is no property of a checkpoint: devices that are more than the heads are given copies
+            (`griffin_jax.sharding.with_kv_copies`), and compute the same.
     """
 
     family: str
@@ -200,17 +203,20 @@ class ModelConfig:
     ff_bias: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    kv_copies: int = 1
 
     def __post_init__(self) -> None:
         _check_choice("activation", self.activation, get_args(Activation))
         for name in (
             "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
+            "kv_copies",
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.num_heads % self.kv_heads:
+            groups = f"num_kv_heads {self.num_kv_heads}" + (f" x {self.kv_copies}" if self.kv_copies > 1 else "")
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of {groups}")
         _check_choice("norm", self.norm, get_args(NormKind))
         _check_choice("norm_placement", self.norm_placement, get_args(NormPlacement))
         _check_choice("head_norm", self.head_norm, get_args(HeadNorm))
@@ -246,6 +252,11 @@ class ModelConfig:
             raise ValueError(f"windows must be {self.num_layers} whole numbers of at least 0, got {self.windows}")
         if any(not 0 <= layer < self.num_layers for layer in self.unrotated_layers):
             raise ValueError(f"unrotated_layers must lie in [0, {self.num_layers - 1}], got {self.unrotated_layers}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads that the model holds, copies included."""
+        return self.num_kv_heads * self.kv_copies
 
     @property
     def score_scale(self) -> float:

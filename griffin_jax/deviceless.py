@@ -32,7 +32,7 @@ from griffin_jax.loading import open_source, parse_dtype
 from griffin_jax.model import LAYER_SCOPE
 from griffin_jax.named import NAMED, named, with_layers
 from griffin_jax.reconstruction import DEFAULT_ROWS
-from griffin_jax.sharding import HEADS, VOCABULARY, check_mesh, divided
+from griffin_jax.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
 from griffin_jax.sizes import Sizes
 from griffin_jax.targets import GPU_TILE, TARGETS, Chip, gpu_target_config, target, topology
 
@@ -97,6 +97,7 @@ class Report:
         devices: how many of it the model is divided among.
         replicated: what every device has all of, because it cannot be shared evenly: `heads` (attention and the
             cache) or `vocabulary` (embedding and head).
+        kv_copies: how often each key/value head is there, so that the devices can share attention.
         dtype: of weights and cache.
         batch: sequences.
         prompt: tokens of each.
@@ -118,6 +119,7 @@ class Report:
     chip: Chip
     devices: int
     replicated: tuple[str, ...]
+    kv_copies: int
     dtype: str
     batch: int
     prompt: int
@@ -208,6 +210,7 @@ def compile_for(
     assert weights_dtype is not None
     kept = GriffinConfig(density, multiple=multiple, shards=shards).kept([config.ff_width] * config.num_layers)
     check_mesh(config, devices, kept)
+    config = with_kv_copies(config, devices)
     slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
     task: dict[str, Any] = {
@@ -266,6 +269,7 @@ def compile_for(
     return Report(
         target=name.lower(), chip=chip, devices=devices,
         replicated=tuple(what for what, shared_out in divided(config, devices).items() if not shared_out),
+        kv_copies=config.kv_copies,
         dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new, slots=sizes.slots, layers=config.num_layers,
         parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, shards=shards,
         density=density,
@@ -585,6 +589,8 @@ def table(model: str, report: Report) -> str:
             f" matrices at every step: --multiple {tiles} avoids that."
         )
     lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
+    if report.kv_copies > 1:
+        lines.append(f"Each key/value head is there {report.kv_copies} times, so that the devices can share attention.")
     if several:
         lines.append("Bytes and kernels are those of each device. Ceilings do not count communication.")
     lines += [

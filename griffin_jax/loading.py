@@ -36,7 +36,7 @@ from griffin_jax.config import ModelConfig
 from griffin_jax.mesh import MODEL_AXIS, axis_size, checked_mesh
 from griffin_jax.model import Transformer
 from griffin_jax.planning import NarrowingWarning, Plan, narrowing, plan_of
-from griffin_jax.sharding import check_mesh, parameter_spec
+from griffin_jax.sharding import check_mesh, parameter_spec, with_kv_copies
 from griffin_jax.sources import (
     PICKLE_HELP,
     FamilySource,
@@ -203,16 +203,19 @@ def load_model(
         raise ValueError("a mesh says how the parameters are divided: give it or a sharding, not both")
     mesh = None if mesh is None else checked_mesh(mesh)
     opened = open_source(source, allow_pickle)
+    config = opened.config
     if mesh is not None:
-        check_mesh(opened.config, axis_size(mesh, MODEL_AXIS))
-        sharding = functools.partial(_sharding_on, mesh, opened.config)
+        devices = axis_size(mesh, MODEL_AXIS)
+        check_mesh(config, devices)
+        config = with_kv_copies(config, devices)
+        sharding = functools.partial(_sharding_on, mesh, config)
     if wanted is None:
         wanted = np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     elif lost := narrowing(opened, wanted):
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     shardings = None if sharding is None else _shardings(sharding, opened.shapes)
     tokenizer = _fitting_tokenizer(opened)
-    return assemble(opened.config, opened.parameters(wanted, shardings), jnp.dtype(wanted)), tokenizer
+    return assemble(config, opened.parameters(wanted, shardings), jnp.dtype(wanted)), tokenizer
 
 
 def _sharding_on(mesh: Mesh, config: ModelConfig, path: str, shape: tuple[int, ...]) -> NamedSharding:

@@ -244,7 +244,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
-        n, g, h, d = config.num_heads, config.num_kv_heads, config.head_dim, config.width
+        n, g, h, d = config.num_heads, config.kv_heads, config.head_dim, config.width
         self.qkv = _matrix(rngs, (g, n // g + 2, h, d), fan_in=d, dtype=dtype)
         self.out = _matrix(rngs, (n, h, d), fan_in=n * h, dtype=dtype)
         self.qkv_bias = _bias((g, n // g + 2, h), dtype) if config.attention_bias else None

@@ -14,6 +14,8 @@ Everything here is a plain function of shapes, and takes a `Mesh` or an `Abstrac
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -96,10 +98,26 @@ def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
     """Which of heads, neurons and vocabulary this many devices share; the others are on every device.
 
     Heads are shared by their groups, each with its key and value: where the number of groups is no multiple of
-    the devices, every device has all of attention and of the cache.
+    the devices, and copies do not make it one, every device has all of attention and of the cache.
     """
-    sizes = {HEADS: config.num_kv_heads, NEURONS: config.ff_width, VOCABULARY: config.vocab_size}
+    sizes = {HEADS: config.kv_heads, NEURONS: config.ff_width, VOCABULARY: config.vocab_size}
     return {name: size % devices == 0 for name, size in sizes.items()}
+
+
+def with_kv_copies(config: ModelConfig, devices: int) -> ModelConfig:
+    """The config of the same model with its key/value heads repeated, so that this many devices share attention.
+
+    Each copy has an equal share of the query heads of its group. The cache grows on all devices together, but each of
+    them has less of it than if it had all heads. The config stays what it is where the heads can be shared as they are,
+    or copies could not have equally many query heads.
+
+    Args:
+        config: the architecture.
+        devices: along `MODEL_AXIS`.
+    """
+    copies = devices // math.gcd(config.num_kv_heads, devices)
+    possible = config.num_heads % (config.num_kv_heads * copies) == 0
+    return dataclasses.replace(config, kv_copies=copies if possible else 1)
 
 
 def parameter_spec(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -38,12 +39,12 @@ class Sizes:
     def __init__(self, config: ModelConfig, batch: int, slots: int, itemsize: int, *, shared: bool, devices: int = 1):
         self.config, self.batch, self.slots, self.itemsize = config, batch, slots, itemsize
         self.sets, self.devices = 1 if shared else batch, devices
-        whole, shapes = local_shapes(config, 1), local_shapes(config, devices)
+        whole, shapes = local_shapes(dataclasses.replace(config, kv_copies=1), 1), local_shapes(config, devices)
         self.parameters = sum(map(math.prod, whole.values()))
         self.local_parameters = sum(map(math.prod, shapes.values()))
         rows = [whole.get(f"layers.0.ff.{name}", (0,)) for name in NEURON_AXES]
         self.row = sum(map(math.prod, rows)) // config.ff_width
-        groups = config.num_kv_heads // (devices if divided(config, devices)[HEADS] else 1)
+        groups = config.kv_heads // (devices if divided(config, devices)[HEADS] else 1)
         self.cache = 2 * config.num_layers * batch * groups * config.head_dim * slots * itemsize
         tables = ["position_embedding"] if config.tied_head else ["embedding", "position_embedding"]
         looked_up = [shapes[table] for table in tables if table in shapes]

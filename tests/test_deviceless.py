@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import subprocess
@@ -205,6 +206,17 @@ class TestDevices:
             assert compiled.ff_copies_per_step == ()
         shown = table("Qwen", report)
         assert "Attention and the cache are not divided: 8 devices cannot share the key/value heads evenly." in shown
+
+    def test_heads_that_are_fewer_than_devices(self, cuda):
+        config = dataclasses.replace(named("Llama-3-70B", layers=1), num_kv_heads=2)
+        report = compile_for("h100", config, devices=8, prompt=16, new=16)
+        assert (report.kv_copies, report.replicated) == (4, ())
+        assert report.cache == 2 * 128 * 32 * 2
+        assert report.parameters == compile_for("h100", config, prompt=16, new=16).parameters
+        for compiled in (report.dense, report.pruned):
+            assert compiled.collectives_in_layers == {"all-reduce": 2}
+            assert compiled.ff_copies_per_step == compiled.cache_copies_per_step == ()
+        assert "Each key/value head is there 4 times" in table("Llama", report)
 
     def test_one_device_talks_to_nobody(self, report):
         for compiled in (report.dense, report.pruned):

@@ -17,6 +17,7 @@ from griffin_jax import griffin, jitted
 from griffin_jax.assembly import random_model
 from griffin_jax.cli import main
 from griffin_jax.deviceless import inspect
+from griffin_jax.fingerprint import fingerprint
 from griffin_jax.hlo import Module
 from griffin_jax.mesh import checked_mesh, make_mesh, parse_mesh
 from griffin_jax.sharding import model_shardings, parameter_spec
@@ -115,6 +116,25 @@ class TestAnswers:
             llm = gj.load(native.folder, "float32", mesh=mesh)
             assert tokens(llm) == expected
             assert llm.model.embedding[...].sharding.device_set == set(mesh.devices.flat)
+
+
+def test_key_value_heads_that_are_fewer_than_devices(tmp_path):
+    """Each device has one of them, and eighths of all else."""
+    alone = built(tmp_path, 2)
+    llm = gj.load(tmp_path, "float32", mesh=make_mesh(1, 8))
+    assert (llm.config.num_kv_heads, llm.config.kv_copies) == (2, 4)
+    attention = llm.model.layers[1].attention
+    assert own(attention.qkv[...]) == (1, 3, 4, 32)
+    assert own(attention.out[...]) == (1, 4, 32)
+    answer = jitted.begin(prefilled(llm.model))
+    assert own(answer.cache.keys[0]) == (4, 1, 4, 32)
+    text = program(gj.decode, llm.model, answer, np.int32(16))
+    found = inspect(text, {own(llm.model.layers[0].ff.down[...])}, {own(answer.cache.keys[0])})
+    assert found["collectives_in_layers"] == {"all-reduce": 4}
+    assert fingerprint(llm.model) == fingerprint(alone.llm.model)
+    saved = gj.load(gj.save(llm.model, tmp_path / "saved"), "float32")
+    assert saved.config == alone.llm.config
+    assert_same(saved.model, alone.llm.model)
 
 
 def test_shards_keep_their_own_best(native):

@@ -7,17 +7,21 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from griffin_jax.assembly import abstract_model, parameter_shapes, random_model
+from griffin_jax import jitted
+from griffin_jax.assembly import abstract_model, assemble, disassemble, parameter_shapes, random_model
 from griffin_jax.cache import empty_cache
 from griffin_jax.config import ModelConfig
+from griffin_jax.fingerprint import fingerprint
+from griffin_jax.generate import pad
 from griffin_jax.griffin import Experts, prune
 from griffin_jax.mesh import MODEL_AXIS
 from griffin_jax.named import named
 from griffin_jax.one_copy import OneCopy
-from griffin_jax.sharding import check_mesh, divided, dotted, model_shardings, parameter_spec
+from griffin_jax.sharding import check_mesh, divided, dotted, model_shardings, parameter_spec, with_kv_copies
 from griffin_jax.sizes import Sizes, local_shapes
 
 LLAMA = named("Llama-3-70B", layers=1)
@@ -119,6 +123,54 @@ def test_keys_and_values_lie_where_their_sequences_and_heads_are(kv_heads, heads
     found = {name: parameter_spec(name, array.shape, config, at) for name, array in arrays.items()}
     assert (*found["keys"], None, None)[:2] == (*found["values"], None, None)[:2] == (sequences, heads)
     assert (*found["positions"], None)[0] == (*found["context"], None)[0] == sequences
+
+
+class TestKeyValueHeadsThatAreFewerThanDevices:
+    @pytest.mark.parametrize(
+        ("heads", "kv_heads", "devices", "copies"),
+        [
+            (8, 8, 8, 1),
+            (8, 8, 2, 1),
+            (8, 2, 8, 4),
+            (8, 1, 4, 4),
+            (12, 3, 2, 2),
+            (40, 10, 8, 4),
+            (28, 4, 8, 1),
+            (8, 2, 16, 1),
+        ],
+    )
+    def test_how_often_each_is_held(self, heads, kv_heads, devices, copies):
+        config = with_kv_copies(dataclasses.replace(TINY, num_heads=heads, num_kv_heads=kv_heads), devices)
+        assert (config.num_kv_heads, config.kv_copies) == (kv_heads, copies)
+        assert divided(config, devices)["heads"] == (heads % devices == 0)
+        assert with_kv_copies(config, 1).kv_copies == 1
+
+    @pytest.mark.parametrize("head_norm", ["none", "shared", "own", "joint"])
+    def test_copies_change_nothing(self, head_norm):
+        config = dataclasses.replace(TINY, num_kv_heads=2, head_norm=head_norm, attention_bias=True)
+        shapes = parameter_shapes(config)
+        rng = np.random.default_rng(0)
+        weights = {path: (rng.standard_normal(shape) / 4).astype(np.float32) for path, shape in shapes.items()}
+        copied = with_kv_copies(config, 8)
+        assert parameter_shapes(copied) == shapes
+        models = [assemble(one, weights.items(), jnp.float32) for one in (config, copied)]
+        back = dict(disassemble(models[1]))
+        assert back.keys() == weights.keys()
+        for path, array in weights.items():
+            np.testing.assert_array_equal(back[path], array)
+        assert fingerprint(models[0]) == fingerprint(models[1])
+        tokens, lengths = pad([[5, 7, 11, 13, 2], [9, 8, 7]], 16)
+        one, many = (jitted.prefill(model, tokens, lengths, room=16) for model in models)
+        assert many.cache.keys[0].shape == (2, 8, 4, 32)
+        np.testing.assert_allclose(one.logits, many.logits, rtol=1e-5, atol=1e-5)
+        repeated = jnp.repeat(one.cache.values[1], 4, axis=1)
+        np.testing.assert_allclose(many.cache.values[1], repeated, rtol=1e-5, atol=1e-5)
+
+    def test_a_config_says_what_does_not_fit(self):
+        with pytest.raises(ValueError, match="num_heads 8 is not a multiple of num_kv_heads 2 x 8"):
+            dataclasses.replace(TINY, num_kv_heads=2, kv_copies=8)
+        with pytest.raises(ValueError, match="kv_copies must be a whole number of at least 1, got 0"):
+            dataclasses.replace(TINY, kv_copies=0)
 
 
 class TestSizes:
