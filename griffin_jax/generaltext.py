@@ -4,7 +4,7 @@ The text is that of files, cut into windows, or what the dense model writes itse
 token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds
 
 - the statistic of all tokens,
-- the relative activations of some of them: the calibration rows,
+- a few rows that stand for the relative activations of all of them: the calibration rows,
 - how sensitive predictions are to each neuron, by which layers keep shares of their own. These shares are used only if
   they helped in texts that were held out of all this.
 """
@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from griffin_jax import jitted
+from griffin_jax import jitted, sketch
 from griffin_jax.arguments import add_dtype_argument, add_model_argument, check_output
-from griffin_jax.cache import EMPTY
 from griffin_jax.evaluation.batches import Item, batches
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Row
@@ -30,9 +29,10 @@ from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import bucket, pad
 from griffin_jax.llm import load
+from griffin_jax.mesh import to_host
 from griffin_jax.model import Transformer
 from griffin_jax.prior import Prior
-from griffin_jax.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, spread
+from griffin_jax.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS
 from griffin_jax.sampling import Sample
 from griffin_jax.sensitivity import sensitivity
 from griffin_jax.tokenizer import Tokenizer
@@ -42,6 +42,9 @@ TRIAL_DENSITY = 0.5
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """That are tried, see `Prior.strength`."""
+
+MOST_SKETCHED = 512
+"""Tokens of each text, at most, that the calibration rows are made of."""
 
 LEAST_TEXTS, MOST_HELD_OUT = 5, 8
 """A trial needs a fifth of the texts, and at most this many of them."""
@@ -99,7 +102,7 @@ def self_generated(
             draw = {"sampler": Sample(temperature=1.0), "eos": config.eos_token_ids}
             answer = jitted.begin(prefilled, seed=jnp.asarray(draws[rows]), **draw)
             answer = jitted.decode(model, answer, np.int32(length - 1), **draw)
-            written = np.asarray(answer.tokens)[: count - start]
+            written = to_host(answer.tokens)[: count - start]
             texts += [
                 [firsts[row], *row_tokens[row_tokens >= 0].tolist()]
                 for row, row_tokens in zip(rows, written, strict=False)
@@ -114,44 +117,47 @@ def measure(
     *,
     size: int,
     rows: int = DEFAULT_CALIBRATION,
+    seed: int = 0,
     quiet: bool = False,
 ) -> Prior:
-    """The prior of a model: its statistic over texts, and rows of some of their tokens.
+    """The prior of a model: its statistic over texts, and their relative activations in a few rows.
 
     Args:
         model: the full model.
         texts: token ids, each of at least one and within the model's context. What is found for a text does not
             depend on its batch.
         size: texts in a batch.
-        rows: calibration rows of every layer, at most, spread evenly over all texts.
+        rows: calibration rows of every layer, at most, see `griffin_jax.sketch`; of each text up to `MOST_SKETCHED`
+            tokens go into them.
+        seed: of the draws that they begin with.
         quiet: no progress bar.
     """
-    ends = np.cumsum([len(text) for text in texts])
-    counts = np.bincount(np.searchsorted(ends, _spread(ends[-1], rows), side="right"), minlength=len(texts))
-    most = int(counts.max())
     squares = [np.zeros(neurons, np.float64) for neurons in model.neurons]
-    found: list[tuple[int, list[np.ndarray]]] = []
     shapes: dict[int, list[int]] = {}
     for number, text in enumerate(texts):
         shapes.setdefault(bucket(len(text)), []).append(number)
-    with tqdm(total=len(texts), unit="text", desc="reading", disable=quiet or None) as progress:
-        for width, numbers in sorted(shapes.items(), reverse=True):
-            for start in range(0, len(numbers), size):
-                batch = numbers[start : start + size]
-                filled = [*batch, *[batch[-1]] * (size - len(batch))]
-                tokens, lengths = pad([texts[number] for number in filled], width)
-                read = jitted.prefill(model, tokens, lengths, room=0, rows=most)
-                for total, layer in zip(squares, read.statistics.squares, strict=True):
-                    total += np.asarray(layer, np.float64)[: len(batch)].sum(axis=0)
-                for index, number in enumerate(batch):
-                    if counts[number]:
-                        chosen = _spread(min(len(texts[number]), most), counts[number])
-                        found.append((number, [np.asarray(layer[index], np.float16)[chosen] for layer in read.rows]))
-                progress.update(len(batch))
-    in_order = [layers for _, layers in sorted(found, key=lambda pair: pair[0])]
+    bases = sketch.random_bases(model.neurons, rows, seed) if rows else ()
+    products: sketch.Bases = ()
+    passes = sketch.PASSES if rows else 1
+    with tqdm(total=passes * len(texts), unit="text", desc="reading", disable=quiet or None) as progress:
+        for turn in range(passes):
+            bases = sketch.next_bases(products) if turn else bases
+            products = tuple(map(jnp.zeros_like, bases))
+            for width, numbers in sorted(shapes.items(), reverse=True):
+                for start in range(0, len(numbers), size):
+                    batch = numbers[start : start + size]
+                    filled = [*batch, *[batch[-1]] * (size - len(batch))]
+                    tokens, lengths = pad([texts[number] for number in filled], width)
+                    read = jitted.prefill(model, tokens, lengths, room=0, rows=min(width, MOST_SKETCHED) if rows else 0)
+                    for total, layer in zip(squares, read.statistics.squares, strict=True):
+                        total += 0 if turn else to_host(layer)[: len(batch)].astype(np.float64).sum(axis=0)
+                    if rows:
+                        products = sketch.add_products(products, bases, read.rows, np.arange(size) < len(batch))
+                    progress.update(len(batch))
+    sketched = sum(min(len(text), MOST_SKETCHED) for text in texts)
     return Prior(
         tuple(jnp.asarray(total, jnp.float32) for total in squares),
-        tuple(jnp.asarray(np.concatenate(layers)) for layers in zip(*in_order, strict=True)),
+        sketch.leading_rows(products, bases, sketched, rows) if rows else (),
         fingerprint(model),
         sum(map(len, texts)),
     )
@@ -202,12 +208,6 @@ def with_budgets(
     return dataclasses.replace(prior, strength=best, uniform=uniform)
 
 
-def _spread(length: int, rows: int) -> np.ndarray:
-    """Evenly spread numbers below `length`: `rows` of them, or all."""
-    found = np.asarray(spread(jnp.asarray([length]), int(rows))[0]) if rows else np.empty(0, np.int32)
-    return found[found != EMPTY]
-
-
 def beside(model: str) -> Path:
     """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
     path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
@@ -245,6 +245,8 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name[2:].replace("-", "_"))
         if value is not None and value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if options.seed >= 2**31:
+        raise ValueError(f"--seed must be less than 2**31, got {options.seed}")
     output = options.output or beside(options.model)
     check_output("--output", output)
     if missing := [file for file in options.text or () if not file.is_file()]:
@@ -266,7 +268,7 @@ def run(options: argparse.Namespace) -> None:
         texts = self_generated(llm.model, options.self_generated, window, size=options.batch, seed=options.seed)
     held_out = _held_out(texts) if options.budget_texts else []
     measured = [text for number, text in enumerate(texts) if number not in held_out]
-    prior = measure(llm.model, measured, size=options.batch, rows=options.rows)
+    prior = measure(llm.model, measured, size=options.batch, rows=options.rows, seed=options.seed)
     if held_out:
         trial = [texts[number] for number in held_out]
         sensitive = measured[:: -(-len(measured) // options.budget_texts)]

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from griffin_jax.arrayfile import load_arrays, save_arrays
 from griffin_jax.config import GriffinConfig, Method, density_that_keeps
 
-PRIOR_FORMAT = "griffin_jax prior 1"
+PRIOR_FORMAT = "griffin_jax prior 2"
 
 DEFAULT_WEIGHT = 0.5
 """Of the prior's rank; the prompt's has the rest."""
@@ -47,8 +47,8 @@ class Prior:
 
     Attributes:
         squares: per layer, s^2 of all texts together, float32.
-        rows: per layer, relative activations of some tokens of the texts, float16: the calibration rows of a
-            `Reconstruction`. No layers if there are none.
+        rows: per layer, float16, with nearly the second moments of the relative activations of a token of the texts:
+            the calibration rows of a `Reconstruction`, see `griffin_jax.sketch`. No layers if there are none.
         model: fingerprint of the model that it belongs to.
         tokens: how many there were.
         sensitivity: per layer, what predictions depend on each neuron, see `griffin_jax.sensitivity`; no layers if it

@@ -26,12 +26,16 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.cache import EMPTY
 from griffin_jax.griffin import relative_activations
+from griffin_jax.mesh import mesh_of
 
 DEFAULT_ROWS = 256
 """Tokens of a prompt that a reconstruction is fitted to, at most."""
 
 DEFAULT_CALIBRATION = 384
-"""Tokens of general text that it is fitted to beside them: more of them gain, and cost time for every prompt."""
+"""Rows for general text that it is fitted to beside them: more of them gain, and cost time for every prompt."""
+
+CALIBRATION_WEIGHT = 4096.0
+"""Tokens of a prompt that general text counts for."""
 
 LEAST_RIDGE = 1e-3
 """Below, float32 could not solve systems of a few thousand tokens."""
@@ -80,8 +84,10 @@ class Reconstruction:
             Experts that a batch shares are fitted to the rows of all its sequences together.
         ridge: lambda in mu = lambda * mean(diag(A A^T)), the mean over the prompt's rows; at least `LEAST_RIDGE`. The
             larger it is, the smaller the change.
-        calibration: per layer, more such rows, of other texts, which keep short prompts from being overfitted.
-        weight: of the squared error of a calibration row, where a prompt's row has 1.
+        calibration: per layer, rows that stand for a token of general text, as those of a `Prior`, which keep the
+            prompt from being overfitted: their second moments count, and no row by itself.
+        weight: of the squared errors of the calibration rows, where each of the prompt's rows has 1: as if there were
+            this many tokens of general text.
 
     Raises:
         ValueError: ridge or weight is outside its range.
@@ -90,7 +96,7 @@ class Reconstruction:
     rows: tuple[Float[Array, "_b _r _f"], ...]
     ridge: float | Float[Array, ""] = 1.0
     calibration: tuple[Float[Array, "_c _f"], ...] = ()
-    weight: float | Float[Array, ""] = 0.5
+    weight: float | Float[Array, ""] = CALIBRATION_WEIGHT
 
     def __post_init__(self) -> None:
         # Inside of jit they are traced and have been checked.
@@ -136,9 +142,7 @@ class Reconstruction:
             systems.append(system)
             targets.append(target)
         # Systems have the same shape in all layers, whatever these keep, and are solved together.
-        factor = jax.lax.linalg.cholesky(jnp.stack(systems))
-        half = jax.lax.linalg.triangular_solve(factor, jnp.stack(targets), left_side=True, lower=True)
-        solved = jax.lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+        solved = _solved(jnp.stack(systems), jnp.stack(targets), on_mesh=mesh_of(down[0]) is not None)
         changes = [_product("bsk,bsd->bkd", a.astype(jnp.float32), x) for a, x in zip(kept, solved, strict=True)]
         return [change[0] for change in changes] if shared else changes
 
@@ -166,6 +170,36 @@ class Reconstruction:
         # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
         mu = jnp.where(mean > 0, self.ridge * mean, 1.0)
         return system + mu[:, None, None] * jnp.eye(system.shape[-1]), target, a
+
+
+def _solved(
+    systems: Float[Array, "l b s s"], targets: Float[Array, "l b s d"], *, on_mesh: bool
+) -> Float[Array, "l b s d"]:
+    """X of A X = R for symmetric positive definite A.
+
+    Of several devices that are one processor's, each would wait in LAPACK for threads that the others hold (jaxlib
+    0.10). There rows are eliminated one by one, which needs no pivots for such matrices.
+    """
+
+    def by_cholesky(systems: Array, targets: Array) -> Array:
+        factor = jax.lax.linalg.cholesky(systems)
+        half = jax.lax.linalg.triangular_solve(factor, targets, left_side=True, lower=True)
+        return jax.lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+
+    def by_elimination(systems: Array, targets: Array) -> Array:
+        size = systems.shape[-1]
+
+        def eliminate(number: Array, joint: Array) -> Array:
+            row = joint[:, :, number] / joint[:, :, number, number][..., None]
+            joint -= joint[..., number][..., None] * row[:, :, None]
+            return joint.at[:, :, number].set(row)
+
+        joint = jnp.concatenate([systems, targets], axis=-1)
+        return jax.lax.fori_loop(0, size, eliminate, joint)[..., size:]
+
+    if not on_mesh:
+        return by_cholesky(systems, targets)
+    return jax.lax.platform_dependent(systems, targets, cpu=by_elimination, default=by_cholesky)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

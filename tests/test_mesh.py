@@ -18,6 +18,7 @@ from griffin_jax.assembly import random_model
 from griffin_jax.cli import main
 from griffin_jax.deviceless import inspect
 from griffin_jax.fingerprint import fingerprint
+from griffin_jax.generaltext import measure, with_budgets
 from griffin_jax.hlo import Module
 from griffin_jax.mesh import checked_mesh, make_mesh, parse_mesh
 from griffin_jax.sharding import model_shardings, parameter_spec
@@ -116,6 +117,42 @@ class TestAnswers:
             llm = gj.load(native.folder, "float32", mesh=mesh)
             assert tokens(llm) == expected
             assert llm.model.embedding[...].sharding.device_set == set(mesh.devices.flat)
+
+
+@pytest.fixture(scope="module")
+def priors(native) -> list[gj.Prior]:
+    """Measured on one device, and on eight."""
+    texts = [list(range(start, start + 24)) for start in range(10, 290, 14)]
+    found = []
+    for llm in (native.llm, gj.load(native.folder, "float32", mesh=make_mesh(2, 4))):
+        prior = measure(llm.model, texts[4:], size=4, rows=40, quiet=True)
+        found.append(with_budgets(llm.model, prior, texts[4:], texts[:4], size=4, quiet=True))
+    return found
+
+
+class TestBeyondGriffin:
+    def test_a_prior_measured_on_a_mesh(self, priors):
+        one, eight = priors
+        assert (one.model, one.tokens, one.strength) == (eight.model, eight.tokens, eight.strength)
+        for name in ("squares", "sensitivity"):
+            for a, b in zip(getattr(one, name), getattr(eight, name), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4)
+        for a, b in zip(one.rows, eight.rows, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)  # float16
+
+    @pytest.mark.parametrize("shape", MESHES[:2])
+    def test_answers(self, native, priors, shape):
+        llm = gj.load(native.folder, "float32", mesh=make_mesh(*shape))
+        prior = {"prior": priors[0]}
+        for options in (
+            {**prior, "shards": 8},
+            {**prior, "quality": "best", "multiple": 8},
+            {**prior, "reconstruct": 16, "shared": True, "refresh_every": 4},
+            {"refresh_every": 3, "temperature": 1.0, "seed": 3},
+            {"lossless": 2},
+            {"lossless": 2, "temperature": 1.0, "seed": 3, "shared": True},
+        ):
+            assert tokens(llm, **options) == tokens(native.llm, **options), options
 
 
 def test_key_value_heads_that_are_fewer_than_devices(tmp_path):

@@ -62,7 +62,7 @@ from griffin_jax.fingerprint import fingerprint
 from griffin_jax.llm import LLM
 from griffin_jax.mesh import DATA_AXIS, axis_size
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
-from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
+from griffin_jax.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
 
 FORMAT = "griffin_jax eval 1"
 """Of results.json."""
@@ -218,8 +218,8 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
         "--ridge", type=float, default=1.0, metavar="L", help="the larger, the less it changes (default: %(default)s)"
     )
     beyond.add_argument(
-        "--calibration-weight", type=float, default=0.5, metavar="A",
-        help="of a calibration row, where a token of the prompt has 1 (default: %(default)s)",
+        "--calibration-weight", type=float, default=CALIBRATION_WEIGHT, metavar="A",
+        help=f"tokens of the prompt that general text counts for in +{CALIBRATION} (default: %(default)g)",
     )  # fmt: skip
     beyond.add_argument(
         "--refresh-every", type=int, default=32, metavar="N",

@@ -19,7 +19,7 @@ from griffin_jax.generate import Prefilled
 from griffin_jax.griffin import Experts, Statistics, prune, select
 from griffin_jax.model import Transformer
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
-from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
+from griffin_jax.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
 
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)
@@ -44,7 +44,7 @@ class Beyond:
         prior_weight: of the prior's rank.
         rows: tokens of each prompt for `RECONSTRUCTION`.
         ridge: of the same.
-        calibration_weight: of a calibration row.
+        calibration_weight: tokens that `CALIBRATION` counts for.
         refresh_every: tokens, for `REFRESH`.
     """
 
@@ -52,7 +52,7 @@ class Beyond:
     prior_weight: float = DEFAULT_WEIGHT
     rows: int = DEFAULT_ROWS
     ridge: float = 1.0
-    calibration_weight: float = 0.5
+    calibration_weight: float = CALIBRATION_WEIGHT
     refresh_every: int = 32
 
     def config(self, row: Row) -> GriffinConfig:
