@@ -95,5 +95,8 @@ def leading_rows(products: Bases, bases: Bases, tokens: int, rows: int) -> tuple
         squares, vectors = np.linalg.eigh(root @ root.T)
         best = np.argsort(-squares, kind="stable")[: min(rows, tokens)]
         scale = np.sqrt(np.maximum(squares[best] - shift, 0) / squares[best])
-        found.append(jnp.asarray(scale[:, None] * (vectors[:, best].T @ root), jnp.float16))
+        leading = scale[:, None] * (vectors[:, best].T @ root)
+        # The signs are arbitrary; these are the same everywhere.
+        largest = np.take_along_axis(leading, np.abs(leading).argmax(axis=1)[:, None], axis=1)
+        found.append(jnp.asarray(leading * np.where(largest < 0, -1, 1), jnp.float16))
     return tuple(found)
