@@ -32,13 +32,18 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
 
 
-def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --mesh and --distributed."""
+def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --mesh."""
     parser.add_argument(
         "--mesh",
         metavar="data=D,model=M",
         help="D x M devices: batches are divided among D of them, the model among M (one that is left out is 1)",
     )
+
+
+def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare --mesh and --distributed."""
+    add_mesh_argument(parser)
     distributed.add_argument(parser)
 
 
@@ -49,7 +54,7 @@ def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
         ValueError: it is malformed, there are fewer devices, or several processes have none.
     """
     if options.mesh is None:
-        if options.distributed:
+        if getattr(options, "distributed", None):
             raise ValueError("--distributed needs --mesh over all devices, such as --mesh data=2,model=4")
         return None
     return make_mesh(**parse_mesh(options.mesh))

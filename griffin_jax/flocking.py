@@ -32,9 +32,11 @@ from tqdm import tqdm
 from griffin_jax import __version__, flockingreport
 from griffin_jax.arguments import (
     add_dtype_argument,
+    add_mesh_argument,
     add_model_argument,
     check_folder,
     check_matplotlib,
+    chosen_mesh,
     load_reader,
     numbers,
 )
@@ -381,6 +383,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_argument(parser)
     add_dtype_argument(parser)
+    add_mesh_argument(parser)
     how = parser.add_argument_group("measurement")
     how.add_argument("--batch", type=int, metavar="B", default=4, help="texts at a time (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
@@ -405,7 +408,7 @@ def run(options: argparse.Namespace) -> None:
     if missing := [file for file in options.files if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
-    llm = load_reader(options)
+    llm = load_reader(options, chosen_mesh(options))
     assert llm.tokenizer is not None
     count, context = llm.config.num_layers, llm.config.max_positions
     if options.prompt_tokens + options.new_tokens > context:

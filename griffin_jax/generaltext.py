@@ -21,7 +21,13 @@ import numpy as np
 from tqdm import tqdm
 
 from griffin_jax import jitted, sketch
-from griffin_jax.arguments import add_dtype_argument, add_model_argument, check_output
+from griffin_jax.arguments import (
+    add_dtype_argument,
+    add_mesh_argument,
+    add_model_argument,
+    check_output,
+    chosen_mesh,
+)
 from griffin_jax.evaluation.batches import Item, batches
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Row
@@ -218,6 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     add_model_argument(parser)
     add_dtype_argument(parser)
+    add_mesh_argument(parser)
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
     text.add_argument("--self-generated", metavar="N", type=int, help="N texts that the dense model writes")
@@ -252,7 +259,8 @@ def run(options: argparse.Namespace) -> None:
     if missing := [file for file in options.text or () if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle)
+    mesh = chosen_mesh(options)
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
     window = min(options.window, llm.config.max_positions)
     if options.text:
         if llm.tokenizer is None:
