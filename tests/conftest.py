@@ -54,6 +54,11 @@ PASSAGES = [
 """Five texts of different kinds, written for these tests."""
 
 
+def first_and_slow(first: int, *values: Any) -> list[Any]:
+    """Parameters of which only the first are for every run."""
+    return [*values[:first], *(pytest.param(value, marks=pytest.mark.slow) for value in values[first:])]
+
+
 class FilesAndVariants(LoadScopeScheduling):
     """A file's tests go to one worker: what they load and compile in common, the other would load and compile again.
 

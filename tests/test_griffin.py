@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import oracle_squares, oracle_topk, torch_greedy, torch_intermediates
 
 import griffin_jax as gj
@@ -283,7 +283,7 @@ class TestExperts:
 class TestDemoModel:
     """On real weights and real text."""
 
-    @pytest.mark.parametrize("passage", PASSAGES, ids=range(len(PASSAGES)))
+    @pytest.mark.parametrize("passage", first_and_slow(2, *PASSAGES), ids=range(len(PASSAGES)))
     def test_experts_are_the_oracles(self, demo_llm, demo_torch, passage):
         tokens = demo_llm.tokenizer.encode(passage)
         experts = demo_llm.experts(passage, density=0.5)
@@ -292,7 +292,7 @@ class TestDemoModel:
             scores = np.sqrt(oracle_squares(z))
             np.testing.assert_array_equal(got[0], oracle_topk(scores, 768))
 
-    @pytest.mark.parametrize("passage", PASSAGES[:3], ids=range(3))
+    @pytest.mark.parametrize("passage", first_and_slow(1, *PASSAGES[:3]), ids=range(3))
     def test_pruned_answer_is_the_masked_models(self, demo_llm, demo_torch, passage):
         out = demo_llm.generate(passage, max_new_tokens=32, density=0.5, ignore_eos=True)
         masks = [mask[0] for mask in out.experts.masks()]

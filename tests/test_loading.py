@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints_gguf import write_gguf
+from conftest import first_and_slow
 
 import griffin_jax as gj
 from griffin_jax import cli, loading, sources, verification
@@ -403,7 +404,7 @@ assert "sharding of parameter embedding is None" in message(lambda path, shape: 
 
 
 @pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
-@pytest.mark.parametrize("kind", ["native", "hf", "gguf", "native-float16"])
+@pytest.mark.parametrize("kind", first_and_slow(2, "native", "hf", "gguf", "native-float16"))
 def test_parameters_go_to_their_devices(tmp_path, kind):
     folder = checkpoints.write(tmp_path / "hf")
     dtype = "float32"

@@ -150,11 +150,12 @@ class TestDistribution:
     @pytest.mark.parametrize(
         ("name", "wrong"),
         [
-            ("accept", lambda chance, p, q: jnp.ones_like(chance, bool)),
-            ("accept", lambda chance, p, q: chance < p),
-            ("correction", lambda p, q: p),
+            pytest.param("correction", lambda p, q: p, id="drawing again from p"),
+            pytest.param(
+                "accept", lambda chance, *_: jnp.ones_like(chance, bool), id="accepting always", marks=pytest.mark.slow
+            ),
+            pytest.param("accept", lambda chance, p, _: chance < p, id="accepting with p", marks=pytest.mark.slow),
         ],
-        ids=["accepting always", "accepting with p", "drawing again from p"],
     )
     def test_a_wrong_rule_would_be_found(self, model, monkeypatch, name, wrong):
         monkeypatch.setattr(lossless, name, wrong)
