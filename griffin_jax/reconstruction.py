@@ -159,12 +159,18 @@ class Reconstruction:
             more = more.astype(rows.dtype)
             rows = jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
         is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
-        dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
-        # XLA's CPU code has no product of batches of bfloat16 in this form.
-        others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
-        target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
         a = jnp.take_along_axis(rows, index[:, None], axis=-1)
-        system = _product("bsk,buk->bsu", a, a)
+        if mesh_of(weight) is not None:
+            # Each device adds up over the neurons that it has: only sums are exchanged, and no rows of weights.
+            target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
+            of_kept = jnp.where(is_kept[:, None], rows, 0)
+            system = _product("bsf,buf->bsu", of_kept, of_kept)
+        else:
+            dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
+            # XLA's CPU code has no product of batches of bfloat16 in this form.
+            others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
+            target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
+            system = _product("bsk,buk->bsu", a, a)
         squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
         mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1)
         # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.

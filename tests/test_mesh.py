@@ -288,6 +288,17 @@ class TestPrograms:
             assert own(matrices.down[...]) == (*sets, NEURONS // 2 // shape[1], WIDTH)
             assert own(matrices.inner[...]) == (2, *sets, NEURONS // 2 // shape[1], WIDTH)
 
+    def test_reconstruction_exchanges_no_weights(self, shape):
+        model = wide(shape)
+        sequences, lengths = gj.pad([[5, 7, 11, 13], [2, 3], [9, 1, 4], [3]], 16)
+        read = jitted.prefill(model, sequences, lengths, room=0, rows=4)
+        experts = jitted.select(read.statistics, gj.GriffinConfig(shards=8))
+        gather = functools.partial(griffin._gather, config=model.config)
+        text = program(gather, griffin._neuron_rows(model), experts, gj.Reconstruction(read.rows))
+        module = Module.parse(text)
+        sizes = [collective.size for collective in module.collectives(module.run())]
+        assert 0 < max(sizes) < NEURONS // 2 * WIDTH * 4
+
 
 class TestRefusals:
     @pytest.mark.parametrize(
