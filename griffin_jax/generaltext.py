@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def with_budgets(
     steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
     row = Row("+".join(["topk", *steps]), TRIAL_DENSITY)
     items = [Item(str(number), text[: len(text) // 2], text[len(text) // 2 :]) for number, text in enumerate(held_out)]
-    sums = dict.fromkeys(STRENGTHS, 0.0)
+    losses: dict[float, list[float]] = {strength: [] for strength in STRENGTHS}
     with tqdm(total=len(items), unit="text", desc="trying budgets", disable=quiet or None) as progress:
         for batch in batches(items, size, seed):
             width = batch.answers.shape[1]
@@ -206,12 +206,28 @@ def with_budgets(
             for strength in STRENGTHS:
                 beyond = Beyond(dataclasses.replace(prior, strength=strength))
                 scores = score_answers(model, [Row(DENSE, 1.0), row], prefilled, *answers, [width], beyond)
-                sums[strength] += sum(text[row.name]["kl"][0] for text in scores[: len(batch.items)])
+                losses[strength] += [text[row.name]["kl"][0] for text in scores[: len(batch.items)]]
             progress.update(len(batch.items))
     tokens = sum(len(item.answer) for item in items)
-    best = min(sums, key=lambda strength: sums[strength])
-    uniform = "" if best else f"KL was {sums[0.0] / tokens:.3f} nats per token, and with shares of their own no less"
-    return dataclasses.replace(prior, strength=best, uniform=uniform)
+    strength = least_strength(losses)
+    equal = sum(losses[0.0]) / tokens
+    uniform = "" if strength else f"KL was {equal:.3f} nats per token, and with shares of their own not clearly less"
+    return dataclasses.replace(prior, strength=strength, uniform=uniform)
+
+
+def least_strength(losses: Mapping[float, Sequence[float]]) -> float:
+    """The least strength that is not clearly worse than the best: within one standard error of the difference.
+
+    Args:
+        losses: by strength, that of each text, the same texts for all.
+    """
+    best = min(losses, key=lambda strength: sum(losses[strength]))
+
+    def close(strength: float) -> bool:
+        differences = np.subtract(losses[strength], losses[best])
+        return bool(differences.sum() <= np.sqrt(len(differences)) * differences.std(ddof=min(1, len(differences) - 1)))
+
+    return min(strength for strength in losses if strength == best or close(strength))
 
 
 def beside(model: str) -> Path:

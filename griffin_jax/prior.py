@@ -15,8 +15,8 @@ The same texts say which layers can spare most neurons, so that layers may keep 
     config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with a share of its own
 
 What dropping neuron j of a layer loses is estimated by p_j^2 c_j / 2, c_j its `griffin_jax.sensitivity`. The shares lie
-between equal ones and those with the least loss in all, as far from equal ones as was best in texts that were held out:
-the losses of many neurons are more than the sum of each one's, so that the whole way is too far.
+between equal ones and those with the least loss in all, as far from equal ones as paid in texts that were held out: the
+losses of many neurons are more than the sum of each one's, so that the whole way is too far.
 """
 
 from __future__ import annotations
