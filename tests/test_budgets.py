@@ -15,7 +15,7 @@ import griffin_jax as gj
 from griffin_jax import cli, jitted
 from griffin_jax.config import density_that_keeps
 from griffin_jax.evaluation.grid import Beyond, Row, models
-from griffin_jax.generaltext import measure, with_budgets
+from griffin_jax.generaltext import least_strength, measure, with_budgets
 from griffin_jax.prior import between, share_out
 from griffin_jax.sensitivity import sensitivity, squared_gradients
 
@@ -169,6 +169,15 @@ class TestPrior:
         # Three texts with answers of six tokens.
         assert found.uniform.startswith("KL was 0.100 nats per token" if not best else "")
         assert bool(found.uniform) == (not best)
+
+    def test_a_lesser_strength_is_enough_if_it_is_not_clearly_worse(self):
+        best = [1.0, 1.2, 0.8, 1.0]
+        unclear = [1.3, 1.0, 1.1, 0.8]  # by 0.05, with a standard error of 0.14
+        clear = [1.4, 1.5, 1.3, 1.35]  # by 0.39, with one of 0.04
+        assert least_strength({0.0: clear, 0.25: unclear, 0.5: best, 1.0: unclear}) == 0.25
+        assert least_strength({0.0: unclear, 0.25: clear, 0.5: best}) == 0.0
+        assert least_strength({0.0: clear, 0.5: clear, 1.0: best}) == 1.0
+        assert least_strength({0.0: [1.1], 0.5: [1.0]}) == 0.5
 
     def test_saved_and_loaded(self, prior, tmp_path):
         lost = dataclasses.replace(prior, strength=0.0, sensitivity=(), uniform="they lost")
