@@ -67,10 +67,11 @@ def parts_of(path: str, config: ModelConfig) -> list[str]:
 def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
     """A module's parameter from its parts, in the order of `parts_of`; NumPy's arrays stay NumPy's."""
     np_or_jnp: ModuleType = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
-    if _of_each_kv_head(path, parts[0].ndim):
-        return np_or_jnp.repeat(parts[0], kv_copies, axis=0)
+    if kv_copies > 1:
+        held = parts if _of_each_kv_head(path, parts[0].ndim) else parts[1:] if ".qkv" in path else []
+        parts = [*parts[: len(parts) - len(held)], *(np_or_jnp.repeat(part, kv_copies, axis=0) for part in held)]
     if ".qkv" in path:
-        query, key, value = (parts[0], *(np_or_jnp.repeat(part, kv_copies, axis=0) for part in parts[1:]))
+        query, key, value = parts
         groups = key.shape[0]
         query = query.reshape(groups, query.shape[0] // groups, *query.shape[1:])
         return np_or_jnp.concatenate([query, key[:, None], value[:, None]], axis=1)
