@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 from tqdm import tqdm
 
 from griffin_jax import jitted, sketch
@@ -139,9 +140,6 @@ def measure(
         quiet: no progress bar.
     """
     squares = [np.zeros(neurons, np.float64) for neurons in model.neurons]
-    shapes: dict[int, list[int]] = {}
-    for number, text in enumerate(texts):
-        shapes.setdefault(bucket(len(text)), []).append(number)
     bases = sketch.random_bases(model.neurons, rows, seed) if rows else ()
     products: sketch.Bases = ()
     passes = sketch.PASSES if rows else 1
@@ -149,17 +147,15 @@ def measure(
         for turn in range(passes):
             bases = sketch.next_bases(products) if turn else bases
             products = tuple(map(jnp.zeros_like, bases))
-            for width, numbers in sorted(shapes.items(), reverse=True):
-                for start in range(0, len(numbers), size):
-                    batch = numbers[start : start + size]
-                    filled = [*batch, *[batch[-1]] * (size - len(batch))]
-                    tokens, lengths = pad([texts[number] for number in filled], width)
-                    read = jitted.prefill(model, tokens, lengths, room=0, rows=min(width, MOST_SKETCHED) if rows else 0)
+            for tokens, lengths, count in _alike(texts, size):
+                wanted = min(tokens.shape[1], MOST_SKETCHED) if rows else 0
+                read = jitted.prefill(model, tokens, lengths, room=0, rows=wanted)
+                if not turn:
                     for total, layer in zip(squares, read.statistics.squares, strict=True):
-                        total += 0 if turn else to_host(layer)[: len(batch)].astype(np.float64).sum(axis=0)
-                    if rows:
-                        products = sketch.add_products(products, bases, read.rows, np.arange(size) < len(batch))
-                    progress.update(len(batch))
+                        total += to_host(layer)[:count].astype(np.float64).sum(axis=0)
+                if rows:
+                    products = sketch.add_products(products, bases, read.rows, np.arange(size) < count)
+                progress.update(count)
     sketched = sum(min(len(text), MOST_SKETCHED) for text in texts)
     return Prior(
         tuple(jnp.asarray(total, jnp.float32) for total in squares),
@@ -167,6 +163,22 @@ def measure(
         fingerprint(model),
         sum(map(len, texts)),
     )
+
+
+def _alike(
+    texts: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"], int]]:
+    """Texts of one padded length in batches, the longest first: tokens, lengths, and how many texts are in a batch.
+
+    The last of them is repeated until the batch is full.
+    """
+    shapes: dict[int, list[Sequence[int]]] = {}
+    for text in texts:
+        shapes.setdefault(bucket(len(text)), []).append(text)
+    for width, alike in sorted(shapes.items(), reverse=True):
+        for start in range(0, len(alike), size):
+            batch = alike[start : start + size]
+            yield *pad([*batch, *[batch[-1]] * (size - len(batch))], width), len(batch)
 
 
 def with_budgets(

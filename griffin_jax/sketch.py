@@ -86,7 +86,7 @@ def leading_rows(products: Bases, bases: Bases, tokens: int, rows: int) -> tuple
     """
     found = []
     for product, basis in zip(products, bases, strict=True):
-        q, y = np.asarray(basis, np.float64), np.asarray(to_host(product), np.float64) / tokens
+        q, y = to_host(basis).astype(np.float64), to_host(product).astype(np.float64) / tokens
         shift = SHIFT * max(np.linalg.norm(y), np.finfo(np.float32).tiny)
         y += shift * q
         middle = q.T @ y
