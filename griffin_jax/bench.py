@@ -8,7 +8,8 @@ equal length, answers greedy, and no token ends them.
 A ceiling is what one decode step must read (weights in use, all slots of the cache) over the bandwidth that this run
 measured by summing a large array. A step gives one token to every sequence of the batch.
 
-With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not.
+With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
+its prior is random, too.
 """
 
 from __future__ import annotations
@@ -23,23 +24,27 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from griffin_jax import __version__, benchreport, demo, jitted, loading
+from griffin_jax import __version__, benchreport, demo, generaltext, jitted, loading
 from griffin_jax.arguments import check_output, check_plot, numbers
 from griffin_jax.assembly import random_model
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig, check_density, kept_neurons
+from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, bucket, pad
-from griffin_jax.griffin import Experts, Statistics, prune
+from griffin_jax.griffin import Experts, prune
+from griffin_jax.llm import Quality, check_quality
 from griffin_jax.model import Transformer
 from griffin_jax.named import NAMED, named
 from griffin_jax.one_copy import OneCopy
+from griffin_jax.prior import Prior
+from griffin_jax.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.sizes import Sizes
 from griffin_jax.timing import Stopwatch
 
@@ -72,6 +77,21 @@ class Case:
     def slots(self) -> int:
         """Of the cache that is allocated for it, tokens of each sequence."""
         return bucket(self.prompt) + bucket(self.new)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What tells our rows of a case apart.
+
+    Attributes:
+        density: share of neurons kept.
+        shared: whether a batch shares its experts.
+        quality: of `LLM.generate`.
+    """
+
+    density: float = 1.0
+    shared: bool = False
+    quality: Quality = "griffin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +155,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what a batch of several keeps: one set of neurons for all, one for each sequence, or each in turn"
         " (default: %(default)s)",
     )
+    what.add_argument(
+        "--quality",
+        default="griffin",
+        help="griffin, best (prior, budgets and reconstruction, as generate has them), or griffin,best for each in turn"
+        " (default: %(default)s)",
+    )
+    what.add_argument(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="of --quality best: what griffin-jax prior measured (default: the file beside the model)",
+    )
     what.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
     what.add_argument(
         "--one-copy",
@@ -173,6 +205,8 @@ class Plan:
         densities: descending; 1 is the first.
         cases: in the order in which they are measured.
         shared: what batches of several sequences are measured with.
+        qualities: what pruned models are measured with.
+        prior: of quality "best".
         multiple: kept neurons are rounded up to a multiple of this.
         one_copy: whether every neuron is held once.
         repeats: counted rounds.
@@ -186,36 +220,47 @@ class Plan:
     densities: tuple[float, ...]
     cases: tuple[Case, ...]
     shared: tuple[bool, ...]
+    qualities: tuple[Quality, ...]
+    prior: Prior | None
     multiple: int
     one_copy: bool
     repeats: int
     peers: bool
 
-    def griffin(self, density: float, shared: bool) -> GriffinConfig:
+    def griffin(self, variant: Variant) -> GriffinConfig:
         """How a row prunes."""
-        return GriffinConfig(density, shared=shared, multiple=self.multiple)
+        config = GriffinConfig(variant.density, shared=variant.shared or self.one_copy, multiple=self.multiple)
+        return self.prior.budgeted(config) if self.prior is not None and variant.quality == "best" else config
 
-    def variants(self, case: Case) -> list[tuple[float, bool]]:
-        """Density and sharing of every row of a case; the dense one is the first."""
+    def variants(self, case: Case) -> list[Variant]:
+        """Those of a case; the dense one is the first."""
         sharing = self.shared if case.batch > 1 else (False,)
-        return [(1.0, False), *((d, shared) for shared in sharing for d in self.densities if d < 1)]
+        densities = [density for density in self.densities if density < 1]
+        return [
+            Variant(),
+            *(Variant(d, shared, quality) for quality in self.qualities for shared in sharing for d in densities),
+        ]
+
+    def rows(self, case: Case, variant: Variant) -> int:
+        """Tokens of each prompt that a row refits its neurons to."""
+        return rows_of_each(DEFAULT_ROWS, case.batch, variant.shared) if variant.quality == "best" else 0
 
     def sizes(self, case: Case, shared: bool) -> Sizes:
         """Bytes of a row's parts."""
         return Sizes(self.config, case.batch, case.slots, self.dtype.itemsize, shared=shared or case.batch == 1)
 
-    def kept(self, density: float) -> tuple[int, ...] | None:
+    def kept(self, variant: Variant) -> tuple[int, ...] | None:
         """Neurons of every layer; None for the dense model."""
-        if density == 1:
+        if variant.density == 1:
             return None
-        return self.griffin(density, True).kept([self.config.ff_width] * self.config.num_layers)
+        return self.griffin(variant).kept([self.config.ff_width] * self.config.num_layers)
 
 
 def check(options: argparse.Namespace) -> Plan:
     """Everything that can be wrong with the options, before anything is loaded or allocated.
 
     Raises:
-        FileNotFoundError: there is no such model, or no folder for an output.
+        FileNotFoundError: there is no such model or prior, or no folder for an output.
         ValueError: a value is outside its range or not understood.
         ImportError: a plot is wanted, and matplotlib is not installed.
         MemoryError: the largest case needs more memory than is free.
@@ -224,6 +269,13 @@ def check(options: argparse.Namespace) -> Plan:
     for density in densities:
         check_density(density)
     batches = numbers("--batch", options.batch, int)
+    qualities = list(dict.fromkeys(options.quality.split(",")))
+    for quality in qualities:
+        check_quality(quality)
+    if "best" in qualities and options.one_copy:
+        raise ValueError("--one-copy moves the model's own rows, which --quality best would refit: give one of the two")
+    if options.prior is not None and "best" not in qualities:
+        raise ValueError("--prior is for --quality best, or griffin,best")
     experts = list(dict.fromkeys(options.experts.split(",")))
     if unknown := [name for name in experts if name not in EXPERTS]:
         raise ValueError(f"--experts: {unknown[0]!r} is neither of {', '.join(EXPERTS)}")
@@ -247,6 +299,8 @@ def check(options: argparse.Namespace) -> Plan:
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
         cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
         shared=(True,) if options.one_copy else tuple(name == "shared" for name in experts),
+        qualities=tuple(quality for quality in get_args(Quality) if quality in qualities),
+        prior=_prior(options, config, random) if "best" in qualities else None,
         multiple=options.multiple,
         one_copy=options.one_copy,
         repeats=options.repeats,
@@ -258,7 +312,7 @@ def check(options: argparse.Namespace) -> Plan:
             " give for example --density 0.5"
         )
     for density in plan.densities:
-        plan.griffin(density, True)
+        plan.griffin(Variant(density))
         kept_neurons(config.ff_width, density, options.multiple)
     _check_memory(plan)
     return plan
@@ -310,19 +364,38 @@ def _config(options: argparse.Namespace) -> tuple[ModelConfig, bool]:
     return loading.open_source(source, options.allow_pickle).config, False
 
 
+def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Prior:
+    """The one of --prior or beside the model; of random weights a random one, of the size that priors have."""
+    if random:
+        if options.prior is not None:
+            raise ValueError("random weights have a random prior: leave out --prior")
+        draw = np.random.default_rng(0)
+        width, layers = config.ff_width, range(config.num_layers)
+        squares, weights = (tuple(jnp.asarray(draw.random(width), jnp.float32) for _ in layers) for _ in range(2))
+        shape = min(DEFAULT_CALIBRATION, width), width
+        rows = tuple(jnp.asarray(draw.standard_normal(shape) * width**-0.5, jnp.float16) for _ in layers)
+        return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="")
+    file = options.prior or generaltext.beside(options.model)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--quality best needs a prior, and there is no file {file}; measure it with griffin-jax prior"
+        )
+    return Prior.load(file)
+
+
 def needed_memory(plan: Plan) -> dict[str, int]:
     """Bytes of what the largest case holds at a time, by what it is for. The prompt's part is an estimate."""
     config, itemsize = plan.config, plan.dtype.itemsize
 
-    def parts(case: Case, density: float, shared: bool) -> dict[str, int]:
-        sizes = plan.sizes(case, shared)
+    def parts(case: Case, variant: Variant) -> dict[str, int]:
+        sizes = plan.sizes(case, variant.shared)
         chunk = min(bucket(case.prompt), DEFAULT_CHUNK)
         # Float32 scores before and behind the softmax; of the neurons both projections, z and its share.
         scores = 2 * 4 * config.num_heads * chunk * case.slots
         neurons = (3 * itemsize + 4) * chunk * config.ff_width
         return {
             "weights": sizes.weights(None),
-            "kept neurons": 0 if density == 1 or plan.one_copy else sizes.ff(plan.kept(density)),
+            "kept neurons": 0 if variant.density == 1 or plan.one_copy else sizes.ff(plan.kept(variant)),
             "caches": 2 * sizes.cache,  # one to keep, which every row begins with a copy of
             "reading the prompt": case.batch * (scores + neurons + 4 * config.vocab_size),
             "measuring the bandwidth": BANDWIDTH_BYTES,
@@ -330,7 +403,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         }
 
     return max(
-        (parts(case, *variant) for case in plan.cases for variant in plan.variants(case)),
+        (parts(case, variant) for case in plan.cases for variant in plan.variants(case)),
         key=lambda one: sum(one.values()),
     )
 
@@ -384,6 +457,8 @@ def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> Non
             model = random_model(plan.config, plan.dtype)
         else:
             model, _ = loading.load_model(options.model, options.dtype, allow_pickle=options.allow_pickle)
+        if plan.prior is not None and not plan.random:
+            plan.prior.check(fingerprint(model))
         peers, skipped = find_peers(model, options.model, stack) if options.peers and find_peers else ([], {})
         result = measure(plan, jax.block_until_ready(model), peers, skipped)
     print(benchreport.table(result))
@@ -414,7 +489,7 @@ def measure(
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
-    subject = _Subject(model, plan.griffin(plan.densities[-1], True) if plan.one_copy else None)
+    subject = _Subject(model, plan.griffin(Variant(plan.densities[-1])) if plan.one_copy else None)
     groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
@@ -473,8 +548,7 @@ class Measured:
     Attributes:
         system: its name.
         baseline: name of the system whose dense row it is compared with.
-        density: share of neurons kept.
-        shared: whether a batch shares its experts.
+        variant: what it is measured with.
         samples: seconds of every phase, one dictionary for every counted round.
         compile: seconds that XLA spent on its programs; None of peers.
         peak_memory: of the process while the row was measured, bytes; None where that is not known.
@@ -482,8 +556,7 @@ class Measured:
 
     system: str
     baseline: str
-    density: float
-    shared: bool
+    variant: Variant
     samples: list[dict[str, float]] = dataclasses.field(default_factory=list)
     compile: float | None = None
     peak_memory: int | None = None
@@ -510,19 +583,22 @@ class _Subject:
         """The full one."""
         return self._model if self._one_copy is None else self._one_copy.model
 
-    def prune(self, statistics: Statistics, config: GriffinConfig, watch: Stopwatch) -> Transformer:
-        """The pruned model."""
+    def prune(self, prefilled: Prefilled, config: GriffinConfig, prior: Prior | None, watch: Stopwatch) -> Transformer:
+        """The pruned model; with a prior, of the best quality."""
+        statistics = prefilled.statistics
         with watch.phase("select"):
             if self._one_copy is not None:
                 statistics = self._one_copy.in_order(statistics)
-            experts = jax.block_until_ready(jitted.select(statistics, config))
+            fusion = {} if prior is None else {"prior": prior}
+            experts = jax.block_until_ready(jitted.select(statistics, config, **fusion))
         if self._one_copy is not None:
             with watch.phase("prune"):
                 return jax.block_until_ready(self._one_copy.prune(experts))
+        fitted = None if prior is None else Reconstruction(prefilled.rows, calibration=prior.rows)
         with watch.phase("first_prune"):
-            first = jax.block_until_ready(prune(self._model, experts))
+            first = jax.block_until_ready(prune(self._model, experts, reconstruction=fitted))
         with watch.phase("prune"):
-            return jax.block_until_ready(prune(self._model, experts, reuse=first))
+            return jax.block_until_ready(prune(self._model, experts, reuse=first, reconstruction=fitted))
 
 
 def _measure_case(
@@ -530,28 +606,27 @@ def _measure_case(
 ) -> list[Measured]:
     prompts = np.random.default_rng(0).integers(0, plan.config.vocab_size, (case.batch, case.prompt))
     tokens, lengths = pad(prompts.tolist(), bucket(case.prompt))
-    ours = [Measured(OURS, OURS, density, shared, compile=0.0) for density, shared in plan.variants(case)]
+    ours = [Measured(OURS, OURS, variant, compile=0.0) for variant in plan.variants(case)]
     theirs = [
-        (peer, Measured(peer.name, peer.baseline, density, False))
+        (peer, Measured(peer.name, peer.baseline, Variant(density)))
         for peer in peers
         for density in ([d for d in plan.densities if d < 1] if peer.prunes else [1.0])
     ]
+    # What a prefill records: nothing (None), GRIFFIN's statistic, or also so many rows of each prompt.
+    records = list(dict.fromkeys(_recorded(plan, case, row.variant) for row in ours))
     for number in range(plan.repeats + 1):
-        order = ["without", "with"] if len(ours) > 1 else ["without"]
         # What comes first in a round may find threads asleep and caches cold.
-        sides = _prefills(subject.model, tokens, lengths, case.new, order if number % 2 else order[::-1])
-        reading = {name: watch.seconds for name, (_, watch) in sides.items()}
+        order = records if number % 2 else records[::-1]
+        sides = _prefills(subject.model, tokens, lengths, case.new, order)
         turn = number % len(ours)
         for row in [*ours[turn:], *ours[:turn]]:
-            pruned = row.density < 1
-            prefilled, read = sides["with" if pruned else "without"]
+            prefilled, read = sides[_recorded(plan, case, row.variant)]
             with _peak_memory(row):
-                config = plan.griffin(row.density, row.shared or plan.one_copy) if pruned else None
-                watch = _answer(subject, prefilled, config, case.new)
+                watch = _answer(subject, prefilled, plan, row.variant, case.new)
             sample = {name: seconds for name, seconds in watch.seconds.items() if name != "compile"}
             sample["prefill"] = read.seconds["prefill"]
-            if pruned:
-                sample["prefill_without"] = reading["without"]["prefill"]
+            if row.variant.density < 1:
+                sample["prefill_without"] = sides[None][1].seconds["prefill"]
             if number:
                 row.samples.append(sample)
             else:
@@ -561,7 +636,7 @@ def _measure_case(
         for peer, row in [*theirs[turn:], *theirs[:turn]]:
             time.sleep(PAUSE)
             with _peak_memory(row):
-                seconds = peer.measure(prompts[0].tolist(), case.new, row.density)
+                seconds = peer.measure(prompts[0].tolist(), case.new, row.variant.density)
             if number:
                 row.samples.append({"prefill": seconds["prefill"], "decode": seconds["token"] * (case.new - 1)})
         if theirs:
@@ -570,28 +645,38 @@ def _measure_case(
     return [*ours, *(row for _, row in theirs)]
 
 
+def _recorded(plan: Plan, case: Case, variant: Variant) -> int | None:
+    return None if variant.density == 1 else plan.rows(case, variant)
+
+
 def _prefills(
-    model: Transformer, tokens: np.ndarray, lengths: np.ndarray, new: int, order: Sequence[str]
-) -> dict[str, tuple[Prefilled, Stopwatch]]:
-    """The prompts read `without` and `with` GRIFFIN's statistic, as neighbours in time; once for all densities."""
-    sides: dict[str, tuple[Prefilled, Stopwatch]] = {}
-    for name in order:
+    model: Transformer, tokens: np.ndarray, lengths: np.ndarray, new: int, order: Sequence[int | None]
+) -> dict[int | None, tuple[Prefilled, Stopwatch]]:
+    """The prompts read with each of the things recorded, as neighbours in time; once for all densities."""
+    sides: dict[int | None, tuple[Prefilled, Stopwatch]] = {}
+    for rows in order:
         watch = Stopwatch()
         with watch.phase("prefill"):
+            room, longest = bucket(new), np.int32(new)
             prefilled = jax.block_until_ready(
-                jitted.prefill(model, tokens, lengths, room=bucket(new), longest=np.int32(new), collect=name == "with")
+                jitted.prefill(
+                    model, tokens, lengths, room=room, longest=longest, collect=rows is not None, rows=rows or 0
+                )
             )
         for other, _ in sides.values():
-            # Both caches are the same, and only one has to stay.
+            # All caches are the same, and only one has to stay.
             prefilled = dataclasses.replace(prefilled, cache=other.cache)
-        sides[name] = prefilled, watch
+        sides[rows] = prefilled, watch
     return sides
 
 
-def _answer(subject: _Subject, prefilled: Prefilled, config: GriffinConfig | None, new: int) -> Stopwatch:
+def _answer(subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Variant, new: int) -> Stopwatch:
     """An answer, phase by phase as `LLM.generate` writes it."""
     watch = Stopwatch()
-    model = subject.model if config is None else subject.prune(prefilled.statistics, config, watch)
+    model = subject.model
+    if variant.density < 1:
+        prior = plan.prior if variant.quality == "best" else None
+        model = subject.prune(prefilled, plan.griffin(variant), prior, watch)
     # `begin` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
     with watch.phase("begin"):
@@ -625,20 +710,21 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
         One dictionary for each row, of plain numbers: times in milliseconds unless their name says seconds, sizes
         in bytes, speeds in bytes per second, and shares as fractions. What a row does not have is None.
     """
-    dense = {row.system: row for row in measured if row.density == 1}
+    dense = {row.system: row for row in measured if row.variant.density == 1}
     rows = []
     for row in measured:
-        ours = row.system == OURS
-        sizes, kept = plan.sizes(case, row.shared), plan.kept(row.density)
+        ours, variant = row.system == OURS, row.variant
+        sizes, kept = plan.sizes(case, variant.shared), plan.kept(variant)
         # Peers' caches grow with the text; ours has all its slots from the start.
         cache = sizes.cache if ours else sizes.cache * (case.prompt + case.new // 2) // case.slots
         weights = sizes.step(kept) - sizes.cache
         times = {name: _median(row.samples, name) for name in ("prefill", "select", "prune", "first_prune", "begin")}
         step = _step(row, case)
         base = dense.get(row.baseline)
-        is_pruned = row.density < 1
+        is_pruned = variant.density < 1
         moved = sizes.ff(None if plan.one_copy else kept)
-        copied = 2 * moved if ours and is_pruned else None  # read and written
+        # Read and written; where rows are refitted, that is not what takes the time.
+        copied = 2 * moved if ours and is_pruned and variant.quality == "griffin" else None
         ceiling = (weights + cache) / bandwidth
         result: dict[str, Any] = {
             "system": row.system,
@@ -646,8 +732,9 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "prompt": case.prompt,
             "new": case.new,
             "batch": case.batch,
-            "experts": EXPERTS[not row.shared] if ours and is_pruned and case.batch > 1 else None,
-            "density": row.density,
+            "experts": EXPERTS[not variant.shared] if ours and is_pruned and case.batch > 1 else None,
+            "quality": "best" if variant.quality == "best" else None,
+            "density": variant.density,
             "kept": None if kept is None else list(kept),
             "slots": case.slots if ours else None,
             "compile_seconds": row.compile,
@@ -656,6 +743,7 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "select_ms": times["select"],
             "prune_ms": times["prune"],
             "first_prune_ms": times["first_prune"],
+            "overhead_share": _overhead_share(row.samples),
             "prune_bytes": copied,
             "prune_speed": copied / (times["prune"] or math.nan) * 1e3 if copied else None,
             "first_token_ms": _total(row.samples, ("prefill", "select", "prune", "begin")),
@@ -703,6 +791,13 @@ def _step_of(sample: dict[str, float], case: Case) -> float:
 
 def _step(row: Measured, case: Case) -> float:
     return float(np.median([_step_of(sample, case) for sample in row.samples]))
+
+
+def _overhead_share(samples: Sequence[dict[str, float]]) -> float | None:
+    """What pruning takes before the first step of decoding, as a fraction of prefill: all but the statistic's part."""
+    if "select" not in samples[0]:
+        return None
+    return float(np.median([(sample["select"] + sample["prune"]) / sample["prefill"] for sample in samples]))
 
 
 def _statistic_share(samples: Sequence[dict[str, float]]) -> float | None:

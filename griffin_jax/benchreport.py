@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def table(result: Mapping[str, Any]) -> str:
     if result["peers"] and any(row["batch"] > 1 for row in result["rows"]):
         lines.append("peers are measured at batch 1 only")
     lines += [f"peer: {name} is skipped: {reason}" for name, reason in result["skipped"].items()]
+    best = any(row.get("quality") for row in result["rows"])
     for rows in groups(result["rows"]):
         first = rows[0]
         lines += [
@@ -71,7 +73,7 @@ def table(result: Mapping[str, Any]) -> str:
             f"{first['prompt']:,} prompt + {first['new']:,} new tokens, batch {first['batch']},"
             f" cache of {first['slots']:,} slots",
             *_block("request", REQUEST, rows),
-            *_first_prunes(rows),
+            *_prunes(rows),
             "",
             *_block("decoding", DECODING, rows),
             *_against_peers(rows),
@@ -81,6 +83,7 @@ def table(result: Mapping[str, Any]) -> str:
         "statistic: what it adds to prefill. prune: into the memory of the answer before. steps: select and prune in"
         " decode",
         "steps. gather: bytes that prune reads and writes.",
+        *(["best: --quality best. The statistic includes rows of the prompt, prune the refit to them."] * best),
         "ceiling: weights in use and all slots of the cache, over the bandwidth. allowed: bytes dense / bytes pruned.",
     ]
     return "\n".join(lines)
@@ -95,8 +98,9 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def label(row: Row) -> str:
-    """Name of a row's system, and what its batch keeps."""
-    return row["system"] if row["experts"] is None else f"{row['system']} {row['experts']}"
+    """What tells a row from others of the same density: its system, or `best`, and what its batch keeps."""
+    name = row.get("quality") or row["system"]
+    return name if row["experts"] is None else f"{name} {row['experts']}"
 
 
 def size(value: int) -> str:
@@ -168,16 +172,26 @@ def _block(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[s
     return lines
 
 
-def _first_prunes(rows: Sequence[Row]) -> list[str]:
-    fresh = [row for row in rows if row["first_prune_ms"] is not None]
-    if not fresh:
-        return []
-    listed = ", ".join(f"{row['first_prune_ms']:,.1f} ms at {_density(row)}" for row in fresh)
-    return [f"the first prune, into memory that is new: {listed}"]
+def _prunes(rows: Sequence[Row]) -> list[str]:
+    """What of pruning has no column."""
+    lines = []
+    for title, name, form in (
+        ("the first prune, into memory that is new", "first_prune_ms", "{:,.1f} ms"),
+        ("select and prune, of prefill", "overhead_share", "{:,.1%}"),
+    ):
+        found: dict[str, list[str]] = {}
+        for row in rows:
+            if row[name] is not None:
+                found.setdefault(label(row), []).append(f"{form.format(row[name])} at {_density(row)}")
+        named = len(found) > 1
+        listed = "; ".join(f"{f'{system}: ' * named}{', '.join(values)}" for system, values in found.items())
+        if found:
+            lines += textwrap.wrap(f"{title}: {listed}", 120)
+    return lines
 
 
 def _against_peers(rows: Sequence[Row]) -> list[str]:
-    ours = {row["density"]: row for row in rows if row["system"] == "griffin_jax"}
+    ours = {row["density"]: row for row in rows if row["system"] == "griffin_jax" and not row["quality"]}
     lines = []
     for row in rows:
         mine = ours.get(row["density"])
@@ -266,7 +280,8 @@ def _ratio(now: float | None, before: float | None) -> str:
 
 
 def _earlier(row: Row, rows: Sequence[Row]) -> Row | None:
-    same = [r for r in rows if all(r[name] == row[name] for name in ("system", "density", "batch", "experts"))]
+    # Rows of older versions have no quality.
+    same = [r for r in rows if all(r.get(n) == row[n] for n in ("system", "density", "batch", "experts", "quality"))]
     exact = [r for r in same if (r["prompt"], r["new"]) == (row["prompt"], row["new"])]
     return exact[0] if exact else same[0] if len(same) == 1 else None
 
@@ -319,7 +334,8 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["density"] < 1:
-            name = f"{row['system']}, batch {row['batch']}" + (f" {row['experts']}" if row["experts"] else "")
+            parts = (row["system"], row["quality"]), (f"batch {row['batch']}", row["experts"])
+            name = ", ".join(" ".join(filter(None, part)) for part in parts)
             start = dense.get((row["baseline"], row["batch"]))
             found.setdefault(name, [] if start is None else [start]).append(row)
     return found

@@ -25,7 +25,7 @@ from griffin_jax.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
 from griffin_jax.model import Transformer
 from griffin_jax.one_copy import OneCopy
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
-from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction
+from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.sampling import Sampler, sampler
 from griffin_jax.sharding import check_mesh
 from griffin_jax.timing import Stopwatch
@@ -112,7 +112,7 @@ class _Request:
         """Tokens of each sequence that the kept neurons are refitted to; if these are shared, of all together."""
         rows = DEFAULT_ROWS if self.reconstruct is True else int(self.reconstruct)
         together = self.shared if self.experts is None else self.experts.shared or self.experts[0].shape[0] == 1
-        return -(-rows // batch) if together else rows
+        return rows_of_each(rows, batch, together)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

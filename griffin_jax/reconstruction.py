@@ -41,6 +41,11 @@ LEAST_RIDGE = 1e-3
 """Below, float32 could not solve systems of a few thousand tokens."""
 
 
+def rows_of_each(rows: int, batch: int, shared: bool) -> int:
+    """How many tokens of each sequence to keep: `rows` are for one set of experts, which a batch may share."""
+    return -(-rows // batch) if shared else rows
+
+
 def spread(lengths: Int[Array, "b"], rows: int) -> Int[Array, "b {rows}"]:
     """Which tokens stand for each sequence: all of them, or `rows` in the middles of as many equal parts.
 

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -20,10 +21,13 @@ import pytest
 from conftest import first_and_slow
 from reference import TinyLlama, torch_greedy
 
+import griffin_jax as gj
 from benchmarks import memory, peers, torchpeers
 from benchmarks.__main__ import main
-from griffin_jax import bench, benchreport, cli
+from griffin_jax import bench, benchreport, cli, jitted
 from griffin_jax.assembly import random_model
+from griffin_jax.fingerprint import fingerprint
+from griffin_jax.timing import Stopwatch
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, list[str], str]:
@@ -120,7 +124,7 @@ def test_weights_are_those_of_the_arrays(plain):
     experts = llm.experts([[5, 6, 7]], density=0.5)
     for model, density in ((llm.model, 1.0), (bench.prune(llm.model, experts), 0.5)):
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        assert plan.sizes(plan.cases[0], False).weights(plan.kept(density)) == held
+        assert plan.sizes(plan.cases[0], False).weights(plan.kept(bench.Variant(density))) == held
 
 
 def test_ratios_are_those_of_the_rows(measured):
@@ -140,6 +144,114 @@ def test_ratios_are_those_of_the_rows(measured):
         assert low <= row["decode_ms"] <= high
 
 
+@pytest.fixture(scope="module")
+def prior(plain, tmp_path_factory) -> Path:
+    """A file with some prior of the model, whose budgets are not uniform."""
+    draw, layers = np.random.default_rng(1), range(3)
+    squares, weights = ([jnp.asarray(draw.random(48), jnp.float32) for _ in layers] for _ in range(2))
+    rows = [jnp.asarray(draw.standard_normal((8, 48)) / 7, jnp.float16) for _ in layers]
+    model = fingerprint(plain.llm.model)
+    file = tmp_path_factory.mktemp("prior") / "some.prior"
+    gj.Prior(tuple(squares), tuple(rows), model, 8, tuple(weights), 1.0, "").save(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def both(plain, prior) -> tuple[list[str], dict]:
+    """What a sweep over both qualities printed."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
+        assert cli.main([
+            "bench", "--model", str(plain.folder), "--lengths", "9+3", "--batch", "1,2", "--density", "0.75,0.5",
+            "--quality", "best,griffin", "--prior", str(prior), "--repeats", "1", "--json",
+        ]) == 0  # fmt: skip
+    lines = out.getvalue().splitlines()
+    return lines, json.loads(lines[-1])
+
+
+def test_best_quality_stands_beside_plain_griffin(both):
+    lines, result = both
+    assert [(r["batch"], r["quality"], r["experts"], r["density"]) for r in result["rows"]] == [
+        (1, None, None, 1.0), (1, None, None, 0.75), (1, None, None, 0.5), (1, "best", None, 0.75),
+        (1, "best", None, 0.5), (2, None, None, 1.0), (2, None, "shared", 0.75), (2, None, "shared", 0.5),
+        (2, None, "per-sequence", 0.75), (2, None, "per-sequence", 0.5), (2, "best", "shared", 0.75),
+        (2, "best", "shared", 0.5), (2, "best", "per-sequence", 0.75), (2, "best", "per-sequence", 0.5),
+    ]  # fmt: skip
+    for row in (row for row in result["rows"] if row["quality"]):
+        plain = next(
+            r for r in result["rows"]
+            if not r["quality"] and all(r[n] == row[n] for n in ("batch", "experts", "density"))
+        )  # fmt: skip
+        assert sum(row["kept"]) == sum(plain["kept"])
+        assert row["kept"] != plain["kept"]
+        assert row["step_bytes"] == plain["step_bytes"]
+        assert row["prune_bytes"] is None
+        assert row["overhead_share"] > 0
+    assert max(map(len, lines[:-1])) <= 120
+    assert sum(line.startswith("best per-sequence ") for line in lines) == 4
+    assert re.search(r"select and prune, of prefill: griffin_jax: .* at 0.5; best: .*% at 0.5 ", " ".join(lines))
+    assert list(benchreport._lines(result["rows"]))[:2] == ["griffin_jax, batch 1", "griffin_jax best, batch 1"]
+
+
+def test_best_quality_is_compared_with_its_own(both):
+    _, result = both
+    before = json.loads(json.dumps(result))
+    for row in before["rows"]:
+        row["decode_ms"] *= 2 if row["quality"] else 1
+        # As versions wrote it that did not have them.
+        if not row["quality"]:
+            del row["quality"]
+    rows = [r.split() for r in benchreport.comparison(result, before, "x").splitlines() if r.startswith("best ")]
+    assert len(rows) == 6
+    assert {row[-7] for row in rows} == {"0.50"}
+
+
+def test_best_quality_prunes_as_generate_does(plain, prior):
+    options = ("--lengths", "9+3", "--quality", "best", "--density", "0.5", "--prior", str(prior))
+    plan = bench.check(bench_options("--model", str(plain.folder), *options))
+    variant = bench.Variant(0.5, quality="best")
+    tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13]
+    rows = plan.rows(plan.cases[0], variant)
+    prefilled = jitted.prefill(plain.llm.model, *gj.pad([tokens], 16), room=3, rows=rows)
+    pruned = bench._Subject(plain.llm.model, None).prune(prefilled, plan.griffin(variant), plan.prior, Stopwatch())
+    expected = plain.llm.generate([tokens], max_new_tokens=3, quality="best", prior=plan.prior, ignore_eos=True)
+    assert pruned.neurons == expected.kept
+    answer = jitted.decode(pruned, jitted.begin(prefilled), 3)
+    assert np.asarray(answer.tokens).tolist() == expected.tokens
+
+
+def test_random_weights_have_a_random_prior_of_the_usual_size():
+    options = ("--model", "Llama-2-7B", "--layers", "2", "--density", "0.5")
+    plan = bench.check(bench_options(*options, "--quality", "griffin,best"))
+    assert plan.prior is not None
+    assert [rows.shape for rows in plan.prior.rows] == [(384, 11008)] * 2
+    best = plan.kept(bench.Variant(0.5, quality="best"))
+    assert best is not None
+    assert sum(best) == 11008
+    assert plan.kept(bench.Variant(0.5)) == (5504, 5504)
+    assert plan.rows(bench.Case(9, 3, 3), bench.Variant(0.5, True, "best")) == 86
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--quality", "better"), "quality must be one of griffin, best, got 'better'"),
+    (("--prior", "some"), "--prior is for --quality best"),
+    (("--quality", "best", "--one-copy", "--density", "0.5"), "--one-copy moves the model's own rows"),
+    (("--quality", "best"), "there is no file"),
+    (("--quality", "best", "--model", "Llama-2-7B", "--prior", "x"), "random weights have a random prior"),
+])  # fmt: skip
+def test_impossible_qualities_are_refused(plain, capsys, arguments, message):
+    model = () if "--model" in arguments else ("--model", str(plain.folder))
+    assert cli.main(["bench", "--lengths", "9+3", *model, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_prior_of_another_model_is_refused(tiny, prior, capsys):
+    options = ("--lengths", "9+3", "--quality", "best", "--prior", str(prior))
+    assert cli.main(["bench", "--model", str(tiny.folder), *options]) == 2
+    assert "this prior is of model" in capsys.readouterr().err
+
+
 def bench_options(*arguments: str):
     return cli._parser().parse_args(["bench", *arguments])
 
@@ -147,8 +259,8 @@ def bench_options(*arguments: str):
 def test_medians_of_made_up_samples():
     options = bench_options("--model", "SmolLM2-135M", "--lengths", "100+11", "--batch", "2", "--density", "0.5")
     plan = bench.check(options)
-    dense = bench.Measured("griffin_jax", "griffin_jax", 1.0, False, compile=3.0)
-    pruned = bench.Measured("griffin_jax", "griffin_jax", 0.5, True, compile=4.0)
+    dense = bench.Measured("griffin_jax", "griffin_jax", bench.Variant(), compile=3.0)
+    pruned = bench.Measured("griffin_jax", "griffin_jax", bench.Variant(0.5, True), compile=4.0)
     for second in (1.0, 7.0, 2.0):
         dense.samples.append({"prefill": second, "begin": 0.5, "decode": 10 * second})
         pruned.samples.append({
@@ -159,6 +271,7 @@ def test_medians_of_made_up_samples():
     assert full["prefill_ms"] == 2000
     assert full["statistic_share"] is full["select_ms"] is full["prune_speed"] is None
     assert half["statistic_share"] == pytest.approx(0.25)
+    assert half["overhead_share"] == pytest.approx(0.75 / 2.5)
     assert half["decode_ms"] == pytest.approx(1000)
     assert half["decode_ms_range"] == pytest.approx([500, 3500])
     assert half["tokens_per_second"] == pytest.approx(2)
@@ -319,8 +432,6 @@ class FakeLlama:
 
 def test_llama_cpp_reads_the_same_weights(plain, monkeypatch, tmp_path):
     import checkpoints_gguf
-
-    import griffin_jax as gj
 
     file = checkpoints_gguf.write_twin(plain.folder, tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
     written = peers.write_float32(file, tmp_path / "f32.gguf")
