@@ -33,7 +33,12 @@ from griffin_jax import __version__, demo
 from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
-from griffin_jax.llm import LLM, check_options, load
+from griffin_jax.fingerprint import fingerprint
+from griffin_jax.llm import LLM, Quality, check_options, load
+from griffin_jax.mesh import MODEL_AXIS, axis_size, make_mesh, mesh_of
+from griffin_jax.prior import Prior
+from griffin_jax.reconstruction import DEFAULT_ROWS
+from griffin_jax.sharding import check_mesh
 
 NAME = "griffin_jax"
 
@@ -74,6 +79,9 @@ class GriffinLM(TemplateLM):
         method: how neurons are chosen, see `GriffinConfig`.
         shared: one set of neurons for each batch, so that scores depend on the batches.
         multiple: kept neurons are rounded up to a multiple of this.
+        shards: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`.
+        quality: `griffin`, or `best`: prior, budgets and reconstruction, as for `LLM.generate`. By default `griffin`.
+        prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
         seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for
             scored tokens are drawn with a seed made of this and the tokens they are chosen by, whatever the batch;
             neurons for generated answers, and their tokens, with one made of this and the number of the batch.
@@ -86,6 +94,8 @@ class GriffinLM(TemplateLM):
             else the one that ends a text.
         chat_template_args: what the chat template knows besides the messages, such as `{"enable_thinking": false}`.
         allow_pickle: whether to read PyTorch's pickle files.
+        data: devices that batches are divided among, as in `--mesh data=2,model=4`.
+        model: devices that the model is divided among.
         batch_size: different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps neurons of
             its own, so as many sets of kept weights are in memory.
         max_batch_size: the most that "auto" takes.
@@ -93,8 +103,9 @@ class GriffinLM(TemplateLM):
             nobody says anything, so that may be anything.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: an argument is unknown or outside its range, or the model is not supported or has no tokenizer.
+        FileNotFoundError: there is no such model or prior.
+        ValueError: an argument is unknown or outside its range, the model is not supported or has no tokenizer, the
+            prior is another model's, there are fewer devices, or these cannot share the kept neurons evenly.
     """
 
     def __init__(
@@ -106,6 +117,9 @@ class GriffinLM(TemplateLM):
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
+        shards: int = 1,
+        quality: Quality = "griffin",
+        prior: str | Prior | None = None,
         seed: int = 0,
         last_token_only: bool = False,
         rolling_prompt: float = 0.5,
@@ -115,6 +129,8 @@ class GriffinLM(TemplateLM):
         prefix_token_id: int | None = None,
         chat_template_args: Mapping[str, Any] | None = None,
         allow_pickle: bool = False,
+        data: int = 1,
+        model: int = 1,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -123,11 +139,21 @@ class GriffinLM(TemplateLM):
         super().__init__()
         if unknown:
             raise ValueError(f"model_args has {', '.join(sorted(unknown))}; allowed are {', '.join(ARGUMENTS)}")
-        self._pruning = {"density": density, "method": method, "shared": shared, "multiple": multiple}
-        check_options(**self._pruning, seed=seed)
+        self._pruning: dict[str, Any] = {
+            "density": density, "method": method, "shared": shared, "multiple": multiple, "shards": shards,
+            "quality": quality,
+        }  # fmt: skip
+        self._prior = prior if isinstance(prior, Prior) or prior is None else Prior.load(prior)
+        check_options(**self._pruning, prior=self._prior, seed=seed)
         if not isinstance(max_gen_toks, int) or max_gen_toks < 1:
             raise ValueError(f"max_gen_toks must be a whole number of at least 1, got {max_gen_toks!r}")
-        self._griffin = GriffinConfig(density, method, shared, multiple)
+        self._griffin = GriffinConfig(density, method, shared, multiple, shards)
+        self._fitted = DEFAULT_ROWS if quality == "best" else 0
+        if quality == "best" and self._prior is not None:
+            self._griffin = self._prior.budgeted(self._griffin)
+        if (data, model) != (1, 1) and isinstance(path, LLM):
+            raise ValueError("data and model are for a path: load the model with mesh=...")
+        mesh = None if (data, model) == (1, 1) else make_mesh(data, model)
         self._seed = seed
         self._last_token_only = last_token_only
         if not (isinstance(rolling_prompt, int | float) and 0 <= rolling_prompt < 1):
@@ -139,12 +165,15 @@ class GriffinLM(TemplateLM):
         self.batch_size = _rows(batch_size, max_batch_size)
         _check_device(device)
 
-        self._llm = path if isinstance(path, LLM) else load(str(path), dtype, allow_pickle=allow_pickle)
+        self._llm = path if isinstance(path, LLM) else load(str(path), dtype, allow_pickle=allow_pickle, mesh=mesh)
         if self._llm.tokenizer is None:
             raise ValueError(f"{self._llm.name} has no tokenizer, and the harness's requests are texts")
+        if self._prior is not None:
+            self._prior.check(fingerprint(self._llm.model))
         self.tokenizer = self._llm.tokenizer
         config = self._llm.config
         self._kept = self._griffin.kept(self._llm.model.neurons)
+        check_mesh(config, axis_size(mesh_of(self._llm.model.embedding[...]), MODEL_AXIS), self._kept)
         self.max_length = config.max_positions if max_length is None else max_length
         if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:
             raise ValueError(
@@ -182,6 +211,7 @@ class GriffinLM(TemplateLM):
             "model_num_parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
             "model_dtype": str(model.dtype),
             **self._pruning,
+            "prior": None if self._prior is None else f"{self._prior.tokens} tokens of text",
             "kept_neurons": list(self._kept),
             "seed": self._seed,
             "last_token_only": self._last_token_only,
@@ -308,7 +338,9 @@ class GriffinLM(TemplateLM):
         return answers
 
     def _answers(self, prompts: list[list[int]], new: int, options: Mapping[str, Any], seed: int) -> Iterable[str]:
-        generation = self._llm.generate(prompts, max_new_tokens=new, seed=seed, **self._pruning, **options)
+        generation = self._llm.generate(
+            prompts, max_new_tokens=new, seed=seed, prior=self._prior, **self._pruning, **options
+        )
         for tokens in generation.tokens:
             # The model's configuration may name other ends of an answer than the tokenizer does.
             end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
@@ -360,7 +392,10 @@ class GriffinLM(TemplateLM):
             )
 
     def _scores(self, passages: Sequence[Passage], name: str, quiet: bool) -> Iterable[tuple[int, Likelihood]]:
-        found = likelihoods(self._llm.model, passages, self._griffin, size=self.batch_size, seed=self._seed)
+        found = likelihoods(
+            self._llm.model, passages, self._griffin, size=self.batch_size, seed=self._seed, prior=self._prior,
+            rows=self._fitted,
+        )  # fmt: skip
         return tqdm(found, desc=name, total=len(passages), disable=quiet)
 
 

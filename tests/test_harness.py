@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -10,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import lm_eval
 import numpy as np
 import pytest
@@ -20,7 +22,9 @@ from reference import TOLERANCE, TinyLlama, pruned_log_softmax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import griffin_jax as gj
 from griffin_jax.cli import main
+from griffin_jax.generaltext import measure
 from griffin_jax.harness import ARGUMENTS, NAME, GriffinLM
 
 PROJECT = Path(__file__).parent.parent
@@ -306,6 +310,63 @@ class TestText:
         assert lm.tokenizer_name == str(model.folder).replace("/", "__")
 
 
+@pytest.fixture(scope="module")
+def prior(model, tmp_path_factory) -> Path:
+    """A file with what the texts need, and with budgets."""
+    texts = [model.llm.tokenizer.encode(text)[:64] for text in TEXTS]
+    measured = measure(model.llm.model, texts, size=2, rows=20, quiet=True)
+    weights = tuple(jnp.linspace(layer, 1, 48) for layer in (0.2, 0.8))
+    file = tmp_path_factory.mktemp("prior") / "bytes.prior"
+    dataclasses.replace(measured, sensitivity=weights, strength=1.0, uniform="").save(file)
+    return file
+
+
+class TestBeyond:
+    def test_best_quality_scores_and_writes_what_generate_writes(self, model, prior):
+        lm = GriffinLM(model.llm, quality="best", prior=str(prior), batch_size=2)
+        best = {"max_new_tokens": 9, "quality": "best", "prior": gj.Prior.load(prior), "ignore_eos": True}
+        given = [("What is wet?", lm.tok_encode("What is wet?")), ("Go", lm.tok_encode("Go"))]
+        written = model.llm.generate([tokens for _, tokens in given], **best).tokens
+        plain = model.llm.generate([tokens for _, tokens in given], max_new_tokens=9, ignore_eos=True).tokens
+        assert written != plain
+        pairs = [
+            ((text, ""), tokens, answer)
+            for answers in (written, plain)
+            for (text, tokens), answer in zip(given, answers, strict=True)
+        ]
+        found = lm._loglikelihood_tokens(pairs, disable_tqdm=True)
+        assert [greedy for _, greedy in found[:2]] == [True, True]
+        assert not all(greedy for _, greedy in found[2:])
+        info = lm.get_model_info()
+        assert info["quality"] == "best"
+        assert sum(info["kept_neurons"]) == 48
+        assert len(set(info["kept_neurons"])) == 2
+        answers = lm.generate_until(
+            requests("generate_until", *[(text, {"max_gen_toks": 9}) for text, _ in given]), disable_tqdm=True
+        )
+        del best["ignore_eos"]
+        assert answers == model.llm.generate([tokens for _, tokens in given], **best).texts
+
+    def test_devices_answer_as_one_does(self, model, prior):
+        """Scores, windows and answers, each sequence with neurons of its own."""
+        options = {"quality": "best", "prior": str(prior), "multiple": 2, "batch_size": 2, "max_length": 64}
+        one, many = GriffinLM(model.llm, **options), GriffinLM(str(model.folder), data=2, model=2, **options)
+        np.testing.assert_allclose(*(np.array(loglikelihoods(lm, *PAIRS), float) for lm in (one, many)), rtol=TOLERANCE)
+        texts = requests("loglikelihood_rolling", *[(text,) for text in TEXTS])
+        np.testing.assert_allclose(*(lm.loglikelihood_rolling(texts, True) for lm in (one, many)), rtol=TOLERANCE)
+        asked = requests("generate_until", *[(text, {"max_gen_toks": 9}) for text in CONTEXTS])
+        assert one.generate_until(asked, True) == many.generate_until(asked, True)
+        with pytest.raises(ValueError, match="2 devices cannot share 21 kept neurons evenly"):
+            GriffinLM(str(model.folder), model=2, **(options | {"multiple": 1}))
+
+    def test_shards_are_those_of_generate(self, model):
+        lm = GriffinLM(model.llm, shards=4)
+        tokens = lm.tok_encode("What is wet?")
+        (answer,) = model.llm.generate([tokens], max_new_tokens=9, shards=4, ignore_eos=True).tokens
+        ((_, greedy),) = lm._loglikelihood_tokens([(("", ""), tokens, answer)], disable_tqdm=True)
+        assert greedy
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -319,6 +380,8 @@ class TestText:
         ({"max_gen_toks": 0}, "max_gen_toks must be a whole number of at least 1, got 0"),
         ({"device": "abacus"}, "device must be one of cpu, gpu, tpu"),
         ({"device": "tpu"}, "device is 'tpu', but JAX runs on"),
+        ({"quality": "best"}, "need a prior, which griffin-jax prior measures"),
+        ({"model": 2}, r"load the model with mesh=\.\.\."),
     ],
 )
 def test_refuses(model, arguments, message):

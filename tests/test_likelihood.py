@@ -9,8 +9,10 @@ import pytest
 from reference import TOLERANCE, pruned_log_softmax
 
 import griffin_jax as gj
+from griffin_jax import jitted
 from griffin_jax.evaluation import likelihood
 from griffin_jax.evaluation.likelihood import Passage, continuation, last_token, likelihoods, window
+from griffin_jax.generaltext import measure
 
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [90, 3, 77, 3, 21], [17]]
 CONTINUATIONS = [[13, 14, 15], [50], [1, 60, 61, 62, 63, 64], [70, 71]]
@@ -24,8 +26,10 @@ def oracle(model, context: list[int], tokens: list[int], dense: int, density: fl
     return float(sum(scores[range(len(tokens)), tokens])), scores.argmax(-1).tolist() == tokens
 
 
-def scored(tiny, passages, config=gj.GriffinConfig(0.5), size: int = 3, seed: int = 0) -> list[tuple[float, bool]]:
-    found = dict(likelihoods(tiny.llm.model, passages, config, size=size, seed=seed))
+def scored(
+    tiny, passages, config=gj.GriffinConfig(0.5), size: int = 3, seed: int = 0, **beyond
+) -> list[tuple[float, bool]]:
+    found = dict(likelihoods(tiny.llm.model, passages, config, size=size, seed=seed, **beyond))
     assert sorted(found) == list(range(len(passages)))
     return [(found[number].log, found[number].greedy) for number in range(len(passages))]
 
@@ -80,9 +84,43 @@ def test_draws_are_those_of_the_seed(tiny):
     assert scored(tiny, passages, config, seed=1) != scored(tiny, passages, config, seed=2)
 
 
-def test_rows_that_fill_a_batch_do_not_choose_shared_neurons(tiny):
+@pytest.fixture(scope="module")
+def prior(tiny) -> gj.Prior:
+    return measure(
+        tiny.llm.model, [list(range(start, start + 12)) for start in range(10, 90, 11)], size=4, rows=20, quiet=True
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+def test_rows_that_fill_a_batch_do_not_choose_shared_neurons(tiny, rows):
+    """Nor are these refitted to them, to so many tokens of each row."""
     passages, config = [continuation(*pair) for pair in PAIRS[:8]], gj.GriffinConfig(0.5, shared=True)
-    assert_scores(scored(tiny, passages, config, size=3), scored(tiny, passages, config, size=2))
+    assert_scores(scored(tiny, passages, config, 3, rows=3 * rows), scored(tiny, passages, config, 2, rows=2 * rows))
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
+    """The steps one after the other, for each pair alone."""
+    model, config, expected = tiny.llm.model, gj.GriffinConfig(0.5), []
+    chosen = {"prior": prior} if general else {}
+    for context, tokens in PAIRS:
+        answers = gj.pad([tokens], 16)
+        prefilled = jitted.prefill(model, *gj.pad([context], 16), room=16, rows=5)
+        fitted = gj.Reconstruction(prefilled.rows, calibration=prior.rows if general else ())
+        experts = jitted.select(prefilled.statistics, config, **chosen)
+        hidden, _ = jitted.follow(gj.prune(model, experts, reconstruction=fitted), prefilled, *answers)
+        found = jitted.losses(model, hidden, answers[0])
+        loss, greedy = (np.asarray(part)[0, : len(tokens)] for part in (found.loss, found.greedy))
+        expected.append((-float(loss.sum()), bool(greedy.all())))
+    assert_scores(scored(tiny, [continuation(*pair) for pair in PAIRS], config, rows=5, **chosen), expected)
+    assert not np.allclose(
+        [log for log, _ in expected], [log for log, _ in scored(tiny, [continuation(*p) for p in PAIRS])]
+    )
+
+
+def test_weights_alone_are_not_refitted(tiny):
+    with pytest.raises(ValueError, match='method "magnitude" chooses by weights alone'):
+        scored(tiny, [continuation(*PAIRS[0])], gj.GriffinConfig(0.5, "magnitude"), rows=5)
 
 
 def test_a_batch_of_another_length_compiles_nothing(tiny, monkeypatch):

@@ -196,4 +196,4 @@ def select_each(
         return tuple(kept[0] for kept in select(alone, config, seed=seed, prior=prior, prior_weight=prior_weight))
 
     indices = jax.vmap(select_one)(statistics.squares, statistics.tokens, jnp.asarray(seeds))
-    return Experts(indices, tuple(squares.shape[-1] for squares in statistics.squares))
+    return Experts(indices, tuple(squares.shape[-1] for squares in statistics.squares), config.shards)

@@ -25,6 +25,8 @@ from griffin_jax.evaluation.grid import seed_of, select_each
 from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Experts, Statistics, prune
 from griffin_jax.model import Transformer
+from griffin_jax.prior import Prior
+from griffin_jax.reconstruction import Reconstruction, rows_of_each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,14 @@ class _Row:
 
 
 def likelihoods(
-    model: Transformer, passages: Sequence[Passage], config: GriffinConfig, *, size: int, seed: int = 0
+    model: Transformer,
+    passages: Sequence[Passage],
+    config: GriffinConfig,
+    *,
+    size: int,
+    seed: int = 0,
+    prior: Prior | None = None,
+    rows: int = 0,
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yields the number of each passage with its score, longest first.
 
@@ -112,18 +121,25 @@ def likelihoods(
         size: different prompts in a batch. If each keeps neurons of its own, as many sets of weights are in memory.
         seed: of the methods that draw. Each sequence draws with a seed of its own, made of this one and the tokens
             that its neurons are chosen by, so equal contexts keep equal neurons; with `shared`, each batch with this.
+        prior: for `select`, and for the refit.
+        rows: tokens of each prompt (with `shared`, of all of a batch together) that the kept neurons are refitted to,
+            see `Reconstruction`; 0 for none. Of what is read whole behind a prompt, the newest tokens are among them.
 
     Raises:
-        ValueError: the density does not fit the model.
+        ValueError: the density does not fit the model, or method "magnitude" is to refit rows.
     """
-    pruner = None if config.kept(model.neurons) == model.neurons else _Pruner(model, config, seed)
+    pruner = None
+    if rows and config.method == "magnitude":
+        raise ValueError('rows are refitted to what the prompt chooses; method "magnitude" chooses by weights alone')
+    if config.kept(model.neurons) != model.neurons:
+        pruner = _Pruner(model, config, seed, prior, rows_of_each(rows, size, config.shared))
     if pruner is None:
         passages = [dataclasses.replace(p, more=(), answer=p.more + p.answer) for p in passages]
-    rows: dict[tuple[int, ...], _Row] = {}
+    prompts: dict[tuple[int, ...], _Row] = {}
     for number, passage in enumerate(passages):
-        rows.setdefault(passage.prompt, _Row(passage.prompt, [])).passages.append(number)
+        prompts.setdefault(passage.prompt, _Row(passage.prompt, [])).passages.append(number)
     shapes: dict[tuple[int, int, int], list[_Row]] = {}
-    for row in rows.values():
+    for row in prompts.values():
         more = max(len(passages[number].more) for number in row.passages)
         answer = max(len(passages[number].answer) for number in row.passages)
         shapes.setdefault((bucket(len(row.prompt)), _width(more), _width(answer)), []).append(row)
@@ -152,11 +168,13 @@ def _score(
     prompts, lengths = pad([row.prompt for row in filled], width)
     # The last token of an answer is predicted, but not read.
     longest = [max(len(passages[n].more) + len(passages[n].answer) - 1 for n in row.passages) for row in filled]
+    is_pruned = pruner is not None and answer_width > 1
     prefilled = jitted.prefill(
         model, prompts, lengths,
         room=more_width + (answer_width if answer_width > 1 else 0),
         longest=jnp.asarray(longest, jnp.int32),
-        collect=pruner is not None and answer_width > 1,
+        collect=is_pruned,
+        rows=pruner.rows if pruner is not None and is_pruned else 0,
     )  # fmt: skip
     answering = model
     for turn in range(max(len(row.passages) for row in rows)):
@@ -187,10 +205,15 @@ def _score(
 
 
 class _Pruner:
-    """Prunes one batch after the other, into the memory of the one before where that is faster."""
+    """Prunes one batch after the other, into the memory of the one before where that is faster.
 
-    def __init__(self, model: Transformer, config: GriffinConfig, seed: int):
-        self._model, self._config, self._seed = model, config, seed
+    Attributes:
+        rows: tokens of each prompt that the kept neurons are refitted to; 0 for none.
+    """
+
+    def __init__(self, model: Transformer, config: GriffinConfig, seed: int, prior: Prior | None, rows: int):
+        self._model, self._config, self._seed, self._prior = model, config, seed, prior
+        self.rows = rows
         self._spare: Transformer | None = None
         self._fixed: Transformer | None = None
 
@@ -202,7 +225,8 @@ class _Pruner:
                 self._fixed = prune(self._model, jitted.select(read.statistics, shared, model=self._model))
             return self._fixed
         spare, self._spare = self._spare, None
-        pruned = prune(self._model, self._select(read.statistics, batch, present), reuse=spare)
+        experts = self._select(read.statistics, batch, present)
+        pruned = prune(self._model, experts, reuse=spare, reconstruction=self._reconstruction(read, present))
         if jax.default_backend() == "cpu":
             # Fresh memory is slow on CPUs; elsewhere it is worth more than the time.
             self._spare = pruned
@@ -212,6 +236,16 @@ class _Pruner:
         if self._config.shared:
             # Rows that only fill the batch have no say.
             squares = tuple(jnp.where(present[:, None], square, 0) for square in statistics.squares)
-            return jitted.select(Statistics(squares, statistics.tokens), self._config, seed=self._seed)
+            fusion = {} if self._prior is None else {"prior": self._prior}
+            return jitted.select(Statistics(squares, statistics.tokens), self._config, seed=self._seed, **fusion)
         seeds = [seed_of(self._seed, " ".join(map(str, passage.prompt + passage.more))) for passage in batch]
-        return select_each(statistics, self._config, np.asarray(seeds, np.int32))
+        return select_each(statistics, self._config, np.asarray(seeds, np.int32), self._prior)
+
+    def _reconstruction(self, read: Prefilled, present: np.ndarray) -> Reconstruction | None:
+        if not self.rows:
+            return None
+        rows = read.rows
+        if self._config.shared:
+            # As above.
+            rows = tuple(jnp.where(present[:, None, None], layer, 0) for layer in rows)
+        return Reconstruction(rows, calibration=() if self._prior is None else self._prior.rows)
