@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from griffin_jax.config import ModelConfig
+from griffin_jax.mesh import MODEL_AXIS, axis_size
 from griffin_jax.model import Transformer
+from griffin_jax.sharding import check_mesh, parameter_spec, with_kv_copies
 
 NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
 """What a checkpoint has of a feed-forward layer with a row for each neuron."""
@@ -156,36 +158,48 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
-def random_model(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Transformer:
+def random_model(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0, mesh: Mesh | None = None
+) -> Transformer:
     """A model with random matrices of variance 1 / fan-in: as fast and as large as a trained one, and as finite.
 
-    Norms and biases are what they are before training. The matrices are made on the default device, one after the
-    other, in the dtype that they keep: no memory is needed beside the model's.
+    Norms and biases are what they are before training. The matrices are made on their devices, one after the other, in
+    the dtype that they keep: no memory is needed beside the model's and that of one more.
 
     Args:
         config: the architecture.
         dtype: of the weights.
         seed: of the weights.
+        mesh: divide the parameters as `griffin_jax.sharding` says; their values stay the same.
+
+    Raises:
+        ValueError: the mesh cannot share the neurons evenly.
     """
-    graph, state = nnx.split(abstract_model(config, dtype))
-    filled = []
-    for number, (path, variable) in enumerate(nnx.to_flat_state(state)):
-        shape, name = variable.get_value().shape, str(path[-1])
-        if name == "scale":
-            value = jnp.zeros(shape, dtype) if config.norm_plus_one else jnp.ones(shape, dtype)
-        elif name.endswith("bias"):
-            value = jnp.zeros(shape, dtype)
-        else:
+    devices = axis_size(mesh, MODEL_AXIS)
+    check_mesh(config, devices)
+    config = with_kv_copies(config, devices)
+
+    def weights() -> Iterator[tuple[str, Array]]:
+        for number, (path, shape) in enumerate(parameter_shapes(config).items()):
+            name = path.rpartition(".")[-1]
+            sharding = None if mesh is None else NamedSharding(mesh, parameter_spec(path, shape, config, mesh))
+            if name == "scale" or name.endswith("bias"):
+                fill = 1 if name == "scale" and not config.norm_plus_one else 0
+                yield path, jnp.full(shape, fill, dtype, device=sharding)
+                continue
             # Products run over the leading axes of what leads back to the residual stream, else over the last one.
             ends = name in ("down", "out", "project_in", "project_out")
             fan_in = math.prod(shape[:-1]) if ends else shape[-1]
-            value = _uniform(np.uint32(seed * 100_003 + number), fan_in**-0.5, shape, jnp.dtype(dtype))
-        filled.append((path, variable.replace(value)))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+            start = np.uint32(seed * 100_003 + number)
+            yield path, _uniform(start, fan_in**-0.5, shape, jnp.dtype(dtype), sharding)
+
+    return assemble(config, weights(), dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-def _uniform(seed: Array, deviation: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _uniform(
+    seed: Array, deviation: Array, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None
+) -> Array:
     """Numbers of mean 0 and this deviation: a counter, scrambled as MurmurHash3 does at its end.
 
     `jax.random` takes minutes for some billions of normal ones on a CPU, and nothing here needs their quality.
@@ -194,4 +208,5 @@ def _uniform(seed: Array, deviation: Array, shape: tuple[int, ...], dtype: np.dt
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * np.uint32(factor)
     x = jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(jnp.float32)
-    return (x * (deviation * (3**0.5 / 2**31))).astype(dtype).reshape(shape)
+    x = (x * (deviation * (3**0.5 / 2**31))).astype(dtype).reshape(shape)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -10,6 +10,8 @@ measured by summing a large array. A step gives one token to every sequence of t
 
 With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
 its prior is random, too.
+
+On a mesh bytes and the bandwidth are those of each device, and what the devices communicate is in no ceiling.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from griffin_jax import __version__, benchreport, demo, generaltext, jitted, loading
-from griffin_jax.arguments import check_output, check_plot, numbers
+from griffin_jax.arguments import add_mesh_argument, check_output, check_plot, chosen_mesh, numbers
 from griffin_jax.assembly import random_model
 from griffin_jax.checkpoint import DTYPES
 from griffin_jax.config import GriffinConfig, ModelConfig, check_density, kept_neurons
@@ -40,11 +43,13 @@ from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import DEFAULT_CHUNK, Prefilled, bucket, pad
 from griffin_jax.griffin import Experts, prune
 from griffin_jax.llm import Quality, check_quality
+from griffin_jax.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 from griffin_jax.model import Transformer
 from griffin_jax.named import NAMED, named
 from griffin_jax.one_copy import OneCopy
 from griffin_jax.prior import Prior
 from griffin_jax.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, Reconstruction, rows_of_each
+from griffin_jax.sharding import check_mesh, with_kv_copies
 from griffin_jax.sizes import Sizes
 from griffin_jax.timing import Stopwatch
 
@@ -174,6 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(one_copy=True) does; with"
         " one density below 1, and shared experts",
     )
+    add_mesh_argument(what)
     what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
     what.add_argument(
         "--peers",
@@ -209,6 +215,7 @@ class Plan:
         prior: of quality "best".
         multiple: kept neurons are rounded up to a multiple of this.
         one_copy: whether every neuron is held once.
+        mesh: devices that batches and the model are divided among; None for one.
         repeats: counted rounds.
         peers: whether others are measured, too.
     """
@@ -224,6 +231,7 @@ class Plan:
     prior: Prior | None
     multiple: int
     one_copy: bool
+    mesh: Mesh | None
     repeats: int
     peers: bool
 
@@ -246,8 +254,10 @@ class Plan:
         return rows_of_each(DEFAULT_ROWS, case.batch, variant.shared) if variant.quality == "best" else 0
 
     def sizes(self, case: Case, shared: bool) -> Sizes:
-        """Bytes of a row's parts."""
-        return Sizes(self.config, case.batch, case.slots, self.dtype.itemsize, shared=shared or case.batch == 1)
+        """Bytes of a row's parts on each device."""
+        parts = axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, case.batch) else 1
+        devices, one = axis_size(self.mesh, MODEL_AXIS), shared or case.batch == 1
+        return Sizes(self.config, case.batch // parts, case.slots, self.dtype.itemsize, shared=one, devices=devices)
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:
         """Neurons of every layer; None for the dense model."""
@@ -261,7 +271,7 @@ def check(options: argparse.Namespace) -> Plan:
 
     Raises:
         FileNotFoundError: there is no such model or prior, or no folder for an output.
-        ValueError: a value is outside its range or not understood.
+        ValueError: a value is outside its range or not understood, or a mesh does not divide the model.
         ImportError: a plot is wanted, and matplotlib is not installed.
         MemoryError: the largest case needs more memory than is free.
     """
@@ -284,7 +294,12 @@ def check(options: argparse.Namespace) -> Plan:
             raise ValueError(f"{name} must be at least 1, got {value}")
     lengths = _lengths(options)
     check_outputs(options)
+    mesh = chosen_mesh(options)
+    if mesh is not None and (options.peers or options.one_copy):
+        raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--one-copy'}: give one of the two")
     config, random = _config(options)
+    check_mesh(config, axis_size(mesh, MODEL_AXIS))
+    config = with_kv_copies(config, axis_size(mesh, MODEL_AXIS))
     for prompt, new in lengths:
         if prompt + new > config.max_positions:
             raise ValueError(
@@ -303,6 +318,7 @@ def check(options: argparse.Namespace) -> Plan:
         prior=_prior(options, config, random) if "best" in qualities else None,
         multiple=options.multiple,
         one_copy=options.one_copy,
+        mesh=mesh,
         repeats=options.repeats,
         peers=options.peers,
     )
@@ -314,6 +330,8 @@ def check(options: argparse.Namespace) -> Plan:
     for density in plan.densities:
         plan.griffin(Variant(density))
         kept_neurons(config.ff_width, density, options.multiple)
+        for quality in plan.qualities:
+            check_mesh(config, axis_size(mesh, MODEL_AXIS), plan.kept(Variant(density, quality=quality)) or ())
     _check_memory(plan)
     return plan
 
@@ -384,7 +402,10 @@ def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Pr
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:
-    """Bytes of what the largest case holds at a time, by what it is for. The prompt's part is an estimate."""
+    """Bytes of what the largest case holds on a device at a time, by what it is for. The prompt's part is an estimate.
+
+    Devices that are one processor's count as one.
+    """
     config, itemsize = plan.config, plan.dtype.itemsize
 
     def parts(case: Case, variant: Variant) -> dict[str, int]:
@@ -402,10 +423,12 @@ def needed_memory(plan: Plan) -> dict[str, int]:
             "peers": 2 * sizes.weights(None) if plan.peers else 0,  # PyTorch's and llama.cpp's own copies
         }
 
-    return max(
+    together = plan.mesh.size if plan.mesh is not None and jax.default_backend() == "cpu" else 1
+    largest = max(
         (parts(case, variant) for case in plan.cases for variant in plan.variants(case)),
         key=lambda one: sum(one.values()),
     )
+    return {name: together * size for name, size in largest.items()}
 
 
 def _check_memory(plan: Plan) -> None:
@@ -454,9 +477,11 @@ def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> Non
     before = None if earlier is None else benchreport.read(earlier)
     with contextlib.ExitStack() as stack:
         if plan.random:
-            model = random_model(plan.config, plan.dtype)
+            model = random_model(plan.config, plan.dtype, mesh=plan.mesh)
         else:
-            model, _ = loading.load_model(options.model, options.dtype, allow_pickle=options.allow_pickle)
+            model, _ = loading.load_model(
+                options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=plan.mesh
+            )
         if plan.prior is not None and not plan.random:
             plan.prior.check(fingerprint(model))
         peers, skipped = find_peers(model, options.model, stack) if options.peers and find_peers else ([], {})
@@ -494,10 +519,10 @@ def measure(
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
         for case in plan.cases:
-            bandwidths.append(measure_bandwidth())
+            bandwidths.append(measure_bandwidth(plan.mesh))
             groups.append(_measure_case(plan, subject, case, peers if case.batch == 1 else (), bar.update))
     # A ceiling must not be lower than what the machine can do when nothing disturbs it.
-    bandwidth = max(*bandwidths, measure_bandwidth())
+    bandwidth = max(*bandwidths, measure_bandwidth(plan.mesh))
     rows = [
         row
         for case, measured in zip(plan.cases, groups, strict=True)
@@ -520,6 +545,7 @@ def measure(
         "repeats": plan.repeats,
         "multiple": plan.multiple,
         "one_copy": plan.one_copy,
+        "mesh": None if plan.mesh is None else dict(plan.mesh.shape),
         "bandwidth": bandwidth,
         "peak_memory": loading.peak_memory(),
         "device_memory": stats.get("peak_bytes_in_use"),
@@ -529,16 +555,20 @@ def measure(
     }
 
 
-def measure_bandwidth() -> float:
-    """Bytes per second that summing a large array reads, at best."""
-    array = jnp.ones((BANDWIDTH_BYTES // 4,), jnp.float32)
+def measure_bandwidth(mesh: Mesh | None = None) -> float:
+    """Bytes per second that summing a large array reads, at best; of a mesh each device, when all of them read."""
+    devices = 1 if mesh is None else mesh.size
+    # Devices that are one processor's share its caches, and its memory.
+    size = BANDWIDTH_BYTES // 4 * (1 if jax.default_backend() == "cpu" else devices)
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    array = jnp.ones((size // devices * devices,), jnp.float32, device=sharding)
     total = jax.jit(jnp.sum)
     times = []
     for _ in range(8):
         start = time.perf_counter()
         total(array).block_until_ready()
         times.append(time.perf_counter() - start)
-    return array.nbytes / min(times)
+    return array.nbytes / devices / min(times)
 
 
 @dataclasses.dataclass

@@ -57,6 +57,9 @@ def table(result: Mapping[str, Any]) -> str:
     ]
     if result["one_copy"]:
         lines.append("one copy of the weights: kept rows and others in two groups, regrouped for every prompt")
+    if result["mesh"]:
+        sizes = ",".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+        lines.append(f"divided among the devices of --mesh {sizes}; bytes and the bandwidth are those of each")
     if result["multiple"] > 1:
         lines.append(f"kept neurons rounded up to a multiple of {result['multiple']}")
     for peer in result["peers"]:
@@ -223,6 +226,7 @@ SETTINGS = (
     "repeats",
     "multiple",
     "one_copy",
+    "mesh",
     "jax",
 )
 """What two runs must have in common for their ratios to say something about the code."""

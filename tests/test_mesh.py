@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from reference import TinyLlama, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
-from griffin_jax import griffin, jitted
+from griffin_jax import bench, griffin, jitted, named
 from griffin_jax.assembly import random_model
 from griffin_jax.cli import main
 from griffin_jax.deviceless import inspect
@@ -298,6 +298,66 @@ class TestPrograms:
         module = Module.parse(text)
         sizes = [collective.size for collective in module.collectives(module.run())]
         assert 0 < max(sizes) < NEURONS // 2 * WIDTH * 4
+
+
+def small(kv_heads: int) -> gj.ModelConfig:
+    return gj.ModelConfig(
+        family="llama", vocab_size=64, width=32, ff_width=96, num_layers=2, num_heads=8, num_kv_heads=kv_heads,
+        head_dim=4, max_positions=64,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "kv_heads"), [((1, 8), 2), ((2, 4), 8)])
+def test_random_weights_are_made_where_they_lie(shape, kv_heads):
+    """And are those of one device, copies of key/value heads included."""
+    config = small(kv_heads)
+    one, many = random_model(config, seed=3), random_model(config, seed=3, mesh=make_mesh(*shape))
+    shardings = model_shardings(many, make_mesh(*shape))
+    for array, sharding in zip(jax.tree.leaves(many), jax.tree.leaves(shardings), strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
+    found, expected = (np.asarray(prefilled(model).logits) for model in (many, one))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+class TestBench:
+    def test_every_kind_of_row_in_parts(self, capfd, monkeypatch):
+        monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
+        for module in (bench, named):
+            monkeypatch.setattr(module, "NAMED", {"tiny": small(2)})
+        arguments = ["bench", "--model", "tiny", "--lengths", "9+3", "--batch", "1,4", "--repeats", "1", "--json"]
+        arguments += ["--density", "0.5", "--multiple", "4", "--quality", "griffin,best"]
+        results = []
+        for mesh in ([], ["--mesh", "data=2,model=4"]):
+            assert main([*arguments, *mesh]) == 0, capfd.readouterr().err
+            out = capfd.readouterr().out.splitlines()
+            results.append(json.loads(out[-1]))
+        assert any("divided among the devices of --mesh data=2,model=4" in line for line in out)
+        one, eight = results
+        assert (one["mesh"], eight["mesh"]) == (None, {"data": 2, "model": 4})
+        assert one["parameters"] == eight["parameters"]
+        for whole, part in zip(one["rows"], eight["rows"], strict=True):
+            assert [whole[n] for n in ("batch", "experts", "quality", "kept")] == [
+                part[n] for n in ("batch", "experts", "quality", "kept")
+            ]
+            # A fourth of the neurons; of their two heads each device has a copy of one.
+            parts = 2 if whole["batch"] > 1 else 1
+            assert part["cache_bytes"] * 2 * parts == whole["cache_bytes"]
+            if whole["prune_bytes"]:
+                sets = parts if whole["experts"] == "per-sequence" else 1
+                assert part["prune_bytes"] * 4 * sets == whole["prune_bytes"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--mesh", "model=5"], "5 devices cannot share"),
+            (["--mesh", "model=8", "--density", "0.3"], "8 devices cannot share"),
+            (["--mesh", "model=2", "--one-copy", "--density", "0.5"], "--mesh does not go with --one-copy"),
+        ],
+    )
+    def test_refusals(self, capfd, monkeypatch, arguments, message):
+        monkeypatch.setattr(bench, "random_model", lambda *_, **__: pytest.fail("weights were made"))
+        assert main(["bench", "--model", "Llama-2-7B", "--layers", "1", *arguments]) == 2
+        assert message in capfd.readouterr().err
 
 
 class TestRefusals:
