@@ -592,7 +592,8 @@ def table(model: str, report: Report) -> str:
     if report.kv_copies > 1:
         lines.append(f"Each key/value head is there {report.kv_copies} times, so that the devices can share attention.")
     if several:
-        lines.append("Bytes and kernels are those of each device. Ceilings do not count communication.")
+        counted = "kernels" if chip.gpu else "operations"
+        lines.append(f"Bytes and {counted} are those of each device. Ceilings do not count communication.")
     lines += [
         "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
         "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",

@@ -48,11 +48,17 @@ class Pair:
     not_in_gguf: str | None
 
 
-def parameter(family: str, variant: str) -> Any:
-    return pytest.param((family, variant), id=f"{family}-{variant.replace(', ', '-').replace(' ', '_')}")
+def parameter(family: str, variant: str, **options: Any) -> Any:
+    return pytest.param((family, variant), id=f"{family}-{variant.replace(', ', '-').replace(' ', '_')}", **options)
 
 
 VARIANTS = [parameter(family, variant) for family, cases in CASES.items() for variant in cases.variants]
+FIRST_VARIANTS = [
+    parameter(family, variant, marks=[pytest.mark.slow] * (number > 0))
+    for family, cases in CASES.items()
+    for number, variant in enumerate(cases.variants)
+]
+"""Where another test sees every variant: of a batch, two prompts and their answers go through the cache there."""
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -84,6 +90,7 @@ def test_whole_sequences(pair, rng):
     assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
+@pytest.mark.parametrize("pair", FIRST_VARIANTS, indirect=True)
 def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
     """Rows of different lengths with padding anywhere between their tokens, as prompts and single tokens."""
     columns, lengths = 24, (1, 7, 24)

@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import DEVICES, PASSAGES
+from conftest import DEVICES, PASSAGES, first_and_slow
 from jax.sharding import Mesh
 from reference import TinyLlama, oracle_topk, tiny_tokenizer
 
@@ -38,15 +38,15 @@ def built(folder, kv_heads: int) -> TinyLlama:
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[8, 2])
-def model(request, tmp_path_factory) -> TinyLlama:
-    """With as many key/value heads as devices, and with fewer."""
-    return built(tmp_path_factory.mktemp("model"), request.param)
+@pytest.fixture(scope="module")
+def fewer(tmp_path_factory) -> TinyLlama:
+    """With fewer key/value heads than devices."""
+    return built(tmp_path_factory.mktemp("fewer"), 2)
 
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory) -> TinyLlama:
-    """A model beside its native checkpoint."""
+    """A model with as many key/value heads as devices, beside its native checkpoint."""
     folder = tmp_path_factory.mktemp("native")
     model = built(folder, 8)
     gj.convert(folder, folder / "converted", progress=False)
@@ -64,10 +64,16 @@ def assert_same(found, expected) -> None:
 
 class TestAnswers:
     @pytest.mark.parametrize("shape", MESHES)
-    def test_dense_and_pruned(self, model, shape):
-        llm = gj.load(model.folder, "float32", mesh=make_mesh(*shape))
+    def test_dense_and_pruned(self, native, shape):
+        llm = gj.load(native.folder, "float32", mesh=make_mesh(*shape))
         for options in ({"density": 1.0}, {}):
-            assert tokens(llm, **options) == tokens(model.llm, **options)
+            assert tokens(llm, **options) == tokens(native.llm, **options)
+
+    @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES))
+    def test_key_value_heads_that_are_fewer_than_devices(self, fewer, shape):
+        llm = gj.load(fewer.folder, "float32", mesh=make_mesh(*shape))
+        for options in ({"density": 1.0}, {}):
+            assert tokens(llm, **options) == tokens(fewer.llm, **options)
 
     @pytest.mark.parametrize("shape", MESHES[:2])
     def test_experts_of_every_kind(self, native, shape):
@@ -161,10 +167,10 @@ class TestBeyondGriffin:
             assert tokens(llm, **options) == tokens(native.llm, **options), options
 
 
-def test_key_value_heads_that_are_fewer_than_devices(tmp_path):
+def test_copies_of_key_value_heads(fewer, tmp_path):
     """Each device has one of them, and eighths of all else."""
-    alone = built(tmp_path, 2)
-    llm = gj.load(tmp_path, "float32", mesh=make_mesh(1, 8))
+    alone = fewer
+    llm = gj.load(fewer.folder, "float32", mesh=make_mesh(1, 8))
     assert (llm.config.num_kv_heads, llm.config.kv_copies) == (2, 4)
     attention = llm.model.layers[1].attention
     assert own(attention.qkv[...]) == (1, 3, 4, 32)
