@@ -163,7 +163,7 @@ def both(plain, prior) -> tuple[list[str], dict]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
         assert cli.main([
-            "bench", "--model", str(plain.folder), "--lengths", "9+3", "--batch", "1,2", "--density", "0.75,0.5",
+            "bench", "--model", str(plain.folder), "--lengths", "9+3", "--batch", "1,2", "--density", "0.5",
             "--quality", "best,griffin", "--prior", str(prior), "--repeats", "1", "--json",
         ]) == 0  # fmt: skip
     lines = out.getvalue().splitlines()
@@ -173,10 +173,9 @@ def both(plain, prior) -> tuple[list[str], dict]:
 def test_best_quality_stands_beside_plain_griffin(both):
     lines, result = both
     assert [(r["batch"], r["quality"], r["experts"], r["density"]) for r in result["rows"]] == [
-        (1, None, None, 1.0), (1, None, None, 0.75), (1, None, None, 0.5), (1, "best", None, 0.75),
-        (1, "best", None, 0.5), (2, None, None, 1.0), (2, None, "shared", 0.75), (2, None, "shared", 0.5),
-        (2, None, "per-sequence", 0.75), (2, None, "per-sequence", 0.5), (2, "best", "shared", 0.75),
-        (2, "best", "shared", 0.5), (2, "best", "per-sequence", 0.75), (2, "best", "per-sequence", 0.5),
+        (1, None, None, 1.0), (1, None, None, 0.5), (1, "best", None, 0.5), (2, None, None, 1.0),
+        (2, None, "shared", 0.5), (2, None, "per-sequence", 0.5), (2, "best", "shared", 0.5),
+        (2, "best", "per-sequence", 0.5),
     ]  # fmt: skip
     for row in (row for row in result["rows"] if row["quality"]):
         plain = next(
@@ -189,8 +188,8 @@ def test_best_quality_stands_beside_plain_griffin(both):
         assert row["prune_bytes"] is None
         assert row["overhead_share"] > 0
     assert max(map(len, lines[:-1])) <= 120
-    assert sum(line.startswith("best per-sequence ") for line in lines) == 4
-    assert re.search(r"select and prune, of prefill: griffin_jax: .* at 0.5; best: .*% at 0.5 ", " ".join(lines))
+    assert sum(line.startswith("best per-sequence ") for line in lines) == 2
+    assert re.search(r"select and prune, of prefill: griffin_jax: .* at 0.5; best: .*% at 0.5", " ".join(lines))
     assert list(benchreport._lines(result["rows"]))[:2] == ["griffin_jax, batch 1", "griffin_jax best, batch 1"]
 
 
@@ -203,7 +202,7 @@ def test_best_quality_is_compared_with_its_own(both):
         if not row["quality"]:
             del row["quality"]
     rows = [r.split() for r in benchreport.comparison(result, before, "x").splitlines() if r.startswith("best ")]
-    assert len(rows) == 6
+    assert len(rows) == 3
     assert {row[-7] for row in rows} == {"0.50"}
 
 

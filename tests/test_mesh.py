@@ -15,7 +15,7 @@ from reference import TinyLlama, oracle_topk, tiny_tokenizer
 import griffin_jax as gj
 from griffin_jax import bench, griffin, jitted, named
 from griffin_jax.assembly import random_model
-from griffin_jax.cli import main
+from griffin_jax.cli import _parser, main
 from griffin_jax.deviceless import inspect
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generaltext import measure, with_budgets
@@ -326,31 +326,27 @@ def test_random_weights_are_made_where_they_lie(shape, kv_heads):
 
 
 class TestBench:
-    def test_every_kind_of_row_in_parts(self, capfd, monkeypatch):
+    def test_bytes_are_those_of_each_device(self, capfd, monkeypatch):
         monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
         for module in (bench, named):
             monkeypatch.setattr(module, "NAMED", {"tiny": small(2)})
-        arguments = ["bench", "--model", "tiny", "--lengths", "9+3", "--batch", "1,4", "--repeats", "1", "--json"]
-        arguments += ["--density", "0.5", "--multiple", "4", "--quality", "griffin,best"]
-        results = []
-        for mesh in ([], ["--mesh", "data=2,model=4"]):
-            assert main([*arguments, *mesh]) == 0, capfd.readouterr().err
-            out = capfd.readouterr().out.splitlines()
-            results.append(json.loads(out[-1]))
+        arguments = ["bench", "--model", "tiny", "--lengths", "9+3", "--batch", "4", "--experts", "shared"]
+        arguments += ["--density", "0.5", "--multiple", "4", "--quality", "griffin,best", "--repeats", "1", "--json"]
+        assert main([*arguments, "--mesh", "data=2,model=4"]) == 0, capfd.readouterr().err
+        out = capfd.readouterr().out.splitlines()
         assert any("divided among the devices of --mesh data=2,model=4" in line for line in out)
-        one, eight = results
-        assert (one["mesh"], eight["mesh"]) == (None, {"data": 2, "model": 4})
-        assert one["parameters"] == eight["parameters"]
-        for whole, part in zip(one["rows"], eight["rows"], strict=True):
-            assert [whole[n] for n in ("batch", "experts", "quality", "kept")] == [
-                part[n] for n in ("batch", "experts", "quality", "kept")
-            ]
-            # A fourth of the neurons; of their two heads each device has a copy of one.
-            parts = 2 if whole["batch"] > 1 else 1
-            assert part["cache_bytes"] * 2 * parts == whole["cache_bytes"]
-            if whole["prune_bytes"]:
-                sets = parts if whole["experts"] == "per-sequence" else 1
-                assert part["prune_bytes"] * 4 * sets == whole["prune_bytes"]
+        result = json.loads(out[-1])
+        assert result["mesh"] == {"data": 2, "model": 4}
+        plan = bench.check(_parser().parse_args(arguments))
+        assert result["parameters"] == plan.sizes(plan.cases[0], True).parameters
+        assert [row["quality"] for row in result["rows"]] == [None, None, "best"]
+        for row, variant in zip(result["rows"], plan.variants(plan.cases[0]), strict=True):
+            whole, kept = plan.sizes(plan.cases[0], True), plan.kept(variant)
+            assert row["kept"] == (kept and list(kept))
+            # Half of the sequences; of their two heads each device has a copy of one.
+            assert row["cache_bytes"] * 2 * 2 == whole.cache
+            if row["prune_bytes"]:
+                assert row["prune_bytes"] * 4 == 2 * whole.ff(kept)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
