@@ -10,6 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from griffin_jax.wholefile import replacing
+
 
 def save_arrays(
     path: str | os.PathLike[str],
@@ -28,15 +30,11 @@ def save_arrays(
     Raises:
         OSError: it cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(dict(arrays), partial, {"format": file_format, **metadata})
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file(dict(arrays), partial, {"format": file_format, **metadata})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_arrays(path: str | os.PathLike[str], file_format: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -52,6 +52,7 @@ from griffin_jax.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, Recons
 from griffin_jax.sharding import check_mesh, with_kv_copies
 from griffin_jax.sizes import Sizes
 from griffin_jax.timing import Stopwatch
+from griffin_jax.wholefile import write_text
 
 OURS = "griffin_jax"
 EXPERTS = ("shared", "per-sequence")
@@ -179,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(one_copy=True) does; with"
         " one density below 1, and shared experts",
     )
-    add_mesh_argument(what)
+    add_mesh_argument(parser)
     what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
     what.add_argument(
         "--peers",
@@ -492,7 +493,7 @@ def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> Non
     if options.plot is not None:
         benchreport.plot(result, options.plot)
     if options.json_file is not None:
-        options.json_file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        write_text(options.json_file, json.dumps(result) + "\n")
     if options.json:
         print(json.dumps(result))
 

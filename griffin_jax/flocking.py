@@ -60,6 +60,7 @@ from griffin_jax.generate import Prefilled, bucket, pad
 from griffin_jax.griffin import Statistics, relative_activations, select, token_statistic
 from griffin_jax.llm import LLM
 from griffin_jax.model import Transformer
+from griffin_jax.wholefile import replacing, write_text
 
 FORMAT = "griffin_jax flocking 1"
 """Of flocking.json."""
@@ -471,13 +472,14 @@ def run(options: argparse.Namespace) -> None:
     }
     maps = {number: _heat_maps(llm.model, whole[names[number - 1]], layers) for number in chosen}
     folder.mkdir(exist_ok=True)
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     arrays = {
         f"text {number}, layer {layer}": array
         for number, found in maps.items()
         for layer, array in found.items()
     }  # fmt: skip
-    np.savez_compressed(folder / ACTIVATIONS, **arrays)  # pyright: ignore[reportArgumentType]
+    with replacing(folder / ACTIVATIONS) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
     flockingreport.plot_activations(maps, options.model, folder / "activations.png")
     flockingreport.plot_similarity(results, folder / "similarity.png")
     flockingreport.plot_stability(results, folder / "stability.png")

@@ -63,6 +63,7 @@ from griffin_jax.llm import LLM
 from griffin_jax.mesh import DATA_AXIS, axis_size
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
 from griffin_jax.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
+from griffin_jax.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
 """Of results.json."""
@@ -298,8 +299,8 @@ def run(options: argparse.Namespace) -> None:
     shown = f"{head}\n\n{evaluation.tabulate(figures)}"
     if not is_first():
         return
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / TABLE).write_text(shown + "\n", encoding="utf-8")
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text(folder / TABLE, shown + "\n")
     print(shown)
     if options.plot is not None:
         title = f"{options.model}, {len(evaluation.items)} texts, bars: 95% intervals"
