@@ -11,7 +11,8 @@ measured by summing a large array. A step gives one token to every sequence of t
 With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
 its prior is random, too.
 
-On a mesh bytes and the bandwidth are those of each device, and what the devices communicate is in no ceiling.
+On a mesh bytes and the bandwidth are those of each device, what the devices communicate is in no ceiling, and each
+keeps the best of its own neurons, as `generate` does.
 """
 
 from __future__ import annotations
@@ -238,7 +239,8 @@ class Plan:
 
     def griffin(self, variant: Variant) -> GriffinConfig:
         """How a row prunes."""
-        config = GriffinConfig(variant.density, shared=variant.shared or self.one_copy, multiple=self.multiple)
+        shared, shards = variant.shared or self.one_copy, axis_size(self.mesh, MODEL_AXIS)
+        config = GriffinConfig(variant.density, shared=shared, multiple=self.multiple, shards=shards)
         return self.prior.budgeted(config) if self.prior is not None and variant.quality == "best" else config
 
     def variants(self, case: Case) -> list[Variant]:
@@ -329,10 +331,10 @@ def check(options: argparse.Namespace) -> Plan:
             " give for example --density 0.5"
         )
     for density in plan.densities:
-        plan.griffin(Variant(density))
         kept_neurons(config.ff_width, density, options.multiple)
-        for quality in plan.qualities:
-            check_mesh(config, axis_size(mesh, MODEL_AXIS), plan.kept(Variant(density, quality=quality)) or ())
+        check_mesh(
+            config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
+        )
     _check_memory(plan)
     return plan
 

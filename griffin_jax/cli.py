@@ -183,9 +183,9 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         "--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N"
     )
     pruning.add_argument(
-        "--shards", type=int, default=1, metavar="M",
-        help="of M equal ranges of neurons, each keeps as many of its best; as many as the devices that --mesh divides"
-        " the model among: then these exchange no rows (default: 1, the best of all)",
+        "--shards", type=int, metavar="M",
+        help="of M equal ranges of neurons, each keeps as many of its best (default: as many as the devices that --mesh"
+        " divides the model among, which then exchange no rows; 1 keeps the best of all, as one device does)",
     )  # fmt: skip
     pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
     pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")

@@ -153,7 +153,7 @@ def compile_for(
     devices: int = 1,
     density: float | Sequence[float] = 0.5,
     multiple: int = 1,
-    shards: int = 1,
+    shards: int | None = None,
     shared: bool = False,
     batch: int = 1,
     prompt: int = 2048,
@@ -175,7 +175,7 @@ def compile_for(
         devices: how many of the chip the model is divided among, as `griffin_jax.sharding` says.
         density: share of neurons kept; one for all layers or one for each.
         multiple: the number of kept neurons is rounded up to a multiple of this.
-        shards: of so many equal ranges of neurons, each keeps as many; see `GriffinConfig`.
+        shards: of so many equal ranges of neurons, each keeps as many, see `GriffinConfig`; as many as devices if None.
         shared: whether the batch shares its experts, or every sequence has its own.
         batch: sequences.
         prompt: tokens of each.
@@ -208,8 +208,10 @@ def compile_for(
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
     weights_dtype = parse_dtype(dtype)
     assert weights_dtype is not None
-    kept = GriffinConfig(density, multiple=multiple, shards=shards).kept([config.ff_width] * config.num_layers)
+    widths = [config.ff_width] * config.num_layers
+    kept = GriffinConfig(density, multiple=multiple, shards=1 if shards is None else shards).kept(widths)
     check_mesh(config, devices, kept)
+    shards = devices if shards is None else shards
     config = with_kv_copies(config, devices)
     slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
@@ -496,8 +498,8 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
     parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
     parser.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
     parser.add_argument(
-        "--shards", type=int, default=1, metavar="M",
-        help="as in generate; as many as --devices: then pruning moves no rows between these (default: %(default)s)",
+        "--shards", type=int, metavar="M",
+        help="as in generate (default: as many as --devices; then pruning moves no rows between these)",
     )  # fmt: skip
     sets = parser.add_mutually_exclusive_group()
     sets.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")

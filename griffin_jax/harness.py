@@ -79,7 +79,8 @@ class GriffinLM(TemplateLM):
         method: how neurons are chosen, see `GriffinConfig`.
         shared: one set of neurons for each batch, so that scores depend on the batches.
         multiple: kept neurons are rounded up to a multiple of this.
-        shards: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`.
+        shards: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`. 1, so that
+            scores do not depend on the number of devices.
         quality: `griffin`, or `best`: prior, budgets and reconstruction, as for `LLM.generate`. By default `griffin`.
         prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
         seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for

@@ -49,7 +49,7 @@ class _Request:
     method: Method
     shared: bool
     multiple: int
-    shards: int
+    shards: int | None
     experts: Experts | None
     quality: Quality
     prior: Prior | None
@@ -79,7 +79,7 @@ class _Request:
         if any(not isinstance(stop, str) or not stop for stop in stops):
             raise ValueError(f"stop strings must not be empty, got {list(stops)}")
         object.__setattr__(self, "stops", stops)
-        griffin = GriffinConfig(self.density, self.method, self.shared, self.multiple, self.shards)
+        griffin = _griffin(self.density, self.method, self.shared, self.multiple, self.shards)
         object.__setattr__(self, "griffin", griffin)
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
         if self.prior is not None:
@@ -194,7 +194,7 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
-        shards: int = 1,
+        shards: int | None = None,
         experts: Experts | None = None,
         quality: Quality = "griffin",
         prior: Prior | None = None,
@@ -224,8 +224,9 @@ class LLM:
                 of B holds, and reads in each step, B sets of kept weights: sharing is what makes large
                 batches fast and fit.
             multiple: kept neurons are rounded up to a multiple of this.
-            shards: of so many equal ranges of a layer's neurons, each keeps as many of its best. As many as the
-                devices that share the model: then no rows go between these; see `GriffinConfig`.
+            shards: of so many equal ranges of a layer's neurons, each keeps as many of its best, see `GriffinConfig`.
+                By default as many as the devices that a mesh divides the model among, which then exchange no rows; 1
+                keeps the best of all there, too, for the answers of one device.
             experts: keep these neurons; `density` and `method` are not used.
             quality: `griffin` is the paper's method with what is turned on below; `best` turns on everything that
                 gains answers of the dense model at the same cost of decoding: `budgets` and `reconstruct`, with a
@@ -302,7 +303,7 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
-        shards: int = 1,
+        shards: int | None = None,
         prior: Prior | None = None,
         prior_weight: float = DEFAULT_WEIGHT,
         budgets: bool = False,
@@ -314,12 +315,12 @@ class LLM:
         Raises:
             ValueError: as for `generate`.
         """
-        config = GriffinConfig(density, method, shared, multiple, shards)
+        config = _griffin(density, method, shared, multiple, shards)
         _check_seed(seed)
         _check_budgets(budgets, prior)
         if prior is not None:
             check_fusion(method, prior_weight)
-        config = self._budgeted(config, prior, budgets)
+        config = self._budgeted(self._sharded(config, shards), prior, budgets)
         config.kept(self.model.neurons)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
@@ -337,7 +338,7 @@ class LLM:
         method: Method = "topk",
         shared: bool = False,
         multiple: int = 1,
-        shards: int = 1,
+        shards: int | None = None,
         seed: int = 0,
         experts: Experts | None = None,
     ) -> Float[Array, "b t v"]:
@@ -348,7 +349,7 @@ class LLM:
         Raises:
             ValueError: an argument is outside its range, there are no sequences, or they differ in length.
         """
-        config = GriffinConfig(density, method, shared, multiple, shards)
+        config = self._sharded(_griffin(density, method, shared, multiple, shards), shards)
         kept = config.kept(self.model.neurons)
         self._check_mesh(kept if experts is None else experts.kept)
         _check_seed(seed)
@@ -390,7 +391,7 @@ class LLM:
     def _answer(
         self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
     ) -> Iterator[tuple[Generation | None, list[str]]]:
-        config = self._budgeted(request.griffin, request.prior, request.budgets)
+        config = self._budgeted(self._sharded(request.griffin, request.shards), request.prior, request.budgets)
         max_new_tokens, experts = request.max_new_tokens, request.experts
         kept = config.kept(self.model.neurons)
         self._check_mesh(kept if experts is None else experts.kept)
@@ -591,6 +592,14 @@ class LLM:
         if batch > 1 and not config.shared:
             raise ValueError(f"with one_copy a batch shares its experts: give shared=True for {batch} prompts")
 
+    def _sharded(self, config: GriffinConfig, shards: int | None) -> GriffinConfig:
+        """The config with as many shards as devices share the model, unless it is said how many."""
+        devices = axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS)
+        if shards is not None or devices == 1:
+            return config
+        check_mesh(self.config, devices, config.kept(self.model.neurons))
+        return dataclasses.replace(config, shards=devices)
+
     def _budgeted(self, config: GriffinConfig, prior: Prior | None, budgets: bool) -> GriffinConfig:
         """The config with a prior's budgets, if they are wanted; the prior must be this model's."""
         if prior is None:
@@ -683,6 +692,12 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
 
 OPTIONS: dict[str, Any] = dict(LLM.generate.__kwdefaults__ or {})
 """The options of `LLM.generate` and their defaults."""
+
+
+def _griffin(
+    density: float | Sequence[float], method: Method, shared: bool, multiple: int, shards: int | None
+) -> GriffinConfig:
+    return GriffinConfig(density, method, shared, multiple, 1 if shards is None else shards)
 
 
 def check_options(**options: Any) -> None:

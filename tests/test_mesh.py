@@ -54,7 +54,8 @@ def native(tmp_path_factory) -> TinyLlama:
 
 
 def tokens(llm: gj.LLM, prompts=RAGGED, **options) -> list[list[int]]:
-    return llm.generate(prompts, max_new_tokens=6, ignore_eos=True, **options).tokens
+    """By default with the best neurons of all, whatever the devices."""
+    return llm.generate(prompts, max_new_tokens=6, ignore_eos=True, **({"shards": 1} | options)).tokens
 
 
 def assert_same(found, expected) -> None:
@@ -84,10 +85,20 @@ class TestAnswers:
             {"shards": 8, "shared": True, "method": "topk_sample", "temperature": 1.0, "seed": 3},
         ):
             assert tokens(llm, **options) == tokens(native.llm, **options)
-        for options in ({"method": "sample"}, {"shards": 8, "density": 0.75}):
+        for options in ({"method": "sample", "shards": 1}, {"shards": 8, "density": 0.75}):
             found, expected = (one.experts(RAGGED, **options) for one in (llm, native.llm))
             assert found.shards == expected.shards
             assert_same(found, expected)
+
+    def test_devices_keep_their_own_best_by_default(self, native):
+        llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
+        found, expected = llm.experts(RAGGED), native.llm.experts(RAGGED, shards=4)
+        assert found.shards == 4
+        assert_same(found, expected)
+        assert tokens(llm, shards=None) == tokens(native.llm, shards=4)
+        rows = [[5, 7, 11, 13, 2], [9, 8, 7, 6, 5]]
+        logits = [one.logits(rows, prompt_length=3, shards=shards) for one, shards in ((llm, None), (native.llm, 4))]
+        np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
     def test_batches_that_do_not_divide(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
@@ -97,7 +108,7 @@ class TestAnswers:
 
     def test_streams_logits_and_reconstruction(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(4, 2))
-        options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5}
+        options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5, "shards": 1}
         assert list(llm.stream(RAGGED, **options)) == list(native.llm.stream(RAGGED, **options))
         assert tokens(llm, reconstruct=16) == tokens(native.llm, reconstruct=16)
         rows = [[5, 7, 11, 13, 2], [9, 8, 7, 6, 5]]
