@@ -165,6 +165,7 @@ class TestGrid:
         names = [row.name for row in grid(["sample", "random"], [0.25, 1, 0.5, 0.5])]
         every = ["sample", "random", "oracle", "magnitude"]
         assert names == ["dense", *(f"{name} 0.5" for name in every), *(f"{name} 0.25" for name in every)]
+        assert [row.name for row in grid(["topk"], [0.5], ())] == ["dense", "topk 0.5"]
 
     @pytest.mark.parametrize(
         ("methods", "densities", "message"),
@@ -451,7 +452,9 @@ class TestCommands:
         ]  # fmt: skip
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
-    @pytest.mark.parametrize("options", [(), ("--chat",), ("--format", "xsum", "--shots", "1"), ("--stem",)])
+    @pytest.mark.parametrize(
+        "options", [(), ("--chat",), ("--format", "xsum", "--shots", "1"), ("--stem", "--no-baselines")]
+    )
     def test_summarize(self, worded, tmp_path, capsys, options):
         records = [{"doc": passage[:60], "sum": passage[60:90]} for passage in PASSAGES]
         file = jsonl(tmp_path / "t.jsonl", *records, {"doc": "x" * 300, "sum": "x"})
@@ -464,6 +467,7 @@ class TestCommands:
         result = json.loads(out.splitlines()[-1])
         assert result["used"] == 5 - (options[:1] == ("--format",))
         assert all(0 <= f["rouge1"]["value"] <= 100 for f in result["figures"])
+        assert ("oracle" in {f["method"] for f in result["figures"]}) == ("--no-baselines" not in options)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

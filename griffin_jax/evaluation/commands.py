@@ -35,6 +35,7 @@ from griffin_jax.distributed import is_first
 from griffin_jax.evaluation import report, shards, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import (
+    BASELINES,
     BUDGETS,
     CALIBRATION,
     MEASURED,
@@ -192,9 +193,12 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     what.add_argument("--density", default="0.5", metavar="D", help="separated by commas (default: %(default)s)")
     what.add_argument(
         "--method", default="topk",
-        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s); oracle, magnitude and random are"
-        f" always there. Behind each may be steps beyond GRIFFIN: +{' +'.join(STEPS)}, such as"
-        f" topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
+        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). Behind each may be steps beyond"
+        f" GRIFFIN: +{' +'.join(STEPS)}, such as topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
+    )  # fmt: skip
+    what.add_argument(
+        "--no-baselines", dest="baselines", action="store_const", const=(), default=BASELINES,
+        help=f"leave out {', '.join(BASELINES)}, which stand beside the methods",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
@@ -237,7 +241,7 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs one evaluation, from options to files and a table."""
-    rows = grid(options.method.split(","), numbers("--density", options.density, float))
+    rows = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
     for name, value in (("--limit", options.limit), ("--batch", options.batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -23,7 +23,7 @@ from griffin_jax.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconst
 
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)
-ALWAYS = (ORACLE, "magnitude", "random")
+BASELINES = (ORACLE, "magnitude", "random")
 """What stands beside every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
 PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
@@ -97,12 +97,13 @@ class Row:
         return DENSE if self.method == DENSE else f"{self.method} {self.density:g}"
 
 
-def grid(methods: Sequence[str], densities: Sequence[float]) -> tuple[Row, ...]:
-    """The dense model, and each method and all of `ALWAYS` at every density below 1, the largest first.
+def grid(methods: Sequence[str], densities: Sequence[float], baselines: Sequence[str] = BASELINES) -> tuple[Row, ...]:
+    """The dense model, and each method and baseline at every density below 1, the largest first.
 
     Args:
         methods: those of `GriffinConfig.method`, each with any of `STEPS` behind it.
         densities: shares of neurons kept.
+        baselines: of `BASELINES`.
 
     Raises:
         ValueError: there is no such method, its steps do not go together, or a density is outside (0, 1].
@@ -112,7 +113,7 @@ def grid(methods: Sequence[str], densities: Sequence[float]) -> tuple[Row, ...]:
     for density in densities:
         check_density(density)
     below = sorted({density for density in densities if density < 1}, reverse=True)
-    every = dict.fromkeys([*methods, *ALWAYS])
+    every = dict.fromkeys([*methods, *baselines])
     return (Row(DENSE, 1.0), *(Row(method, density) for density in below for method in every))
 
 

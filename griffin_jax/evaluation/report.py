@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from griffin_jax.evaluation.grid import ALWAYS, DENSE, ORACLE, Row
+from griffin_jax.evaluation.grid import BASELINES, DENSE, ORACLE, Row
 from griffin_jax.evaluation.intervals import Interval, exponential, mean, ratio_of_sums
 from griffin_jax.evaluation.tasks import OWN, REAL, ROUGE
 from griffin_jax.figures import new_figure
@@ -255,8 +255,8 @@ def _line(
         marker="o",
         markersize=4,
         capsize=2,
-        linewidth=1.5 if method not in ALWAYS else 1.0,
-        linestyle="--" if method in ALWAYS else "-",
+        linewidth=1.5 if method not in BASELINES else 1.0,
+        linestyle="--" if method in BASELINES else "-",
         color=colours[method],
         label=method,
     )
