@@ -112,7 +112,14 @@ def size(value: int) -> str:
 
 
 def _number(name: str, digits: int, factor: float = 1.0) -> Callable[[Row], str]:
-    return lambda row: "-" if row[name] is None else f"{row[name] * factor:,.{digits}f}"
+    def show(row: Row) -> str:
+        if row[name] is None:
+            return "-"
+        value = row[name] * factor
+        # Columns are wide enough for 9,999.9.
+        return f"{value:,.{digits if value < 1000 else min(digits, 1)}f}"
+
+    return show
 
 
 def _share(name: str, sign: str = "") -> Callable[[Row], str]:
