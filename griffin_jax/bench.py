@@ -396,12 +396,7 @@ def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Pr
         shape = min(DEFAULT_CALIBRATION, width), width
         rows = tuple(jnp.asarray(draw.standard_normal(shape) * width**-0.5, jnp.float16) for _ in layers)
         return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="")
-    file = options.prior or generaltext.beside(options.model)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"--quality best needs a prior, and there is no file {file}; measure it with griffin-jax prior"
-        )
-    return Prior.load(file)
+    return generaltext.load_for_best(options.model, options.prior)
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:

@@ -263,12 +263,10 @@ def _generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in OPTIONS}
     settings["experts"] = Experts.load(options.experts) if options.experts else None
-    prior = options.prior or (generaltext.beside(options.model) if options.quality == "best" else None)
-    if options.quality == "best" and prior and not Path(prior).is_file():
-        raise FileNotFoundError(
-            f"--quality best needs a prior, and there is no file {prior}; measure it with griffin-jax prior"
-        )
-    settings["prior"] = Prior.load(prior) if prior else None
+    if options.quality == "best":
+        settings["prior"] = generaltext.load_for_best(options.model, options.prior)
+    else:
+        settings["prior"] = Prior.load(options.prior) if options.prior else None
     check_options(**settings)
     if options.save_experts:
         if options.density == 1 and not options.experts:

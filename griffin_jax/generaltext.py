@@ -248,6 +248,21 @@ def beside(model: str) -> Path:
     return path.with_name(f"{path.name}.prior.safetensors")
 
 
+def load_for_best(model: str, file: str | Path | None) -> Prior:
+    """The prior that quality "best" needs: of a file, by default of the one `beside` the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another kind or version.
+    """
+    path = Path(file) if file else beside(model)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--quality best needs a prior, and there is no file {path}; measure it with griffin-jax prior"
+        )
+    return Prior.load(path)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     add_model_argument(parser)
