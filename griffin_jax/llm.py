@@ -757,7 +757,7 @@ def load(
             `open_source`.
         one_copy: hold every neuron once, so that pruning takes no memory beside the model; see `LLM`.
         mesh: several devices, in axes `data` (batches are divided along it) and `model` (the model is); see
-            `griffin_jax.mesh`. Answers are those of one device.
+            `griffin_jax.mesh`. Answers are those of one device, with `shards` given.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
