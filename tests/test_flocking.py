@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -228,6 +229,19 @@ def test_text_files_and_chosen_pictures(worded, texts, tmp_path, capsys):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(tmp_path / "out" / "activations.npz") as maps:
         assert {name: maps[name].shape for name in maps} == {"text 3, layer 2": (25, 48)}
+
+
+def test_devices_find_what_one_does(worded, texts, tmp_path, capsys):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in written(texts)))
+    found = []
+    for name, mesh in (("one", []), ("four", ["--mesh", "data=2,model=2"])):
+        arguments = [str(file), "--model", str(worded.folder), *mesh]
+        assert command(tmp_path / name, *arguments) == 0, capsys.readouterr().err
+        found.append(json.loads((tmp_path / name / "flocking.json").read_text()))
+    (one, structure), (four, other) = map(jax.tree.flatten, found)
+    assert other == structure
+    assert four == [pytest.approx(x, rel=1e-5) if isinstance(x, float) else x for x in one]
 
 
 @pytest.mark.parametrize(
