@@ -68,7 +68,7 @@ def table(result: Mapping[str, Any]) -> str:
     if result["peers"] and any(row["batch"] > 1 for row in result["rows"]):
         lines.append("peers are measured at batch 1 only")
     lines += [f"peer: {name} is skipped: {reason}" for name, reason in result["skipped"].items()]
-    best = any(row.get("quality") for row in result["rows"])
+    best = any(row["quality"] for row in result["rows"])
     for rows in groups(result["rows"]):
         first = rows[0]
         lines += [
@@ -102,7 +102,7 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 def label(row: Row) -> str:
     """What tells a row from others of the same density: its system, or `best`, and what its batch keeps."""
-    name = row.get("quality") or row["system"]
+    name = row["quality"] or row["system"]
     return name if row["experts"] is None else f"{name} {row['experts']}"
 
 

@@ -331,6 +331,11 @@ def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, "
     return jnp.where(sure, jnp.inf, draw)
 
 
+def check_kept(model: Transformer, kept: Sequence[int]) -> None:
+    """Raise `ValueError` unless the devices that share a model can share so many neurons of each layer evenly."""
+    check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), kept)
+
+
 def prune(
     model: Transformer,
     experts: Experts,
@@ -369,7 +374,7 @@ def prune(
     check_experts(experts, model)
     if reconstruction is not None:
         reconstruction.check(model.neurons, experts.indices)
-    check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), experts.kept)
+    check_kept(model, experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
     gathered = _gather_into(rows, experts, reconstruction, reuse, model.config)

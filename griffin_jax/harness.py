@@ -34,11 +34,11 @@ from griffin_jax.config import GriffinConfig, Method
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
 from griffin_jax.fingerprint import fingerprint
+from griffin_jax.griffin import check_kept
 from griffin_jax.llm import LLM, Quality, check_options, load
-from griffin_jax.mesh import MODEL_AXIS, axis_size, make_mesh, mesh_of
+from griffin_jax.mesh import make_mesh
 from griffin_jax.prior import Prior
 from griffin_jax.reconstruction import DEFAULT_ROWS
-from griffin_jax.sharding import check_mesh
 
 NAME = "griffin_jax"
 
@@ -174,7 +174,7 @@ class GriffinLM(TemplateLM):
         self.tokenizer = self._llm.tokenizer
         config = self._llm.config
         self._kept = self._griffin.kept(self._llm.model.neurons)
-        check_mesh(config, axis_size(mesh_of(self._llm.model.embedding[...]), MODEL_AXIS), self._kept)
+        check_kept(self._llm.model, self._kept)
         self.max_length = config.max_positions if max_length is None else max_length
         if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:
             raise ValueError(

@@ -18,7 +18,7 @@ from griffin_jax import jitted
 from griffin_jax.config import GriffinConfig, Method, ModelConfig
 from griffin_jax.fingerprint import fingerprint
 from griffin_jax.generate import Prefilled, bucket, pad
-from griffin_jax.griffin import Experts, Statistics, prune
+from griffin_jax.griffin import Experts, Statistics, check_kept, prune
 from griffin_jax.loading import ShardingLike, load_model
 from griffin_jax.lossless import DEFAULT_DRAFTS, Drafting
 from griffin_jax.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
@@ -27,7 +27,6 @@ from griffin_jax.one_copy import OneCopy
 from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
 from griffin_jax.reconstruction import DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.sampling import Sampler, sampler
-from griffin_jax.sharding import check_mesh
 from griffin_jax.timing import Stopwatch
 from griffin_jax.tokenizer import Tokenizer
 
@@ -351,7 +350,7 @@ class LLM:
         """
         config = self._sharded(_griffin(density, method, shared, multiple, shards), shards)
         kept = config.kept(self.model.neurons)
-        self._check_mesh(kept if experts is None else experts.kept)
+        check_kept(self.model, kept if experts is None else experts.kept)
         _check_seed(seed)
         if self._one_copy is not None:
             raise ValueError("logits needs the full model beside the pruned one: load it without one_copy")
@@ -394,7 +393,7 @@ class LLM:
         config = self._budgeted(self._sharded(request.griffin, request.shards), request.prior, request.budgets)
         max_new_tokens, experts = request.max_new_tokens, request.experts
         kept = config.kept(self.model.neurons)
-        self._check_mesh(kept if experts is None else experts.kept)
+        check_kept(self.model, kept if experts is None else experts.kept)
         if request.stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
         sequences = self._tokenize(prompts, request.chat)
@@ -581,9 +580,6 @@ class LLM:
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
 
-    def _check_mesh(self, kept: Sequence[int]) -> None:
-        check_mesh(self.config, axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS), kept)
-
     def _check_one_copy(self, config: GriffinConfig, batch: int) -> None:
         if self._one_copy is None:
             return
@@ -597,7 +593,7 @@ class LLM:
         devices = axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS)
         if shards is not None or devices == 1:
             return config
-        check_mesh(self.config, devices, config.kept(self.model.neurons))
+        check_kept(self.model, config.kept(self.model.neurons))
         return dataclasses.replace(config, shards=devices)
 
     def _budgeted(self, config: GriffinConfig, prior: Prior | None, budgets: bool) -> GriffinConfig:

@@ -168,13 +168,14 @@ def _score(
     prompts, lengths = pad([row.prompt for row in filled], width)
     # The last token of an answer is predicted, but not read.
     longest = [max(len(passages[n].more) + len(passages[n].answer) - 1 for n in row.passages) for row in filled]
-    is_pruned = pruner is not None and answer_width > 1
+    # An answer of one token is predicted by the prompt's last.
+    chooser = pruner if answer_width > 1 else None
     prefilled = jitted.prefill(
         model, prompts, lengths,
         room=more_width + (answer_width if answer_width > 1 else 0),
         longest=jnp.asarray(longest, jnp.int32),
-        collect=is_pruned,
-        rows=pruner.rows if pruner is not None and is_pruned else 0,
+        collect=chooser is not None,
+        rows=0 if chooser is None else chooser.rows,
     )  # fmt: skip
     answering = model
     for turn in range(max(len(row.passages) for row in rows)):
@@ -191,8 +192,8 @@ def _score(
         if answer_width == 1:
             hidden = read.hidden[:, None]
         else:
-            if pruner is not None and (turn == 0 or more_width):
-                answering = pruner.prune(read, batch, present)
+            if chooser is not None and (turn == 0 or more_width):
+                answering = chooser.prune(read, batch, present)
             hidden, _ = jitted.follow(answering, read, answers, answer_lengths - 1)
         parts.append((jitted.losses(model, hidden, answers), answer_lengths))
 
