@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from benchmarks import memory, run
-from griffin_jax.cli import Parser, guarded
+from griffin_jax.cli.main import Parser, guarded
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from griffin_jax.checkpoint import DTYPES
+from griffin_jax.checkpoints.native import DTYPES
 
 GIB = 1 << 30
 STEP = 1 << 22

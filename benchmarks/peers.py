@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 import griffin_jax as gj
-from griffin_jax import demo
-from griffin_jax.bench import Peer, threads
+from griffin_jax.bench.runner import Peer, threads
+from griffin_jax.checkpoints import demo
 
 TRANSFORMERS, PUBLISHED, LLAMA_CPP = "transformers", "published GRIFFIN", "llama.cpp"
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from griffin_jax import kept_neurons
-from griffin_jax.assembly import disassemble
+from griffin_jax.model.assembly import disassemble
 
 
 class GriffinMLP(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from griffin_jax import loading
-from griffin_jax.cli import Parser, guarded
+from griffin_jax.checkpoints import loading
+from griffin_jax.cli.main import Parser, guarded
 
 
 def main() -> int:

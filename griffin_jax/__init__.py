@@ -1,21 +1,31 @@
 """GRIFFIN (arXiv 2404.01365) for JAX: faster answers from the feed-forward neurons a prompt needs."""
 
-from griffin_jax.cache import EMPTY, KVCache, empty_cache
-from griffin_jax.checkpoint import save
-from griffin_jax.config import GriffinConfig, ModelConfig, Rotary, kept_neurons
-from griffin_jax.generate import Answer, Prefilled, begin, bucket, decode, pad, prefill, refresh, teacher_forced
-from griffin_jax.griffin import Experts, Statistics, magnitude, prune, select, token_statistic
-from griffin_jax.llm import LLM, Generation, load
-from griffin_jax.loading import ConversionReport, convert, load_model, open_source, plan, verify
-from griffin_jax.lossless import Drafting, decode_lossless
-from griffin_jax.model import FeedForward, Transformer
-from griffin_jax.one_copy import OneCopy
-from griffin_jax.planning import NarrowingWarning, Plan
-from griffin_jax.prior import Prior
-from griffin_jax.reconstruction import Reconstruction
-from griffin_jax.sampling import Greedy, Sample
-from griffin_jax.tokenizer import Tokenizer
-from griffin_jax.verification import Verification, VerificationError
+from griffin_jax.checkpoints.loading import ConversionReport, convert, load_model, open_source, plan, verify
+from griffin_jax.checkpoints.native import save
+from griffin_jax.checkpoints.planning import NarrowingWarning, Plan
+from griffin_jax.checkpoints.verification import Verification, VerificationError
+from griffin_jax.extensions.in_place import OneCopy
+from griffin_jax.extensions.prior import Prior
+from griffin_jax.extensions.reconstruction import Reconstruction
+from griffin_jax.extensions.speculative import Drafting, decode_lossless
+from griffin_jax.generation.decode import (
+    Answer,
+    Prefilled,
+    begin,
+    bucket,
+    decode,
+    pad,
+    prefill,
+    refresh,
+    teacher_forced,
+)
+from griffin_jax.generation.sampling import Greedy, Sample
+from griffin_jax.griffin.select import Experts, Statistics, magnitude, prune, select, token_statistic
+from griffin_jax.llm.llm import LLM, Generation, load
+from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
+from griffin_jax.model.config import GriffinConfig, ModelConfig, Rotary, kept_neurons
+from griffin_jax.model.transformer import FeedForward, Transformer
+from griffin_jax.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 

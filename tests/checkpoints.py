@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from griffin_jax.cache import empty_cache
-from griffin_jax.model import Transformer
+from griffin_jax.model.cache import empty_cache
+from griffin_jax.model.transformer import Transformer
 
 WIDTH, FF, VOCABULARY, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 16, 24, 32, 2, 4, 2, 6
 CONFIG: dict[str, Any] = {

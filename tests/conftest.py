@@ -20,7 +20,10 @@ from jaxtyping import install_import_hook
 
 # The modules whose arguments users check with a ValueError (config, sampling, llm) stay unhooked: there a wrong type is
 # theirs to refuse.
-HOOKED = ["cache", "flocking", "generate", "griffin", "lossless", "model", "prior", "reconstruction", "scoring"]
+HOOKED = [
+    "analysis.flocking", "extensions.prior", "extensions.reconstruction", "extensions.speculative",
+    "generation.decode", "generation.scoring", "griffin.select", "model.cache", "model.transformer",
+]  # fmt: skip
 with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.beartype"):
     import griffin_jax as gj
 
@@ -88,7 +91,7 @@ def _programs_of_other_files_are_dropped() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo_gguf():
     """Path of the demo model's GGUF file, downloaded once."""
-    from griffin_jax import demo
+    from griffin_jax.checkpoints import demo
 
     return demo.fetch()
 

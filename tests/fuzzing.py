@@ -22,7 +22,7 @@ import checkpoints
 import numpy as np
 from checkpoints_gguf import write_gguf
 
-from griffin_jax.loading import open_source
+from griffin_jax.checkpoints.loading import open_source
 
 MEMORY = 1 << 30
 """That a case may take beyond what the process has before the first of them."""

@@ -24,10 +24,12 @@ from reference import TinyLlama, torch_greedy
 import griffin_jax as gj
 from benchmarks import memory, peers, torchpeers
 from benchmarks.__main__ import main
-from griffin_jax import bench, benchreport, cli, jitted
-from griffin_jax.assembly import random_model
-from griffin_jax.fingerprint import fingerprint
-from griffin_jax.timing import Stopwatch
+from griffin_jax.bench import report, runner
+from griffin_jax.cli import main as cli
+from griffin_jax.generation import jitted
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.utils.timing import Stopwatch
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, list[str], str]:
@@ -65,8 +67,8 @@ def measured(plain, tmp_path_factory) -> tuple[list[str], dict]:
     file = tmp_path_factory.mktemp("bench") / "result.json"
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
-        patch.setattr(bench, "PAUSE", 0.0)
+        patch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
+        patch.setattr(runner, "PAUSE", 0.0)
         patch.setattr("sys.argv", [
             "benchmarks", "run", "--model", str(plain.folder), "--lengths", "9+3", "--batch", "1,2", "--density", "0.5",
             "--repeats", "1", "--peers", "--json", "--json-file", str(file),
@@ -120,11 +122,11 @@ def test_bytes_are_the_models(measured):
 def test_weights_are_those_of_the_arrays(plain):
     llm = plain.llm
     options = bench_options("--model", str(plain.folder), "--lengths", "9+3", "--density", "0.5")
-    plan = bench.check(options)
+    plan = runner.check(options)
     experts = llm.experts([[5, 6, 7]], density=0.5)
-    for model, density in ((llm.model, 1.0), (bench.prune(llm.model, experts), 0.5)):
+    for model, density in ((llm.model, 1.0), (runner.prune(llm.model, experts), 0.5)):
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        assert plan.sizes(plan.cases[0], False).weights(plan.kept(bench.Variant(density))) == held
+        assert plan.sizes(plan.cases[0], False).weights(plan.kept(runner.Variant(density))) == held
 
 
 def test_ratios_are_those_of_the_rows(measured):
@@ -161,7 +163,7 @@ def both(plain, prior) -> tuple[list[str], dict]:
     """What a sweep over both qualities printed."""
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
+        patch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
         assert cli.main([
             "bench", "--model", str(plain.folder), "--lengths", "9+3", "--batch", "1,2", "--density", "0.5",
             "--quality", "best,griffin", "--prior", str(prior), "--repeats", "1", "--json",
@@ -190,7 +192,7 @@ def test_best_quality_stands_beside_plain_griffin(both):
     assert max(map(len, lines[:-1])) <= 120
     assert sum(line.startswith("best per-sequence ") for line in lines) == 2
     assert re.search(r"select and prune, of prefill: griffin_jax: .* at 0.5; best: .*% at 0.5", " ".join(lines))
-    assert list(benchreport._lines(result["rows"]))[:2] == ["griffin_jax, batch 1", "griffin_jax best, batch 1"]
+    assert list(report._lines(result["rows"]))[:2] == ["griffin_jax, batch 1", "griffin_jax best, batch 1"]
 
 
 def test_best_quality_is_compared_with_its_own(both):
@@ -201,19 +203,19 @@ def test_best_quality_is_compared_with_its_own(both):
         # As versions wrote it that did not have them.
         if not row["quality"]:
             del row["quality"]
-    rows = [r.split() for r in benchreport.comparison(result, before, "x").splitlines() if r.startswith("best ")]
+    rows = [r.split() for r in report.comparison(result, before, "x").splitlines() if r.startswith("best ")]
     assert len(rows) == 3
     assert {row[-7] for row in rows} == {"0.50"}
 
 
 def test_best_quality_prunes_as_generate_does(plain, prior):
     options = ("--lengths", "9+3", "--quality", "best", "--density", "0.5", "--prior", str(prior))
-    plan = bench.check(bench_options("--model", str(plain.folder), *options))
-    variant = bench.Variant(0.5, quality="best")
+    plan = runner.check(bench_options("--model", str(plain.folder), *options))
+    variant = runner.Variant(0.5, quality="best")
     tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13]
     rows = plan.rows(plan.cases[0], variant)
     prefilled = jitted.prefill(plain.llm.model, *gj.pad([tokens], 16), room=3, rows=rows)
-    pruned = bench._Subject(plain.llm.model, None).prune(prefilled, plan.griffin(variant), plan.prior, Stopwatch())
+    pruned = runner._Subject(plain.llm.model, None).prune(prefilled, plan.griffin(variant), plan.prior, Stopwatch())
     expected = plain.llm.generate([tokens], max_new_tokens=3, quality="best", prior=plan.prior, ignore_eos=True)
     assert pruned.neurons == expected.kept
     answer = jitted.decode(pruned, jitted.begin(prefilled), 3)
@@ -222,14 +224,14 @@ def test_best_quality_prunes_as_generate_does(plain, prior):
 
 def test_random_weights_have_a_random_prior_of_the_usual_size():
     options = ("--model", "Llama-2-7B", "--layers", "2", "--density", "0.5")
-    plan = bench.check(bench_options(*options, "--quality", "griffin,best"))
+    plan = runner.check(bench_options(*options, "--quality", "griffin,best"))
     assert plan.prior is not None
     assert [rows.shape for rows in plan.prior.rows] == [(384, 11008)] * 2
-    best = plan.kept(bench.Variant(0.5, quality="best"))
+    best = plan.kept(runner.Variant(0.5, quality="best"))
     assert best is not None
     assert sum(best) == 11008
-    assert plan.kept(bench.Variant(0.5)) == (5504, 5504)
-    assert plan.rows(bench.Case(9, 3, 3), bench.Variant(0.5, True, "best")) == 86
+    assert plan.kept(runner.Variant(0.5)) == (5504, 5504)
+    assert plan.rows(runner.Case(9, 3, 3), runner.Variant(0.5, True, "best")) == 86
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -257,16 +259,16 @@ def bench_options(*arguments: str):
 
 def test_medians_of_made_up_samples():
     options = bench_options("--model", "SmolLM2-135M", "--lengths", "100+11", "--batch", "2", "--density", "0.5")
-    plan = bench.check(options)
-    dense = bench.Measured("griffin_jax", "griffin_jax", bench.Variant(), compile=3.0)
-    pruned = bench.Measured("griffin_jax", "griffin_jax", bench.Variant(0.5, True), compile=4.0)
+    plan = runner.check(options)
+    dense = runner.Measured("griffin_jax", "griffin_jax", runner.Variant(), compile=3.0)
+    pruned = runner.Measured("griffin_jax", "griffin_jax", runner.Variant(0.5, True), compile=4.0)
     for second in (1.0, 7.0, 2.0):
         dense.samples.append({"prefill": second, "begin": 0.5, "decode": 10 * second})
         pruned.samples.append({
             "prefill": 1.25 * second, "prefill_without": second, "select": 0.5, "prune": 0.25, "begin": 0.5,
             "decode": 5 * second,
         })  # fmt: skip
-    full, half = bench.summarise(plan, plan.cases[0], [dense, pruned], bandwidth=1e9)
+    full, half = runner.summarise(plan, plan.cases[0], [dense, pruned], bandwidth=1e9)
     assert full["prefill_ms"] == 2000
     assert full["statistic_share"] is full["select_ms"] is full["prune_speed"] is None
     assert half["statistic_share"] == pytest.approx(0.25)
@@ -284,16 +286,16 @@ def test_medians_of_made_up_samples():
 
 def test_statistic_share_weighs_both_orders_alike():
     samples = [{"prefill": ratio, "prefill_without": 1.0} for ratio in (1.2, 0.9, 1.2)]
-    assert bench._statistic_share(samples) == pytest.approx((1.2 * 0.9) ** 0.5 - 1)
-    assert bench._statistic_share(samples[:1]) == pytest.approx(0.2)
+    assert runner._statistic_share(samples) == pytest.approx((1.2 * 0.9) ** 0.5 - 1)
+    assert runner._statistic_share(samples[:1]) == pytest.approx(0.2)
 
 
 def test_compare_with_an_earlier_run(measured, tmp_path):
     out, result = measured
     file = tmp_path / "printed.txt"
     file.write_text("\n".join(out))
-    before = benchreport.read(file)
-    same = benchreport.comparison(result, before, file).splitlines()
+    before = report.read(file)
+    same = report.comparison(result, before, file).splitlines()
     assert not any(line.startswith("warning") for line in same)
     assert max(map(len, same[1:])) <= 120
     assert sum(line.startswith("griffin_jax per-sequence") for line in same) == 1
@@ -301,7 +303,7 @@ def test_compare_with_an_earlier_run(measured, tmp_path):
     before["rows"][0]["decode_ms"] *= 4
     before["rows"][1]["new"] = 5
     del before["rows"][2]
-    text = benchreport.comparison(result, before, file)
+    text = report.comparison(result, before, file)
     assert "warning: dtype was bfloat16, is float32" in text
     assert "warning: threads was 999" in text
     assert "warning: model was another" in text
@@ -313,12 +315,12 @@ def test_compare_with_an_earlier_run(measured, tmp_path):
 
 def test_plot_is_a_png(measured, tmp_path):
     pytest.importorskip("matplotlib")
-    benchreport.plot(measured[1], tmp_path / "plot.png")
+    report.plot(measured[1], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_lines_of_a_plot_begin_at_the_dense_row(measured):
-    lines = benchreport._lines(measured[1]["rows"])
+    lines = report._lines(measured[1]["rows"])
     assert list(lines) == [
         "griffin_jax, batch 1", "published GRIFFIN, batch 1", "griffin_jax, batch 2 shared",
         "griffin_jax, batch 2 per-sequence",
@@ -348,8 +350,8 @@ def test_bench_is_a_command_of_the_package(monkeypatch, capsys):
 
 
 def test_too_little_memory_is_an_error_before_anything_is_allocated(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "free_memory", lambda: 10**9)
-    monkeypatch.setattr(bench, "random_model", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(runner, "free_memory", lambda: 10**9)
+    monkeypatch.setattr(runner, "random_model", lambda *_: pytest.fail("allocated"))
     code, _, err = run(monkeypatch, capsys, "run", "--model", "Llama-2-7B", "--dtype", "bfloat16", "--layers", "16")
     assert code == 2
     assert "(weights 7.0, kept neurons 3.2, " in err
@@ -357,10 +359,11 @@ def test_too_little_memory_is_an_error_before_anything_is_allocated(monkeypatch,
 
 
 def test_needed_memory_counts_the_largest_case(monkeypatch):
-    monkeypatch.setattr(bench, "free_memory", lambda: None)
+    monkeypatch.setattr(runner, "free_memory", lambda: None)
     arguments = ("--model", "Llama-2-7B", "--dtype", "bfloat16", "--lengths", "100+20,2000+40", "--batch", "1,8")
     shared, own = (
-        bench.needed_memory(bench.check(bench_options(*arguments, "--experts", experts))) for experts in bench.EXPERTS
+        runner.needed_memory(runner.check(bench_options(*arguments, "--experts", experts)))
+        for experts in runner.EXPERTS
     )
     assert shared["peers"] == 0
     assert shared["caches"] == 2 * 2 * 32 * 8 * 32 * 128 * (2048 + 48) * 2
@@ -370,7 +373,7 @@ def test_needed_memory_counts_the_largest_case(monkeypatch):
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "OPT-6.7B", "Gemma-7B"])
 def test_random_weights_are_scaled_and_finite(name):
     sizes = {"width": 64, "ff_width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 300}
-    config = dataclasses.replace(bench.named(name, 2), max_positions=64, **sizes)
+    config = dataclasses.replace(runner.named(name, 2), max_positions=64, **sizes)
     model = random_model(config, jnp.bfloat16)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16"}
     first, second = (layer.ff for layer in model.layers)
@@ -378,7 +381,7 @@ def test_random_weights_are_scaled_and_finite(name):
     assert float(jnp.std(first.down[...].astype(jnp.float32))) == pytest.approx(96**-0.5, rel=0.05)
     assert abs(float(jnp.mean(first.down[...].astype(jnp.float32)))) < 0.01
     assert not np.array_equal(first.down[...], second.down[...])
-    prefilled = bench.jitted.prefill(model, np.arange(16, dtype=np.int32)[None], np.array([16], np.int32), room=0)
+    prefilled = runner.jitted.prefill(model, np.arange(16, dtype=np.int32)[None], np.array([16], np.int32), room=0)
     assert np.isfinite(prefilled.logits).all()
     assert float(jnp.std(prefilled.logits)) > 0
 

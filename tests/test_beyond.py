@@ -12,14 +12,15 @@ from conftest import PASSAGES
 from reference import assert_close
 
 import griffin_jax as gj
-from griffin_jax import cli, jitted
+from griffin_jax.cli.main import main
 from griffin_jax.evaluation import tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.grid import Beyond, Row, grid, models
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.generaltext import measure
-from griffin_jax.reconstruction import Reconstruction
+from griffin_jax.extensions.reconstruction import Reconstruction
+from griffin_jax.generation import jitted
 
 PROMPTS = [[5, 6, 7], list(range(3, 40)), [9, 8, 7, 60, 61, 62, 63, 64, 65, 5]]
 TEXTS = [list(range(start, start + 12)) for start in range(10, 90, 11)]
@@ -106,7 +107,7 @@ class TestGenerate:
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "9"]
         arguments += ["--prior", str(tmp_path / "p"), "--prior-weight", "0.3", "--json"]
         for flags, rows in ((["--reconstruct"], True), (["--reconstruct", "7"], 7), ([], False)):
-            assert cli.main([*arguments, *flags]) == 0
+            assert main([*arguments, *flags]) == 0
             expected = worded.llm.generate(
                 PASSAGES[0], max_new_tokens=9, prior=measured, prior_weight=0.3, reconstruct=rows
             )
@@ -209,13 +210,13 @@ class TestCommand:
         measure(worded.llm.model, TEXTS, size=4, rows=20, quiet=True).save(tmp_path / "p")
         methods = [f"topk{steps}" for steps in STEPS]
         arguments += ["--method", ",".join(methods), "--prior", str(tmp_path / "p"), "--rows", "16"]
-        assert cli.main([*arguments, "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
+        assert main([*arguments, "--plot", str(tmp_path / "plot.png"), "--json"]) == 0
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert [f["method"] for f in result["figures"][:6]] == ["dense", *methods]
         assert result["reconstruction_rows"] == 16
         assert len({f["kl"]["value"] for f in result["figures"][:6]}) == 6
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-        assert cli.main([*arguments, "--ridge", "2"]) == 2
+        assert main([*arguments, "--ridge", "2"]) == 2
         assert "ridge was 1.0, is 2.0" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -236,7 +237,7 @@ class TestCommand:
     def test_refused(self, arguments, tmp_path, capsys, options, message):
         gj.Prior((jnp.ones(3),), (), "0" * 16, 1).save(tmp_path / "bare")
         options = [option.format(bare=tmp_path / "bare", none=tmp_path / "none") for option in options]
-        assert cli.main([*arguments, *options]) == 2
+        assert main([*arguments, *options]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert len(err.splitlines()) == 1

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import griffin_jax as gj
-from griffin_jax import cli, jitted
-from griffin_jax.config import density_that_keeps
+from griffin_jax.cli.main import main
+from griffin_jax.evaluation.general_text import least_strength, measure, with_budgets
 from griffin_jax.evaluation.grid import Beyond, Row, models
-from griffin_jax.generaltext import least_strength, measure, with_budgets
-from griffin_jax.prior import between, share_out
-from griffin_jax.sensitivity import sensitivity, squared_gradients
+from griffin_jax.extensions.prior import between, share_out
+from griffin_jax.extensions.sensitivity import sensitivity, squared_gradients
+from griffin_jax.generation import jitted
+from griffin_jax.model.config import density_that_keeps
 
 TEXTS = [list(range(start, start + 12)) for start in range(10, 90, 11)]
 
@@ -162,7 +163,7 @@ class TestPrior:
             kl = 0.6 + abs(rest[-1].prior.strength - best)
             return [{row.name: {"kl": [kl]} for row in rows}] * len(answers)
 
-        monkeypatch.setattr("griffin_jax.generaltext.score_answers", scored)
+        monkeypatch.setattr("griffin_jax.evaluation.general_text.score_answers", scored)
         found = with_budgets(tiny.llm.model, plain, TEXTS[:2], TEXTS[2:5], size=2, quiet=True)
         assert len(found.sensitivity) == 3
         assert found.strength == best
@@ -205,7 +206,7 @@ class TestEvaluation:
 
     def test_summaries_are_not_refreshed(self, capsys, tmp_path):
         arguments = ["eval", "summarize", str(tmp_path / "t"), "--method", "topk+refresh"]
-        assert cli.main(arguments) == 2
+        assert main(arguments) == 2
         assert "evaluate divergence or perplexity" in capsys.readouterr().err
 
 
@@ -240,7 +241,7 @@ class TestGenerate:
 
     def test_the_file_beside_the_model_is_the_default(self, tiny, prior, tmp_path, capsys):
         arguments = ["generate", "--model", str(tiny.folder), "--prompt", "a", "--quality", "best"]
-        assert cli.main(arguments) == 2
+        assert main(arguments) == 2
         error = capsys.readouterr().err
         assert f"there is no file {tiny.folder}.prior.safetensors" in error
         assert "griffin-jax prior" in error

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from griffin_jax import checkpoint
-from griffin_jax.assembly import assemble, disassemble, parameter_shapes
-from griffin_jax.checkpoint import MANIFEST, load, save
-from griffin_jax.loading import convert, load_model, open_source
-from griffin_jax.model import Transformer
-from griffin_jax.planning import NarrowingWarning
+from griffin_jax.checkpoints import native as checkpoint
+from griffin_jax.checkpoints.loading import convert, load_model, open_source
+from griffin_jax.checkpoints.native import MANIFEST, load, save
+from griffin_jax.checkpoints.planning import NarrowingWarning
+from griffin_jax.model.assembly import assemble, disassemble, parameter_shapes
+from griffin_jax.model.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
 
@@ -188,7 +188,7 @@ def test_assembling_needs_every_parameter_once_and_in_shape(tmp_path):
 def test_an_existing_output_is_left_alone_and_nothing_is_read(tmp_path, monkeypatch):
     output = tmp_path / "output"
     output.mkdir()
-    monkeypatch.setattr("griffin_jax.loading.open_source", lambda *_: pytest.fail("the source was opened"))
+    monkeypatch.setattr("griffin_jax.checkpoints.loading.open_source", lambda *_: pytest.fail("the source was opened"))
     for existing in (output, tmp_path / "file", tmp_path / "dangling"):
         if existing.name == "file":
             existing.write_text("mine")
@@ -303,7 +303,7 @@ def test_folders_without_a_manifest_are_incomplete(native):
 
 @pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("bad")])
 def test_nothing_is_left_of_a_conversion_that_fails(hf_folder, tmp_path, monkeypatch, failure):
-    from griffin_jax.sources import FamilySource
+    from griffin_jax.checkpoints.sources import FamilySource
 
     read = FamilySource.read
 
@@ -361,7 +361,7 @@ def test_a_disk_that_fills(hf_folder, tmp_path, limit):
 
 
 def test_a_disk_without_room_is_noticed_first(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: checkpoint.shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(native.shutil, "disk_usage", lambda path: native.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match=r"GB are needed, 0\.0 GB are free"):
         convert(hf_folder, tmp_path / "some" / "native", progress=False)
     assert left_behind(tmp_path) == []

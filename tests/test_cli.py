@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import griffin_jax as gj
-from griffin_jax.cli import main
+from griffin_jax.cli.main import main
 
 PROJECT = Path(__file__).parent.parent
 
@@ -173,7 +173,7 @@ def test_help_names_every_command(capfd):
 
 def test_torch_is_never_imported():
     code = (
-        "import sys; sys.modules['torch'] = None; import griffin_jax, griffin_jax.cli, convert.__main__;"
+        "import sys; sys.modules['torch'] = None; import griffin_jax, griffin_jax.cli.main, convert.__main__;"
         "assert not any(name.startswith('transformers.models') for name in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=False)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from griffin_jax import demo
-from griffin_jax.loading import open_source
+from griffin_jax.checkpoints import demo
+from griffin_jax.checkpoints.loading import open_source
 
 CONTENT = b"GGUF, or so it seems"
 

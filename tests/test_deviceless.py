@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from griffin_jax import compilers, demo, deviceless
-from griffin_jax.cli import main
-from griffin_jax.config import ModelConfig
-from griffin_jax.demo import CACHE_VARIABLE
-from griffin_jax.deviceless import compile_for, inspect, table
-from griffin_jax.hlo import Module
-from griffin_jax.named import named
-from griffin_jax.targets import TARGETS, gpu_target_config, target
+from griffin_jax.aot import compilation, compilers
+from griffin_jax.aot.compilation import compile_for, inspect, table
+from griffin_jax.aot.hlo import Module
+from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
+from griffin_jax.checkpoints import demo
+from griffin_jax.checkpoints.demo import CACHE_VARIABLE
+from griffin_jax.cli.main import main
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.named import named
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +112,7 @@ class TestPrograms:
         assert "--multiple 64 avoids that" in table("odd", report)
 
     def test_whole_tiles_are_not(self, report):
-        assert report.pruned.kept[0] % deviceless.GPU_TILE == 0
+        assert report.pruned.kept[0] % compilation.GPU_TILE == 0
         assert "avoids that" not in table("whole tiles", report)
 
     def test_hlo_is_written(self, odd):
@@ -279,7 +280,7 @@ def test_every_gpu_is_accepted(cuda):
         capture_output=True,
         text=True,
         check=False,
-        env=deviceless.child_environment(cuda),
+        env=compilation.child_environment(cuda),
     )
     assert result.stdout.splitlines() == [chip.name for chip in TARGETS.values() if chip.gpu is not None], result.stderr
 
@@ -312,12 +313,12 @@ def test_command_with_a_folder(cuda, capfd, tiny):
 def found(monkeypatch):
     """What a compiler might have found, instead of a compiler."""
     program = {"arguments": 5, "outputs": 1, "aliased": 1, "temporaries": 7, "kernels_per_step": 9}
-    copies = {field: [] for field in deviceless.PROGRAM_FIELDS if "copies" in field}
+    copies = {field: [] for field in compilation.PROGRAM_FIELDS if "copies" in field}
     moved = {"collectives_in_layers": {"all-reduce": 4}, "collectives_elsewhere": {}, "communicated_per_step": 8}
     program |= copies | moved | {"collectives": {}, "communicated": 0}
     found = dict.fromkeys(("prefill", "dense", "prune", "pruned"), program) | {"refusals": []}
     monkeypatch.setattr(compilers, "_installed", lambda module: True)
-    monkeypatch.setattr(deviceless, "_in_child", lambda task, compiler: found)
+    monkeypatch.setattr(compilation, "_in_child", lambda task, compiler: found)
     return found
 
 
@@ -420,7 +421,7 @@ class TestRefusals:
     def test_a_compiler_that_fails(self, monkeypatch):
         failed = subprocess.CompletedProcess([], 1, stdout="", stderr="Traceback\nRuntimeError: no such chip\n\n")
         monkeypatch.setattr(compilers, "_installed", lambda module: True)
-        monkeypatch.setattr(deviceless.subprocess, "run", lambda *_, **__: failed)
+        monkeypatch.setattr(compilation.subprocess, "run", lambda *_, **__: failed)
         with pytest.raises(RuntimeError, match="the compiler failed: RuntimeError: no such chip"):
             compile_for("h100", LLAMA)
 
@@ -550,7 +551,7 @@ class TestReadingHlo:
         found = self.read()
         # matvec, fetch, part, written; the condition's compare
         assert found.pop("kernels_per_step") == 5
-        assert set(found) == set(deviceless.PROGRAM_FIELDS) - {"kernels_per_step", "temporaries"}
+        assert set(found) == set(compilation.PROGRAM_FIELDS) - {"kernels_per_step", "temporaries"}
         assert not any(found.values())
 
     @pytest.mark.parametrize(

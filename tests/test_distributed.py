@@ -15,11 +15,11 @@ import pytest
 from conftest import PASSAGES
 from reference import TinyLlama, tiny_tokenizer
 
-from griffin_jax import distributed
-from griffin_jax.cli import main
-from griffin_jax.distributed import HEARTBEAT_SECONDS, parse
-from griffin_jax.griffin import Experts
-from griffin_jax.loading import convert
+from griffin_jax.checkpoints.loading import convert
+from griffin_jax.cli.main import main
+from griffin_jax.griffin.select import Experts
+from griffin_jax.parallel import distributed
+from griffin_jax.parallel.distributed import HEARTBEAT_SECONDS, parse
 
 ROOT = Path(__file__).parent.parent
 DIES = """
@@ -58,7 +58,7 @@ def coordinator() -> str:
 def together(*arguments: str) -> list[tuple[int, str, str]]:
     """Exit code, stdout and stderr of both processes of a command."""
     at = coordinator()
-    both = [start(at, number, "-m", "griffin_jax.cli", *arguments, "--distributed") for number in range(2)]
+    both = [start(at, number, "-m", "griffin_jax.cli.main", *arguments, "--distributed") for number in range(2)]
     outputs = [process.communicate(timeout=300) for process in both]
     return [(process.returncode, *output) for process, output in zip(both, outputs, strict=True)]
 
@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_ends_the_other(folder, killed):
     at = coordinator()
     dies = start(at, killed, "-c", DIES)
     command = ["generate", "--model", str(folder), "--prompt", "A river", "--mesh", "data=2", "--distributed"]
-    lives = start(at, 1 - killed, "-m", "griffin_jax.cli", *command)
+    lives = start(at, 1 - killed, "-m", "griffin_jax.cli.main", *command)
     assert dies.wait(timeout=300) == -signal.SIGKILL
     # The limit is wide for machines that are busy with other things.
     out, err = lives.communicate(timeout=3 * HEARTBEAT_SECONDS)

@@ -16,7 +16,7 @@ from conftest import PASSAGES
 from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
-from griffin_jax import cli, jitted
+from griffin_jax.cli import main as cli
 from griffin_jax.evaluation import batches, intervals, report, shards, tasks
 from griffin_jax.evaluation.batches import Item, batch_of
 from griffin_jax.evaluation.forced import score_answers
@@ -24,6 +24,7 @@ from griffin_jax.evaluation.grid import Row, grid, models, seed_of
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.evaluation.prompts import summarization_prompt
 from griffin_jax.evaluation.samples import SHOWN, Skipped, excerpt, read_jsonl, read_texts
+from griffin_jax.generation import jitted
 
 ROWS = grid(["topk"], [0.5])
 ITEMS = [

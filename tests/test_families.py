@@ -9,10 +9,10 @@ import checkpoints
 import numpy as np
 import pytest
 
-from griffin_jax.config import Rotary
-from griffin_jax.families import REFUSED, Layout, families, family_of, gguf_family_of, table
-from griffin_jax.loading import load_model
-from griffin_jax.model import rotary_frequencies
+from griffin_jax.checkpoints.families import REFUSED, Layout, families, family_of, gguf_family_of, table
+from griffin_jax.checkpoints.loading import load_model
+from griffin_jax.model.config import Rotary
+from griffin_jax.model.transformer import rotary_frequencies
 
 
 def read(**changes):
@@ -138,16 +138,16 @@ def test_attributes_that_are_harmless_at_one_value_only():
 
 
 def test_the_default_of_transformers_is_accepted(monkeypatch):
-    from griffin_jax.families import base
+    from griffin_jax.checkpoints.schema import family
 
-    monkeypatch.setattr(base, "_transformers_defaults", lambda model_type: {"novelty": 3})
+    monkeypatch.setattr(family, "_transformers_defaults", lambda model_type: {"novelty": 3})
     assert read(novelty=3) == read()
     with pytest.raises(ValueError, match="novelty=4"):
         read(novelty=4)
 
 
 def test_defaults_come_from_the_class_of_the_model_type():
-    from griffin_jax.families.base import _transformers_defaults
+    from griffin_jax.checkpoints.schema.family import _transformers_defaults
 
     assert _transformers_defaults("llama")["mlp_bias"] is False
     assert _transformers_defaults("no such type") == {}

@@ -10,10 +10,10 @@ import pytest
 from cases import Cases, build_torch
 from safetensors.numpy import load_file, save_file
 
-from griffin_jax.config import Alibi, ModelConfig, Rotary
-from griffin_jax.families import families, family_of
-from griffin_jax.families.base import Attributes
-from griffin_jax.loading import open_source
+from griffin_jax.checkpoints.families import families, family_of
+from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.checkpoints.schema.family import Attributes
+from griffin_jax.model.config import Alibi, ModelConfig, Rotary
 
 # Configurations of the hub, without what is the same everywhere: gpt2, gpt2-xl, gpt-j-6b, gpt-neox-20b, pythia-70m,
 # opt-350m, opt-1.3b, galactica-125m, bloom-560m, bloom-7b1.

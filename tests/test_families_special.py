@@ -18,9 +18,9 @@ from cases.phi3 import longrope
 from reference import torch_logits
 
 import griffin_jax as gj
-from griffin_jax.config import ModelConfig
-from griffin_jax.families import families, family_of
-from griffin_jax.families.base import Attributes
+from griffin_jax.checkpoints.families import families, family_of
+from griffin_jax.checkpoints.schema.family import Attributes
+from griffin_jax.model.config import ModelConfig
 
 
 def read(values: dict[str, Any]) -> ModelConfig:

@@ -30,9 +30,9 @@ from reference import (
 from safetensors.numpy import load_file, save_file
 
 import griffin_jax as gj
-from griffin_jax.families import families
-from griffin_jax.loading import open_source
-from griffin_jax.sources import read_hf_config
+from griffin_jax.checkpoints.families import families
+from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.checkpoints.sources import read_hf_config
 
 CASES = all_cases()
 
@@ -81,7 +81,7 @@ pair_families: list[str] = []
 @pytest.fixture
 def query_blocks(monkeypatch) -> None:
     """Long sequences in several blocks. For every test that compiles their length: a program is compiled once."""
-    monkeypatch.setattr("griffin_jax.model.QUERY_BLOCK", 32)
+    monkeypatch.setattr("griffin_jax.model.transformer.QUERY_BLOCK", 32)
 
 
 @pytest.mark.usefixtures("query_blocks")

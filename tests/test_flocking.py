@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import griffin_jax as gj
-from griffin_jax import flocking, flockingreport, jitted
-from griffin_jax.cli import main
+from griffin_jax.analysis import flocking, flocking_report
+from griffin_jax.cli.main import main
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.generation import jitted
 
 PROMPT, NEW, WINDOW, DENSITIES = 12, 8, 4, (0.25, 0.5)
 
@@ -207,14 +208,14 @@ def test_reports_of_texts_that_end_at_once(tmp_path):
     results = {
         "model_name": "m", "dtype": "float32", "used": 2, "left_out": {"count": 0}, "layers": 1, "prompt": 4,
         "continuation": "own", "window": 2, "density": 0.5, "densities": [0.5], "kept": [2], "neurons": 4,
-        "random_experts": [0.4], "similarity": {key: [[0.6]] for key in flockingreport.KINDS},
+        "random_experts": [0.4], "similarity": {key: [[0.6]] for key in flocking_report.KINDS},
         "own_permutation": [[0.7]],
-        "stability": {"texts": [0], **{key: [[[None]]] for key in flockingreport.STABILITY}},
+        "stability": {"texts": [0], **{key: [[[None]]] for key in flocking_report.STABILITY}},
     }  # fmt: skip
-    lines = flockingreport.table(results).splitlines()
+    lines = flocking_report.table(results).splitlines()
     assert lines[4].split()[2:] == ["0.600", *["0.600", "(in", "0)"] * 2]
     assert lines[8].split()[-3:] == ["-"] * 3
-    flockingreport.plot_stability(results, tmp_path / "stability.png")
+    flocking_report.plot_stability(results, tmp_path / "stability.png")
     assert (tmp_path / "stability.png").stat().st_size
 
 

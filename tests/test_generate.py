@@ -15,9 +15,9 @@ from conftest import PASSAGES
 from reference import torch_greedy
 
 import griffin_jax as gj
-from griffin_jax import jitted
-from griffin_jax.generate import DEFAULT_CHUNK
-from griffin_jax.sampling import sampler
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import DEFAULT_CHUNK
+from griffin_jax.generation.sampling import sampler
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(3, 40))]
 
@@ -420,7 +420,7 @@ class TestText:
 
     def test_half_characters_are_held_back(self, demo_llm):
         """A token may end inside the bytes of a character."""
-        from griffin_jax.llm import _Text
+        from griffin_jax.llm.llm import _Text
 
         tokens = demo_llm.tokenizer.encode("a🌋b")
         text, shown = _Text(demo_llm.tokenizer, 1, ()), []

@@ -10,7 +10,7 @@ from conftest import PASSAGES, first_and_slow
 from reference import oracle_squares, oracle_topk, torch_greedy, torch_intermediates
 
 import griffin_jax as gj
-from griffin_jax.assembly import disassemble
+from griffin_jax.model.assembly import disassemble
 
 
 def statistics(squares: np.ndarray, tokens: list[int]) -> gj.Statistics:

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import griffin_jax as gj
-from griffin_jax.cli import main
-from griffin_jax.generaltext import measure
-from griffin_jax.harness import ARGUMENTS, NAME, GriffinLM
+from griffin_jax.cli.main import main
+from griffin_jax.evaluation.general_text import measure
+from griffin_jax.evaluation.lm_eval import ARGUMENTS, NAME, GriffinLM
 
 PROJECT = Path(__file__).parent.parent
 CHAT = (
@@ -201,7 +201,7 @@ class TestLoglikelihood:
             forced(model, whole[2], 3, 0.5)[-2:].sum(),
         ]
         np.testing.assert_allclose([log for log, _ in got], expected, rtol=TOLERANCE)
-        (warning,) = [record.message for record in caplog.records if record.name == "griffin_jax.harness"]
+        (warning,) = [record.message for record in caplog.records if record.name == "griffin_jax.evaluation.lm_eval"]
         assert warning.startswith("2 of 3 requests are longer than the 8 tokens")
 
     @pytest.mark.parametrize(("options", "warned"), [({}, 1), ({"last_token_only": True}, 0), ({"density": 1.0}, 0)])
@@ -428,7 +428,7 @@ class TestCommand:
             "import sys; sys.modules['lm_eval'] = None\n"
             "import importlib.util; find = importlib.util.find_spec\n"
             "importlib.util.find_spec = lambda name, *rest: None if name == 'lm_eval' else find(name, *rest)\n"
-            "from griffin_jax.cli import main; sys.exit(main(['lm-eval', '--tasks', 'x']))"
+            "from griffin_jax.cli.main import main; sys.exit(main(['lm-eval', '--tasks', 'x']))"
         )
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
         assert found.returncode == 2

@@ -9,10 +9,10 @@ import pytest
 from reference import TOLERANCE, pruned_log_softmax
 
 import griffin_jax as gj
-from griffin_jax import jitted
 from griffin_jax.evaluation import likelihood
+from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.likelihood import Passage, continuation, last_token, likelihoods, window
-from griffin_jax.generaltext import measure
+from griffin_jax.generation import jitted
 
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [90, 3, 77, 3, 21], [17]]
 CONTINUATIONS = [[13, 14, 15], [50], [1, 60, 61, 62, 63, 64], [70, 71]]

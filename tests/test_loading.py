@@ -19,10 +19,11 @@ from checkpoints_gguf import write_gguf
 from conftest import first_and_slow
 
 import griffin_jax as gj
-from griffin_jax import cli, loading, sources, verification
-from griffin_jax.checkpoint import MANIFEST, NativeCheckpoint
-from griffin_jax.loading import convert, load_model, open_source, plan, verify
-from griffin_jax.planning import NarrowingWarning, _ranges
+from griffin_jax.checkpoints import loading, sources, verification
+from griffin_jax.checkpoints.loading import convert, load_model, open_source, plan, verify
+from griffin_jax.checkpoints.native import MANIFEST, NativeCheckpoint
+from griffin_jax.checkpoints.planning import NarrowingWarning, _ranges
+from griffin_jax.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -35,7 +36,7 @@ def hf_folder(tmp_path) -> Path:
 
 def run(capfd, *arguments: object) -> tuple[int, str, str]:
     try:
-        code = cli.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
     except SystemExit as stop:
         code = int(stop.code or 0)
     out, err = capfd.readouterr()

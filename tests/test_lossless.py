@@ -16,7 +16,9 @@ from conftest import PASSAGES
 from reference import TinyLlama, assert_close
 
 import griffin_jax as gj
-from griffin_jax import cli, jitted, lossless
+from griffin_jax.cli.main import main
+from griffin_jax.extensions import speculative
+from griffin_jax.generation import jitted
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(3, 40))]
 NEW = 20
@@ -39,7 +41,7 @@ class TestGreedy:
         assert out.tokens == generate(tiny.llm, density=1.0).tokens
         assert out.tokens != generate(tiny.llm, density=density).tokens
         passes, drafted, accepted = (np.asarray(x) for x in jax.tree.leaves(out.drafting))
-        number = lossless.DEFAULT_DRAFTS if drafts is True else drafts
+        number = speculative.DEFAULT_DRAFTS if drafts is True else drafts
         assert drafted.tolist() == [number * passes] * 3
         # In each pass, a row gets its accepted drafts and at most one more token.
         assert (accepted > 0).all()
@@ -158,14 +160,14 @@ class TestDistribution:
         ],
     )
     def test_a_wrong_rule_would_be_found(self, model, monkeypatch, name, wrong):
-        monkeypatch.setattr(lossless, name, wrong)
+        monkeypatch.setattr(speculative, name, wrong)
         values, _ = self.fits(model, gj.Sample(), 3)
         assert max(values) < 1e-9
 
     def test_where_both_agree_something_can_be_drawn(self):
         p = jnp.asarray([0.25, 0.75])
-        np.testing.assert_array_equal(lossless.correction(p, p), p)
-        np.testing.assert_allclose(lossless.correction(p, jnp.asarray([0.5, 0.5])), [0, 0.25])
+        np.testing.assert_array_equal(speculative.correction(p, p), p)
+        np.testing.assert_allclose(speculative.correction(p, jnp.asarray([0.5, 0.5])), [0, 0.25])
 
 
 class TestGenerate:
@@ -247,11 +249,11 @@ class TestGenerate:
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
         expected = worded.llm.generate(PASSAGES[0], max_new_tokens=12, density=1.0)
         for flags, drafts in ((["--lossless"], 4), (["--lossless", "2"], 2)):
-            assert cli.main([*arguments, *flags, "--density", "0.8", "--json"]) == 0
+            assert main([*arguments, *flags, "--density", "0.8", "--json"]) == 0
             found = json.loads(capsys.readouterr().out)
             assert found["tokens"] == expected.tokens[0]
             assert found["drafting"]["drafted"] == drafts * found["drafting"]["passes"]
-        assert cli.main([*arguments, "--lossless"]) == 0
+        assert main([*arguments, "--lossless"]) == 0
         assert "drafts accepted in" in capsys.readouterr().err
-        assert cli.main([*arguments, "--lossless", "--refresh-every", "3"]) == 2
+        assert main([*arguments, "--lossless", "--refresh-every", "3"]) == 2
         assert "need no refresh" in capsys.readouterr().err

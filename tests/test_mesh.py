@@ -13,15 +13,18 @@ from jax.sharding import Mesh
 from reference import TinyLlama, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
-from griffin_jax import bench, griffin, jitted, named
-from griffin_jax.assembly import random_model
-from griffin_jax.cli import _parser, main
-from griffin_jax.deviceless import inspect
-from griffin_jax.fingerprint import fingerprint
-from griffin_jax.generaltext import measure, with_budgets
-from griffin_jax.hlo import Module
-from griffin_jax.mesh import checked_mesh, make_mesh, parse_mesh
-from griffin_jax.sharding import model_shardings, parameter_spec
+from griffin_jax.aot.compilation import inspect
+from griffin_jax.aot.hlo import Module
+from griffin_jax.bench import runner
+from griffin_jax.cli.main import _parser, main
+from griffin_jax.evaluation.general_text import measure, with_budgets
+from griffin_jax.generation import jitted
+from griffin_jax.griffin import select as griffin
+from griffin_jax.model import named
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.sharding import model_shardings, parameter_spec
+from griffin_jax.parallel.mesh import checked_mesh, make_mesh, parse_mesh
 
 pytestmark = pytest.mark.skipif(jax.device_count() < DEVICES, reason=f"XLA_FLAGS is set, and not to {DEVICES} devices")
 
@@ -338,8 +341,8 @@ def test_random_weights_are_made_where_they_lie(shape, kv_heads):
 
 class TestBench:
     def test_bytes_are_those_of_each_device(self, capfd, monkeypatch):
-        monkeypatch.setattr(bench, "BANDWIDTH_BYTES", 1 << 16)
-        for module in (bench, named):
+        monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
+        for module in (runner, named):
             monkeypatch.setattr(module, "NAMED", {"tiny": small(2)})
         arguments = ["bench", "--model", "tiny", "--lengths", "9+3", "--batch", "4", "--experts", "shared"]
         arguments += ["--density", "0.5", "--multiple", "4", "--quality", "griffin,best", "--repeats", "1", "--json"]
@@ -348,7 +351,7 @@ class TestBench:
         assert any("divided among the devices of --mesh data=2,model=4" in line for line in out)
         result = json.loads(out[-1])
         assert result["mesh"] == {"data": 2, "model": 4}
-        plan = bench.check(_parser().parse_args(arguments))
+        plan = runner.check(_parser().parse_args(arguments))
         assert result["parameters"] == plan.sizes(plan.cases[0], True).parameters
         assert [row["quality"] for row in result["rows"]] == [None, None, "best"]
         for row, variant in zip(result["rows"], plan.variants(plan.cases[0]), strict=True):
@@ -368,7 +371,7 @@ class TestBench:
         ],
     )
     def test_refusals(self, capfd, monkeypatch, arguments, message):
-        monkeypatch.setattr(bench, "random_model", lambda *_, **__: pytest.fail("weights were made"))
+        monkeypatch.setattr(runner, "random_model", lambda *_, **__: pytest.fail("weights were made"))
         assert main(["bench", "--model", "Llama-2-7B", "--layers", "1", *arguments]) == 2
         assert message in capfd.readouterr().err
 

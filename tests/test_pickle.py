@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from griffin_jax import llm, loading, pytorch, sources
-from griffin_jax.loading import convert, load_model, open_source
-from griffin_jax.pytorch import PickleFile
+from griffin_jax.checkpoints import loading, pytorch, sources
+from griffin_jax.checkpoints.loading import convert, load_model, open_source
+from griffin_jax.checkpoints.pytorch import PickleFile
+from griffin_jax.llm import llm
 
 EMBEDDING = "model.embed_tokens.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -12,11 +12,12 @@ from conftest import PASSAGES
 from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
-from griffin_jax import cli, generaltext
-from griffin_jax.arrayfile import save_arrays
-from griffin_jax.fingerprint import fingerprint
-from griffin_jax.generaltext import beside, measure, self_generated, windows
-from griffin_jax.prior import PRIOR_FORMAT, fuse
+from griffin_jax.cli.main import main
+from griffin_jax.evaluation import general_text
+from griffin_jax.evaluation.general_text import beside, measure, self_generated, windows
+from griffin_jax.extensions.prior import PRIOR_FORMAT, fuse
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.utils.arrayfile import save_arrays
 
 TEXTS = [[5, 6, 7], list(range(3, 40)), [9], [60, 61, 62, 63, 64], [70, 5, 71, 6, 72, 7, 73]]
 
@@ -114,7 +115,7 @@ class TestMeasuring:
                     assert np.linalg.norm(left) < worse * np.linalg.norm(best)
 
     def test_of_long_texts_a_few_tokens_are_sketched(self, tiny, monkeypatch):
-        monkeypatch.setattr(generaltext, "MOST_SKETCHED", 4)
+        monkeypatch.setattr(general_text, "MOST_SKETCHED", 4)
         cut = measure(tiny.llm.model, TEXTS, size=2, rows=48, quiet=True).rows
         z = [torch_intermediates(tiny.torch, text) for text in TEXTS]
         chosen = [text[0][oracle_positions(len(text[0]), 4)] for text in z]
@@ -219,7 +220,7 @@ class TestFile:
 class TestCommand:
     def run(self, capsys, *arguments: object) -> tuple[int, str, str]:
         try:
-            code = cli.main(["prior", *map(str, arguments)])
+            code = main(["prior", *map(str, arguments)])
         except SystemExit as stop:
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
@@ -280,7 +281,7 @@ class TestCommand:
         ],
     )
     def test_refused_before_a_model_is_loaded(self, capsys, monkeypatch, arguments, message):
-        monkeypatch.setattr("griffin_jax.generaltext.load", None)
+        monkeypatch.setattr("griffin_jax.evaluation.general_text.load", None)
         code, _, err = self.run(capsys, "--model", "x", *arguments)
         assert code == 2
         assert message in err

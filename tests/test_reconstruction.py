@@ -9,8 +9,8 @@ import pytest
 from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
-from griffin_jax import jitted
-from griffin_jax.reconstruction import spread
+from griffin_jax.extensions.reconstruction import spread
+from griffin_jax.generation import jitted
 
 PROMPTS = [[5, 6, 7], list(range(3, 40)), [9, 8, 7, 60, 61, 62, 63, 64, 65, 5]]
 HALF = gj.GriffinConfig(0.5)

@@ -11,10 +11,11 @@ from conftest import PASSAGES
 from reference import TinyLlama, assert_close, oracle_positions, pruned_log_softmax
 
 import griffin_jax as gj
-from griffin_jax import cli, jitted
-from griffin_jax.generaltext import measure
-from griffin_jax.reconstruction import Reconstruction
-from griffin_jax.sampling import sampler
+from griffin_jax.cli.main import main
+from griffin_jax.evaluation.general_text import measure
+from griffin_jax.extensions.reconstruction import Reconstruction
+from griffin_jax.generation import jitted
+from griffin_jax.generation.sampling import sampler
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(3, 40))]
 NEW = 14
@@ -190,13 +191,13 @@ class TestGenerate:
 
     def test_command(self, worded, capsys):
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
-        assert cli.main([*arguments, "--refresh-every", "5", "--json"]) == 0
+        assert main([*arguments, "--refresh-every", "5", "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert (
             found["tokens"] == answer(worded.llm, PASSAGES[:1], max_new_tokens=12, refresh_every=5, ignore_eos=False)[0]
         )
         assert found["refreshes"] == 2
-        assert cli.main([*arguments, "--refresh-every", "0"]) == 2
+        assert main([*arguments, "--refresh-every", "0"]) == 2
         assert "refresh_every must be a whole number" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import pytest
 from reference import assert_close
 
 import griffin_jax as gj
-from griffin_jax import jitted, scoring
+from griffin_jax.generation import jitted, scoring
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [90, 3, 77, 3, 21]]
 ANSWERS = [[13, 14, 15], [50, 51, 52, 53, 54, 55], [1]]

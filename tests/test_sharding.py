@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from griffin_jax import jitted
-from griffin_jax.assembly import abstract_model, assemble, disassemble, parameter_shapes, random_model
-from griffin_jax.cache import empty_cache
-from griffin_jax.config import ModelConfig
-from griffin_jax.fingerprint import fingerprint
-from griffin_jax.generate import pad
-from griffin_jax.griffin import Experts, prune
-from griffin_jax.mesh import MODEL_AXIS
-from griffin_jax.named import named
-from griffin_jax.one_copy import OneCopy
-from griffin_jax.sharding import check_mesh, divided, dotted, model_shardings, parameter_spec, with_kv_copies
-from griffin_jax.sizes import Sizes, local_shapes
+from griffin_jax.extensions.in_place import OneCopy
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import pad
+from griffin_jax.griffin.select import Experts, prune
+from griffin_jax.model.assembly import abstract_model, assemble, disassemble, parameter_shapes, random_model
+from griffin_jax.model.cache import empty_cache
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.named import named
+from griffin_jax.model.sharding import check_mesh, divided, dotted, model_shardings, parameter_spec, with_kv_copies
+from griffin_jax.model.sizes import Sizes, local_shapes
+from griffin_jax.parallel.mesh import MODEL_AXIS
 
 LLAMA = named("Llama-3-70B", layers=1)
 TINY = ModelConfig(

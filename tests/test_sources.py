@@ -15,12 +15,12 @@ import pytest
 from checkpoints_gguf import write_gguf
 from safetensors.numpy import save_file
 
-from griffin_jax.checkpoint import NativeCheckpoint
-from griffin_jax.config import Rotary
-from griffin_jax.loading import load_model, open_source, parse_dtype
-from griffin_jax.model import rotary_frequencies
-from griffin_jax.planning import NarrowingWarning
-from griffin_jax.sources import read_gguf_header
+from griffin_jax.checkpoints.loading import load_model, open_source, parse_dtype
+from griffin_jax.checkpoints.native import NativeCheckpoint
+from griffin_jax.checkpoints.planning import NarrowingWarning
+from griffin_jax.checkpoints.sources import read_gguf_header
+from griffin_jax.model.config import Rotary
+from griffin_jax.model.transformer import rotary_frequencies
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from griffin_jax.loading import convert, load_model, open_source
-from griffin_jax.sources import read_gguf_header
-from griffin_jax.tokenizer import Tokenizer, check_fits
+from griffin_jax.checkpoints.loading import convert, load_model, open_source
+from griffin_jax.checkpoints.sources import read_gguf_header
+from griffin_jax.text.tokenizer import Tokenizer, check_fits
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
@@ -273,7 +273,7 @@ def test_neither_pytorch_nor_chatter(tmp_path):
         "import importlib.util, sys\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
-        "from griffin_jax.loading import load_model\n"
+        "from griffin_jax.checkpoints.loading import load_model\n"
         "model, tokenizer = load_model(sys.argv[1])\n"
         "tokenizer.encode('t1')\n"
         "assert 'torch' not in sys.modules\n"

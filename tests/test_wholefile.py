@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from griffin_jax.wholefile import replacing, write_text
+from griffin_jax.utils.wholefile import replacing, write_text
 
 
 def test_existing_files_are_replaced(tmp_path):

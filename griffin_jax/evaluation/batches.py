@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from griffin_jax import jitted
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.generate import Prefilled, bucket, pad
-from griffin_jax.model import Transformer
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from griffin_jax import jitted
 from griffin_jax.evaluation.grid import PRIOR, REFRESH, Beyond, Row, models
-from griffin_jax.generate import Prefilled
-from griffin_jax.griffin import Statistics
-from griffin_jax.mesh import to_host
-from griffin_jax.model import Transformer
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import Prefilled
+from griffin_jax.griffin.select import Statistics
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import to_host
 
 SCORES = ("loss", "kl", "agree")
 """Sums over the tokens of an answer: -log p in nats, KL(dense || pruned) in nats, equal most probable tokens."""

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from griffin_jax import jitted
-from griffin_jax.config import GriffinConfig, Method, check_density
-from griffin_jax.generate import Prefilled
-from griffin_jax.griffin import Experts, Statistics, prune, select
-from griffin_jax.model import Transformer
-from griffin_jax.prior import DEFAULT_WEIGHT, Prior, check_fusion
-from griffin_jax.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import Prefilled
+from griffin_jax.griffin.select import Experts, Statistics, prune, select
+from griffin_jax.model.config import GriffinConfig, Method, check_density
+from griffin_jax.model.transformer import Transformer
 
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)

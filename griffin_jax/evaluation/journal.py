@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from griffin_jax.distributed import check_same, from_first
+from griffin_jax.parallel.distributed import check_same, from_first
 
 FILE = "scores.jsonl"
 

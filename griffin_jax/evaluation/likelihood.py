@@ -19,14 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from griffin_jax import jitted
-from griffin_jax.config import GriffinConfig
 from griffin_jax.evaluation.grid import seed_of, select_each
-from griffin_jax.generate import Prefilled, bucket, pad
-from griffin_jax.griffin import Experts, Statistics, prune
-from griffin_jax.model import Transformer
-from griffin_jax.prior import Prior
-from griffin_jax.reconstruction import Reconstruction, rows_of_each
+from griffin_jax.extensions.prior import Prior
+from griffin_jax.extensions.reconstruction import Reconstruction, rows_of_each
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.griffin.select import Experts, Statistics, prune
+from griffin_jax.model.config import GriffinConfig
+from griffin_jax.model.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from griffin_jax.evaluation.grid import BASELINES, DENSE, ORACLE, Row
 from griffin_jax.evaluation.intervals import Interval, exponential, mean, ratio_of_sums
 from griffin_jax.evaluation.tasks import OWN, REAL, ROUGE
-from griffin_jax.figures import new_figure
+from griffin_jax.utils.figures import new_figure
 
 CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own continuation"}
 COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}

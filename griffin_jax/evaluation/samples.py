@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from griffin_jax.messages import shortened
+from griffin_jax.utils.messages import shortened
 
 SHOWN = 10
 """Lines that are named one by one for each reason; of the others the number."""

@@ -13,19 +13,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from griffin_jax import jitted
-from griffin_jax.config import GriffinConfig
 from griffin_jax.evaluation.batches import Batch, Item, evaluate
 from griffin_jax.evaluation.forced import score_models
 from griffin_jax.evaluation.grid import DENSE, Row
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import FORCED, Figures, Metric, as_json, forced_figures
-from griffin_jax.generate import bucket
-from griffin_jax.griffin import Experts, Statistics, prune
-from griffin_jax.llm import LLM
-from griffin_jax.mesh import to_host
-from griffin_jax.model import Transformer
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import bucket
+from griffin_jax.griffin.select import Experts, Statistics, prune
+from griffin_jax.llm.llm import LLM
+from griffin_jax.model.config import GriffinConfig
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import to_host
 
 METRICS = (Metric("overlap", "overlap", 3), *FORCED)
 """Of tables. `overlap` is the share of a text's experts that are among the best of all, a mean over layers."""

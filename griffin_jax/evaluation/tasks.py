@@ -17,15 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from griffin_jax import jitted
 from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import DENSE, Beyond, Row, models, rows_of
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.generate import Prefilled, bucket, pad
-from griffin_jax.llm import LLM, find_stop
-from griffin_jax.mesh import to_host
-from griffin_jax.model import Transformer
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.llm.llm import LLM, find_stop
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import to_host
 
 REAL, OWN = "real", "own"
 """Continuations: what really follows, and what the dense model itself would write."""

@@ -1,0 +1,534 @@
+"""Flocking, shown for any model and texts: within a text the same neurons are strong in most tokens, and they are
+others in other texts (arXiv 2404.01365, section 3).
+
+Drawn and measured are
+
+    relative activations   |z| / ||z|| of the first tokens and neurons of some texts, in some layers
+    similarity             Jaccard similarity of the experts of different texts, for every density and layer; the same
+                           for these texts with their tokens permuted, and for random tokens
+    stability              Jaccard similarity of a prompt's experts and those of the tokens that follow it, window by
+                           window, and of all that followed so far
+
+beside what sets of neurons chosen at random would have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+from griffin_jax import __version__
+from griffin_jax.analysis import flocking_report
+from griffin_jax.analysis.flocking_report import KINDS, PERMUTED, RANDOM, STABILITY, TEXTS
+from griffin_jax.cli.options import (
+    add_dtype_argument,
+    add_mesh_argument,
+    add_model_argument,
+    check_folder,
+    check_matplotlib,
+    chosen_mesh,
+    load_reader,
+    numbers,
+)
+from griffin_jax.evaluation.batches import Batch, Item, batches
+from griffin_jax.evaluation.grid import seed_of
+from griffin_jax.evaluation.samples import (
+    Skipped,
+    as_json,
+    excerpt,
+    nothing_left,
+    read_jsonl,
+    read_texts,
+    sha256_of_files,
+)
+from griffin_jax.evaluation.tasks import generate
+from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.griffin.select import Statistics, relative_activations, select, token_statistic
+from griffin_jax.llm.llm import LLM
+from griffin_jax.model.cache import EMPTY, empty_cache
+from griffin_jax.model.config import GriffinConfig, check_density
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils.wholefile import replacing, write_text
+
+FORMAT = "griffin_jax flocking 1"
+"""Of flocking.json."""
+
+RESULTS, ACTIVATIONS = "flocking.json", "activations.npz"
+
+SHOWN = 512
+"""Tokens and neurons of a heat map of relative activations, as in the paper."""
+
+OWN, TEXT = "own", "text"
+"""What follows a prompt: what the dense model writes (greedy), or the text itself."""
+
+
+def jaccard(first: Bool[Array, "*#b f"], second: Bool[Array, "*#b f"]) -> Float[Array, "..."]:
+    """|A & B| / |A | B| of sets of neurons given as masks; sets that are not empty."""
+    return jnp.sum(first & second, axis=-1) / jnp.sum(first | second, axis=-1)
+
+
+def jaccard_of_pairs(masks: Bool[Array, "n f"]) -> Float[Array, "n n"]:
+    """Jaccard similarity of every pair of sets, by one product of masks."""
+    members = masks.astype(jnp.float32)
+    # Exact in any precision: products of 0 and 1 are, and sums are float32.
+    both = jnp.einsum("nf,mf->nm", members, members, preferred_element_type=jnp.float32)
+    size = jnp.diagonal(both)
+    return both / (size[:, None] + size - both)
+
+
+def mean_of_pairs(similarity: Float[Array, "n n"]) -> Float[Array, ""]:
+    """The mean over pairs of different texts; at least two texts."""
+    texts = similarity.shape[0]
+    return jnp.sum(jnp.where(jnp.eye(texts, dtype=bool), 0.0, similarity)) / (texts * (texts - 1))
+
+
+def expected_jaccard(kept: int, neurons: int) -> float:
+    """The expected Jaccard similarity of two sets of `kept` of `neurons`, drawn independently at random.
+
+    The size of their intersection is hypergeometric. (k/F) / (2 - k/F), the similarity of an intersection of
+    expected size, is its limit for many neurons.
+    """
+    from scipy.stats import hypergeom
+
+    shared = np.arange(kept + 1)
+    return float(np.sum(hypergeom.pmf(shared, neurons, kept, kept) * shared / (2 * kept - shared)))
+
+
+def expert_masks(squares: Float[Array, "*b f"], config: GriffinConfig) -> Bool[Array, "*b f"]:
+    """The experts that s^2 of one layer selects, for every sequence its own."""
+    rows = squares.reshape(-1, squares.shape[-1])
+    statistics = Statistics((rows,), jnp.ones(rows.shape[0], jnp.int32))
+    return select(statistics, config).masks()[0].reshape(squares.shape)
+
+
+@functools.partial(jax.jit, static_argnames="configs")
+def similarity(squares: Float[Array, "n f"], configs: tuple[GriffinConfig, ...]) -> Float[Array, "densities"]:
+    """Mean Jaccard similarity of the experts of different texts in one layer, for each of `configs`."""
+    return jnp.stack([mean_of_pairs(jaccard_of_pairs(expert_masks(squares, config))) for config in configs])
+
+
+@functools.partial(jax.jit, static_argnames="configs")
+def similarities(
+    first: Float[Array, "layers *#b f"], second: Float[Array, "layers *#b f"], configs: tuple[GriffinConfig, ...]
+) -> Float[Array, "densities layers ..."]:
+    """Jaccard similarity of the experts that the statistics in equal places select, for each of `configs`."""
+
+    def of_layer(squares: tuple[Array, Array]) -> Array:
+        return jnp.stack([jaccard(*(expert_masks(s, config) for s in squares)) for config in configs])
+
+    # Layer by layer, so that selecting is compiled once.
+    return jax.lax.map(of_layer, (first, second)).swapaxes(0, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "neurons"))
+def activations(
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    layers: tuple[int, ...],
+    neurons: int,
+) -> tuple[Float[Array, "b t _n"], ...]:
+    """|zbar| of the first neurons of some layers, in the model's dtype.
+
+    Args:
+        model: the full model or a pruned one.
+        tokens: texts, padded on the right with any token.
+        lengths: real tokens of each; where a text is padded, the result is anything.
+        layers: numbers of the layers, from 0, each once; static.
+        neurons: how many of each layer, or all if it has fewer; static.
+
+    Returns:
+        One array for each layer, in the order of `layers`.
+    """
+    batch, length = tokens.shape
+
+    def observe(layer: int, z: Array, real: Array) -> Array | None:
+        return jnp.abs(relative_activations(z))[..., :neurons].astype(z.dtype) if layer in layers else None
+
+    positions = jnp.arange(length, dtype=jnp.int32)
+    positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
+    cache = empty_cache(model.config, batch, length, model.dtype, context=jnp.asarray(lengths, jnp.int32))
+    _, _, seen = model(tokens, positions, cache, read_slots=0, observe=observe)
+    return tuple(seen[layer] for layer in layers)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def window_statistics(
+    model: Transformer, prefilled: Prefilled, answers: Int[Array, "b r"], window: int
+) -> Float[Array, "layers b windows f"]:
+    """GRIFFIN's s^2 over successive windows of the tokens that follow a prompt, in one pass.
+
+    Args:
+        model: the full model.
+        prefilled: the prompts, with room for R tokens. It stays as it is.
+        answers: token ids, padded on the right with `EMPTY`.
+        window: tokens of each window; static, R is a multiple of them. A window that a text ends in has fewer.
+    """
+    steps = jnp.arange(answers.shape[1], dtype=jnp.int32)
+    positions = jnp.where(answers != EMPTY, prefilled.statistics.tokens[:, None] + steps, EMPTY)
+
+    def observe(layer: int, z: Array, real: Array) -> Array:
+        masks = (steps // window == jnp.arange(answers.shape[1] // window)[:, None])[:, None] & real
+        return jax.vmap(token_statistic, in_axes=(None, 0), out_axes=1)(z, masks)
+
+    _, _, statistics = model(jnp.maximum(answers, 0), positions, prefilled.cache, observe=observe)
+    return jnp.stack(statistics)
+
+
+def permuted(item: Item, lead: int, rng: np.random.Generator) -> Item:
+    """The same prompt with its tokens in another order; the first `lead` stay."""
+    return dataclasses.replace(item, prompt=[*item.prompt[:lead], *rng.permutation(item.prompt[lead:]).tolist()])
+
+
+def random_tokens(item: Item, lead: int, vocabulary: int, rng: np.random.Generator) -> Item:
+    """A prompt of the same length, of tokens drawn uniformly from the vocabulary; the first `lead` stay."""
+    drawn = rng.integers(0, vocabulary, len(item.prompt) - lead).tolist()
+    return dataclasses.replace(item, prompt=[*item.prompt[:lead], *drawn])
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a measurement, all prompts of one length.
+
+    Attributes:
+        items: prompts, with what follows them unless the model is to write it.
+        lead: tokens that the tokenizer puts in front of every text.
+        vocabulary: random tokens are below this.
+    """
+
+    items: Sequence[Item]
+    lead: int
+    vocabulary: int
+
+    def of_kind(self, kind: str, seed: int) -> Sequence[Item]:
+        """As they are, permuted, or random; always the same for a text and seed, whatever the others are."""
+        rngs = [np.random.default_rng(seed_of(seed, f"{kind} {item.name}")) for item in self.items]
+        if kind == PERMUTED:
+            return [permuted(item, self.lead, rng) for item, rng in zip(self.items, rngs, strict=True)]
+        if kind == RANDOM:
+            return [
+                random_tokens(item, self.lead, self.vocabulary, rng) for item, rng in zip(self.items, rngs, strict=True)
+            ]
+        return self.items
+
+
+def measure(
+    llm: LLM,
+    texts: Texts,
+    densities: Sequence[float],
+    *,
+    new: int,
+    window: int,
+    size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Similarity between texts, and stability over what follows them.
+
+    Args:
+        llm: the full model.
+        texts: at least two.
+        densities: shares of neurons that are experts.
+        new: tokens that follow a prompt; the model writes them where a text has none of its own.
+        window: tokens of a window, a divisor of `new`.
+        size: texts in a batch.
+        seed: of permutations and random tokens.
+
+    Returns:
+        Plain numbers. `similarity` has for each of `KINDS`, and `own_permutation` for a text and its permutation,
+        one list over layers for each density: means over pairs and over texts. `stability` has `windows` (the prompt's
+        experts and those of a window), `so_far` (those of all up to the end of a window), and `other_windows` and
+        `other_so_far` (likewise with the experts of the prompt before this one, which the first has not): for each
+        density a list over layers of lists over windows, means over the `texts` that reached the end of a window;
+        None where there are none.
+    """
+    configs = tuple(GriffinConfig(density) for density in densities)
+    neurons = llm.model.neurons[0]
+    kept = [config.kept([neurons])[0] for config in configs]
+    followed = _Followed(llm, configs, new, window)
+    statistics: dict[str, np.ndarray] = {}
+    compared: dict[str, Any] = {}
+    own_permutation: list[Any] = []
+    with tqdm(total=len(KINDS) * len(texts.items), unit="text", desc="reading", disable=None, leave=False) as bar:
+        for kind in KINDS:
+            found = []
+            for batch in batches(texts.of_kind(kind, seed), size, seed):
+                prefilled = batch.prefill(llm.model, bucket(new))
+                squares = jnp.stack(prefilled.statistics.squares)
+                if kind == TEXTS:
+                    followed.add(batch, prefilled, squares)
+                found.append(np.asarray(squares[:, : len(batch.items)]))
+                bar.update(len(batch.items))
+            statistics[kind] = np.concatenate(found, axis=1)
+            compared[kind] = np.stack([similarity(layer, configs) for layer in statistics[kind]], axis=1).tolist()
+            if kind == PERMUTED:
+                pairs = zip(statistics.pop(TEXTS), statistics[PERMUTED], strict=True)
+                layers = [similarities(text[None], other[None], configs).mean(axis=-1) for text, other in pairs]
+                own_permutation = np.concatenate(layers, axis=1).tolist()
+            if kind != TEXTS:
+                del statistics[kind]
+    return {
+        "densities": list(densities),
+        "neurons": neurons,
+        "kept": kept,
+        "random_experts": [expected_jaccard(k, neurons) for k in kept],
+        "similarity": compared,
+        "own_permutation": own_permutation,
+        "stability": followed.means(),
+    }
+
+
+class _Followed:
+    """Adds up over texts how stable their experts are."""
+
+    def __init__(self, llm: LLM, configs: tuple[GriffinConfig, ...], new: int, window: int):
+        self._llm, self._configs, self._new, self._window = llm, configs, new, window
+        self._before: Array | None = None
+        self._found: dict[str, list[np.ndarray]] = {name: [] for name in STABILITY}
+        self._reached: list[np.ndarray] = []
+
+    def add(self, batch: Batch, prefilled: Prefilled, squares: Float[Array, "layers b f"]) -> None:
+        """Takes the texts of a batch."""
+        rows, new = len(batch.items), self._new
+        if batch.items[0].answer:
+            answers = [item.answer for item in batch.items]
+        else:
+            answers = generate(self._llm.model, prefilled, new, self._llm.config.eos_token_ids)
+        tokens = np.full((len(batch.prompts), new), EMPTY, np.int32)
+        for row, answer in zip(tokens, answers, strict=False):
+            row[: len(answer)] = answer[:new]
+        windows = window_statistics(self._llm.model, prefilled, tokens, self._window)
+        reached = np.cumsum(tokens[:rows] != EMPTY, axis=1)[:, self._window - 1 :: self._window]
+        reached = reached == self._window * np.arange(1, new // self._window + 1)
+        # Of each text the one before it, also across batches.
+        others = jnp.concatenate([squares[:, :1] if self._before is None else self._before, squares[:, :-1]], axis=1)
+        so_far = jnp.cumsum(windows, axis=2)
+        for name, prompts, followed in (
+            ("windows", squares, windows),
+            ("so_far", squares, so_far),
+            ("other_windows", others, windows),
+            ("other_so_far", others, so_far),
+        ):
+            values = np.asarray(similarities(prompts[:, :, None], followed, self._configs))[:, :, :rows]
+            values = np.where(reached, values, np.nan)
+            if name.startswith("other") and self._before is None:
+                values[:, :, 0] = np.nan
+            self._found[name].append(values)
+        self._reached.append(reached)
+        self._before = squares[:, rows - 1 : rows]
+
+    def means(self) -> dict[str, Any]:
+        """Over the texts, for JSON."""
+        return {
+            "texts": np.concatenate(self._reached).sum(axis=0).tolist(),
+            **{name: _means(np.concatenate(values, axis=2)) for name, values in self._found.items()},
+        }
+
+
+def _means(values: Float[np.ndarray, "densities layers n windows"]) -> list[Any]:
+    """Means over texts without those that are NaN; None where all are."""
+    known = ~np.isnan(values)
+    count = known.sum(axis=2)
+    means = (np.where(known, values, 0.0).sum(axis=2) / np.maximum(count, 1)).astype(object)
+    means[count == 0] = None
+    return means.tolist()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the command."""
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", type=Path, help="a text each (UTF-8), or JSONL files with one text a line"
+    )
+    texts = parser.add_argument_group("texts")
+    texts.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
+    texts.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
+    texts.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+    texts.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
+    texts.add_argument(
+        "--prompt-tokens", type=int, metavar="P", default=256,
+        help="of every text, whose experts are compared; shorter texts are left out (default: %(default)s)",
+    )  # fmt: skip
+    texts.add_argument(
+        "--new-tokens", type=int, metavar="G", default=128, help="behind the prompt (default: %(default)s)"
+    )
+    texts.add_argument(
+        "--continuation", choices=(OWN, TEXT), default=OWN,
+        help="what these are: what the dense model writes (greedy), or the text's own (default: %(default)s)",
+    )  # fmt: skip
+    texts.add_argument(
+        "--window", type=int, metavar="W", default=32, help="tokens of a window; divides G (default: %(default)s)"
+    )
+    what = parser.add_argument_group("what is shown")
+    what.add_argument(
+        "--density", type=float, metavar="D", default=0.5,
+        help="share of neurons that are experts, where one is drawn (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument(
+        "--densities", metavar="D,...", default="0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+        help="of the curves, separated by commas (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument("--layer", metavar="L,...", help="of the heat maps, from 0 (default: the first, middle and last)")
+    what.add_argument(
+        "--text", metavar="N,...", default="1,2", help="likewise, of the texts used, from 1 (default: %(default)s)"
+    )
+    add_model_argument(parser)
+    add_dtype_argument(parser)
+    add_mesh_argument(parser)
+    how = parser.add_argument_group("measurement")
+    how.add_argument("--batch", type=int, metavar="B", default=4, help="texts at a time (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, metavar="FOLDER", default=Path("flocking"),
+        help="of the figures and numbers (default: %(default)s)",
+    )  # fmt: skip
+    output.add_argument("--json", action="store_true", help=f"print {RESULTS} as the last line")
+
+
+def run(options: argparse.Namespace) -> None:
+    """The command, from options to files and a table."""
+    densities = _checked_densities(options)
+    chosen = numbers("--text", options.text, int)
+    layers = None if options.layer is None else numbers("--layer", options.layer, int)
+    folder: Path = options.output
+    check_folder("--output", folder, RESULTS)
+    check_matplotlib("flocking")
+    if len(set(options.files)) < len(options.files):
+        raise ValueError(f"a file is given twice: {', '.join(map(str, options.files))}")
+    if missing := [file for file in options.files if not file.is_file()]:
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+
+    llm = load_reader(options, chosen_mesh(options))
+    assert llm.tokenizer is not None
+    count, context = llm.config.num_layers, llm.config.max_positions
+    if options.prompt_tokens + options.new_tokens > context:
+        raise ValueError(
+            f"{options.prompt_tokens} + {options.new_tokens} tokens are more than the model's context of {context};"
+            " give less of --prompt-tokens or --new-tokens"
+        )
+    layers = list(dict.fromkeys([0, count // 2, count - 1])) if layers is None else layers
+    if not all(0 <= layer < count for layer in layers):
+        raise ValueError(f"--layer: the model's layers are 0 to {count - 1}, got {options.layer}")
+    GriffinConfig(min(densities)).kept(llm.model.neurons)
+
+    skipped = Skipped()
+    whole = dict(itertools.islice(_texts(options, llm.tokenizer.encode, skipped), options.limit))
+    skipped.report()
+    if not whole:
+        raise nothing_left(skipped, ", ".join(map(str, options.files)))
+    if len(whole) == 1:
+        raise ValueError(f"only {next(iter(whole))} can be used; similarity needs two texts or more")
+    if not all(1 <= number <= len(whole) for number in chosen):
+        raise ValueError(f"--text: {len(whole)} texts can be used, numbered from 1, got {options.text}")
+
+    names = list(whole)
+    end = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
+    start = options.prompt_tokens
+    front = llm.tokenizer.encode("")
+    texts = Texts(
+        [Item(name, tokens[:start], tokens[start:end]) for name, tokens in whole.items()],
+        len(front) if all(tokens[: len(front)] == front for tokens in whole.values()) else 0,
+        min(llm.tokenizer.size, llm.config.vocab_size),
+    )
+    measured = measure(
+        llm, texts, densities, new=options.new_tokens, window=options.window, size=options.batch, seed=options.seed
+    )
+    results = {
+        "format": FORMAT,
+        "griffin_jax": __version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "model_name": options.model,
+        "model": fingerprint(llm.model),
+        "dtype": str(llm.model.dtype),
+        "layers": count,
+        "files": [str(file) for file in options.files],
+        "texts": sha256_of_files(options.files),
+        "column": options.column,
+        "after": options.after,
+        "before": options.before,
+        "used": len(whole),
+        "left_out": as_json(skipped),
+        "prompt": options.prompt_tokens,
+        "new": options.new_tokens,
+        "continuation": options.continuation,
+        "window": options.window,
+        "density": options.density,
+        "seed": options.seed,
+        "drawn_texts": {number: names[number - 1] for number in chosen},
+        "drawn_layers": layers,
+        **measured,
+    }
+    maps = {number: _heat_maps(llm.model, whole[names[number - 1]], layers) for number in chosen}
+    folder.mkdir(exist_ok=True)
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    arrays = {
+        f"text {number}, layer {layer}": array
+        for number, found in maps.items()
+        for layer, array in found.items()
+    }  # fmt: skip
+    with replacing(folder / ACTIVATIONS) as partial, partial.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+    flocking_report.plot_activations(maps, options.model, folder / "activations.png")
+    flocking_report.plot_similarity(results, folder / "similarity.png")
+    flocking_report.plot_stability(results, folder / "stability.png")
+    print(flocking_report.table(results))
+    if options.json:
+        print(json.dumps(results))
+
+
+def _checked_densities(options: argparse.Namespace) -> list[float]:
+    """All densities, ascending, after the options that need no model were checked."""
+    for name in ("limit", "prompt_tokens", "new_tokens", "window", "batch"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if options.new_tokens % options.window:
+        raise ValueError(f"--new-tokens must be whole windows of {options.window}, got {options.new_tokens}")
+    densities = {options.density, *numbers("--densities", options.densities, float)}
+    for density in densities:
+        check_density(density)
+    return sorted(densities)
+
+
+def _texts(
+    options: argparse.Namespace, encode: Callable[[str], list[int]], skipped: Skipped
+) -> Iterator[tuple[str, list[int]]]:
+    """Name and tokens of the texts that are long enough."""
+    cut = excerpt(options.after, options.before)
+    needed = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
+    for name, text in _read(options, skipped):
+        tokens = encode(cut(text))
+        if len(tokens) < needed:
+            skipped.add(f"shorter than {needed} tokens", name)
+        else:
+            yield name, tokens
+
+
+def _read(options: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[str, str]]:
+    for file in options.files:
+        if file.suffix == ".jsonl":
+            for record in read_jsonl(file, [options.column], skipped):
+                yield record.name, record.texts[0]
+        else:
+            yield from read_texts([file], skipped)
+
+
+def _heat_maps(model: Transformer, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "t f"]]:
+    """|zbar| of the first tokens and neurons, by layer, float32."""
+    length = min(len(tokens), SHOWN)
+    padded, lengths = pad([tokens[:length]], bucket(length))
+    found = activations(model, padded, lengths, tuple(layers), SHOWN)
+    return {layer: np.asarray(array[0, :length], np.float32) for layer, array in zip(layers, found, strict=True)}

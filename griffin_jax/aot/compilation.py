@@ -1,0 +1,662 @@
+"""Compiling a full-size model for an accelerator that is not there.
+
+XLA compiles for a chip from its description alone, and needs no weights, only their shapes. What comes out is the
+very program that would run: how much memory it takes, how many kernels a token launches, and whether the decode loop
+copies anything that it should only read. It is not a time. What is said about speed here is a ceiling: the bytes that
+a token must read, over the bandwidth that the chip's vendor publishes.
+
+The compiler runs in a process of its own, because it must be set up before JAX is, and differently.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from griffin_jax.aot import compilers
+from griffin_jax.aot.hlo import Collective, Module
+from griffin_jax.aot.targets import GPU_TILE, TARGETS, Chip, gpu_target_config, target, topology
+from griffin_jax.checkpoints.loading import open_source, parse_dtype
+from griffin_jax.checkpoints.native import DTYPES
+from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
+from griffin_jax.generation.decode import bucket
+from griffin_jax.llm.llm import Quality, check_quality
+from griffin_jax.model.config import GriffinConfig, ModelConfig
+from griffin_jax.model.named import NAMED, named, with_layers
+from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.transformer import LAYER_SCOPE
+
+TPU_VMEM = 1
+"""XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """Decoding as it was compiled, dense or pruned. Sizes in bytes, those of each device.
+
+    Attributes:
+        kept: neurons of each feed-forward layer.
+        weights: of the model that decodes.
+        memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `lossless` hold at most,
+            the full model always among it; None for what XLA refused to compile because it needs more than the chip
+            has.
+        fits: whether the largest of them is no more than the chip's memory.
+        temporaries: of the decode loop, beside weights and cache; None if it was refused.
+        step_bytes: that one step of the loop must read: weights in use and all slots of the cache.
+        kernels_per_step: launches in one turn of the loop; on TPUs, operations.
+        ff_copies_per_step: instructions of the loop that copy, gather, transpose or convert a whole
+            feed-forward matrix. None are wanted.
+        ff_copies_per_call: the same before or behind the loop.
+        cache_copies_per_step: the same in the loop, of a layer's keys or values.
+        cache_copies_per_call: the same before or behind the loop.
+        collectives_in_layers: how often devices communicate in all layers of one step together, by kind.
+        collectives_elsewhere: the same before and behind the layers, in the embedding, the head or the sampler.
+        communicated_per_step: bytes of what these sum, put together or send, on each device.
+        collectives_in_prune: how often devices communicate in `prune`, by kind; None if nothing is pruned.
+        communicated_in_prune: bytes, likewise.
+        ceiling: tokens per second of the whole batch if a step took no longer than reading
+            `step_bytes` at the published bandwidth, communication not counted. Computed, not measured.
+    """
+
+    kept: tuple[int, ...]
+    weights: int
+    memory: dict[str, int | None]
+    fits: bool
+    temporaries: int | None
+    step_bytes: int
+    kernels_per_step: int | None
+    ff_copies_per_step: tuple[str, ...] | None
+    ff_copies_per_call: tuple[str, ...] | None
+    cache_copies_per_step: tuple[str, ...] | None
+    cache_copies_per_call: tuple[str, ...] | None
+    collectives_in_layers: dict[str, int] | None
+    collectives_elsewhere: dict[str, int] | None
+    communicated_per_step: int | None
+    collectives_in_prune: dict[str, int] | None
+    communicated_in_prune: int | None
+    ceiling: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling a model for a chip showed.
+
+    Attributes:
+        target: name of the chip in `griffin_jax.aot.targets.TARGETS`.
+        chip: its published figures.
+        devices: how many of it the model is divided among.
+        replicated: what every device has all of, because it cannot be shared evenly: `heads` (attention and the
+            cache) or `vocabulary` (embedding and head).
+        kv_copies: how often each key/value head is there, so that the devices can share attention.
+        dtype: of weights and cache.
+        batch: sequences.
+        prompt: tokens of each.
+        new: tokens of each answer.
+        slots: tokens that each row of the cache has room for: prompt and answer, each in its bucket.
+        layers: of the model as compiled.
+        parameters: of the full model as compiled.
+        ff_width: F.
+        cache: bytes of keys and values on each device.
+        shared: whether the batch shares its experts.
+        shards: ranges of neurons that each keep as many of their best; 1 if the best of all are kept.
+        density: as it was asked for.
+        dense: the full model.
+        pruned: the pruned model; None at a density of 1.
+        refusals: what XLA said about programs that it did not compile.
+    """
+
+    target: str
+    chip: Chip
+    devices: int
+    replicated: tuple[str, ...]
+    kv_copies: int
+    dtype: str
+    batch: int
+    prompt: int
+    new: int
+    slots: int
+    layers: int
+    parameters: int
+    ff_width: int
+    cache: int
+    shared: bool
+    shards: int
+    density: float | Sequence[float]
+    dense: Compiled
+    pruned: Compiled | None
+    refusals: tuple[str, ...]
+
+    @property
+    def speedup_ceiling(self) -> float | None:
+        """How many times faster pruned decoding is at most, if reading is all that takes time; None at density 1."""
+        return None if self.pruned is None else self.dense.step_bytes / self.pruned.step_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary of every attribute and the speed-up's ceiling."""
+        return dataclasses.asdict(self) | {"speedup_ceiling": self.speedup_ceiling}
+
+
+def compile_for(
+    name: str,
+    config: ModelConfig,
+    *,
+    devices: int = 1,
+    density: float | Sequence[float] = 0.5,
+    multiple: int = 1,
+    shards: int | None = None,
+    shared: bool = False,
+    batch: int = 1,
+    prompt: int = 2048,
+    new: int = 128,
+    dtype: str = "bfloat16",
+    quality: Quality = "griffin",
+    refresh_every: int | None = None,
+    lossless: int | None = None,
+    hlo: str | os.PathLike[str] | None = None,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Compiles prefill, prune and decoding, dense and pruned, for a chip that need not be there.
+
+    Nothing of the model is allocated, and the backend of this process is not touched.
+
+    Args:
+        name: of the chip, one of `griffin_jax.aot.targets.TARGETS`.
+        config: the model.
+        devices: how many of the chip the model is divided among, as `griffin_jax.model.sharding` says.
+        density: share of neurons kept; one for all layers or one for each.
+        multiple: the number of kept neurons is rounded up to a multiple of this.
+        shards: of so many equal ranges of neurons, each keeps as many, see `GriffinConfig`; as many as devices if None.
+        shared: whether the batch shares its experts, or every sequence has its own.
+        batch: sequences.
+        prompt: tokens of each.
+        new: tokens of each answer.
+        dtype: of weights and cache.
+        quality: `best` keeps rows of the prompt, and refits what is kept to them and to as many rows of general text as
+            a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
+        refresh_every: compile refreshing, too: the pass over this many tokens.
+        lossless: compile lossless decoding, too, with this many drafts.
+        hlo: a folder that the optimised HLO of every program is written to; none if None.
+        notice: is called with one line before a compiler is downloaded: see `griffin_jax.aot.compilers`.
+
+    Raises:
+        ValueError: an argument is outside its range, there is no such chip or not in this number, the devices
+            cannot share the neurons or the kept ones evenly, or prompt and answer are more than the model's context.
+        RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
+    """
+    chip = target(name)
+    numbers = {"batch": batch, "prompt": prompt, "new": new, "refresh_every": refresh_every, "lossless": lossless}
+    optional = ("refresh_every", "lossless")
+    for argument, value in numbers.items():
+        if value is None and argument in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+    check_quality(quality)
+    if refresh_every is not None and refresh_every >= new:
+        raise ValueError(f"refresh_every is {refresh_every}: an answer of {new} tokens ends before")
+    if prompt + new > config.max_positions:
+        raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
+    weights_dtype = parse_dtype(dtype)
+    assert weights_dtype is not None
+    widths = [config.ff_width] * config.num_layers
+    kept = GriffinConfig(density, multiple=multiple, shards=1 if shards is None else shards).kept(widths)
+    check_mesh(config, devices, kept)
+    shards = devices if shards is None else shards
+    config = with_kv_copies(config, devices)
+    slice_name = topology(chip, devices)
+    compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
+    task: dict[str, Any] = {
+        "config": config.to_json(),
+        "gpu": None if chip.gpu is None else gpu_target_config(chip),
+        "topology": slice_name,
+        "devices": devices,
+        "kept": None if set(kept) == {config.ff_width} else kept,
+        "shared": shared or batch == 1,
+        "shards": shards,
+        "batch": batch,
+        "prompt": bucket(prompt),
+        # Lossless decoding may write some tokens more than are asked for.
+        "room": bucket(new + (lossless or 0)),
+        "rows": DEFAULT_ROWS if quality == "best" else 0,
+        "refresh": refresh_every,
+        "lossless": lossless,
+        "dtype": weights_dtype.name,
+        "hlo": None if hlo is None else os.path.abspath(hlo),
+    }
+    found = _in_child(task, compiler)
+    sizes = Sizes(
+        config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"], devices=devices
+    )
+    variants = {}
+    for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
+        if variant not in found:
+            continue
+        decoded, pruning = found[variant], variant == "pruned"
+        # The full model stays: it reads the next prompt. The compiler knows what goes into each program only.
+        memory = {"prefill": _total(found["prefill"])}
+        if pruning:
+            memory["prune"] = _total(found["prune"], beside=sizes.weights(None) - sizes.ff(None) + sizes.cache)
+        memory["decode"] = _total(decoded, beside=sizes.ff(None) if pruning else 0)
+        if pruning and "refresh" in found:
+            memory["refresh"] = _total(
+                found["refresh"], beside=sizes.weights(kept) - sizes.weights(None) + sizes.ff(None)
+            )
+        if pruning and "lossless" in found:
+            memory["lossless"] = _total(found["lossless"])
+        needed = list(memory.values())
+        program = decoded or dict.fromkeys(PROGRAM_FIELDS)
+        moved = found["prune"] if pruning and found["prune"] else {}
+        variants[variant] = Compiled(
+            kept=widths,
+            weights=sizes.weights(widths if pruning else None),
+            memory=memory,
+            fits=all(size is not None and size <= chip.memory for size in needed),
+            temporaries=program["temporaries"],
+            step_bytes=sizes.step(widths if pruning else None),
+            collectives_in_prune=moved.get("collectives"),
+            communicated_in_prune=moved.get("communicated"),
+            ceiling=batch * chip.bandwidth / sizes.step(widths if pruning else None),
+            **{field: _tuple(program[field]) for field in PROGRAM_FIELDS if field != "temporaries"},
+        )
+    return Report(
+        target=name.lower(), chip=chip, devices=devices,
+        replicated=tuple(what for what, shared_out in divided(config, devices).items() if not shared_out),
+        kv_copies=config.kv_copies,
+        dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new, slots=sizes.slots, layers=config.num_layers,
+        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, shards=shards,
+        density=density,
+        dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
+    )  # fmt: skip
+
+
+PROGRAM_FIELDS = (
+    "temporaries", "kernels_per_step", "ff_copies_per_step", "ff_copies_per_call", "cache_copies_per_step",
+    "cache_copies_per_call", "collectives_in_layers", "collectives_elsewhere", "communicated_per_step",
+)  # fmt: skip
+"""What the child finds out about each decode loop."""
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _total(program: dict[str, Any] | None, beside: int = 0) -> int | None:
+    """Bytes held while a program runs: what goes in, what comes out in other memory, temporaries, and all beside it."""
+    if program is None:
+        return None
+    return program["arguments"] + program["outputs"] - program["aliased"] + program["temporaries"] + beside
+
+
+def child_environment(compiler: Path | None) -> dict[str, str]:
+    """The environment of a process that compiles for another chip than this machine has; see `compilers.fetch`."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        # Autotuning would run kernels, and there is nothing to run them on.
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "PYTHONPATH": compilers.search_path(compiler),
+    }
+
+
+def _in_child(task: dict[str, Any], compiler: Path | None) -> dict[str, Any]:
+    """Runs `_child` in a new process."""
+    result = subprocess.run(
+        [sys.executable, "-c", "from griffin_jax.aot.compilation import _child; _child()"],
+        input=json.dumps(task), capture_output=True, text=True, env=child_environment(compiler), check=False,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    if result.returncode or not lines:
+        said = [line for line in result.stderr.splitlines() if line.strip()]
+        reason = said[-1] if said else f"exit code {result.returncode}"
+        raise RuntimeError(f"the compiler failed: {reason}")
+    return json.loads(lines[-1])
+
+
+def _child() -> None:
+    """Compiles the task on stdin; writes what it found as the last line of stdout."""
+    print(json.dumps(_compile_all(json.load(sys.stdin))))
+
+
+def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, Reconstruction
+    from griffin_jax.generation import decode as generate
+    from griffin_jax.generation import jitted
+    from griffin_jax.griffin import select as griffin
+    from griffin_jax.model import sharding
+    from griffin_jax.model.assembly import abstract_model
+    from griffin_jax.model.transformer import FeedForward, Transformer
+    from griffin_jax.parallel.mesh import MODEL_AXIS
+
+    if task["gpu"]:
+        described = topologies.get_topology_desc(
+            platform="cuda", topology_name="one", target_config=task["gpu"], topology=task["topology"]
+        )
+    else:
+        described = topologies.get_topology_desc(task["topology"], platform="tpu")
+    mesh = jax.sharding.Mesh(np.asarray(described.devices[: task["devices"]]), (MODEL_AXIS,))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def array(shape: tuple[int, ...], dtype: Any, at: Any = whole) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+
+    def placed(tree: Any, shardings: Any = None) -> Any:
+        if shardings is None:
+            return jax.tree.map(lambda leaf: array(leaf.shape, leaf.dtype), tree)
+        return jax.tree.map(lambda leaf, at: array(leaf.shape, leaf.dtype, at), tree, shardings)
+
+    def divided_model(model: Transformer) -> Transformer:
+        return placed(model, sharding.model_shardings(model, mesh))
+
+    config = ModelConfig.from_json(task["config"])
+    batch, room = task["batch"], task["room"]
+    model = divided_model(abstract_model(config, jnp.dtype(task["dtype"])))
+    prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
+    prefill = functools.partial(generate.prefill, room=room, rows=task["rows"])
+    prefilled = jax.eval_shape(prefill, model, *prompt)
+    rows, statistics = placed(prefilled.rows), placed(prefilled.statistics)
+    answer = placed(jax.eval_shape(generate.begin, prefilled))
+    cache = placed(answer.cache, sharding.cache_shardings(answer.cache, config, mesh))
+    answer = dataclasses.replace(answer, cache=cache)
+    until = array((), jnp.int32)
+
+    def kept_rows(
+        model: Transformer, experts: griffin.Experts, reconstruction: Reconstruction | None
+    ) -> list[FeedForward]:
+        """What `prune` computes; the rest of its result is passed through, which jit would copy."""
+        return [layer.ff for layer in griffin.prune(model, experts, reconstruction=reconstruction).layers]
+
+    def local(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+        assert leaf.sharding is not None
+        return leaf.sharding.shard_shape(leaf.shape)
+
+    found: dict[str, Any] = {"refusals": []}
+
+    def compiled(name: str, lower: Callable[[], Any]) -> Any:
+        try:
+            program = lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            # TPU programs that need more memory than there is are refused; GPU programs are not.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            found["refusals"].append(f"{name}: {' '.join(str(error).split())[:300]}")
+            found[name] = None
+            return None
+        sizes = program.memory_analysis()
+        found[name] = {
+            "arguments": sizes.argument_size_in_bytes,
+            "outputs": sizes.output_size_in_bytes,
+            "temporaries": sizes.temp_size_in_bytes,
+            "aliased": sizes.alias_size_in_bytes,
+        }
+        text = program.as_text()
+        if task["hlo"]:
+            folder = Path(task["hlo"])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+        return text
+
+    def decode(name: str, model: Any) -> None:
+        text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
+        if text is not None:
+            matrices = {local(m.get_value()) for layer in model.layers for m in (layer.ff.inner, layer.ff.down)}
+            weights = matrices | {shape[1:] for shape in matrices if len(shape) > 2}
+            caches = {local(leaf) for leaf in (*answer.cache.keys, *answer.cache.values)}
+            found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
+
+    compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, room=room, rows=task["rows"]))
+    decode("dense", model)
+    if task["kept"] is not None:
+        sets = () if task["shared"] else (batch,)
+        zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
+        experts = griffin.Experts(placed(zeros), model.neurons, task["shards"])
+        pruned = divided_model(jax.eval_shape(griffin.prune, model, experts))
+        shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
+        reconstruction = None
+        if rows:
+            general: Any = tuple(array((DEFAULT_CALIBRATION, width), jnp.float16) for width in model.neurons)
+            reconstruction = Reconstruction(rows, calibration=general)
+        text = compiled(
+            "prune", lambda: jax.jit(kept_rows, out_shardings=shardings).lower(model, experts, reconstruction)
+        )
+        if text is not None:
+            module = Module.parse(text)
+            collectives = module.collectives(module.run())
+            found["prune"] |= {"collectives": _kinds(collectives), "communicated": _bytes(collectives)}
+        decode("pruned", pruned)
+        if task["refresh"]:
+            compiled("refresh", lambda: jitted.refresh.lower(model, answer, statistics, task["refresh"], rows=rows))
+        if task["lossless"]:
+            compiled(
+                "lossless", lambda: jitted.decode_lossless.lower(model, pruned, answer, until, drafts=task["lossless"])
+            )
+    return found
+
+
+def inspect(
+    text: str, weights: set[tuple[int, ...]], caches: set[tuple[int, ...]], on_chip: int | None = None
+) -> dict[str, Any]:
+    """What the optimised HLO of `decode` does at every step and around its loop.
+
+    Args:
+        text: the HLO.
+        weights: shapes of the feed-forward matrices.
+        caches: shapes of a layer's keys and values.
+        on_chip: number of the memory space on the chip, which may be written; None if there is none.
+
+    Returns:
+        All of `PROGRAM_FIELDS` but the temporaries.
+
+    Raises:
+        ValueError: the text is not that of a program with one loop.
+    """
+    module = Module.parse(text)
+    loop = module.loop()
+    collectives = module.collectives(module.computations_of(loop))
+    inside, around = list(module.computations_of(loop)), [module.computations[module.entry]]
+    return {
+        "kernels_per_step": module.kernels(loop),
+        "ff_copies_per_step": module.copies(inside, weights, on_chip),
+        "ff_copies_per_call": module.copies(around, weights, on_chip),
+        "cache_copies_per_step": module.copies(inside, caches, on_chip),
+        "cache_copies_per_call": module.copies(around, caches, on_chip),
+        "collectives_in_layers": _kinds(c for c in collectives if LAYER_SCOPE in c.origin),
+        "collectives_elsewhere": _kinds(c for c in collectives if LAYER_SCOPE not in c.origin),
+        "communicated_per_step": _bytes(collectives),
+    }
+
+
+def _kinds(collectives: Iterable[Collective]) -> dict[str, int]:
+    return dict(sorted(Counter(c.kind for c in collectives).items()))
+
+
+def _bytes(collectives: Iterable[Collective]) -> int:
+    return sum(c.size for c in collectives)
+
+
+def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], float | Sequence[float]]) -> None:
+    """Declare what the compile command takes; `density` reads its value."""
+    parser.add_argument("--target", required=True, metavar="CHIP", help=f"one of {', '.join(TARGETS)}")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help=f"a model's folder or GGUF file, or one of {', '.join(NAMED)} (no weights needed)",
+    )
+    parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
+    parser.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
+    parser.add_argument(
+        "--shards", type=int, metavar="M",
+        help="as in generate (default: as many as --devices; then pruning moves no rows between these)",
+    )  # fmt: skip
+    sets = parser.add_mutually_exclusive_group()
+    sets.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
+    sets.add_argument(
+        "--per-sequence", dest="shared", action="store_false", help="one set for every sequence (the default)"
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=1,
+        metavar="N",
+        help="divide heads, neurons and vocabulary among N of the chip; all bytes are then those of each"
+        " (default: %(default)s)",
+    )
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--quality", choices=get_args(Quality), default="griffin",
+        help="best: with rows of the prompt, to which prune refits what is kept (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--refresh-every", type=int, metavar="N", help="compile refreshing, too")
+    parser.add_argument("--lossless", type=int, metavar="N", help="compile lossless decoding, too, with N drafts")
+    parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the compile command.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: see `compile_for`.
+        RuntimeError: likewise.
+    """
+    path = Path(os.path.expanduser(options.model))
+    config = open_source(path).config if path.exists() else named(options.model)
+    if options.layers is not None:
+        config = with_layers(config, options.layers)
+    report = compile_for(
+        options.target, config, devices=options.devices, density=options.density, multiple=options.multiple,
+        shards=options.shards, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
+        dtype=options.dtype, quality=options.quality, refresh_every=options.refresh_every, lossless=options.lossless,
+        hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    if options.json:
+        print(json.dumps({"model": options.model, **report.to_json()}))
+    else:
+        print(table(options.model, report))
+
+
+def table(model: str, report: Report) -> str:
+    """The report for people; `model` is what they call it."""
+    chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
+    figures = f"{_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s"
+    several = report.devices > 1
+    lines = [
+        f"{model} on {report.devices} x {chip.name} (each {figures}), compiled without them:"
+        if several
+        else f"{model} on {chip.name} ({figures}), compiled without it:",
+        f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
+        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}"
+        + (f", experts of {report.shards} shards" if report.shards > 1 else ""),
+        _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
+        _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
+        _row("weights", [_size(c.weights) for c in columns]),
+        _row("cache", [_size(report.cache) for _ in columns]),
+        _row("temporaries of decoding", [_size(c.temporaries) for c in columns]),
+    ]
+    for phase in (report.pruned or report.dense).memory:
+        held = [_size(c.memory[phase]) if phase in c.memory else "-" for c in columns]
+        lines.append(_row(f"all memory, {phase}", held))
+    lines += [
+        _row("fits", ["yes" if c.fits else "NO" for c in columns]),
+        _row("read, each step", [_size(c.step_bytes) for c in columns]),
+        _row("kernels, each step" if chip.gpu else "operations, each step", [_count(c) for c in columns]),
+        _row("FF weights copied, each step", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
+        _row("cache copied, each step", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
+        *(_communication(report, columns) if several else ()),
+        _row("ceiling, tokens/s", [f"{c.ceiling:,.1f}" for c in columns]),
+    ]
+    if report.speedup_ceiling is not None:
+        lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
+    lines += [f"not compiled: {refusal}" for refusal in report.refusals]
+    pruned, tiles = report.pruned, GPU_TILE * report.devices
+    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):
+        lines.append(
+            f"Where the kept neurons{' of a device' * several} are no multiple of {GPU_TILE}, XLA pads or joins"
+            f" matrices at every step: --multiple {tiles} avoids that."
+        )
+    lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
+    if report.kv_copies > 1:
+        lines.append(f"Each key/value head is there {report.kv_copies} times, so that the devices can share attention.")
+    if several:
+        counted = "kernels" if chip.gpu else "operations"
+        lines.append(f"Bytes and {counted} are those of each device. Ceilings do not count communication.")
+    lines += [
+        "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
+        "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",
+    ]
+    return "\n".join(lines)
+
+
+_REPLICATED = {
+    HEADS: "Attention and the cache are not divided: {} devices cannot share the key/value heads evenly.",
+    VOCABULARY: "Embedding and head are not divided: {} devices cannot share the vocabulary evenly.",
+}
+
+
+def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:
+    """How often the devices communicate: per layer, beside the layers and in `prune`, a row for each kind."""
+    rows = []
+    for title, counts, share in (
+        ("each layer", [c.collectives_in_layers for c in columns], report.layers),
+        ("beside the layers", [c.collectives_elsewhere for c in columns], 1),
+        ("prune", [c.collectives_in_prune if c is report.pruned else {} for c in columns], 1),
+    ):
+        kinds = sorted({kind for count in counts if count for kind in count})
+        for kind in kinds:
+            cells = ["refused" if count is None else f"{count.get(kind, 0) / share:,.6g}" for count in counts]
+            rows.append(_row(f"{kind}, {title}", cells))
+    rows.append(_row("communicated, each step", [_size(c.communicated_per_step) for c in columns]))
+    if report.pruned is not None:
+        rows.append(_row("communicated, prune", ["-", _size(report.pruned.communicated_in_prune)]))
+    return rows
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:29}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "refused"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+
+
+def _span(kept: Sequence[int]) -> str:
+    low, high = min(kept), max(kept)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _densities(density: float | Sequence[float]) -> str:
+    if not isinstance(density, Sequence):
+        return f"{density:g}"
+    low, high = min(density), max(density)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _count(compiled: Compiled) -> str:
+    return "refused" if compiled.kernels_per_step is None else f"{compiled.kernels_per_step:,}"
+
+
+def _copies(per_step: Sequence[str] | None, per_call: Sequence[str] | None) -> str:
+    if per_step is None or per_call is None:
+        return "refused"
+    return f"{len(per_step)}" + (f" (+{len(per_call)} once)" if per_call else "")

@@ -1,0 +1,53 @@
+"""Granite 3: Llama with four multipliers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from griffin_jax.checkpoints.families.llama import (
+    COPIES,
+    IGNORED,
+    PAIRED_GGUF_RULES,
+    RULES,
+    read_fields,
+    read_gguf_config,
+)
+from griffin_jax.checkpoints.schema.family import Attributes, Family, GgufFamily, StoredTensors, read_rotary
+from griffin_jax.model.config import ModelConfig
+
+
+def read_config(attributes: Attributes) -> ModelConfig:
+    """The architecture that a config.json with `"model_type": "granite"` describes."""
+    fields = read_fields(attributes, "granite", bos_token_id=1, eos_token_id=2)
+    return ModelConfig(
+        **fields,
+        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
+        ff_bias=attributes.take("mlp_bias", bool, default=False),
+        embedding_scale=attributes.take("embedding_multiplier", float, default=1.0),
+        residual_scale=attributes.take("residual_multiplier", float, default=1.0),
+        attention_scale=attributes.take("attention_multiplier", float, default=1.0),
+        logit_scale=1.0 / attributes.take("logits_scaling", float, default=1.0),
+    )
+
+
+def read_gguf_granite(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    values = read_gguf_config(attributes, tensors)
+    return values | {
+        "embedding_multiplier": attributes.take("embedding_scale", float, default=1.0),
+        "residual_multiplier": attributes.take("residual_scale", float, default=1.0),
+        "attention_multiplier": attributes.take("attention.scale", float, default=values["head_dim"] ** -0.5),
+        "logits_scaling": attributes.take("logit_scale", float),
+    }
+
+
+FAMILY = Family(
+    model_type="granite",
+    title="Granite 3 (dense)",
+    read_config=read_config,
+    rules=RULES,
+    prefix="model.",
+    ignored=IGNORED,
+    copies=COPIES,
+    gguf=GgufFamily(("granite",), read_gguf_granite, PAIRED_GGUF_RULES),
+)

@@ -1,0 +1,516 @@
+"""One door for all models: what a user names becomes a model, or a checkpoint in the native format.
+
+open_source   a name or path -> where the weights come from; reads configuration and headers only
+load_model    ... -> the model on its device or devices, and its tokenizer
+convert       ... -> a folder in the native format, with memory for one tensor at a time
+plan          ... -> what convert would do
+verify        ... -> whether what convert wrote computes what PyTorch computes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from griffin_jax.checkpoints import demo, native, verification
+from griffin_jax.checkpoints.native import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
+from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
+from griffin_jax.checkpoints.sources import (
+    PICKLE_HELP,
+    FamilySource,
+    GgufFile,
+    HuggingFaceFolder,
+    Source,
+    has_safetensors,
+    read_hf_config,
+)
+from griffin_jax.checkpoints.verification import Verification, VerificationError
+from griffin_jax.model.assembly import assemble
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, checked_mesh
+from griffin_jax.text.tokenizer import Tokenizer, check_fits
+
+__all__ = [
+    "ConversionReport",
+    "ShardingLike",
+    "add_arguments",
+    "add_pickle_argument",
+    "assemble",
+    "convert",
+    "load_model",
+    "open_source",
+    "parse_dtype",
+    "peak_memory",
+    "plan",
+    "run",
+    "verify",
+]
+
+SOURCES = (
+    "a folder that `griffin-jax convert` wrote, a Hugging Face folder (config.json and safetensors), a GGUF file, "
+    f"the id of a Hugging Face repository (owner/name), or {demo.NAME!r}"
+)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_FILES = [
+    "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+]  # fmt: skip
+HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
+HUB_PICKLES = ["pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*.bin"]
+
+ShardingLike = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+"""How parameters lie on devices: one sharding for all of them, or a function of a parameter's path and shape."""
+
+
+def open_source(source: str | Path, allow_pickle: bool = False) -> Source:
+    """Find a model and check that it can be loaded, without reading its weights.
+
+    Args:
+        source: a native folder, a Hugging Face folder, a GGUF file, a Hugging Face repository or the
+            demo model. What exists on the disk comes first.
+        allow_pickle: whether weights may be read from PyTorch's pickle files (pytorch_model.bin), where
+            there are no safetensors. Such a file is a program; torch runs it with `weights_only=True`.
+            Files of the format before PyTorch 1.6 need memory for the whole file.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
+        ImportError: pickle files are to be read, and torch is not installed.
+        ValueError: it is not a supported model, or its files are malformed.
+    """
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        return _open_folder(path, allow_pickle)
+    if path.exists():
+        if path.suffix in (".safetensors", ".bin"):
+            raise ValueError(f"{path}: give the folder that holds it together with config.json")
+        return FamilySource(GgufFile(path))
+    name = str(source)
+    if name == demo.NAME:
+        return FamilySource(GgufFile(demo.fetch()))
+    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
+        return FamilySource(HuggingFaceFolder(_from_hub(name, allow_pickle), allow_pickle))
+    raise FileNotFoundError(f"there is no model {name!r}; give {SOURCES}")
+
+
+def _open_folder(folder: Path, allow_pickle: bool) -> Source:
+    if (folder / MANIFEST).exists() or any(folder.glob(f"{PARAMETERS}*")):
+        return NativeCheckpoint(folder)
+    if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
+        raise ValueError(f"{folder}: has no config.json; did you mean {files[0]}?")
+    return FamilySource(HuggingFaceFolder(folder, allow_pickle))
+
+
+def _from_hub(name: str, allow_pickle: bool) -> Path:
+    """The local copy of a repository. Its configuration comes first, so that an unsupported model costs no download."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        read_hf_config(Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
+        if has_safetensors(folder):
+            return folder
+        if not allow_pickle:
+            raise FileNotFoundError(f"{name}: the repository has no safetensors. {PICKLE_HELP}")
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_PICKLES))
+    except GatedRepoError as error:
+        raise ValueError(
+            f"{name}: its licence must be accepted on its page of the Hugging Face hub, and `hf auth login` done"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, and no such repository on the Hugging Face hub; give {SOURCES}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {name!r}, it is not in the cache of the Hugging Face hub, and the hub cannot be "
+            f"reached; give {SOURCES}"
+        ) from error
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be downloaded ({type(error).__name__}: {error})") from error
+
+
+def parse_dtype(dtype: str | jnp.dtype | None) -> np.dtype | None:
+    """A dtype of weights by its name; None stays None.
+
+    Raises:
+        ValueError: it is not one that weights can have.
+    """
+    if dtype is None:
+        return None
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; allowed are {', '.join(DTYPES)}")
+    return np.dtype(jnp.dtype(name))
+
+
+def load_model(
+    source: str | Path,
+    dtype: str | jnp.dtype | None = None,
+    sharding: ShardingLike | None = None,
+    allow_pickle: bool = False,
+    mesh: Mesh | None = None,
+) -> tuple[Transformer, Tokenizer | None]:
+    """A model ready to run, and its tokenizer if one lies with it.
+
+    Args:
+        source: see `open_source`.
+        dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs, which are
+            several times slower with anything narrower, and bfloat16 on accelerators.
+        sharding: how the parameters lie on devices: a `jax.sharding.Sharding` for all of them, or a
+            function that gives one for a parameter's path (such as `layers.3.ff.gate`) and shape. By
+            default they are whole on the default device. Of a native folder every device reads its own
+            shards; of other sources one tensor after the other goes from the host to its devices.
+        allow_pickle: see `open_source`.
+        mesh: divide the parameters as `griffin_jax.model.sharding` says: a mesh with axes `data` and `model`, or one
+            of them.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
+        ImportError: pickle files are to be read, and torch is not installed.
+        ValueError: the dtype is not allowed, the model not supported, its files malformed or its
+            weights not finite, the tokenizer does not fit, or a sharding does not divide a parameter; or there are
+            both a mesh and a sharding, the mesh has other axes, or it cannot share the neurons evenly.
+
+    Warns:
+        NarrowingWarning: `dtype` is given, and narrower than the stored weights.
+    """
+    wanted = parse_dtype(dtype)
+    if mesh is not None and sharding is not None:
+        raise ValueError("a mesh says how the parameters are divided: give it or a sharding, not both")
+    mesh = None if mesh is None else checked_mesh(mesh)
+    opened = open_source(source, allow_pickle)
+    config = opened.config
+    if mesh is not None:
+        devices = axis_size(mesh, MODEL_AXIS)
+        check_mesh(config, devices)
+        config = with_kv_copies(config, devices)
+        sharding = functools.partial(_sharding_on, mesh, config)
+    if wanted is None:
+        wanted = np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    elif lost := narrowing(opened, wanted):
+        warnings.warn(lost, NarrowingWarning, stacklevel=2)
+    shardings = None if sharding is None else _shardings(sharding, opened.shapes)
+    tokenizer = _fitting_tokenizer(opened)
+    return assemble(config, opened.parameters(wanted, shardings), jnp.dtype(wanted)), tokenizer
+
+
+def _sharding_on(mesh: Mesh, config: ModelConfig, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(path, shape, config, mesh))
+
+
+def _shardings(sharding: ShardingLike, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.sharding.Sharding]:
+    """The sharding of every parameter.
+
+    Raises:
+        ValueError: one is no sharding, or does not divide its parameter.
+    """
+    found = {}
+    for path, shape in shapes.items():
+        one = sharding if isinstance(sharding, jax.sharding.Sharding) else sharding(path, shape)
+        if not isinstance(one, jax.sharding.Sharding):
+            raise ValueError(f"the sharding of parameter {path} is {one!r}, not a jax.sharding.Sharding")
+        try:
+            if isinstance(one, jax.sharding.NamedSharding):
+                one.check_compatible_aval(shape)
+            one.shard_shape(shape)
+        except (ValueError, IndexError, AssertionError) as error:
+            raise ValueError(
+                f"parameter {path} of the shape {shape} cannot be divided as {one} says: "
+                f"{' '.join(str(error).split())}; give a function (path, shape) -> sharding to treat it differently"
+            ) from error
+        found[path] = one
+    return found
+
+
+def _fitting_tokenizer(source: Source) -> Tokenizer | None:
+    tokenizer = source.tokenizer()
+    if tokenizer is not None:
+        try:
+            check_fits(tokenizer, source.config)
+        except ValueError as error:
+            raise ValueError(f"{source.name}: {error}") from error
+    return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        path: the folder it wrote.
+        dtype: of the weights in it.
+        tensors: how many parameters.
+        bytes: their size.
+        largest_bytes: size of the largest of them.
+        seconds: how long it took.
+        memory_before: largest resident memory of the process up to the start, in bytes; None where
+            the platform does not tell.
+        peak_memory: the same up to the end of the conversion, before any verification.
+        verification: how it compares with PyTorch, if that was asked for.
+    """
+
+    path: Path
+    dtype: str
+    tensors: int
+    bytes: int
+    largest_bytes: int
+    seconds: float
+    memory_before: int | None
+    peak_memory: int | None
+    verification: Verification | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB in {self.dtype}, in {self.seconds:.1f} s"
+        ]
+        if self.peak_memory is not None and self.memory_before is not None:
+            lines.append(
+                f"peak memory {self.peak_memory / 1e6:,.0f} MB, of which {self.memory_before / 1e6:,.0f} MB before the "
+                f"first tensor; the largest tensor has {self.largest_bytes / 1e6:,.1f} MB"
+            )
+        if self.verification is not None:
+            lines.append(str(self.verification))
+        return "\n".join(lines)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    dtype: str | jnp.dtype | None = None,
+    progress: bool = True,
+    allow_pickle: bool = False,
+    verify: bool = False,
+) -> ConversionReport:
+    """Write a model in the native format, tensor by tensor.
+
+    Args:
+        source: see `open_source`.
+        output: a folder that does not exist yet. It appears when it is complete.
+        dtype: of the weights: float32, bfloat16 or float16. By default that of most of the source's
+            weights, float32 where they are quantised.
+        progress: whether to show a progress bar on stderr.
+        allow_pickle: see `open_source`.
+        verify: whether to compare the result with PyTorch, see `verify`.
+
+    Raises:
+        FileExistsError: `output` exists.
+        FileNotFoundError: there is nothing of the name `source`, or only pickle files.
+        ImportError: torch is needed and not installed; nothing has been converted.
+        ValueError: see `load_model`; or the source cannot be verified, and nothing has been converted.
+        OSError: the disk is full, or `output` cannot be written.
+        VerificationError: the result differs from what PyTorch computes. It stays where it is, to be
+            looked at.
+
+    Warns:
+        NarrowingWarning: the dtype is narrower than that of stored weights.
+    """
+    from tqdm import tqdm
+
+    start = time.perf_counter()
+    folder = native.check_free(output)
+    wanted = parse_dtype(dtype)
+    opened = open_source(source, allow_pickle)
+    wanted = opened.dtype if wanted is None else wanted
+    if verify:
+        verification.check_verifiable(opened)
+    if lost := narrowing(opened, wanted):
+        warnings.warn(lost, NarrowingWarning, stacklevel=2)
+    tokenizer = _fitting_tokenizer(opened)
+    sizes = {path: int(np.prod(shape)) * wanted.itemsize for path, shape in opened.shapes.items()}
+    before = peak_memory()
+    total = sum(sizes.values())
+    with (
+        _hashing(opened.files) as hashes,
+        tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=folder.name, delay=0.5) as bar,
+    ):
+
+        def read(path: str) -> np.ndarray:
+            array = opened.read(path, wanted)
+            bar.update(sizes[path])
+            return array
+
+        native.write(folder, opened.config, opened.shapes, wanted, read, tokenizer, opened.name, hashes)
+    report = ConversionReport(
+        path=folder,
+        dtype=wanted.name,
+        tensors=len(sizes),
+        bytes=total,
+        largest_bytes=max(sizes.values()),
+        seconds=time.perf_counter() - start,
+        memory_before=before,
+        peak_memory=peak_memory(),
+    )
+    if verify:
+        found = verification.verify_source(opened, folder)
+        if not found.ok:
+            raise VerificationError(found)
+        report = dataclasses.replace(report, verification=found)
+    return report
+
+
+def plan(source: str | Path, dtype: str | jnp.dtype | None = None, allow_pickle: bool = False) -> Plan:
+    """What `convert` would do: every parameter with the tensor it comes from. Nothing is written.
+
+    Args:
+        source: see `open_source`.
+        dtype: as for `convert`.
+        allow_pickle: see `open_source`.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
+        ImportError: pickle files are to be read, and torch is not installed.
+        ValueError: the dtype is not allowed, the model not supported, its files malformed, or the
+            tokenizer does not fit.
+    """
+    wanted = parse_dtype(dtype)
+    opened = open_source(source, allow_pickle)
+    return plan_of(opened, opened.dtype if wanted is None else wanted, _fitting_tokenizer(opened) is not None)
+
+
+def verify(source: str | Path, folder: str | Path, allow_pickle: bool = False) -> Verification:
+    """Compare a native folder with the model it was converted from, as transformers and PyTorch run it.
+
+    A few random, always equal, sequences of tokens go through both models in float32, one model in
+    memory at a time. Where the folder holds the stored values, the logits may differ by 1e-4 of the
+    largest one; where they were rounded to bfloat16 or float16, by 20 roundings.
+
+    Args:
+        source: a Hugging Face folder, repository or GGUF file.
+        folder: that `convert` wrote.
+        allow_pickle: see `open_source`.
+
+    Returns:
+        What was found; its `ok` says whether it is within the tolerance.
+
+    Raises:
+        FileNotFoundError: there is nothing of one of the names.
+        ImportError: torch is not installed.
+        ValueError: transformers cannot load the source, or the folder is of another model.
+    """
+    return verification.verify_source(open_source(source, allow_pickle), Path(os.path.expanduser(folder)))
+
+
+@contextlib.contextmanager
+def _hashing(files: Sequence[Path]) -> Iterator[Callable[[], Mapping[str, str]]]:
+    """Hashes files in a thread meanwhile; gives a function that waits for the sha256 of each."""
+    stop = threading.Event()
+
+    def hash_all() -> dict[str, str]:
+        return {file.relative_to(files[0].parent).as_posix(): _sha256(file, stop) for file in files}
+
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        future = executor.submit(hash_all)
+        try:
+            yield future.result
+        finally:
+            stop.set()
+
+
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        # hashlib lets other threads run while it works on so much at a time.
+        while (piece := opened.read(1 << 20)) and not stop.is_set():
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def peak_memory() -> int | None:
+    """Largest resident memory of this process so far, in bytes; None where the platform does not tell."""
+    # On Linux, getrusage's figure of a process begins with that of the one which started it.
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --allow-pickle."""
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read PyTorch's pickle files (pytorch_model.bin) where there are no safetensors; they are programs, and"
+        " torch, which must be installed, runs them with weights_only=True",
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the convert command takes."""
+    parser.add_argument("source", metavar="SOURCE", help=SOURCES)
+    parser.add_argument(
+        "output", metavar="OUTPUT", nargs="?", help="folder to write; must not exist yet (not needed with --dry-run)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights; by default that of most of the source's weights, float32 where they are quantised",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: list every parameter with the tensor it comes from, shapes, dtypes and sizes",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="afterwards compare logits with those of the source in PyTorch, which must be installed; if they differ,"
+        " the exit code is 1, and OUTPUT stays to be looked at",
+    )
+    add_pickle_argument(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the convert command and print what it did; returns 1 if the result is not what PyTorch computes.
+
+    Raises:
+        ImportError: see `convert`.
+        ValueError: likewise.
+        OSError: likewise.
+    """
+    source, dtype, allow_pickle = arguments.source, arguments.dtype, arguments.allow_pickle
+    if arguments.dry_run:
+        if arguments.verify:
+            raise ValueError("--verify needs a conversion, and --dry-run makes none; give one of them")
+        planned = plan(source, dtype, allow_pickle)
+        print(planned)
+        if planned.narrowing:
+            warnings.warn(planned.narrowing, NarrowingWarning, stacklevel=2)
+        return 0
+    if arguments.output is None:
+        raise ValueError("give OUTPUT, the folder to write, or --dry-run")
+    try:
+        print(convert(source, arguments.output, dtype, allow_pickle=allow_pickle, verify=arguments.verify))
+    except VerificationError as error:
+        print(f"verification failed: {error}. The folder was written and stays, to be looked at", file=sys.stderr)
+        return 1
+    return 0

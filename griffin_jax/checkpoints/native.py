@@ -1,0 +1,490 @@
+"""The native format: a folder that loads fast and in which nothing is missing.
+
+    griffin_jax.json   format, version, dtype, source with its hashes, and `ModelConfig`; written last
+    params/            the parameters, one Orbax checkpoint; the tree of the module, with text keys
+    tokenizer/         files of the tokenizer, if the model has one
+
+A folder appears whole or not at all: it is written under a hidden name beside its place, flushed to
+the disk, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from flax import nnx
+
+from griffin_jax.checkpoints.sources import FLOATS, Origin, Source, check_finite, check_plausible, read_json
+from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_shapes
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.text.tokenizer import Tokenizer, check_fits
+from griffin_jax.utils.messages import brief
+
+FORMAT, VERSION = "griffin_jax", 1
+MANIFEST, PARAMETERS, TOKENIZER = "griffin_jax.json", "params", "tokenizer"
+DTYPES = ("float32", "bfloat16", "float16")
+CHUNK_BYTES = 64 << 20
+"""Arrays are stored in pieces of at most this size, so that writing one needs little memory beside it."""
+HASHED_BYTES = 1 << 20
+"""Files up to this size are checked by their content, larger ones by their size."""
+BATCH_BYTES = 256 << 20
+"""Arrays are written together up to this size: every write is flushed to the disk, which takes its time."""
+
+
+def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+    """Write a model in the native format.
+
+    Args:
+        model: a full one; a pruned model belongs to its prompt.
+        folder: that does not exist yet.
+        tokenizer: to lie with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: the model is pruned, holds values that are not finite, or does not fit the tokenizer.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    folder = check_free(folder)
+    shapes = parameter_shapes(model.config)
+    arrays = None if model.neurons != (model.config.ff_width,) * len(model.layers) else dict(disassemble(model))
+    if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
+        raise ValueError(
+            "the model's parameters are not those of its config; a pruned model cannot be saved, save the full one"
+        )
+
+    def read(path: str) -> np.ndarray:
+        array = np.asarray(arrays[path])
+        check_finite(array, array, path)
+        return array
+
+    config = dataclasses.replace(model.config, kv_copies=1)
+    write(folder, config, shapes, np.dtype(model.dtype), read, tokenizer, source="a model in memory")
+    return folder
+
+
+def check_free(folder: str | Path) -> Path:
+    """Raise `FileExistsError` if there is something where a checkpoint is to be written."""
+    folder = Path(os.path.expanduser(folder))
+    if os.path.lexists(folder):
+        raise FileExistsError(f"{folder} exists already; choose another place or delete it first")
+    return folder
+
+
+def write(
+    folder: Path,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    read: Callable[[str], np.ndarray],
+    tokenizer: Tokenizer | None,
+    source: str,
+    hashes: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
+    """Write a checkpoint, reading one parameter at a time.
+
+    Args:
+        folder: that does not exist yet.
+        config: the architecture.
+        shapes: of every parameter, by path.
+        dtype: of what `read` returns.
+        read: gives a parameter, contiguous; called once for each, in order.
+        tokenizer: to lie with it.
+        source: where the weights come from, in words.
+        hashes: gives the sha256 of every file they come from; called when the weights are written.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: the dtype or the tokenizer does not fit, or `read` fails.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    if dtype.name not in DTYPES:
+        raise ValueError(f"dtype is {dtype.name}; the native format has {', '.join(DTYPES)}")
+    if tokenizer is not None:
+        check_fits(tokenizer, config)
+    check_free(folder)
+    _check_space(folder, sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize)
+    with _appearing(folder) as partial:
+        _write_parameters(partial / PARAMETERS, shapes, dtype, read)
+        if tokenizer is not None:
+            tokenizer.save(partial / TOKENIZER)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dtype": dtype.name,
+            "source": {"name": source, "sha256": dict(hashes()) if hashes else {}},
+            "files": _fingerprints(partial, _files_in(partial)),
+            "config": config.to_json(),
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def _check_space(folder: Path, size: int) -> None:
+    """Raise `OSError` if a disk has no room for so many bytes."""
+    existing = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", str(folder))
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Of each file its size and, if it is small, its sha256; "missing" if there is none.
+
+    The small files say where everything lies. To hash the weights as well would take as long as loading them.
+    """
+    found = {}
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            found[name] = "missing"
+            continue
+        size = file.stat().st_size
+        found[name] = f"{size} bytes"
+        if size <= HASHED_BYTES:
+            found[name] += f", sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
+    return found
+
+
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A hidden folder that takes the name `folder` when all went well and is removed otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+    partial.mkdir()
+    try:
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _flush(path)
+        check_free(folder)
+        partial.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file or the names in a folder survive a power failure."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- Orbax ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unread:
+    """A leaf of the tree that Orbax writes: a parameter that is read when its turn comes."""
+
+    path: str
+    nbytes: int
+    read: Callable[[str], np.ndarray]
+
+
+class _Batches(ocp.type_handlers.NumpyHandler):
+    """Writes `_Unread` leaves as arrays, the next few of them read when the last few have been written."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._failures: list[Exception] = []
+
+    async def serialize(
+        self,
+        values: Sequence[Any],
+        infos: Sequence[ocp.type_handlers.ParamInfo],
+        args: Sequence[ocp.SaveArgs] | None = None,
+    ) -> list[Any]:
+        args = args or [ocp.SaveArgs()] * len(values)
+        for batch in _batches([value.nbytes for value in values]):
+            arrays = [value.read(value.path) for value in values[batch]]
+            for written in await super().serialize(arrays, infos[batch], args[batch]):
+                _finish(written)
+            if self._failures:
+                raise _as_os_error(self._failures[0])
+            del arrays
+        return []
+
+    async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+        # Orbax abandons the other writes of a batch when one fails, and they print tracebacks when they end.
+        try:
+            store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+            chunk = [size or 1 for size in store.chunk_layout.write_chunk.shape or value.shape]
+            for part in _parts(value.shape, chunk, value.itemsize):
+                await store[part].write(value[part], can_reference_source_data_indefinitely=True)
+        except Exception as error:
+            self._failures.append(error)
+
+
+def _parts(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Slices of an array of whole chunks, written one after the other: what is being written is in memory twice."""
+    axis = max(range(len(shape)), key=lambda axis: -(-shape[axis] // chunk[axis]), default=None)
+    if axis is None:
+        yield ()
+        return
+    row_of_chunks = math.prod(shape) // shape[axis] * chunk[axis] * itemsize
+    step = max(1, BATCH_BYTES // row_of_chunks) * chunk[axis]
+    for start in range(0, shape[axis], step):
+        yield (slice(None),) * axis + (slice(start, min(start + step, shape[axis])),)
+
+
+def _finish(written: Any) -> None:
+    """Wait for a write, even if the user interrupts: no file may appear any more when the folder is removed.
+
+    In a thread of its own, because a join that is interrupted takes its thread for ended.
+    """
+    with ThreadPoolExecutor(max_workers=1) as waiting:
+        waiting.submit(written.result).result()
+
+
+def _as_os_error(error: Exception) -> Exception:
+    """The operating system's error within TensorStore's long message, else the error itself."""
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    return error
+
+
+def _batches(sizes: Sequence[int]) -> Iterator[slice]:
+    """Consecutive items of at most `BATCH_BYTES` together, or a single one that is larger."""
+    start, total = 0, 0
+    for item, size in enumerate(sizes):
+        if item > start and total + size > BATCH_BYTES:
+            yield slice(start, item)
+            start, total = item, 0
+        total += size
+    yield slice(start, len(sizes))
+
+
+def _write_parameters(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, read: Callable[[str], np.ndarray]
+) -> None:
+    sizes = {path: math.prod(shape) * dtype.itemsize for path, shape in shapes.items()}
+    tree = _nested({path: _Unread(path, size, read) for path, size in sizes.items()})
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (_Unread, _Batches()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    # Weights hardly compress, and unpacking them would be most of the time of loading.
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    try:
+        with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
+    except Exception as error:
+        raise _as_os_error(error) from error
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"layers.3.ff.gate": x}` -> `{"layers": {"3": {"ff": {"gate": x}}}}`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _leaf(tree: Any, path: str) -> Any:
+    for name in path.split("."):
+        tree = tree[name]
+    return tree
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Orbax from reporting its inner workings; what matters arrives as exceptions."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class NativeCheckpoint(Source):
+    """A folder that `save` or a conversion wrote.
+
+    Attributes:
+        converted_from: what it was converted from, in words.
+        hashes: sha256 of each file of that; empty in folders that were written before these were kept.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is incomplete, malformed or of a newer version.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
+        self.name = str(folder)
+        manifest = self._read_manifest()
+        self.dtype = np.dtype(jnp.dtype(manifest["dtype"]))
+        try:
+            self.config = ModelConfig.from_json(manifest["config"])
+        except ValueError as error:
+            raise ValueError(f"{self._folder / MANIFEST}: {error}") from error
+        source = manifest.get("source")
+        source = source if isinstance(source, dict) else {"name": source}
+        self.converted_from = str(source.get("name"))
+        self.hashes: dict[str, str] = dict(source.get("sha256") or {})
+        self.files = [self._folder / MANIFEST, *(self._folder / name for name in manifest["files"])]
+        self.ignored = []
+        stored = self._stored_shapes()
+        check_plausible(self.name, self.config, list(stored.values()))
+        self.shapes = parameter_shapes(self.config)
+        if wrong := sorted(stored.items() ^ self.shapes.items()):
+            listed = ", ".join(dict.fromkeys(f"{path} {shape}" for path, shape in wrong[:8]))
+            raise ValueError(f"{self._folder}: the parameters are not those of its config; they differ in {listed}")
+
+    def origin(self, path: str) -> Origin:
+        name = next(name for name, dtype in FLOATS.items() if dtype == self.dtype)
+        return Origin(path, "", self.shapes[path], name)
+
+    def read(self, path: str, dtype: np.dtype) -> np.ndarray:
+        stored = np.asarray(_leaf(self._restore({path: self.shapes[path]}, self.dtype), path))
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(stored, dtype)
+        check_finite(array, stored, f"{self.name}: {path}")
+        return array
+
+    def parameters(
+        self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+    ) -> Iterator[tuple[str, Any]]:
+        """Path and weights of all parameters, read at once: Orbax reads many files at a time.
+
+        With shardings, every device gets its part of each array from the disk, and nothing more.
+        """
+        if dtype == np.float16 != self.dtype:
+            # Wider weights may not fit, which has to be looked at.
+            for path, shape in self.shapes.items():
+                stored = _leaf(self._restore({path: shape}, self.dtype, shardings), path)
+                array = stored.astype(dtype)
+                if not jnp.isfinite(array).all():
+                    largest = float(jnp.abs(stored).max())
+                    raise ValueError(f"{self.name}: {path}: values up to {largest:.3g} do not fit into {dtype}")
+                yield path, array
+            return
+        tree = self._restore(self.shapes, dtype, shardings)
+        for path in self.shapes:
+            yield path, _leaf(tree, path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        folder = self._folder / TOKENIZER
+        return Tokenizer.from_folder(folder) if folder.is_dir() else None
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self._folder / MANIFEST
+        if not self._folder.is_dir():
+            raise FileNotFoundError(f"{self._folder} is not a folder")
+        if not path.is_file() or not (self._folder / PARAMETERS).is_dir():
+            raise ValueError(
+                f"{self._folder}: incomplete, its conversion was interrupted; delete it and convert the model again"
+            )
+        manifest = read_json(path)
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
+        if manifest.get("version") != VERSION:
+            raise ValueError(
+                f"{path}: version {manifest.get('version')!r} of the format; this griffin_jax reads version {VERSION}. "
+                "Update griffin_jax, or convert the model again"
+            )
+        if manifest.get("dtype") not in DTYPES:
+            raise ValueError(f"{path}: dtype is {manifest.get('dtype')!r}; possible are {', '.join(DTYPES)}")
+        if not isinstance(manifest.get("config"), dict):
+            raise ValueError(f"{path}: has no config")
+        if not isinstance(manifest.get("files"), dict):
+            raise ValueError(f"{path}: has no files")
+        found = _fingerprints(self._folder, manifest["files"])
+        if wrong := [name for name in found if found[name] != manifest["files"][name]]:
+            listed = "; ".join(f"{name}: {found[name]}, not {manifest['files'][name]}" for name in wrong[:3])
+            raise ValueError(f"{self._folder}: damaged files: {listed}; convert the model again")
+        return manifest
+
+    def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter that the folder has, by path."""
+        with self._opened() as (checkpointer, folder):
+            metadata = checkpointer.metadata(folder).item_metadata
+        tree = {} if metadata is None else nnx.traversals.flatten_mapping(metadata.tree)
+        return {dotted(path): tuple(leaf.shape) for path, leaf in tree.items()}
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[ocp.Checkpointer, Path]]:
+        try:
+            with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                yield checkpointer, (self._folder / PARAMETERS).absolute()
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{self._folder}: damaged, the parameters cannot be read ({brief(error)}); convert the model again"
+            ) from error
+
+    def _restore(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: np.dtype,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    ) -> Any:
+        """The tree of some parameters, by default as arrays on the default device."""
+        if shardings is None:
+            (device,) = jnp.zeros(()).devices()
+            shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(device))
+        tree = _nested({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
+        restore_args = _nested(
+            {
+                path: ocp.ArrayRestoreArgs(
+                    restore_type=jax.Array, dtype=dtype, sharding=shardings[path], global_shape=shape
+                )
+                for path, shape in shapes.items()
+            }
+        )
+        arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
+        with self._opened() as (checkpointer, folder):
+            return checkpointer.restore(folder, args=arguments)
+
+
+def load(folder: str | Path, dtype: jnp.dtype | None = None) -> Transformer:
+    """The model in a native checkpoint.
+
+    Args:
+        folder: that `save` or a conversion wrote.
+        dtype: of the weights; as stored if None.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is incomplete, malformed or of a newer version.
+    """
+    source = NativeCheckpoint(folder)
+    wanted = source.dtype if dtype is None else np.dtype(dtype)
+    return assemble(source.config, source.parameters(wanted), jnp.dtype(wanted))

@@ -1,0 +1,156 @@
+"""What a conversion would do, before it is done: where every parameter comes from, and what is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from griffin_jax.checkpoints.sources import FLOATS, Origin, Source
+from griffin_jax.utils.messages import shortened
+
+LISTED = 20
+"""So many ignored tensors are named in a table."""
+
+
+class NarrowingWarning(UserWarning):
+    """Weights are cast to a dtype that cannot hold them as they are stored."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One parameter of a plan.
+
+    Attributes:
+        path: of the parameter.
+        shape: of the parameter.
+        origin: the tensor it comes from.
+        bytes: that it will have.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    origin: Origin
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion would do. `str` of it is a table for people.
+
+    Attributes:
+        source: its name.
+        dtype: that the weights would get.
+        steps: one for every parameter.
+        ignored: tensors of the source that are knowingly left aside.
+        has_tokenizer: whether a tokenizer lies with the source.
+        narrowing: what the dtype loses, in words; None if nothing.
+    """
+
+    source: str
+    dtype: str
+    steps: tuple[Step, ...]
+    ignored: tuple[str, ...]
+    has_tokenizer: bool
+    narrowing: str | None
+
+    @property
+    def bytes(self) -> int:
+        """Of all parameters together."""
+        return sum(step.bytes for step in self.steps)
+
+    def __str__(self) -> str:
+        header = ("parameter", "shape", "from", "shape", "layout", "dtype", "MB")
+        lines = [*_aligned([header, *_collapsed(self.steps, self.dtype)])]
+        ignored = f"{len(self.ignored)} ({shortened(self.ignored, LISTED)})" if self.ignored else "none"
+        return "\n".join(
+            [
+                *lines,
+                f"{self.source}: {len(self.steps)} parameters, {self.bytes / 1e6:,.1f} MB in {self.dtype}",
+                f"tensors knowingly ignored: {ignored}; tokenizer: {'yes' if self.has_tokenizer else 'none'}",
+            ]
+        )
+
+
+def plan_of(source: Source, dtype: np.dtype, has_tokenizer: bool) -> Plan:
+    """The plan of converting an opened source to `dtype`."""
+    steps = [
+        Step(path, shape, source.origin(path), math.prod(shape) * dtype.itemsize)
+        for path, shape in source.shapes.items()
+    ]
+    return Plan(source.name, dtype.name, tuple(steps), tuple(source.ignored), has_tokenizer, narrowing(source, dtype))
+
+
+def narrowing(source: Source, dtype: np.dtype) -> str | None:
+    """What is lost when the weights of a source become `dtype`, in one sentence; None if nothing is.
+
+    Quantised weights do not count: what a float of 16 bits rounds away of them is less than what
+    their quantisation already did.
+    """
+    counts = Counter(source.origin(path).dtype for path in source.shapes)
+    losses = {stored: loss for stored in counts if (loss := _loss(stored, dtype))}
+    if not losses:
+        return None
+    parts = [f"{counts[stored]} stored as {stored} become {dtype.name}: {loss}" for stored, loss in losses.items()]
+    kept = "" if "F64" in losses else "; float32 keeps everything"
+    return f"{source.name}: of {len(source.shapes)} parameters, {'; '.join(parts)}{kept}"
+
+
+def _loss(stored: str, dtype: np.dtype) -> str | None:
+    if stored not in FLOATS:
+        return None
+    before, after = ml_dtypes.finfo(FLOATS[stored]), ml_dtypes.finfo(dtype)
+    losses = []
+    if after.nmant < before.nmant:
+        losses.append(f"{before.nmant + 1} bits of precision become {after.nmant + 1}")
+    if after.maxexp < before.maxexp:
+        largest, smallest = float(after.max), float(after.smallest_subnormal)
+        losses.append(f"values beyond {largest:.5g} are refused, those below {smallest:.1g} become 0")
+    return " and ".join(losses) or None
+
+
+def _collapsed(steps: Iterable[Step], dtype: str) -> Iterator[tuple[str, ...]]:
+    """Rows of the table, those of layers that differ in nothing but their number made one."""
+    groups: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
+    for step in steps:
+        path, tensor, layer = step.path, step.origin.tensor, re.match(r"layers\.(\d+)\.", step.path)
+        if layer:
+            path = f"layers.\0{path[layer.end(1) :]}"
+            tensor = re.sub(rf"(?<=\.){layer[1]}(?=\.)", "\0", tensor, count=1)
+        origin = step.origin
+        layout = origin.layout if "->" in origin.layout else ""
+        row = (path, _shape(step.shape), tensor, _shape(origin.shape), layout, f"{origin.dtype} -> {dtype}")
+        layers, sizes = groups.setdefault(row, ([], []))
+        layers += [int(layer[1])] if layer else []
+        sizes.append(step.bytes)
+    for row, (layers, sizes) in groups.items():
+        yield (*(cell.replace("\0", _ranges(layers)) for cell in row), f"{sum(sizes) / 1e6:,.1f}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`[0, 1, 2, 5]` -> `"{0..2,5}"`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs]
+    return texts[0] if len(numbers) == 1 else "{" + ",".join(texts) + "}"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Lines of a table, the last column to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for *cells, last in rows:
+        left = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        yield "  ".join([*left, last.rjust(widths[-1])])

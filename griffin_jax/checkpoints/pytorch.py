@@ -1,0 +1,234 @@
+"""PyTorch's own files, and PyTorch as the reference of a conversion.
+
+The only module that ever imports torch, and only when a user asks for it by an option: `allow_pickle`
+to read pytorch_model.bin files, `verify` to compare a conversion with the model it came from.
+
+A pickle is a program. torch runs it with `weights_only=True`, which knows the few calls that rebuild
+tensors and refuses all others; what torch is handed has been looked at before, so that a small file
+cannot unpack to a large one.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from griffin_jax.utils.messages import brief
+from griffin_jax.utils.transformers_import import import_transformers
+
+OLDEST = (2, 10)
+"""Before this release a crafted file could run code in spite of weights_only (CVE-2025-32434, CVE-2026-24747)."""
+
+
+def import_torch(purpose: str) -> ModuleType:
+    """The torch package.
+
+    Args:
+        purpose: what it is needed for, to begin a message with.
+
+    Raises:
+        ImportError: it is not installed, or too old to read files of others.
+    """
+    needed = ".".join(map(str, OLDEST))
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs PyTorch, which is not installed; install it with: pip install 'torch>={needed}'"
+        ) from error
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
+        raise ImportError(
+            f"{purpose} needs PyTorch {needed} or later, and {torch.__version__} is installed: a crafted file can make "
+            f"earlier ones run code; update it with: pip install 'torch>={needed}'"
+        )
+    return torch
+
+
+class PickleFile:
+    """A state dict as `torch.save` writes it, read tensor by tensor.
+
+    The file is mapped into memory and not kept mapped: mapped pages count as resident memory until the
+    mapping goes away, so every read makes one of its own, which costs milliseconds. Files of the format
+    before PyTorch 1.6 cannot be mapped; such a file is read and kept whole.
+
+    Attributes:
+        tensors: name -> shape and dtype, dtypes that weights can have by their names in safetensors.
+        problems: what is wrong with the entries, in words.
+
+    Raises:
+        ImportError: torch is not there.
+        ValueError: the file is malformed, no dictionary, or wants to do more than hold tensors.
+    """
+
+    def __init__(self, file: Path):
+        self._file = file
+        self._torch = import_torch(f"{file}: reading PyTorch's pickle format")
+        self._mapped = _is_archive(file)
+        self._kept: dict[str, Any] | None = None
+        entries = self._entries()
+        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.problems: list[str] = []
+        for name, value in entries.items():
+            if isinstance(value, self._torch.Tensor):
+                self.tensors[name] = self._describe(value)
+            else:
+                self.problems.append(f"{name} is not a tensor but {type(value).__name__}")
+        if not self.tensors:
+            listed = ", ".join(map(repr, list(entries)[:8])) or "nothing"
+            raise ValueError(
+                f"{file}: has no tensors at its top level, only {listed}; griffin_jax reads the dictionary of tensors "
+                "that model.state_dict() gives"
+            )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The rows from `start` to `stop` of a tensor, in its stored dtype; a copy.
+
+        Raises:
+            ValueError: the file has changed so that it cannot be read.
+        """
+        torch = self._torch
+        try:
+            tensor = self._entries()[name].detach()
+            if start or stop is not None:
+                tensor = tensor[start:stop]
+            if tensor.dtype == torch.bfloat16:  # NumPy alone has no such dtype
+                return tensor.view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
+            return tensor.numpy().copy()
+        except (KeyError, AttributeError, TypeError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{self._file}: tensor {name} cannot be read ({brief(error)})") from error
+
+    def release(self) -> None:
+        """Forget what is kept of the file."""
+        self._kept = None
+
+    def _entries(self) -> dict[str, Any]:
+        if self._kept is not None:
+            return self._kept
+        payload = self._load()
+        if not isinstance(payload, dict):
+            raise ValueError(f"{self._file}: holds {type(payload).__name__}, not a dictionary of tensors")
+        if strange := [name for name in payload if not isinstance(name, str)]:
+            raise ValueError(f"{self._file}: names of tensors are texts, {strange[0]!r:.100} is not")
+        if not self._mapped:
+            self._kept = payload
+        return payload
+
+    def _load(self) -> Any:
+        try:
+            # What torch warns of concerns those who wrote the file.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self._torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._mapped)
+        except (MemoryError, FileNotFoundError, PermissionError):
+            raise
+        except Exception as error:
+            # torch's own message advises to load the file without weights_only, or to file an issue.
+            message = str(error)
+            if wanted := re.search(r"GLOBAL (\S+)", message):
+                raise ValueError(
+                    f"{self._file}: is not only weights: it asks for {wanted[1]}, which may run code, so it is refused "
+                    "and nothing of it was run"
+                ) from error
+            message = message.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0]
+            raise ValueError(
+                f"{self._file}: not a readable file of tensors in PyTorch's format "
+                f"({type(error).__name__}: {' '.join(message.split())[:300]})"
+            ) from error
+
+    def _describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
+        torch = self._torch
+        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if not plain:
+            return (), f"{dtype} ({tensor.layout}, {tensor.device})"
+        return tuple(tensor.shape), names.get(tensor.dtype, dtype)
+
+
+def _is_archive(file: Path) -> bool:
+    """Whether a file is the zip archive that `torch.save` writes, and not the format before PyTorch 1.6.
+
+    Raises:
+        ValueError: it is an archive that `torch.save` would not write.
+    """
+    with file.open("rb") as opened:
+        if opened.read(4) != b"PK\x03\x04":
+            return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except Exception as error:
+        raise ValueError(f"{file}: damaged, not a readable zip archive ({brief(error)})") from error
+    size = file.stat().st_size
+    names = Counter(entry.filename for entry in entries)
+    if any(name.rpartition("/")[2] == "constants.pkl" for name in names):
+        raise ValueError(f"{file}: a TorchScript archive, which is a program; only what state_dict() gives is read")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            reason = f"{entry.filename} is compressed"
+        elif entry.flag_bits & 1:
+            reason = f"{entry.filename} is encrypted"
+        elif names[entry.filename] > 1:
+            reason = f"{entry.filename} is there {names[entry.filename]} times"
+        else:
+            continue
+        raise ValueError(f"{file}: not an archive that torch.save writes: {reason}")
+    total = sum(entry.file_size for entry in entries)
+    if total > size:
+        raise ValueError(
+            f"{file}: not an archive that torch.save writes: its entries claim {total:,} bytes, the file has {size:,}"
+        )
+    return True
+
+
+def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Logits of transformers' torch model in float32 on the CPU.
+
+    Args:
+        name: of the model, for messages.
+        arguments: of `from_pretrained`, that say which files to load.
+        batches: tokens, (B, T) each.
+
+    Returns:
+        For every batch (B, T, V).
+
+    Raises:
+        ImportError: torch is not there.
+        ValueError: transformers cannot load the model.
+    """
+    torch = import_torch("verifying a conversion")
+    transformers = import_transformers()
+    settings = transformers.utils.logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            try:
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    **arguments, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+                ).eval()
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    f"{name}: transformers cannot load it, so there is nothing to compare with ({brief(error)})"
+                ) from error
+            return [
+                model(torch.from_numpy(batch.astype(np.int64)), use_cache=False).logits.float().numpy()
+                for batch in batches
+            ]
+    finally:
+        settings.set_verbosity(verbosity)
+        if bars:
+            settings.enable_progress_bar()

@@ -1,0 +1,542 @@
+"""What pruning costs, on a user's own model and texts.
+
+Every text is answered or scored by the dense model and, at each density, by GRIFFIN and by what stands beside it: the
+oracle, which keeps the best neurons by the statistic of the answer itself, and magnitude and random pruning, which do
+not look at the prompt. Figures are means over texts with 95% bootstrap intervals.
+
+The scores of each text are written to the output folder at once: the same command goes on after an interruption. At the
+end, results.json and table.txt are beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from griffin_jax import __version__
+from griffin_jax.cli.options import (
+    add_dtype_argument,
+    add_mesh_arguments,
+    add_model_argument,
+    check_folder,
+    check_plot,
+    chosen_mesh,
+    load_reader,
+    numbers,
+)
+from griffin_jax.evaluation import report, shards, tasks
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.grid import (
+    BASELINES,
+    BUDGETS,
+    CALIBRATION,
+    MEASURED,
+    METHODS,
+    PRIOR,
+    RECONSTRUCTION,
+    REFRESH,
+    STEPS,
+    Beyond,
+    Row,
+    grid,
+)
+from griffin_jax.evaluation.journal import Journal, open_journal
+from griffin_jax.evaluation.prompts import SENTENCES, STOP, summarization_prompt
+from griffin_jax.evaluation.samples import (
+    Skipped,
+    as_json,
+    excerpt,
+    nothing_left,
+    read_jsonl,
+    read_texts,
+    sha256_of_files,
+)
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
+from griffin_jax.llm.llm import LLM
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.parallel.distributed import is_first
+from griffin_jax.parallel.mesh import DATA_AXIS, axis_size
+from griffin_jax.utils.wholefile import write_text
+
+FORMAT = "griffin_jax eval 1"
+"""Of results.json."""
+
+RESULTS, TABLE = "results.json", "table.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A task that is ready to run.
+
+    Attributes:
+        items: the texts.
+        settings: what the scores depend on beside model, texts and rows.
+        run: goes through the texts.
+        figures: adds up what `run` returned.
+        tabulate: for people.
+        plot: draws a PNG with a title.
+    """
+
+    items: Sequence[Item]
+    settings: Mapping[str, Any]
+    run: Callable[[Journal], dict[str, Any]]
+    figures: Callable[[dict[str, Any]], report.Figures]
+    tabulate: Callable[[report.Figures], str]
+    plot: Callable[[report.Figures, str, Path], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the four evaluations."""
+    kinds = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+
+    kind = kinds.add_parser(
+        "divergence",
+        help="KL, top-1 agreement and perplexity against the dense model",
+        description="The first tokens of each text are read densely, those that follow are scored by the pruned models:"
+        " what really follows, and what the dense model itself would write there.",
+    )
+    _add_text_file(kind, "text")
+    _add_lengths(kind)
+    kind.add_argument(
+        "--reference",
+        metavar="COLUMN",
+        help="score this column's text behind the whole of the other, instead of cutting one text in two",
+    )
+    _add_common(kind, size=4)
+    kind.set_defaults(prepare=_divergence)
+
+    kind = kinds.add_parser(
+        "shards",
+        help="the best neurons of each of several shards against the best of all",
+        description="The first tokens of each text are read densely; those that follow are scored by models that keep"
+        " the best of all neurons, and the best of each of several equal ranges, as devices that share the model can.",
+    )
+    _add_text_file(kind, "text")
+    _add_lengths(kind)
+    kind.add_argument("--shards", metavar="M", default="2,4,8", help="separated by commas (default: %(default)s)")
+    _add_common(kind, size=4)
+    kind.set_defaults(prepare=_shards, reference=None)
+
+    kind = kinds.add_parser(
+        "perplexity",
+        help="perplexity against the lengths of prompt and answer",
+        description="Texts are cut into windows; the same tokens of each are scored behind prompts of every length.",
+    )
+    kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
+    kind.add_argument(
+        "--prompt-tokens", metavar="P", default="32,64,128,256,512", help="separated by commas (default: %(default)s)"
+    )
+    kind.add_argument("--new-tokens", metavar="G", default="32,64,128,256", help="likewise (default: %(default)s)")
+    _add_common(kind, size=4)
+    kind.set_defaults(prepare=_perplexity)
+
+    kind = kinds.add_parser(
+        "summarize",
+        help="ROUGE of summaries against references",
+        description="Every prompt is answered greedily, and the answer compared with a reference by ROUGE-1, -2 and -L"
+        " (F-measures of the package rouge-score). By default the column holds whole prompts; with --format it holds"
+        " articles, and prompts are made of them as in the paper: one article with its summary, then the one to"
+        " summarise.",
+    )
+    _add_text_file(kind, "prompt")
+    kind.add_argument(
+        "--reference", metavar="COLUMN", default="summary", help="with the reference (default: %(default)s)"
+    )
+    kind.add_argument("--format", choices=SENTENCES, help="make the paper's prompts of articles of this dataset")
+    kind.add_argument(
+        "--shots", type=int, metavar="N", default=1,
+        help="with --format: the first N lines serve as examples and are not scored (default: %(default)s)",
+    )  # fmt: skip
+    kind.add_argument("--chat", action="store_true", help="prompts are a user's messages to a chat model")
+    kind.add_argument(
+        "--stop", action="append", metavar="TEXT", help=f"end an answer before this; may be repeated (default: {STOP})"
+    )
+    kind.add_argument("--stem", action="store_true", help="compare stems of words (Porter) instead of words")
+    kind.add_argument(
+        "--new-tokens", type=int, metavar="N", default=128, help="of the longest answer (default: %(default)s)"
+    )
+    # Sequences that keep neurons of their own gain little from being decoded together, and the longest is waited for.
+    _add_common(kind, size=1)
+    kind.set_defaults(prepare=_summarize)
+
+
+def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
+    parser.add_argument("file", metavar="FILE", type=Path, help="JSONL (UTF-8), one text a line")
+    parser.add_argument("--column", default=column, help=f"that holds the {column} (default: %(default)s)")
+    parser.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
+    parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+
+
+def _add_lengths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="P", default=256, help="tokens read densely (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, metavar="G", default=128,
+        help="tokens scored, at most of the dense model's own (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
+    add_model_argument(parser)
+    add_dtype_argument(parser)
+    add_mesh_arguments(parser)
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--density", default="0.5", metavar="D", help="separated by commas (default: %(default)s)")
+    what.add_argument(
+        "--method", default="topk",
+        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). Behind each may be steps beyond"
+        f" GRIFFIN: +{' +'.join(STEPS)}, such as topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
+    )  # fmt: skip
+    what.add_argument(
+        "--no-baselines", dest="baselines", action="store_const", const=(), default=BASELINES,
+        help=f"leave out {', '.join(BASELINES)}, which stand beside the methods",
+    )  # fmt: skip
+    what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
+    what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
+    what.add_argument(
+        "--batch", type=int, default=size, metavar="B",
+        help="texts at a time: each of them keeps neurons of its own, so B sets of kept weights are in memory"
+        " (default: %(default)s)",
+    )  # fmt: skip
+    beyond = parser.add_argument_group("beyond GRIFFIN")
+    beyond.add_argument(
+        "--prior", type=Path, metavar="FILE",
+        help=f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}",
+    )  # fmt: skip
+    beyond.add_argument(
+        "--prior-weight", type=float, default=DEFAULT_WEIGHT, metavar="W", help="in [0, 1] (default: %(default)s)"
+    )
+    beyond.add_argument(
+        "--rows", type=int, default=DEFAULT_ROWS, metavar="R",
+        help=f"tokens of each prompt, at most, that +{RECONSTRUCTION} fits to (default: %(default)s)",
+    )  # fmt: skip
+    beyond.add_argument(
+        "--ridge", type=float, default=1.0, metavar="L", help="the larger, the less it changes (default: %(default)s)"
+    )
+    beyond.add_argument(
+        "--calibration-weight", type=float, default=CALIBRATION_WEIGHT, metavar="A",
+        help=f"tokens of the prompt that general text counts for in +{CALIBRATION} (default: %(default)g)",
+    )  # fmt: skip
+    beyond.add_argument(
+        "--refresh-every", type=int, default=32, metavar="N",
+        help=f"tokens, for +{REFRESH}, which scores given continuations only (default: %(default)s)",
+    )  # fmt: skip
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of scores and results (default: eval-TASK in this folder)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="drop what the folder holds of other settings")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs griffin-jax[plot])")
+    output.add_argument("--json", action="store_true", help="print results.json as the last line")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs one evaluation, from options to files and a table."""
+    rows = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
+    for name, value in (("--limit", options.limit), ("--batch", options.batch)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    beyond = _beyond(options, rows)
+    folder = options.output or Path(f"eval-{options.task}")
+    check_folder("--output", folder, RESULTS)
+    if options.plot is not None:
+        check_plot("--plot", options.plot)
+    if options.task == "summarize":
+        tasks.rouge_scorer(options.stem)
+    files = options.files if options.task == "perplexity" else [options.file]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+
+    mesh = chosen_mesh(options)
+    if options.batch % axis_size(mesh, DATA_AXIS):
+        raise ValueError(
+            f"--batch {options.batch} cannot be divided among data={axis_size(mesh, DATA_AXIS)} of --mesh; give a"
+            " multiple of it"
+        )
+    llm = load_reader(options, mesh)
+    model = fingerprint(llm.model)
+    if beyond.prior is not None:
+        beyond.prior.check(model)
+    skipped = Skipped()
+    evaluation: Evaluation = options.prepare(options, llm, rows, beyond, skipped)
+    skipped.report()
+    if not evaluation.items:
+        raise nothing_left(skipped, ", ".join(map(str, files)))
+    settings = {
+        "task": options.task,
+        "model": model,
+        "texts": sha256_of_files(files),
+        "dtype": str(llm.model.dtype),
+        "rows": [row.name for row in rows],
+        "seed": options.seed,
+        **_beyond_settings(options, rows),
+        **evaluation.settings,
+    }
+    journal = open_journal(folder, settings, overwrite=options.overwrite)
+    scores = evaluation.run(journal)
+    figures = evaluation.figures(scores)
+    results = {
+        "format": FORMAT,
+        "griffin_jax": __version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "model_name": options.model,
+        **settings,
+        "files": [str(file) for file in files],
+        "used": len(evaluation.items),
+        "left_out": as_json(skipped),
+        "figures": figures,
+    }
+    head = (
+        f"{options.model}, {llm.model.dtype}: {len(evaluation.items)} texts, {len(skipped)} left out;"
+        " [95% bootstrap intervals over texts]"
+    )
+    shown = f"{head}\n\n{evaluation.tabulate(figures)}"
+    if not is_first():
+        return
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text(folder / TABLE, shown + "\n")
+    print(shown)
+    if options.plot is not None:
+        title = f"{options.model}, {len(evaluation.items)} texts, bars: 95% intervals"
+        evaluation.plot(figures, title, options.plot)
+    if options.json:
+        print(json.dumps(results))
+
+
+def _has(rows: Sequence[Row], *steps: str) -> bool:
+    return any(step in row.steps for row in rows for step in steps)
+
+
+def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
+    """What the rows' steps take, checked before the model is loaded."""
+    check_fusion("topk", options.prior_weight)
+    for name, value in (("--rows", options.rows), ("--refresh-every", options.refresh_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.task == "summarize" and _has(rows, REFRESH):
+        raise ValueError(f"+{REFRESH} scores continuations that are given: evaluate divergence or perplexity")
+    Reconstruction((), options.ridge, weight=options.calibration_weight)
+    prior = None
+    if _has(rows, *MEASURED):
+        if options.prior is None:
+            raise ValueError(f"+{' +'.join(MEASURED)} need --prior FILE; griffin-jax prior measures it")
+        prior = Prior.load(options.prior)
+        if _has(rows, BUDGETS) and not prior.strength:
+            raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
+        if _has(rows, CALIBRATION) and not prior.rows:
+            raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
+    return Beyond(
+        prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight, options.refresh_every
+    )
+
+
+def _beyond_settings(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+    """What scores depend on beyond GRIFFIN; None where no row does."""
+    uses_prior, uses_rows = _has(rows, *MEASURED), _has(rows, RECONSTRUCTION)
+    return {
+        "prior": sha256_of_files([options.prior]) if uses_prior else None,
+        "prior_weight": options.prior_weight if _has(rows, PRIOR) else None,
+        "reconstruction_rows": options.rows if uses_rows else None,
+        "ridge": options.ridge if uses_rows else None,
+        "calibration_weight": options.calibration_weight if _has(rows, CALIBRATION) else None,
+        "refresh_every": options.refresh_every if _has(rows, REFRESH) else None,
+    }
+
+
+def _divergence(
+    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
+    prompt, new = options.prompt_tokens, options.new_tokens
+    _check_lengths(llm, 1 if options.reference else prompt, new)
+    columns = [options.column, *([options.reference] if options.reference else [])]
+    items = list(itertools.islice(_divergence_items(options, llm, columns, skipped), options.limit))
+
+    def tabulate(figures: report.Figures) -> str:
+        return "\n\n".join(
+            report.table(f"{title}:", [f for f in figures if f["continuation"] == kind], report.FORCED)
+            for kind, title in report.CONTINUATIONS.items()
+        )
+
+    def plot(figures: report.Figures, title: str, file: Path) -> None:
+        panels = {
+            name: [entry for entry in figures if entry["continuation"] == kind]
+            for kind, name in report.CONTINUATIONS.items()
+        }
+        report.plot_by_density(panels, report.FORCED, title, file)
+
+    settings = {"columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new}
+    return Evaluation(
+        items,
+        settings,
+        lambda journal: tasks.divergence(
+            llm, items, rows, journal, new=new, size=options.batch, seed=options.seed, beyond=beyond
+        ),
+        lambda scores: report.divergence_figures(scores, rows, options.seed),
+        tabulate,
+        plot,
+    )
+
+
+def _shards(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped) -> Evaluation:
+    if options.method != "topk":
+        raise ValueError(f"shards are compared by topk, got --method {options.method}")
+    densities = [row.density for row in rows if row.method == "topk"]
+    rules = shards.rules(densities, numbers("--shards", options.shards, int), llm.model.neurons)
+    prompt, new = options.prompt_tokens, options.new_tokens
+    _check_lengths(llm, prompt, new)
+    items = list(itertools.islice(_divergence_items(options, llm, [options.column], skipped), options.limit))
+    return Evaluation(
+        items,
+        {
+            "column": options.column, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
+            "rows": [row.name for row in rules],
+        },
+        lambda journal: shards.compare_shards(
+            llm, items, rules, journal, new=new, size=options.batch, seed=options.seed
+        ),
+        lambda scores: shards.figures(scores, rules, options.seed),
+        lambda figures: report.table("what really follows:", figures, shards.METRICS),
+        lambda figures, title, file: report.plot_by_density({"": figures}, shards.METRICS, title, file),
+    )  # fmt: skip
+
+
+def _divergence_items(
+    options: argparse.Namespace, llm: LLM, columns: Sequence[str], skipped: Skipped
+) -> Iterator[Item]:
+    assert llm.tokenizer is not None
+    cut = excerpt(options.after, options.before)
+    prompt, new = options.prompt_tokens, options.new_tokens
+    for record in read_jsonl(options.file, columns, skipped):
+        tokens = llm.tokenizer.encode(cut(record.texts[0]))
+        if options.reference:
+            # Encoded together, since words may be cut otherwise where two texts meet.
+            whole = llm.tokenizer.encode(cut(record.texts[0]) + record.texts[1])
+            item = Item(record.name, tokens, whole[len(tokens) :])
+        else:
+            item = Item(record.name, tokens[:prompt], tokens[prompt : prompt + new])
+        if not item.prompt or (not options.reference and len(tokens) < prompt + new):
+            skipped.add(f"shorter than {prompt} + {new} tokens" if not options.reference else "no tokens", record.name)
+        elif not item.answer:
+            skipped.add("the reference has no tokens of its own", record.name)
+        elif len(item.prompt) + max(new, len(item.answer)) > llm.config.max_positions:
+            skipped.add(f"longer than the model's context of {llm.config.max_positions} tokens", record.name)
+        else:
+            yield item
+
+
+def _perplexity(
+    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
+    prompts = sorted(numbers("--prompt-tokens", options.prompt_tokens, int))
+    news = sorted(numbers("--new-tokens", options.new_tokens, int))
+    for length in (prompts[0], news[0]):
+        if length < 1:
+            raise ValueError(f"lengths are at least 1 token, got {length}")
+    _check_lengths(llm, prompts[-1], news[-1])
+    items = list(itertools.islice(_windows(options.files, llm, prompts[-1], news[-1], skipped), options.limit))
+    return Evaluation(
+        items,
+        {"prompts": prompts, "new": news},
+        lambda journal: tasks.perplexity(
+            llm,
+            items,
+            rows,
+            journal,
+            prompts=prompts,
+            news=news,
+            size=options.batch,
+            seed=options.seed,
+            beyond=beyond,
+        ),
+        lambda scores: report.perplexity_figures(scores, rows, prompts, news, options.seed),
+        lambda figures: report.perplexity_table(figures, prompts, news),
+        lambda figures, title, file: report.plot_by_length(figures, prompts, news, title, file),
+    )
+
+
+def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Skipped) -> Iterator[Item]:
+    """Windows of prompt + new tokens, one behind the other; what is left at a file's end is too short for one."""
+    assert llm.tokenizer is not None
+    for name, text in read_texts(files, skipped):
+        tokens = llm.tokenizer.encode(text)
+        whole = len(tokens) // (prompt + new)
+        if not whole:
+            skipped.add(f"shorter than a window of {prompt} + {new} tokens", name)
+        for number in range(whole):
+            window = tokens[number * (prompt + new) : (number + 1) * (prompt + new)]
+            yield Item(f"{name}, window {number + 1}", window[:prompt], window[prompt:])
+
+
+def _summarize(
+    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
+    if options.new_tokens < 1:
+        raise ValueError(f"--new-tokens must be at least 1, got {options.new_tokens}")
+    if options.format and options.shots < 0:
+        raise ValueError(f"--shots must be at least 0, got {options.shots}")
+    stop = [STOP] if options.stop is None else options.stop
+    if "" in stop:
+        raise ValueError("--stop must not be empty")
+    items = list(itertools.islice(_prompts(options, llm, skipped), options.limit))
+    settings = {
+        "columns": [options.column, options.reference], "after": options.after, "before": options.before,
+        "format": options.format, "shots": options.shots if options.format else None, "chat": options.chat,
+        "stop": stop, "stem": options.stem, "new": options.new_tokens,
+    }  # fmt: skip
+    return Evaluation(
+        items,
+        settings,
+        lambda journal: tasks.summarize(
+            llm, items, rows, journal,
+            new=options.new_tokens, stop=stop, stem=options.stem, size=options.batch, seed=options.seed,
+            beyond=beyond,
+        ),
+        lambda scores: report.summarize_figures(scores, rows, options.seed),
+        lambda figures: report.table("ROUGE of greedy answers:", figures, report.ROUGES),
+        lambda figures, title, file: report.plot_by_density({"": figures}, report.ROUGES, title, file),
+    )  # fmt: skip
+
+
+def _prompts(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterator[Item]:
+    assert llm.tokenizer is not None
+    cut = excerpt(options.after, options.before)
+    examples: list[tuple[str, str]] = []
+    for record in read_jsonl(options.file, [options.column, options.reference], skipped):
+        text, reference = cut(record.texts[0]), record.texts[1]
+        if not text.strip():
+            skipped.add("nothing between --after and --before", record.name)
+            continue
+        if options.format and len(examples) < options.shots:
+            examples.append((text, reference))
+            continue
+        if options.format:
+            text = summarization_prompt(text, examples, options.format)
+        tokens = llm.tokenizer.chat(text) if options.chat else llm.tokenizer.encode(text)
+        if len(tokens) + options.new_tokens > llm.config.max_positions:
+            skipped.add(
+                f"prompt and {options.new_tokens} new tokens longer than the model's context of"
+                f" {llm.config.max_positions}",
+                record.name,
+            )
+        else:
+            yield Item(record.name, tokens, reference=reference)
+
+
+def _check_lengths(llm: LLM, prompt: int, new: int) -> None:
+    if min(prompt, new) < 1:
+        raise ValueError(f"--prompt-tokens and --new-tokens must be at least 1, got {prompt} and {new}")
+    if prompt + new > llm.config.max_positions:
+        raise ValueError(
+            f"{prompt} + {new} tokens are more than the model's context of {llm.config.max_positions}; give less of"
+            " --prompt-tokens or --new-tokens"
+        )

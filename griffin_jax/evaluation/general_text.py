@@ -1,0 +1,336 @@
+"""Measures a model's prior: what its neurons do in general text.
+
+The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) behind its first
+token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds
+
+- the statistic of all tokens,
+- a few rows that stand for the relative activations of all of them: the calibration rows,
+- how sensitive predictions are to each neuron, by which layers keep shares of their own. These shares are used only if
+  they helped in texts that were held out of all this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from griffin_jax.cli.options import add_dtype_argument, add_mesh_argument, add_model_argument, check_output, chosen_mesh
+from griffin_jax.evaluation.batches import Item, batches
+from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Row
+from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
+from griffin_jax.extensions import sketch
+from griffin_jax.extensions.prior import Prior
+from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS
+from griffin_jax.extensions.sensitivity import sensitivity
+from griffin_jax.generation import jitted
+from griffin_jax.generation.decode import bucket, pad
+from griffin_jax.generation.sampling import Sample
+from griffin_jax.llm.llm import load
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import to_host
+from griffin_jax.text.tokenizer import Tokenizer
+
+TRIAL_DENSITY = 0.5
+"""Of the trial of budgets."""
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""That are tried, see `Prior.strength`."""
+
+MOST_SKETCHED = 512
+"""Tokens of each text, at most, that the calibration rows are made of."""
+
+LEAST_TEXTS, MOST_HELD_OUT = 5, 8
+"""A trial needs a fifth of the texts, and at most this many of them."""
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]:
+    """A text in windows of at most `length` tokens, each of which begins as a text of its own does.
+
+    Raises:
+        ValueError: the length leaves no room for text behind the first token.
+    """
+    tokens, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
+    first = tokens[: len(tokens) - len(plain)]
+    if length <= len(first):
+        raise ValueError(f"windows of {length} tokens have no room behind the {len(first)} that a text begins with")
+    step = length - len(first)
+    for start in range(0, len(plain), step):
+        yield [*first, *plain[start : start + step]]
+
+
+def self_generated(
+    model: Transformer, count: int, length: int, *, size: int, seed: int = 0, quiet: bool = False
+) -> list[list[int]]:
+    """Texts that a model writes by itself at temperature 1; they do not depend on the batch.
+
+    Args:
+        model: the full model.
+        count: how many texts.
+        length: tokens of each, at most: one that ends is shorter.
+        size: texts in a batch.
+        seed: of the draws.
+        quiet: no progress bar.
+
+    Raises:
+        ValueError: a text would be longer than the model's context.
+    """
+    config = model.config
+    if not 2 <= length <= config.max_positions:
+        raise ValueError(
+            f"texts must have from 2 tokens to the model's context of {config.max_positions}, got {length}"
+        )
+    seeds = [np.random.default_rng([seed, number]) for number in range(count)]
+    begin = config.bos_token_id
+    firsts = [int(rng.integers(config.vocab_size)) if begin is None else begin for rng in seeds]
+    draws = np.asarray([rng.integers(1 << 31) for rng in seeds], np.int32)
+    texts = []
+    with tqdm(total=count, unit="text", desc="writing", disable=quiet or None) as progress:
+        for start in range(0, count, size):
+            # The last batch is filled with its last text, so that it has the shape of the others.
+            rows = np.minimum(np.arange(start, start + size), count - 1)
+            tokens, lengths = pad([[firsts[row]] for row in rows], bucket(1))
+            prefilled = jitted.prefill(
+                model, tokens, lengths, room=bucket(length - 1), longest=length - 1, collect=False
+            )
+            draw = {"sampler": Sample(temperature=1.0), "eos": config.eos_token_ids}
+            answer = jitted.begin(prefilled, seed=jnp.asarray(draws[rows]), **draw)
+            answer = jitted.decode(model, answer, np.int32(length - 1), **draw)
+            written = to_host(answer.tokens)[: count - start]
+            texts += [
+                [firsts[row], *row_tokens[row_tokens >= 0].tolist()]
+                for row, row_tokens in zip(rows, written, strict=False)
+            ]
+            progress.update(len(written))
+    return texts
+
+
+def measure(
+    model: Transformer,
+    texts: Sequence[Sequence[int]],
+    *,
+    size: int,
+    rows: int = DEFAULT_CALIBRATION,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Prior:
+    """The prior of a model: its statistic over texts, and their relative activations in a few rows.
+
+    Args:
+        model: the full model.
+        texts: token ids, each of at least one and within the model's context. What is found for a text does not
+            depend on its batch.
+        size: texts in a batch.
+        rows: calibration rows of every layer, at most, see `griffin_jax.extensions.sketch`; of each text up to
+            `MOST_SKETCHED` tokens go into them.
+        seed: of the draws that they begin with.
+        quiet: no progress bar.
+    """
+    squares = [np.zeros(neurons, np.float64) for neurons in model.neurons]
+    bases = sketch.random_bases(model.neurons, rows, seed) if rows else ()
+    products: sketch.Bases = ()
+    passes = sketch.PASSES if rows else 1
+    with tqdm(total=passes * len(texts), unit="text", desc="reading", disable=quiet or None) as progress:
+        for turn in range(passes):
+            bases = sketch.next_bases(products) if turn else bases
+            products = tuple(map(jnp.zeros_like, bases))
+            for tokens, lengths, count in _alike(texts, size):
+                wanted = min(tokens.shape[1], MOST_SKETCHED) if rows else 0
+                read = jitted.prefill(model, tokens, lengths, room=0, rows=wanted)
+                if not turn:
+                    for total, layer in zip(squares, read.statistics.squares, strict=True):
+                        total += to_host(layer)[:count].astype(np.float64).sum(axis=0)
+                if rows:
+                    products = sketch.add_products(products, bases, read.rows, np.arange(size) < count)
+                progress.update(count)
+    sketched = sum(min(len(text), MOST_SKETCHED) for text in texts)
+    return Prior(
+        tuple(jnp.asarray(total, jnp.float32) for total in squares),
+        sketch.leading_rows(products, bases, sketched, rows) if rows else (),
+        fingerprint(model),
+        sum(map(len, texts)),
+    )
+
+
+def _alike(
+    texts: Sequence[Sequence[int]], size: int
+) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"], int]]:
+    """Texts of one padded length in batches, the longest first: tokens, lengths, and how many texts are in a batch.
+
+    The last of them is repeated until the batch is full.
+    """
+    shapes: dict[int, list[Sequence[int]]] = {}
+    for text in texts:
+        shapes.setdefault(bucket(len(text)), []).append(text)
+    for width, alike in sorted(shapes.items(), reverse=True):
+        for start in range(0, len(alike), size):
+            batch = alike[start : start + size]
+            yield *pad([*batch, *[batch[-1]] * (size - len(batch))], width), len(batch)
+
+
+def with_budgets(
+    model: Transformer,
+    prior: Prior,
+    texts: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    *,
+    size: int,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Prior:
+    """A prior with the sensitivity of neurons, and with what came of a trial of the budgets that follow from it.
+
+    In the trial the first half of each text is a prompt, and the divergence of pruned models is measured over the rest,
+    with the prior and a reconstruction, at `TRIAL_DENSITY`, for each of `STRENGTHS`.
+
+    Args:
+        model: the full model.
+        prior: of other texts than those held out.
+        texts: to measure the sensitivity on.
+        held_out: for the trial, each of at least two tokens.
+        size: texts in a batch of the trial.
+        seed: of the draws.
+        quiet: no progress bar.
+    """
+    prior = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet))
+    steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
+    row = Row("+".join(["topk", *steps]), TRIAL_DENSITY)
+    items = [Item(str(number), text[: len(text) // 2], text[len(text) // 2 :]) for number, text in enumerate(held_out)]
+    losses: dict[float, list[float]] = {strength: [] for strength in STRENGTHS}
+    with tqdm(total=len(items), unit="text", desc="trying budgets", disable=quiet or None) as progress:
+        for batch in batches(items, size, seed):
+            width = batch.answers.shape[1]
+            prefilled = batch.prefill(model, width, DEFAULT_ROWS)
+            answers = batch.answers, batch.answer_lengths, batch.seeds
+            for strength in STRENGTHS:
+                beyond = Beyond(dataclasses.replace(prior, strength=strength))
+                scores = score_answers(model, [Row(DENSE, 1.0), row], prefilled, *answers, [width], beyond)
+                losses[strength] += [text[row.name]["kl"][0] for text in scores[: len(batch.items)]]
+            progress.update(len(batch.items))
+    tokens = sum(len(item.answer) for item in items)
+    strength = least_strength(losses)
+    equal = sum(losses[0.0]) / tokens
+    uniform = "" if strength else f"KL was {equal:.3f} nats per token, and with shares of their own not clearly less"
+    return dataclasses.replace(prior, strength=strength, uniform=uniform)
+
+
+def least_strength(losses: Mapping[float, Sequence[float]]) -> float:
+    """The least strength that is not clearly worse than the best: within one standard error of the difference.
+
+    Args:
+        losses: by strength, that of each text, the same texts for all.
+    """
+    best = min(losses, key=lambda strength: sum(losses[strength]))
+
+    def close(strength: float) -> bool:
+        differences = np.subtract(losses[strength], losses[best])
+        return bool(differences.sum() <= np.sqrt(len(differences)) * differences.std(ddof=min(1, len(differences) - 1)))
+
+    return min(strength for strength in losses if strength == best or close(strength))
+
+
+def beside(model: str) -> Path:
+    """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
+    path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
+    return path.with_name(f"{path.name}.prior.safetensors")
+
+
+def load_for_best(model: str, file: str | Path | None) -> Prior:
+    """The prior that quality "best" needs: of a file, by default of the one `beside` the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another kind or version.
+    """
+    path = Path(file) if file else beside(model)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--quality best needs a prior, and there is no file {path}; measure it with griffin-jax prior"
+        )
+    return Prior.load(path)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    add_model_argument(parser)
+    add_dtype_argument(parser)
+    add_mesh_argument(parser)
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
+    text.add_argument("--self-generated", metavar="N", type=int, help="N texts that the dense model writes")
+    parser.add_argument(
+        "--window", metavar="T", type=int, default=512, help="tokens of each text, at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rows", metavar="C", type=int, default=DEFAULT_CALIBRATION,
+        help="calibration rows of each layer, for reconstruction; 0 for none (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget-texts", metavar="N", type=int, default=32,
+        help="texts that the sensitivity of neurons is measured on, by a backward pass over each; 0 for none"
+        " (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="(default: beside the model, *.prior.safetensors)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures a prior and writes its file."""
+    least = {"--window": 2, "--rows": 0, "--budget-texts": 0, "--batch": 1, "--self-generated": 1, "--seed": 0}
+    for name, minimum in least.items():
+        value = getattr(options, name[2:].replace("-", "_"))
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if options.seed >= 2**31:
+        raise ValueError(f"--seed must be less than 2**31, got {options.seed}")
+    output = options.output or beside(options.model)
+    check_output("--output", output)
+    if missing := [file for file in options.text or () if not file.is_file()]:
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+
+    mesh = chosen_mesh(options)
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
+    window = min(options.window, llm.config.max_positions)
+    if options.text:
+        if llm.tokenizer is None:
+            raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts; give --self-generated")
+        skipped = Skipped()
+        texts = [
+            tokens for _, text in read_texts(options.text, skipped) for tokens in windows(llm.tokenizer, text, window)
+        ]
+        skipped.report()
+        if not texts:
+            raise nothing_left(skipped, ", ".join(map(str, options.text)))
+    else:
+        texts = self_generated(llm.model, options.self_generated, window, size=options.batch, seed=options.seed)
+    held_out = _held_out(texts) if options.budget_texts else []
+    measured = [text for number, text in enumerate(texts) if number not in held_out]
+    prior = measure(llm.model, measured, size=options.batch, rows=options.rows, seed=options.seed)
+    if held_out:
+        trial = [texts[number] for number in held_out]
+        sensitive = measured[:: -(-len(measured) // options.budget_texts)]
+        prior = with_budgets(llm.model, prior, sensitive, trial, size=options.batch, seed=options.seed)
+    elif options.budget_texts:
+        prior = dataclasses.replace(prior, uniform=f"fewer than {LEAST_TEXTS} texts are too few to try budgets on")
+    prior.save(output)
+    rows = prior.rows[0].shape[0] if prior.rows else 0
+    print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
+    if prior.strength:
+        print(f"layers keep shares of their own, {prior.strength:g} of the way to those with the least loss")
+    else:
+        print(f"layers keep the same share: {prior.uniform}")
+
+
+def _held_out(texts: Sequence[Sequence[int]]) -> list[int]:
+    """Which texts are for the trial: of those that have two halves every fifth, at most `MOST_HELD_OUT`."""
+    whole = [number for number, text in enumerate(texts) if len(text) > 1]
+    return whole[4::5][:MOST_HELD_OUT]

@@ -1,0 +1,456 @@
+"""The model `griffin_jax` of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+
+    griffin-jax lm-eval --model_args path=smollm2-135m-instruct,density=0.5 --tasks hellaswag --limit 100
+
+What a task makes of texts and scores is the harness's own; this module only answers its three kinds of requests:
+
+    loglikelihood          a context is read by the full model, its continuation by the model pruned for that context
+    loglikelihood_rolling  of each window of a text the first share is read by the full model, the rest by the pruned
+    generate_until         answers as `LLM.generate` writes them
+
+At a density of 1 all of them are what the harness's own model `hf` answers. The harness imports this module where it
+knows plugins (the entry point `lm_eval.models`); where it does not, `griffin-jax lm-eval` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import jax
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from griffin_jax import __version__
+from griffin_jax.checkpoints import demo
+from griffin_jax.evaluation.grid import seed_of
+from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
+from griffin_jax.extensions.prior import Prior
+from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
+from griffin_jax.griffin.select import check_kept
+from griffin_jax.llm.llm import LLM, Quality, check_options, load
+from griffin_jax.model.config import GriffinConfig, Method
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.parallel.mesh import make_mesh
+
+NAME = "griffin_jax"
+
+AUTO_BATCH = 8
+"""Rows of a batch where the harness asks for an automatic size."""
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+"""What `--device` may say."""
+
+UNSAID = "cuda:0"
+"""The device of a command that says nothing of it."""
+
+GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams")
+"""The generation arguments of tasks that are understood; of `num_beams` only 1."""
+
+logger = logging.getLogger(__name__)
+
+
+@register_model(NAME)
+class GriffinLM(TemplateLM):
+    """A pruned (or dense) language model as the harness wants it.
+
+    Continuations are scored as if they had been generated: the context is the prompt, the continuation the answer. The
+    full model then predicts the continuation's first token, so pruning changes nothing where all continuations are
+    one token long. The paper's way is `last_token_only`: of the model's input, which is all but the last token of
+    context and continuation, only the last token is read by the pruned model, by neurons chosen by those before it.
+
+    Perplexity tasks score every token of a text, in the harness's windows, where only one token stands before most
+    windows: too little to choose neurons by. So the first share of each window, `rolling_prompt`, is read and scored
+    by the full model and serves as the prompt of the rest; the figure is a mixture of both models' by design.
+
+    Sequences that are longer than `max_length` lose tokens on the left.
+
+    Args:
+        path: what `griffin_jax.load` takes, or a model that it has loaded.
+        dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs and bfloat16 on accelerators.
+        density: share of feed-forward neurons kept, in (0, 1]; 1 is the dense model. One for all layers or a list.
+        method: how neurons are chosen, see `GriffinConfig`.
+        shared: one set of neurons for each batch, so that scores depend on the batches.
+        multiple: kept neurons are rounded up to a multiple of this.
+        shards: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`. 1, so that
+            scores do not depend on the number of devices.
+        quality: `griffin`, or `best`: prior, budgets and reconstruction, as for `LLM.generate`. By default `griffin`.
+        prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
+        seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for
+            scored tokens are drawn with a seed made of this and the tokens they are chosen by, whatever the batch;
+            neurons for generated answers, and their tokens, with one made of this and the number of the batch.
+        last_token_only: score continuations the paper's way.
+        rolling_prompt: share of each window that the full model reads in perplexity tasks, in [0, 1).
+        max_length: longest input, in tokens; by default the model's context.
+        max_gen_toks: longest answer, in tokens, where a task does not say.
+        add_bos_token: whether texts begin with the tokenizer's first token; by default as it was trained.
+        prefix_token_id: what stands before a text that has no context; by default the tokenizer's first token, or
+            else the one that ends a text.
+        chat_template_args: what the chat template knows besides the messages, such as `{"enable_thinking": false}`.
+        allow_pickle: whether to read PyTorch's pickle files.
+        data: devices that batches are divided among, as in `--mesh data=2,model=4`.
+        model: devices that the model is divided among.
+        batch_size: different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps neurons of
+            its own, so as many sets of kept weights are in memory.
+        max_batch_size: the most that "auto" takes.
+        device: cpu, gpu or tpu, to make sure of it; JAX itself chooses by JAX_PLATFORMS. The harness says cuda:0 where
+            nobody says anything, so that may be anything.
+
+    Raises:
+        FileNotFoundError: there is no such model or prior.
+        ValueError: an argument is unknown or outside its range, the model is not supported or has no tokenizer, the
+            prior is another model's, there are fewer devices, or these cannot share the kept neurons evenly.
+    """
+
+    def __init__(
+        self,
+        path: str | LLM = demo.NAME,
+        *,
+        dtype: str | None = None,
+        density: float | Sequence[float] = 0.5,
+        method: Method = "topk",
+        shared: bool = False,
+        multiple: int = 1,
+        shards: int = 1,
+        quality: Quality = "griffin",
+        prior: str | Prior | None = None,
+        seed: int = 0,
+        last_token_only: bool = False,
+        rolling_prompt: float = 0.5,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        chat_template_args: Mapping[str, Any] | None = None,
+        allow_pickle: bool = False,
+        data: int = 1,
+        model: int = 1,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **unknown: Any,
+    ):
+        super().__init__()
+        if unknown:
+            raise ValueError(f"model_args has {', '.join(sorted(unknown))}; allowed are {', '.join(ARGUMENTS)}")
+        self._pruning: dict[str, Any] = {
+            "density": density, "method": method, "shared": shared, "multiple": multiple, "shards": shards,
+            "quality": quality,
+        }  # fmt: skip
+        self._prior = prior if isinstance(prior, Prior) or prior is None else Prior.load(prior)
+        check_options(**self._pruning, prior=self._prior, seed=seed)
+        if not isinstance(max_gen_toks, int) or max_gen_toks < 1:
+            raise ValueError(f"max_gen_toks must be a whole number of at least 1, got {max_gen_toks!r}")
+        self._griffin = GriffinConfig(density, method, shared, multiple, shards)
+        self._fitted = DEFAULT_ROWS if quality == "best" else 0
+        if quality == "best" and self._prior is not None:
+            self._griffin = self._prior.budgeted(self._griffin)
+        if (data, model) != (1, 1) and isinstance(path, LLM):
+            raise ValueError("data and model are for a path: load the model with mesh=...")
+        mesh = None if (data, model) == (1, 1) else make_mesh(data, model)
+        self._seed = seed
+        self._last_token_only = last_token_only
+        if not (isinstance(rolling_prompt, int | float) and 0 <= rolling_prompt < 1):
+            raise ValueError(f"rolling_prompt must be in [0, 1), got {rolling_prompt!r}")
+        self._rolling_prompt = rolling_prompt
+        self.max_gen_toks = max_gen_toks
+        self._add_bos_token = add_bos_token
+        self._template_arguments = dict(chat_template_args or {})
+        self.batch_size = _rows(batch_size, max_batch_size)
+        _check_device(device)
+
+        self._llm = path if isinstance(path, LLM) else load(str(path), dtype, allow_pickle=allow_pickle, mesh=mesh)
+        if self._llm.tokenizer is None:
+            raise ValueError(f"{self._llm.name} has no tokenizer, and the harness's requests are texts")
+        if self._prior is not None:
+            self._prior.check(fingerprint(self._llm.model))
+        self.tokenizer = self._llm.tokenizer
+        config = self._llm.config
+        self._kept = self._griffin.kept(self._llm.model.neurons)
+        check_kept(self._llm.model, self._kept)
+        self.max_length = config.max_positions if max_length is None else max_length
+        if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:
+            raise ValueError(
+                f"max_length must be in [2, {config.max_positions}], the model's context; got {max_length!r}"
+            )
+        ids = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        prefix = next((token for token in ids if token is not None), None)
+        if prefix is None:
+            raise ValueError("the tokenizer has no token that begins or ends a text; give prefix_token_id")
+        if not isinstance(prefix, int) or not 0 <= prefix < config.vocab_size:
+            raise ValueError(f"prefix_token_id must be in [0, {config.vocab_size - 1}], got {prefix!r}")
+        self._prefix = prefix
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        end = self.tokenizer.eos_token_id
+        return self._prefix if end is None else end
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text that has no context."""
+        return self._prefix
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells the harness's stored requests of one model from those of another."""
+        return self._llm.name.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into its results beside `model_args`."""
+        model = self._llm.model
+        return {
+            "model_name": self._llm.name,
+            "model_num_parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
+            "model_dtype": str(model.dtype),
+            **self._pruning,
+            "prior": None if self._prior is None else f"{self._prior.tokens} tokens of text",
+            "kept_neurons": list(self._kept),
+            "seed": self._seed,
+            "last_token_only": self._last_token_only,
+            "rolling_prompt": self._rolling_prompt,
+            "max_length": self.max_length,
+            "prefix_token_id": self._prefix,
+            "griffin_jax_version": __version__,
+            "jax_version": jax.__version__,
+            "jax_backend": jax.default_backend(),
+        }
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of a text; a first token that is in the text already is not put there again."""
+        if add_special_tokens is not None:
+            return self.tokenizer.encode(string, add_special_tokens)
+        if has_bos_prefix(string, self.tokenizer.decode([self._prefix], skip_special=False)):
+            return self.tokenizer.encode(string, special=False)
+        tokens = self.tokenizer.encode(string, special=self._add_bos_token is not False)
+        first = self.tokenizer.bos_token_id
+        if self._add_bos_token and first is not None and tokens[:1] != [first]:
+            tokens.insert(0, first)
+        return tokens
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat, up to the model's answer or to the end of the last message."""
+        try:
+            return self._chat_text(chat_history, add_generation_prompt)
+        except ValueError:
+            without = [message for message in chat_history if message["role"] != "system"]
+            if len(without) == len(chat_history):
+                raise
+            text = self._chat_text(without, add_generation_prompt)
+            utils.warning_once(logger, "The chat template takes no system message; it is left out.")
+            return text
+
+    def _chat_text(self, messages: Sequence[Mapping[str, str]], begin_answer: bool) -> str:
+        return self.tokenizer.chat_text(messages, begin_answer=begin_answer, **self._template_arguments)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """log p of each continuation in nats, and whether all of its tokens are the most probable ones.
+
+        Nothing behind nothing is certain.
+        """
+        # The harness looks at the first token of what stands behind an empty context.
+        given = [number for number, request in enumerate(requests) if any(request.args)]
+        answers = [(0.0, True)] * len(requests)
+        found = super().loglikelihood([requests[number] for number in given], disable_tqdm)
+        for number, answer in zip(given, found, strict=True):
+            answers[number] = answer
+        return answers
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._fit(context or [self._prefix], tokens) for _, context, tokens in requests]
+        self._warn_of_cut(sum(cut for *_, cut in pairs), "request", len(pairs))
+        if pairs and not self._last_token_only and self._is_pruned and all(len(tokens) <= 1 for _, tokens, _ in pairs):
+            logger.warning(
+                "All continuations are one token long, which the full model predicts: the density has no effect on"
+                " them. With last_token_only=True it has."
+            )
+        answers = [(0.0, True)] * len(pairs)
+        numbers = [number for number, (_, tokens, _) in enumerate(pairs) if tokens]
+        passage = last_token if self._last_token_only else continuation
+        passages = [passage(context, tokens) for context, tokens, _ in pairs if tokens]
+        for index, score in self._scores(passages, "Running loglikelihood requests", disable_tqdm):
+            number = numbers[index]
+            answers[number] = score.log, score.greedy
+            self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p of each whole text in nats, in windows as the harness's own models score it."""
+        windows = [
+            (number, *utils.make_disjoint_window(pair))
+            for number, request in enumerate(requests)
+            for pair in utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self._prefix,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+        ]
+        passages = [window(context, tokens, self._rolling_prompt) for _, context, tokens in windows]
+        totals = [0.0] * len(requests)
+        # Added up in the order of the texts, so that rounding does not depend on that of the batches.
+        scores = dict(self._scores(passages, "Running loglikelihood_rolling requests", disable_tqdm))
+        for index, (number, *_) in enumerate(windows):
+            totals[number] += scores[index].log
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each context, without what stands at and behind its stop strings."""
+        groups: dict[str, list[int]] = {}
+        arguments = cast("list[tuple[str, dict[str, Any]]]", [request.args for request in requests])
+        for number, (_, gen_kwargs) in enumerate(arguments):
+            groups.setdefault(json.dumps(gen_kwargs, sort_keys=True, default=str), []).append(number)
+        answers = [""] * len(requests)
+        batches = 0
+        with tqdm(total=len(requests), desc="Running generate_until requests", disable=disable_tqdm) as progress:
+            for numbers in groups.values():
+                new, options = self._options(arguments[numbers[0]][1])
+                whole = {number: self.tok_encode(arguments[number][0]) or [self._prefix] for number in numbers}
+                prompts = {number: tokens[new - self.max_length :] for number, tokens in whole.items()}
+                self._warn_of_cut(sum(len(whole[n]) > len(prompts[n]) for n in numbers), "prompt", len(numbers))
+                numbers.sort(key=lambda number: -len(prompts[number]))
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = numbers[start : start + self.batch_size]
+                    rows = [prompts[number] for number in batch]
+                    if not self._griffin.shared:
+                        # A full batch compiles nothing; where it shares its neurons, every row has a say.
+                        rows += [rows[-1]] * (self.batch_size - len(rows))
+                    texts = self._answers(rows, new, options, seed_of(self._seed, f"batch {batches}"))
+                    batches += 1
+                    for number, text in zip(batch, texts, strict=False):
+                        answers[number] = text
+                        self.cache_hook.add_partial("generate_until", arguments[number], text)
+                        progress.update()
+        return answers
+
+    def _answers(self, prompts: list[list[int]], new: int, options: Mapping[str, Any], seed: int) -> Iterable[str]:
+        generation = self._llm.generate(
+            prompts, max_new_tokens=new, seed=seed, prior=self._prior, **self._pruning, **options
+        )
+        for tokens in generation.tokens:
+            # The model's configuration may name other ends of an answer than the tokenizer does.
+            end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
+            yield postprocess_generated_text(self.tokenizer.decode(tokens[:end]), list(options["stop"]), None)
+
+    def _options(self, arguments: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The longest answer, and options of `LLM.generate`, from a task's generation arguments."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
+        if unknown := sorted(given.keys() - set(GENERATION)):
+            raise ValueError(f"gen_kwargs has {', '.join(unknown)}; allowed are {', '.join(GENERATION)}")
+        if given.get("num_beams", 1) != 1:
+            raise ValueError(f"gen_kwargs has num_beams {given['num_beams']!r}; there is no beam search, allowed is 1")
+        new = given["max_gen_toks"]
+        if not 1 <= new < self.max_length:
+            raise ValueError(
+                f"max_gen_toks must be in [1, {self.max_length - 1}], as the model reads {self.max_length} tokens with"
+                f" those it writes; got {new}. Give --gen_kwargs max_gen_toks=..."
+            )
+        options: dict[str, Any] = {"stop": [stop for stop in given["until"] if stop]}
+        if given["do_sample"]:
+            # Values that other libraries have for "off".
+            off = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
+            options["temperature"] = given.get("temperature", 0.0)
+            if options["temperature"] <= 0:
+                raise ValueError("gen_kwargs has do_sample without a temperature above 0; give one, or do_sample=False")
+            options |= {name: given[name] for name in off if given.get(name) not in (None, *off[name])}
+        check_options(**options)
+        return new, options
+
+    @property
+    def _is_pruned(self) -> bool:
+        return self._kept != self._llm.model.neurons
+
+    def _fit(self, context: list[int], tokens: list[int]) -> tuple[list[int], list[int], bool]:
+        """Context and continuation without what is too much on the left, and whether there was any.
+
+        All but the last token are read, so there may be one more than the model reads. One token stays context.
+        """
+        keep = self.max_length + 1
+        scored = tokens[-(keep - 1) :]
+        kept = (context + tokens)[-keep:] if tokens else context
+        return kept[: len(kept) - len(scored)], scored, len(kept) < len(context) + len(tokens)
+
+    def _warn_of_cut(self, cut: int, what: str, total: int) -> None:
+        if cut:
+            logger.warning(
+                f"{cut} of {total} {what}s are longer than the {self.max_length} tokens that are read; what is too much"
+                " on the left is left out."
+            )
+
+    def _scores(self, passages: Sequence[Passage], name: str, quiet: bool) -> Iterable[tuple[int, Likelihood]]:
+        found = likelihoods(
+            self._llm.model, passages, self._griffin, size=self.batch_size, seed=self._seed, prior=self._prior,
+            rows=self._fitted,
+        )  # fmt: skip
+        return tqdm(found, desc=name, total=len(passages), disable=quiet)
+
+
+ARGUMENTS = tuple(
+    name
+    for name, parameter in inspect.signature(GriffinLM).parameters.items()
+    if parameter.kind is not parameter.VAR_KEYWORD
+)
+"""What `model_args` may have."""
+
+
+def _rows(batch_size: int | str, most: int | None) -> int:
+    if str(batch_size).split(":")[0] == "auto":
+        return AUTO_BATCH if most is None else min(AUTO_BATCH, int(most))
+    try:
+        rows = int(batch_size)
+    except ValueError:
+        rows = 0
+    if rows < 1:
+        raise ValueError(f'batch_size must be a whole number of at least 1 or "auto", got {batch_size!r}')
+    return rows
+
+
+def _check_device(device: str | None) -> None:
+    if device is None or device == UNSAID:
+        return
+    if device not in PLATFORMS:
+        raise ValueError(f"device must be one of {', '.join(PLATFORMS)}, got {device!r}")
+    if device != jax.default_backend():
+        raise ValueError(
+            f"device is {device!r}, but JAX runs on {jax.default_backend()}; install JAX for that device, or choose it"
+            " with the environment variable JAX_PLATFORMS"
+        )
+
+
+def run(arguments: Sequence[str]) -> None:
+    """The harness's own command line, where this model has its name and is the default.
+
+    Args:
+        arguments: as `lm-eval` takes them.
+    """
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    utils.setup_logging()
+    cli, own = HarnessCLI(), sys.argv
+    # The harness takes its arguments from there and nowhere else.
+    sys.argv = ["lm-eval", *arguments]
+    try:
+        options = cli.parse_args()
+    finally:
+        sys.argv = own
+    if getattr(options, "model", NAME) is None:
+        file = {} if options.config is None else EvaluatorConfig.load_yaml_config(options.config)
+        options.model = file.get("model", NAME)
+    cli.execute(options)

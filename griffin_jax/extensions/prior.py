@@ -1,0 +1,243 @@
+"""Beyond GRIFFIN: what neurons do in any text, beside what they do in the prompt (after GLASS, arXiv 2508.14302).
+
+    prior = Prior.load("smollm2.prior.safetensors")          that `griffin-jax prior` measured, once for a model
+    experts = select(prefilled.statistics, config, prior=prior)
+
+A prompt says little about neurons that it does not need and its answer will. So they are ranked twice, by the prompt's
+statistic s and by the same statistic p of general text, and kept by
+
+    score = (1 - w) * rank(s) + w * rank(p)
+
+Ranks, because the statistics of different texts have different scales.
+
+The same texts say which layers can spare most neurons, so that layers may keep different shares of theirs:
+
+    config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with a share of its own
+
+What dropping neuron j of a layer loses is estimated by p_j^2 c_j / 2, c_j its `griffin_jax.extensions.sensitivity`.
+The shares lie
+between equal ones and those with the least loss in all, as far from equal ones as paid in texts that were held out: the
+losses of many neurons are more than the sum of each one's, so that the whole way is too far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from griffin_jax.model.config import GriffinConfig, Method, density_that_keeps
+from griffin_jax.utils.arrayfile import load_arrays, save_arrays
+
+PRIOR_FORMAT = "griffin_jax prior 2"
+
+DEFAULT_WEIGHT = 0.5
+"""Of the prior's rank; the prompt's has the rest."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prior:
+    """What a model's neurons do in general text.
+
+    Attributes:
+        squares: per layer, s^2 of all texts together, float32.
+        rows: per layer, float16, with nearly the second moments of the relative activations of a token of the texts:
+            the calibration rows of a `Reconstruction`, see `griffin_jax.extensions.sketch`. No layers if there are
+            none.
+        model: fingerprint of the model that it belongs to.
+        tokens: how many there were.
+        sensitivity: per layer, what predictions depend on each neuron, see `griffin_jax.extensions.sensitivity`; no
+            layers if it was not measured.
+        strength: how far the shares of layers are from equal ones, 0, to those with the least loss, 1.
+        uniform: why all layers keep the same share; empty if they keep shares of their own.
+    """
+
+    squares: tuple[Float[Array, "_f"], ...]
+    rows: tuple[Float[Array, "_c _f"], ...]
+    model: str = dataclasses.field(metadata={"static": True})
+    tokens: int = dataclasses.field(metadata={"static": True})
+    sensitivity: tuple[Float[Array, "_f"], ...] = ()
+    strength: float = dataclasses.field(default=0.0, metadata={"static": True})
+    uniform: str = dataclasses.field(default="the sensitivity of neurons was not measured", metadata={"static": True})
+
+    def check(self, model: str) -> None:
+        """Raise `ValueError` unless this is the prior of a model.
+
+        Args:
+            model: its `griffin_jax.model.fingerprint.fingerprint`.
+        """
+        if model != self.model:
+            raise ValueError(
+                f"this prior is of model {self.model}, the model is {model}: its weights or their dtype are others;"
+                " measure it with griffin-jax prior"
+            )
+
+    def budgeted(self, config: GriffinConfig) -> GriffinConfig:
+        """The same density as a mean over layers, with a share for each layer.
+
+        Every layer keeps a multiple of `config.multiple` and of `config.shards`. The sum over layers is that of the
+        uniform shares exactly.
+
+        Args:
+            config: with one density for all layers.
+
+        Returns:
+            A config with one for each, or the same one if layers are better off with the same share (`uniform`).
+
+        Raises:
+            ValueError: there is a density for each layer already.
+        """
+        if isinstance(config.density, Sequence):
+            raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
+        if not self.strength:
+            return config
+        widths = [squares.shape[0] for squares in self.squares]
+        losses = [
+            np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
+            for squares, weight in zip(self.squares, self.sensitivity, strict=True)
+        ]
+        multiple = math.lcm(config.multiple, config.shards)
+        uniform = config.kept(widths)
+        kept = between(uniform, share_out(losses, uniform, multiple=multiple), self.strength, multiple=multiple)
+        density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
+        return dataclasses.replace(config, density=density)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all; an existing one is replaced.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        arrays = {f"layers.{layer}.squares": np.asarray(squares) for layer, squares in enumerate(self.squares)}
+        arrays |= {f"layers.{layer}.rows": np.asarray(rows) for layer, rows in enumerate(self.rows)}
+        arrays |= {f"layers.{layer}.sensitivity": np.asarray(weight) for layer, weight in enumerate(self.sensitivity)}
+        counts = {"tokens": str(self.tokens), "layers": str(len(self.squares))}
+        metadata = {"model": self.model, "strength": repr(self.strength), "uniform": self.uniform, **counts}
+        save_arrays(path, PRIOR_FORMAT, arrays, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Prior:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or of another kind or version.
+        """
+        arrays, metadata = load_arrays(path, PRIOR_FORMAT)
+        try:
+            layers = int(metadata["layers"])
+            squares = _layers(arrays, "squares", layers, np.float32, 1)
+            rows = _layers(arrays, "rows", layers, np.float16, 2) if "layers.0.rows" in arrays else ()
+            weights = _layers(arrays, "sensitivity", layers, np.float32, 1) if "layers.0.sensitivity" in arrays else ()
+            for found in (rows, weights):
+                if found and [layer.shape[-1] for layer in found] != [layer.shape[0] for layer in squares]:
+                    raise ValueError("its arrays are of different widths")
+            strength = float(metadata["strength"])
+            if not 0 <= strength <= bool(weights):
+                raise ValueError(f"strength {strength} of budgets with {len(weights)} layers of sensitivity")
+            counts = metadata["model"], int(metadata["tokens"])
+            return cls(squares, rows, *counts, weights, strength, metadata["uniform"])
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _layers(
+    arrays: dict[str, np.ndarray], name: str, layers: int, dtype: type[np.floating], axes: int
+) -> tuple[Array, ...]:
+    found = [arrays[f"layers.{layer}.{name}"] for layer in range(layers)]
+    for array in found:
+        if array.dtype != dtype or array.ndim != axes or not np.isfinite(array).all():
+            raise ValueError(f"an array is {array.dtype} of shape {array.shape}, or not finite")
+    return tuple(map(jnp.asarray, found))
+
+
+def check_fusion(method: Method, weight: object) -> None:
+    """Raise `ValueError` unless statistics can be fused with a prior for this method with this weight."""
+    if method != "topk":
+        raise ValueError(f'a prior is for method "topk", which keeps the best neurons; method is {method!r}')
+    # Inside of jit it is traced and has been checked.
+    if not isinstance(weight, jax.Array) and not (isinstance(weight, int | float) and 0 <= weight <= 1):
+        raise ValueError(f"prior_weight must be in [0, 1], got {weight!r}")
+
+
+def fuse(
+    scores: Sequence[Float[Array, "*b _f"]], prior: Prior, weight: float | Float[Array, ""]
+) -> tuple[Float[Array, "*b _f"], ...]:
+    """(1 - w) * rank(s) + w * rank(p) of every layer, float32.
+
+    The smallest value has rank 0. Of equal ones the first has the highest rank, as `select` takes it first.
+
+    Args:
+        scores: per layer s, of each sequence or of the batch.
+        prior: of the same layers.
+        weight: w; 0 ranks as the prompt does, 1 as the prior.
+
+    Raises:
+        ValueError: the layers are others.
+    """
+    widths = [[layer.shape[-1] for layer in layers] for layers in (scores, prior.squares)]
+    if widths[0] != widths[1]:
+        raise ValueError(
+            f"this prior is of {len(widths[1])} layers with {sorted(set(widths[1]))} neurons, the statistics are of"
+            f" {len(widths[0])} with {sorted(set(widths[0]))}"
+        )
+    return tuple(
+        (1 - weight) * _rank(score) + weight * _rank(square)
+        for score, square in zip(scores, prior.squares, strict=True)
+    )
+
+
+def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    order = jnp.argsort(score, axis=-1, stable=True, descending=True)
+    return (score.shape[-1] - 1 - jnp.argsort(order, axis=-1)).astype(jnp.float32)
+
+
+def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, multiple: int = 1) -> tuple[int, ...]:
+    """Neurons that each layer keeps, as many in all as given, so that the sum of what the dropped ones lose is least.
+
+    A layer keeps its best neurons first, so that the next ones are worth ever less, and taking the best next block of
+    all layers again and again is exact.
+
+    Args:
+        losses: per layer what dropping each neuron loses, at least 0.
+        kept: neurons of each layer without this; their sum stays what it is.
+        multiple: every layer keeps a multiple of this, at least one.
+
+    Returns:
+        `kept` itself where it is all neurons of a layer or no multiple.
+    """
+    if any(k % multiple or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
+        return tuple(kept)
+    blocks = []
+    for layer, loss in enumerate(losses):
+        ordered = -np.sort(-np.asarray(loss, np.float64))
+        worth = np.add.reduceat(ordered, np.arange(multiple, len(ordered), multiple))
+        # The last one may be no whole block.
+        blocks += [(-value, number, layer) for number, value in enumerate(worth[: len(ordered) // multiple - 1])]
+    taken = sorted(blocks)[: sum(kept) // multiple - len(losses)]
+    found = multiple * (1 + np.bincount([layer for *_, layer in taken], minlength=len(losses)))
+    return tuple(map(int, found))
+
+
+def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, multiple: int = 1) -> tuple[int, ...]:
+    """Shares on the way from uniform ones to the best, with the same sum, which both have.
+
+    Args:
+        uniform: multiples.
+        best: multiples.
+        strength: 0 is uniform, 1 best.
+        multiple: that all are of.
+    """
+    exact = (np.asarray(uniform) + strength * (np.asarray(best) - np.asarray(uniform))) / multiple
+    blocks = np.floor(exact).astype(int)
+    # What rounding down has left over goes to the largest remainders.
+    left = sum(uniform) // multiple - blocks.sum()
+    blocks[np.argsort(blocks - exact, kind="stable")[:left]] += 1
+    return tuple(map(int, blocks * multiple))

@@ -1,0 +1,217 @@
+"""Beyond GRIFFIN: the kept neurons are refitted to carry what the prompt had from the others.
+
+    prefilled = prefill(model, tokens, lengths, room=N, rows=256)
+    experts = select(prefilled.statistics, config)
+    pruned = prune(model, experts, reconstruction=Reconstruction(prefilled.rows))
+
+The prompt was read by the full model, so what pruning takes from each of its tokens is known: the residual r_t, the
+dropped neurons' part of the down projection. Ridge regression over the tokens fits a change of the kept rows to it:
+
+    A = rows z_t[E] / ||z_t||   (S, K)        R = rows r_t / ||z_t||   (S, D)
+    Delta = A^T (A A^T + mu I)^-1 R           W_down'[E] = W_down[E] + Delta
+
+That is the dual form: the system has a row for each of S tokens, not for each of K neurons. Tokens weigh the same, as
+in GRIFFIN's statistic. The pruned model has the shapes that it has without, so decoding costs nothing more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from griffin_jax.griffin.select import relative_activations
+from griffin_jax.model.cache import EMPTY
+from griffin_jax.parallel.mesh import mesh_of
+
+DEFAULT_ROWS = 256
+"""Tokens of a prompt that a reconstruction is fitted to, at most."""
+
+DEFAULT_CALIBRATION = 384
+"""Rows for general text that it is fitted to beside them: more of them gain, and cost time for every prompt."""
+
+CALIBRATION_WEIGHT = 4096.0
+"""Tokens of a prompt that general text counts for."""
+
+LEAST_RIDGE = 1e-3
+"""Below, float32 could not solve systems of a few thousand tokens."""
+
+
+def rows_of_each(rows: int, batch: int, shared: bool) -> int:
+    """How many tokens of each sequence to keep: `rows` are for one set of experts, which a batch may share."""
+    return -(-rows // batch) if shared else rows
+
+
+def spread(lengths: Int[Array, "b"], rows: int) -> Int[Array, "b {rows}"]:
+    """Which tokens stand for each sequence: all of them, or `rows` in the middles of as many equal parts.
+
+    Args:
+        lengths: tokens of each sequence.
+        rows: how many to take, at most; static.
+
+    Returns:
+        Rising positions; `EMPTY` behind those of a shorter sequence.
+    """
+    number = jnp.arange(rows, dtype=jnp.int32)
+    length = jnp.asarray(lengths, jnp.int32)[:, None]
+    odd, parts = 2 * number + 1, 2 * rows
+    # odd * length / parts, without the product, which is too large for int32 where a context is long.
+    middle = odd * (length // parts) + odd * (length % parts) // parts
+    return jnp.where(length > rows, middle, jnp.where(number < length, number, EMPTY))
+
+
+def rows_at(z: Float[Array, "b t f"], at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
+    """Relative activations of some tokens.
+
+    Args:
+        z: the input of the down projection, any float dtype.
+        at: columns of z; any that it does not have give rows of zeros.
+
+    Returns:
+        z / ||z|| in the dtype of z: it has been rounded to that already.
+    """
+    present = (at >= 0) & (at < z.shape[1])
+    chosen = jnp.take_along_axis(z, jnp.clip(at, 0, z.shape[1] - 1)[..., None], axis=1)
+    return jnp.where(present[..., None], relative_activations(chosen), 0).astype(z.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What the kept rows of the down projections are fitted to.
+
+    Attributes:
+        rows: per layer, relative activations of tokens of every sequence, from `prefill`; rows of zeros are padding.
+            Experts that a batch shares are fitted to the rows of all its sequences together.
+        ridge: lambda in mu = lambda * mean(diag(A A^T)), the mean over the prompt's rows; at least `LEAST_RIDGE`. The
+            larger it is, the smaller the change.
+        calibration: per layer, rows that stand for a token of general text, as those of a `Prior`, which keep the
+            prompt from being overfitted: their second moments count, and no row by itself.
+        weight: of the squared errors of the calibration rows, where each of the prompt's rows has 1: as if there were
+            this many tokens of general text.
+
+    Raises:
+        ValueError: ridge or weight is outside its range.
+    """
+
+    rows: tuple[Float[Array, "_b _r _f"], ...]
+    ridge: float | Float[Array, ""] = 1.0
+    calibration: tuple[Float[Array, "_c _f"], ...] = ()
+    weight: float | Float[Array, ""] = CALIBRATION_WEIGHT
+
+    def __post_init__(self) -> None:
+        # Inside of jit they are traced and have been checked.
+        if isinstance(self.ridge, int | float) and not LEAST_RIDGE <= self.ridge < math.inf:
+            raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {self.ridge}")
+        if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {self.weight}")
+
+    def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
+        """Raise `ValueError` unless the rows are those of a model's layers and of the experts' sequences.
+
+        Args:
+            neurons: F of every layer of the full model.
+            indices: per layer the experts, (K,) or (B, K).
+        """
+        if not self.rows:
+            raise ValueError("there are no rows to fit to: prefill with rows=N, the number of tokens of each prompt")
+        for name, found in (("rows", self.rows), ("calibration rows", self.calibration)):
+            widths = [rows.shape[-1] for rows in found]
+            if found and widths != list(neurons):
+                raise ValueError(
+                    f"{name} are of {len(widths)} layers with {sorted(set(widths))} neurons, the model has"
+                    f" {len(neurons)} with {sorted(set(neurons))}"
+                )
+        batch = self.rows[0].shape[0]
+        if indices[0].ndim == 2 and indices[0].shape[0] not in (1, batch):
+            raise ValueError(f"rows are of {batch} sequences, experts of {indices[0].shape[0]}")
+
+    def changes(
+        self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
+    ) -> list[Float[Array, "*b _k d"]]:
+        """Delta of every layer, float32: what is added to the kept rows of its down projection.
+
+        Args:
+            down: per layer W_down of the full model.
+            indices: per layer the neurons that are kept: (K,), or (B, K) for every sequence its own.
+        """
+        shared = indices[0].ndim == 1
+        kept, systems, targets = [], [], []
+        for layer, (weight, index) in enumerate(zip(down, indices, strict=True)):
+            system, target, rows = self._system(layer, weight, index[None] if shared else index)
+            kept.append(rows)
+            systems.append(system)
+            targets.append(target)
+        # Systems have the same shape in all layers, whatever these keep, and are solved together.
+        solved = _solved(jnp.stack(systems), jnp.stack(targets), on_mesh=mesh_of(down[0]) is not None)
+        changes = [_product("bsk,bsd->bkd", a.astype(jnp.float32), x) for a, x in zip(kept, solved, strict=True)]
+        return [change[0] for change in changes] if shared else changes
+
+    def _system(
+        self, layer: int, weight: Float[Array, "f d"], index: Int[Array, "b k"]
+    ) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"], Float[Array, "b s k"]]:
+        """A A^T + mu I, R and A of one layer; padding has rows of zeros in all but mu I."""
+        rows = self.rows[layer]
+        if index.shape[0] != rows.shape[0]:
+            rows = rows.reshape(1, -1, rows.shape[-1])
+        prompt = jnp.any(rows != 0, axis=-1)
+        if self.calibration:
+            more = self.calibration[layer].astype(jnp.float32) * jnp.sqrt(self.weight)
+            more = more.astype(rows.dtype)
+            rows = jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
+        is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
+        a = jnp.take_along_axis(rows, index[:, None], axis=-1)
+        if mesh_of(weight) is not None:
+            # Each device adds up over the neurons that it has: only sums are exchanged, and no rows of weights.
+            target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
+            of_kept = jnp.where(is_kept[:, None], rows, 0)
+            system = _product("bsf,buf->bsu", of_kept, of_kept)
+        else:
+            dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
+            # XLA's CPU code has no product of batches of bfloat16 in this form.
+            others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
+            target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
+            system = _product("bsk,buk->bsu", a, a)
+        squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
+        mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1)
+        # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
+        mu = jnp.where(mean > 0, self.ridge * mean, 1.0)
+        return system + mu[:, None, None] * jnp.eye(system.shape[-1]), target, a
+
+
+def _solved(
+    systems: Float[Array, "l b s s"], targets: Float[Array, "l b s d"], *, on_mesh: bool
+) -> Float[Array, "l b s d"]:
+    """X of A X = R for symmetric positive definite A.
+
+    Of several devices that are one processor's, each would wait in LAPACK for threads that the others hold (jaxlib
+    0.10). There rows are eliminated one by one, which needs no pivots for such matrices.
+    """
+
+    def by_cholesky(systems: Array, targets: Array) -> Array:
+        factor = jax.lax.linalg.cholesky(systems)
+        half = jax.lax.linalg.triangular_solve(factor, targets, left_side=True, lower=True)
+        return jax.lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+
+    def by_elimination(systems: Array, targets: Array) -> Array:
+        size = systems.shape[-1]
+
+        def eliminate(number: Array, joint: Array) -> Array:
+            row = joint[:, :, number] / joint[:, :, number, number][..., None]
+            joint -= joint[..., number][..., None] * row[:, :, None]
+            return joint.at[:, :, number].set(row)
+
+        joint = jnp.concatenate([systems, targets], axis=-1)
+        return jax.lax.fori_loop(0, size, eliminate, joint)[..., size:]
+
+    if not on_mesh:
+        return by_cholesky(systems, targets)
+    return jax.lax.platform_dependent(systems, targets, cpu=by_elimination, default=by_cholesky)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)

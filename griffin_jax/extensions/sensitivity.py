@@ -1,0 +1,111 @@
+"""Beyond GRIFFIN: how much a model's predictions depend on each neuron, by the Fisher information.
+
+Let zbar_tj be the relative activation of neuron j at token t (`griffin_jax.griffin.select`), and l the loss of tokens
+that are drawn from the model's own predictions. To second order, dropping the neuron changes the predictions by
+
+    KL ~ zbar_tj^2 c_j / 2        c_j = mean_t (dl / dzbar_tj)^2
+
+and c_j is the diagonal of the Fisher information of the relative activations. One backward pass over a few texts
+measures it, in all layers at once.
+
+The first half of a text stands for a prompt, which is read by the full model whatever is pruned. What counts is how the
+neurons of the other half change the predictions of that half. So an early layer, which later tokens look back at, is
+not weighed by more tokens than an answer has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+from tqdm import tqdm
+
+from griffin_jax.generation.decode import bucket, pad
+from griffin_jax.model.cache import EMPTY, empty_cache
+from griffin_jax.model.transformer import Transformer
+
+HORIZON = 128
+"""Tokens of the answer that a text stands for, at most."""
+
+
+def sensitivity(
+    model: Transformer, texts: Sequence[Sequence[int]], *, seed: int = 0, quiet: bool = False
+) -> tuple[Float[Array, "_f"], ...]:
+    """c of every neuron: the mean squared derivative of the loss with respect to its relative activation.
+
+    Args:
+        model: the full model.
+        texts: token ids, of which the first 2 x `HORIZON` are used. Memory is that of a backward pass over one of them.
+        seed: of the tokens that are drawn.
+        quiet: no progress bar.
+
+    Returns:
+        Per layer, float32, in nats.
+
+    Raises:
+        ValueError: no text has two tokens.
+    """
+    long = [text[: 2 * HORIZON] for text in texts if len(text) > 1]
+    if not long:
+        raise ValueError("sensitivity needs texts of at least two tokens")
+    sums, count = [np.zeros(neurons, np.float64) for neurons in model.neurons], 0
+    for number, text in enumerate(tqdm(long, unit="text", desc="differentiating", disable=quiet or None)):
+        tokens, lengths = pad([text], bucket(len(text)))
+        squares = squared_gradients(model, tokens, lengths, jax.random.key(np.uint32(seed + number)))
+        for total, layer in zip(sums, squares, strict=True):
+            total += np.asarray(layer, np.float64)
+        count += len(text) - len(text) // 2
+    return tuple(jnp.asarray(total / count, jnp.float32) for total in sums)
+
+
+@jax.jit
+def squared_gradients(
+    model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], key: Key[Array, ""]
+) -> tuple[Float[Array, "_f"], ...]:
+    """sum_t (dl / dzbar_tj)^2 of every layer, over the second half of each text. Float32.
+
+    Args:
+        model: the full model.
+        tokens: texts, padded on the right with any token.
+        lengths: real tokens of each.
+        key: of the tokens that are drawn.
+    """
+    columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
+    counted = (columns >= lengths[:, None] // 2) & (columns < lengths[:, None])
+
+    def read(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        """Logits and norms of z, if the outputs of the down projections were changed by these offsets."""
+        changed: Transformer = jax.tree.map(lambda leaf: leaf, model)
+        for layer, offset in zip(changed.layers, offsets, strict=True):
+            bias = layer.ff.down_bias
+            # A bias is added to every token; here every token has one of its own.
+            layer.ff.down_bias = nnx.data(nnx.Param(offset if bias is None else offset + bias[...]))
+        cache = empty_cache(model.config, tokens.shape[0], tokens.shape[1], model.dtype)
+        hidden, _, norms = changed(tokens, positions, cache, read_slots=0, observe=_square_norm)
+        return model.logits(hidden), norms
+
+    def loss(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        logits, norms = read(offsets)
+        drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
+        predicted = jax.nn.log_softmax(logits)
+        losses = -jnp.take_along_axis(predicted, drawn[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(counted, losses, 0.0)), norms
+
+    nothing = tuple(jnp.zeros((*tokens.shape, model.config.width), model.dtype) for _ in model.layers)
+    gradients, norms = jax.grad(loss, has_aux=True)(nothing)
+    found = []
+    for layer, gradient, norm in zip(model.layers, gradients, norms, strict=True):
+        # dl/dz = W_down dl/dy, and zbar = z / ||z||.
+        by_neuron = jnp.einsum("btd,fd->btf", gradient, layer.ff.down[...], preferred_element_type=jnp.float32)
+        weight = jnp.where(counted, norm, 0.0)
+        found.append(jnp.einsum("bt,btf->f", weight, jnp.square(by_neuron), precision=jax.lax.Precision.HIGHEST))
+    return tuple(found)
+
+
+def _square_norm(_layer: int, z: Float[Array, "b t f"], _real: Array) -> Float[Array, "b t"]:
+    return jnp.sum(jnp.square(z.astype(jnp.float32)), axis=-1)

@@ -1,0 +1,102 @@
+"""Beyond GRIFFIN: the relative activations of a whole text in a few rows, which a reconstruction can be fitted to.
+
+Ridge regression sees the rows it is fitted to only through their second moments. So thousands of tokens can be replaced
+by any rows whose second moments are near theirs,
+
+    C^T C ~ G = mean_t zbar_t zbar_t^T        (F, F) for each layer
+
+and the best C of this many rows has the leading eigenvectors of G, each times the root of its eigenvalue. G itself is
+too large where layers are wide. Its product with a few vectors can be added up token by token, Y = G Q, and says enough
+(the Nystrom approximation Y (Q^T Y)^-1 Y^T; Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736). Q is random first;
+reading the texts once more, with the orthonormalised Y for Q, comes close to the eigenvectors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from griffin_jax.parallel.mesh import to_host
+
+PASSES = 2
+"""How often the texts are read."""
+
+SHIFT = 1e-6
+"""Of the size of Y: what is added to G against rounding, and taken off again."""
+
+Bases = tuple[Float[Array, "_f _q"], ...]
+
+
+def random_bases(neurons: Sequence[int], rows: int, seed: int = 0) -> Bases:
+    """Q of every layer, for the first time the texts are read: orthonormal columns, a third more than rows are wanted.
+
+    Args:
+        neurons: F of every layer.
+        rows: as many of C are wanted.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = [(f, min(f, -(-4 * rows // 3))) for f in neurons]
+    return tuple(_orthonormal(rng.standard_normal(shape)) for shape in shapes)
+
+
+def next_bases(products: Bases) -> Bases:
+    """Q for the next time, from Y."""
+    return tuple(_orthonormal(to_host(product)) for product in products)
+
+
+def _orthonormal(columns: Float[np.ndarray, "f q"]) -> Float[Array, "f q"]:
+    return jnp.asarray(np.linalg.qr(columns.astype(np.float64))[0], jnp.float32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def add_products(
+    products: Bases, bases: Bases, rows: tuple[Float[Array, "b t _f"], ...], counted: Bool[Array, "b"]
+) -> Bases:
+    """Y of every layer, with zbar_t (zbar_t^T Q) of more tokens. Float32.
+
+    Args:
+        products: Y so far; its memory is given away.
+        bases: Q.
+        rows: zbar, as `prefill` returns them; rows of zeros are padding.
+        counted: which sequences to add.
+    """
+
+    def added(product: Array, basis: Array, rows: Array) -> Array:
+        rows = jnp.where(counted[:, None, None], rows, 0).astype(jnp.float32).reshape(-1, rows.shape[-1])
+        exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        return product + exact(rows.T, exact(rows, basis))
+
+    return tuple(map(added, products, bases, rows))
+
+
+def leading_rows(products: Bases, bases: Bases, tokens: int, rows: int) -> tuple[Float[Array, "_c _f"], ...]:
+    """C of every layer, the row that counts most first. Float16.
+
+    Args:
+        products: Y, the sum over all tokens.
+        bases: Q.
+        tokens: how many there were.
+        rows: of C, at most: there are no more than neurons or tokens.
+    """
+    found = []
+    for product, basis in zip(products, bases, strict=True):
+        q, y = to_host(basis).astype(np.float64), to_host(product).astype(np.float64) / tokens
+        shift = SHIFT * max(np.linalg.norm(y), np.finfo(np.float32).tiny)
+        y += shift * q
+        middle = q.T @ y
+        factor = np.linalg.cholesky((middle + middle.T) / 2)
+        root = np.linalg.solve(factor, y.T)  # root^T root approximates G + shift
+        squares, vectors = np.linalg.eigh(root @ root.T)
+        best = np.argsort(-squares, kind="stable")[: min(rows, tokens)]
+        scale = np.sqrt(np.maximum(squares[best] - shift, 0) / squares[best])
+        leading = scale[:, None] * (vectors[:, best].T @ root)
+        # The signs are arbitrary; these are the same everywhere.
+        largest = np.take_along_axis(leading, np.abs(leading).argmax(axis=1)[:, None], axis=1)
+        found.append(jnp.asarray(leading * np.where(largest < 0, -1, 1), jnp.float16))
+    return tuple(found)

@@ -1,0 +1,182 @@
+"""Beyond GRIFFIN: the pruned model drafts, the full one decides, and the answer is the full model's.
+
+    answer, drafting = decode_lossless(model, pruned, begin(prefilled), N, drafts=4)
+
+In each round the pruned model writes some drafts, one token after the other. One pass of the full model reads all of
+them and has the distribution of each token and of the one behind them. With p of the full model and q of the pruned
+one, both of the sampler that is asked for, a draft x is accepted with probability min(1, p(x) / q(x)); in place of the
+first that is not, a token is drawn from max(0, p - q), normalised; behind drafts that all were accepted, one from p.
+Tokens so drawn have exactly the full model's distribution (speculative sampling: Leviathan, Kalman, Matias,
+arXiv 2211.17192, and Chen et al., arXiv 2302.01318). Greedy is the case where p and q are 1 for one token.
+
+What it costs: where a draft is accepted with probability a, takes c of a dense step, and the pass takes v of it, a
+round of n drafts takes n c + v and yields (1 - a^(n+1)) / (1 - a) tokens. It pays where that is less than a token a
+step: for n = 1 where a > c + v - 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from griffin_jax.generation.decode import Answer, column_keys
+from griffin_jax.generation.sampling import Greedy, Sampler
+from griffin_jax.model.cache import EMPTY, KVCache
+from griffin_jax.model.transformer import Transformer
+
+DEFAULT_DRAFTS = 4
+"""Tokens that are drafted for each pass of the full model."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """How drafts fared. Additive: those of several calls may be summed.
+
+    Attributes:
+        passes: of the full model.
+        drafted: tokens that were drafted for each row, while it had not ended.
+        accepted: drafts that are in the answer.
+    """
+
+    passes: Int[Array, ""]
+    drafted: Int[Array, "b"]
+    accepted: Int[Array, "b"]
+
+    def __add__(self, other: Drafting) -> Drafting:
+        return jax.tree.map(operator.add, self, other)
+
+
+def decode_lossless(
+    model: Transformer,
+    pruned: Transformer,
+    answer: Answer,
+    until: int | Int[Array, ""],
+    *,
+    drafts: int = DEFAULT_DRAFTS,
+    sampler: Sampler = Greedy(),
+    eos: tuple[int, ...] = (),
+) -> tuple[Answer, Drafting]:
+    """Goes on until every row holds at least `until` tokens or has ended, with the full model's distribution.
+
+    A round ends with up to `drafts` tokens more than `until`; rounds, and so tokens, do not depend on how often this is
+    called to reach a length. All rows of a batch go on by as many tokens as the one with the fewest accepted drafts:
+    the others draft the rest again. So a round takes the cache slots of its tokens and no others, and the more rows
+    there are, the fewer tokens a round yields.
+
+    A round holds the distributions of its drafts for the whole vocabulary, (2 n + 1) B V float32, beside the cache.
+
+    Args:
+        model: the full model, whose distribution the tokens have.
+        pruned: what drafts.
+        answer: from `begin`, `decode` or here. Donate it.
+        until: tokens of the longest row, those before included. The answer needs room for `drafts` more; where it
+            does not have it, `until` is less by as much.
+        drafts: n, tokens that are drafted in each round, at least 1; static.
+        sampler: how to draw.
+        eos: any of these tokens ends a row; static.
+
+    Returns:
+        The longer answers, with the full model's keys and values for them in the cache, and how the drafts fared.
+    """
+    batch, columns = answer.tokens.shape
+    until = jnp.minimum(until, columns - drafts)
+
+    def unfinished(state: tuple[Answer, Drafting]) -> Bool[Array, ""]:
+        return (state[0].count < until) & ~jnp.all(state[0].done)
+
+    def step(state: tuple[Answer, Drafting]) -> tuple[Answer, Drafting]:
+        answer, drafting = _round(model, pruned, state[0], drafts, sampler, eos)
+        return answer, state[1] + drafting
+
+    none = jnp.zeros((batch,), jnp.int32)
+    return jax.lax.while_loop(unfinished, step, (answer, Drafting(jnp.zeros((), jnp.int32), none, none)))
+
+
+def _round(
+    model: Transformer, pruned: Transformer, answer: Answer, drafts: int, sampler: Sampler, eos: tuple[int, ...]
+) -> tuple[Answer, Drafting]:
+    place = jnp.arange(drafts + 1, dtype=jnp.int32)
+    # Each column has its own keys, whichever round it is written in. Where a draft is dropped because of another row,
+    # or of a draft before it, nothing that was kept has depended on its keys.
+    keys = jax.vmap(lambda column: jax.vmap(lambda key: jax.random.split(key, 3))(column_keys(answer, column)))
+    to_draft, to_accept, to_correct = jnp.moveaxis(keys(answer.count + place), 2, 0)
+    newest = jax.lax.dynamic_slice_in_dim(answer.tokens, answer.count - 1, 1, axis=1)
+    newest = jnp.maximum(newest, 0)
+    positions = (answer.lengths + answer.count - 1)[:, None] + place
+    positions = jnp.where(answer.done[:, None], EMPTY, positions)
+
+    def draft(state: tuple[KVCache, Array], step: tuple[Array, Array]):
+        cache, token = state
+        position, keys = step
+        x, cache, _ = pruned(token, position[:, None], cache)
+        logits = pruned.logits(x)[:, 0]
+        drawn = sampler(logits, keys)
+        return (cache, drawn[:, None]), (drawn, sampler.distribution(logits))
+
+    steps = positions.T[:drafts], to_draft[:drafts]
+    (cache, _), (drafted, q) = jax.lax.scan(draft, (answer.cache, newest), steps)
+    drafted, q = drafted.T, q.swapaxes(0, 1)
+
+    cache = cache.without_last(drafts)
+    x, cache, _ = model(jnp.concatenate([newest, drafted], axis=1), positions, cache)
+    p = sampler.distribution(model.logits(x))
+
+    chance = jax.vmap(jax.vmap(jax.random.uniform))(to_accept[:drafts]).T
+    accepted = jnp.cumprod(accept(chance, *(_of(drafted, x) for x in (p[:, :drafts], q))), axis=1)
+    first = jnp.sum(accepted, axis=1)
+    # Behind the last draft there is none, which is one that had no probability.
+    q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
+    p_first, q_first = (jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0] for x in (p, q))
+    key = jnp.take_along_axis(to_correct.T, first[:, None], axis=1)[:, 0]
+    corrected = jax.vmap(jax.random.categorical)(key, jnp.log(correction(p_first, q_first)))
+
+    tokens = jnp.where(place < first[:, None], jnp.pad(drafted, ((0, 0), (0, 1))), corrected[:, None].astype(jnp.int32))
+    ends = jnp.isin(tokens, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(tokens, bool)
+    ends &= place <= first[:, None]
+    ended = jnp.cumsum(ends, axis=1)
+    # A row that has ended does not hold the others up.
+    reach = jnp.where(answer.done | (ended[:, -1] > 0), drafts + 1, first + 1)
+    taken = jnp.min(reach)
+    is_taken = (place < taken) & ~answer.done[:, None] & (ended - ends == 0)
+    drafting = Drafting(
+        passes=jnp.ones((), jnp.int32),
+        drafted=jnp.where(answer.done, 0, drafts),
+        accepted=jnp.sum(is_taken & (place < first[:, None]), axis=1, dtype=jnp.int32),
+    )
+    answer = dataclasses.replace(
+        answer,
+        tokens=jax.lax.dynamic_update_slice(answer.tokens, jnp.where(is_taken, tokens, EMPTY), (0, answer.count)),
+        count=answer.count + taken,
+        done=answer.done | jnp.any(ends & is_taken, axis=1),
+        cache=cache.without_last(drafts + 1 - taken),
+    )
+    return answer, drafting
+
+
+def _of(tokens: Int[Array, "b n"], x: Float[Array, "b n v"]) -> Float[Array, "b n"]:
+    return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
+
+
+def accept(chance: Float[Array, "*b"], p: Float[Array, "*b"], q: Float[Array, "*b"]) -> Bool[Array, "*b"]:
+    """Whether drafts are accepted: with probability min(1, p / q).
+
+    Args:
+        chance: uniform in [0, 1).
+        p: of the draft, in the full model.
+        q: of the draft, in the model that drew it; above 0.
+    """
+    return chance * q < p
+
+
+def correction(p: Float[Array, "*b v"], q: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
+    """What replaces a draft that was not accepted is drawn in proportion to this: max(0, p - q).
+
+    Where rounding leaves nothing of it, p and q are the same, and it is p.
+    """
+    rest = jnp.maximum(p - q, 0)
+    return jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)

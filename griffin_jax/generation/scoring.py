@@ -1,0 +1,270 @@
+"""Teacher forcing: how probable given answers are, and how far a pruned model's predictions are from the dense one's.
+
+    prefilled = prefill(model, tokens, lengths, room=R)                   as for an answer that is to be written
+    hidden, statistics = follow(model, prefilled, answers, lengths)       what decoding these tokens would have seen
+    hidden, _ = follow(prune(model, experts), prefilled, answers, lengths)
+    losses(model, hidden, answers), compare(model, dense, pruned, answers)
+    hidden, longer = extend(model, prefilled, tokens, lengths)            prompts that go on, scored on the way
+    hidden = follow_refreshed(model, prefilled, answers, lengths, config, N)   as with a refresh every N tokens
+
+Prompts and answers may be ragged; a prompt that was read once serves any number of pruned models. Scores over the
+vocabulary are made a few tokens at a time, so that they never take more memory than a few tokens' worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior
+from griffin_jax.extensions.reconstruction import Reconstruction
+from griffin_jax.generation.decode import DEFAULT_CHUNK, Prefilled, by_chunk, chunk_count, read_on
+from griffin_jax.griffin.select import Statistics, prune, select
+from griffin_jax.model.cache import EMPTY, KVCache
+from griffin_jax.model.config import GriffinConfig
+from griffin_jax.model.transformer import Transformer
+
+LOGITS_BYTES = 1 << 27
+"""Logits of at most this size exist at a time, or those of one token of each row."""
+
+
+def follow(
+    model: Transformer,
+    prefilled: Prefilled,
+    answers: Int[Array, "b r"],
+    lengths: Int[Array, "b"],
+    *,
+    collect: bool = False,
+) -> tuple[Float[Array, "b r d"], Statistics]:
+    """Reads given answers behind prompts that were prefilled.
+
+    Answers that are wider than `DEFAULT_CHUNK` are read in chunks of at most so many tokens, if these divide the width,
+    as they do what `bucket` makes: attention scores and intermediates are no larger.
+
+    Args:
+        model: the full model or a pruned one.
+        prefilled: the prompts, with room for R tokens. It stays as it is.
+        answers: token ids, padded on the right with any token.
+        lengths: real tokens of each answer, in [0, R].
+        collect: whether to gather GRIFFIN's statistic over the answers; static.
+
+    Returns:
+        The residual stream that scores each answer token, for `losses` and `compare` (of the first one it is the
+        prompt's own, dense), and the statistics of the answers (no layers unless `collect`).
+    """
+    batch = answers.shape[0]
+    nothing = tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons if collect)
+    nothing = Statistics(nothing, jnp.zeros((batch,), jnp.int32))
+    hidden, _, statistics, _ = _read(model, prefilled, answers, lengths, nothing)
+    return _behind(prefilled, hidden), statistics
+
+
+def extend(
+    model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"]
+) -> tuple[Float[Array, "b r d"], Prefilled]:
+    """Reads more tokens of prompts, as if these had been prefilled with them.
+
+    Args:
+        model: the full model.
+        prefilled: the prompts, with room for at least R tokens. It stays as it is.
+        tokens: that follow, padded on the right with any token.
+        lengths: real tokens of each row, in [0, R].
+
+    Returns:
+        The residual stream that scores each of the tokens, as from `follow`, and the longer prompts, with room for R
+        tokens less; with statistics if there were any, and with as many rows for a `Reconstruction`, in which the
+        newest tokens have taken the places of the oldest.
+    """
+    hidden, cache, statistics, rows = _read(model, prefilled, tokens, lengths, prefilled.statistics, prefilled.rows)
+    at = jnp.maximum(lengths - 1, 0)[:, None, None]
+    last = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
+    logits = model.logits(last[:, None])[:, 0]
+    room = prefilled.room - tokens.shape[1]
+    return _behind(prefilled, hidden), Prefilled(logits, last, cache, statistics, room, rows)
+
+
+def follow_refreshed(
+    model: Transformer,
+    prefilled: Prefilled,
+    answers: Int[Array, "b r"],
+    lengths: Int[Array, "b"],
+    config: GriffinConfig,
+    width: int,
+    *,
+    prior: Prior | None = None,
+    prior_weight: float | Float[Array, ""] = DEFAULT_WEIGHT,
+    reconstruction: Reconstruction | None = None,
+    seed: int | Int[Array, ""] = 0,
+) -> Float[Array, "b r d"]:
+    """Reads given answers as decoding does that is refreshed at every `width` tokens, with neurons selected anew.
+
+    Each stretch of `width` tokens is read by the pruned model, and then once more by the full one, which scores the
+    token behind it; see `griffin_jax.refresh`.
+
+    Args:
+        model: the full model.
+        prefilled: the prompts, with statistics and with room for R tokens. It stays as it is.
+        answers: token ids, padded on the right with any token.
+        lengths: real tokens of each answer, in [0, R].
+        config: how to prune; static.
+        width: tokens between two refreshes; static.
+        prior: for `select`.
+        prior_weight: for `select`.
+        reconstruction: for the first `prune`; later its rows give way to those of the answer.
+        seed: for the methods that draw.
+
+    Returns:
+        The residual stream that scores each answer token, as from `follow`.
+    """
+
+    def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
+        experts = select(state.statistics, config, model=model, seed=seed, prior=prior, prior_weight=prior_weight)
+        fitted = None if reconstruction is None else dataclasses.replace(reconstruction, rows=state.rows)
+        return follow(prune(model, experts, reconstruction=fitted), state, tokens, lengths)[0]
+
+    def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
+        hidden = stretch(state, *step)
+        _, longer = extend(model, state, *step)
+        # The stretches of a loop have one type, of which the room is a part.
+        return dataclasses.replace(longer, room=state.room), hidden
+
+    batch, length = answers.shape
+    refreshes = max(length - 1, 0) // width
+    read = refreshes * width
+    left = jnp.clip(lengths - width * jnp.arange(refreshes + 1)[:, None], 0, width)
+    state = dataclasses.replace(prefilled, rows=() if reconstruction is None else reconstruction.rows)
+    if not refreshes:
+        return stretch(state, answers, left[0])
+    state, hidden = jax.lax.scan(refreshed, state, (by_chunk(answers[:, :read], refreshes), left[:-1]))
+    hidden = hidden.swapaxes(0, 1).reshape(batch, read, -1)
+    return jnp.concatenate([hidden, stretch(state, answers[:, read:], left[-1])], axis=1)
+
+
+def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
+    """What scores each token is what stands before it."""
+    return jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
+
+
+def _read(
+    model: Transformer,
+    prefilled: Prefilled,
+    tokens: Int[Array, "b r"],
+    lengths: Int[Array, "b"],
+    statistics: Statistics,
+    rows: tuple[Float[Array, "b _r _f"], ...] = (),
+) -> tuple[Float[Array, "b r d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
+    batch, length = tokens.shape
+    steps = jnp.arange(length, dtype=jnp.int32)
+    positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
+    chunks = chunk_count(length, DEFAULT_CHUNK) if length else 1
+    if chunks == 1 or length % chunks:
+        return read_on(model, prefilled.cache, tokens, positions, statistics, rows)
+
+    def read(state: tuple[KVCache, Statistics, Any], chunk: tuple[Array, Array]):
+        cache, statistics, rows = state
+        hidden, cache, statistics, rows = read_on(model, cache, *chunk, statistics, rows)
+        return (cache, statistics, rows), hidden
+
+    parts = by_chunk(tokens, chunks), by_chunk(positions, chunks)
+    (cache, statistics, rows), hidden = jax.lax.scan(read, (prefilled.cache, statistics, rows), parts)
+    return hidden.swapaxes(0, 1).reshape(batch, length, -1), cache, statistics, rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """How well each token of an answer was predicted. Where an answer is padded, anything.
+
+    Attributes:
+        loss: -log p of the token, in nats, float32.
+        greedy: whether the token is the most probable one.
+    """
+
+    loss: Float[Array, "b r"]
+    greedy: Bool[Array, "b r"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A pruned model's predictions beside the dense one's. Where an answer is padded, anything.
+
+    Attributes:
+        loss: -log p of the answer's token in the pruned model, in nats, float32.
+        kl: KL(dense || pruned) of the next token's distribution, in nats, float32.
+        agree: whether both models' most probable tokens are the same.
+    """
+
+    loss: Float[Array, "b r"]
+    kl: Float[Array, "b r"]
+    agree: Bool[Array, "b r"]
+
+
+def losses(model: Transformer, hidden: Float[Array, "b r d"], answers: Int[Array, "b r"]) -> Losses:
+    """How well answers were predicted.
+
+    Args:
+        model: whose norm and head make the scores; pruned models have the full one's.
+        hidden: from `follow`.
+        answers: the tokens that were predicted.
+    """
+
+    def few(hidden: Array, answers: Array) -> tuple[Array, Array]:
+        logits = model.logits(hidden)
+        return _loss(jax.nn.log_softmax(logits), answers), jnp.argmax(logits, axis=-1) == answers
+
+    return Losses(*_few_at_a_time(model, few, hidden, answers))
+
+
+def compare(
+    model: Transformer,
+    dense: Float[Array, "b r d"],
+    pruned: tuple[Float[Array, "b r d"], ...],
+    answers: Int[Array, "b r"],
+) -> tuple[Comparison, ...]:
+    """Several pruned models' predictions beside the dense one's.
+
+    Args:
+        model: the full model, whose norm and head all of them have.
+        dense: its residual stream, from `follow`.
+        pruned: those of the pruned models.
+        answers: the tokens that were predicted.
+    """
+
+    def few(dense: Array, pruned: tuple[Array, ...], answers: Array) -> list[tuple[Array, Array, Array]]:
+        p = jax.nn.log_softmax(model.logits(dense))
+        probability, best = jnp.exp(p), jnp.argmax(p, axis=-1)
+        found = []
+        for hidden in pruned:
+            q = jax.nn.log_softmax(model.logits(hidden))
+            kl = jnp.sum(probability * (p - q), axis=-1)
+            found.append((_loss(q, answers), kl, jnp.argmax(q, axis=-1) == best))
+        return found
+
+    return tuple(Comparison(*scores) for scores in _few_at_a_time(model, few, dense, pruned, answers))
+
+
+def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) -> Float[Array, "b r"]:
+    return -jnp.take_along_axis(log_probabilities, answers[..., None], axis=-1)[..., 0]
+
+
+def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any) -> Any:
+    """`score` of arrays (B, R, ...), some columns at a time."""
+    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
+    columns = max(1, min(length, LOGITS_BYTES // (4 * batch * model.config.vocab_size)))
+    blocks = -(-length // columns)
+
+    def split(x: Array) -> Array:
+        return by_chunk(jnp.pad(x, ((0, 0), (0, blocks * columns - length), *[(0, 0)] * (x.ndim - 2))), blocks)
+
+    def join(y: Array) -> Array:
+        return y.swapaxes(0, 1).reshape(batch, blocks * columns, *y.shape[3:])[:, :length]
+
+    if blocks == 1:
+        return score(*arrays)
+    return jax.tree.map(join, jax.lax.map(lambda block: score(*block), jax.tree.map(split, arrays)))

@@ -1,0 +1,212 @@
+"""Modules from arrays: no weight is ever drawn at random only to be overwritten.
+
+Checkpoints have what the field has names for: `attention.query`, `ff.gate`, ... Some of these are one
+parameter of the module, because one product reads weights faster than several do. This is the only
+place that knows both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
+
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
+
+NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
+"""What a checkpoint has of a feed-forward layer with a row for each neuron."""
+
+
+def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Transformer:
+    """The module tree of a model, with `jax.ShapeDtypeStruct`s for weights."""
+    return nnx.eval_shape(lambda: Transformer(config, dtype))
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of everything that a checkpoint has by its path, such as `layers.3.ff.gate`."""
+    return dict(_parameter_shapes(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    state = nnx.state(abstract_model(config))
+    shapes = {}
+    for path, variable in nnx.to_flat_state(state):
+        parts = jax.eval_shape(functools.partial(split, dotted(path), config=config), variable.get_value())
+        shapes |= {name: part.shape for name, part in parts.items()}
+    return shapes
+
+
+def dotted(path: tuple[object, ...]) -> str:
+    """`("layers", 3, "ff", "gate")` -> `"layers.3.ff.gate"`."""
+    return ".".join(map(str, path))
+
+
+def parts_of(path: str, config: ModelConfig) -> list[str]:
+    """What a module's parameter consists of in a checkpoint; mostly itself."""
+    layer, _, name = path.rpartition(".")
+    suffix = "_bias" if name.endswith("_bias") else ""
+    if name.removesuffix(suffix) == "qkv":
+        return [f"{layer}.{part}{suffix}" for part in ("query", "key", "value")]
+    if name.removesuffix(suffix) == "inner":
+        return [f"{layer}.{part}{suffix}" for part in (("gate", "up") if config.gated else ("up",))]
+    return [path]
+
+
+def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
+    """A module's parameter from its parts, in the order of `parts_of`; NumPy's arrays stay NumPy's."""
+    np_or_jnp: ModuleType = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    if kv_copies > 1:
+        held = parts if _of_each_kv_head(path, parts[0].ndim) else parts[1:] if ".qkv" in path else []
+        parts = [*parts[: len(parts) - len(held)], *(np_or_jnp.repeat(part, kv_copies, axis=0) for part in held)]
+    if ".qkv" in path:
+        query, key, value = parts
+        groups = key.shape[0]
+        query = query.reshape(groups, query.shape[0] // groups, *query.shape[1:])
+        return np_or_jnp.concatenate([query, key[:, None], value[:, None]], axis=1)
+    return np_or_jnp.stack(parts) if ".inner" in path else parts[0]
+
+
+def _of_each_kv_head(path: str, axes: int) -> bool:
+    """Whether a parameter is the scale of a norm that each key head has for itself, (G, 1, H)."""
+    return path.endswith("key_norm.scale") and axes == 3
+
+
+def _placed(path: str, whole: Any, part: Any) -> Any:
+    """A joined parameter on the devices of its parts, divided as this one of them is."""
+    sharding = getattr(part, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".inner" not in path):
+        return whole
+    axes = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
+    # (G, R + 2, H, D) from (G, H, D) or (N, H, D), and (2, F, D) from (F, D).
+    axes.insert(1 if ".qkv" in path else 0, None)
+    return jax.device_put(whole, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
+
+
+def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
+    """The parts of a module's parameter by their paths: what `join` joined."""
+    parts, copies = parts_of(path, config), config.kv_copies
+    if _of_each_kv_head(path, array.ndim):
+        return {path: array[::copies]}
+    if ".qkv" in path:
+        query = array[:, :-2].reshape(-1, *array.shape[2:])
+        return dict(zip(parts, (query, array[::copies, -2], array[::copies, -1]), strict=True))
+    return {name: array[number] for number, name in enumerate(parts)} if ".inner" in path else {path: array}
+
+
+def without_copies(path: str, array: Any, config: ModelConfig) -> Any:
+    """A module's parameter as it is where each key/value head is held once."""
+    return array if config.kv_copies == 1 else join(path, list(split(path, array, config).values()))
+
+
+def disassemble(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
+    """Path and weights of everything that a checkpoint of the model has."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        yield from split(dotted(path), variable.get_value(), model.config).items()
+
+
+def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype: DTypeLike) -> Transformer:
+    """The model with these weights.
+
+    Args:
+        config: the architecture.
+        arrays: path and weights of everything in `parameter_shapes`, in any order; consumed one by one, so
+            a generator needs memory for no more than one parameter beside the model.
+        dtype: that the weights get.
+
+    Raises:
+        ValueError: something is missing, unknown, given twice or of another shape.
+    """
+    graph, state = nnx.split(abstract_model(config, dtype))
+    shapes = parameter_shapes(config)
+    variables = {dotted(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    parameter_of = {part: path for path in variables for part in parts_of(path, config)}
+    waiting: dict[str, dict[str, ArrayLike]] = {path: {} for path in variables}
+    filled, seen = [], set()
+    for name, array in arrays:
+        if name not in shapes or name in seen:
+            raise ValueError(f"parameter {name!r} is {'given twice' if name in seen else 'not part of this model'}")
+        if jnp.shape(array) != shapes[name]:
+            raise ValueError(f"parameter {name!r} has the shape {jnp.shape(array)}, not {shapes[name]}")
+        seen.add(name)
+        path = parameter_of[name]
+        waiting[path][name] = array
+        parts = parts_of(path, config)
+        if len(waiting[path]) == len(parts):
+            have = waiting.pop(path)
+            pieces = [have.pop(part) for part in parts]
+            # Devices that hold copies of key/value heads share the queries.
+            like = pieces[0 if config.kv_copies > 1 else -1]
+            whole = _placed(path, join(path, pieces, config.kv_copies), like)
+            key, variable = variables[path]
+            filled.append((key, variable.replace(jnp.asarray(whole, dtype))))
+    if missing := shapes.keys() - seen:
+        raise ValueError(f"missing parameters: {', '.join(sorted(missing))}")
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def random_model(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0, mesh: Mesh | None = None
+) -> Transformer:
+    """A model with random matrices of variance 1 / fan-in: as fast and as large as a trained one, and as finite.
+
+    Norms and biases are what they are before training. The matrices are made on their devices, one after the other, in
+    the dtype that they keep: no memory is needed beside the model's and that of one more.
+
+    Args:
+        config: the architecture.
+        dtype: of the weights.
+        seed: of the weights.
+        mesh: divide the parameters as `griffin_jax.model.sharding` says; their values stay the same.
+
+    Raises:
+        ValueError: the mesh cannot share the neurons evenly.
+    """
+    devices = axis_size(mesh, MODEL_AXIS)
+    check_mesh(config, devices)
+    config = with_kv_copies(config, devices)
+
+    def weights() -> Iterator[tuple[str, Array]]:
+        for number, (path, shape) in enumerate(parameter_shapes(config).items()):
+            name = path.rpartition(".")[-1]
+            sharding = None if mesh is None else NamedSharding(mesh, parameter_spec(path, shape, config, mesh))
+            if name == "scale" or name.endswith("bias"):
+                fill = 1 if name == "scale" and not config.norm_plus_one else 0
+                yield path, jnp.full(shape, fill, dtype, device=sharding)
+                continue
+            # Products run over the leading axes of what leads back to the residual stream, else over the last one.
+            ends = name in ("down", "out", "project_in", "project_out")
+            fan_in = math.prod(shape[:-1]) if ends else shape[-1]
+            start = np.uint32(seed * 100_003 + number)
+            yield path, _uniform(start, fan_in**-0.5, shape, jnp.dtype(dtype), sharding)
+
+    return assemble(config, weights(), dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _uniform(
+    seed: Array, deviation: Array, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None
+) -> Array:
+    """Numbers of mean 0 and this deviation: a counter, scrambled as MurmurHash3 does at its end.
+
+    `jax.random` takes minutes for some billions of normal ones on a CPU, and nothing here needs their quality.
+    """
+    x = jax.lax.iota(jnp.uint32, math.prod(shape)) + seed * np.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * np.uint32(factor)
+    x = jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32).astype(jnp.float32)
+    x = (x * (deviation * (3**0.5 / 2**31))).astype(dtype).reshape(shape)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -1,0 +1,404 @@
+"""What a model is (`ModelConfig`, `Rotary`, `Alibi`) and how it is pruned (`GriffinConfig`).
+
+All are frozen and hashable, so they can be static arguments of `jax.jit`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+NormKind = Literal["rms", "layer"]
+NormPlacement = Literal["pre", "post", "output", "sandwich"]
+HeadNorm = Literal["none", "shared", "own", "joint"]
+Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions.
+
+    Attributes:
+        theta: base of the geometric series of wavelengths.
+        kind: `default`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: long
+            wavelengths divided by `factor`, a smooth blend between); `yarn` (arXiv 2309.00071);
+            `longrope` (arXiv 2402.13753: a factor for every wavelength).
+        dims: leading dimensions of a head that turn, the others stay as they are; None for all.
+        interleaved: whether dimension 2i turns with 2i + 1 (GPT-J) instead of i with i + dims/2.
+        factor: how many times the context grows.
+        original_positions: context of the unscaled model, in tokens (`llama3`, `yarn`, `longrope`).
+        low_freq_factor: wavelengths above `original_positions / low_freq_factor` are scaled whole.
+        high_freq_factor: wavelengths below `original_positions / high_freq_factor` stay as they are.
+        beta_fast: rotations within the original context above which `yarn` leaves a wavelength alone.
+        beta_slow: rotations below which `yarn` divides it by `factor`.
+        truncate: whether `yarn` rounds the two limits of its blend to whole dimensions.
+        attention_factor: multiplies the cosines and sines (`yarn`, `longrope`; elsewhere 1).
+        short_factors: `longrope`'s divisors of the frequencies, one for each pair of dimensions, for
+            texts of at most `original_positions` tokens.
+        long_factors: the same for longer texts.
+    """
+
+    theta: float = 10_000.0
+    kind: RotaryKind = "default"
+    dims: int | None = None
+    interleaved: bool = False
+    factor: float = 1.0
+    original_positions: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("rotary kind", self.kind, get_args(RotaryKind))
+        if self.theta <= 0 or self.factor <= 0:
+            raise ValueError(f"rotary theta and factor must be positive, got {self.theta} and {self.factor}")
+        if self.dims is not None and (self.dims < 2 or self.dims % 2):
+            raise ValueError(f"rotary dims must be even and at least 2, got {self.dims}")
+        if self.kind in ("llama3", "yarn", "longrope") and self.original_positions < 1:
+            raise ValueError(f"rotary kind {self.kind!r} needs original_positions, the context of the unscaled model")
+        for name in ("short_factors", "long_factors"):
+            factors = tuple(getattr(self, name))
+            object.__setattr__(self, name, factors)
+            if (self.kind == "longrope") != bool(factors):
+                raise ValueError(f"{name} belong to rotary kind 'longrope' and to no other; kind is {self.kind!r}")
+            if not all(factor > 0 for factor in factors):
+                raise ValueError(f"rotary {name} must be positive, got {factors}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alibi:
+    """Attention with linear biases (arXiv 2108.12409): a score falls by slope x distance.
+
+    Attributes:
+        max_bias: the slopes of N heads are 2^(-max_bias i / N), i = 1 ... N; for another N than a power of
+            two, those of the next smaller power and then every other one of the next larger.
+        scaled: the bias is multiplied by the attention's scale like the scores (Falcon).
+        rounded: slopes and biases are rounded to bfloat16, whatever the model's dtype (Falcon).
+    """
+
+    max_bias: float = 8.0
+    scaled: bool = False
+    rounded: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.max_bias > 0:
+            raise ValueError(f"alibi max_bias must be positive, got {self.max_bias}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer. Every difference between model families is one field here.
+
+    Attributes:
+        family: name of the module in `griffin_jax.checkpoints.families` that the weights came through.
+        vocab_size: V, rows of the embedding.
+        width: D, the residual stream.
+        ff_width: F, neurons of each feed-forward layer before pruning.
+        num_layers: number of transformer layers.
+        num_heads: N query heads.
+        num_kv_heads: G key/value heads; N is a multiple of G.
+        head_dim: H.
+        max_positions: the context, in tokens: prompt and answer together.
+        activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
+            tanh approximation.
+        gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
+        norm: `rms` (RMSNorm) or `layer` (LayerNorm).
+        norm_eps: added to the mean square or variance in norms.
+        norm_bias: LayerNorm has a bias.
+        norm_plus_one: norms multiply by 1 + scale instead of scale (Gemma).
+        norm_placement: for a sublayer f, attention or feed-forward: `pre`: x + f(norm(x)); `post`:
+            norm(x + f(x)) (OPT-350m); `output`: x + norm(f(x)) (OLMo 2); `sandwich`:
+            x + norm(f(norm(x))) (Gemma 2).
+        final_norm: a norm before the head.
+        head_norm: norm of queries and keys before rotary embedding. `shared`: each head for itself, one
+            scale for all (Qwen3); `own`: each head for itself with a scale of its own (StableLM 2);
+            `joint`: over all heads together (OLMo 2).
+        parallel: attention and feed-forward read the same x: x + attention(norm(x)) + ff(norm(x)).
+        shared_norm: they share one norm, too.
+        rotary: rotary position embedding; None for none.
+        local_rotary: that of layers with a window, where it is another (Gemma 3).
+        unrotated_layers: numbers of the layers without rotary embedding (SmolLM3).
+        alibi: linear attention biases; None for none.
+        learned_positions: an embedding of every position is added to that of the token.
+        windows: per layer, how many tokens a query reads back, itself included; 0 for all. Empty if
+            no layer has a window.
+        attention_scale: multiplies the scores; None for head_dim^-0.5.
+        attention_softcap: scores s become cap * tanh(s / cap); None for no cap.
+        qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip]; None for no clip.
+        embedding_width: columns of the embedding and the head where it is not D: two projections join
+            them to the layers (OPT-350m). None for D.
+        embedding_scale: multiplies the embedding.
+        embedding_norm: a norm behind the embedding (BLOOM).
+        residual_scale: multiplies what a sublayer adds to the residual stream (Granite).
+        logit_scale: multiplies the logits.
+        logit_softcap: logits l become cap * tanh(l / cap); None for no cap.
+        tied_head: the head is the embedding.
+        head_bias: bias on the head.
+        attention_bias: biases on query, key and value.
+        attention_out_bias: bias on the attention's output projection.
+        ff_bias: biases on all projections of the feed-forward layer.
+        bos_token_id: first token of a text, or None.
+        eos_token_ids: any of these ends an answer.
+        kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
+            It is no property of a checkpoint: devices that are more than the heads are given copies
+            (`griffin_jax.model.sharding.with_kv_copies`), and compute the same.
+    """
+
+    family: str
+    vocab_size: int
+    width: int
+    ff_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    activation: Activation = "silu"
+    gated: bool = True
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    norm_plus_one: bool = False
+    norm_placement: NormPlacement = "pre"
+    final_norm: bool = True
+    head_norm: HeadNorm = "none"
+    parallel: bool = False
+    shared_norm: bool = False
+    rotary: Rotary | None = Rotary()
+    local_rotary: Rotary | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    alibi: Alibi | None = None
+    learned_positions: bool = False
+    windows: tuple[int, ...] = ()
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    qkv_clip: float | None = None
+    embedding_width: int | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    tied_head: bool = False
+    head_bias: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    ff_bias: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    kv_copies: int = 1
+
+    def __post_init__(self) -> None:
+        _check_choice("activation", self.activation, get_args(Activation))
+        for name in (
+            "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
+            "kv_copies",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.num_heads % self.kv_heads:
+            groups = f"num_kv_heads {self.num_kv_heads}" + (f" x {self.kv_copies}" if self.kv_copies > 1 else "")
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of {groups}")
+        _check_choice("norm", self.norm, get_args(NormKind))
+        _check_choice("norm_placement", self.norm_placement, get_args(NormPlacement))
+        _check_choice("head_norm", self.head_norm, get_args(HeadNorm))
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
+        for name in ("attention_softcap", "logit_softcap", "qkv_clip", "embedding_width"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive or None, got {value}")
+        if self.shared_norm and not self.parallel:
+            raise ValueError("shared_norm is for parallel attention and feed-forward layers only")
+        if self.parallel and self.norm_placement != "pre":
+            raise ValueError(f"parallel layers have norm_placement 'pre', got {self.norm_placement!r}")
+        self._check_positions()
+        for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"special token {token} is outside the vocabulary of {self.vocab_size}")
+
+    def _check_positions(self) -> None:
+        for rotary in (self.rotary, self.local_rotary):
+            if rotary is None:
+                continue
+            dims = self.head_dim if rotary.dims is None else rotary.dims
+            if dims > self.head_dim or dims % 2:
+                raise ValueError(f"rotary embedding turns an even number of dimensions up to head_dim, got {dims}")
+            for name in ("short_factors", "long_factors"):
+                factors = getattr(rotary, name)
+                if factors and len(factors) != dims // 2:
+                    raise ValueError(f"rotary {name} must be {dims // 2}, one for each pair, got {len(factors)}")
+        if self.local_rotary is not None and self.rotary is None:
+            raise ValueError("local_rotary needs rotary, that of the other layers")
+        if self.windows and (len(self.windows) != self.num_layers or min(self.windows) < 0):
+            raise ValueError(f"windows must be {self.num_layers} whole numbers of at least 0, got {self.windows}")
+        if any(not 0 <= layer < self.num_layers for layer in self.unrotated_layers):
+            raise ValueError(f"unrotated_layers must lie in [0, {self.num_layers - 1}], got {self.unrotated_layers}")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads that the model holds, copies included."""
+        return self.num_kv_heads * self.kv_copies
+
+    @property
+    def score_scale(self) -> float:
+        """What attention's scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    def window(self, layer: int) -> int:
+        """Tokens that a query of this layer reads back, itself included; 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+    def layer_rotary(self, layer: int) -> Rotary | None:
+        """The rotary embedding of this layer, if it has one."""
+        if layer in self.unrotated_layers:
+            return None
+        return self.local_rotary if self.local_rotary is not None and self.window(layer) else self.rotary
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary that `from_json` turns back into an equal config."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
+        """The config that `to_json` wrote.
+
+        Raises:
+            ValueError: a field is unknown, missing or outside its range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - known):
+            raise ValueError(f"unknown fields of ModelConfig: {', '.join(unknown)}")
+        values = dict(fields)
+        try:
+            for name, kind in (("rotary", Rotary), ("local_rotary", Rotary), ("alibi", Alibi)):
+                if values.get(name) is not None:
+                    values[name] = kind(**values[name])
+            for name in ("eos_token_ids", "windows", "unrotated_layers"):
+                values[name] = tuple(values.get(name, ()))
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"not a ModelConfig: {error}") from error
+
+
+def kept_neurons(ff_width: int, density: float, multiple: int = 1) -> int:
+    """k = floor(F * density), rounded up to a multiple and never above F.
+
+    The density counts as the decimal that was written: 0.29 of 100 neurons is 29, although the
+    nearest float64 lies below 0.29.
+
+    Args:
+        ff_width: F.
+        density: share of neurons to keep, in (0, 1].
+        multiple: k is rounded up to a multiple of this; 128 suits the tiles of GPUs and TPUs.
+
+    Raises:
+        ValueError: `density` is outside (0, 1], `multiple` is below 1, or k would be 0.
+    """
+    check_density(density)
+    if multiple < 1:
+        raise ValueError(f"multiple must be at least 1, got {multiple}")
+    k = math.floor(ff_width * Fraction(repr(float(density))))
+    k = min(ff_width, -(-k // multiple) * multiple)
+    if k < 1:
+        raise ValueError(
+            f"density {density} keeps 0 of {ff_width} neurons; it must be at least 1/{ff_width} to keep one"
+        )
+    return k
+
+
+def density_that_keeps(k: int, ff_width: int) -> float:
+    """A density of which `kept_neurons` makes k of F neurons: k / F, or the next number above if that is too small."""
+    density = k / ff_width
+    return density if ff_width * Fraction(repr(density)) >= k else math.nextafter(density, 1.0)
+
+
+def check_density(density: object) -> None:
+    """Raise `ValueError` unless `density` is a number in (0, 1]."""
+    if not isinstance(density, float | int | np.floating) or isinstance(density, bool) or not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1], got {density!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GriffinConfig:
+    """How a model is pruned for an answer.
+
+    Attributes:
+        density: share of feed-forward neurons kept, in (0, 1]; one for all layers or one per layer.
+        method: `topk` is the paper's. `sample` draws without replacement in proportion to the
+            statistic; `topk_sample` takes half of each; `random` and `magnitude` ignore the prompt
+            and are the baselines it is compared with.
+        shared: one set of experts for the whole batch (faster to decode), or one for every
+            sequence (each answer as if it were alone, where nothing is drawn).
+        multiple: the number of kept neurons is rounded up to a multiple of this.
+        shards: of so many equal ranges of a layer's neurons, each keeps its k / shards best; 1 keeps the k best of all.
+            On as many devices (see `griffin_jax.model.sharding`), or a divisor of that, every device keeps rows of its
+            own, as many as the others do, and `prune` moves none between them.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    density: float | Sequence[float] = 0.5
+    method: Method = "topk"
+    shared: bool = False
+    multiple: int = 1
+    shards: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.density, Sequence | np.ndarray) and not isinstance(self.density, str):
+            object.__setattr__(self, "density", tuple(self.density))
+        for density in self.density if isinstance(self.density, Sequence) else (self.density,):
+            check_density(density)
+        _check_choice("method", self.method, get_args(Method))
+        for name in ("multiple", "shards"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+    def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:
+        """k of every layer.
+
+        Raises:
+            ValueError: there is not one density per layer, a layer would keep no neuron, or its shards cannot have
+                or keep equally many.
+        """
+        if not isinstance(self.density, Sequence):
+            densities = [self.density] * len(ff_widths)
+        elif len(self.density) == len(ff_widths):
+            densities = self.density
+        else:
+            raise ValueError(f"{len(self.density)} densities for {len(ff_widths)} layers; give one, or one for each")
+        kept = tuple(kept_neurons(f, d, self.multiple) for f, d in zip(ff_widths, densities, strict=True))
+        for neurons, k in zip(ff_widths, kept, strict=True):
+            check_shards(self.shards, neurons, k)
+        return kept
+
+
+def check_shards(shards: int, neurons: int, kept: int) -> None:
+    """Raise `ValueError` unless so many shards can each have as many of a layer's neurons and keep as many."""
+    if shards < 1 or neurons % shards:
+        raise ValueError(f"{shards} shards cannot have equally many of {neurons} neurons: shards must divide them")
+    if kept % shards:
+        raise ValueError(
+            f"{shards} shards cannot keep equally many of {kept} neurons: round them up to a multiple of {shards}"
+            f" (multiple={shards}; --multiple {shards})"
+        )

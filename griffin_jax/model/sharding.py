@@ -1,0 +1,199 @@
+"""How a model is divided among the devices of a mesh: tensor parallelism, as in Megatron-LM (arXiv 1909.08053).
+
+Every device has its share of each layer's heads and of each feed-forward layer's neurons, and of the rows of the
+embedding and the head; all the rest is on every device. The outputs of attention and of the feed-forward layer are
+then sums over the devices, and these two sums are all that a layer has to communicate. Sequences are divided along
+another axis of the mesh: their cache, and what each keeps of the weights for itself, is where they are. XLA divides the
+computation as its inputs are divided.
+
+Everything here is a plain function of shapes, and takes a `Mesh` or an `AbstractMesh`:
+
+    mesh = make_mesh(data=2, model=4)
+    model = jax.device_put(model, model_shardings(model, mesh))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from griffin_jax.aot.targets import GPU_TILE
+from griffin_jax.model.cache import KVCache
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
+
+if TYPE_CHECKING:
+    from griffin_jax.model.transformer import Transformer
+
+HEADS, NEURONS, VOCABULARY, SEQUENCES = "heads", "neurons", "vocabulary", "sequences"
+
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("embedding", (VOCABULARY, None)),  # (V, E)
+    ("head", (VOCABULARY, None)),  # (V, E)
+    ("head_bias", (VOCABULARY,)),  # (V,)
+    ("attention.qkv", (HEADS, None, None, None)),  # (G, R + 2, H, D)
+    ("attention.qkv_bias", (HEADS, None, None)),  # (G, R + 2, H)
+    ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H); (H,) if all heads share it
+    ("attention.key_norm.scale", (HEADS, None, None)),  # (G, 1, H); (H,) likewise
+    ("attention.out", (HEADS, None, None)),  # (N, H, D)
+    ("ff.inner", (None, NEURONS, None)),  # (A, F, D)
+    ("ff.inner_bias", (None, NEURONS)),  # (A, F)
+    ("ff.down", (NEURONS, None)),  # (F, D)
+    # Kept by each sequence for itself.
+    ("ff.inner", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
+    ("ff.inner_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
+    ("ff.down", (SEQUENCES, NEURONS, None)),  # (B, K, D)
+    # What checkpoints have for `qkv` and `inner`.
+    ("attention.query", (HEADS, None, None)),  # (N, H, D)
+    ("attention.key", (HEADS, None, None)),  # (G, H, D)
+    ("attention.value", (HEADS, None, None)),  # (G, H, D)
+    ("attention.query_bias", (HEADS, None)),  # (N, H)
+    ("attention.key_bias", (HEADS, None)),  # (G, H)
+    ("attention.value_bias", (HEADS, None)),  # (G, H)
+    ("ff.gate", (NEURONS, None)),  # (F, D)
+    ("ff.up", (NEURONS, None)),  # (F, D)
+    ("ff.gate_bias", (NEURONS,)),  # (F,)
+    ("ff.up_bias", (NEURONS,)),  # (F,)
+    # The cache.
+    ("keys", (SEQUENCES, HEADS, None, None)),  # (B, G, H, S)
+    ("values", (SEQUENCES, HEADS, None, None)),  # (B, G, S, H)
+    ("positions", (SEQUENCES, None)),  # (B, S)
+    ("context", (SEQUENCES,)),  # (B,)
+)  # fmt: skip
+"""What is divided, by the end of its path in the module, in a checkpoint or in the cache, and what its axes count.
+
+What is not here is on every device: norms, the biases of outputs, tables of positions.
+"""
+
+
+def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> None:
+    """Raise `ValueError` if this many devices cannot share the neurons, all of them or those that are kept.
+
+    Args:
+        config: the model.
+        devices: along `MODEL_AXIS`.
+        kept: neurons of each layer after pruning; none if it is not pruned.
+    """
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
+    if config.ff_width % devices:
+        possible = ", ".join(str(count) for count in range(1, 2 * devices + 1) if config.ff_width % count == 0)
+        raise ValueError(
+            f"{devices} devices cannot share the {config.ff_width} neurons of a feed-forward layer evenly; these can:"
+            f" {possible}"
+        )
+    if uneven := sorted({k for k in kept if k % devices}):
+        raise ValueError(
+            f"{devices} devices cannot share {uneven[0]} kept neurons evenly: round them up to a multiple of {devices}"
+            f" (--multiple {devices}; for whole tiles on each GPU --multiple {GPU_TILE * devices})"
+        )
+
+
+def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
+    """Which of heads, neurons and vocabulary this many devices share; the others are on every device.
+
+    Heads are shared by their groups, each with its key and value: where the number of groups is no multiple of
+    the devices, and copies do not make it one, every device has all of attention and of the cache.
+    """
+    sizes = {HEADS: config.kv_heads, NEURONS: config.ff_width, VOCABULARY: config.vocab_size}
+    return {name: size % devices == 0 for name, size in sizes.items()}
+
+
+def with_kv_copies(config: ModelConfig, devices: int) -> ModelConfig:
+    """The config of the same model with its key/value heads repeated, so that this many devices share attention.
+
+    Each copy has an equal share of the query heads of its group. The cache grows on all devices together, but each of
+    them has less of it than if it had all heads. The config stays what it is where the heads can be shared as they are,
+    or copies could not have equally many query heads.
+
+    Args:
+        config: the architecture.
+        devices: along `MODEL_AXIS`.
+    """
+    copies = devices // math.gcd(config.num_kv_heads, devices)
+    possible = config.num_heads % (config.num_kv_heads * copies) == 0
+    return dataclasses.replace(config, kv_copies=copies if possible else 1)
+
+
+def parameter_spec(
+    path: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh | AbstractMesh | None
+) -> PartitionSpec:
+    """How an array is divided.
+
+    Args:
+        path: of a parameter in the module or in a checkpoint, such as `layers.3.ff.down` or `layers.3.ff.gate`; or of
+            an array of the cache, `keys`, `values`, `positions` or `context`.
+        shape: of all of it.
+        config: the model.
+        mesh: an axis that it lacks divides nothing.
+    """
+    shared = divided(config, axis_size(mesh, MODEL_AXIS))
+
+    def axis(what: str | None, size: int) -> str | None:
+        if what == SEQUENCES:
+            return dividing(mesh, DATA_AXIS, size)
+        return dividing(mesh, MODEL_AXIS, size) if what is not None and shared[what] else None
+
+    for end, counted in RULES:
+        if f".{path}".endswith(f".{end}") and len(shape) == len(counted):
+            axes = [axis(what, size) for what, size in zip(counted, shape, strict=True)]
+            return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+    return PartitionSpec()
+
+
+def _check_axis(mesh: Mesh | AbstractMesh) -> None:
+    if MODEL_AXIS not in mesh.shape:
+        raise ValueError(f"the mesh has no axis {MODEL_AXIS!r}; its axes are {', '.join(map(repr, mesh.axis_names))}")
+
+
+def model_shardings(model: Transformer, mesh: Mesh | AbstractMesh) -> Transformer:
+    """The module tree with a `NamedSharding` in place of every array: for `jax.device_put` or `in_shardings`.
+
+    Args:
+        model: full or pruned; with arrays or `jax.ShapeDtypeStruct`s.
+        mesh: with an axis `MODEL_AXIS`.
+
+    Raises:
+        ValueError: the mesh has no such axis or cannot share the model's neurons evenly, or these lie in
+            two groups.
+    """
+    _check_axis(mesh)
+    if any(layer.ff.rest is not None for layer in model.layers):
+        raise ValueError("this model holds its neurons in two groups; divide the full model instead")
+    check_mesh(model.config, axis_size(mesh, MODEL_AXIS), model.neurons)
+
+    def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
+        return NamedSharding(mesh, parameter_spec(dotted(path), leaf.shape, model.config, mesh))
+
+    return jax.tree.map_with_path(sharding, model)
+
+
+def cache_shardings(cache: KVCache, config: ModelConfig, mesh: Mesh | AbstractMesh) -> KVCache:
+    """The cache with a `NamedSharding` in place of every array: keys and values lie where their heads do.
+
+    Args:
+        cache: with arrays or `jax.ShapeDtypeStruct`s; keys (B, G, H, S), values (B, G, S, H).
+        config: of the model.
+        mesh: with an axis `MODEL_AXIS`.
+
+    Raises:
+        ValueError: the mesh has no such axis.
+    """
+    _check_axis(mesh)
+
+    def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
+        # The layer's number is the last of the path.
+        name = dotted(path).split(".")[0]
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, config, mesh))
+
+    return jax.tree.map_with_path(sharding, cache)
+
+
+def dotted(path: jax.tree_util.KeyPath) -> str:
+    """A pytree's path as the module's: `.layers[3].ff.down.value` is `layers.3.ff.down`."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

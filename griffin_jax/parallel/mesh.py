@@ -1,0 +1,123 @@
+"""Meshes: devices in two axes, of which one divides the batch and the other the model.
+
+    mesh = make_mesh(data=2, model=4)            eight devices, each with a quarter of the model and half of the batch
+    llm = griffin_jax.load(source, mesh=mesh)
+
+What is divided along the axes is said in `griffin_jax.model.sharding`. No function has to be told the mesh: it is
+where the model's arrays are, also while they are traced.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.experimental import multihost_utils
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+"""The axis that sequences are divided along."""
+
+MODEL_AXIS = "model"
+"""The axis that heads, neurons and vocabulary are divided along."""
+
+AXES = (DATA_AXIS, MODEL_AXIS)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """The sizes of the axes that a text such as `data=2,model=4` names, in any order; one that is not there has 1.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in AXES:
+            raise ValueError(f"a mesh has the axes {' and '.join(AXES)}, such as data=2,model=4; got {text!r}")
+        if name in sizes:
+            raise ValueError(f"the mesh {text!r} names {name} twice")
+        if not (size.isascii() and size.isdecimal() and int(size)):
+            raise ValueError(f"the size of a mesh's axis is a whole number of at least 1, got {part.strip()!r}")
+        sizes[name] = int(size)
+    return {axis: sizes.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of the first data x model devices; those of a process are neighbours along `MODEL_AXIS`.
+
+    Args:
+        data: into how many parts batches are divided.
+        model: into how many parts the model is divided.
+
+    Raises:
+        ValueError: there are fewer devices, or several processes have more than are asked for.
+    """
+    devices, wanted = jax.devices(), data * model
+    if wanted > len(devices):
+        raise ValueError(
+            f"a mesh of data={data},model={model} takes {wanted} devices, there are {len(devices)}"
+            f" ({devices[0].platform}); of CPUs, XLA_FLAGS=--xla_force_host_platform_device_count={wanted} makes more"
+        )
+    if wanted < len(devices) and jax.process_count() > 1:
+        raise ValueError(
+            f"a mesh of several processes takes all of their {len(devices)} devices, data={data},model={model} are"
+            f" {wanted}"
+        )
+    return Mesh(np.asarray(devices[:wanted]).reshape(data, model), AXES)
+
+
+def checked_mesh(mesh: Mesh) -> Mesh:
+    """The mesh with both axes, one of which it may lack.
+
+    Raises:
+        ValueError: it has another axis.
+    """
+    if unknown := sorted(set(mesh.axis_names) - set(AXES)):
+        raise ValueError(
+            f"the mesh has the axes {', '.join(map(repr, mesh.axis_names))}; {', '.join(map(repr, unknown))} means"
+            f" nothing here: give it axes named {' and '.join(map(repr, AXES))}"
+        )
+    devices = np.asarray(mesh.devices)
+    if mesh.axis_names == AXES[::-1]:
+        devices = devices.T
+    return Mesh(devices.reshape([axis_size(mesh, axis) for axis in AXES]), AXES)
+
+
+def mesh_of(array: Any) -> Mesh | AbstractMesh | None:
+    """The mesh that an array is divided among, also while it is traced; None if it is on one device."""
+    sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        return sharding.mesh
+    return None
+
+
+def axis_size(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
+    """Devices along an axis; 1 if there is none."""
+    return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def dividing(mesh: Mesh | AbstractMesh | None, axis: str, size: int) -> str | None:
+    """The axis, if it divides this size among more than one device: an entry of a `PartitionSpec`."""
+    devices = axis_size(mesh, axis)
+    return axis if devices > 1 and size % devices == 0 else None
+
+
+def over_data(mesh: Mesh | AbstractMesh | None, array: Any) -> Any:
+    """An array (B, ...) divided along `DATA_AXIS`, where that divides B: else every part of the mesh has all of it."""
+    if mesh is None or dividing(mesh, DATA_AXIS, array.shape[0]) is None:
+        return array
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+
+
+def to_host(tree: Any) -> Any:
+    """The arrays of a tree as NumPy's, whole on every process."""
+
+    def whole(array: Any) -> np.ndarray:
+        if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+            return multihost_utils.process_allgather(array, tiled=True)
+        return np.asarray(array)
+
+    return jax.tree.map(whole, tree)

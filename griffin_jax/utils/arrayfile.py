@@ -1,0 +1,57 @@
+"""Small safetensors files of our own, each of one format with its version: written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from griffin_jax.utils.wholefile import replacing
+
+
+def save_arrays(
+    path: str | os.PathLike[str],
+    file_format: str,
+    arrays: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a file; an existing one is replaced.
+
+    Args:
+        path: where.
+        file_format: what it is, and its version.
+        arrays: by name.
+        metadata: texts by name, beside the format.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with replacing(path) as partial:
+            save_file(dict(arrays), partial, {"format": file_format, **metadata})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def load_arrays(path: str | os.PathLike[str], file_format: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Arrays and metadata that `save_arrays` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or of another format or version.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}; it should be one of {file_format!r}")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != file_format:
+                raise ValueError(f"{path} is not a file of {file_format!r}: its format is {metadata.get('format')!r}")
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
