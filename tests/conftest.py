@@ -21,8 +21,12 @@ from jaxtyping import install_import_hook
 # The modules whose arguments users check with a ValueError (config, sampling, llm) stay unhooked: there a wrong type is
 # theirs to refuse.
 HOOKED = [
-    "analysis.flocking", "extensions.prior", "extensions.reconstruction", "extensions.speculative",
-    "generation.decode", "generation.scoring", "griffin.select", "model.cache", "model.transformer",
+    "analysis.flocking",
+    "extensions.prior", "extensions.reconstruction", "extensions.refresh", "extensions.speculative",
+    "generation.decode", "generation.padding", "generation.prefill", "generation.scoring",
+    "griffin.neurons", "griffin.prune", "griffin.select", "griffin.statistic",
+    "model.attention", "model.cache", "model.feed_forward", "model.norm", "model.ops", "model.positions",
+    "model.transformer",
 ]  # fmt: skip
 with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.beartype"):
     import griffin_jax as gj

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +47,29 @@ def down_projections(model: Any, name: str = "mlp.down_proj") -> list[torch.nn.M
 def torch_intermediates(model: Any, tokens: Sequence[int], down: str = "mlp.down_proj") -> list[np.ndarray]:
     """z of every layer, (T, F), as the torch model computes it."""
     captured: list[np.ndarray] = []
-    hooks = [
+
+    def capture(_: torch.nn.Module, args: tuple[torch.Tensor]) -> None:
         # OPT flattens batch and tokens into one axis.
-        module.register_forward_pre_hook(lambda _, args: captured.append(args[0].flatten(0, -2).numpy()))
-        for module in down_projections(model, down)
-    ]
-    model(torch.tensor([list(tokens)]))
-    for hook in hooks:
-        hook.remove()
+        captured.append(args[0].flatten(0, -2).numpy())
+
+    modules = down_projections(model, down)
+    with pre_hooks(modules, [capture] * len(modules)):
+        model(torch.tensor([list(tokens)]))
     return captured
+
+
+@contextlib.contextmanager
+def pre_hooks(modules: Sequence[torch.nn.Module], hooks: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Forward pre-hooks that are gone afterwards, also when something fails: tests share their torch models."""
+    with contextlib.ExitStack() as stack:
+        for module, hook in zip(modules, hooks, strict=True):
+            stack.callback(module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def masking(masks: Sequence[torch.Tensor]) -> list[Callable[..., Any]]:
+    """Hooks that multiply the inputs of modules by these masks."""
+    return [lambda _, args, mask=mask: (args[0] * mask,) for mask in masks]
 
 
 def torch_greedy(
@@ -66,17 +81,12 @@ def torch_greedy(
 ) -> list[int]:
     """Greedy tokens of the dense torch model, z masked in every step behind the prompt."""
     state = model(torch.tensor([list(tokens)]), use_cache=True)
-    hooks = []
-    if masks is not None:
-        for module, mask in zip(down_projections(model, down), masks, strict=True):
-            keep = torch.tensor(np.asarray(mask))
-            hooks.append(module.register_forward_pre_hook(lambda _, args, keep=keep: (args[0] * keep,)))
+    modules = [] if masks is None else down_projections(model, down)
     answer = [int(state.logits[0, -1].argmax())]
-    while len(answer) < new:
-        state = model(torch.tensor([answer[-1:]]), past_key_values=state.past_key_values, use_cache=True)
-        answer.append(int(state.logits[0, -1].argmax()))
-    for hook in hooks:
-        hook.remove()
+    with pre_hooks(modules, masking([torch.tensor(np.asarray(mask)) for mask in masks or ()])):
+        while len(answer) < new:
+            state = model(torch.tensor([answer[-1:]]), past_key_values=state.past_key_values, use_cache=True)
+            answer.append(int(state.logits[0, -1].argmax()))
     return answer
 
 
@@ -97,17 +107,14 @@ def pruned_log_softmax(model: Any, tokens: Sequence[int], dense: int, density: f
     if density == 1 or dense >= len(tokens):
         logits = model(torch.tensor([list(tokens)])).logits[0]
     else:
-        hooks = []
-        intermediates = torch_intermediates(model, tokens[:dense])
-        for module, z in zip(down_projections(model), intermediates, strict=True):
+        masks = []
+        for z in torch_intermediates(model, tokens[:dense]):
             mask = torch.zeros(z.shape[1])
             mask[oracle_topk(oracle_squares(z), int(z.shape[1] * density))] = 1
-            # The prompt is read whole: masks are for what stands behind it.
-            rows = torch.cat([torch.ones(dense, len(mask)), mask.expand(len(tokens) - dense, -1)])
-            hooks.append(module.register_forward_pre_hook(lambda _, args, rows=rows: (args[0] * rows,)))
-        logits = model(torch.tensor([list(tokens)])).logits[0]
-        for hook in hooks:
-            hook.remove()
+            # The prompt is read whole: masks are for what follows it.
+            masks.append(torch.cat([torch.ones(dense, len(mask)), mask.expand(len(tokens) - dense, -1)]))
+        with pre_hooks(down_projections(model), masking(masks)):
+            logits = model(torch.tensor([list(tokens)])).logits[0]
     return torch.log_softmax(logits.double(), dim=-1).numpy()
 
 

@@ -19,6 +19,7 @@ from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.grid import Beyond, Row, grid, models
 from griffin_jax.evaluation.journal import Journal
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.reconstruction import Reconstruction
 from griffin_jax.generation import jitted
 
@@ -36,11 +37,13 @@ def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | N
     """Tokens of the four steps, one after the other."""
     tokens, lengths = map(jnp.asarray, gj.pad(prompts, 48))
     prefilled = gj.prefill(model, tokens, lengths, room=12, rows=rows)
-    experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5, shared=shared), prior=prior, prior_weight=0.3)
+    experts = gj.select(
+        prefilled.statistics, gj.GriffinConfig(0.5, shared=shared), fuse=None if prior is None else prior.fusion(0.3)
+    )
     reconstruction = None
     if rows:
         reconstruction = Reconstruction(prefilled.rows, calibration=() if prior is None else prior.rows)
-    pruned = gj.prune(model, experts, reconstruction=reconstruction)
+    pruned = gj.prune(model, experts, refit=reconstruction)
     return np.asarray(gj.decode(pruned, gj.begin(prefilled), 12).tokens).tolist()
 
 
@@ -151,12 +154,12 @@ class TestGrid:
                 experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.25, "magnitude"), model=model)
             else:
                 general = prior if "prior" in row.steps else None
-                experts = gj.select(prefilled.statistics, config, prior=general, prior_weight=0.3)
+                experts = gj.select(prefilled.statistics, config, fuse=None if general is None else general.fusion(0.3))
             calibration = prior.rows if "calibration" in row.steps else ()
             reconstruction = Reconstruction(prefilled.rows, 0.5, calibration, 0.2)
             if "reconstruction" not in row.steps:
                 reconstruction = None
-            expected = gj.prune(model, experts, reconstruction=reconstruction)
+            expected = gj.prune(model, experts, refit=reconstruction)
             for a, b in zip(pruned.layers, expected.layers, strict=True):
                 np.testing.assert_allclose(a.ff.down[...], b.ff.down[...], rtol=1e-5, atol=1e-5, err_msg=row.name)
 
@@ -170,9 +173,9 @@ class TestGrid:
         rows = [Row(f"{steps}+refresh", 0.5), Row("dense", 1.0), Row(steps, 0.5)]
         found = score_answers(model, rows, prefilled, answers, real, np.arange(3, dtype=np.int32), [3, 16], beyond)
         dense, _ = jitted.follow(model, prefilled, answers, real)
-        refreshed = jitted.follow_refreshed(
+        refreshed = jitted_extensions.follow_refreshed(
             model, prefilled, answers, real, gj.GriffinConfig(0.5), 4,
-            prior=prior, prior_weight=0.3, reconstruction=Reconstruction(prefilled.rows, 0.5, prior.rows, 0.2),
+            fuse=None if prior is None else prior.fusion(0.3), reconstruction=Reconstruction(prefilled.rows, 0.5, prior.rows, 0.2),
         )  # fmt: skip
         (compared,) = jitted.compare(model, dense, (refreshed,), jnp.asarray(answers))
         for scores, kl, length in zip(found, np.asarray(compared.kl), real, strict=True):

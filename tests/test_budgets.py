@@ -18,7 +18,7 @@ from griffin_jax.evaluation.grid import Beyond, Row, models
 from griffin_jax.extensions.prior import between, share_out
 from griffin_jax.extensions.sensitivity import sensitivity, squared_gradients
 from griffin_jax.generation import jitted
-from griffin_jax.model.config import density_that_keeps
+from griffin_jax.griffin.config import density_that_keeps
 
 TEXTS = [list(range(start, start + 12)) for start in range(10, 90, 11)]
 

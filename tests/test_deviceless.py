@@ -16,10 +16,10 @@ from griffin_jax.aot.compilation import compile_for, inspect, table
 from griffin_jax.aot.hlo import Module
 from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
 from griffin_jax.checkpoints import demo
-from griffin_jax.checkpoints.demo import CACHE_VARIABLE
 from griffin_jax.cli.main import main
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
+from griffin_jax.utils.download import CACHE_VARIABLE
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from reference import TinyLlama, tiny_tokenizer
 
 from griffin_jax.checkpoints.loading import convert
 from griffin_jax.cli.main import main
-from griffin_jax.griffin.select import Experts
+from griffin_jax.griffin.neurons import Experts
 from griffin_jax.parallel import distributed
 from griffin_jax.parallel.distributed import HEARTBEAT_SECONDS, parse
 

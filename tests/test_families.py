@@ -12,7 +12,7 @@ import pytest
 from griffin_jax.checkpoints.families import REFUSED, Layout, families, family_of, gguf_family_of, table
 from griffin_jax.checkpoints.loading import load_model
 from griffin_jax.model.config import Rotary
-from griffin_jax.model.transformer import rotary_frequencies
+from griffin_jax.model.positions import rotary_frequencies
 
 
 def read(**changes):

@@ -16,7 +16,7 @@ from reference import torch_greedy
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import DEFAULT_CHUNK
+from griffin_jax.generation.padding import DEFAULT_CHUNK
 from griffin_jax.generation.sampling import sampler
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(3, 40))]

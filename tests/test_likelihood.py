@@ -108,7 +108,7 @@ def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
         prefilled = jitted.prefill(model, *gj.pad([context], 16), room=16, rows=5)
         fitted = gj.Reconstruction(prefilled.rows, calibration=prior.rows if general else ())
         experts = jitted.select(prefilled.statistics, config, **chosen)
-        hidden, _ = jitted.follow(gj.prune(model, experts, reconstruction=fitted), prefilled, *answers)
+        hidden, _ = jitted.follow(gj.prune(model, experts, refit=fitted), prefilled, *answers)
         found = jitted.losses(model, hidden, answers[0])
         loss, greedy = (np.asarray(part)[0, : len(tokens)] for part in (found.loss, found.greedy))
         expected.append((-float(loss.sum()), bool(greedy.all())))

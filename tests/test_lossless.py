@@ -17,6 +17,7 @@ from reference import TinyLlama, assert_close
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions import speculative
 from griffin_jax.generation import jitted
 
@@ -71,7 +72,7 @@ class TestGreedy:
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
         prefilled = jitted.prefill(model, tokens, lengths, room=16)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.8)))
-        state, drafting = jitted.decode_lossless(model, pruned, jitted.begin(prefilled), 9, drafts=3)
+        state, drafting = jitted_extensions.decode_lossless(model, pruned, jitted.begin(prefilled), 9, drafts=3)
         count = int(state.count)
         assert 9 <= count <= 12
         assert drafting.passes > 1
@@ -89,7 +90,7 @@ class TestGreedy:
     def test_without_room_it_ends_early(self, tiny):
         model = tiny.llm.model
         prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad(PROMPTS, 40)), room=12)
-        state, _ = jitted.decode_lossless(model, model, jitted.begin(prefilled), 12, drafts=3)
+        state, _ = jitted_extensions.decode_lossless(model, model, jitted.begin(prefilled), 12, drafts=3)
         assert 9 <= int(state.count) <= 12
         dense = generate(tiny.llm, density=1.0).tokens
         assert state.tokens[:, : int(state.count)].tolist() == [row[: int(state.count)] for row in dense]
@@ -226,7 +227,7 @@ class TestGenerate:
             "jaxtyping_disable", True
         )  # lowering puts leaves that are no arrays into the dataclasses
         try:
-            text = jitted.decode_lossless.lower(model, pruned, state, 20, drafts=2).compile().as_text()
+            text = jitted_extensions.decode_lossless.lower(model, pruned, state, 20, drafts=2).compile().as_text()
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
         cache = r"f32\[(1,2,8,40|1,2,40,8)\]"

@@ -19,7 +19,7 @@ from griffin_jax.bench import runner
 from griffin_jax.cli.main import _parser, main
 from griffin_jax.evaluation.general_text import measure, with_budgets
 from griffin_jax.generation import jitted
-from griffin_jax.griffin import select as griffin
+from griffin_jax.griffin import prune as pruning
 from griffin_jax.model import named
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.fingerprint import fingerprint
@@ -290,7 +290,7 @@ class TestPrograms:
     def test_shards_exchange_no_rows(self, shape, shared):
         model = wide(shape)
         statistics = prefilled(model).statistics
-        rows = griffin._neuron_rows(model)
+        rows = pruning._neuron_rows(model)
         # A batch that is divided must still agree on what it shares.
         agreed = {"all-reduce"} if shared and shape[0] > 1 else set()
         for shards, exchanged in ((8, set()), (1, {"reduce-scatter"})):
@@ -298,7 +298,7 @@ class TestPrograms:
             select = functools.partial(gj.select, config=config)
             assert kinds(program(select, statistics)) == agreed | ({"all-gather"} if exchanged else set())
             experts = jitted.select(statistics, config)
-            gather = functools.partial(griffin._gather, reconstruction=None, config=model.config)
+            gather = functools.partial(pruning._gather, refit=None, config=model.config)
             assert kinds(program(gather, rows, experts)) == exchanged
             alone = gj.Experts.from_indices([np.asarray(kept) for kept in experts], experts.neurons)
             pruned = gj.prune(model, experts)
@@ -313,8 +313,8 @@ class TestPrograms:
         sequences, lengths = gj.pad([[5, 7, 11, 13], [2, 3], [9, 1, 4], [3]], 16)
         read = jitted.prefill(model, sequences, lengths, room=0, rows=4)
         experts = jitted.select(read.statistics, gj.GriffinConfig(shards=8))
-        gather = functools.partial(griffin._gather, config=model.config)
-        text = program(gather, griffin._neuron_rows(model), experts, gj.Reconstruction(read.rows))
+        gather = functools.partial(pruning._gather, config=model.config)
+        text = program(gather, pruning._neuron_rows(model), experts, gj.Reconstruction(read.rows))
         module = Module.parse(text)
         sizes = [collective.size for collective in module.collectives(module.run())]
         assert 0 < max(sizes) < NEURONS // 2 * WIDTH * 4

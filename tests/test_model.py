@@ -9,7 +9,7 @@ from conftest import PASSAGES
 from reference import TinyLlama, assert_close, stepwise_logits, torch_greedy, torch_intermediates, torch_logits
 
 import griffin_jax as gj
-from griffin_jax.model.transformer import statistic
+from griffin_jax.griffin.statistic import statistic
 
 # What else there is, and all other families: tests/test_family_parity.py.
 VARIANTS = {

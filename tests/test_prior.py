@@ -15,7 +15,7 @@ import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation import general_text
 from griffin_jax.evaluation.general_text import beside, measure, self_generated, windows
-from griffin_jax.extensions.prior import PRIOR_FORMAT, fuse
+from griffin_jax.extensions.prior import PRIOR_FORMAT
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.utils.arrayfile import save_arrays
 
@@ -48,8 +48,7 @@ class TestFusion:
         got = gj.select(
             gj.Statistics((jnp.asarray(squares),), jnp.asarray(tokens, jnp.int32)),
             gj.GriffinConfig(0.4, shared=shared),
-            prior=prior_of(general),
-            prior_weight=weight,
+            fuse=prior_of(general).fusion(weight),
         )
         scores = np.sqrt(squares) if not shared else (np.sqrt(squares) / np.sqrt(tokens)[:, None]).sum(axis=0)[None]
         if shared:
@@ -64,11 +63,11 @@ class TestFusion:
         tokens, lengths = map(jnp.asarray, gj.pad(TEXTS, 48))
         statistics = gj.prefill(tiny.llm.model, tokens, lengths, room=0).statistics
         for weight, equal in ((0.0, True), (1.0, False)):
-            fused = gj.select(statistics, gj.GriffinConfig(0.5), prior=prior, prior_weight=weight)
+            fused = gj.select(statistics, gj.GriffinConfig(0.5), fuse=prior.fusion(weight))
             assert all(np.array_equal(a, b) for a, b in zip(fused, plain, strict=True)) == equal
 
     def test_ranks(self):
-        (got,) = fuse((jnp.asarray([3.0, 1.0, 3.0, 0.0, 2.0]),), prior_of(np.zeros(5)), 0.0)
+        (got,) = prior_of(np.zeros(5)).fusion(0.0)((jnp.asarray([3.0, 1.0, 3.0, 0.0, 2.0]),))
         np.testing.assert_array_equal(got, [4, 1, 3, 0, 2])
 
     @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ class TestFusion:
         config = gj.GriffinConfig(0.5, options.get("method", "topk"))
         general = prior_of(*[np.ones(width) for width in options.get("widths", (4,))])
         with pytest.raises(ValueError, match=message):
-            gj.select(statistics, config, prior=general, prior_weight=options.get("weight", 0.5))
+            gj.select(statistics, config, fuse=general.fusion(options.get("weight", 0.5)))
 
 
 class TestMeasuring:

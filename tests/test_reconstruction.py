@@ -9,8 +9,8 @@ import pytest
 from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
-from griffin_jax.extensions.reconstruction import spread
 from griffin_jax.generation import jitted
+from griffin_jax.griffin.statistic import spread
 
 PROMPTS = [[5, 6, 7], list(range(3, 40)), [9, 8, 7, 60, 61, 62, 63, 64, 65, 5]]
 HALF = gj.GriffinConfig(0.5)
@@ -46,7 +46,7 @@ def downs(model: gj.Transformer) -> list[np.ndarray]:
 
 def changes(model: gj.Transformer, experts: gj.Experts, reconstruction: gj.Reconstruction) -> list[np.ndarray]:
     """What reconstruction adds to the kept rows."""
-    plain, refitted = gj.prune(model, experts), gj.prune(model, experts, reconstruction=reconstruction)
+    plain, refitted = gj.prune(model, experts), gj.prune(model, experts, refit=reconstruction)
     return [new - old for new, old in zip(downs(refitted), downs(plain), strict=True)]
 
 
@@ -122,7 +122,7 @@ class TestChange:
             target = rows @ down
             before = np.linalg.norm(target - rows[:, kept] @ down[kept], axis=0)
             for ridge, share in ((100.0, 1.0), (1.0, 1.0), (0.001, 0.02)):
-                refitted = downs(gj.prune(model, experts, reconstruction=gj.Reconstruction(state.rows, ridge)))[layer]
+                refitted = downs(gj.prune(model, experts, refit=gj.Reconstruction(state.rows, ridge)))[layer]
                 after = np.linalg.norm(target - rows[:, kept] @ refitted, axis=0)
                 assert (after < share * before).all()
 
@@ -174,7 +174,7 @@ class TestChange:
         model, prompt = gj.load(tmp_path, "float32").model, PROMPTS[2]
         state = prefilled(model, [prompt])
         experts = gj.select(state.statistics, HALF)
-        pruned = gj.prune(model, experts, reconstruction=gj.Reconstruction(state.rows))
+        pruned = gj.prune(model, experts, refit=gj.Reconstruction(state.rows))
         intermediates = torch_intermediates(reference, prompt, "mlp.dense_4h_to_h")
         for layer, (indices, z) in enumerate(zip(experts, intermediates, strict=True)):
             kept = np.asarray(indices[0])
@@ -191,7 +191,7 @@ class TestSteps:
         state = prefilled(narrow, PROMPTS)
         assert state.rows[0].dtype == jnp.bfloat16
         experts = gj.select(state.statistics, HALF)
-        refitted = gj.prune(narrow, experts, reconstruction=gj.Reconstruction(state.rows))
+        refitted = gj.prune(narrow, experts, refit=gj.Reconstruction(state.rows))
         assert refitted.layers[0].ff.down.dtype == jnp.bfloat16
         for layer, down in enumerate(downs(narrow)):
             for index in range(3):
@@ -204,15 +204,15 @@ class TestSteps:
         state = prefilled(model, PROMPTS)
         experts = gj.select(state.statistics, HALF)
         reconstruction = gj.Reconstruction(state.rows, 0.5)
-        expected = downs(gj.prune(model, experts, reconstruction=reconstruction))
+        expected = downs(gj.prune(model, experts, refit=reconstruction))
 
         @jax.jit
         def refit(model: gj.Transformer, experts: gj.Experts, reconstruction: gj.Reconstruction) -> gj.Transformer:
-            return gj.prune(model, experts, reconstruction=reconstruction)
+            return gj.prune(model, experts, refit=reconstruction)
 
         old = gj.prune(model, experts)
         places = [layer.ff.down[...].unsafe_buffer_pointer() for layer in old.layers]
-        reused = gj.prune(model, experts, reuse=old, reconstruction=reconstruction)
+        reused = gj.prune(model, experts, reuse=old, refit=reconstruction)
         assert [layer.ff.down[...].unsafe_buffer_pointer() for layer in reused.layers] == places
         for found in (refit(model, experts, reconstruction), reused):
             for a, b in zip(downs(found), expected, strict=True):
@@ -227,7 +227,7 @@ class TestSteps:
             state = jitted.prefill(model, tokens, lengths, room=24, rows=16)
             experts = jitted.select(state.statistics, HALF)
             reconstruction = gj.Reconstruction(state.rows, ridge) if reconstruct else None
-            pruned = gj.prune(model, experts, reconstruction=reconstruction)
+            pruned = gj.prune(model, experts, refit=reconstruction)
             jax.block_until_ready(pruned)
             before = len(compiled)
             tokens_written = jitted.decode(pruned, jitted.begin(state), 24).tokens
@@ -264,4 +264,4 @@ class TestRefusals:
             (gj.Reconstruction(tuple(r[:2] for r in state.rows)), "rows are of 2 sequences, experts of 3"),
         ):
             with pytest.raises(ValueError, match=message):
-                gj.prune(model, experts, reconstruction=reconstruction)
+                gj.prune(model, experts, refit=reconstruction)

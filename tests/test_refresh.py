@@ -13,6 +13,7 @@ from reference import TinyLlama, assert_close, oracle_positions, pruned_log_soft
 import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import measure
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.reconstruction import Reconstruction
 from griffin_jax.generation import jitted
 from griffin_jax.generation.sampling import sampler
@@ -51,7 +52,9 @@ class TestRefresh:
         whole = [prompt + row for prompt, row in zip(PROMPTS, state.tokens[:, :width].tolist(), strict=True)]
         expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), room=0, rows=48)
         stale = np.asarray(state.cache.keys[2])
-        state, statistics, rows = jitted.refresh(model, state, prefilled.statistics, width=width, rows=prefilled.rows)
+        state, statistics, rows = jitted_extensions.refresh(
+            model, state, prefilled.statistics, width=width, rows=prefilled.rows
+        )
         assert state.tokens[:, width].tolist() == np.argmax(expected.logits, axis=-1).tolist()
         assert int(state.count) == width + 1
         assert int(state.cache.cursor) == 40 + width
@@ -77,7 +80,7 @@ class TestRefresh:
         prefilled, state = written(model, PROMPTS, width, rows=places)
         whole = [prompt + row for prompt, row in zip(PROMPTS, state.tokens[:, :width].tolist(), strict=True)]
         every = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), room=0, rows=48).rows
-        _, _, rows = jitted.refresh(model, state, prefilled.statistics, width=width, rows=prefilled.rows)
+        _, _, rows = jitted_extensions.refresh(model, state, prefilled.statistics, width=width, rows=prefilled.rows)
         for row, prompt in enumerate(PROMPTS):
             queue = oracle_positions(len(prompt), places) + list(range(len(prompt), len(prompt) + width))
             newest = queue[-places:]
@@ -95,8 +98,8 @@ class TestRefresh:
         prefilled = jitted.prefill(model, tokens, lengths, room=16)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
         before = jitted.decode(pruned, jitted.begin(prefilled, eos=(ended,)), width, eos=(ended,))
-        after, statistics, _ = jitted.refresh(model, before, prefilled.statistics, width=width, eos=(ended,))
-        free, all_statistics, _ = jitted.refresh(
+        after, statistics, _ = jitted_extensions.refresh(model, before, prefilled.statistics, width=width, eos=(ended,))
+        free, all_statistics, _ = jitted_extensions.refresh(
             model, state, jitted.prefill(model, tokens, lengths, room=16).statistics, width=width
         )
         assert after.tokens[1].tolist() == free.tokens[1, :4].tolist() + [gj.EMPTY] * 12
@@ -142,11 +145,13 @@ class TestGenerate:
         statistics, read = prefilled.statistics, prefilled.rows
         state, experts = jitted.begin(prefilled, sampler=draw), []
         for until in (3, 6, 9, 12, 14):
-            experts.append(jitted.select(statistics, config, prior=prior, prior_weight=0.3))
+            experts.append(jitted.select(statistics, config, fuse=None if prior is None else prior.fusion(0.3)))
             fit = Reconstruction(read, calibration=prior.rows)
-            state = jitted.decode(gj.prune(model, experts[-1], reconstruction=fit), state, until, sampler=draw)
+            state = jitted.decode(gj.prune(model, experts[-1], refit=fit), state, until, sampler=draw)
             if until < NEW:
-                state, statistics, read = jitted.refresh(model, state, statistics, width=3, rows=read, sampler=draw)
+                state, statistics, read = jitted_extensions.refresh(
+                    model, state, statistics, width=3, rows=read, sampler=draw
+                )
         out = tiny.llm.generate(
             PROMPTS, max_new_tokens=NEW, ignore_eos=True, temperature=0.9, shared=shared, prior=prior, prior_weight=0.3,
             reconstruct=12 if shared else 4, refresh_every=3,
@@ -210,7 +215,9 @@ class TestFollow:
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
         prefilled = jitted.prefill(model, tokens, lengths, room=10)
         answers, answered = map(jnp.asarray, gj.pad(self.ANSWERS, 10))
-        hidden = jitted.follow_refreshed(model, prefilled, answers, answered, gj.GriffinConfig(0.5), width=width)
+        hidden = jitted_extensions.follow_refreshed(
+            model, prefilled, answers, answered, gj.GriffinConfig(0.5), width=width
+        )
         found = np.asarray(model.logits(hidden))
         for row, (prompt, tail) in enumerate(zip(PROMPTS, self.ANSWERS, strict=True)):
             for at in range(len(tail)):
@@ -227,8 +234,8 @@ class TestFollow:
         out = answer(tiny.llm, PROMPTS, refresh_every=3, shared=shared, prior=prior, reconstruct=12 if shared else 4)
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
         prefilled = jitted.prefill(model, tokens, lengths, room=NEW, rows=4)
-        hidden = jitted.follow_refreshed(
+        hidden = jitted_extensions.follow_refreshed(
             model, prefilled, jnp.asarray(out), jnp.full(3, NEW), gj.GriffinConfig(0.5, shared=shared), width=3,
-            prior=prior, reconstruction=Reconstruction(prefilled.rows, calibration=prior.rows),
+            fuse=prior.fusion(), reconstruction=Reconstruction(prefilled.rows, calibration=prior.rows),
         )  # fmt: skip
         assert np.argmax(model.logits(hidden), axis=-1).tolist() == out

@@ -13,8 +13,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from griffin_jax.extensions.in_place import OneCopy
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import pad
-from griffin_jax.griffin.select import Experts, prune
+from griffin_jax.generation.padding import pad
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import prune
 from griffin_jax.model.assembly import abstract_model, assemble, disassemble, parameter_shapes, random_model
 from griffin_jax.model.cache import empty_cache
 from griffin_jax.model.config import ModelConfig

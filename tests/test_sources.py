@@ -20,7 +20,7 @@ from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.checkpoints.sources import read_gguf_header
 from griffin_jax.model.config import Rotary
-from griffin_jax.model.transformer import rotary_frequencies
+from griffin_jax.model.positions import rotary_frequencies
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

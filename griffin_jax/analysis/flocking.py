@@ -54,11 +54,13 @@ from griffin_jax.evaluation.samples import (
     sha256_of_files,
 )
 from griffin_jax.evaluation.tasks import generate
-from griffin_jax.generation.decode import Prefilled, bucket, pad
-from griffin_jax.griffin.select import Statistics, relative_activations, select, token_statistic
+from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.config import GriffinConfig, check_density
+from griffin_jax.griffin.select import select
+from griffin_jax.griffin.statistic import Statistics, relative_activations, token_statistic
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import EMPTY, empty_cache
-from griffin_jax.model.config import GriffinConfig, check_density
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils.wholefile import replacing, write_text

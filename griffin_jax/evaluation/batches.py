@@ -13,7 +13,8 @@ from tqdm import tqdm
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.model.transformer import Transformer
 
 

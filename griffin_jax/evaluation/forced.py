@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.evaluation.grid import PRIOR, REFRESH, Beyond, Row, models
+from griffin_jax.evaluation.grid import REFRESH, Beyond, Row, models
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import Prefilled
-from griffin_jax.griffin.select import Statistics
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 
@@ -52,9 +53,9 @@ def score_answers(
         return models(model, [row for row in rows if REFRESH not in row.steps], prefilled, answers, seeds, beyond)
 
     refreshed = {
-        row: jitted.follow_refreshed(
+        row: jitted_extensions.follow_refreshed(
             model, prefilled, jnp.asarray(answers), jnp.asarray(lengths), beyond.config(row), beyond.refresh_every,
-            prior=beyond.prior if PRIOR in row.steps else None, prior_weight=beyond.prior_weight,
+            fuse=beyond.fusion(row),
             reconstruction=beyond.reconstruction(row, prefilled.rows),
         )
         for row in rows if REFRESH in row.steps

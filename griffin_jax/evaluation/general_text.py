@@ -31,7 +31,7 @@ from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS
 from griffin_jax.extensions.sensitivity import sensitivity
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import bucket, pad
+from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.sampling import Sample
 from griffin_jax.llm.llm import load
 from griffin_jax.model.fingerprint import fingerprint

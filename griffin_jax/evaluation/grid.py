@@ -11,14 +11,17 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Fusion, Prior, check_fusion
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import Prefilled
-from griffin_jax.griffin.select import Experts, Statistics, prune, select
-from griffin_jax.model.config import GriffinConfig, Method, check_density
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.config import GriffinConfig, Method, check_density
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import prune
+from griffin_jax.griffin.select import Fuse, select
+from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 
 DENSE, ORACLE = "dense", "oracle"
@@ -59,6 +62,10 @@ class Beyond:
         """How a row's neurons are selected, for each sequence its own."""
         config = GriffinConfig(row.density, "topk" if row.selection == ORACLE else row.selection)  # pyright: ignore[reportArgumentType]
         return self.prior.budgeted(config) if BUDGETS in row.steps and self.prior is not None else config
+
+    def fusion(self, row: Row) -> Fusion | None:
+        """What a row's scores are fused with, if they are."""
+        return self.prior.fusion(self.prior_weight) if PRIOR in row.steps and self.prior is not None else None
 
     def reconstruction(self, row: Row, rows: tuple[Array, ...]) -> Reconstruction | None:
         """What a row's kept neurons are refitted to, if they are; `rows` are those of the prompts."""
@@ -173,12 +180,11 @@ def models(
             # Neurons that are the same for all can be held once, unless each sequence has them refitted.
             config = GriffinConfig(row.density, "magnitude", shared=reconstruction is None)
             experts = jitted.select(prompts.statistics, config, model=model)
-            yield row, prune(model, experts, reconstruction=reconstruction)
+            yield row, prune(model, experts, refit=reconstruction)
             continue
         statistics = answers if row.selection == ORACLE else prompts.statistics
-        fusion = (beyond.prior, beyond.prior_weight) if PRIOR in row.steps else ()
-        experts = select_each(statistics, beyond.config(row), seeds, *fusion)
-        spare = prune(model, experts, reuse=spare, reconstruction=reconstruction)
+        experts = select_each(statistics, beyond.config(row), seeds, beyond.fusion(row))
+        spare = prune(model, experts, reuse=spare, refit=reconstruction)
         yield row, spare
 
 
@@ -187,14 +193,13 @@ def select_each(
     statistics: Statistics,
     config: GriffinConfig,
     seeds: Int[Array, "b"],
-    prior: Prior | None = None,
-    prior_weight: float | Float[Array, ""] = DEFAULT_WEIGHT,
+    fuse: Fuse | None = None,
 ) -> Experts:
     """`select` for each sequence with a seed of its own, so that what is drawn does not depend on its batch."""
 
     def select_one(squares: tuple[Array, ...], tokens: Array, seed: Array) -> tuple[Array, ...]:
         alone = Statistics(tuple(s[None] for s in squares), tokens[None])
-        return tuple(kept[0] for kept in select(alone, config, seed=seed, prior=prior, prior_weight=prior_weight))
+        return tuple(kept[0] for kept in select(alone, config, seed=seed, fuse=fuse))
 
     indices = jax.vmap(select_one)(statistics.squares, statistics.tokens, jnp.asarray(seeds))
     return Experts(indices, tuple(squares.shape[-1] for squares in statistics.squares), config.shards)

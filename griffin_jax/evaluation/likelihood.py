@@ -23,9 +23,12 @@ from griffin_jax.evaluation.grid import seed_of, select_each
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import Prefilled, bucket, pad
-from griffin_jax.griffin.select import Experts, Statistics, prune
-from griffin_jax.model.config import GriffinConfig
+from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import prune
+from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 
 
@@ -227,7 +230,7 @@ class _Pruner:
             return self._fixed
         spare, self._spare = self._spare, None
         experts = self._select(read.statistics, batch, present)
-        pruned = prune(self._model, experts, reuse=spare, reconstruction=self._reconstruction(read, present))
+        pruned = prune(self._model, experts, reuse=spare, refit=self._reconstruction(read, present))
         if jax.default_backend() == "cpu":
             # Fresh memory is slow on CPUs; elsewhere it is worth more than the time.
             self._spare = pruned

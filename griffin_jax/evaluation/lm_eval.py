@@ -35,9 +35,9 @@ from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
-from griffin_jax.griffin.select import check_kept
+from griffin_jax.griffin.config import GriffinConfig, Method
+from griffin_jax.griffin.prune import check_kept
 from griffin_jax.llm.llm import LLM, Quality, check_options, load
-from griffin_jax.model.config import GriffinConfig, Method
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.mesh import make_mesh
 

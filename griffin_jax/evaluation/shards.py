@@ -20,10 +20,12 @@ from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import FORCED, Figures, Metric, as_json, forced_figures
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import bucket
-from griffin_jax.griffin.select import Experts, Statistics, prune
+from griffin_jax.generation.padding import bucket
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import prune
+from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
-from griffin_jax.model.config import GriffinConfig
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 

@@ -22,7 +22,8 @@ from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import DENSE, Beyond, Row, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.llm.llm import LLM, find_stop
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host

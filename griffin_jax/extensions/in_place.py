@@ -16,8 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from griffin_jax.griffin.select import NEURON_AXES, Experts, Statistics, check_experts, take_neurons
-from griffin_jax.model.transformer import FeedForward, Transformer
+from griffin_jax.griffin.neurons import Experts, check_experts
+from griffin_jax.griffin.prune import take_neurons
+from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
+from griffin_jax.model.transformer import Transformer
 
 
 class OneCopy:

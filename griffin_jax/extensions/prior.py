@@ -1,7 +1,7 @@
 """Beyond GRIFFIN: what neurons do in any text, beside what they do in the prompt (after GLASS, arXiv 2508.14302).
 
     prior = Prior.load("smollm2.prior.safetensors")          that `griffin-jax prior` measured, once for a model
-    experts = select(prefilled.statistics, config, prior=prior)
+    experts = select(prefilled.statistics, config, fuse=prior.fusion(0.5))
 
 A prompt says little about neurons that it does not need and its answer will. So they are ranked twice, by the prompt's
 statistic s and by the same statistic p of general text, and kept by
@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from griffin_jax.model.config import GriffinConfig, Method, density_that_keeps
+from griffin_jax.griffin.config import GriffinConfig, Method, density_that_keeps
+from griffin_jax.griffin.select import check_fusible
 from griffin_jax.utils.arrayfile import load_arrays, save_arrays
 
 PRIOR_FORMAT = "griffin_jax prior 2"
@@ -109,6 +110,18 @@ class Prior:
         density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
         return dataclasses.replace(config, density=density)
 
+    def fusion(self, weight: float | Float[Array, ""] = DEFAULT_WEIGHT) -> Fusion:
+        """What `select` takes as `fuse`.
+
+        Args:
+            weight: of the prior's rank, in [0, 1]; 0 selects as without it.
+
+        Raises:
+            ValueError: the weight is outside its range.
+        """
+        _check_weight(weight)
+        return Fusion(self.squares, weight)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an existing one is replaced.
 
@@ -158,40 +171,49 @@ def _layers(
     return tuple(map(jnp.asarray, found))
 
 
-def check_fusion(method: Method, weight: object) -> None:
-    """Raise `ValueError` unless statistics can be fused with a prior for this method with this weight."""
-    if method != "topk":
-        raise ValueError(f'a prior is for method "topk", which keeps the best neurons; method is {method!r}')
-    # Inside of jit it is traced and has been checked.
-    if not isinstance(weight, jax.Array) and not (isinstance(weight, int | float) and 0 <= weight <= 1):
-        raise ValueError(f"prior_weight must be in [0, 1], got {weight!r}")
-
-
-def fuse(
-    scores: Sequence[Float[Array, "*b _f"]], prior: Prior, weight: float | Float[Array, ""]
-) -> tuple[Float[Array, "*b _f"], ...]:
-    """(1 - w) * rank(s) + w * rank(p) of every layer, float32.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fusion:
+    """Scores of a prompt, fused by rank with those of general text: (1 - w) * rank(s) + w * rank(p), float32.
 
     The smallest value has rank 0. Of equal ones the first has the highest rank, as `select` takes it first.
 
-    Args:
-        scores: per layer s, of each sequence or of the batch.
-        prior: of the same layers.
+    Attributes:
+        squares: p^2 of every layer.
         weight: w; 0 ranks as the prompt does, 1 as the prior.
-
-    Raises:
-        ValueError: the layers are others.
     """
-    widths = [[layer.shape[-1] for layer in layers] for layers in (scores, prior.squares)]
-    if widths[0] != widths[1]:
-        raise ValueError(
-            f"this prior is of {len(widths[1])} layers with {sorted(set(widths[1]))} neurons, the statistics are of"
-            f" {len(widths[0])} with {sorted(set(widths[0]))}"
+
+    squares: tuple[Float[Array, "_f"], ...]
+    weight: float | Float[Array, ""]
+
+    def __call__(self, scores: tuple[Float[Array, "*b _f"], ...]) -> tuple[Float[Array, "*b _f"], ...]:
+        """The fused scores of every layer.
+
+        Raises:
+            ValueError: the layers are others.
+        """
+        widths = [[layer.shape[-1] for layer in layers] for layers in (scores, self.squares)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"this prior is of {len(widths[1])} layers with {sorted(set(widths[1]))} neurons, the statistics are"
+                f" of {len(widths[0])} with {sorted(set(widths[0]))}"
+            )
+        return tuple(
+            (1 - self.weight) * _rank(score) + self.weight * _rank(square)
+            for score, square in zip(scores, self.squares, strict=True)
         )
-    return tuple(
-        (1 - weight) * _rank(score) + weight * _rank(square)
-        for score, square in zip(scores, prior.squares, strict=True)
-    )
+
+
+def check_fusion(method: Method, weight: object) -> None:
+    """Raise `ValueError` unless statistics can be fused with a prior for this method with this weight."""
+    check_fusible(method)
+    _check_weight(weight)
+
+
+def _check_weight(weight: object) -> None:
+    # Inside of jit it is traced and has been checked.
+    if not isinstance(weight, jax.Array) and not (isinstance(weight, int | float) and 0 <= weight <= 1):
+        raise ValueError(f"prior_weight must be in [0, 1], got {weight!r}")
 
 
 def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:

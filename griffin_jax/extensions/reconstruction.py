@@ -2,7 +2,7 @@
 
     prefilled = prefill(model, tokens, lengths, room=N, rows=256)
     experts = select(prefilled.statistics, config)
-    pruned = prune(model, experts, reconstruction=Reconstruction(prefilled.rows))
+    pruned = prune(model, experts, refit=Reconstruction(prefilled.rows))
 
 The prompt was read by the full model, so what pruning takes from each of its tokens is known: the residual r_t, the
 dropped neurons' part of the down projection. Ridge regression over the tokens fits a change of the kept rows to it:
@@ -24,8 +24,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.griffin.select import relative_activations
-from griffin_jax.model.cache import EMPTY
 from griffin_jax.parallel.mesh import mesh_of
 
 DEFAULT_ROWS = 256
@@ -44,39 +42,6 @@ LEAST_RIDGE = 1e-3
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
     """How many tokens of each sequence to keep: `rows` are for one set of experts, which a batch may share."""
     return -(-rows // batch) if shared else rows
-
-
-def spread(lengths: Int[Array, "b"], rows: int) -> Int[Array, "b {rows}"]:
-    """Which tokens stand for each sequence: all of them, or `rows` in the middles of as many equal parts.
-
-    Args:
-        lengths: tokens of each sequence.
-        rows: how many to take, at most; static.
-
-    Returns:
-        Rising positions; `EMPTY` behind those of a shorter sequence.
-    """
-    number = jnp.arange(rows, dtype=jnp.int32)
-    length = jnp.asarray(lengths, jnp.int32)[:, None]
-    odd, parts = 2 * number + 1, 2 * rows
-    # odd * length / parts, without the product, which is too large for int32 where a context is long.
-    middle = odd * (length // parts) + odd * (length % parts) // parts
-    return jnp.where(length > rows, middle, jnp.where(number < length, number, EMPTY))
-
-
-def rows_at(z: Float[Array, "b t f"], at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
-    """Relative activations of some tokens.
-
-    Args:
-        z: the input of the down projection, any float dtype.
-        at: columns of z; any that it does not have give rows of zeros.
-
-    Returns:
-        z / ||z|| in the dtype of z: it has been rounded to that already.
-    """
-    present = (at >= 0) & (at < z.shape[1])
-    chosen = jnp.take_along_axis(z, jnp.clip(at, 0, z.shape[1] - 1)[..., None], axis=1)
-    return jnp.where(present[..., None], relative_activations(chosen), 0).astype(z.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
-from griffin_jax.generation.decode import bucket, pad
+from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.model.cache import EMPTY, empty_cache
 from griffin_jax.model.transformer import Transformer
 

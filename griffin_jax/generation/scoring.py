@@ -21,13 +21,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior
-from griffin_jax.extensions.reconstruction import Reconstruction
-from griffin_jax.generation.decode import DEFAULT_CHUNK, Prefilled, by_chunk, chunk_count, read_on
-from griffin_jax.griffin.select import Statistics, prune, select
-from griffin_jax.model.cache import EMPTY, KVCache
-from griffin_jax.model.config import GriffinConfig
+from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
+from griffin_jax.generation.prefill import Prefilled, read_on
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import prune
+from griffin_jax.griffin.select import select
+from griffin_jax.griffin.statistic import Statistics, statistic
+from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import mesh_of, over_data
 
 LOGITS_BYTES = 1 << 27
 """Logits of at most this size exist at a time, or those of one token of each row."""
@@ -86,63 +89,6 @@ def extend(
     logits = model.logits(last[:, None])[:, 0]
     room = prefilled.room - tokens.shape[1]
     return _behind(prefilled, hidden), Prefilled(logits, last, cache, statistics, room, rows)
-
-
-def follow_refreshed(
-    model: Transformer,
-    prefilled: Prefilled,
-    answers: Int[Array, "b r"],
-    lengths: Int[Array, "b"],
-    config: GriffinConfig,
-    width: int,
-    *,
-    prior: Prior | None = None,
-    prior_weight: float | Float[Array, ""] = DEFAULT_WEIGHT,
-    reconstruction: Reconstruction | None = None,
-    seed: int | Int[Array, ""] = 0,
-) -> Float[Array, "b r d"]:
-    """Reads given answers as decoding does that is refreshed at every `width` tokens, with neurons selected anew.
-
-    Each stretch of `width` tokens is read by the pruned model, and then once more by the full one, which scores the
-    token behind it; see `griffin_jax.refresh`.
-
-    Args:
-        model: the full model.
-        prefilled: the prompts, with statistics and with room for R tokens. It stays as it is.
-        answers: token ids, padded on the right with any token.
-        lengths: real tokens of each answer, in [0, R].
-        config: how to prune; static.
-        width: tokens between two refreshes; static.
-        prior: for `select`.
-        prior_weight: for `select`.
-        reconstruction: for the first `prune`; later its rows give way to those of the answer.
-        seed: for the methods that draw.
-
-    Returns:
-        The residual stream that scores each answer token, as from `follow`.
-    """
-
-    def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
-        experts = select(state.statistics, config, model=model, seed=seed, prior=prior, prior_weight=prior_weight)
-        fitted = None if reconstruction is None else dataclasses.replace(reconstruction, rows=state.rows)
-        return follow(prune(model, experts, reconstruction=fitted), state, tokens, lengths)[0]
-
-    def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
-        hidden = stretch(state, *step)
-        _, longer = extend(model, state, *step)
-        # The stretches of a loop have one type, of which the room is a part.
-        return dataclasses.replace(longer, room=state.room), hidden
-
-    batch, length = answers.shape
-    refreshes = max(length - 1, 0) // width
-    read = refreshes * width
-    left = jnp.clip(lengths - width * jnp.arange(refreshes + 1)[:, None], 0, width)
-    state = dataclasses.replace(prefilled, rows=() if reconstruction is None else reconstruction.rows)
-    if not refreshes:
-        return stretch(state, answers, left[0])
-    state, hidden = jax.lax.scan(refreshed, state, (by_chunk(answers[:, :read], refreshes), left[:-1]))
-    hidden = hidden.swapaxes(0, 1).reshape(batch, read, -1)
-    return jnp.concatenate([hidden, stretch(state, answers[:, read:], left[-1])], axis=1)
 
 
 def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
@@ -268,3 +214,50 @@ def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any) 
     if blocks == 1:
         return score(*arrays)
     return jax.tree.map(join, jax.lax.map(lambda block: score(*block), jax.tree.map(split, arrays)))
+
+
+def teacher_forced(
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    prompt_length: int,
+    config: GriffinConfig,
+    *,
+    experts: Experts | None = None,
+    seed: int | Int[Array, ""] = 0,
+) -> Float[Array, "b t v"]:
+    """Logits behind every token when the first `prompt_length` are the prompt and the rest its answer.
+
+    The prompt is read by the full model, the rest by the model pruned for that prompt: what decoding
+    these tokens would have seen. (arXiv 2404.01365 scores classification so, with an answer of one.)
+    Every T and prompt length compiles anew, and memory holds the logits of all T tokens.
+
+    Args:
+        model: the full model.
+        tokens: prompts and answers without padding.
+        prompt_length: tokens that are prompt, in [1, T]; static.
+        config: how to prune; static.
+        experts: neurons to keep instead of those that the prompt selects.
+        seed: for the methods that draw.
+
+    Returns:
+        Float32; row t scores token t + 1.
+    """
+    batch, length = tokens.shape
+    tokens = over_data(mesh_of(model.embedding[...]), tokens)
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    cache = empty_cache(model.config, batch, length, model.dtype)
+    prompt, cache, squares = model(
+        tokens[:, :prompt_length],
+        positions[:, :prompt_length],
+        cache,
+        read_slots=0,
+        observe=statistic if experts is None else None,
+    )
+    logits = model.logits(prompt)
+    if prompt_length == length:
+        return logits
+    if experts is None:
+        statistics = Statistics(squares, jnp.full((batch,), prompt_length))
+        experts = select(statistics, config, model=model, seed=seed)
+    rest, _, _ = prune(model, experts)(tokens[:, prompt_length:], positions[:, prompt_length:], cache)
+    return jnp.concatenate([logits, model.logits(rest)], axis=1)

@@ -15,15 +15,20 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.checkpoints.loading import ShardingLike, load_model
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.in_place import OneCopy
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.extensions.speculative import DEFAULT_DRAFTS, Drafting
 from griffin_jax.generation import jitted
-from griffin_jax.generation.decode import Prefilled, bucket, pad
+from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.sampling import Sampler, sampler
-from griffin_jax.griffin.select import Experts, Statistics, check_kept, prune
-from griffin_jax.model.config import GriffinConfig, Method, ModelConfig
+from griffin_jax.griffin.config import GriffinConfig, Method
+from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.prune import check_kept, prune
+from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
@@ -452,7 +457,7 @@ class LLM:
             if every and until % every == 0:
                 until, refreshes = until + 1, refreshes + 1
                 with watch.phase("refresh"):
-                    answer, statistics, read = jitted.refresh(
+                    answer, statistics, read = jitted_extensions.refresh(
                         self.model, answer, statistics, every, rows=read, sampler=draw, eos=eos
                     )
                     written = to_host((answer.tokens, answer.done))
@@ -463,7 +468,7 @@ class LLM:
             elif drafts:
                 with watch.phase("decode"):
                     until = np.int32(min(until + step, max_new_tokens))
-                    answer, more = jitted.decode_lossless(
+                    answer, more = jitted_extensions.decode_lossless(
                         self.model, model, answer, until, drafts=drafts, sampler=draw, eos=eos
                     )
                     tokens, done, until = to_host((answer.tokens, answer.done, answer.count))
@@ -504,8 +509,8 @@ class LLM:
     ) -> Experts:
         if self._one_copy is not None:
             statistics = self._one_copy.in_order(statistics)
-        fusion = {} if prior is None else {"prior": prior, "prior_weight": prior_weight}
-        return jitted.select(statistics, config, model=self._if_scored(config), seed=seed, **fusion)
+        fuse = None if prior is None else prior.fusion(prior_weight)
+        return jitted.select(statistics, config, model=self._if_scored(config), seed=seed, fuse=fuse)
 
     def _prune(
         self,
@@ -521,7 +526,7 @@ class LLM:
             reuse, self._spare = self._spare, None
         calibration = () if request.prior is None else request.prior.rows
         reconstruction = Reconstruction(rows, calibration=calibration) if rows else None
-        return prune(self.model, experts, reuse=reuse, reconstruction=reconstruction)
+        return prune(self.model, experts, reuse=reuse, refit=reconstruction)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""

@@ -6,19 +6,14 @@ All are frozen and hashable, so they can be static arguments of `jax.jit`.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
-
-import numpy as np
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
 HeadNorm = Literal["none", "shared", "own", "joint"]
-Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -297,108 +292,3 @@ class ModelConfig:
             return cls(**values)
         except TypeError as error:
             raise ValueError(f"not a ModelConfig: {error}") from error
-
-
-def kept_neurons(ff_width: int, density: float, multiple: int = 1) -> int:
-    """k = floor(F * density), rounded up to a multiple and never above F.
-
-    The density counts as the decimal that was written: 0.29 of 100 neurons is 29, although the
-    nearest float64 lies below 0.29.
-
-    Args:
-        ff_width: F.
-        density: share of neurons to keep, in (0, 1].
-        multiple: k is rounded up to a multiple of this; 128 suits the tiles of GPUs and TPUs.
-
-    Raises:
-        ValueError: `density` is outside (0, 1], `multiple` is below 1, or k would be 0.
-    """
-    check_density(density)
-    if multiple < 1:
-        raise ValueError(f"multiple must be at least 1, got {multiple}")
-    k = math.floor(ff_width * Fraction(repr(float(density))))
-    k = min(ff_width, -(-k // multiple) * multiple)
-    if k < 1:
-        raise ValueError(
-            f"density {density} keeps 0 of {ff_width} neurons; it must be at least 1/{ff_width} to keep one"
-        )
-    return k
-
-
-def density_that_keeps(k: int, ff_width: int) -> float:
-    """A density of which `kept_neurons` makes k of F neurons: k / F, or the next number above if that is too small."""
-    density = k / ff_width
-    return density if ff_width * Fraction(repr(density)) >= k else math.nextafter(density, 1.0)
-
-
-def check_density(density: object) -> None:
-    """Raise `ValueError` unless `density` is a number in (0, 1]."""
-    if not isinstance(density, float | int | np.floating) or isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class GriffinConfig:
-    """How a model is pruned for an answer.
-
-    Attributes:
-        density: share of feed-forward neurons kept, in (0, 1]; one for all layers or one per layer.
-        method: `topk` is the paper's. `sample` draws without replacement in proportion to the
-            statistic; `topk_sample` takes half of each; `random` and `magnitude` ignore the prompt
-            and are the baselines it is compared with.
-        shared: one set of experts for the whole batch (faster to decode), or one for every
-            sequence (each answer as if it were alone, where nothing is drawn).
-        multiple: the number of kept neurons is rounded up to a multiple of this.
-        shards: of so many equal ranges of a layer's neurons, each keeps its k / shards best; 1 keeps the k best of all.
-            On as many devices (see `griffin_jax.model.sharding`), or a divisor of that, every device keeps rows of its
-            own, as many as the others do, and `prune` moves none between them.
-
-    Raises:
-        ValueError: a value is outside its range.
-    """
-
-    density: float | Sequence[float] = 0.5
-    method: Method = "topk"
-    shared: bool = False
-    multiple: int = 1
-    shards: int = 1
-
-    def __post_init__(self) -> None:
-        if isinstance(self.density, Sequence | np.ndarray) and not isinstance(self.density, str):
-            object.__setattr__(self, "density", tuple(self.density))
-        for density in self.density if isinstance(self.density, Sequence) else (self.density,):
-            check_density(density)
-        _check_choice("method", self.method, get_args(Method))
-        for name in ("multiple", "shards"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-    def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:
-        """k of every layer.
-
-        Raises:
-            ValueError: there is not one density per layer, a layer would keep no neuron, or its shards cannot have
-                or keep equally many.
-        """
-        if not isinstance(self.density, Sequence):
-            densities = [self.density] * len(ff_widths)
-        elif len(self.density) == len(ff_widths):
-            densities = self.density
-        else:
-            raise ValueError(f"{len(self.density)} densities for {len(ff_widths)} layers; give one, or one for each")
-        kept = tuple(kept_neurons(f, d, self.multiple) for f, d in zip(ff_widths, densities, strict=True))
-        for neurons, k in zip(ff_widths, kept, strict=True):
-            check_shards(self.shards, neurons, k)
-        return kept
-
-
-def check_shards(shards: int, neurons: int, kept: int) -> None:
-    """Raise `ValueError` unless so many shards can each have as many of a layer's neurons and keep as many."""
-    if shards < 1 or neurons % shards:
-        raise ValueError(f"{shards} shards cannot have equally many of {neurons} neurons: shards must divide them")
-    if kept % shards:
-        raise ValueError(
-            f"{shards} shards cannot keep equally many of {kept} neurons: round them up to a multiple of {shards}"
-            f" (multiple={shards}; --multiple {shards})"
-        )

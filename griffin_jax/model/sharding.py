@@ -17,18 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from griffin_jax.aot.targets import GPU_TILE
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
-
-if TYPE_CHECKING:
-    from griffin_jax.model.transformer import Transformer
 
 HEADS, NEURONS, VOCABULARY, SEQUENCES = "heads", "neurons", "vocabulary", "sequences"
 
@@ -69,6 +65,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 What is not here is on every device: norms, the biases of outputs, tables of positions.
 """
+
+GPU_TILE = 64
+"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
 
 
 def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> None:

@@ -11,9 +11,9 @@ from types import MappingProxyType
 import jax
 from jax.sharding import AbstractMesh
 
-from griffin_jax.griffin.select import NEURON_AXES
 from griffin_jax.model.assembly import abstract_model
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.feed_forward import NEURON_AXES
 from griffin_jax.model.sharding import HEADS, divided, dotted, model_shardings
 from griffin_jax.parallel.mesh import MODEL_AXIS
 

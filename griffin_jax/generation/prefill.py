@@ -1,0 +1,168 @@
+"""The full model reads prompts, exactly, and records how strongly each neuron takes part."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
+from griffin_jax.griffin.statistic import Statistics, rows_at, spread, statistic
+from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import mesh_of, over_data
+
+_Observed = tuple[Array | None, Array | None]
+"""What is kept of a layer: s^2, and relative activations of some tokens."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefilled:
+    """A prompt that was read by the full model.
+
+    Attributes:
+        logits: scores of the token behind each prompt, float32.
+        hidden: the residual stream that they are computed from, behind the last layer.
+        cache: keys and values of the prompt, with room for the answer.
+        statistics: what GRIFFIN selects by; no layers if they were not collected.
+        room: tokens that the cache has room for behind the prompt.
+        rows: per layer, relative activations of some tokens of each prompt, in the model's dtype, for a
+            `Reconstruction`; no layers unless they were asked for.
+    """
+
+    logits: Float[Array, "b v"]
+    hidden: Float[Array, "b d"]
+    cache: KVCache
+    statistics: Statistics
+    room: int = dataclasses.field(metadata={"static": True})
+    rows: tuple[Float[Array, "b _r _f"], ...] = ()
+
+
+def prefill(
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, "b"],
+    *,
+    room: int,
+    longest: int | Int[Array, "..."] | None = None,
+    chunk: int = DEFAULT_CHUNK,
+    collect: bool = True,
+    rows: int = 0,
+) -> Prefilled:
+    """Reads prompts with the model, exactly, and records how strongly each neuron takes part.
+
+    If the model is on a mesh, prompts are divided along its axis `data`, and all that comes from them; where that does
+    not divide their number, each part of the mesh has all of them.
+
+    Args:
+        model: the full model.
+        tokens: prompts, padded on the right to a common length with any token.
+        lengths: real tokens of each prompt, in [1, T].
+        room: longest answer that the cache gets slots for, in tokens; static.
+        longest: tokens that the answer (or that of each row) may come to have, by which LongRoPE chooses its
+            wavelengths; `room` if None. Not static, so that `room` can be rounded up without meaning.
+        chunk: tokens read at a time, at most; static. It bounds memory and changes no result.
+        collect: whether to gather the statistics; static.
+        rows: tokens of each prompt whose relative activations are kept for a `Reconstruction`: all of them, or this
+            many that are spread evenly over a longer prompt; static.
+    """
+    batch, length = tokens.shape
+    chunks = chunk_count(length, chunk)
+    chunk = -(-length // chunks)
+    padded = chunks * chunk
+    mesh = mesh_of(model.embedding[...])
+    tokens, lengths = over_data(mesh, jnp.pad(tokens, ((0, 0), (0, padded - length)))), over_data(mesh, lengths)
+    positions = jnp.arange(padded, dtype=jnp.int32)
+    positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
+    chosen = spread(lengths, rows) if rows else None
+
+    def read(carry: tuple[KVCache, Array, tuple[_Observed, ...]], step: tuple[Array, Array]):
+        cache, last, observed = carry
+        chunk_tokens, chunk_positions = step
+        # The cache was empty, so its cursor is the number of tokens before this chunk.
+        before = cache.cursor
+
+        def observe(layer: int, z: Array, real: Array) -> _Observed:
+            squares = statistic(layer, z, real) if collect else None
+            return squares, None if chosen is None else rows_at(z, chosen - before)
+
+        x, cache, more = model(
+            chunk_tokens,
+            chunk_positions,
+            cache,
+            read_slots=0 if chunks == 1 else padded,
+            observe=observe if collect or rows else None,
+        )
+        is_last = (chunk_positions == lengths[:, None] - 1)[..., None]
+        last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
+        return (cache, last, jax.tree.map(jnp.add, observed, more)), None
+
+    context = jnp.asarray(lengths + (room if longest is None else longest), jnp.int32)
+    carry = (
+        empty_cache(model.config, batch, padded + room, model.dtype, context=context),
+        jnp.zeros((batch, model.config.width), model.dtype),
+        tuple(
+            (
+                jnp.zeros((batch, neurons), jnp.float32) if collect else None,
+                jnp.zeros((batch, rows, neurons), model.dtype) if rows else None,
+            )
+            for neurons in model.neurons
+            if collect or rows
+        ),
+    )
+    if chunks == 1:
+        carry, _ = read(carry, (tokens, positions))
+    else:
+        carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens, chunks), by_chunk(positions, chunks)))
+    cache, last, observed = carry
+    squares = tuple(square for square, _ in observed if square is not None)
+    statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
+    logits = model.logits(last[:, None])[:, 0]
+    return Prefilled(logits, last, cache, statistics, room, tuple(row for _, row in observed if row is not None))
+
+
+def read_on(
+    model: Transformer,
+    cache: KVCache,
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    statistics: Statistics,
+    rows: tuple[Float[Array, "b _r _f"], ...] = (),
+) -> tuple[Float[Array, "b t d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
+    """Reads tokens behind those of a cache, and takes them into what was recorded of these.
+
+    Args:
+        model: what reads.
+        cache: of the tokens before, with room for T more.
+        tokens: token ids.
+        positions: of each in its row; `EMPTY` for padding, which is on the right.
+        statistics: of the tokens before. With no layers none are gathered; its counts of tokens are needed for `rows`.
+        rows: relative activations of some of the tokens before, the oldest first, zeros behind them.
+
+    Returns:
+        The residual stream, the longer cache, the statistics of all tokens, and as many rows as before: the newest
+        there are, the oldest first.
+    """
+    more = jnp.sum(positions != EMPTY, axis=1, dtype=jnp.int32)
+
+    def newest(old: Float[Array, "b r f"], z: Float[Array, "b t f"]) -> Float[Array, "b r f"]:
+        size = old.shape[1]
+        used = jnp.minimum(statistics.tokens, size)[:, None]
+        # Old and new rows are one queue, of which the last `size` are kept.
+        place = jnp.arange(size) + jnp.maximum(used + more[:, None] - size, 0)
+        kept = jnp.take_along_axis(old, jnp.minimum(place, size - 1)[..., None], axis=1)
+        column = jnp.where(place - used < more[:, None], place - used, EMPTY)
+        return jnp.where((place < used)[..., None], kept, rows_at(z, column))
+
+    def observe(layer: int, z: Array, real: Array) -> _Observed:
+        squares = statistic(layer, z, real) if statistics.squares else None
+        return squares, newest(rows[layer], z) if rows else None
+
+    recorded = bool(statistics.squares or rows)
+    x, cache, observed = model(tokens, positions, cache, observe=observe if recorded else None)
+    squares = tuple(square for square, _ in observed if square is not None)
+    rows = tuple(row for _, row in observed if row is not None)
+    return x, cache, statistics + Statistics(squares, more), rows

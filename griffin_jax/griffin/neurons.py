@@ -1,0 +1,171 @@
+"""Which neurons a pruned model keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+from numpy.typing import ArrayLike
+
+from griffin_jax.griffin.config import check_shards
+from griffin_jax.parallel.mesh import to_host
+from griffin_jax.utils.arrayfile import load_arrays, save_arrays
+
+if TYPE_CHECKING:
+    from griffin_jax.model.transformer import Transformer
+
+EXPERTS_FORMAT = "griffin_jax experts 1"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experts:
+    """The neurons that a pruned model keeps: a sequence with one array of indices per layer.
+
+    Attributes:
+        indices: per layer, ascending, int32: (K,) for the whole batch or (B, K), one row for every
+            sequence. K may differ between layers.
+        neurons: F of every layer of the model they were selected for.
+        shards: into so many equal ranges the neurons fall, each with as many of the kept ones, see `GriffinConfig`.
+    """
+
+    indices: tuple[Int[Array, "*b _k"], ...]
+    neurons: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shards: int = dataclasses.field(default=1, metadata={"static": True})
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, layer: int) -> Int[Array, "*b _k"]:
+        return self.indices[layer]
+
+    def __iter__(self) -> Iterator[Int[Array, "*b _k"]]:
+        return iter(self.indices)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """K of every layer."""
+        return tuple(indices.shape[-1] for indices in self.indices)
+
+    @property
+    def shared(self) -> bool:
+        """Whether one set serves the whole batch."""
+        return self.indices[0].ndim == 1
+
+    def masks(self) -> tuple[Bool[Array, "*b _f"], ...]:
+        """The same experts as masks over all neurons."""
+
+        def mask(indices: Array, neurons: int) -> Array:
+            nothing = jnp.zeros((*indices.shape[:-1], neurons), bool)
+            return jnp.put_along_axis(nothing, indices, True, axis=-1, inplace=False)
+
+        return tuple(map(mask, self.indices, self.neurons))
+
+    @classmethod
+    def from_masks(cls, masks: Sequence[ArrayLike]) -> Experts:
+        """Experts from a user's own masks, one per layer: (F,), or (B, F) for every sequence its own.
+
+        Raises:
+            ValueError: a mask is not boolean, keeps nothing, or keeps more neurons in one sequence
+                than in another; or layers mix shared and per-sequence masks.
+        """
+        indices = []
+        for layer, mask in enumerate(np.asarray(m) for m in masks):
+            if mask.dtype != np.bool_ or mask.ndim not in (1, 2):
+                raise ValueError(
+                    f"mask of layer {layer} must be boolean of shape (F,) or (B, F), got {mask.dtype} {mask.shape}"
+                )
+            kept = np.unique(mask.sum(axis=-1))
+            if kept.size != 1:
+                raise ValueError(
+                    f"mask of layer {layer} keeps {kept.tolist()} neurons; every sequence must keep as many"
+                )
+            indices.append(np.nonzero(mask)[-1].reshape(*mask.shape[:-1], -1))
+        return cls.from_indices(indices, [np.shape(mask)[-1] for mask in masks])
+
+    @classmethod
+    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int], shards: int = 1) -> Experts:
+        """Experts from indices that come from outside, in any order.
+
+        Raises:
+            ValueError: there is no layer, the number of layers differs, an index is repeated or outside
+                [0, F), a layer keeps nothing, layers differ in their batch, or the shards do not keep equally many.
+        """
+        if not indices or len(indices) != len(neurons):
+            raise ValueError(
+                f"experts of {len(indices)} layers for a model of {len(neurons)}; give one array per layer"
+            )
+        checked = []
+        for layer, (array, width) in enumerate(zip(map(np.asarray, indices), neurons, strict=True)):
+            if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or array.size == 0:
+                raise ValueError(
+                    f"experts of layer {layer} must be whole numbers of shape (K,) or (B, K) with K >= 1,"
+                    f" got {array.dtype} {array.shape}"
+                )
+            if array.shape[:-1] != np.shape(indices[0])[:-1]:
+                raise ValueError(f"experts of layer {layer} have shape {array.shape}, layer 0 {np.shape(indices[0])}")
+            if array.min() < 0 or array.max() >= width:
+                raise ValueError(
+                    f"experts of layer {layer} lie in [{array.min()}, {array.max()}]; its neurons are [0, {width - 1}]"
+                )
+            array = np.sort(array, axis=-1)
+            if (np.diff(array, axis=-1) == 0).any():
+                raise ValueError(f"experts of layer {layer} name a neuron twice")
+            check_shards(shards, width, array.shape[-1])
+            owners = array.reshape(*array.shape[:-1], shards, -1) // (width // shards)
+            if (owners != np.arange(shards)[:, None]).any():
+                raise ValueError(f"of experts of layer {layer}, some of {shards} shards keep more than others")
+            checked.append(jnp.asarray(array, jnp.int32))
+        return cls(tuple(checked), tuple(neurons), shards)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, whole or not at all; an existing one is replaced. Of several processes all must
+        call this, and the first writes.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        arrays = {f"layers.{layer}": indices for layer, indices in enumerate(to_host(self.indices))}
+        metadata = {"neurons": " ".join(map(str, self.neurons)), "shards": str(self.shards)}
+        if jax.process_index() == 0:
+            save_arrays(path, EXPERTS_FORMAT, arrays, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Experts:
+        """What `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged or of another kind or version.
+        """
+        arrays, metadata = load_arrays(path, EXPERTS_FORMAT)
+        try:
+            neurons = [int(width) for width in metadata["neurons"].split()]
+            indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
+            shards = int(metadata.get("shards", 1))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        try:
+            return cls.from_indices(indices, neurons, shards)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def check_experts(experts: Experts, model: Transformer) -> None:
+    """Raise `ValueError` if experts were selected for a model of other layers or widths."""
+    if experts.neurons != model.neurons:
+        raise ValueError(
+            f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
+        )
+
+
+def _widths(neurons: Sequence[int]) -> str:
+    widths = sorted(set(neurons))
+    described = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+    return f"{len(neurons)} layers with {described} neurons"

@@ -1,0 +1,204 @@
+"""prune: model, experts -> a smaller model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from griffin_jax.griffin.neurons import Experts, check_experts
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.feed_forward import NEURON_AXES
+from griffin_jax.model.sharding import check_mesh, parameter_spec
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
+from griffin_jax.utils.deprecation import renamed_arguments
+
+
+class Refit(Protocol):
+    """Changes the kept rows of the down projections, beyond GRIFFIN; a pytree, so that the gather can be jitted with
+    it.
+
+    `griffin_jax.extensions.reconstruction.Reconstruction` is one.
+    """
+
+    def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
+        """Raise `ValueError` unless this belongs to a model with so many neurons in its layers, and to these
+        experts."""
+        ...
+
+    def changes(
+        self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
+    ) -> Sequence[Float[Array, "*b _k d"]]:
+        """What is added to the kept rows of each layer's down projection, float32."""
+        ...
+
+
+def check_kept(model: Transformer, kept: Sequence[int]) -> None:
+    """Raise `ValueError` unless the devices that share a model can share so many neurons of each layer evenly."""
+    check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), kept)
+
+
+@renamed_arguments(reconstruction="refit")
+def prune(
+    model: Transformer,
+    experts: Experts,
+    *,
+    reuse: Transformer | None = None,
+    refit: Refit | None = None,
+) -> Transformer:
+    """The same model with only the experts' rows in its feed-forward layers.
+
+    Attention, norms, embedding, head and the bias of the down projection are the given model's own
+    arrays; the first projections' biases follow their neurons. Experts of shape (B, K) give matrices
+    with a set for every sequence, unless B is 1. The gather is jitted; the rest is
+    bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
+
+    On a mesh the kept rows are divided as `griffin_jax.model.sharding` says. Rows go from device to device for that,
+    unless the experts have as many shards as the model, or a multiple.
+
+    Args:
+        model: the full model; it stays as it is.
+        experts: that `select` chose.
+        reuse: an earlier result of `prune` that is needed no more. If its kept rows are as large as the new ones,
+            these get their memory, and it cannot be used again. Memory that a CPU process gets from the operating
+            system is slow to write to for the first time: it takes longer than the copying.
+        refit: beyond GRIFFIN: changes the kept rows of the down projections, such as a `Reconstruction`, which fits
+            them to what the prompt had from all neurons. Without it they are the model's own.
+
+    Raises:
+        ValueError: the experts were selected for a model of other layers or widths, the model holds a set of neurons
+            for every sequence already, `reuse` shares feed-forward arrays with the model, `refit` does not
+            belong to the model or the experts, or the devices of a mesh cannot share the kept rows evenly.
+    """
+    if any(layer.ff.per_sequence for layer in model.layers):
+        raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
+    if any(layer.ff.rest is not None for layer in model.layers):
+        raise ValueError("this model holds its neurons in two groups; it is pruned by the OneCopy that made it")
+    check_experts(experts, model)
+    if refit is not None:
+        refit.check(model.neurons, experts.indices)
+    check_kept(model, experts.kept)
+    rows = _neuron_rows(model)
+    pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    gathered = _gather_into(rows, experts, refit, reuse, model.config)
+    for layer, kept in zip(pruned.layers, gathered, strict=True):
+        for name, weight in kept.items():
+            setattr(layer.ff, name, weight)
+    return pruned
+
+
+def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
+    return [
+        {name: getattr(layer.ff, name) for name in NEURON_AXES if getattr(layer.ff, name) is not None}
+        for layer in model.layers
+    ]
+
+
+def _gather_into(
+    rows: list[dict[str, nnx.Param]],
+    experts: Experts,
+    refit: Refit | None,
+    reuse: Transformer | None,
+    config: ModelConfig,
+) -> list[dict[str, nnx.Param]]:
+    if reuse is None or any(isinstance(index, Tracer) for index in experts):
+        return _gather(rows, experts, refit, config)
+    gather = functools.partial(_gather, config=config)
+    old, new = _neuron_rows(reuse), jax.eval_shape(gather, rows, experts, refit)
+    if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
+        raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
+    if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != [(a.shape, a.dtype) for a in jax.tree.leaves(new)]:
+        return gather(rows, experts, refit)
+    return _overwrite(rows, experts, refit, config, old)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _gather(
+    rows: list[dict[str, nnx.Param]], experts: Experts, refit: Refit | None, config: ModelConfig
+) -> list[dict[str, nnx.Param]]:
+    def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
+        return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.shards), weight)
+
+    def place(name: str, weight: nnx.Param) -> nnx.Param:
+        return jax.tree.map(lambda w: _placed(f"ff.{name}", w, config, mesh), weight)
+
+    mesh = mesh_of(rows[0]["down"][...])
+    indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in experts)
+    kept = [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
+    if refit is not None:
+        changes = refit.changes([layer["down"][...] for layer in rows], indices)
+        for layer, change in zip(kept, changes, strict=True):
+            changed = (layer["down"][...].astype(jnp.float32) + change).astype(layer["down"].dtype)
+            layer["down"] = nnx.Param(changed)
+    return [{name: place(name, weight) for name, weight in layer.items()} for layer in kept]
+
+
+def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Array:
+    if mesh is None:
+        return weight
+    spec = parameter_spec(path, weight.shape, config, mesh)
+    return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
+
+
+def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], shards: int) -> Array:
+    """`take_neurons`: each device takes of its own rows, and all of them exchange these if they have to."""
+    mesh, axis = mesh_of(weight), NEURON_AXES[name]
+    devices = axis_size(mesh, MODEL_AXIS)
+    if mesh is None or devices == 1:
+        return take_neurons(name, weight, indices)
+    stays = shards % devices == 0
+    batch = [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
+    axis_after = axis + len(batch)
+
+    def take_own(weight: Array, indices: Array) -> Array:
+        neurons = weight.shape[axis]
+        at = indices - jax.lax.axis_index(MODEL_AXIS) * neurons
+        taken = take_neurons(name, weight, at)
+        if stays:
+            return taken
+        own = jnp.expand_dims((at >= 0) & (at < neurons), [*range(axis), *range(axis_after + 1, taken.ndim)])
+        return jax.lax.psum_scatter(jnp.where(own, taken, 0), MODEL_AXIS, scatter_dimension=axis_after, tiled=True)
+
+    before = [None] * axis
+    return jax.shard_map(
+        take_own,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*before, MODEL_AXIS), PartitionSpec(*batch, MODEL_AXIS if stays else None)),
+        out_specs=PartitionSpec(*before, *batch, MODEL_AXIS),
+    )(weight, indices)
+
+
+def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array:
+    """Rows of one of `NEURON_AXES`; an index beyond them takes the nearest."""
+
+    def take(weight: Array, indices: Array) -> Array:
+        return jnp.take(weight, indices, axis=NEURON_AXES[name], mode="clip")
+
+    def part_by_part(weight: Array, indices: Array) -> Array:
+        return jnp.stack([jnp.take(part, indices, axis=0, mode="clip") for part in weight])
+
+    if NEURON_AXES[name] == 0:
+        return take(weight, indices)
+    # XLA's CPU code gathers from a first axis twice as fast as from a second one; on a mesh of GPUs parts take memory.
+    return jax.lax.platform_dependent(weight, indices, cpu=part_by_part, default=take)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="old", keep_unused=True)
+def _overwrite(
+    rows: list[dict[str, nnx.Param]],
+    experts: Experts,
+    refit: Refit | None,
+    config: ModelConfig,
+    old: list[dict[str, nnx.Param]],
+) -> list[dict[str, nnx.Param]]:
+    """`_gather` into the memory of `old`."""
+    del old
+    return _gather(rows, experts, refit, config)

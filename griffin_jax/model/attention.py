@@ -1,0 +1,129 @@
+"""Causal attention with a cache."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.norm import head_norm, softcap
+from griffin_jax.model.ops import linear, matmul, ordered_after
+from griffin_jax.model.parameters import bias_vector, matrix
+from griffin_jax.model.positions import Positions, rotate
+
+QUERY_BLOCK = 256
+"""Tokens of a prompt that attend together: scores with tokens behind the block are not computed."""
+
+
+class Attention(nnx.Module):
+    """Causal multi-head attention; N query heads read G key/value heads (MHA, GQA and MQA).
+
+    The projections of x are one matrix, (G, R + 2, H, D): each group has its R queries, its key and
+    its value. One product reads weights faster than three do, and groups can be shared out to devices.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        n, g, h, d = config.num_heads, config.kv_heads, config.head_dim, config.width
+        self.qkv = matrix(rngs, (g, n // g + 2, h, d), fan_in=d, dtype=dtype)
+        self.out = matrix(rngs, (n, h, d), fan_in=n * h, dtype=dtype)
+        self.qkv_bias = bias_vector((g, n // g + 2, h), dtype) if config.attention_bias else None
+        self.out_bias = bias_vector((d,), dtype) if config.attention_out_bias else None
+        self.query_norm = head_norm(n, config, dtype)
+        self.key_norm = head_norm(g, config, dtype)
+        self.scale = config.score_scale
+        self.softcap = config.attention_softcap
+        self.clip = config.qkv_clip
+        self.interleaved = config.rotary is not None and config.rotary.interleaved
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        at: Positions,
+        cached_keys: Float[Array, "b g h slots"],
+        cached_values: Float[Array, "b g slots h"],
+        cursor: Int[Array, ""],
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"]]:
+        """The output, and the layer's cache with this call's keys and values written at `cursor`.
+
+        Queries read the first S slots of the cache as it was, and this call's own tokens; `at.masks`
+        says which of both.
+        """
+        query, key, value = self._projected(x)
+        if at.angles is not None:
+            query = rotate(query, *at.angles, self.interleaved)
+            key = rotate(key, *at.angles, self.interleaved)
+
+        b, n, t, h = query.shape
+        g = key.shape[1]
+        query = query.reshape(b, g, n // g, t, h)
+        blocks = []
+        for start in range(0, t, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, t)
+            own = query[:, :, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+            blocks.append(self._mixed(*own, at.block(start, stop), cached_keys, cached_values))
+        mixed = jnp.concatenate(blocks, axis=3)
+
+        key, value = ordered_after(mixed[:, :, 0], key, value)
+        cached_keys = jax.lax.dynamic_update_slice(cached_keys, key.swapaxes(2, 3), (0, 0, 0, cursor))
+        cached_values = jax.lax.dynamic_update_slice(cached_values, value, (0, 0, cursor, 0))
+
+        mixed = mixed.reshape(b, n, t, h).swapaxes(1, 2).reshape(b, t, n * h)
+        out = matmul(mixed, self.out[...].reshape(n * h, -1))
+        if self.out_bias is not None:
+            out = out + self.out_bias[...]
+        return out, cached_keys, cached_values
+
+    def _mixed(
+        self,
+        query: Float[Array, "b g r t h"],
+        key: Float[Array, "b g u h"],
+        value: Float[Array, "b g u h"],
+        at: Positions,
+        cached_keys: Float[Array, "b g h slots"],
+        cached_values: Float[Array, "b g slots h"],
+    ) -> Float[Array, "b g r t h"]:
+        """Values of the cache and of this call's tokens, weighted by the softmax of their scores."""
+        b, g, r, _, _ = query.shape
+        slots = at.masks[0].shape[-1]
+        scores = jnp.einsum("bgrth,bguh->bgrtu", query, key, preferred_element_type=jnp.float32)
+        if slots:
+            read_keys = cached_keys[..., :slots]
+            cached = jnp.einsum("bgrth,bghs->bgrts", query, read_keys, preferred_element_type=jnp.float32)
+            scores = jnp.concatenate([cached, scores], axis=-1)
+        mask = jnp.concatenate(at.masks, axis=-1) if slots else at.masks[1]
+        scores = softcap(scores * self.scale, self.softcap)
+        if at.biases is not None:
+            bias = jnp.concatenate(at.biases, axis=-1) if slots else at.biases[1]
+            scores = scores + bias.reshape(b, g, r, *bias.shape[2:])
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        # The softmax divides the mixed values, which are fewer than the weights.
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(query.dtype)
+        mix = functools.partial(jnp.einsum, "bgrts,bgsh->bgrth", preferred_element_type=jnp.float32)
+        mixed = mix(weights[..., slots:], value)
+        if slots:
+            mixed += mix(weights[..., :slots], cached_values[:, :, :slots])
+        return (mixed / total).astype(query.dtype)
+
+    def _projected(
+        self, x: Float[Array, "b t d"]
+    ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
+        """Queries, keys and values, before rotary embedding."""
+        weight = self.qkv[...]
+        y = linear(x, weight)
+        if self.qkv_bias is not None:
+            y = y + self.qkv_bias[...]
+        if self.clip is not None:
+            y = jnp.clip(y, -self.clip, self.clip)
+        b, t, _, _, h = y.shape
+        query = y[:, :, :, :-2].reshape(b, t, -1, h).swapaxes(1, 2)
+        key, value = y[:, :, :, -2].swapaxes(1, 2), y[:, :, :, -1].swapaxes(1, 2)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return query, key, value

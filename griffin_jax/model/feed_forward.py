@@ -1,0 +1,87 @@
+"""The feed-forward layer, whose neurons are what GRIFFIN keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from griffin_jax.model.config import Activation, ModelConfig
+from griffin_jax.model.ops import linear, matmul
+from griffin_jax.model.parameters import bias_vector, matrix
+
+if TYPE_CHECKING:
+    pass
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class FeedForward(nnx.Module):
+    """y = Wd^T z + b with z = act(Wg x) * (Wu x), or z = act(Wu x + b) if not gated.
+
+    All matrices are neuron-major: a row belongs to a neuron, so that keeping a neuron keeps a row of
+    each. Those of x are one, `inner`: (2, F, D), gate and up, or (1, F, D) if not gated; one product reads
+    weights faster than two do. `down` is (F, D). After pruning there are K rows for F; where each sequence
+    of a batch keeps neurons of its own, `inner` is (A, B, K, D) and `down` (B, K, D).
+
+    The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place`.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
+        a, f, d = 2 if config.gated else 1, config.ff_width, config.width
+        self.inner = matrix(rngs, (a, f, d), fan_in=d, dtype=dtype)
+        self.down = matrix(rngs, (f, d), fan_in=f, dtype=dtype)
+        self.inner_bias = bias_vector((a, f), dtype) if config.ff_bias else None
+        self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
+        self.activation: Activation = config.activation
+        self.rest: FeedForward | None = nnx.data(None)
+
+    @property
+    def neurons(self) -> int:
+        """F, or K after pruning."""
+        return self.down.shape[-2] + (0 if self.rest is None else self.rest.neurons)
+
+    @property
+    def per_sequence(self) -> bool:
+        """Whether each sequence of a batch has neurons of its own."""
+        return self.down.ndim == 3
+
+    def intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
+        """z, the input of the down projection: one value for each neuron and token, those of `rest` last."""
+        z = self._own_intermediate(x)
+        return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
+
+    def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
+        weight = self.inner[...]
+        y = jnp.einsum("btd,abfd->btaf", x, weight) if self.per_sequence else linear(x, weight)
+        if self.inner_bias is not None:
+            bias = self.inner_bias[...]
+            y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
+        z = ACTIVATIONS[self.activation](y[:, :, 0])
+        return z * y[:, :, 1] if y.shape[2] == 2 else z
+
+    def project(self, z: Float[Array, "b t f"]) -> Float[Array, "b t d"]:
+        """The layer's output for given intermediates."""
+        own = self.down.shape[-2]
+        others = None if self.rest is None else self.rest.project(z[..., own:])
+        z = z[..., :own]
+        y = jnp.einsum("btf,bfd->btd", z, self.down[...]) if self.per_sequence else matmul(z, self.down[...])
+        y = y if others is None else y + others
+        return y if self.down_bias is None else y + self.down_bias[...]
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        return self.project(self.intermediate(x))
+
+
+NEURON_AXES = {"inner": 1, "down": 0, "inner_bias": 1}
+"""The parameters of a feed-forward layer that have a row for each neuron, and the axis that counts neurons."""

@@ -1,0 +1,61 @@
+"""RMSNorm and LayerNorm."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.parameters import bias_vector
+
+
+class Norm(nnx.Module):
+    """RMSNorm, x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450).
+
+    The statistics are float32.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], config: ModelConfig, dtype: DTypeLike, *, bias: bool = False, joint: bool = False
+    ):
+        self.plus_one = config.norm_plus_one
+        self.scale = nnx.Param(jnp.zeros(shape, dtype) if self.plus_one else jnp.ones(shape, dtype))
+        self.bias = bias_vector(shape, dtype) if bias else None
+        self.centered = config.norm == "layer"
+        self.eps = config.norm_eps
+        self.joint = joint
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """x normalised over its last axis; if `joint`, over all heads of a (B, N, T, H) array together."""
+        axes = (1, 3) if self.joint else -1
+        x32 = x.astype(jnp.float32)
+        if self.centered:
+            x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + self.eps)
+        if self.plus_one:
+            return (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        if self.bias is None:
+            return normed.astype(x.dtype) * self.scale[...]
+        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def apply_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    return x if norm is None else norm(x)
+
+
+def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+
+
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def head_norm(heads: int, config: ModelConfig, dtype: DTypeLike) -> Norm | None:
+    if config.head_norm == "none":
+        return None
+    shape = (config.head_dim,) if config.head_norm == "shared" else (heads, 1, config.head_dim)
+    return Norm(shape, config, dtype, joint=config.head_norm == "joint")

