@@ -1,78 +1,97 @@
-"""GRIFFIN (arXiv 2404.01365) for JAX: faster answers from the feed-forward neurons a prompt needs."""
+"""GRIFFIN (arXiv 2404.01365) for JAX: faster answers from the feed-forward neurons a prompt needs.
 
-from griffin_jax.checkpoints.loading import ConversionReport, convert, load_model, open_source, plan, verify
-from griffin_jax.checkpoints.native import save
-from griffin_jax.checkpoints.planning import NarrowingWarning, Plan
-from griffin_jax.checkpoints.verification import Verification, VerificationError
-from griffin_jax.extensions.in_place import OneCopy
-from griffin_jax.extensions.prior import Prior
-from griffin_jax.extensions.reconstruction import Reconstruction
-from griffin_jax.extensions.refresh import refresh
-from griffin_jax.extensions.speculative import Drafting, decode_lossless
-from griffin_jax.generation.decode import Answer, begin, decode
-from griffin_jax.generation.padding import bucket, pad
-from griffin_jax.generation.prefill import Prefilled, prefill
-from griffin_jax.generation.sampling import Greedy, Sample
-from griffin_jax.generation.scoring import teacher_forced
-from griffin_jax.griffin.config import GriffinConfig, kept_neurons
-from griffin_jax.griffin.neurons import Experts
-from griffin_jax.griffin.prune import prune
-from griffin_jax.griffin.select import magnitude, select
-from griffin_jax.griffin.statistic import Statistics, token_statistic
-from griffin_jax.llm.llm import LLM, Generation, load
-from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
-from griffin_jax.model.config import ModelConfig, Rotary
-from griffin_jax.model.feed_forward import FeedForward
-from griffin_jax.model.transformer import Transformer
-from griffin_jax.text.tokenizer import Tokenizer
+Public names are loaded when they are first used: `import griffin_jax` alone loads nothing, not even JAX.
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
 
-__all__ = [
-    "EMPTY",
-    "LLM",
-    "Answer",
-    "ConversionReport",
-    "Drafting",
-    "Experts",
-    "FeedForward",
-    "Generation",
-    "Greedy",
-    "GriffinConfig",
-    "KVCache",
-    "ModelConfig",
-    "NarrowingWarning",
-    "OneCopy",
-    "Plan",
-    "Prefilled",
-    "Prior",
-    "Reconstruction",
-    "Rotary",
-    "Sample",
-    "Statistics",
-    "Tokenizer",
-    "Transformer",
-    "Verification",
-    "VerificationError",
-    "begin",
-    "bucket",
-    "convert",
-    "decode",
-    "decode_lossless",
-    "empty_cache",
-    "kept_neurons",
-    "load",
-    "load_model",
-    "magnitude",
-    "open_source",
-    "pad",
-    "plan",
-    "prefill",
-    "prune",
-    "refresh",
-    "save",
-    "select",
-    "teacher_forced",
-    "token_statistic",
-    "verify",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from griffin_jax.checkpoints.loading import ConversionReport, convert, load_model, open_source, plan, verify
+    from griffin_jax.checkpoints.native import save
+    from griffin_jax.checkpoints.planning import NarrowingWarning, Plan
+    from griffin_jax.checkpoints.verification import Verification, VerificationError
+    from griffin_jax.extensions.in_place import InPlace
+    from griffin_jax.extensions.prior import Prior
+    from griffin_jax.extensions.reconstruction import Reconstruction
+    from griffin_jax.extensions.refresh import refresh
+    from griffin_jax.extensions.speculative import Drafting, decode_speculative
+    from griffin_jax.generation.decode import DecodeState, decode, init_decode
+    from griffin_jax.generation.padding import bucket, pad
+    from griffin_jax.generation.prefill import Prefilled, prefill
+    from griffin_jax.generation.sampling import Greedy, Sample
+    from griffin_jax.generation.scoring import teacher_forced
+    from griffin_jax.griffin.config import GriffinConfig, kept_neurons
+    from griffin_jax.griffin.neurons import ExpertNeurons
+    from griffin_jax.griffin.prune import prune
+    from griffin_jax.griffin.select import magnitude, select
+    from griffin_jax.griffin.statistic import Statistics, token_statistic
+    from griffin_jax.llm.llm import LLM, Generation, load
+    from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
+    from griffin_jax.model.config import ModelConfig, Rotary
+    from griffin_jax.model.feed_forward import FeedForward
+    from griffin_jax.model.transformer import Transformer
+    from griffin_jax.text.tokenizer import Tokenizer
+
+__version__ = "0.2.0"
+
+_NAMES = {
+    "checkpoints.loading": "ConversionReport convert load_model open_source plan verify",
+    "checkpoints.native": "save",
+    "checkpoints.planning": "NarrowingWarning Plan",
+    "checkpoints.verification": "Verification VerificationError",
+    "extensions.in_place": "InPlace",
+    "extensions.prior": "Prior",
+    "extensions.reconstruction": "Reconstruction",
+    "extensions.refresh": "refresh",
+    "extensions.speculative": "Drafting decode_speculative",
+    "generation.decode": "DecodeState decode init_decode",
+    "generation.padding": "bucket pad",
+    "generation.prefill": "Prefilled prefill",
+    "generation.sampling": "Greedy Sample",
+    "generation.scoring": "teacher_forced",
+    "griffin.config": "GriffinConfig kept_neurons",
+    "griffin.neurons": "ExpertNeurons",
+    "griffin.prune": "prune",
+    "griffin.select": "magnitude select",
+    "griffin.statistic": "Statistics token_statistic",
+    "llm.llm": "LLM Generation load",
+    "model.cache": "EMPTY KVCache empty_cache",
+    "model.config": "ModelConfig Rotary",
+    "model.feed_forward": "FeedForward",
+    "model.transformer": "Transformer",
+    "text.tokenizer": "Tokenizer",
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+_RENAMED = {
+    "Answer": "DecodeState",
+    "Experts": "ExpertNeurons",
+    "OneCopy": "InPlace",
+    "begin": "init_decode",
+    "decode_lossless": "decode_speculative",
+}
+"""Names of version 0.1, which still work here."""
+
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RENAMED:
+        from griffin_jax.utils.deprecation import warn_renamed
+
+        warn_renamed(f"griffin_jax.{name}", f"griffin_jax.{_RENAMED[name]}")
+        return __getattr__(_RENAMED[name])
+    if name in ("jitted", "harness"):
+        return importlib.import_module(f"griffin_jax.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"griffin_jax.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -128,9 +128,9 @@ def worded(tmp_path_factory) -> TinyLlama:
 
 
 @pytest.fixture(scope="session")
-def everything(tiny) -> gj.Experts:
+def everything(tiny) -> gj.ExpertNeurons:
     """All neurons of the tiny model."""
-    return gj.Experts.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
+    return gj.ExpertNeurons.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
 
 
 @pytest.fixture

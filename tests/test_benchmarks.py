@@ -214,11 +214,11 @@ def test_best_quality_prunes_as_generate_does(plain, prior):
     variant = runner.Variant(0.5, quality="best")
     tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13]
     rows = plan.rows(plan.cases[0], variant)
-    prefilled = jitted.prefill(plain.llm.model, *gj.pad([tokens], 16), room=3, rows=rows)
+    prefilled = jitted.prefill(plain.llm.model, *gj.pad([tokens], 16), max_new_tokens=3, rows=rows)
     pruned = runner._Subject(plain.llm.model, None).prune(prefilled, plan.griffin(variant), plan.prior, Stopwatch())
     expected = plain.llm.generate([tokens], max_new_tokens=3, quality="best", prior=plan.prior, ignore_eos=True)
     assert pruned.neurons == expected.kept
-    answer = jitted.decode(pruned, jitted.begin(prefilled), 3)
+    answer = jitted.decode(pruned, jitted.init_decode(prefilled), 3)
     assert np.asarray(answer.tokens).tolist() == expected.tokens
 
 
@@ -237,7 +237,7 @@ def test_random_weights_have_a_random_prior_of_the_usual_size():
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--quality", "better"), "quality must be one of griffin, best, got 'better'"),
     (("--prior", "some"), "--prior is for --quality best"),
-    (("--quality", "best", "--one-copy", "--density", "0.5"), "--one-copy moves the model's own rows"),
+    (("--quality", "best", "--in-place", "--density", "0.5"), "--in-place moves the model's own rows"),
     (("--quality", "best"), "there is no file"),
     (("--quality", "best", "--model", "Llama-2-7B", "--prior", "x"), "random weights have a random prior"),
 ])  # fmt: skip
@@ -263,9 +263,9 @@ def test_medians_of_made_up_samples():
     dense = runner.Measured("griffin_jax", "griffin_jax", runner.Variant(), compile=3.0)
     pruned = runner.Measured("griffin_jax", "griffin_jax", runner.Variant(0.5, True), compile=4.0)
     for second in (1.0, 7.0, 2.0):
-        dense.samples.append({"prefill": second, "begin": 0.5, "decode": 10 * second})
+        dense.samples.append({"prefill": second, "init_decode": 0.5, "decode": 10 * second})
         pruned.samples.append({
-            "prefill": 1.25 * second, "prefill_without": second, "select": 0.5, "prune": 0.25, "begin": 0.5,
+            "prefill": 1.25 * second, "prefill_without": second, "select": 0.5, "prune": 0.25, "init_decode": 0.5,
             "decode": 5 * second,
         })  # fmt: skip
     full, half = runner.summarise(plan, plan.cases[0], [dense, pruned], bandwidth=1e9)
@@ -377,11 +377,13 @@ def test_random_weights_are_scaled_and_finite(name):
     model = random_model(config, jnp.bfloat16)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16"}
     first, second = (layer.ff for layer in model.layers)
-    assert float(jnp.std(first.inner[...].astype(jnp.float32))) == pytest.approx(64**-0.5, rel=0.05)
+    assert float(jnp.std(first.gate_up[...].astype(jnp.float32))) == pytest.approx(64**-0.5, rel=0.05)
     assert float(jnp.std(first.down[...].astype(jnp.float32))) == pytest.approx(96**-0.5, rel=0.05)
     assert abs(float(jnp.mean(first.down[...].astype(jnp.float32)))) < 0.01
     assert not np.array_equal(first.down[...], second.down[...])
-    prefilled = runner.jitted.prefill(model, np.arange(16, dtype=np.int32)[None], np.array([16], np.int32), room=0)
+    prefilled = runner.jitted.prefill(
+        model, np.arange(16, dtype=np.int32)[None], np.array([16], np.int32), max_new_tokens=0
+    )
     assert np.isfinite(prefilled.logits).all()
     assert float(jnp.std(prefilled.logits)) > 0
 

@@ -17,7 +17,7 @@ from griffin_jax.evaluation import tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.general_text import measure
-from griffin_jax.evaluation.grid import Beyond, Row, grid, models
+from griffin_jax.evaluation.grid import Beyond, Variant, grid, models
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.reconstruction import Reconstruction
@@ -36,7 +36,7 @@ def prior(tiny) -> gj.Prior:
 def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | None, rows: int, shared: bool):
     """Tokens of the four steps, one after the other."""
     tokens, lengths = map(jnp.asarray, gj.pad(prompts, 48))
-    prefilled = gj.prefill(model, tokens, lengths, room=12, rows=rows)
+    prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=12, rows=rows)
     experts = gj.select(
         prefilled.statistics, gj.GriffinConfig(0.5, shared=shared), fuse=None if prior is None else prior.fusion(0.3)
     )
@@ -44,7 +44,7 @@ def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | N
     if rows:
         reconstruction = Reconstruction(prefilled.rows, calibration=() if prior is None else prior.rows)
     pruned = gj.prune(model, experts, refit=reconstruction)
-    return np.asarray(gj.decode(pruned, gj.begin(prefilled), 12).tokens).tolist()
+    return np.asarray(gj.decode(pruned, gj.init_decode(prefilled), 12).tokens).tolist()
 
 
 class TestGenerate:
@@ -99,7 +99,7 @@ class TestGenerate:
                 use(PROMPTS, prior=other)
 
     def test_one_copy_has_neither(self, tiny, prior):
-        llm = gj.load(tiny.folder, "float32", one_copy=True)
+        llm = gj.load(tiny.folder, "float32", in_place=True)
         for options, message in (({"reconstruct": True}, "cannot be refitted"), ({"prior": prior}, "a prior cannot")):
             with pytest.raises(ValueError, match=message):
                 llm.generate([PROMPTS[0]], **options)
@@ -146,8 +146,8 @@ class TestGrid:
     def test_models_are_the_steps_by_hand(self, tiny, prior):
         model, beyond = tiny.llm.model, Beyond(prior, 0.3, rows=5, ridge=0.5, calibration_weight=0.2)
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 48))
-        prefilled = gj.prefill(model, tokens, lengths, room=0, rows=5)
-        rows = [Row(f"topk{steps}", 0.25) for steps in STEPS] + [Row("magnitude+reconstruction", 0.25)]
+        prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=0, rows=5)
+        rows = [Variant(f"topk{steps}", 0.25) for steps in STEPS] + [Variant("magnitude+reconstruction", 0.25)]
         config = gj.GriffinConfig(0.25)
         for row, pruned in models(model, rows, prefilled, prefilled.statistics, np.arange(3, dtype=np.int32), beyond):
             if row.selection == "magnitude":
@@ -168,14 +168,15 @@ class TestGrid:
         model, beyond = tiny.llm.model, Beyond(prior, 0.3, rows=8, ridge=0.5, calibration_weight=0.2, refresh_every=4)
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 48))
         answers, real = gj.pad([[50, 51, 52, 53, 54, 55], [60] * 3, [70, 71, 72, 73, 74]], 16)
-        prefilled = jitted.prefill(model, tokens, lengths, room=16, rows=8)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16, rows=8)
         steps = "topk+prior+reconstruction+calibration"
-        rows = [Row(f"{steps}+refresh", 0.5), Row("dense", 1.0), Row(steps, 0.5)]
+        rows = [Variant(f"{steps}+refresh", 0.5), Variant("dense", 1.0), Variant(steps, 0.5)]
         found = score_answers(model, rows, prefilled, answers, real, np.arange(3, dtype=np.int32), [3, 16], beyond)
-        dense, _ = jitted.follow(model, prefilled, answers, real)
-        refreshed = jitted_extensions.follow_refreshed(
+        dense, _ = jitted.teacher_force(model, prefilled, answers, real)
+        refreshed = jitted_extensions.teacher_force_refreshed(
             model, prefilled, answers, real, gj.GriffinConfig(0.5), 4,
-            fuse=None if prior is None else prior.fusion(0.3), reconstruction=Reconstruction(prefilled.rows, 0.5, prior.rows, 0.2),
+            fuse=None if prior is None else prior.fusion(0.3), reconstruction=Reconstruction(prefilled.rows, 0.5,
+            prior.rows, 0.2),
         )  # fmt: skip
         (compared,) = jitted.compare(model, dense, (refreshed,), jnp.asarray(answers))
         for scores, kl, length in zip(found, np.asarray(compared.kl), real, strict=True):
@@ -187,7 +188,7 @@ class TestGrid:
 
     def test_a_score_does_not_depend_on_the_batch(self, tiny, prior, tmp_path):
         items = [Item(str(number), prompt, [50, 51, 52]) for number, prompt in enumerate(PROMPTS)]
-        rows = (Row("dense", 1.0), *(Row(f"topk{steps}", 0.5) for steps in STEPS))
+        rows = (Variant("dense", 1.0), *(Variant(f"topk{steps}", 0.5) for steps in STEPS))
         one, three = (
             tasks.divergence(
                 tiny.llm, items, rows, Journal(tmp_path / str(size), {}),

@@ -14,7 +14,7 @@ import torch
 import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import least_strength, measure, with_budgets
-from griffin_jax.evaluation.grid import Beyond, Row, models
+from griffin_jax.evaluation.grid import Beyond, Variant, models
 from griffin_jax.extensions.prior import between, share_out
 from griffin_jax.extensions.sensitivity import sensitivity, squared_gradients
 from griffin_jax.generation import jitted
@@ -85,38 +85,38 @@ class TestSensitivity:
 
 
 class TestShares:
-    @pytest.mark.parametrize("multiple", [1, 2])
-    def test_best_of_all(self, rng, multiple):
+    @pytest.mark.parametrize("round_to", [1, 2])
+    def test_best_of_all(self, rng, round_to):
         losses = [rng.gamma(0.5, scale, 8) for scale in (1.0, 3.0, 0.2)]
-        found = share_out(losses, (4, 4, 4), multiple=multiple)
+        found = share_out(losses, (4, 4, 4), round_to=round_to)
 
         def lost(kept: tuple[int, ...]) -> float:
             return sum(np.sort(loss)[: len(loss) - k].sum() for loss, k in zip(losses, kept, strict=True))
 
-        allowed = [range(multiple, 9, multiple)] * 3
+        allowed = [range(round_to, 9, round_to)] * 3
         best = min((kept for kept in itertools.product(*allowed) if sum(kept) == 12), key=lost)
         assert sum(found) == 12
         assert lost(found) == pytest.approx(lost(best))
         assert lost(found) < lost((4, 4, 4))
 
-    @pytest.mark.parametrize(("kept", "multiple"), [((8, 8), 4), ((5, 5), 2), ((8, 4), 4)])
-    def test_all_neurons_or_no_multiples_stay(self, rng, kept, multiple):
-        assert share_out([rng.random(8), rng.random(8)], kept, multiple=multiple) == kept
+    @pytest.mark.parametrize(("kept", "round_to"), [((8, 8), 4), ((5, 5), 2), ((8, 4), 4)])
+    def test_all_neurons_or_no_multiples_stay(self, rng, kept, round_to):
+        assert share_out([rng.random(8), rng.random(8)], kept, round_to=round_to) == kept
 
     def test_no_layer_is_left_without(self):
         assert share_out([np.ones(16), np.zeros(16)], (8, 8)) == (15, 1)
 
     def test_widths_that_are_no_multiple(self):
         """The rest of a layer behind its last whole block is not to be had."""
-        assert share_out([np.ones(10), np.zeros(10)], (4, 4), multiple=4) == (4, 4)
-        assert share_out([np.ones(14), np.zeros(14)], (8, 8), multiple=4) == (12, 4)
+        assert share_out([np.ones(10), np.zeros(10)], (4, 4), round_to=4) == (4, 4)
+        assert share_out([np.ones(14), np.zeros(14)], (8, 8), round_to=4) == (12, 4)
 
     @pytest.mark.parametrize(
         ("strength", "expected"), [(0.0, (8, 8, 8)), (0.25, (8, 8, 8)), (0.5, (12, 8, 4)), (1.0, (16, 4, 4))]
     )
     def test_between(self, strength, expected):
         """A quarter is 2.5, 1.75 and 1.75 blocks: the two largest remainders get what is left over."""
-        assert between((8, 8, 8), (16, 4, 4), strength, multiple=4) == expected
+        assert between((8, 8, 8), (16, 4, 4), strength, round_to=4) == expected
 
     @pytest.mark.parametrize("width", [3, 7, 48, 1536, 13824])
     def test_a_density_for_every_number(self, width):
@@ -127,23 +127,23 @@ class TestShares:
 class TestPrior:
     @pytest.mark.parametrize("density", [0.25, 0.5, 0.75])
     @pytest.mark.parametrize(
-        ("multiple", "options"), [(1, {}), (4, {"multiple": 4}), (6, {"multiple": 2, "shards": 3})]
+        ("round_to", "options"), [(1, {}), (4, {"round_to": 4}), (6, {"round_to": 2, "groups": 3})]
     )
-    def test_the_sum_is_the_same(self, tiny, prior, density, multiple, options):
+    def test_the_sum_is_the_same(self, tiny, prior, density, round_to, options):
         neurons = tiny.llm.model.neurons
         config = gj.GriffinConfig(density, **options)
         budgeted = prior.budgeted(config)
         kept = budgeted.kept(neurons)
         assert sum(kept) == sum(config.kept(neurons))
         assert kept != config.kept(neurons)
-        assert all(k % multiple == 0 for k in kept)
+        assert all(k % round_to == 0 for k in kept)
         losses = [
             np.asarray(s, float) * np.asarray(c, float) for s, c in zip(prior.squares, prior.sensitivity, strict=True)
         ]
-        best = share_out(losses, config.kept(neurons), multiple=multiple)
+        best = share_out(losses, config.kept(neurons), round_to=round_to)
         assert kept == best
         half = dataclasses.replace(prior, strength=0.5).budgeted(config).kept(neurons)
-        assert half == between(config.kept(neurons), best, 0.5, multiple=multiple)
+        assert half == between(config.kept(neurons), best, 0.5, round_to=round_to)
         assert sum(half) == sum(kept)
 
     def test_not_used_where_they_do_not_pay(self, prior):
@@ -195,8 +195,8 @@ class TestEvaluation:
     def test_rows_keep_their_shares(self, tiny, prior):
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad(TEXTS[:2], 16))
-        prefilled = jitted.prefill(model, tokens, lengths, room=0)
-        rows = [Row("topk", 0.5), Row("topk+budgets", 0.5), Row("oracle+budgets", 0.25)]
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=0)
+        rows = [Variant("topk", 0.5), Variant("topk+budgets", 0.5), Variant("oracle+budgets", 0.25)]
         seeds = np.zeros(2, np.int32)
         found = [
             pruned.neurons for _, pruned in models(model, rows, prefilled, prefilled.statistics, seeds, Beyond(prior))

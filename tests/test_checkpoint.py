@@ -202,7 +202,7 @@ def test_an_existing_output_is_left_alone_and_nothing_is_read(tmp_path, monkeypa
 def test_a_pruned_model_is_not_saved(native, tmp_path):
     model = load(native)
     for layer in model.layers:
-        layer.ff.inner = nnx.Param(layer.ff.inner[...][:, :10])
+        layer.ff.gate_up = nnx.Param(layer.ff.gate_up[...][:, :10])
         layer.ff.down = nnx.Param(layer.ff.down[...][:10])
     with pytest.raises(ValueError, match="a pruned model cannot be saved"):
         save(model, tmp_path / "pruned")

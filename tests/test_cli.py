@@ -114,7 +114,7 @@ class TestInfo:
 
         assert code == 0
         assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(demo_llm.model))
-        experts = gj.Experts.from_indices([range(384)] * 30, demo_llm.model.neurons)
+        experts = gj.ExpertNeurons.from_indices([range(384)] * 30, demo_llm.model.neurons)
         pruned = gj.prune(demo_llm.model, experts)
         assert facts["active_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(pruned))
 

@@ -17,7 +17,7 @@ from reference import TinyLlama, tiny_tokenizer
 
 from griffin_jax.checkpoints.loading import convert
 from griffin_jax.cli.main import main
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.parallel import distributed
 from griffin_jax.parallel.distributed import HEARTBEAT_SECONDS, parse
 
@@ -74,7 +74,7 @@ def test_generate(capfd, folder, mesh, source):
     assert {line.split()[0] for line in other_err.splitlines()} <= {"[Gloo]"}
     assert main([*arguments, "--save-experts", f"{experts}.one"]) == 0
     assert out == capfd.readouterr()[0]
-    two, one = Experts.load(experts), Experts.load(f"{experts}.one")
+    two, one = ExpertNeurons.load(experts), ExpertNeurons.load(f"{experts}.one")
     assert two.neurons == one.neurons
     for found, expected in zip(two, one, strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -17,10 +17,10 @@ from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
-from griffin_jax.evaluation import batches, intervals, report, shards, tasks
+from griffin_jax.evaluation import batches, groups, intervals, report, tasks
 from griffin_jax.evaluation.batches import Item, batch_of
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import Row, grid, models, seed_of
+from griffin_jax.evaluation.grid import Variant, grid, models, seed_of
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.evaluation.prompts import summarization_prompt
 from griffin_jax.evaluation.samples import SHOWN, Skipped, excerpt, read_jsonl, read_texts
@@ -184,7 +184,7 @@ class TestGrid:
         """Each sequence the neurons that it would keep alone."""
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad([item.prompt for item in ITEMS], 16))
-        prefilled = jitted.prefill(model, tokens, lengths, room=0)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=0)
         prompts = prefilled.statistics
         answers = jax.tree.map(lambda x: x[::-1] if x.ndim == 2 else x, prompts)
         seeds = np.array([7, 8, 9], np.int32)
@@ -310,16 +310,16 @@ class TestTasks:
     def test_the_summaries_oracle_knows_the_dense_answer(self, worded, tmp_path):
         llm = worded.llm
         prompt = llm.tokenizer.encode(PASSAGES[0][:60])
-        rows = (Row("dense", 1.0), Row("oracle", 0.5))
+        rows = (Variant("dense", 1.0), Variant("oracle", 0.5))
         found = tasks.summarize(
             llm, [Item("a", prompt, reference="x")], rows, memory(tmp_path), new=12, stop=[], stem=False, size=1, seed=0
         )
         dense = llm.generate([prompt], max_new_tokens=12, density=1.0).tokens[0]
         whole, head = (
-            jitted.prefill(llm.model, jnp.asarray([t]), jnp.asarray([len(t)]), room=0).statistics.squares
+            jitted.prefill(llm.model, jnp.asarray([t]), jnp.asarray([len(t)]), max_new_tokens=0).statistics.squares
             for t in (prompt + dense, prompt)
         )
-        experts = gj.Experts.from_indices(
+        experts = gj.ExpertNeurons.from_indices(
             [oracle_topk(np.asarray(w - h)[0], 24) for w, h in zip(whole, head, strict=True)], llm.model.neurons
         )
         assert found["a"]["oracle 0.5"]["text"] == llm.generate([prompt], max_new_tokens=12, experts=experts).texts[0]
@@ -365,7 +365,7 @@ class TestFigures:
     )
 
     def test_over_tokens_of_all_texts(self):
-        figures = report.forced_figures(self.SCORES, Row("dense", 1.0), 1, seed=0)
+        figures = report.forced_figures(self.SCORES, Variant("dense", 1.0), 1, seed=0)
         assert figures["tokens"] == 8
         assert figures["perplexity"]["value"] == pytest.approx(math.exp(4 / 8))
         assert figures["perplexity"]["low"] == pytest.approx(math.exp(1 / 2))
@@ -377,7 +377,7 @@ class TestFigures:
             "a": {"dense": {"rouge1": 0.5, "rouge2": 0.0, "rougeL": 0.25}},
             "b": {"dense": dict.fromkeys(report.ROUGE, 0.1)},
         }
-        (figures,) = report.summarize_figures(scores, [Row("dense", 1.0)], seed=0)
+        (figures,) = report.summarize_figures(scores, [Variant("dense", 1.0)], seed=0)
         assert figures["rouge1"]["value"] == pytest.approx(30)
         assert figures["rouge1"]["low"] == pytest.approx(10)
         assert figures["rougeL"]["high"] == pytest.approx(25)
@@ -567,43 +567,43 @@ def test_batches_repeat_the_last_row():
 
 
 class TestShards:
-    """`griffin-jax eval shards`."""
+    """`griffin-jax eval groups`."""
 
     def test_scores_are_those_of_the_rules(self, worded, tmp_path):
         llm = worded.llm
-        rules = shards.rules([0.5], [1, 2, 4], llm.model.neurons)
-        assert [(row.name, config.shards) for row, config in rules.items()] == [
-            ("topk 0.5", 1), ("topk, 2 shards 0.5", 2), ("topk, 4 shards 0.5", 4),
+        rules = groups.rules([0.5], [1, 2, 4], llm.model.neurons)
+        assert [(row.name, config.groups) for row, config in rules.items()] == [
+            ("topk 0.5", 1), ("topk, 2 groups 0.5", 2), ("topk, 4 groups 0.5", 4),
         ]  # fmt: skip
-        scores = shards.compare_shards(llm, ITEMS[:2], rules, Journal(tmp_path, {}), new=5, size=2, seed=0)
+        scores = groups.compare_groups(llm, ITEMS[:2], rules, Journal(tmp_path, {}), new=5, size=2, seed=0)
         for item in ITEMS[:2]:
             found = scores[item.name]
             best = llm.experts(item.prompt)
             for row, config in rules.items():
-                experts = llm.experts(item.prompt, shards=config.shards)
+                experts = llm.experts(item.prompt, groups=config.groups)
                 shares = [
                     len(set(map(int, a[0])) & set(map(int, b[0]))) / 24 for a, b in zip(experts, best, strict=True)
                 ]
                 assert found[row.name]["overlap"] == pytest.approx(np.mean(shares))
                 tokens = [*item.prompt, *item.answer]
-                logits = llm.logits([tokens], prompt_length=len(item.prompt), shards=config.shards)
+                logits = llm.logits([tokens], prompt_length=len(item.prompt), groups=config.groups)
                 rest = jax.nn.log_softmax(logits[0, len(item.prompt) - 1 : -1])
                 loss = -sum(float(rest[at, token]) for at, token in enumerate(item.answer))
                 assert found[row.name]["loss"] == [pytest.approx(loss, rel=1e-5)]
             assert found["topk 0.5"]["overlap"] == 1
-            assert found["topk, 4 shards 0.5"]["overlap"] < 1
+            assert found["topk, 4 groups 0.5"]["overlap"] < 1
 
     def test_command(self, worded, capsys, tmp_path):
         texts = jsonl(tmp_path / "texts.jsonl", *({"text": text} for text in PASSAGES))
-        arguments = ["shards", texts, "--model", worded.folder, "--prompt-tokens", "12", "--new-tokens", "8"]
-        code, out, err = run(capsys, *arguments, "--shards", "2", "--output", tmp_path / "found", "--json")
+        arguments = ["groups", texts, "--model", worded.folder, "--prompt-tokens", "12", "--new-tokens", "8"]
+        code, out, err = run(capsys, *arguments, "--groups", "2", "--output", tmp_path / "found", "--json")
         assert code == 0, err
         results = json.loads(out.splitlines()[-1])
-        assert results["rows"] == ["topk 0.5", "topk, 2 shards 0.5"]
-        assert [figure["shards"] for figure in results["figures"]] == [1, 2]
+        assert results["rows"] == ["topk 0.5", "topk, 2 groups 0.5"]
+        assert [figure["groups"] for figure in results["figures"]] == [1, 2]
         assert results["figures"][0]["overlap"] == {"value": 1.0, "low": 1.0, "high": 1.0}
         assert "overlap" in out
-        code, _, err = run(capsys, *arguments, "--shards", "5", "--output", tmp_path / "five")
-        assert (code, "5 shards cannot have equally many of 48 neurons" in err) == (2, True)
+        code, _, err = run(capsys, *arguments, "--groups", "5", "--output", tmp_path / "five")
+        assert (code, "5 groups cannot have equally many of 48 neurons" in err) == (2, True)
         code, _, err = run(capsys, *arguments, "--method", "random", "--output", tmp_path / "random")
-        assert (code, "shards are compared by topk" in err) == (2, True)
+        assert (code, "groups are compared by topk" in err) == (2, True)

@@ -93,7 +93,7 @@ class TestReadings:
         answers = np.full((3, NEW), gj.EMPTY, np.int32)
         for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
             answers[row, : end - PROMPT] = text[PROMPT:end]
-        prefilled = jitted.prefill(tiny.llm.model, tokens, lengths, room=16)
+        prefilled = jitted.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=16)
         windows = np.asarray(flocking.window_statistics(tiny.llm.model, prefilled, jnp.asarray(answers), WINDOW))
         assert windows.shape == (3, 3, NEW // WINDOW, 48)
         for row, (text, end) in enumerate(zip(texts, ends, strict=True)):

@@ -47,7 +47,7 @@ class TestSameTokens:
         dense = answer(tiny.llm, PROMPTS, density=1.0)
         for method in ("topk", "sample", "topk_sample", "random", "magnitude"):
             assert answer(tiny.llm, PROMPTS, density=1.0, method=method) == dense
-        everything = gj.Experts.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
+        everything = gj.ExpertNeurons.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
         assert answer(tiny.llm, PROMPTS, experts=everything) == dense
 
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny):
@@ -66,18 +66,18 @@ class TestSameTokens:
         for length in (37, 38, 64, 100):
             tokens, lengths = gj.pad(PROMPTS, length)
             tokens[tokens == 0] = 99
-            prefilled = jitted.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), room=20)
+            prefilled = jitted.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=20)
             pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-            state = jitted.begin(prefilled)
+            state = jitted.init_decode(prefilled)
             assert jitted.decode(pruned, state, 20).tokens.tolist() == expected
 
     @pytest.mark.parametrize("chunk", [1, 5, 16, 36])
     def test_chunked_prefill(self, tiny, chunk):
         model, expected = tiny.llm.model, answer(tiny.llm, PROMPTS)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 37))
-        prefilled = gj.prefill(model, tokens, lengths, room=20, chunk=chunk)
+        prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=20, chunk=chunk)
         pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-        state = gj.begin(prefilled)
+        state = gj.init_decode(prefilled)
         assert gj.decode(pruned, state, 20).tokens.tolist() == expected
 
     def test_a_prompt_longer_than_a_chunk(self, tmp_path):
@@ -92,8 +92,8 @@ class TestSameTokens:
         model, draw = tiny.llm.model, sampler(options.get("temperature", 0))
         expected = answer(tiny.llm, PROMPTS, density=1.0, **options)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        prefilled = jitted.prefill(model, tokens, lengths, room=32)
-        state = jitted.begin(prefilled, sampler=draw, seed=options.get("seed", 0))
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=32)
+        state = jitted.init_decode(prefilled, sampler=draw, seed=options.get("seed", 0))
         for until in (2, 3, 11, 20, 20):
             state = jitted.decode(model, state, np.int32(until), sampler=draw)
         assert state.tokens[:, :20].tolist() == expected
@@ -120,8 +120,8 @@ class TestSameTokens:
 
     def test_a_loop_asked_for_more_than_there_is_room_for(self, tiny):
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, room=20)
-        state = gj.decode(tiny.llm.model, gj.begin(prefilled), 30)
+        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=20)
+        state = gj.decode(tiny.llm.model, gj.init_decode(prefilled), 30)
         assert state.tokens.tolist() == answer(tiny.llm, PROMPTS, density=1.0)
         assert state.count == 20
 
@@ -137,7 +137,7 @@ class TestSameTokens:
         model = jax.tree.map(lambda leaf: leaf, tiny.llm.model)
         model.embedding[...] = model.embedding[...].at[0].set(jnp.inf)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        poisoned, clean = (gj.prefill(m, tokens, lengths, room=20) for m in (model, tiny.llm.model))
+        poisoned, clean = (gj.prefill(m, tokens, lengths, max_new_tokens=20) for m in (model, tiny.llm.model))
         np.testing.assert_array_equal(poisoned.logits, clean.logits)
         for a, b in zip(poisoned.statistics.squares, clean.statistics.squares, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -230,9 +230,9 @@ def hlo(tiny) -> dict[str, str]:
     """Optimised HLO of decoding with the dense and a pruned model, of sizes no other array has."""
     model = tiny.llm.model
     tokens, lengths = (jnp.asarray(a) for a in gj.pad([[5, 6, 7]], 16))
-    prefilled = gj.prefill(model, tokens, lengths, room=24)
+    prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=24)
     experts = gj.select(prefilled.statistics, gj.GriffinConfig(13 / 48 + 1e-9))
-    state = gj.begin(prefilled)
+    state = gj.init_decode(prefilled)
     decode = jax.jit(gj.decode, donate_argnames=("answer",))
     models = {"dense": model, "pruned": gj.prune(model, experts)}
     jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts leaves that are no arrays into the dataclasses
@@ -294,7 +294,7 @@ class TestBuckets:
         tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
 
         def slots(model, tokens, lengths):
-            return gj.prefill(model, tokens, lengths, room=16).cache.positions
+            return gj.prefill(model, tokens, lengths, max_new_tokens=16).cache.positions
 
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
         assert jax.eval_shape(slots, tiny.llm.model, tokens, lengths).shape == (1, size + 16)
@@ -306,9 +306,9 @@ class TestPipeline:
 
         @functools.partial(jax.jit, static_argnames="new")
         def pipeline(model, tokens, lengths, new):
-            prefilled = gj.prefill(model, tokens, lengths, room=new)
+            prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=new)
             pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-            state = gj.begin(prefilled)
+            state = gj.init_decode(prefilled)
             return gj.decode(pruned, state, new).tokens
 
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 37))
@@ -348,7 +348,7 @@ class TestRefusals:
             ([[5]], {"density": 0.01}, "keeps 0 of 48 neurons"),
             ([[5]], {"density": [0.5]}, "1 densities for 3 layers"),
             ([[5]], {"method": "best"}, "method is 'best'; allowed are topk"),
-            ([[5]], {"multiple": 0}, "multiple must be"),
+            ([[5]], {"round_to": 0}, "round_to must be"),
             ([[5]], {"stop": ["x"]}, "need a tokenizer"),
             ([[5]], {"stop": [""]}, "stop strings must not be empty"),
             ([[5]], {"chat": True, "stop": "x"}, "need a tokenizer"),
@@ -363,7 +363,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="for 2 sequences, there are 3 prompts"):
             tiny.llm.generate(PROMPTS, experts=two_rows)
         with pytest.raises(ValueError, match="these experts are for 1 layers"):
-            tiny.llm.generate(PROMPTS, experts=gj.Experts.from_indices([[1]], (48,)))
+            tiny.llm.generate(PROMPTS, experts=gj.ExpertNeurons.from_indices([[1]], (48,)))
 
     def test_logits(self, tiny):
         with pytest.raises(ValueError, match=r"prompt_length must be in \[1, 3\]"):
@@ -386,16 +386,16 @@ class TestRefusals:
 
     def test_steps_that_do_not_follow(self, tiny):
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, room=4, collect=False)
+        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=4, collect=False)
         with pytest.raises(ValueError, match="prefill with collect=True"):
             gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
         pruned = gj.prune(tiny.llm.model, tiny.llm.experts(PROMPTS))
         with pytest.raises(ValueError, match="pruned for every sequence"):
-            gj.prune(pruned, gj.Experts.from_indices([[1]] * 3, pruned.neurons))
+            gj.prune(pruned, gj.ExpertNeurons.from_indices([[1]] * 3, pruned.neurons))
         with pytest.raises(ValueError, match="a sequence of 37 tokens does not fit into 32"):
             gj.pad(PROMPTS, 32)
         with pytest.raises(jaxtyping.TypeCheckError):
-            gj.prefill(tiny.llm.model, tokens, jnp.ones((2,), jnp.int32), room=4)
+            gj.prefill(tiny.llm.model, tokens, jnp.ones((2,), jnp.int32), max_new_tokens=4)
 
 
 class TestText:

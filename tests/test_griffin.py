@@ -60,8 +60,8 @@ class TestStatistic:
 
     def test_additive_over_chunks(self, tiny, rng):
         tokens, lengths = rng.integers(0, 101, (2, 30)).astype(np.int32), np.array([30, 17], np.int32)
-        whole = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=0)
-        chunked = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=0, chunk=7)
+        whole = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=0)
+        chunked = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=0, chunk=7)
         for a, b in zip(whole.statistics.squares, chunked.statistics.squares, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(a.sum(axis=1), lengths, rtol=1e-5)
@@ -151,14 +151,14 @@ class TestSelect:
 
 class TestKeptNeurons:
     @pytest.mark.parametrize(
-        ("width", "density", "multiple", "expected"),
+        ("width", "density", "round_to", "expected"),
         [
             (1536, 0.5, 1, 768), (100, 0.29, 1, 29), (7, 0.5, 1, 3), (10, 1, 1, 10), (1536, 0.3, 128, 512),
             (100, 0.99, 128, 100), (3, 0.34, 1, 1),
         ],
     )  # fmt: skip
-    def test_floor_rounded_up_to_the_multiple(self, width, density, multiple, expected):
-        assert gj.kept_neurons(width, density, multiple) == expected
+    def test_floor_rounded_up_to_the_multiple(self, width, density, round_to, expected):
+        assert gj.kept_neurons(width, density, round_to) == expected
 
     @pytest.mark.parametrize("density", [0, -0.1, 1.01, float("nan"), float("inf"), True, "0.5", None])
     def test_density_outside_its_range(self, density):
@@ -175,7 +175,7 @@ class TestPrune:
         from reference import TinyLlama
 
         model = TinyLlama.build(tmp_path, mlp_bias=True).llm.model
-        experts = gj.Experts.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons)
+        experts = gj.ExpertNeurons.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons)
         pruned = gj.prune(model, experts)
         whole, parts = dict(disassemble(model)), dict(disassemble(pruned))
         for layer, indices in enumerate(experts):
@@ -193,36 +193,36 @@ class TestPrune:
         ff = model.layers[0].ff
         x = jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32)
         masks = rng.permuted(np.tile(np.arange(48) < 20, (2, 1)), axis=1)
-        per_row = gj.prune(model, gj.Experts.from_masks([masks] * 3)).layers[0].ff(x)
+        per_row = gj.prune(model, gj.ExpertNeurons.from_masks([masks] * 3)).layers[0].ff(x)
         np.testing.assert_allclose(per_row, ff.project(ff.intermediate(x) * masks[:, None]), rtol=1e-4, atol=1e-5)
-        shared = gj.prune(model, gj.Experts.from_masks([masks[0]] * 3)).layers[0].ff(x)
+        shared = gj.prune(model, gj.ExpertNeurons.from_masks([masks[0]] * 3)).layers[0].ff(x)
         np.testing.assert_allclose(shared, ff.project(ff.intermediate(x) * masks[:1, None]), rtol=1e-4, atol=1e-5)
 
     def test_refuses_experts_of_another_model(self, tiny):
-        experts = gj.Experts.from_indices([[1, 2]] * 3, (50, 50, 50))
+        experts = gj.ExpertNeurons.from_indices([[1, 2]] * 3, (50, 50, 50))
         with pytest.raises(ValueError, match=r"50 neurons.*48 neurons"):
             gj.prune(tiny.llm.model, experts)
 
     def test_reuses_memory(self, tiny, rng):
         model = tiny.llm.model
         first, second = (
-            gj.Experts.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons) for _ in range(2)
+            gj.ExpertNeurons.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons) for _ in range(2)
         )
         expected = [np.asarray(array) for _, array in disassemble(gj.prune(model, second))]
         old = gj.prune(model, first)
-        places = [layer.ff.inner[...].unsafe_buffer_pointer() for layer in old.layers]
+        places = [layer.ff.gate_up[...].unsafe_buffer_pointer() for layer in old.layers]
         new = gj.prune(model, second, reuse=old)
-        assert [layer.ff.inner[...].unsafe_buffer_pointer() for layer in new.layers] == places
-        assert all(layer.ff.inner[...].is_deleted() for layer in old.layers)
+        assert [layer.ff.gate_up[...].unsafe_buffer_pointer() for layer in new.layers] == places
+        assert all(layer.ff.gate_up[...].is_deleted() for layer in old.layers)
         for array, (_, other) in zip(expected, disassemble(new), strict=True):
             np.testing.assert_array_equal(array, other)
-        smaller = gj.prune(model, gj.Experts.from_indices([[1, 2]] * 3, model.neurons), reuse=new)
+        smaller = gj.prune(model, gj.ExpertNeurons.from_indices([[1, 2]] * 3, model.neurons), reuse=new)
         assert smaller.neurons == (2, 2, 2)
-        assert not new.layers[0].ff.inner[...].is_deleted()
+        assert not new.layers[0].ff.gate_up[...].is_deleted()
 
     def test_does_not_take_the_models_own_memory(self, tiny):
         model = tiny.llm.model
-        everything = gj.Experts.from_indices([range(48)] * 3, model.neurons)
+        everything = gj.ExpertNeurons.from_indices([range(48)] * 3, model.neurons)
         with pytest.raises(ValueError, match="shares its weights"):
             gj.prune(model, everything, reuse=model)
         assert not model.layers[0].ff.down[...].is_deleted()
@@ -231,16 +231,16 @@ class TestPrune:
 class TestExperts:
     def test_masks_and_back(self, rng):
         masks = [rng.permuted(np.tile(np.arange(9) < k, (2, 1)), axis=1) for k in (3, 4)]
-        experts = gj.Experts.from_masks(masks)
+        experts = gj.ExpertNeurons.from_masks(masks)
         assert experts.kept == (3, 4)
         assert not experts.shared
         for mask, back in zip(masks, experts.masks(), strict=True):
             np.testing.assert_array_equal(mask, back)
 
     def test_saved_and_loaded(self, tmp_path):
-        experts = gj.Experts.from_indices([[4, 1], [0, 2, 3]], (5, 6))
+        experts = gj.ExpertNeurons.from_indices([[4, 1], [0, 2, 3]], (5, 6))
         experts.save(tmp_path / "e.safetensors")
-        again = gj.Experts.load(tmp_path / "e.safetensors")
+        again = gj.ExpertNeurons.load(tmp_path / "e.safetensors")
         assert again.neurons == (5, 6)
         for a, b in zip(experts, again, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -250,11 +250,11 @@ class TestExperts:
 
     def test_damaged_or_missing_files(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="there is no file"):
-            gj.Experts.load(tmp_path / "none")
-        gj.Experts.from_indices([[4, 1]], (5,)).save(tmp_path / "e")
+            gj.ExpertNeurons.load(tmp_path / "none")
+        gj.ExpertNeurons.from_indices([[4, 1]], (5,)).save(tmp_path / "e")
         (tmp_path / "cut").write_bytes((tmp_path / "e").read_bytes()[:-3])
         with pytest.raises(ValueError, match="damaged"):
-            gj.Experts.load(tmp_path / "cut")
+            gj.ExpertNeurons.load(tmp_path / "cut")
 
     @pytest.mark.parametrize(
         ("indices", "message"),
@@ -265,7 +265,7 @@ class TestExperts:
     )  # fmt: skip
     def test_bad_indices(self, indices, message):
         with pytest.raises(ValueError, match=message):
-            gj.Experts.from_indices([np.asarray(i) for i in indices], (5,))
+            gj.ExpertNeurons.from_indices([np.asarray(i) for i in indices], (5,))
 
     @pytest.mark.parametrize(
         ("mask", "message"),
@@ -277,7 +277,7 @@ class TestExperts:
     )
     def test_bad_masks(self, mask, message):
         with pytest.raises(ValueError, match=message):
-            gj.Experts.from_masks([mask])
+            gj.ExpertNeurons.from_masks([mask])
 
 
 class TestDemoModel:
@@ -300,6 +300,8 @@ class TestDemoModel:
 
     def test_statistic_sums_to_the_tokens(self, demo_llm):
         tokens, lengths = gj.pad([demo_llm.tokenizer.encode(p) for p in PASSAGES], 128)
-        prefilled = jax.jit(gj.prefill, static_argnames=("room",))(demo_llm.model, tokens, lengths, room=0)
+        prefilled = jax.jit(gj.prefill, static_argnames=("max_new_tokens",))(
+            demo_llm.model, tokens, lengths, max_new_tokens=0
+        )
         for squares in prefilled.statistics.squares:
             np.testing.assert_allclose(squares.sum(axis=1), lengths, rtol=1e-5)

@@ -349,7 +349,7 @@ class TestBeyond:
 
     def test_devices_answer_as_one_does(self, model, prior):
         """Scores, windows and answers, each sequence with neurons of its own."""
-        options = {"quality": "best", "prior": str(prior), "multiple": 2, "batch_size": 2, "max_length": 64}
+        options = {"quality": "best", "prior": str(prior), "round_to": 2, "batch_size": 2, "max_length": 64}
         one, many = GriffinLM(model.llm, **options), GriffinLM(str(model.folder), data=2, model=2, **options)
         np.testing.assert_allclose(*(np.array(loglikelihoods(lm, *PAIRS), float) for lm in (one, many)), rtol=TOLERANCE)
         texts = requests("loglikelihood_rolling", *[(text,) for text in TEXTS])
@@ -357,12 +357,12 @@ class TestBeyond:
         asked = requests("generate_until", *[(text, {"max_gen_toks": 9}) for text in CONTEXTS])
         assert one.generate_until(asked, True) == many.generate_until(asked, True)
         with pytest.raises(ValueError, match="2 devices cannot share 21 kept neurons evenly"):
-            GriffinLM(str(model.folder), model=2, **(options | {"multiple": 1}))
+            GriffinLM(str(model.folder), model=2, **(options | {"round_to": 1}))
 
-    def test_shards_are_those_of_generate(self, model):
-        lm = GriffinLM(model.llm, shards=4)
+    def test_groups_are_those_of_generate(self, model):
+        lm = GriffinLM(model.llm, groups=4)
         tokens = lm.tok_encode("What is wet?")
-        (answer,) = model.llm.generate([tokens], max_new_tokens=9, shards=4, ignore_eos=True).tokens
+        (answer,) = model.llm.generate([tokens], max_new_tokens=9, groups=4, ignore_eos=True).tokens
         ((_, greedy),) = lm._loglikelihood_tokens([(("", ""), tokens, answer)], disable_tqdm=True)
         assert greedy
 

@@ -105,10 +105,10 @@ def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
     chosen = {"prior": prior} if general else {}
     for context, tokens in PAIRS:
         answers = gj.pad([tokens], 16)
-        prefilled = jitted.prefill(model, *gj.pad([context], 16), room=16, rows=5)
+        prefilled = jitted.prefill(model, *gj.pad([context], 16), max_new_tokens=16, rows=5)
         fitted = gj.Reconstruction(prefilled.rows, calibration=prior.rows if general else ())
         experts = jitted.select(prefilled.statistics, config, **chosen)
-        hidden, _ = jitted.follow(gj.prune(model, experts, refit=fitted), prefilled, *answers)
+        hidden, _ = jitted.teacher_force(gj.prune(model, experts, refit=fitted), prefilled, *answers)
         found = jitted.losses(model, hidden, answers[0])
         loss, greedy = (np.asarray(part)[0, : len(tokens)] for part in (found.loss, found.greedy))
         expected.append((-float(loss.sum()), bool(greedy.all())))
@@ -132,7 +132,7 @@ def test_a_batch_of_another_length_compiles_nothing(tiny, monkeypatch):
 
         def noted(model, *arguments, **options):
             arrays = [a.shape for a in arguments if hasattr(a, "shape")]
-            calls.append((name, tuple(arrays), options.get("room")))
+            calls.append((name, tuple(arrays), options.get("max_new_tokens")))
             return compiled(model, *arguments, **options)
 
         monkeypatch.setattr(likelihood.jitted, name, noted)

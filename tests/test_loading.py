@@ -372,9 +372,9 @@ split = gj.load(folder, dtype, sharding=sharding)
 for (path, one), (_, other) in zip(*(jax.tree_util.tree_leaves_with_path(llm.model) for llm in (whole, split))):
     assert one.dtype == other.dtype == dtype
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-inner = split.model.layers[1].ff.inner[...]
-assert inner.sharding == NamedSharding(mesh, P(None, "a", "b")), inner.sharding
-assert {shard.data.shape for shard in inner.addressable_shards} == {(2, 12, 8)}
+gate_up = split.model.layers[1].ff.gate_up[...]
+assert gate_up.sharding == NamedSharding(mesh, P(None, "a", "b")), gate_up.sharding
+assert {shard.data.shape for shard in gate_up.addressable_shards} == {(2, 12, 8)}
 assert {shard.data.shape for shard in split.model.embedding[...].addressable_shards} == {(32, 8)}
 tokens = [[3, 4, 5, 6, 7]] * 2
 expected, found = (np.asarray(llm.logits(tokens, prompt_length=5, density=1.0)) for llm in (whole, split))

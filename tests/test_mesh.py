@@ -58,7 +58,7 @@ def native(tmp_path_factory) -> TinyLlama:
 
 def tokens(llm: gj.LLM, prompts=RAGGED, **options) -> list[list[int]]:
     """By default with the best neurons of all, whatever the devices."""
-    return llm.generate(prompts, max_new_tokens=6, ignore_eos=True, **({"shards": 1} | options)).tokens
+    return llm.generate(prompts, max_new_tokens=6, ignore_eos=True, **({"groups": 1} | options)).tokens
 
 
 def assert_same(found, expected) -> None:
@@ -84,38 +84,38 @@ class TestAnswers:
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(*shape))
         for options in (
             {"shared": True},
-            {"shards": 8},
-            {"shards": 8, "shared": True, "method": "topk_sample", "temperature": 1.0, "seed": 3},
+            {"groups": 8},
+            {"groups": 8, "shared": True, "method": "topk_sample", "temperature": 1.0, "seed": 3},
         ):
             assert tokens(llm, **options) == tokens(native.llm, **options)
-        for options in ({"method": "sample", "shards": 1}, {"shards": 8, "density": 0.75}):
+        for options in ({"method": "sample", "groups": 1}, {"groups": 8, "density": 0.75}):
             found, expected = (one.experts(RAGGED, **options) for one in (llm, native.llm))
-            assert found.shards == expected.shards
+            assert found.groups == expected.groups
             assert_same(found, expected)
 
     def test_devices_keep_their_own_best_by_default(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
-        found, expected = llm.experts(RAGGED), native.llm.experts(RAGGED, shards=4)
-        assert found.shards == 4
+        found, expected = llm.experts(RAGGED), native.llm.experts(RAGGED, groups=4)
+        assert found.groups == 4
         assert_same(found, expected)
-        assert tokens(llm, shards=None) == tokens(native.llm, shards=4)
+        assert tokens(llm, groups=None) == tokens(native.llm, groups=4)
         rows = [[5, 7, 11, 13, 2], [9, 8, 7, 6, 5]]
-        logits = [one.logits(rows, prompt_length=3, shards=shards) for one, shards in ((llm, None), (native.llm, 4))]
+        logits = [one.logits(rows, prompt_length=3, groups=groups) for one, groups in ((llm, None), (native.llm, 4))]
         np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
     def test_batches_that_do_not_divide(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
-        for options in ({}, {"shared": True, "shards": 4}):
+        for options in ({}, {"shared": True, "groups": 4}):
             assert tokens(llm, RAGGED[:3], **options) == tokens(native.llm, RAGGED[:3], **options)
         assert tokens(llm, RAGGED[0]) == tokens(native.llm, RAGGED[0])
 
     def test_streams_logits_and_reconstruction(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(4, 2))
-        options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5, "shards": 1}
+        options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5, "groups": 1}
         assert list(llm.stream(RAGGED, **options)) == list(native.llm.stream(RAGGED, **options))
         assert tokens(llm, reconstruct=16) == tokens(native.llm, reconstruct=16)
         rows = [[5, 7, 11, 13, 2], [9, 8, 7, 6, 5]]
-        found, expected = (np.asarray(one.logits(rows, prompt_length=3, shards=2)) for one in (llm, native.llm))
+        found, expected = (np.asarray(one.logits(rows, prompt_length=3, groups=2)) for one in (llm, native.llm))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
     def test_a_second_answer_compiles_nothing(self, native, compiled):
@@ -173,10 +173,10 @@ class TestBeyondGriffin:
         llm = gj.load(native.folder, "float32", mesh=make_mesh(2, 4))
         prior = {"prior": priors[0]}
         for options in (
-            {**prior, "shards": 8},
-            {**prior, "quality": "best", "multiple": 4, "refresh_every": 3},
+            {**prior, "groups": 8},
+            {**prior, "quality": "best", "round_to": 4, "refresh_every": 3},
             {**prior, "reconstruct": 16, "shared": True},
-            {"lossless": 2, "temperature": 1.0, "seed": 3, "shared": True},
+            {"speculative": 2, "temperature": 1.0, "seed": 3, "shared": True},
         ):
             assert tokens(llm, **options) == tokens(native.llm, **options), options
 
@@ -189,7 +189,7 @@ def test_copies_of_key_value_heads(fewer, tmp_path):
     attention = llm.model.layers[1].attention
     assert own(attention.qkv[...]) == (1, 3, 4, 32)
     assert own(attention.out[...]) == (1, 4, 32)
-    answer = jitted.begin(prefilled(llm.model))
+    answer = jitted.init_decode(prefilled(llm.model))
     assert own(answer.cache.keys[0]) == (4, 1, 4, 32)
     text = program(gj.decode, llm.model, answer, np.int32(16))
     found = inspect(text, {own(llm.model.layers[0].ff.down[...])}, {own(answer.cache.keys[0])})
@@ -200,12 +200,12 @@ def test_copies_of_key_value_heads(fewer, tmp_path):
     assert_same(saved.model, alone.llm.model)
 
 
-def test_shards_keep_their_own_best(native):
-    """The rule of `shards`, in NumPy."""
+def test_groups_keep_their_own_best(native):
+    """The rule of `groups`, in NumPy."""
     sequences, lengths = gj.pad([[5, 7, 11, 13, 2, 4], [9, 8, 7]], 16)
-    statistics = jitted.prefill(native.llm.model, sequences, lengths, room=0).statistics
-    experts = jitted.select(statistics, gj.GriffinConfig(0.25, shards=4))
-    assert experts.shards == 4
+    statistics = jitted.prefill(native.llm.model, sequences, lengths, max_new_tokens=0).statistics
+    experts = jitted.select(statistics, gj.GriffinConfig(0.25, groups=4))
+    assert experts.groups == 4
     for squares, kept in zip(statistics.squares, experts, strict=True):
         for score, found in zip(np.asarray(squares), np.asarray(kept), strict=True):
             own = [oracle_topk(part, 6) + 24 * number for number, part in enumerate(score.reshape(4, 24))]
@@ -244,12 +244,12 @@ def kinds(text: str) -> set[str]:
 
 def prefilled(model: gj.Transformer) -> gj.Prefilled:
     sequences, lengths = gj.pad([[5, 7, 11, 13], [2, 3], [9, 1, 4], [3]], 16)
-    return jitted.prefill(model, sequences, lengths, room=16)
+    return jitted.prefill(model, sequences, lengths, max_new_tokens=16)
 
 
 def decoding(model: gj.Transformer, pruned: gj.Transformer) -> dict:
-    answer = jitted.begin(prefilled(model))
-    matrices = {own(matrix[...]) for layer in pruned.layers for matrix in (layer.ff.inner, layer.ff.down)}
+    answer = jitted.init_decode(prefilled(model))
+    matrices = {own(matrix[...]) for layer in pruned.layers for matrix in (layer.ff.gate_up, layer.ff.down)}
     caches = {own(array) for array in (*answer.cache.keys, *answer.cache.values)}
     return inspect(program(gj.decode, pruned, answer, np.int32(16)), matrices, caches)
 
@@ -259,13 +259,13 @@ class TestPrograms:
     def test_prompts_go_where_their_answers_are_written(self, shape):
         model = wide(shape)
         mesh = model.embedding[...].sharding.mesh
-        answer = jitted.begin(prefilled(model))
+        answer = jitted.init_decode(prefilled(model))
         arrays = {"keys": answer.cache.keys[0], "values": answer.cache.values[1], "positions": answer.cache.positions}
         for name, array in arrays.items():
             spec = parameter_spec(name, array.shape, model.config, mesh)
             assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), array.ndim), name
 
-    @pytest.mark.parametrize("config", [None, gj.GriffinConfig(shared=True), gj.GriffinConfig(shards=8)])
+    @pytest.mark.parametrize("config", [None, gj.GriffinConfig(shared=True), gj.GriffinConfig(groups=8)])
     def test_a_layer_takes_two_sums_and_moves_no_weights(self, shape, config):
         model = wide(shape)
         pruned = model
@@ -287,32 +287,32 @@ class TestPrograms:
             assert found["ff_copies_per_step"] == decoding(alone, alone_pruned)["ff_copies_per_step"]
 
     @pytest.mark.parametrize("shared", [False, True])
-    def test_shards_exchange_no_rows(self, shape, shared):
+    def test_groups_exchange_no_rows(self, shape, shared):
         model = wide(shape)
         statistics = prefilled(model).statistics
         rows = pruning._neuron_rows(model)
         # A batch that is divided must still agree on what it shares.
         agreed = {"all-reduce"} if shared and shape[0] > 1 else set()
-        for shards, exchanged in ((8, set()), (1, {"reduce-scatter"})):
-            config = gj.GriffinConfig(shared=shared, shards=shards)
+        for groups, exchanged in ((8, set()), (1, {"reduce-scatter"})):
+            config = gj.GriffinConfig(shared=shared, groups=groups)
             select = functools.partial(gj.select, config=config)
             assert kinds(program(select, statistics)) == agreed | ({"all-gather"} if exchanged else set())
             experts = jitted.select(statistics, config)
             gather = functools.partial(pruning._gather, refit=None, config=model.config)
             assert kinds(program(gather, rows, experts)) == exchanged
-            alone = gj.Experts.from_indices([np.asarray(kept) for kept in experts], experts.neurons)
+            alone = gj.ExpertNeurons.from_indices([np.asarray(kept) for kept in experts], experts.neurons)
             pruned = gj.prune(model, experts)
             assert_same(pruned, gj.prune(wide((1, 1)), alone))
             matrices = pruned.layers[1].ff
             sets = () if shared else (BATCH // shape[0],)
             assert own(matrices.down[...]) == (*sets, NEURONS // 2 // shape[1], WIDTH)
-            assert own(matrices.inner[...]) == (2, *sets, NEURONS // 2 // shape[1], WIDTH)
+            assert own(matrices.gate_up[...]) == (2, *sets, NEURONS // 2 // shape[1], WIDTH)
 
     def test_reconstruction_exchanges_no_weights(self, shape):
         model = wide(shape)
         sequences, lengths = gj.pad([[5, 7, 11, 13], [2, 3], [9, 1, 4], [3]], 16)
-        read = jitted.prefill(model, sequences, lengths, room=0, rows=4)
-        experts = jitted.select(read.statistics, gj.GriffinConfig(shards=8))
+        read = jitted.prefill(model, sequences, lengths, max_new_tokens=0, rows=4)
+        experts = jitted.select(read.statistics, gj.GriffinConfig(groups=8))
         gather = functools.partial(pruning._gather, config=model.config)
         text = program(gather, pruning._neuron_rows(model), experts, gj.Reconstruction(read.rows))
         module = Module.parse(text)
@@ -345,7 +345,7 @@ class TestBench:
         for module in (runner, named):
             monkeypatch.setattr(module, "NAMED", {"tiny": small(2)})
         arguments = ["bench", "--model", "tiny", "--lengths", "9+3", "--batch", "4", "--experts", "shared"]
-        arguments += ["--density", "0.5", "--multiple", "4", "--quality", "griffin,best", "--repeats", "1", "--json"]
+        arguments += ["--density", "0.5", "--round-to", "4", "--quality", "griffin,best", "--repeats", "1", "--json"]
         assert main([*arguments, "--mesh", "data=2,model=4"]) == 0, capfd.readouterr().err
         out = capfd.readouterr().out.splitlines()
         assert any("divided among the devices of --mesh data=2,model=4" in line for line in out)
@@ -367,7 +367,7 @@ class TestBench:
         [
             (["--mesh", "model=5"], "5 devices cannot share"),
             (["--mesh", "model=8", "--density", "0.3"], "8 devices cannot share"),
-            (["--mesh", "model=2", "--one-copy", "--density", "0.5"], "--mesh does not go with --one-copy"),
+            (["--mesh", "model=2", "--in-place", "--density", "0.5"], "--mesh does not go with --in-place"),
         ],
     )
     def test_refusals(self, capfd, monkeypatch, arguments, message):
@@ -412,8 +412,8 @@ class TestRefusals:
                 gj.load(folder, mesh=make_mesh(1, 5))
         with pytest.raises(ValueError, match="not both"):
             gj.load(native.folder, mesh=make_mesh(1, 2), sharding=lambda path, shape: pytest.fail("asked"))
-        with pytest.raises(ValueError, match="leave out one_copy or mesh"):
-            gj.load(native.folder, mesh=make_mesh(1, 2), one_copy=True)
+        with pytest.raises(ValueError, match="leave out in_place or mesh"):
+            gj.load(native.folder, mesh=make_mesh(1, 2), in_place=True)
 
     def test_kept_neurons_that_devices_cannot_share(self, native):
         llm = gj.load(native.folder, "float32", mesh=make_mesh(1, 8))
@@ -423,17 +423,17 @@ class TestRefusals:
             lambda: llm.logits([[1, 2]], prompt_length=1, density=0.3),
             lambda: gj.prune(llm.model, native.llm.experts("a", density=0.3)),
         ):
-            with pytest.raises(ValueError, match=r"8 devices cannot share 28 kept neurons evenly: .*--multiple 8"):
+            with pytest.raises(ValueError, match=r"8 devices cannot share 28 kept neurons evenly: .*--round-to 8"):
                 ask()
 
-    def test_shards(self, native):
-        for density, shards, message in (
-            (0.5, 5, "5 shards cannot have equally many of 96 neurons"),
-            (0.3, 8, "8 shards cannot keep equally many of 28 neurons: .* multiple of 8"),
-            (0.5, 0, "shards must be a whole number of at least 1, got 0"),
+    def test_groups(self, native):
+        for density, groups, message in (
+            (0.5, 5, "5 groups cannot have equally many of 96 neurons"),
+            (0.3, 8, "8 groups cannot keep equally many of 28 neurons: .* multiple of 8"),
+            (0.5, 0, "groups must be a whole number of at least 1, got 0"),
         ):
             with pytest.raises(ValueError, match=message):
-                native.llm.generate("a", density=density, shards=shards)
+                native.llm.generate("a", density=density, groups=groups)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -467,24 +467,24 @@ def test_evaluation(capfd, native, tmp_path):
 
 
 class TestFiles:
-    def test_experts_know_their_shards(self, native, tmp_path):
-        experts = native.llm.experts(RAGGED[:2], shards=4)
+    def test_experts_know_their_groups(self, native, tmp_path):
+        experts = native.llm.experts(RAGGED[:2], groups=4)
         experts.save(tmp_path / "experts")
-        loaded = gj.Experts.load(tmp_path / "experts")
-        assert loaded.shards == 4
+        loaded = gj.ExpertNeurons.load(tmp_path / "experts")
+        assert loaded.groups == 4
         assert_same(loaded, experts)
         llm = gj.load(native.folder, "float32", mesh=make_mesh(2, 4))
         assert tokens(llm, RAGGED[:2], experts=loaded) == tokens(native.llm, RAGGED[:2], experts=experts)
 
-    def test_shards_that_are_claimed(self):
-        with pytest.raises(ValueError, match="some of 2 shards keep more than others"):
-            gj.Experts.from_indices([[0, 1]], [8], shards=2)
-        with pytest.raises(ValueError, match="0 shards cannot have equally many"):
-            gj.Experts.from_indices([[0, 1]], [8], shards=0)
+    def test_groups_that_are_claimed(self):
+        with pytest.raises(ValueError, match="some of 2 groups keep more than others"):
+            gj.ExpertNeurons.from_indices([[0, 1]], [8], groups=2)
+        with pytest.raises(ValueError, match="0 groups cannot have equally many"):
+            gj.ExpertNeurons.from_indices([[0, 1]], [8], groups=0)
 
     def test_command(self, capfd, native):
         arguments = ["generate", "--model", str(native.folder), "--prompt", "A river", "--max-new-tokens", "6"]
-        assert main([*arguments, "--shards", "2"]) == 0
+        assert main([*arguments, "--groups", "2"]) == 0
         expected, _ = capfd.readouterr()
-        assert main([*arguments, "--shards", "2", "--mesh", "model=2"]) == 0
+        assert main([*arguments, "--groups", "2", "--mesh", "model=2"]) == 0
         assert capfd.readouterr()[0] == expected

@@ -55,7 +55,7 @@ def test_padding_anywhere_changes_nothing(pair, rng):
 def test_ragged_batch(pair, rng):
     rows = [rng.integers(0, 101, n).astype(np.int32) for n in (1, 7, 30)]
     tokens, lengths = gj.pad(rows, 32)
-    prefilled = gj.prefill(pair.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), room=4, collect=False)
+    prefilled = gj.prefill(pair.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=4, collect=False)
     for index, row in enumerate(rows):
         assert_close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
 

@@ -61,7 +61,7 @@ class TestFusion:
     def test_a_weight_of_nothing_is_plain_griffin(self, tiny, prior):
         plain = tiny.llm.experts(TEXTS)
         tokens, lengths = map(jnp.asarray, gj.pad(TEXTS, 48))
-        statistics = gj.prefill(tiny.llm.model, tokens, lengths, room=0).statistics
+        statistics = gj.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=0).statistics
         for weight, equal in ((0.0, True), (1.0, False)):
             fused = gj.select(statistics, gj.GriffinConfig(0.5), fuse=prior.fusion(weight))
             assert all(np.array_equal(a, b) for a, b in zip(fused, plain, strict=True)) == equal
@@ -211,7 +211,7 @@ class TestFile:
             gj.Prior.load(tmp_path / "p")
 
     def test_of_another_kind(self, tmp_path):
-        gj.Experts.from_indices([[1]], [2]).save(tmp_path / "e")
+        gj.ExpertNeurons.from_indices([[1]], [2]).save(tmp_path / "e")
         with pytest.raises(ValueError, match="its format is 'griffin_jax experts 1'"):
             gj.Prior.load(tmp_path / "e")
 

@@ -37,14 +37,14 @@ def oracle_change(
 def prefilled(model: gj.Transformer, prompts: list[list[int]], rows: int = 16, **options) -> gj.Prefilled:
     width = options.pop("width", max(map(len, prompts)))
     tokens, lengths = map(jnp.asarray, gj.pad(prompts, width))
-    return jitted.prefill(model, tokens, lengths, room=0, rows=rows, **options)
+    return jitted.prefill(model, tokens, lengths, max_new_tokens=0, rows=rows, **options)
 
 
 def downs(model: gj.Transformer) -> list[np.ndarray]:
     return [np.asarray(layer.ff.down[...], np.float32) for layer in model.layers]
 
 
-def changes(model: gj.Transformer, experts: gj.Experts, reconstruction: gj.Reconstruction) -> list[np.ndarray]:
+def changes(model: gj.Transformer, experts: gj.ExpertNeurons, reconstruction: gj.Reconstruction) -> list[np.ndarray]:
     """What reconstruction adds to the kept rows."""
     plain, refitted = gj.prune(model, experts), gj.prune(model, experts, refit=reconstruction)
     return [new - old for new, old in zip(downs(refitted), downs(plain), strict=True)]
@@ -104,7 +104,7 @@ class TestChange:
         state = prefilled(model, PROMPTS)
         experts = gj.select(state.statistics, gj.GriffinConfig(0.5, shared=True))
         if one_set_for_three:
-            experts = gj.Experts(tuple(indices[None] for indices in experts), experts.neurons)
+            experts = gj.ExpertNeurons(tuple(indices[None] for indices in experts), experts.neurons)
         got = changes(model, experts, gj.Reconstruction(state.rows))
         z = [torch_intermediates(tiny.torch, prompt) for prompt in PROMPTS]
         for layer, indices in enumerate(experts):
@@ -153,7 +153,7 @@ class TestChange:
         """Instead of a system that cannot be solved."""
         state = prefilled(tiny.llm.model, PROMPTS[:1])
         silent = tuple(rows.at[..., :24].set(0) for rows in state.rows)
-        experts = gj.Experts.from_indices([range(24)] * 3, tiny.llm.model.neurons)
+        experts = gj.ExpertNeurons.from_indices([range(24)] * 3, tiny.llm.model.neurons)
         assert not np.any(changes(tiny.llm.model, experts, gj.Reconstruction(silent)))
         assert not np.any(changes(tiny.llm.model, experts, gj.Reconstruction(jax.tree.map(jnp.zeros_like, silent))))
 
@@ -181,7 +181,7 @@ class TestChange:
             expected = downs(model)[layer][kept] + oracle_change(oracle_rows(z, 16), downs(model)[layer], kept, 1.0)
             np.testing.assert_allclose(downs(pruned)[layer], expected, rtol=1e-4, atol=1e-5)
             assert pruned.layers[layer].ff.down_bias[...] is model.layers[layer].ff.down_bias[...]
-            assert pruned.layers[layer].ff.inner.shape == (1, 24, 32)
+            assert pruned.layers[layer].ff.gate_up.shape == (1, 24, 32)
 
 
 class TestSteps:
@@ -207,7 +207,9 @@ class TestSteps:
         expected = downs(gj.prune(model, experts, refit=reconstruction))
 
         @jax.jit
-        def refit(model: gj.Transformer, experts: gj.Experts, reconstruction: gj.Reconstruction) -> gj.Transformer:
+        def refit(
+            model: gj.Transformer, experts: gj.ExpertNeurons, reconstruction: gj.Reconstruction
+        ) -> gj.Transformer:
             return gj.prune(model, experts, refit=reconstruction)
 
         old = gj.prune(model, experts)
@@ -224,13 +226,13 @@ class TestSteps:
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
 
         def answer(reconstruct: bool, ridge: float = 1.0) -> np.ndarray:
-            state = jitted.prefill(model, tokens, lengths, room=24, rows=16)
+            state = jitted.prefill(model, tokens, lengths, max_new_tokens=24, rows=16)
             experts = jitted.select(state.statistics, HALF)
             reconstruction = gj.Reconstruction(state.rows, ridge) if reconstruct else None
             pruned = gj.prune(model, experts, refit=reconstruction)
             jax.block_until_ready(pruned)
             before = len(compiled)
-            tokens_written = jitted.decode(pruned, jitted.begin(state), 24).tokens
+            tokens_written = jitted.decode(pruned, jitted.init_decode(state), 24).tokens
             programs.append(len(compiled) - before)
             return np.asarray(tokens_written)
 

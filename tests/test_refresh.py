@@ -39,9 +39,9 @@ def oracle(tiny: TinyLlama, prompt: list[int], every: int, density: float = 0.5)
 def written(model: gj.Transformer, prompts: list[list[int]], width: int, rows: int = 0):
     """Answers of `width` tokens of a pruned model, before their refresh."""
     tokens, lengths = map(jnp.asarray, gj.pad(prompts, 40))
-    prefilled = jitted.prefill(model, tokens, lengths, room=16, rows=rows)
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16, rows=rows)
     pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-    state = jitted.begin(prefilled)
+    state = jitted.init_decode(prefilled)
     return prefilled, jitted.decode(pruned, state, width)
 
 
@@ -50,7 +50,7 @@ class TestRefresh:
         model, width = tiny.llm.model, 6
         prefilled, state = written(model, PROMPTS, width, rows=48)
         whole = [prompt + row for prompt, row in zip(PROMPTS, state.tokens[:, :width].tolist(), strict=True)]
-        expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), room=0, rows=48)
+        expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), max_new_tokens=0, rows=48)
         stale = np.asarray(state.cache.keys[2])
         state, statistics, rows = jitted_extensions.refresh(
             model, state, prefilled.statistics, width=width, rows=prefilled.rows
@@ -79,7 +79,7 @@ class TestRefresh:
         model, places = tiny.llm.model, 7
         prefilled, state = written(model, PROMPTS, width, rows=places)
         whole = [prompt + row for prompt, row in zip(PROMPTS, state.tokens[:, :width].tolist(), strict=True)]
-        every = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), room=0, rows=48).rows
+        every = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), max_new_tokens=0, rows=48).rows
         _, _, rows = jitted_extensions.refresh(model, state, prefilled.statistics, width=width, rows=prefilled.rows)
         for row, prompt in enumerate(PROMPTS):
             queue = oracle_positions(len(prompt), places) + list(range(len(prompt), len(prompt) + width))
@@ -95,12 +95,12 @@ class TestRefresh:
         ended = int(state.tokens[1, 3])
         assert ended not in state.tokens[0].tolist() + state.tokens[2].tolist() + state.tokens[1, :3].tolist()
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
-        prefilled = jitted.prefill(model, tokens, lengths, room=16)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-        before = jitted.decode(pruned, jitted.begin(prefilled, eos=(ended,)), width, eos=(ended,))
+        before = jitted.decode(pruned, jitted.init_decode(prefilled, eos=(ended,)), width, eos=(ended,))
         after, statistics, _ = jitted_extensions.refresh(model, before, prefilled.statistics, width=width, eos=(ended,))
         free, all_statistics, _ = jitted_extensions.refresh(
-            model, state, jitted.prefill(model, tokens, lengths, room=16).statistics, width=width
+            model, state, jitted.prefill(model, tokens, lengths, max_new_tokens=16).statistics, width=width
         )
         assert after.tokens[1].tolist() == free.tokens[1, :4].tolist() + [gj.EMPTY] * 12
         for row in (0, 2):
@@ -141,9 +141,9 @@ class TestGenerate:
         prior = measure(model, [list(range(10, 60))], size=1, rows=9, quiet=True)
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
         draw, rows = sampler(0.9), 4
-        prefilled = jitted.prefill(model, tokens, lengths, room=16, rows=rows)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16, rows=rows)
         statistics, read = prefilled.statistics, prefilled.rows
-        state, experts = jitted.begin(prefilled, sampler=draw), []
+        state, experts = jitted.init_decode(prefilled, sampler=draw), []
         for until in (3, 6, 9, 12, 14):
             experts.append(jitted.select(statistics, config, fuse=None if prior is None else prior.fusion(0.3)))
             fit = Reconstruction(read, calibration=prior.rows)
@@ -190,7 +190,7 @@ class TestGenerate:
             tiny.llm.generate(PROMPTS, refresh_every=every)
 
     def test_one_copy_is_not_refreshed(self, tiny):
-        llm = gj.load(tiny.folder, "float32", one_copy=True)
+        llm = gj.load(tiny.folder, "float32", in_place=True)
         with pytest.raises(ValueError, match="regrouped at every refresh"):
             llm.generate(PROMPTS[:1], refresh_every=4)
 
@@ -213,9 +213,9 @@ class TestFollow:
     def test_is_torch_without_a_cache(self, tiny, width):
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
-        prefilled = jitted.prefill(model, tokens, lengths, room=10)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=10)
         answers, answered = map(jnp.asarray, gj.pad(self.ANSWERS, 10))
-        hidden = jitted_extensions.follow_refreshed(
+        hidden = jitted_extensions.teacher_force_refreshed(
             model, prefilled, answers, answered, gj.GriffinConfig(0.5), width=width
         )
         found = np.asarray(model.logits(hidden))
@@ -233,8 +233,8 @@ class TestFollow:
         prior = measure(model, [list(range(10, 60))], size=1, rows=9, quiet=True)
         out = answer(tiny.llm, PROMPTS, refresh_every=3, shared=shared, prior=prior, reconstruct=12 if shared else 4)
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
-        prefilled = jitted.prefill(model, tokens, lengths, room=NEW, rows=4)
-        hidden = jitted_extensions.follow_refreshed(
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=NEW, rows=4)
+        hidden = jitted_extensions.teacher_force_refreshed(
             model, prefilled, jnp.asarray(out), jnp.full(3, NEW), gj.GriffinConfig(0.5, shared=shared), width=3,
             fuse=prior.fusion(), reconstruction=Reconstruction(prefilled.rows, calibration=prior.rows),
         )  # fmt: skip

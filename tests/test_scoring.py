@@ -21,10 +21,10 @@ def followed(tiny):
     model = tiny.llm.model
     tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 16))
     answers, answered = map(jnp.asarray, gj.pad(ANSWERS, 8))
-    prefilled = jitted.prefill(model, tokens, lengths, room=8)
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=8)
     experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
-    dense, statistics = jitted.follow(model, prefilled, answers, answered, collect=True)
-    pruned, _ = jitted.follow(gj.prune(model, experts), prefilled, answers, answered)
+    dense, statistics = jitted.teacher_force(model, prefilled, answers, answered, collect=True)
+    pruned, _ = jitted.teacher_force(gj.prune(model, experts), prefilled, answers, answered)
     return model, dense, pruned, answers, statistics
 
 
@@ -47,7 +47,9 @@ def test_statistics_of_answers_are_what_the_prompts_lack(followed):
     model, *_, statistics = followed
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
         whole, head = (
-            jitted.prefill(model, jnp.asarray([tokens]), jnp.asarray([len(tokens)]), room=0).statistics.squares
+            jitted.prefill(
+                model, jnp.asarray([tokens]), jnp.asarray([len(tokens)]), max_new_tokens=0
+            ).statistics.squares
             for tokens in (prompt + answer, prompt)
         )
         for layer, squares in enumerate(statistics.squares):
@@ -63,18 +65,18 @@ def test_extended_prompts_are_longer_prompts(tiny, monkeypatch, chunk):
     tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 16))
     rest, rest_lengths = map(jnp.asarray, gj.pad(more, 8))
     both = [first + second for first, second in zip(more, behind, strict=True)]
-    prefilled = jitted.prefill(model, tokens, lengths, room=10)
-    expected, _ = jitted.follow(model, prefilled, *map(jnp.asarray, gj.pad(both, 10)))
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=10)
+    expected, _ = jitted.teacher_force(model, prefilled, *map(jnp.asarray, gj.pad(both, 10)))
     whole = [prompt + tail for prompt, tail in zip(PROMPTS, more, strict=True)]
-    prefilled_whole = jitted.prefill(model, *gj.pad(whole, 16), room=2)
+    prefilled_whole = jitted.prefill(model, *gj.pad(whole, 16), max_new_tokens=2)
 
     monkeypatch.setattr(scoring, "DEFAULT_CHUNK", chunk)
     hidden, longer = scoring.extend(model, prefilled, rest, rest_lengths)
-    following, _ = jitted.follow(model, longer, *map(jnp.asarray, gj.pad(behind, 2)))
+    following, _ = jitted.teacher_force(model, longer, *map(jnp.asarray, gj.pad(behind, 2)))
     for row, (tail, last) in enumerate(zip(more, behind, strict=True)):
         got = np.concatenate([hidden[row, : len(tail)], following[row, : len(last)]])
         assert_close(got, np.asarray(expected[row, : len(tail + last)]))
-    assert longer.room == prefilled_whole.room
+    assert longer.max_new_tokens == prefilled_whole.max_new_tokens
     assert longer.statistics.tokens.tolist() == prefilled_whole.statistics.tokens.tolist()
     for name in ("logits", "hidden"):
         assert_close(np.asarray(getattr(longer, name)), np.asarray(getattr(prefilled_whole, name)))

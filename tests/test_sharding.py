@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from griffin_jax.extensions.in_place import OneCopy
+from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import pad
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.model.assembly import abstract_model, assemble, disassemble, parameter_shapes, random_model
 from griffin_jax.model.cache import empty_cache
@@ -51,14 +51,14 @@ class TestModel:
             "layers.0.attention.qkv": ("model", None, None, None),
             "layers.0.attention.out": ("model", None, None),
             "layers.0.ff_norm.scale": (),
-            "layers.0.ff.inner": (None, "model", None),
+            "layers.0.ff.gate_up": (None, "model", None),
             "layers.0.ff.down": ("model", None),
         }
 
     def test_biases_of_outputs_and_positions_are_everywhere(self):
         found = specs(abstract_model(named("OPT-13B", layers=1)), 8)
         assert found["layers.0.attention.qkv_bias"] == ("model", None, None)
-        assert found["layers.0.ff.inner_bias"] == (None, "model")
+        assert found["layers.0.ff.gate_up_bias"] == (None, "model")
         for name in ("layers.0.attention.out_bias", "layers.0.ff.down_bias", "layers.0.ff_norm.bias"):
             assert found[name] == ()
         assert found["position_embedding"] == ()
@@ -73,12 +73,12 @@ class TestModel:
     @pytest.mark.parametrize(("sets", "axes"), [((), ()), ((3,), (None,)), ((4,), ("data",))])
     def test_a_pruned_model_is_divided_along_its_sequences_and_kept_neurons(self, sets, axes):
         model = abstract_model(dataclasses.replace(TINY, ff_bias=True))
-        experts = Experts(tuple(jnp.zeros((*sets, 16), jnp.int32) for _ in range(2)), (48, 48))
+        experts = ExpertNeurons(tuple(jnp.zeros((*sets, 16), jnp.int32) for _ in range(2)), (48, 48))
         pruned = jax.eval_shape(prune, model, experts)
         whole = list(axes)
         found = specs(pruned, 8, "data")
-        assert found["layers.1.ff.inner"] == (None, *whole, "model", None)
-        assert found["layers.1.ff.inner_bias"] == (None, *whole, "model")
+        assert found["layers.1.ff.gate_up"] == (None, *whole, "model", None)
+        assert found["layers.1.ff.gate_up_bias"] == (None, *whole, "model")
         assert found["layers.1.ff.down"] == (*whole, "model", None)
 
     def test_attention_that_cannot_be_divided_is_everywhere(self):
@@ -161,7 +161,7 @@ class TestKeyValueHeadsThatAreFewerThanDevices:
             np.testing.assert_array_equal(back[path], array)
         assert fingerprint(models[0]) == fingerprint(models[1])
         tokens, lengths = pad([[5, 7, 11, 13, 2], [9, 8, 7]], 16)
-        one, many = (jitted.prefill(model, tokens, lengths, room=16) for model in models)
+        one, many = (jitted.prefill(model, tokens, lengths, max_new_tokens=16) for model in models)
         assert many.cache.keys[0].shape == (2, 8, 4, 32)
         np.testing.assert_allclose(one.logits, many.logits, rtol=1e-5, atol=1e-5)
         repeated = jnp.repeat(one.cache.values[1], 4, axis=1)
@@ -180,7 +180,7 @@ class TestSizes:
         shapes = local_shapes(LLAMA, 8)
         assert shapes["layers.0.attention.qkv"] == (1, 10, 128, d)
         assert shapes["layers.0.attention.out"] == (8, 128, d)
-        assert shapes["layers.0.ff.inner"] == (2, f // 8, d)
+        assert shapes["layers.0.ff.gate_up"] == (2, f // 8, d)
         assert shapes["head"] == (16032, d)
         assert local_shapes(LLAMA, 1)["layers.0.ff.down"] == (f, d)
 
@@ -204,7 +204,7 @@ class TestErrors:
         ("devices", "kept", "message"),
         [
             (5, (), "5 devices cannot share the 48 neurons .* evenly; these can: 1, 2, 3, 4, 6, 8$"),
-            (8, (16, 20), r"8 devices cannot share 20 kept neurons evenly: .*--multiple 8; .* --multiple 512\)"),
+            (8, (16, 20), r"8 devices cannot share 20 kept neurons evenly: .*--round-to 8; .* --round-to 512\)"),
             (0, (), "devices must be a whole number of at least 1, got 0"),
             (True, (), "got True"),
             (2.0, (), "got 2.0"),
@@ -223,7 +223,7 @@ class TestErrors:
             model_shardings(abstract_model(TINY), AbstractMesh((4,), ("data",)))
 
     def test_neurons_in_two_groups(self):
-        one = OneCopy(random_model(TINY))
-        one.prune(Experts(tuple(jnp.arange(16) for _ in range(2)), (48, 48)))
+        one = InPlace(random_model(TINY))
+        one.prune(ExpertNeurons(tuple(jnp.arange(16) for _ in range(2)), (48, 48)))
         with pytest.raises(ValueError, match="two groups"):
             model_shardings(one.model, mesh(2))

@@ -1,0 +1,1 @@
+"""Why pruning works: what neurons do in texts."""

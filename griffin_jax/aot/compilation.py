@@ -48,7 +48,7 @@ class Compiled:
     Attributes:
         kept: neurons of each feed-forward layer.
         weights: of the model that decodes.
-        memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `lossless` hold at most,
+        memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `speculative` hold at most,
             the full model always among it; None for what XLA refused to compile because it needs more than the chip
             has.
         fits: whether the largest of them is no more than the chip's memory.
@@ -109,7 +109,7 @@ class Report:
         ff_width: F.
         cache: bytes of keys and values on each device.
         shared: whether the batch shares its experts.
-        shards: ranges of neurons that each keep as many of their best; 1 if the best of all are kept.
+        groups: ranges of neurons that each keep as many of their best; 1 if the best of all are kept.
         density: as it was asked for.
         dense: the full model.
         pruned: the pruned model; None at a density of 1.
@@ -131,7 +131,7 @@ class Report:
     ff_width: int
     cache: int
     shared: bool
-    shards: int
+    groups: int
     density: float | Sequence[float]
     dense: Compiled
     pruned: Compiled | None
@@ -153,8 +153,8 @@ def compile_for(
     *,
     devices: int = 1,
     density: float | Sequence[float] = 0.5,
-    multiple: int = 1,
-    shards: int | None = None,
+    round_to: int = 1,
+    groups: int | None = None,
     shared: bool = False,
     batch: int = 1,
     prompt: int = 2048,
@@ -162,7 +162,7 @@ def compile_for(
     dtype: str = "bfloat16",
     quality: Quality = "griffin",
     refresh_every: int | None = None,
-    lossless: int | None = None,
+    speculative: int | None = None,
     hlo: str | os.PathLike[str] | None = None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -175,8 +175,8 @@ def compile_for(
         config: the model.
         devices: how many of the chip the model is divided among, as `griffin_jax.model.sharding` says.
         density: share of neurons kept; one for all layers or one for each.
-        multiple: the number of kept neurons is rounded up to a multiple of this.
-        shards: of so many equal ranges of neurons, each keeps as many, see `GriffinConfig`; as many as devices if None.
+        round_to: the number of kept neurons is rounded up to a multiple of this.
+        groups: of so many equal ranges of neurons, each keeps as many, see `GriffinConfig`; as many as devices if None.
         shared: whether the batch shares its experts, or every sequence has its own.
         batch: sequences.
         prompt: tokens of each.
@@ -185,7 +185,7 @@ def compile_for(
         quality: `best` keeps rows of the prompt, and refits what is kept to them and to as many rows of general text as
             a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
         refresh_every: compile refreshing, too: the pass over this many tokens.
-        lossless: compile lossless decoding, too, with this many drafts.
+        speculative: compile speculative decoding, too, with this many drafts.
         hlo: a folder that the optimised HLO of every program is written to; none if None.
         notice: is called with one line before a compiler is downloaded: see `griffin_jax.aot.compilers`.
 
@@ -195,8 +195,8 @@ def compile_for(
         RuntimeError: the compiler for this chip can neither be found nor fetched, or failed.
     """
     chip = target(name)
-    numbers = {"batch": batch, "prompt": prompt, "new": new, "refresh_every": refresh_every, "lossless": lossless}
-    optional = ("refresh_every", "lossless")
+    numbers = {"batch": batch, "prompt": prompt, "new": new, "refresh_every": refresh_every, "speculative": speculative}
+    optional = ("refresh_every", "speculative")
     for argument, value in numbers.items():
         if value is None and argument in optional:
             continue
@@ -210,9 +210,9 @@ def compile_for(
     weights_dtype = parse_dtype(dtype)
     assert weights_dtype is not None
     widths = [config.ff_width] * config.num_layers
-    kept = GriffinConfig(density, multiple=multiple, shards=1 if shards is None else shards).kept(widths)
+    kept = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups).kept(widths)
     check_mesh(config, devices, kept)
-    shards = devices if shards is None else shards
+    groups = devices if groups is None else groups
     config = with_kv_copies(config, devices)
     slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
@@ -223,20 +223,25 @@ def compile_for(
         "devices": devices,
         "kept": None if set(kept) == {config.ff_width} else kept,
         "shared": shared or batch == 1,
-        "shards": shards,
+        "groups": groups,
         "batch": batch,
         "prompt": bucket(prompt),
         # Lossless decoding may write some tokens more than are asked for.
-        "room": bucket(new + (lossless or 0)),
+        "max_new_tokens": bucket(new + (speculative or 0)),
         "rows": DEFAULT_ROWS if quality == "best" else 0,
         "refresh": refresh_every,
-        "lossless": lossless,
+        "speculative": speculative,
         "dtype": weights_dtype.name,
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
     found = _in_child(task, compiler)
     sizes = Sizes(
-        config, batch, task["prompt"] + task["room"], weights_dtype.itemsize, shared=task["shared"], devices=devices
+        config,
+        batch,
+        task["prompt"] + task["max_new_tokens"],
+        weights_dtype.itemsize,
+        shared=task["shared"],
+        devices=devices,
     )
     variants = {}
     for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
@@ -252,8 +257,8 @@ def compile_for(
             memory["refresh"] = _total(
                 found["refresh"], beside=sizes.weights(kept) - sizes.weights(None) + sizes.ff(None)
             )
-        if pruning and "lossless" in found:
-            memory["lossless"] = _total(found["lossless"])
+        if pruning and "speculative" in found:
+            memory["speculative"] = _total(found["speculative"])
         needed = list(memory.values())
         program = decoded or dict.fromkeys(PROGRAM_FIELDS)
         moved = found["prune"] if pruning and found["prune"] else {}
@@ -274,7 +279,7 @@ def compile_for(
         replicated=tuple(what for what, shared_out in divided(config, devices).items() if not shared_out),
         kv_copies=config.kv_copies,
         dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new, slots=sizes.slots, layers=config.num_layers,
-        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, shards=shards,
+        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
     )  # fmt: skip
@@ -337,9 +342,9 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     from griffin_jax.extensions import jitted as jitted_extensions
     from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, Reconstruction
     from griffin_jax.generation import jitted
-    from griffin_jax.generation.decode import begin
+    from griffin_jax.generation.decode import init_decode
     from griffin_jax.generation.prefill import prefill as read_prompt
-    from griffin_jax.griffin.neurons import Experts
+    from griffin_jax.griffin.neurons import ExpertNeurons
     from griffin_jax.griffin.prune import prune
     from griffin_jax.model import sharding
     from griffin_jax.model.assembly import abstract_model
@@ -368,18 +373,20 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         return placed(model, sharding.model_shardings(model, mesh))
 
     config = ModelConfig.from_json(task["config"])
-    batch, room = task["batch"], task["room"]
+    batch, max_new_tokens = task["batch"], task["max_new_tokens"]
     model = divided_model(abstract_model(config, jnp.dtype(task["dtype"])))
     prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
-    prefill = functools.partial(read_prompt, room=room, rows=task["rows"])
+    prefill = functools.partial(read_prompt, max_new_tokens=max_new_tokens, rows=task["rows"])
     prefilled = jax.eval_shape(prefill, model, *prompt)
     rows, statistics = placed(prefilled.rows), placed(prefilled.statistics)
-    answer = placed(jax.eval_shape(begin, prefilled))
+    answer = placed(jax.eval_shape(init_decode, prefilled))
     cache = placed(answer.cache, sharding.cache_shardings(answer.cache, config, mesh))
     answer = dataclasses.replace(answer, cache=cache)
     until = array((), jnp.int32)
 
-    def kept_rows(model: Transformer, experts: Experts, reconstruction: Reconstruction | None) -> list[FeedForward]:
+    def kept_rows(
+        model: Transformer, experts: ExpertNeurons, reconstruction: Reconstruction | None
+    ) -> list[FeedForward]:
         """What `prune` computes; the rest of its result is passed through, which jit would copy."""
         return [layer.ff for layer in prune(model, experts, refit=reconstruction).layers]
 
@@ -416,17 +423,17 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     def decode(name: str, model: Any) -> None:
         text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
         if text is not None:
-            matrices = {local(m.get_value()) for layer in model.layers for m in (layer.ff.inner, layer.ff.down)}
+            matrices = {local(m.get_value()) for layer in model.layers for m in (layer.ff.gate_up, layer.ff.down)}
             weights = matrices | {shape[1:] for shape in matrices if len(shape) > 2}
             caches = {local(leaf) for leaf in (*answer.cache.keys, *answer.cache.values)}
             found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
 
-    compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, room=room, rows=task["rows"]))
+    compiled("prefill", lambda: jitted.prefill.lower(model, *prompt, max_new_tokens=max_new_tokens, rows=task["rows"]))
     decode("dense", model)
     if task["kept"] is not None:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
-        experts = Experts(placed(zeros), model.neurons, task["shards"])
+        experts = ExpertNeurons(placed(zeros), model.neurons, task["groups"])
         pruned = divided_model(jax.eval_shape(prune, model, experts))
         shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
         reconstruction = None
@@ -446,10 +453,12 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
                 "refresh",
                 lambda: jitted_extensions.refresh.lower(model, answer, statistics, task["refresh"], rows=rows),
             )
-        if task["lossless"]:
+        if task["speculative"]:
             compiled(
-                "lossless",
-                lambda: jitted_extensions.decode_lossless.lower(model, pruned, answer, until, drafts=task["lossless"]),
+                "speculative",
+                lambda: jitted_extensions.decode_speculative.lower(
+                    model, pruned, answer, until, drafts=task["speculative"]
+                ),
             )
     return found
 
@@ -506,9 +515,9 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
     parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
-    parser.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
+    parser.add_argument("--round-to", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
     parser.add_argument(
-        "--shards", type=int, metavar="M",
+        "--groups", type=int, metavar="M",
         help="as in generate (default: as many as --devices; then pruning moves no rows between these)",
     )  # fmt: skip
     sets = parser.add_mutually_exclusive_group()
@@ -532,7 +541,7 @@ def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], floa
         help="best: with rows of the prompt, to which prune refits what is kept (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--refresh-every", type=int, metavar="N", help="compile refreshing, too")
-    parser.add_argument("--lossless", type=int, metavar="N", help="compile lossless decoding, too, with N drafts")
+    parser.add_argument("--speculative", type=int, metavar="N", help="compile speculative decoding, too, with N drafts")
     parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -550,10 +559,10 @@ def run(options: argparse.Namespace) -> None:
     if options.layers is not None:
         config = with_layers(config, options.layers)
     report = compile_for(
-        options.target, config, devices=options.devices, density=options.density, multiple=options.multiple,
-        shards=options.shards, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
-        dtype=options.dtype, quality=options.quality, refresh_every=options.refresh_every, lossless=options.lossless,
-        hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
+        options.target, config, devices=options.devices, density=options.density, round_to=options.round_to,
+        groups=options.groups, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
+        dtype=options.dtype, quality=options.quality, refresh_every=options.refresh_every,
+        speculative=options.speculative, hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
         print(json.dumps({"model": options.model, **report.to_json()}))
@@ -572,7 +581,7 @@ def table(model: str, report: Report) -> str:
         else f"{model} on {chip.name} ({figures}), compiled without it:",
         f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
         f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}"
-        + (f", experts of {report.shards} shards" if report.shards > 1 else ""),
+        + (f", experts of {report.groups} groups" if report.groups > 1 else ""),
         _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
         _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
         _row("weights", [_size(c.weights) for c in columns]),
@@ -598,7 +607,7 @@ def table(model: str, report: Report) -> str:
     if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):
         lines.append(
             f"Where the kept neurons{' of a device' * several} are no multiple of {GPU_TILE}, XLA pads or joins"
-            f" matrices at every step: --multiple {tiles} avoids that."
+            f" matrices at every step: --round-to {tiles} avoids that."
         )
     lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
     if report.kv_copies > 1:

@@ -55,12 +55,12 @@ def table(result: Mapping[str, Any]) -> str:
         f"medians of {result['repeats']} after a warm-up, all rows of a group in turn; bandwidth"
         f" {result['bandwidth'] / 1e9:.1f} GB/s" + (f"; peak memory {', '.join(memory)}" if memory else ""),
     ]
-    if result["one_copy"]:
+    if result["in_place"]:
         lines.append("one copy of the weights: kept rows and others in two groups, regrouped for every prompt")
     if result["mesh"]:
         sizes = ",".join(f"{axis}={size}" for axis, size in result["mesh"].items())
         lines.append(f"divided among the devices of --mesh {sizes}; bytes and the bandwidth are those of each")
-    if result["multiple"] > 1:
+    if result["round_to"] > 1:
         lines.append(f"kept neurons rounded up to a multiple of {result['multiple']}")
     for peer in result["peers"]:
         weights = f", weights of {peer['weights']}" if peer["weights"] else ""
@@ -231,8 +231,8 @@ SETTINGS = (
     "device",
     "threads",
     "repeats",
-    "multiple",
-    "one_copy",
+    "round_to",
+    "in_place",
     "mesh",
     "jax",
 )

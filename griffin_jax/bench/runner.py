@@ -41,14 +41,14 @@ from griffin_jax.checkpoints import demo, loading
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.cli.options import add_mesh_argument, check_output, check_plot, chosen_mesh, numbers
 from griffin_jax.evaluation import general_text
-from griffin_jax.extensions.in_place import OneCopy
+from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, pad
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig, check_density, kept_neurons
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.llm.llm import Quality, check_quality
 from griffin_jax.model.assembly import random_model
@@ -181,11 +181,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of --quality best: what griffin-jax prior measured (default: the file beside the model)",
     )
-    what.add_argument("--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
+    what.add_argument("--round-to", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
     what.add_argument(
-        "--one-copy",
+        "--in-place",
         action="store_true",
-        help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(one_copy=True) does; with"
+        help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(in_place=True) does; with"
         " one density below 1, and shared experts",
     )
     add_mesh_argument(parser)
@@ -222,8 +222,8 @@ class Plan:
         shared: what batches of several sequences are measured with.
         qualities: what pruned models are measured with.
         prior: of quality "best".
-        multiple: kept neurons are rounded up to a multiple of this.
-        one_copy: whether every neuron is held once.
+        round_to: kept neurons are rounded up to a multiple of this.
+        in_place: whether every neuron is held once.
         mesh: devices that batches and the model are divided among; None for one.
         repeats: counted rounds.
         peers: whether others are measured, too.
@@ -238,16 +238,16 @@ class Plan:
     shared: tuple[bool, ...]
     qualities: tuple[Quality, ...]
     prior: Prior | None
-    multiple: int
-    one_copy: bool
+    round_to: int
+    in_place: bool
     mesh: Mesh | None
     repeats: int
     peers: bool
 
     def griffin(self, variant: Variant) -> GriffinConfig:
         """How a row prunes."""
-        shared, shards = variant.shared or self.one_copy, axis_size(self.mesh, MODEL_AXIS)
-        config = GriffinConfig(variant.density, shared=shared, multiple=self.multiple, shards=shards)
+        shared, groups = variant.shared or self.in_place, axis_size(self.mesh, MODEL_AXIS)
+        config = GriffinConfig(variant.density, shared=shared, round_to=self.round_to, groups=groups)
         return self.prior.budgeted(config) if self.prior is not None and variant.quality == "best" else config
 
     def variants(self, case: Case) -> list[Variant]:
@@ -292,8 +292,8 @@ def check(options: argparse.Namespace) -> Plan:
     qualities = list(dict.fromkeys(options.quality.split(",")))
     for quality in qualities:
         check_quality(quality)
-    if "best" in qualities and options.one_copy:
-        raise ValueError("--one-copy moves the model's own rows, which --quality best would refit: give one of the two")
+    if "best" in qualities and options.in_place:
+        raise ValueError("--in-place moves the model's own rows, which --quality best would refit: give one of the two")
     if options.prior is not None and "best" not in qualities:
         raise ValueError("--prior is for --quality best, or griffin,best")
     experts = list(dict.fromkeys(options.experts.split(",")))
@@ -305,8 +305,8 @@ def check(options: argparse.Namespace) -> Plan:
     lengths = _lengths(options)
     check_outputs(options)
     mesh = chosen_mesh(options)
-    if mesh is not None and (options.peers or options.one_copy):
-        raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--one-copy'}: give one of the two")
+    if mesh is not None and (options.peers or options.in_place):
+        raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--in-place'}: give one of the two")
     config, random = _config(options)
     check_mesh(config, axis_size(mesh, MODEL_AXIS))
     config = with_kv_copies(config, axis_size(mesh, MODEL_AXIS))
@@ -323,22 +323,22 @@ def check(options: argparse.Namespace) -> Plan:
         dtype=jnp.dtype(dtype),
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
         cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
-        shared=(True,) if options.one_copy else tuple(name == "shared" for name in experts),
+        shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
         qualities=tuple(quality for quality in get_args(Quality) if quality in qualities),
         prior=_prior(options, config, random) if "best" in qualities else None,
-        multiple=options.multiple,
-        one_copy=options.one_copy,
+        round_to=options.round_to,
+        in_place=options.in_place,
         mesh=mesh,
         repeats=options.repeats,
         peers=options.peers,
     )
-    if plan.one_copy and len(plan.densities) != 2:
+    if plan.in_place and len(plan.densities) != 2:
         raise ValueError(
-            f"--one-copy takes one density below 1, got {', '.join(f'{d:g}' for d in plan.densities[1:]) or 'none'};"
+            f"--in-place takes one density below 1, got {', '.join(f'{d:g}' for d in plan.densities[1:]) or 'none'};"
             " give for example --density 0.5"
         )
     for density in plan.densities:
-        kept_neurons(config.ff_width, density, options.multiple)
+        kept_neurons(config.ff_width, density, options.round_to)
         check_mesh(
             config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
         )
@@ -421,7 +421,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         neurons = (3 * itemsize + 4) * chunk * config.ff_width
         return {
             "weights": sizes.weights(None),
-            "kept neurons": 0 if variant.density == 1 or plan.one_copy else sizes.ff(plan.kept(variant)),
+            "kept neurons": 0 if variant.density == 1 or plan.in_place else sizes.ff(plan.kept(variant)),
             "caches": 2 * sizes.cache,  # one to keep, which every row begins with a copy of
             "reading the prompt": case.batch * (scores + neurons + 4 * config.vocab_size),
             "measuring the bandwidth": BANDWIDTH_BYTES,
@@ -519,7 +519,7 @@ def measure(
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
-    subject = _Subject(model, plan.griffin(Variant(plan.densities[-1])) if plan.one_copy else None)
+    subject = _Subject(model, plan.griffin(Variant(plan.densities[-1])) if plan.in_place else None)
     groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
@@ -548,8 +548,8 @@ def measure(
         "device": device.device_kind,
         "threads": threads(),
         "repeats": plan.repeats,
-        "multiple": plan.multiple,
-        "one_copy": plan.one_copy,
+        "round_to": plan.round_to,
+        "in_place": plan.in_place,
         "mesh": None if plan.mesh is None else dict(plan.mesh.shape),
         "bandwidth": bandwidth,
         "peak_memory": loading.peak_memory(),
@@ -602,33 +602,33 @@ class _Subject:
 
     Args:
         model: the full one.
-        one_copy: how a request prunes, if every neuron is to be held once; the model is then used up.
+        in_place: how a request prunes, if every neuron is to be held once; the model is then used up.
     """
 
-    def __init__(self, model: Transformer, one_copy: GriffinConfig | None):
+    def __init__(self, model: Transformer, in_place: GriffinConfig | None):
         self._model = model
-        self._one_copy = None if one_copy is None else OneCopy(model)
-        if self._one_copy is not None and one_copy is not None:
+        self._in_place = None if in_place is None else InPlace(model)
+        if self._in_place is not None and in_place is not None:
             # Any experts: from now on the programs are those of two groups.
-            kept = one_copy.kept(model.neurons)
-            self._one_copy.prune(Experts.from_indices([range(k) for k in kept], model.neurons))
+            kept = in_place.kept(model.neurons)
+            self._in_place.prune(ExpertNeurons.from_indices([range(k) for k in kept], model.neurons))
 
     @property
     def model(self) -> Transformer:
         """The full one."""
-        return self._model if self._one_copy is None else self._one_copy.model
+        return self._model if self._in_place is None else self._in_place.model
 
     def prune(self, prefilled: Prefilled, config: GriffinConfig, prior: Prior | None, watch: Stopwatch) -> Transformer:
         """The pruned model; with a prior, of the best quality."""
         statistics = prefilled.statistics
         with watch.phase("select"):
-            if self._one_copy is not None:
-                statistics = self._one_copy.in_order(statistics)
+            if self._in_place is not None:
+                statistics = self._in_place.in_order(statistics)
             fusion = {} if prior is None else {"prior": prior}
             experts = jax.block_until_ready(jitted.select(statistics, config, **fusion))
-        if self._one_copy is not None:
+        if self._in_place is not None:
             with watch.phase("prune"):
-                return jax.block_until_ready(self._one_copy.prune(experts))
+                return jax.block_until_ready(self._in_place.prune(experts))
         fitted = None if prior is None else Reconstruction(prefilled.rows, calibration=prior.rows)
         with watch.phase("first_prune"):
             first = jax.block_until_ready(prune(self._model, experts, refit=fitted))
@@ -692,10 +692,16 @@ def _prefills(
     for rows in order:
         watch = Stopwatch()
         with watch.phase("prefill"):
-            room, longest = bucket(new), np.int32(new)
+            max_new_tokens, longest = bucket(new), np.int32(new)
             prefilled = jax.block_until_ready(
                 jitted.prefill(
-                    model, tokens, lengths, room=room, longest=longest, collect=rows is not None, rows=rows or 0
+                    model,
+                    tokens,
+                    lengths,
+                    max_new_tokens=max_new_tokens,
+                    longest=longest,
+                    collect=rows is not None,
+                    rows=rows or 0,
                 )
             )
         for other, _ in sides.values():
@@ -712,10 +718,10 @@ def _answer(subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Varian
     if variant.density < 1:
         prior = plan.prior if variant.quality == "best" else None
         model = subject.prune(prefilled, plan.griffin(variant), prior, watch)
-    # `begin` takes the cache, and the next row needs it.
+    # `init_decode` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
-    with watch.phase("begin"):
-        answer = jax.block_until_ready(jitted.begin(mine))
+    with watch.phase("init_decode"):
+        answer = jax.block_until_ready(jitted.init_decode(mine))
     with watch.phase("decode"):
         jax.block_until_ready(jitted.decode(model, answer, np.int32(new)))
     return watch
@@ -753,11 +759,13 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
         # Peers' caches grow with the text; ours has all its slots from the start.
         cache = sizes.cache if ours else sizes.cache * (case.prompt + case.new // 2) // case.slots
         weights = sizes.step(kept) - sizes.cache
-        times = {name: _median(row.samples, name) for name in ("prefill", "select", "prune", "first_prune", "begin")}
+        times = {
+            name: _median(row.samples, name) for name in ("prefill", "select", "prune", "first_prune", "init_decode")
+        }
         step = _step(row, case)
         base = dense.get(row.baseline)
         is_pruned = variant.density < 1
-        moved = sizes.ff(None if plan.one_copy else kept)
+        moved = sizes.ff(None if plan.in_place else kept)
         # Read and written; where rows are refitted, that is not what takes the time.
         copied = 2 * moved if ours and is_pruned and variant.quality == "griffin" else None
         ceiling = (weights + cache) / bandwidth
@@ -781,11 +789,11 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "overhead_share": _overhead_share(row.samples),
             "prune_bytes": copied,
             "prune_speed": copied / (times["prune"] or math.nan) * 1e3 if copied else None,
-            "first_token_ms": _total(row.samples, ("prefill", "select", "prune", "begin")),
+            "first_token_ms": _total(row.samples, ("prefill", "select", "prune", "init_decode")),
             "decode_ms": step,
             "decode_ms_range": [_step_of(edge(row.samples, key=_decode), case) for edge in (min, max)],
             "tokens_per_second": case.batch / step * 1e3,
-            "total_ms": _total(row.samples, ("prefill", "select", "prune", "begin", "decode")),
+            "total_ms": _total(row.samples, ("prefill", "select", "prune", "init_decode", "decode")),
             "weights_bytes": weights,
             "cache_bytes": cache,
             "step_bytes": weights + cache,

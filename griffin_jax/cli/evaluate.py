@@ -31,7 +31,7 @@ from griffin_jax.cli.options import (
     load_reader,
     numbers,
 )
-from griffin_jax.evaluation import report, shards, tasks
+from griffin_jax.evaluation import groups, report, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import (
     BASELINES,
@@ -44,7 +44,7 @@ from griffin_jax.evaluation.grid import (
     REFRESH,
     STEPS,
     Beyond,
-    Row,
+    Variant,
     grid,
 )
 from griffin_jax.evaluation.journal import Journal, open_journal
@@ -78,7 +78,7 @@ class Evaluation:
 
     Attributes:
         items: the texts.
-        settings: what the scores depend on beside model, texts and rows.
+        settings: what the scores depend on beside model, texts and variants.
         run: goes through the texts.
         figures: adds up what `run` returned.
         tabulate: for people.
@@ -114,16 +114,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.set_defaults(prepare=_divergence)
 
     kind = kinds.add_parser(
-        "shards",
-        help="the best neurons of each of several shards against the best of all",
+        "groups",
+        help="the best neurons of each of several groups against the best of all",
         description="The first tokens of each text are read densely; those that follow are scored by models that keep"
         " the best of all neurons, and the best of each of several equal ranges, as devices that share the model can.",
     )
     _add_text_file(kind, "text")
     _add_lengths(kind)
-    kind.add_argument("--shards", metavar="M", default="2,4,8", help="separated by commas (default: %(default)s)")
+    kind.add_argument("--groups", metavar="M", default="2,4,8", help="separated by commas (default: %(default)s)")
     _add_common(kind, size=4)
-    kind.set_defaults(prepare=_shards, reference=None)
+    kind.set_defaults(prepare=_groups, reference=None)
 
     kind = kinds.add_parser(
         "perplexity",
@@ -241,11 +241,11 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs one evaluation, from options to files and a table."""
-    rows = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
+    variants = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
     for name, value in (("--limit", options.limit), ("--batch", options.batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    beyond = _beyond(options, rows)
+    beyond = _beyond(options, variants)
     folder = options.output or Path(f"eval-{options.task}")
     check_folder("--output", folder, RESULTS)
     if options.plot is not None:
@@ -267,7 +267,7 @@ def run(options: argparse.Namespace) -> None:
     if beyond.prior is not None:
         beyond.prior.check(model)
     skipped = Skipped()
-    evaluation: Evaluation = options.prepare(options, llm, rows, beyond, skipped)
+    evaluation: Evaluation = options.prepare(options, llm, variants, beyond, skipped)
     skipped.report()
     if not evaluation.items:
         raise nothing_left(skipped, ", ".join(map(str, files)))
@@ -276,9 +276,9 @@ def run(options: argparse.Namespace) -> None:
         "model": model,
         "texts": sha256_of_files(files),
         "dtype": str(llm.model.dtype),
-        "rows": [row.name for row in rows],
+        "rows": [variant.name for variant in variants],
         "seed": options.seed,
-        **_beyond_settings(options, rows),
+        **_beyond_settings(options, variants),
         **evaluation.settings,
     }
     journal = open_journal(folder, settings, overwrite=options.overwrite)
@@ -313,48 +313,48 @@ def run(options: argparse.Namespace) -> None:
         print(json.dumps(results))
 
 
-def _has(rows: Sequence[Row], *steps: str) -> bool:
-    return any(step in row.steps for row in rows for step in steps)
+def _has(variants: Sequence[Variant], *steps: str) -> bool:
+    return any(step in variant.steps for variant in variants for step in steps)
 
 
-def _beyond(options: argparse.Namespace, rows: Sequence[Row]) -> Beyond:
-    """What the rows' steps take, checked before the model is loaded."""
+def _beyond(options: argparse.Namespace, variants: Sequence[Variant]) -> Beyond:
+    """What the variants' steps take, checked before the model is loaded."""
     check_fusion("topk", options.prior_weight)
     for name, value in (("--rows", options.rows), ("--refresh-every", options.refresh_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if options.task == "summarize" and _has(rows, REFRESH):
+    if options.task == "summarize" and _has(variants, REFRESH):
         raise ValueError(f"+{REFRESH} scores continuations that are given: evaluate divergence or perplexity")
     Reconstruction((), options.ridge, weight=options.calibration_weight)
     prior = None
-    if _has(rows, *MEASURED):
+    if _has(variants, *MEASURED):
         if options.prior is None:
             raise ValueError(f"+{' +'.join(MEASURED)} need --prior FILE; griffin-jax prior measures it")
         prior = Prior.load(options.prior)
-        if _has(rows, BUDGETS) and not prior.strength:
+        if _has(variants, BUDGETS) and not prior.strength:
             raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
-        if _has(rows, CALIBRATION) and not prior.rows:
+        if _has(variants, CALIBRATION) and not prior.rows:
             raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
     return Beyond(
         prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight, options.refresh_every
     )
 
 
-def _beyond_settings(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """What scores depend on beyond GRIFFIN; None where no row does."""
-    uses_prior, uses_rows = _has(rows, *MEASURED), _has(rows, RECONSTRUCTION)
+def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
+    """What scores depend on beyond GRIFFIN; None where no variant does."""
+    uses_prior, uses_rows = _has(variants, *MEASURED), _has(variants, RECONSTRUCTION)
     return {
         "prior": sha256_of_files([options.prior]) if uses_prior else None,
-        "prior_weight": options.prior_weight if _has(rows, PRIOR) else None,
+        "prior_weight": options.prior_weight if _has(variants, PRIOR) else None,
         "reconstruction_rows": options.rows if uses_rows else None,
         "ridge": options.ridge if uses_rows else None,
-        "calibration_weight": options.calibration_weight if _has(rows, CALIBRATION) else None,
-        "refresh_every": options.refresh_every if _has(rows, REFRESH) else None,
+        "calibration_weight": options.calibration_weight if _has(variants, CALIBRATION) else None,
+        "refresh_every": options.refresh_every if _has(variants, REFRESH) else None,
     }
 
 
 def _divergence(
-    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
 ) -> Evaluation:
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, 1 if options.reference else prompt, new)
@@ -379,19 +379,21 @@ def _divergence(
         items,
         settings,
         lambda journal: tasks.divergence(
-            llm, items, rows, journal, new=new, size=options.batch, seed=options.seed, beyond=beyond
+            llm, items, variants, journal, new=new, size=options.batch, seed=options.seed, beyond=beyond
         ),
-        lambda scores: report.divergence_figures(scores, rows, options.seed),
+        lambda scores: report.divergence_figures(scores, variants, options.seed),
         tabulate,
         plot,
     )
 
 
-def _shards(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped) -> Evaluation:
+def _groups(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
+) -> Evaluation:
     if options.method != "topk":
-        raise ValueError(f"shards are compared by topk, got --method {options.method}")
-    densities = [row.density for row in rows if row.method == "topk"]
-    rules = shards.rules(densities, numbers("--shards", options.shards, int), llm.model.neurons)
+        raise ValueError(f"groups are compared by topk, got --method {options.method}")
+    densities = [variant.density for variant in variants if variant.method == "topk"]
+    rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.neurons)
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, prompt, new)
     items = list(itertools.islice(_divergence_items(options, llm, [options.column], skipped), options.limit))
@@ -399,14 +401,14 @@ def _shards(options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: 
         items,
         {
             "column": options.column, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
-            "rows": [row.name for row in rules],
+            "rows": [variant.name for variant in rules],
         },
-        lambda journal: shards.compare_shards(
+        lambda journal: groups.compare_groups(
             llm, items, rules, journal, new=new, size=options.batch, seed=options.seed
         ),
-        lambda scores: shards.figures(scores, rules, options.seed),
-        lambda figures: report.table("what really follows:", figures, shards.METRICS),
-        lambda figures, title, file: report.plot_by_density({"": figures}, shards.METRICS, title, file),
+        lambda scores: groups.figures(scores, rules, options.seed),
+        lambda figures: report.table("what really follows:", figures, groups.METRICS),
+        lambda figures, title, file: report.plot_by_density({"": figures}, groups.METRICS, title, file),
     )  # fmt: skip
 
 
@@ -435,7 +437,7 @@ def _divergence_items(
 
 
 def _perplexity(
-    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
 ) -> Evaluation:
     prompts = sorted(numbers("--prompt-tokens", options.prompt_tokens, int))
     news = sorted(numbers("--new-tokens", options.new_tokens, int))
@@ -450,7 +452,7 @@ def _perplexity(
         lambda journal: tasks.perplexity(
             llm,
             items,
-            rows,
+            variants,
             journal,
             prompts=prompts,
             news=news,
@@ -458,7 +460,7 @@ def _perplexity(
             seed=options.seed,
             beyond=beyond,
         ),
-        lambda scores: report.perplexity_figures(scores, rows, prompts, news, options.seed),
+        lambda scores: report.perplexity_figures(scores, variants, prompts, news, options.seed),
         lambda figures: report.perplexity_table(figures, prompts, news),
         lambda figures, title, file: report.plot_by_length(figures, prompts, news, title, file),
     )
@@ -478,7 +480,7 @@ def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Sk
 
 
 def _summarize(
-    options: argparse.Namespace, llm: LLM, rows: Sequence[Row], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
 ) -> Evaluation:
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens must be at least 1, got {options.new_tokens}")
@@ -497,11 +499,11 @@ def _summarize(
         items,
         settings,
         lambda journal: tasks.summarize(
-            llm, items, rows, journal,
+            llm, items, variants, journal,
             new=options.new_tokens, stop=stop, stem=options.stem, size=options.batch, seed=options.seed,
             beyond=beyond,
         ),
-        lambda scores: report.summarize_figures(scores, rows, options.seed),
+        lambda scores: report.summarize_figures(scores, variants, options.seed),
         lambda figures: report.table("ROUGE of greedy answers:", figures, report.ROUGES),
         lambda figures, title, file: report.plot_by_density({"": figures}, report.ROUGES, title, file),
     )  # fmt: skip

@@ -28,7 +28,7 @@ from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.extensions.speculative import DEFAULT_DRAFTS
 from griffin_jax.griffin.config import GriffinConfig, Method
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.llm.llm import LLM, OPTIONS, Generation, Prompt, Quality, check_options, load
 from griffin_jax.model.assembly import NEURON_MAJOR
 from griffin_jax.parallel import distributed
@@ -186,10 +186,10 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pruning.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
     pruning.add_argument(
-        "--multiple", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N"
+        "--round-to", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N"
     )
     pruning.add_argument(
-        "--shards", type=int, metavar="M",
+        "--groups", type=int, metavar="M",
         help="of M equal ranges of neurons, each keeps as many of its best (default: as many as the devices that --mesh"
         " divides the model among, which then exchange no rows; 1 keeps the best of all, as one device does)",
     )  # fmt: skip
@@ -219,7 +219,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         help="after every N tokens read them with the full model, and choose the neurons to keep anew",
     )  # fmt: skip
     pruning.add_argument(
-        "--lossless", type=int, nargs="?", const=True, default=False, metavar="DRAFTS",
+        "--speculative", type=int, nargs="?", const=True, default=False, metavar="DRAFTS",
         help=f"answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time"
         f" (default: {DEFAULT_DRAFTS})",
     )  # fmt: skip
@@ -249,7 +249,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
         " several prompts), density and method (null with --experts), kept, refreshes, drafting"
-        " (null without --lossless), seconds, decode_tokens_per_second",
+        " (null without --speculative), seconds, decode_tokens_per_second",
     )
 
 
@@ -268,7 +268,7 @@ def _generate(options: argparse.Namespace) -> None:
     if options.stream and len(prompts) > 1:
         raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name in OPTIONS}
-    settings["experts"] = Experts.load(options.experts) if options.experts else None
+    settings["experts"] = ExpertNeurons.load(options.experts) if options.experts else None
     if options.quality == "best":
         settings["prior"] = general_text.load_for_best(options.model, options.prior)
     else:

@@ -1,1 +1,1 @@
-"""Whether the pruned model still answers well: `griffin-jax eval`."""
+"""What pruning costs in quality."""

@@ -60,9 +60,11 @@ class Batch:
     answer_lengths: Int[np.ndarray, "b"]
     seeds: Int[np.ndarray, "b"]
 
-    def prefill(self, model: Transformer, room: int, rows: int = 0) -> Prefilled:
+    def prefill(self, model: Transformer, max_new_tokens: int, rows: int = 0) -> Prefilled:
         """The prompts, read by the full model with room for an answer and with rows for a `Reconstruction`."""
-        return jitted.prefill(model, self.prompts, self.prompt_lengths, room=room, longest=room, rows=rows)
+        return jitted.prefill(
+            model, self.prompts, self.prompt_lengths, max_new_tokens=max_new_tokens, longest=max_new_tokens, rows=rows
+        )
 
 
 def batch_of(items: Sequence[Item], size: int, seed: int) -> Batch:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.evaluation.grid import REFRESH, Beyond, Row, models
+from griffin_jax.evaluation.grid import REFRESH, Beyond, Variant, models
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.generation import jitted
 from griffin_jax.generation.prefill import Prefilled
@@ -24,7 +24,7 @@ SCORES = ("loss", "kl", "agree")
 
 def score_answers(
     model: Transformer,
-    rows: Sequence[Row],
+    variants: Sequence[Variant],
     prefilled: Prefilled,
     answers: Int[np.ndarray, "b r"],
     lengths: Int[np.ndarray, "b"],
@@ -32,63 +32,66 @@ def score_answers(
     upto: Sequence[int],
     beyond: Beyond = Beyond(),
 ) -> list[dict[str, Any]]:
-    """Scores of given answers in every row's model, one for each sequence.
+    """Scores of given answers in every variant's model, one for each sequence.
 
     Args:
         model: the full model.
-        rows: what to compare with it.
-        prefilled: the prompts, with statistics, with room for the answers and with `grid.rows_of(rows, beyond)` rows.
+        variants: what to compare with it.
+        prefilled: the prompts, with statistics, with room for the answers and with `grid.rows_of(variants, beyond)`
+            rows.
         answers: token ids, padded on the right.
         lengths: real ones of each.
         seeds: of the draws for each.
         upto: the sums are over the first tokens of an answer, as many as each of these says, or all if it has fewer.
-        beyond: for the rows that have steps beyond GRIFFIN.
+        beyond: for the variants that have steps beyond GRIFFIN.
 
     Returns:
-        For each sequence `tokens`, how many were scored, and for each row's name the sums of `SCORES`; all of these
+        For each sequence `tokens`, how many were scored, and for each variant's name the sums of `SCORES`; all of these
         are lists along `upto`.
     """
 
-    def every(answers: Statistics) -> Iterator[tuple[Row, Transformer]]:
-        return models(model, [row for row in rows if REFRESH not in row.steps], prefilled, answers, seeds, beyond)
+    def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
+        return models(
+            model, [variant for variant in variants if REFRESH not in variant.steps], prefilled, answers, seeds, beyond
+        )
 
     refreshed = {
-        row: jitted_extensions.follow_refreshed(
-            model, prefilled, jnp.asarray(answers), jnp.asarray(lengths), beyond.config(row), beyond.refresh_every,
-            fuse=beyond.fusion(row),
-            reconstruction=beyond.reconstruction(row, prefilled.rows),
+        variant: jitted_extensions.teacher_force_refreshed(
+            model, prefilled, jnp.asarray(answers), jnp.asarray(lengths), beyond.config(variant), beyond.refresh_every,
+            fuse=beyond.fusion(variant),
+            reconstruction=beyond.reconstruction(variant, prefilled.rows),
         )
-        for row in rows if REFRESH in row.steps
+        for variant in variants if REFRESH in variant.steps
     }  # fmt: skip
     return score_models(model, every, prefilled, answers, lengths, upto, refreshed)
 
 
 def score_models(
     model: Transformer,
-    every: Callable[[Statistics], Iterable[tuple[Row, Transformer]]],
+    every: Callable[[Statistics], Iterable[tuple[Variant, Transformer]]],
     prefilled: Prefilled,
     answers: Int[np.ndarray, "b r"],
     lengths: Int[np.ndarray, "b"],
     upto: Sequence[int],
-    more: Mapping[Row, Float[Array, "b r d"]] = MappingProxyType({}),
+    more: Mapping[Variant, Float[Array, "b r d"]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """`score_answers` of any models.
 
     Args:
         model: the full model.
-        every: gives the rows with their models, from the statistics of the answers; each model may be used up when
+        every: gives the variants with their models, from the statistics of the answers; each model may be used up when
             the next one is asked for.
         prefilled: the prompts, with room for the answers.
         answers: token ids, padded on the right.
         lengths: real ones of each.
         upto: as in `score_answers`.
-        more: rows whose residual streams are there already, as from `follow`.
+        more: variants whose residual streams are there already, as from `teacher_force`.
     """
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
-    dense, following = jitted.follow(model, prefilled, tokens, real, collect=True)
+    dense, following = jitted.teacher_force(model, prefilled, tokens, real, collect=True)
     found = dict(more)
-    for row, pruned in every(following):
-        found[row] = dense if pruned is model else jitted.follow(pruned, prefilled, tokens, real)[0]
+    for variant, pruned in every(following):
+        found[variant] = dense if pruned is model else jitted.teacher_force(pruned, prefilled, tokens, real)[0]
     compared = [
         {name: to_host(getattr(comparison, name)) for name in SCORES}
         for comparison in jitted.compare(model, dense, tuple(found.values()), tokens)
@@ -97,7 +100,7 @@ def score_models(
     scores = []
     for sequence, end in enumerate(ends):
         scores.append({"tokens": end.tolist()})
-        for row, comparison in zip(found, compared, strict=True):
+        for variant, comparison in zip(found, compared, strict=True):
             sums = {name: np.cumsum(np.append(0.0, values[sequence])) for name, values in comparison.items()}
-            scores[-1][row.name] = {name: sums[name][end].tolist() for name in SCORES}
+            scores[-1][variant.name] = {name: sums[name][end].tolist() for name in SCORES}
     return scores

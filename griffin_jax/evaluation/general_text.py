@@ -24,7 +24,7 @@ from tqdm import tqdm
 from griffin_jax.cli.options import add_dtype_argument, add_mesh_argument, add_model_argument, check_output, chosen_mesh
 from griffin_jax.evaluation.batches import Item, batches
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Row
+from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Variant
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.extensions import sketch
 from griffin_jax.extensions.prior import Prior
@@ -89,8 +89,8 @@ def self_generated(
             f"texts must have from 2 tokens to the model's context of {config.max_positions}, got {length}"
         )
     seeds = [np.random.default_rng([seed, number]) for number in range(count)]
-    begin = config.bos_token_id
-    firsts = [int(rng.integers(config.vocab_size)) if begin is None else begin for rng in seeds]
+    init_decode = config.bos_token_id
+    firsts = [int(rng.integers(config.vocab_size)) if init_decode is None else init_decode for rng in seeds]
     draws = np.asarray([rng.integers(1 << 31) for rng in seeds], np.int32)
     texts = []
     with tqdm(total=count, unit="text", desc="writing", disable=quiet or None) as progress:
@@ -99,10 +99,10 @@ def self_generated(
             rows = np.minimum(np.arange(start, start + size), count - 1)
             tokens, lengths = pad([[firsts[row]] for row in rows], bucket(1))
             prefilled = jitted.prefill(
-                model, tokens, lengths, room=bucket(length - 1), longest=length - 1, collect=False
+                model, tokens, lengths, max_new_tokens=bucket(length - 1), longest=length - 1, collect=False
             )
             draw = {"sampler": Sample(temperature=1.0), "eos": config.eos_token_ids}
-            answer = jitted.begin(prefilled, seed=jnp.asarray(draws[rows]), **draw)
+            answer = jitted.init_decode(prefilled, seed=jnp.asarray(draws[rows]), **draw)
             answer = jitted.decode(model, answer, np.int32(length - 1), **draw)
             written = to_host(answer.tokens)[: count - start]
             texts += [
@@ -144,7 +144,7 @@ def measure(
             products = tuple(map(jnp.zeros_like, bases))
             for tokens, lengths, count in _alike(texts, size):
                 wanted = min(tokens.shape[1], MOST_SKETCHED) if rows else 0
-                read = jitted.prefill(model, tokens, lengths, room=0, rows=wanted)
+                read = jitted.prefill(model, tokens, lengths, max_new_tokens=0, rows=wanted)
                 if not turn:
                     for total, layer in zip(squares, read.statistics.squares, strict=True):
                         total += to_host(layer)[:count].astype(np.float64).sum(axis=0)
@@ -202,7 +202,7 @@ def with_budgets(
     """
     prior = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet))
     steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
-    row = Row("+".join(["topk", *steps]), TRIAL_DENSITY)
+    variant = Variant("+".join(["topk", *steps]), TRIAL_DENSITY)
     items = [Item(str(number), text[: len(text) // 2], text[len(text) // 2 :]) for number, text in enumerate(held_out)]
     losses: dict[float, list[float]] = {strength: [] for strength in STRENGTHS}
     with tqdm(total=len(items), unit="text", desc="trying budgets", disable=quiet or None) as progress:
@@ -212,8 +212,8 @@ def with_budgets(
             answers = batch.answers, batch.answer_lengths, batch.seeds
             for strength in STRENGTHS:
                 beyond = Beyond(dataclasses.replace(prior, strength=strength))
-                scores = score_answers(model, [Row(DENSE, 1.0), row], prefilled, *answers, [width], beyond)
-                losses[strength] += [text[row.name]["kl"][0] for text in scores[: len(batch.items)]]
+                scores = score_answers(model, [Variant(DENSE, 1.0), variant], prefilled, *answers, [width], beyond)
+                losses[strength] += [text[variant.name]["kl"][0] for text in scores[: len(batch.items)]]
             progress.update(len(batch.items))
     tokens = sum(len(item.answer) for item in items)
     strength = least_strength(losses)

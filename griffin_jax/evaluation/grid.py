@@ -18,7 +18,7 @@ from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_RO
 from griffin_jax.generation import jitted
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig, Method, check_density
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.select import Fuse, select
 from griffin_jax.griffin.statistic import Statistics
@@ -43,7 +43,7 @@ class Beyond:
     """What the steps beyond GRIFFIN take.
 
     Attributes:
-        prior: for the steps in `MEASURED`; None if no row has one of them.
+        prior: for the steps in `MEASURED`; None if no variant has one of them.
         prior_weight: of the prior's rank.
         rows: tokens of each prompt for `RECONSTRUCTION`.
         ridge: of the same.
@@ -58,25 +58,25 @@ class Beyond:
     calibration_weight: float = CALIBRATION_WEIGHT
     refresh_every: int = 32
 
-    def config(self, row: Row) -> GriffinConfig:
-        """How a row's neurons are selected, for each sequence its own."""
-        config = GriffinConfig(row.density, "topk" if row.selection == ORACLE else row.selection)  # pyright: ignore[reportArgumentType]
-        return self.prior.budgeted(config) if BUDGETS in row.steps and self.prior is not None else config
+    def config(self, variant: Variant) -> GriffinConfig:
+        """How a variant's neurons are selected, for each sequence its own."""
+        config = GriffinConfig(variant.density, "topk" if variant.selection == ORACLE else variant.selection)  # pyright: ignore[reportArgumentType]
+        return self.prior.budgeted(config) if BUDGETS in variant.steps and self.prior is not None else config
 
-    def fusion(self, row: Row) -> Fusion | None:
-        """What a row's scores are fused with, if they are."""
-        return self.prior.fusion(self.prior_weight) if PRIOR in row.steps and self.prior is not None else None
+    def fusion(self, variant: Variant) -> Fusion | None:
+        """What a variant's scores are fused with, if they are."""
+        return self.prior.fusion(self.prior_weight) if PRIOR in variant.steps and self.prior is not None else None
 
-    def reconstruction(self, row: Row, rows: tuple[Array, ...]) -> Reconstruction | None:
-        """What a row's kept neurons are refitted to, if they are; `rows` are those of the prompts."""
-        if RECONSTRUCTION not in row.steps:
+    def reconstruction(self, variant: Variant, rows: tuple[Array, ...]) -> Reconstruction | None:
+        """What a variant's kept neurons are refitted to, if they are; `rows` are those of the prompts."""
+        if RECONSTRUCTION not in variant.steps:
             return None
-        calibration = self.prior.rows if CALIBRATION in row.steps and self.prior is not None else ()
+        calibration = self.prior.rows if CALIBRATION in variant.steps and self.prior is not None else ()
         return Reconstruction(rows, self.ridge, calibration, self.calibration_weight)
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Variant:
     """A model that is evaluated.
 
     Attributes:
@@ -95,7 +95,7 @@ class Row:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Those of `STEPS` that the row has."""
+        """Those of `STEPS` that the variant has."""
         return tuple(self.method.split("+")[1:])
 
     @property
@@ -104,7 +104,9 @@ class Row:
         return DENSE if self.method == DENSE else f"{self.method} {self.density:g}"
 
 
-def grid(methods: Sequence[str], densities: Sequence[float], baselines: Sequence[str] = BASELINES) -> tuple[Row, ...]:
+def grid(
+    methods: Sequence[str], densities: Sequence[float], baselines: Sequence[str] = BASELINES
+) -> tuple[Variant, ...]:
     """The dense model, and each method and baseline at every density below 1, the largest first.
 
     Args:
@@ -116,32 +118,32 @@ def grid(methods: Sequence[str], densities: Sequence[float], baselines: Sequence
         ValueError: there is no such method, its steps do not go together, or a density is outside (0, 1].
     """
     for method in methods:
-        _check_method(Row(method, 1.0))
+        _check_method(Variant(method, 1.0))
     for density in densities:
         check_density(density)
     below = sorted({density for density in densities if density < 1}, reverse=True)
     every = dict.fromkeys([*methods, *baselines])
-    return (Row(DENSE, 1.0), *(Row(method, density) for density in below for method in every))
+    return (Variant(DENSE, 1.0), *(Variant(method, density) for density in below for method in every))
 
 
-def _check_method(row: Row) -> None:
-    if row.selection not in METHODS:
-        raise ValueError(f"method is {row.selection!r}; allowed are {', '.join(METHODS)}")
-    if row.steps != tuple(step for step in STEPS if step in row.steps):
-        raise ValueError(f"method is {row.method!r}; behind it may be any of +{' +'.join(STEPS)}, in this order")
-    if CALIBRATION in row.steps and RECONSTRUCTION not in row.steps:
-        raise ValueError(f"method is {row.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
-    if BUDGETS in row.steps and row.selection == "magnitude":
-        raise ValueError(f"method is {row.method!r}; +{BUDGETS} is for methods that look at the prompt")
-    if REFRESH in row.steps and row.selection != "topk":
-        raise ValueError(f"method is {row.method!r}; +{REFRESH} is for method topk, by what was read last")
-    if PRIOR in row.steps:
-        check_fusion(row.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
+def _check_method(variant: Variant) -> None:
+    if variant.selection not in METHODS:
+        raise ValueError(f"method is {variant.selection!r}; allowed are {', '.join(METHODS)}")
+    if variant.steps != tuple(step for step in STEPS if step in variant.steps):
+        raise ValueError(f"method is {variant.method!r}; behind it may be any of +{' +'.join(STEPS)}, in this order")
+    if CALIBRATION in variant.steps and RECONSTRUCTION not in variant.steps:
+        raise ValueError(f"method is {variant.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
+    if BUDGETS in variant.steps and variant.selection == "magnitude":
+        raise ValueError(f"method is {variant.method!r}; +{BUDGETS} is for methods that look at the prompt")
+    if REFRESH in variant.steps and variant.selection != "topk":
+        raise ValueError(f"method is {variant.method!r}; +{REFRESH} is for method topk, by what was read last")
+    if PRIOR in variant.steps:
+        check_fusion(variant.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
 
 
-def rows_of(rows: Sequence[Row], beyond: Beyond) -> int:
-    """Tokens of each prompt whose activations must be kept: none unless a row is reconstructed."""
-    return beyond.rows if any(RECONSTRUCTION in row.steps for row in rows) else 0
+def rows_of(variants: Sequence[Variant], beyond: Beyond) -> int:
+    """Tokens of each prompt whose activations must be kept: none unless a variant is reconstructed."""
+    return beyond.rows if any(RECONSTRUCTION in variant.steps for variant in variants) else 0
 
 
 def seed_of(seed: int, text: str) -> int:
@@ -151,41 +153,41 @@ def seed_of(seed: int, text: str) -> int:
 
 def models(
     model: Transformer,
-    rows: Sequence[Row],
+    variants: Sequence[Variant],
     prompts: Prefilled,
     answers: Statistics,
     seeds: Int[np.ndarray, "b"],
     beyond: Beyond = Beyond(),
-) -> Iterator[tuple[Row, Transformer]]:
-    """Every row's model for a batch of prompts, one after the other.
+) -> Iterator[tuple[Variant, Transformer]]:
+    """Every variant's model for a batch of prompts, one after the other.
 
     Each sequence keeps neurons of its own, drawn with its own seed, so that what is found for a text does not depend
     on its batch. A model is used up when the next one is asked for: its memory may be given to that one.
 
     Args:
         model: the full one.
-        rows: those of `grid`, without `REFRESH`.
-        prompts: with the statistics that the methods select by, and with `rows_of(rows, beyond)` rows.
+        variants: those of `grid`, without `REFRESH`.
+        prompts: with the statistics that the methods select by, and with `rows_of(variants, beyond)` rows.
         answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
-        beyond: for the rows that have steps beyond GRIFFIN.
+        beyond: for the variants that have steps beyond GRIFFIN.
     """
     spare = None
-    for row in rows:
-        if row.method == DENSE:
-            yield row, model
+    for variant in variants:
+        if variant.method == DENSE:
+            yield variant, model
             continue
-        reconstruction = beyond.reconstruction(row, prompts.rows)
-        if row.selection == "magnitude":
+        reconstruction = beyond.reconstruction(variant, prompts.rows)
+        if variant.selection == "magnitude":
             # Neurons that are the same for all can be held once, unless each sequence has them refitted.
-            config = GriffinConfig(row.density, "magnitude", shared=reconstruction is None)
+            config = GriffinConfig(variant.density, "magnitude", shared=reconstruction is None)
             experts = jitted.select(prompts.statistics, config, model=model)
-            yield row, prune(model, experts, refit=reconstruction)
+            yield variant, prune(model, experts, refit=reconstruction)
             continue
-        statistics = answers if row.selection == ORACLE else prompts.statistics
-        experts = select_each(statistics, beyond.config(row), seeds, beyond.fusion(row))
+        statistics = answers if variant.selection == ORACLE else prompts.statistics
+        experts = select_each(statistics, beyond.config(variant), seeds, beyond.fusion(variant))
         spare = prune(model, experts, reuse=spare, refit=reconstruction)
-        yield row, spare
+        yield variant, spare
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -194,7 +196,7 @@ def select_each(
     config: GriffinConfig,
     seeds: Int[Array, "b"],
     fuse: Fuse | None = None,
-) -> Experts:
+) -> ExpertNeurons:
     """`select` for each sequence with a seed of its own, so that what is drawn does not depend on its batch."""
 
     def select_one(squares: tuple[Array, ...], tokens: Array, seed: Array) -> tuple[Array, ...]:
@@ -202,4 +204,4 @@ def select_each(
         return tuple(kept[0] for kept in select(alone, config, seed=seed, fuse=fuse))
 
     indices = jax.vmap(select_one)(statistics.squares, statistics.tokens, jnp.asarray(seeds))
-    return Experts(indices, tuple(squares.shape[-1] for squares in statistics.squares), config.shards)
+    return ExpertNeurons(indices, tuple(squares.shape[-1] for squares in statistics.squares), config.groups)

@@ -26,7 +26,7 @@ from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
@@ -175,7 +175,7 @@ def _score(
     chooser = pruner if answer_width > 1 else None
     prefilled = jitted.prefill(
         model, prompts, lengths,
-        room=more_width + (answer_width if answer_width > 1 else 0),
+        max_new_tokens=more_width + (answer_width if answer_width > 1 else 0),
         longest=jnp.asarray(longest, jnp.int32),
         collect=chooser is not None,
         rows=0 if chooser is None else chooser.rows,
@@ -197,7 +197,7 @@ def _score(
         else:
             if chooser is not None and (turn == 0 or more_width):
                 answering = chooser.prune(read, batch, present)
-            hidden, _ = jitted.follow(answering, read, answers, answer_lengths - 1)
+            hidden, _ = jitted.teacher_force(answering, read, answers, answer_lengths - 1)
         parts.append((jitted.losses(model, hidden, answers), answer_lengths))
 
         scores = [(np.asarray(part.loss), np.asarray(part.greedy), ends) for part, ends in parts]
@@ -236,7 +236,7 @@ class _Pruner:
             self._spare = pruned
         return pruned
 
-    def _select(self, statistics: Statistics, batch: Sequence[Passage], present: np.ndarray) -> Experts:
+    def _select(self, statistics: Statistics, batch: Sequence[Passage], present: np.ndarray) -> ExpertNeurons:
         if self._config.shared:
             # Rows that only fill the batch have no say.
             squares = tuple(jnp.where(present[:, None], square, 0) for square in statistics.squares)

@@ -79,8 +79,8 @@ class GriffinLM(TemplateLM):
         density: share of feed-forward neurons kept, in (0, 1]; 1 is the dense model. One for all layers or a list.
         method: how neurons are chosen, see `GriffinConfig`.
         shared: one set of neurons for each batch, so that scores depend on the batches.
-        multiple: kept neurons are rounded up to a multiple of this.
-        shards: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`. 1, so that
+        round_to: kept neurons are rounded up to a multiple of this.
+        groups: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`. 1, so that
             scores do not depend on the number of devices.
         quality: `griffin`, or `best`: prior, budgets and reconstruction, as for `LLM.generate`. By default `griffin`.
         prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
@@ -118,8 +118,8 @@ class GriffinLM(TemplateLM):
         density: float | Sequence[float] = 0.5,
         method: Method = "topk",
         shared: bool = False,
-        multiple: int = 1,
-        shards: int = 1,
+        round_to: int = 1,
+        groups: int = 1,
         quality: Quality = "griffin",
         prior: str | Prior | None = None,
         seed: int = 0,
@@ -142,14 +142,14 @@ class GriffinLM(TemplateLM):
         if unknown:
             raise ValueError(f"model_args has {', '.join(sorted(unknown))}; allowed are {', '.join(ARGUMENTS)}")
         self._pruning: dict[str, Any] = {
-            "density": density, "method": method, "shared": shared, "multiple": multiple, "shards": shards,
+            "density": density, "method": method, "shared": shared, "round_to": round_to, "groups": groups,
             "quality": quality,
         }  # fmt: skip
         self._prior = prior if isinstance(prior, Prior) or prior is None else Prior.load(prior)
         check_options(**self._pruning, prior=self._prior, seed=seed)
         if not isinstance(max_gen_toks, int) or max_gen_toks < 1:
             raise ValueError(f"max_gen_toks must be a whole number of at least 1, got {max_gen_toks!r}")
-        self._griffin = GriffinConfig(density, method, shared, multiple, shards)
+        self._griffin = GriffinConfig(density, method, shared, round_to, groups)
         self._fitted = DEFAULT_ROWS if quality == "best" else 0
         if quality == "best" and self._prior is not None:
             self._griffin = self._prior.budgeted(self._griffin)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from griffin_jax.evaluation.grid import BASELINES, DENSE, ORACLE, Row
+from griffin_jax.evaluation.grid import BASELINES, DENSE, ORACLE, Variant
 from griffin_jax.evaluation.intervals import Interval, exponential, mean, ratio_of_sums
 from griffin_jax.evaluation.tasks import OWN, REAL, ROUGE
 from griffin_jax.utils.figures import new_figure
@@ -46,53 +46,53 @@ FORCED = (PERPLEXITY, KL, TOP1)
 ROUGES = tuple(Metric(key, f"ROUGE-{key[5:]} (F, %)", 1) for key in ROUGE)
 
 
-def forced_figures(scores: Sequence[Mapping[str, Any]], row: Row, at: int, seed: int) -> dict[str, Any]:
+def forced_figures(scores: Sequence[Mapping[str, Any]], variant: Variant, at: int, seed: int) -> dict[str, Any]:
     """Perplexity, KL and top-1 agreement over all tokens of all texts, each with its interval over texts.
 
     Args:
         scores: of each text, as `score_answers` has them.
-        row: whose.
+        variant: whose.
         at: which of the answer lengths.
         seed: of the bootstrap.
     """
     tokens = [text["tokens"][at] for text in scores]
 
     def per_token(name: str) -> Interval:
-        return ratio_of_sums([text[row.name][name][at] for text in scores], tokens, seed)
+        return ratio_of_sums([text[variant.name][name][at] for text in scores], tokens, seed)
 
     figures = {"perplexity": exponential(per_token("loss")), "kl": per_token("kl"), "top1": per_token("agree")}
     return {"tokens": sum(tokens)} | {name: as_json(figure) for name, figure in figures.items()}
 
 
-def divergence_figures(scores: Mapping[str, Any], rows: Sequence[Row], seed: int) -> Figures:
-    """One entry for each continuation and row."""
+def divergence_figures(scores: Mapping[str, Any], variants: Sequence[Variant], seed: int) -> Figures:
+    """One entry for each continuation and variant."""
     return [
-        {"continuation": kind, "method": row.method, "density": row.density}
-        | forced_figures([text[kind] for text in scores.values()], row, 0, seed)
+        {"continuation": kind, "method": variant.method, "density": variant.density}
+        | forced_figures([text[kind] for text in scores.values()], variant, 0, seed)
         for kind in CONTINUATIONS
-        for row in rows
+        for variant in variants
     ]
 
 
 def perplexity_figures(
-    scores: Mapping[str, Any], rows: Sequence[Row], prompts: Sequence[int], news: Sequence[int], seed: int
+    scores: Mapping[str, Any], variants: Sequence[Variant], prompts: Sequence[int], news: Sequence[int], seed: int
 ) -> Figures:
-    """One entry for each prompt length, answer length and row."""
+    """One entry for each prompt length, answer length and variant."""
     return [
-        {"prompt": prompt, "new": new, "method": row.method, "density": row.density}
-        | forced_figures([text[str(prompt)] for text in scores.values()], row, at, seed)
+        {"prompt": prompt, "new": new, "method": variant.method, "density": variant.density}
+        | forced_figures([text[str(prompt)] for text in scores.values()], variant, at, seed)
         for at, new in enumerate(news)
         for prompt in prompts
-        for row in rows
+        for variant in variants
     ]
 
 
-def summarize_figures(scores: Mapping[str, Any], rows: Sequence[Row], seed: int) -> Figures:
-    """One entry for each row: ROUGE F-measures in percent."""
+def summarize_figures(scores: Mapping[str, Any], variants: Sequence[Variant], seed: int) -> Figures:
+    """One entry for each variant: ROUGE F-measures in percent."""
     return [
-        {"method": row.method, "density": row.density}
-        | {key: as_json(mean([100 * text[row.name][key] for text in scores.values()], seed)) for key in ROUGE}
-        for row in rows
+        {"method": variant.method, "density": variant.density}
+        | {key: as_json(mean([100 * text[variant.name][key] for text in scores.values()], seed)) for key in ROUGE}
+        for variant in variants
     ]
 
 

@@ -1,4 +1,4 @@
-"""The three evaluations: texts in, scores of every text and every row out.
+"""The three evaluations: texts in, scores of every text and every variant out.
 
     divergence   how far the pruned models' predictions are from the dense one's
     perplexity   how probable text is behind prompts of several lengths, for several lengths of answers
@@ -19,7 +19,7 @@ import numpy as np
 
 from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import DENSE, Beyond, Row, models, rows_of
+from griffin_jax.evaluation.grid import DENSE, Beyond, Variant, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
@@ -38,7 +38,7 @@ CHUNK = 16
 def divergence(
     llm: LLM,
     items: Sequence[Item],
-    rows: Sequence[Row],
+    variants: Sequence[Variant],
     journal: Journal,
     *,
     new: int,
@@ -55,10 +55,10 @@ def divergence(
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         length = max(new, batch.answers.shape[1])
-        prefilled = batch.prefill(model, bucket(length), rows_of(rows, beyond))
+        prefilled = batch.prefill(model, bucket(length), rows_of(variants, beyond))
         own = pad(generate(model, prefilled, new, eos), bucket(new))
         found = {
-            kind: score_answers(model, rows, prefilled, *answers, batch.seeds, [length], beyond)
+            kind: score_answers(model, variants, prefilled, *answers, batch.seeds, [length], beyond)
             for kind, answers in {REAL: (batch.answers, batch.answer_lengths), OWN: own}.items()
         }
         return [{kind: found[kind][index] for kind in found} for index in range(len(batch.items))]
@@ -69,7 +69,7 @@ def divergence(
 def perplexity(
     llm: LLM,
     items: Sequence[Item],
-    rows: Sequence[Row],
+    variants: Sequence[Variant],
     journal: Journal,
     *,
     prompts: Sequence[int],
@@ -83,13 +83,13 @@ def perplexity(
     Args:
         llm: the model.
         items: with prompts of at least max(prompts) and answers of max(news) tokens.
-        rows: what to compare.
+        variants: what to compare.
         journal: what is done already.
         prompts: prompt lengths P.
         news: answer lengths G; the tokens of a shorter one are the first of a longer one.
         size: texts in a batch.
         seed: of all draws.
-        beyond: for the rows that have steps beyond GRIFFIN.
+        beyond: for the variants that have steps beyond GRIFFIN.
 
     Returns:
         For each text and P (as text) what `score_answers` has, along `news`.
@@ -100,9 +100,9 @@ def perplexity(
         for length in prompts:
             shortened = [dataclasses.replace(item, prompt=item.prompt[-length:]) for item in batch.items]
             short = batch_of(shortened, size, seed)
-            prefilled = short.prefill(llm.model, batch.answers.shape[1], rows_of(rows, beyond))
+            prefilled = short.prefill(llm.model, batch.answers.shape[1], rows_of(variants, beyond))
             answers = batch.answers, batch.answer_lengths, batch.seeds
-            found.append(score_answers(llm.model, rows, prefilled, *answers, news, beyond))
+            found.append(score_answers(llm.model, variants, prefilled, *answers, news, beyond))
         return [
             {str(length): scores[index] for length, scores in zip(prompts, found, strict=True)}
             for index in range(len(batch.items))
@@ -114,7 +114,7 @@ def perplexity(
 def summarize(
     llm: LLM,
     items: Sequence[Item],
-    rows: Sequence[Row],
+    variants: Sequence[Variant],
     journal: Journal,
     *,
     new: int,
@@ -124,12 +124,12 @@ def summarize(
     seed: int,
     beyond: Beyond = Beyond(),
 ) -> dict[str, Any]:
-    """Every row's greedy answers and their ROUGE against the references.
+    """Every variant's greedy answers and their ROUGE against the references.
 
     The oracle selects by the statistic of the dense model's own answer.
 
     Returns:
-        For each text and row `text` and the F-measures `rouge1`, `rouge2` and `rougeL`.
+        For each text and variant `text` and the F-measures `rouge1`, `rouge2` and `rougeL`.
 
     Raises:
         ImportError: the package rouge-score is not installed.
@@ -146,17 +146,17 @@ def summarize(
         return find_stop(tokenizer.decode(tokens), stop) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
-        prefilled = batch.prefill(model, bucket(new), rows_of(rows, beyond))
+        prefilled = batch.prefill(model, bucket(new), rows_of(variants, beyond))
         dense = generate(model, prefilled, new, eos, ended)
         answers, lengths = pad(dense, bucket(new))
-        _, following = jitted.follow(model, prefilled, answers, lengths, collect=True)
+        _, following = jitted.teacher_force(model, prefilled, answers, lengths, collect=True)
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        for row, pruned in models(model, rows, prefilled, following, batch.seeds, beyond):
-            written = dense if row.method == DENSE else generate(pruned, prefilled, new, eos, ended)
+        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, beyond):
+            written = dense if variant.method == DENSE else generate(pruned, prefilled, new, eos, ended)
             for scores, item, tokens in zip(found, batch.items, written, strict=False):
                 text = cut(tokens)
                 measures = rouge.score(item.reference, text)
-                scores[row.name] = {"text": text} | {name: measure.fmeasure for name, measure in measures.items()}
+                scores[variant.name] = {"text": text} | {name: measure.fmeasure for name, measure in measures.items()}
         return found
 
     return evaluate(items, score, journal, size=size, seed=seed)
@@ -194,7 +194,7 @@ def generate(
         eos: any of these tokens ends an answer, and is its last one.
         ended: whether a growing answer needs no more tokens.
     """
-    answer = jitted.begin(_copy(prefilled), eos=eos)
+    answer = jitted.init_decode(_copy(prefilled), eos=eos)
     until = 1
     while True:
         tokens, done = to_host((answer.tokens, answer.done))

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from griffin_jax.griffin.neurons import Experts, check_experts
+from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.griffin.prune import take_neurons
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
 from griffin_jax.model.transformer import Transformer
 
 
-class OneCopy:
+class InPlace:
     """A model whose pruned form shares all its memory.
 
     Args:
@@ -44,7 +44,7 @@ class OneCopy:
         squares = tuple(_inverse_take(s, order) for s, order in zip(statistics.squares, self._order, strict=True))
         return Statistics(squares, statistics.tokens)
 
-    def prune(self, experts: Experts) -> Transformer:
+    def prune(self, experts: ExpertNeurons) -> Transformer:
         """The pruned model, valid until the next call; `model` is regrouped.
 
         Args:

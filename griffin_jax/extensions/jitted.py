@@ -7,8 +7,8 @@ import jax
 from griffin_jax.extensions import refresh as refreshing
 from griffin_jax.extensions import speculative
 
-decode_lossless = jax.jit(speculative.decode_lossless, static_argnames=("drafts", "eos"), donate_argnames=("answer",))
-refresh = jax.jit(
-    refreshing.refresh, static_argnames=("width", "eos"), donate_argnames=("answer", "statistics", "rows")
+decode_speculative = jax.jit(
+    speculative.decode_speculative, static_argnames=("drafts", "eos"), donate_argnames=("state",)
 )
-follow_refreshed = jax.jit(refreshing.follow_refreshed, static_argnames=("config", "width"))
+refresh = jax.jit(refreshing.refresh, static_argnames=("width", "eos"), donate_argnames=("state", "statistics", "rows"))
+teacher_force_refreshed = jax.jit(refreshing.teacher_force_refreshed, static_argnames=("config", "width"))

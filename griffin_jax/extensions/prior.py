@@ -83,7 +83,7 @@ class Prior:
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
         """The same density as a mean over layers, with a share for each layer.
 
-        Every layer keeps a multiple of `config.multiple` and of `config.shards`. The sum over layers is that of the
+        Every layer keeps a multiple of `config.round_to` and of `config.groups`. The sum over layers is that of the
         uniform shares exactly.
 
         Args:
@@ -104,9 +104,9 @@ class Prior:
             np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
             for squares, weight in zip(self.squares, self.sensitivity, strict=True)
         ]
-        multiple = math.lcm(config.multiple, config.shards)
+        round_to = math.lcm(config.round_to, config.groups)
         uniform = config.kept(widths)
-        kept = between(uniform, share_out(losses, uniform, multiple=multiple), self.strength, multiple=multiple)
+        kept = between(uniform, share_out(losses, uniform, round_to=round_to), self.strength, round_to=round_to)
         density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
         return dataclasses.replace(config, density=density)
 
@@ -221,7 +221,7 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return (score.shape[-1] - 1 - jnp.argsort(order, axis=-1)).astype(jnp.float32)
 
 
-def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, multiple: int = 1) -> tuple[int, ...]:
+def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, round_to: int = 1) -> tuple[int, ...]:
     """Neurons that each layer keeps, as many in all as given, so that the sum of what the dropped ones lose is least.
 
     A layer keeps its best neurons first, so that the next ones are worth ever less, and taking the best next block of
@@ -230,36 +230,36 @@ def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *,
     Args:
         losses: per layer what dropping each neuron loses, at least 0.
         kept: neurons of each layer without this; their sum stays what it is.
-        multiple: every layer keeps a multiple of this, at least one.
+        round_to: every layer keeps a multiple of this, at least one.
 
     Returns:
         `kept` itself where it is all neurons of a layer or no multiple.
     """
-    if any(k % multiple or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
+    if any(k % round_to or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
         return tuple(kept)
     blocks = []
     for layer, loss in enumerate(losses):
         ordered = -np.sort(-np.asarray(loss, np.float64))
-        worth = np.add.reduceat(ordered, np.arange(multiple, len(ordered), multiple))
+        worth = np.add.reduceat(ordered, np.arange(round_to, len(ordered), round_to))
         # The last one may be no whole block.
-        blocks += [(-value, number, layer) for number, value in enumerate(worth[: len(ordered) // multiple - 1])]
-    taken = sorted(blocks)[: sum(kept) // multiple - len(losses)]
-    found = multiple * (1 + np.bincount([layer for *_, layer in taken], minlength=len(losses)))
+        blocks += [(-value, number, layer) for number, value in enumerate(worth[: len(ordered) // round_to - 1])]
+    taken = sorted(blocks)[: sum(kept) // round_to - len(losses)]
+    found = round_to * (1 + np.bincount([layer for *_, layer in taken], minlength=len(losses)))
     return tuple(map(int, found))
 
 
-def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, multiple: int = 1) -> tuple[int, ...]:
+def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, round_to: int = 1) -> tuple[int, ...]:
     """Shares on the way from uniform ones to the best, with the same sum, which both have.
 
     Args:
         uniform: multiples.
         best: multiples.
         strength: 0 is uniform, 1 best.
-        multiple: that all are of.
+        round_to: that all are of.
     """
-    exact = (np.asarray(uniform) + strength * (np.asarray(best) - np.asarray(uniform))) / multiple
+    exact = (np.asarray(uniform) + strength * (np.asarray(best) - np.asarray(uniform))) / round_to
     blocks = np.floor(exact).astype(int)
     # What rounding down has left over goes to the largest remainders.
-    left = sum(uniform) // multiple - blocks.sum()
+    left = sum(uniform) // round_to - blocks.sum()
     blocks[np.argsort(blocks - exact, kind="stable")[:left]] += 1
-    return tuple(map(int, blocks * multiple))
+    return tuple(map(int, blocks * round_to))

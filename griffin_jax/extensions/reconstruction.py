@@ -1,6 +1,6 @@
 """Beyond GRIFFIN: the kept neurons are refitted to carry what the prompt had from the others.
 
-    prefilled = prefill(model, tokens, lengths, room=N, rows=256)
+    prefilled = prefill(model, tokens, lengths, max_new_tokens=N, rows=256)
     experts = select(prefilled.statistics, config)
     pruned = prune(model, experts, refit=Reconstruction(prefilled.rows))
 

@@ -9,39 +9,41 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.extensions.reconstruction import Reconstruction
-from griffin_jax.generation.decode import Answer, append_token
+from griffin_jax.generation.decode import DecodeState, append_token
 from griffin_jax.generation.padding import by_chunk
 from griffin_jax.generation.prefill import Prefilled, read_on
 from griffin_jax.generation.sampling import Greedy, Sampler
-from griffin_jax.generation.scoring import extend, follow
+from griffin_jax.generation.scoring import extend, teacher_force
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.select import Fuse, select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils.deprecation import renamed_arguments
 
 
+@renamed_arguments(answer="state")
 def refresh(
     model: Transformer,
-    answer: Answer,
+    state: DecodeState,
     statistics: Statistics,
     width: int,
     *,
     rows: tuple[Float[Array, "b _r _f"], ...] = (),
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
-) -> tuple[Answer, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
+) -> tuple[DecodeState, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
     """Beyond GRIFFIN: the full model reads the newest `width` tokens of the answers, in one pass, and writes the next.
 
     What the pruned model has put into the cache for these tokens is replaced by what the full model makes of them. If
-    that is done at every `width` tokens (when `answer.count` is a multiple of it), each token is read by the full model
+    that is done at every `width` tokens (when `state.count` is a multiple of it), each token is read by the full model
     once, so that cache and statistics are those of a prompt that had the answer in it. One token in `width` is the full
     model's, whose scores come with the pass; with a width of 1 all are, which is dense decoding.
 
     Args:
         model: the full model.
-        answer: that holds at least `width` tokens and has room for one more. Donate it.
+        state: that holds at least `width` tokens and has room for one more. Donate it.
         statistics: of all that the full model has read before: of the prompts, or from the refresh before.
             With no layers none are added.
         width: how many tokens to read; static.
@@ -54,16 +56,16 @@ def refresh(
         the newest tokens have taken free places and then those of the oldest ones: what was read last is most like
         what comes next, and the fit costs no more than before.
     """
-    first = answer.count - width
-    tokens = jax.lax.dynamic_slice_in_dim(answer.tokens, first, width, axis=1)
-    positions = answer.lengths[:, None] + first + jnp.arange(width, dtype=jnp.int32)
+    first = state.count - width
+    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, first, width, axis=1)
+    positions = state.lengths[:, None] + first + jnp.arange(width, dtype=jnp.int32)
     positions = jnp.where(tokens == EMPTY, EMPTY, positions)
-    cache = answer.cache.without_last(width - 1)
+    cache = state.cache.without_last(width - 1)
     x, cache, statistics, rows = read_on(model, cache, jnp.maximum(tokens, 0), positions, statistics, rows)
-    return append_token(answer, model.logits(x[:, -1:])[:, 0], cache, sampler, eos), statistics, rows
+    return append_token(state, model.logits(x[:, -1:])[:, 0], cache, sampler, eos), statistics, rows
 
 
-def follow_refreshed(
+def teacher_force_refreshed(
     model: Transformer,
     prefilled: Prefilled,
     answers: Int[Array, "b r"],
@@ -92,19 +94,19 @@ def follow_refreshed(
         seed: for the methods that draw.
 
     Returns:
-        The residual stream that scores each answer token, as from `follow`.
+        The residual stream that scores each answer token, as from `teacher_force`.
     """
 
     def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
         experts = select(state.statistics, config, model=model, seed=seed, fuse=fuse)
         fitted = None if reconstruction is None else dataclasses.replace(reconstruction, rows=state.rows)
-        return follow(prune(model, experts, refit=fitted), state, tokens, lengths)[0]
+        return teacher_force(prune(model, experts, refit=fitted), state, tokens, lengths)[0]
 
     def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
         hidden = stretch(state, *step)
         _, longer = extend(model, state, *step)
         # The stretches of a loop have one type, of which the room is a part.
-        return dataclasses.replace(longer, room=state.room), hidden
+        return dataclasses.replace(longer, max_new_tokens=state.max_new_tokens), hidden
 
     batch, length = answers.shape
     refreshes = max(length - 1, 0) // width

@@ -1,6 +1,6 @@
 """Beyond GRIFFIN: the pruned model drafts, the full one decides, and the answer is the full model's.
 
-    answer, drafting = decode_lossless(model, pruned, begin(prefilled), N, drafts=4)
+    state, drafting = decode_speculative(model, pruned, init_decode(prefilled), N, drafts=4)
 
 In each round the pruned model writes some drafts, one token after the other. One pass of the full model reads all of
 them and has the distribution of each token and of the one behind them. With p of the full model and q of the pruned
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from griffin_jax.generation.decode import Answer, column_keys
+from griffin_jax.generation.decode import DecodeState, column_keys
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.transformer import Transformer
@@ -51,16 +51,16 @@ class Drafting:
         return jax.tree.map(operator.add, self, other)
 
 
-def decode_lossless(
+def decode_speculative(
     model: Transformer,
     pruned: Transformer,
-    answer: Answer,
+    state: DecodeState,
     until: int | Int[Array, ""],
     *,
     drafts: int = DEFAULT_DRAFTS,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
-) -> tuple[Answer, Drafting]:
+) -> tuple[DecodeState, Drafting]:
     """Goes on until every row holds at least `until` tokens or has ended, with the full model's distribution.
 
     A round ends with up to `drafts` tokens more than `until`; rounds, and so tokens, do not depend on how often this is
@@ -73,7 +73,7 @@ def decode_lossless(
     Args:
         model: the full model, whose distribution the tokens have.
         pruned: what drafts.
-        answer: from `begin`, `decode` or here. Donate it.
+        state: from `init_decode`, `decode` or here. Donate it.
         until: tokens of the longest row, those before included. The answer needs room for `drafts` more; where it
             does not have it, `until` is less by as much.
         drafts: n, tokens that are drafted in each round, at least 1; static.
@@ -83,35 +83,35 @@ def decode_lossless(
     Returns:
         The longer answers, with the full model's keys and values for them in the cache, and how the drafts fared.
     """
-    batch, columns = answer.tokens.shape
+    batch, columns = state.tokens.shape
     until = jnp.minimum(until, columns - drafts)
 
-    def unfinished(state: tuple[Answer, Drafting]) -> Bool[Array, ""]:
-        return (state[0].count < until) & ~jnp.all(state[0].done)
+    def unfinished(carry: tuple[DecodeState, Drafting]) -> Bool[Array, ""]:
+        return (carry[0].count < until) & ~jnp.all(carry[0].done)
 
-    def step(state: tuple[Answer, Drafting]) -> tuple[Answer, Drafting]:
-        answer, drafting = _round(model, pruned, state[0], drafts, sampler, eos)
-        return answer, state[1] + drafting
+    def step(carry: tuple[DecodeState, Drafting]) -> tuple[DecodeState, Drafting]:
+        state, drafting = _round(model, pruned, carry[0], drafts, sampler, eos)
+        return state, carry[1] + drafting
 
     none = jnp.zeros((batch,), jnp.int32)
-    return jax.lax.while_loop(unfinished, step, (answer, Drafting(jnp.zeros((), jnp.int32), none, none)))
+    return jax.lax.while_loop(unfinished, step, (state, Drafting(jnp.zeros((), jnp.int32), none, none)))
 
 
 def _round(
-    model: Transformer, pruned: Transformer, answer: Answer, drafts: int, sampler: Sampler, eos: tuple[int, ...]
-) -> tuple[Answer, Drafting]:
+    model: Transformer, pruned: Transformer, state: DecodeState, drafts: int, sampler: Sampler, eos: tuple[int, ...]
+) -> tuple[DecodeState, Drafting]:
     place = jnp.arange(drafts + 1, dtype=jnp.int32)
     # Each column has its own keys, whichever round it is written in. Where a draft is dropped because of another row,
     # or of a draft before it, nothing that was kept has depended on its keys.
-    keys = jax.vmap(lambda column: jax.vmap(lambda key: jax.random.split(key, 3))(column_keys(answer, column)))
-    to_draft, to_accept, to_correct = jnp.moveaxis(keys(answer.count + place), 2, 0)
-    newest = jax.lax.dynamic_slice_in_dim(answer.tokens, answer.count - 1, 1, axis=1)
+    keys = jax.vmap(lambda column: jax.vmap(lambda key: jax.random.split(key, 3))(column_keys(state, column)))
+    to_draft, to_accept, to_correct = jnp.moveaxis(keys(state.count + place), 2, 0)
+    newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
     newest = jnp.maximum(newest, 0)
-    positions = (answer.lengths + answer.count - 1)[:, None] + place
-    positions = jnp.where(answer.done[:, None], EMPTY, positions)
+    positions = (state.lengths + state.count - 1)[:, None] + place
+    positions = jnp.where(state.done[:, None], EMPTY, positions)
 
-    def draft(state: tuple[KVCache, Array], step: tuple[Array, Array]):
-        cache, token = state
+    def draft(carry: tuple[KVCache, Array], step: tuple[Array, Array]):
+        cache, token = carry
         position, keys = step
         x, cache, _ = pruned(token, position[:, None], cache)
         logits = pruned.logits(x)[:, 0]
@@ -119,7 +119,7 @@ def _round(
         return (cache, drawn[:, None]), (drawn, sampler.distribution(logits))
 
     steps = positions.T[:drafts], to_draft[:drafts]
-    (cache, _), (drafted, q) = jax.lax.scan(draft, (answer.cache, newest), steps)
+    (cache, _), (drafted, q) = jax.lax.scan(draft, (state.cache, newest), steps)
     drafted, q = drafted.T, q.swapaxes(0, 1)
 
     cache = cache.without_last(drafts)
@@ -140,22 +140,22 @@ def _round(
     ends &= place <= first[:, None]
     ended = jnp.cumsum(ends, axis=1)
     # A row that has ended does not hold the others up.
-    reach = jnp.where(answer.done | (ended[:, -1] > 0), drafts + 1, first + 1)
+    reach = jnp.where(state.done | (ended[:, -1] > 0), drafts + 1, first + 1)
     taken = jnp.min(reach)
-    is_taken = (place < taken) & ~answer.done[:, None] & (ended - ends == 0)
+    is_taken = (place < taken) & ~state.done[:, None] & (ended - ends == 0)
     drafting = Drafting(
         passes=jnp.ones((), jnp.int32),
-        drafted=jnp.where(answer.done, 0, drafts),
+        drafted=jnp.where(state.done, 0, drafts),
         accepted=jnp.sum(is_taken & (place < first[:, None]), axis=1, dtype=jnp.int32),
     )
-    answer = dataclasses.replace(
-        answer,
-        tokens=jax.lax.dynamic_update_slice(answer.tokens, jnp.where(is_taken, tokens, EMPTY), (0, answer.count)),
-        count=answer.count + taken,
-        done=answer.done | jnp.any(ends & is_taken, axis=1),
+    state = dataclasses.replace(
+        state,
+        tokens=jax.lax.dynamic_update_slice(state.tokens, jnp.where(is_taken, tokens, EMPTY), (0, state.count)),
+        count=state.count + taken,
+        done=state.done | jnp.any(ends & is_taken, axis=1),
         cache=cache.without_last(drafts + 1 - taken),
     )
-    return answer, drafting
+    return state, drafting
 
 
 def _of(tokens: Int[Array, "b n"], x: Float[Array, "b n v"]) -> Float[Array, "b n"]:

@@ -3,10 +3,10 @@
 Four pure functions over pytrees (`select` and `prune` live in `griffin_jax.griffin.select`), each of which
 can be called alone, under `jax.jit` or inside a user's own pipeline:
 
-    prefilled = prefill(model, tokens, lengths, room=N)
+    prefilled = prefill(model, tokens, lengths, max_new_tokens=N)
     experts = select(prefilled.statistics, GriffinConfig(density=0.5))
     pruned = prune(model, experts)
-    answer = decode(pruned, begin(prefilled), N)
+    answer = decode(pruned, init_decode(prefilled), N)
 
 Decoding does not know whether the model it was handed is pruned, so dense decoding is the same code
 with the prune step left out.
@@ -29,11 +29,12 @@ from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils.deprecation import renamed_arguments
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class DecodeState:
     """Answers in the making: everything that `decode` needs to go on.
 
     Attributes:
@@ -54,13 +55,13 @@ class Answer:
     key: Key[Array, "*b"]
 
 
-def begin(
+def init_decode(
     prefilled: Prefilled,
     *,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
     seed: int | Int[Array, "*b"] = 0,
-) -> Answer:
+) -> DecodeState:
     """The answer's first token, from the full model's logits behind the prompt.
 
     Args:
@@ -73,25 +74,26 @@ def begin(
         Answers of one token each, with room for as many as the cache has.
     """
     batch = prefilled.logits.shape[0]
-    answer = Answer(
-        tokens=jnp.full((batch, prefilled.room), EMPTY, jnp.int32),
+    state = DecodeState(
+        tokens=jnp.full((batch, prefilled.max_new_tokens), EMPTY, jnp.int32),
         count=jnp.zeros((), jnp.int32),
         done=jnp.zeros((batch,), bool),
         lengths=prefilled.statistics.tokens,
         cache=prefilled.cache,
         key=jax.vmap(jax.random.key)(seed) if jnp.ndim(seed) else jax.random.key(seed),
     )
-    return append_token(answer, prefilled.logits, prefilled.cache, sampler, eos)
+    return append_token(state, prefilled.logits, prefilled.cache, sampler, eos)
 
 
+@renamed_arguments(answer="state")
 def decode(
     model: Transformer,
-    answer: Answer,
+    state: DecodeState,
     until: int | Int[Array, ""],
     *,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
-) -> Answer:
+) -> DecodeState:
     """Goes on until every row holds `until` tokens or has ended: one loop on the device.
 
     Called again with a larger `until` it goes on where it stopped, with the same tokens as in one
@@ -99,7 +101,7 @@ def decode(
 
     Args:
         model: what the next tokens are computed with.
-        answer: from `begin` or `decode`. Donate it where it is not used again.
+        state: from `init_decode` or `decode`. Donate it where it is not used again.
         until: tokens of the longest row, those before included; no more than there is room for.
         sampler: how to draw.
         eos: any of these tokens ends a row; static.
@@ -107,37 +109,37 @@ def decode(
     Returns:
         The longer answers.
     """
-    until = jnp.minimum(until, answer.tokens.shape[1])
+    until = jnp.minimum(until, state.tokens.shape[1])
 
-    def unfinished(answer: Answer) -> Bool[Array, ""]:
-        return (answer.count < until) & ~jnp.all(answer.done)
+    def unfinished(state: DecodeState) -> Bool[Array, ""]:
+        return (state.count < until) & ~jnp.all(state.done)
 
-    def step(answer: Answer) -> Answer:
-        newest = jax.lax.dynamic_slice_in_dim(answer.tokens, answer.count - 1, 1, axis=1)
-        positions = jnp.where(answer.done, EMPTY, answer.lengths + answer.count - 1)[:, None]
-        x, cache, _ = model(jnp.maximum(newest, 0), positions, answer.cache)
-        return append_token(answer, model.logits(x)[:, 0], cache, sampler, eos)
+    def step(state: DecodeState) -> DecodeState:
+        newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
+        positions = jnp.where(state.done, EMPTY, state.lengths + state.count - 1)[:, None]
+        x, cache, _ = model(jnp.maximum(newest, 0), positions, state.cache)
+        return append_token(state, model.logits(x)[:, 0], cache, sampler, eos)
 
-    return jax.lax.while_loop(unfinished, step, answer)
+    return jax.lax.while_loop(unfinished, step, state)
 
 
-def column_keys(answer: Answer, column: int | Int[Array, ""]) -> Key[Array, "b"]:
+def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, "b"]:
     """What the tokens of a column are drawn with, one key for each row."""
-    if answer.key.ndim:
-        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(answer.key, column)
-    key = jax.random.fold_in(answer.key, column)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(answer.done.shape[0]))
+    if state.key.ndim:
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, column)
+    key = jax.random.fold_in(state.key, column)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(state.done.shape[0]))
 
 
 def append_token(
-    answer: Answer, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
-) -> Answer:
-    token = jnp.where(answer.done, EMPTY, sampler(logits, column_keys(answer, answer.count)))
-    ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(answer.done)
+    state: DecodeState, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
+) -> DecodeState:
+    token = jnp.where(state.done, EMPTY, sampler(logits, column_keys(state, state.count)))
+    ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(state.done)
     return dataclasses.replace(
-        answer,
-        tokens=jax.lax.dynamic_update_slice(answer.tokens, token[:, None], (0, answer.count)),
-        count=answer.count + 1,
-        done=answer.done | ended,
+        state,
+        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.count)),
+        count=state.count + 1,
+        done=state.done | ended,
         cache=cache,
     )

@@ -20,28 +20,34 @@ from griffin_jax.griffin.select import select as _select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import KVCache
 
-prefill = jax.jit(_prefill, static_argnames=("room", "chunk", "collect", "rows"))
+prefill = jax.jit(_prefill, static_argnames=("max_new_tokens", "chunk", "collect", "rows"))
 select = jax.jit(_select, static_argnames=("config",))
-decode = jax.jit(decoding.decode, static_argnames=("eos",), donate_argnames=("answer",))
-follow = jax.jit(scoring.follow, static_argnames=("collect",))
+decode = jax.jit(decoding.decode, static_argnames=("eos",), donate_argnames=("state",))
+teacher_force = jax.jit(scoring.teacher_force, static_argnames=("collect",))
 extend = jax.jit(scoring.extend)
 losses = jax.jit(scoring.losses)
 compare = jax.jit(scoring.compare)
 teacher_forced = jax.jit(scoring.teacher_forced, static_argnames=("prompt_length", "config"))
 
 
-def begin(
+def init_decode(
     prefilled: Prefilled, *, sampler: Sampler = Greedy(), eos: tuple[int, ...] = (), seed: int | Array = 0
-) -> decoding.Answer:
-    """`griffin_jax.begin`, compiled; the cache is donated, so `prefilled` cannot be used again."""
+) -> decoding.DecodeState:
+    """`griffin_jax.init_decode`, compiled; the cache is donated, so `prefilled` cannot be used again."""
     parts = prefilled.cache, prefilled.logits, prefilled.statistics.tokens
-    return _begin(*parts, room=prefilled.room, sampler=sampler, eos=eos, seed=seed)
+    return _init_decode(*parts, max_new_tokens=prefilled.max_new_tokens, sampler=sampler, eos=eos, seed=seed)
 
 
-@functools.partial(jax.jit, static_argnames=("room", "eos"), donate_argnames=("cache",))
-def _begin(
-    cache: KVCache, logits: Array, tokens: Array, room: int, sampler: Sampler, eos: tuple[int, ...], seed: int | Array
-) -> decoding.Answer:
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos"), donate_argnames=("cache",))
+def _init_decode(
+    cache: KVCache,
+    logits: Array,
+    tokens: Array,
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos: tuple[int, ...],
+    seed: int | Array,
+) -> decoding.DecodeState:
     nothing = logits[:, :0]
-    prefilled = Prefilled(logits, nothing, cache, Statistics((), tokens), room)
-    return decoding.begin(prefilled, sampler=sampler, eos=eos, seed=seed)
+    prefilled = Prefilled(logits, nothing, cache, Statistics((), tokens), max_new_tokens)
+    return decoding.init_decode(prefilled, sampler=sampler, eos=eos, seed=seed)

@@ -13,6 +13,7 @@ from griffin_jax.griffin.statistic import Statistics, rows_at, spread, statistic
 from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of, over_data
+from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
 
 _Observed = tuple[Array | None, Array | None]
 """What is kept of a layer: s^2, and relative activations of some tokens."""
@@ -28,7 +29,7 @@ class Prefilled:
         hidden: the residual stream that they are computed from, behind the last layer.
         cache: keys and values of the prompt, with room for the answer.
         statistics: what GRIFFIN selects by; no layers if they were not collected.
-        room: tokens that the cache has room for behind the prompt.
+        max_new_tokens: tokens that the cache has room for behind the prompt.
         rows: per layer, relative activations of some tokens of each prompt, in the model's dtype, for a
             `Reconstruction`; no layers unless they were asked for.
     """
@@ -37,16 +38,19 @@ class Prefilled:
     hidden: Float[Array, "b d"]
     cache: KVCache
     statistics: Statistics
-    room: int = dataclasses.field(metadata={"static": True})
+    max_new_tokens: int = dataclasses.field(metadata={"static": True})
     rows: tuple[Float[Array, "b _r _f"], ...] = ()
 
+    room = renamed_attribute("max_new_tokens")
 
+
+@renamed_arguments(room="max_new_tokens")
 def prefill(
     model: Transformer,
     tokens: Int[Array, "b t"],
     lengths: Int[Array, "b"],
     *,
-    room: int,
+    max_new_tokens: int,
     longest: int | Int[Array, "..."] | None = None,
     chunk: int = DEFAULT_CHUNK,
     collect: bool = True,
@@ -61,9 +65,10 @@ def prefill(
         model: the full model.
         tokens: prompts, padded on the right to a common length with any token.
         lengths: real tokens of each prompt, in [1, T].
-        room: longest answer that the cache gets slots for, in tokens; static.
+        max_new_tokens: longest answer that the cache gets slots for, in tokens; static.
         longest: tokens that the answer (or that of each row) may come to have, by which LongRoPE chooses its
-            wavelengths; `room` if None. Not static, so that `room` can be rounded up without meaning.
+            wavelengths; `max_new_tokens` if None. Not static, so that `max_new_tokens` can be rounded up without
+            meaning.
         chunk: tokens read at a time, at most; static. It bounds memory and changes no result.
         collect: whether to gather the statistics; static.
         rows: tokens of each prompt whose relative activations are kept for a `Reconstruction`: all of them, or this
@@ -100,9 +105,9 @@ def prefill(
         last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
         return (cache, last, jax.tree.map(jnp.add, observed, more)), None
 
-    context = jnp.asarray(lengths + (room if longest is None else longest), jnp.int32)
+    context = jnp.asarray(lengths + (max_new_tokens if longest is None else longest), jnp.int32)
     carry = (
-        empty_cache(model.config, batch, padded + room, model.dtype, context=context),
+        empty_cache(model.config, batch, padded + max_new_tokens, model.dtype, context=context),
         jnp.zeros((batch, model.config.width), model.dtype),
         tuple(
             (
@@ -121,7 +126,9 @@ def prefill(
     squares = tuple(square for square, _ in observed if square is not None)
     statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
     logits = model.logits(last[:, None])[:, 0]
-    return Prefilled(logits, last, cache, statistics, room, tuple(row for _, row in observed if row is not None))
+    return Prefilled(
+        logits, last, cache, statistics, max_new_tokens, tuple(row for _, row in observed if row is not None)
+    )
 
 
 def read_on(

@@ -1,11 +1,12 @@
 """Teacher forcing: how probable given answers are, and how far a pruned model's predictions are from the dense one's.
 
-    prefilled = prefill(model, tokens, lengths, room=R)                   as for an answer that is to be written
-    hidden, statistics = follow(model, prefilled, answers, lengths)       what decoding these tokens would have seen
-    hidden, _ = follow(prune(model, experts), prefilled, answers, lengths)
+    prefilled = prefill(model, tokens, lengths, max_new_tokens=R)                   as for an answer that is to be
+    written
+    hidden, statistics = teacher_force(model, prefilled, answers, lengths)       what decoding these tokens would have
+    seen hidden, _ = teacher_force(prune(model, experts), prefilled, answers, lengths)
     losses(model, hidden, answers), compare(model, dense, pruned, answers)
     hidden, longer = extend(model, prefilled, tokens, lengths)            prompts that go on, scored on the way
-    hidden = follow_refreshed(model, prefilled, answers, lengths, config, N)   as with a refresh every N tokens
+    hidden = teacher_force_refreshed(model, prefilled, answers, lengths, config, N)   as with a refresh every N tokens
 
 Prompts and answers may be ragged; a prompt that was read once serves any number of pruned models. Scores over the
 vocabulary are made a few tokens at a time, so that they never take more memory than a few tokens' worth.
@@ -24,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
 from griffin_jax.generation.prefill import Prefilled, read_on
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics, statistic
@@ -36,7 +37,7 @@ LOGITS_BYTES = 1 << 27
 """Logits of at most this size exist at a time, or those of one token of each row."""
 
 
-def follow(
+def teacher_force(
     model: Transformer,
     prefilled: Prefilled,
     answers: Int[Array, "b r"],
@@ -79,7 +80,8 @@ def extend(
         lengths: real tokens of each row, in [0, R].
 
     Returns:
-        The residual stream that scores each of the tokens, as from `follow`, and the longer prompts, with room for R
+        The residual stream that scores each of the tokens, as from `teacher_force`, and the longer prompts, with room
+        for R
         tokens less; with statistics if there were any, and with as many rows for a `Reconstruction`, in which the
         newest tokens have taken the places of the oldest.
     """
@@ -87,8 +89,8 @@ def extend(
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
     last = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
     logits = model.logits(last[:, None])[:, 0]
-    room = prefilled.room - tokens.shape[1]
-    return _behind(prefilled, hidden), Prefilled(logits, last, cache, statistics, room, rows)
+    max_new_tokens = prefilled.max_new_tokens - tokens.shape[1]
+    return _behind(prefilled, hidden), Prefilled(logits, last, cache, statistics, max_new_tokens, rows)
 
 
 def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
@@ -156,7 +158,7 @@ def losses(model: Transformer, hidden: Float[Array, "b r d"], answers: Int[Array
 
     Args:
         model: whose norm and head make the scores; pruned models have the full one's.
-        hidden: from `follow`.
+        hidden: from `teacher_force`.
         answers: the tokens that were predicted.
     """
 
@@ -177,7 +179,7 @@ def compare(
 
     Args:
         model: the full model, whose norm and head all of them have.
-        dense: its residual stream, from `follow`.
+        dense: its residual stream, from `teacher_force`.
         pruned: those of the pruned models.
         answers: the tokens that were predicted.
     """
@@ -222,7 +224,7 @@ def teacher_forced(
     prompt_length: int,
     config: GriffinConfig,
     *,
-    experts: Experts | None = None,
+    experts: ExpertNeurons | None = None,
     seed: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b t v"]:
     """Logits behind every token when the first `prompt_length` are the prompt and the rest its answer.

@@ -10,12 +10,14 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from griffin_jax.model.config import _check_choice
+from griffin_jax.model.config import check_choice
+from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
 
 Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 
 
-def kept_neurons(ff_width: int, density: float, multiple: int = 1) -> int:
+@renamed_arguments(multiple="round_to")
+def kept_neurons(ff_width: int, density: float, round_to: int = 1) -> int:
     """k = floor(F * density), rounded up to a multiple and never above F.
 
     The density counts as the decimal that was written: 0.29 of 100 neurons is 29, although the
@@ -24,16 +26,16 @@ def kept_neurons(ff_width: int, density: float, multiple: int = 1) -> int:
     Args:
         ff_width: F.
         density: share of neurons to keep, in (0, 1].
-        multiple: k is rounded up to a multiple of this; 128 suits the tiles of GPUs and TPUs.
+        round_to: k is rounded up to a multiple of this; 128 suits the tiles of GPUs and TPUs.
 
     Raises:
-        ValueError: `density` is outside (0, 1], `multiple` is below 1, or k would be 0.
+        ValueError: `density` is outside (0, 1], `round_to` is below 1, or k would be 0.
     """
     check_density(density)
-    if multiple < 1:
-        raise ValueError(f"multiple must be at least 1, got {multiple}")
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to}")
     k = math.floor(ff_width * Fraction(repr(float(density))))
-    k = min(ff_width, -(-k // multiple) * multiple)
+    k = min(ff_width, -(-k // round_to) * round_to)
     if k < 1:
         raise ValueError(
             f"density {density} keeps 0 of {ff_width} neurons; it must be at least 1/{ff_width} to keep one"
@@ -64,8 +66,8 @@ class GriffinConfig:
             and are the baselines it is compared with.
         shared: one set of experts for the whole batch (faster to decode), or one for every
             sequence (each answer as if it were alone, where nothing is drawn).
-        multiple: the number of kept neurons is rounded up to a multiple of this.
-        shards: of so many equal ranges of a layer's neurons, each keeps its k / shards best; 1 keeps the k best of all.
+        round_to: the number of kept neurons is rounded up to a multiple of this.
+        groups: of so many equal ranges of a layer's neurons, each keeps its k / groups best; 1 keeps the k best of all.
             On as many devices (see `griffin_jax.model.sharding`), or a divisor of that, every device keeps rows of its
             own, as many as the others do, and `prune` moves none between them.
 
@@ -76,16 +78,19 @@ class GriffinConfig:
     density: float | Sequence[float] = 0.5
     method: Method = "topk"
     shared: bool = False
-    multiple: int = 1
-    shards: int = 1
+    round_to: int = 1
+    groups: int = 1
+
+    multiple = renamed_attribute("round_to")
+    shards = renamed_attribute("groups")
 
     def __post_init__(self) -> None:
         if isinstance(self.density, Sequence | np.ndarray) and not isinstance(self.density, str):
             object.__setattr__(self, "density", tuple(self.density))
         for density in self.density if isinstance(self.density, Sequence) else (self.density,):
             check_density(density)
-        _check_choice("method", self.method, get_args(Method))
-        for name in ("multiple", "shards"):
+        check_choice("method", self.method, get_args(Method))
+        for name in ("round_to", "groups"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -94,7 +99,7 @@ class GriffinConfig:
         """k of every layer.
 
         Raises:
-            ValueError: there is not one density per layer, a layer would keep no neuron, or its shards cannot have
+            ValueError: there is not one density per layer, a layer would keep no neuron, or its groups cannot have
                 or keep equally many.
         """
         if not isinstance(self.density, Sequence):
@@ -103,18 +108,21 @@ class GriffinConfig:
             densities = self.density
         else:
             raise ValueError(f"{len(self.density)} densities for {len(ff_widths)} layers; give one, or one for each")
-        kept = tuple(kept_neurons(f, d, self.multiple) for f, d in zip(ff_widths, densities, strict=True))
+        kept = tuple(kept_neurons(f, d, self.round_to) for f, d in zip(ff_widths, densities, strict=True))
         for neurons, k in zip(ff_widths, kept, strict=True):
-            check_shards(self.shards, neurons, k)
+            check_groups(self.groups, neurons, k)
         return kept
 
 
-def check_shards(shards: int, neurons: int, kept: int) -> None:
-    """Raise `ValueError` unless so many shards can each have as many of a layer's neurons and keep as many."""
-    if shards < 1 or neurons % shards:
-        raise ValueError(f"{shards} shards cannot have equally many of {neurons} neurons: shards must divide them")
-    if kept % shards:
+GriffinConfig.__init__ = renamed_arguments(multiple="round_to", shards="groups")(GriffinConfig.__init__)
+
+
+def check_groups(groups: int, neurons: int, kept: int) -> None:
+    """Raise `ValueError` unless so many groups can each have as many of a layer's neurons and keep as many."""
+    if groups < 1 or neurons % groups:
+        raise ValueError(f"{groups} groups cannot have equally many of {neurons} neurons: groups must divide them")
+    if kept % groups:
         raise ValueError(
-            f"{shards} shards cannot keep equally many of {kept} neurons: round them up to a multiple of {shards}"
-            f" (multiple={shards}; --multiple {shards})"
+            f"{groups} groups cannot keep equally many of {kept} neurons: round them up to a multiple of {groups}"
+            f" (round_to={groups}; --round-to {groups})"
         )

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 from numpy.typing import ArrayLike
 
-from griffin_jax.griffin.config import check_shards
+from griffin_jax.griffin.config import check_groups
 from griffin_jax.parallel.mesh import to_host
 from griffin_jax.utils.arrayfile import load_arrays, save_arrays
+from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
 
 if TYPE_CHECKING:
     from griffin_jax.model.transformer import Transformer
@@ -25,19 +26,21 @@ EXPERTS_FORMAT = "griffin_jax experts 1"
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Experts:
+class ExpertNeurons:
     """The neurons that a pruned model keeps: a sequence with one array of indices per layer.
 
     Attributes:
         indices: per layer, ascending, int32: (K,) for the whole batch or (B, K), one row for every
             sequence. K may differ between layers.
         neurons: F of every layer of the model they were selected for.
-        shards: into so many equal ranges the neurons fall, each with as many of the kept ones, see `GriffinConfig`.
+        groups: into so many equal ranges the neurons fall, each with as many of the kept ones, see `GriffinConfig`.
     """
 
     indices: tuple[Int[Array, "*b _k"], ...]
     neurons: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    shards: int = dataclasses.field(default=1, metadata={"static": True})
+    groups: int = dataclasses.field(default=1, metadata={"static": True})
+
+    shards = renamed_attribute("groups")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -68,7 +71,7 @@ class Experts:
         return tuple(map(mask, self.indices, self.neurons))
 
     @classmethod
-    def from_masks(cls, masks: Sequence[ArrayLike]) -> Experts:
+    def from_masks(cls, masks: Sequence[ArrayLike]) -> ExpertNeurons:
         """Experts from a user's own masks, one per layer: (F,), or (B, F) for every sequence its own.
 
         Raises:
@@ -90,12 +93,13 @@ class Experts:
         return cls.from_indices(indices, [np.shape(mask)[-1] for mask in masks])
 
     @classmethod
-    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int], shards: int = 1) -> Experts:
+    @renamed_arguments(shards="groups")
+    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int], groups: int = 1) -> ExpertNeurons:
         """Experts from indices that come from outside, in any order.
 
         Raises:
             ValueError: there is no layer, the number of layers differs, an index is repeated or outside
-                [0, F), a layer keeps nothing, layers differ in their batch, or the shards do not keep equally many.
+                [0, F), a layer keeps nothing, layers differ in their batch, or the groups do not keep equally many.
         """
         if not indices or len(indices) != len(neurons):
             raise ValueError(
@@ -117,12 +121,12 @@ class Experts:
             array = np.sort(array, axis=-1)
             if (np.diff(array, axis=-1) == 0).any():
                 raise ValueError(f"experts of layer {layer} name a neuron twice")
-            check_shards(shards, width, array.shape[-1])
-            owners = array.reshape(*array.shape[:-1], shards, -1) // (width // shards)
-            if (owners != np.arange(shards)[:, None]).any():
-                raise ValueError(f"of experts of layer {layer}, some of {shards} shards keep more than others")
+            check_groups(groups, width, array.shape[-1])
+            owners = array.reshape(*array.shape[:-1], groups, -1) // (width // groups)
+            if (owners != np.arange(groups)[:, None]).any():
+                raise ValueError(f"of experts of layer {layer}, some of {groups} groups keep more than others")
             checked.append(jnp.asarray(array, jnp.int32))
-        return cls(tuple(checked), tuple(neurons), shards)
+        return cls(tuple(checked), tuple(neurons), groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, whole or not at all; an existing one is replaced. Of several processes all must
@@ -132,12 +136,12 @@ class Experts:
             OSError: it cannot be written.
         """
         arrays = {f"layers.{layer}": indices for layer, indices in enumerate(to_host(self.indices))}
-        metadata = {"neurons": " ".join(map(str, self.neurons)), "shards": str(self.shards)}
+        metadata = {"neurons": " ".join(map(str, self.neurons)), "groups": str(self.groups)}
         if jax.process_index() == 0:
             save_arrays(path, EXPERTS_FORMAT, arrays, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Experts:
+    def load(cls, path: str | os.PathLike[str]) -> ExpertNeurons:
         """What `save` wrote.
 
         Raises:
@@ -148,16 +152,17 @@ class Experts:
         try:
             neurons = [int(width) for width in metadata["neurons"].split()]
             indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
-            shards = int(metadata.get("shards", 1))
+            # Version 0.1.0 called them shards.
+            groups = int(metadata.get("groups", metadata.get("shards", 1)))
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         try:
-            return cls.from_indices(indices, neurons, shards)
+            return cls.from_indices(indices, neurons, groups)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-def check_experts(experts: Experts, model: Transformer) -> None:
+def check_experts(experts: ExpertNeurons, model: Transformer) -> None:
     """Raise `ValueError` if experts were selected for a model of other layers or widths."""
     if experts.neurons != model.neurons:
         raise ValueError(

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.griffin.neurons import Experts, check_experts
+from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES
 from griffin_jax.model.sharding import check_mesh, parameter_spec
@@ -49,7 +49,7 @@ def check_kept(model: Transformer, kept: Sequence[int]) -> None:
 @renamed_arguments(reconstruction="refit")
 def prune(
     model: Transformer,
-    experts: Experts,
+    experts: ExpertNeurons,
     *,
     reuse: Transformer | None = None,
     refit: Refit | None = None,
@@ -62,7 +62,7 @@ def prune(
     bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
 
     On a mesh the kept rows are divided as `griffin_jax.model.sharding` says. Rows go from device to device for that,
-    unless the experts have as many shards as the model, or a multiple.
+    unless the experts have as many groups as the model, or a multiple.
 
     Args:
         model: the full model; it stays as it is.
@@ -81,7 +81,7 @@ def prune(
     if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
     if any(layer.ff.rest is not None for layer in model.layers):
-        raise ValueError("this model holds its neurons in two groups; it is pruned by the OneCopy that made it")
+        raise ValueError("this model holds its neurons in two groups; it is pruned by the InPlace object that made it")
     check_experts(experts, model)
     if refit is not None:
         refit.check(model.neurons, experts.indices)
@@ -104,7 +104,7 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
 
 def _gather_into(
     rows: list[dict[str, nnx.Param]],
-    experts: Experts,
+    experts: ExpertNeurons,
     refit: Refit | None,
     reuse: Transformer | None,
     config: ModelConfig,
@@ -122,10 +122,10 @@ def _gather_into(
 
 @functools.partial(jax.jit, static_argnames="config")
 def _gather(
-    rows: list[dict[str, nnx.Param]], experts: Experts, refit: Refit | None, config: ModelConfig
+    rows: list[dict[str, nnx.Param]], experts: ExpertNeurons, refit: Refit | None, config: ModelConfig
 ) -> list[dict[str, nnx.Param]]:
     def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
-        return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.shards), weight)
+        return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.groups), weight)
 
     def place(name: str, weight: nnx.Param) -> nnx.Param:
         return jax.tree.map(lambda w: _placed(f"ff.{name}", w, config, mesh), weight)
@@ -148,13 +148,13 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
 
 
-def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], shards: int) -> Array:
+def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
     """`take_neurons`: each device takes of its own rows, and all of them exchange these if they have to."""
     mesh, axis = mesh_of(weight), NEURON_AXES[name]
     devices = axis_size(mesh, MODEL_AXIS)
     if mesh is None or devices == 1:
         return take_neurons(name, weight, indices)
-    stays = shards % devices == 0
+    stays = groups % devices == 0
     batch = [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
     axis_after = axis + len(batch)
 
@@ -194,7 +194,7 @@ def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="old", keep_unused=True)
 def _overwrite(
     rows: list[dict[str, nnx.Param]],
-    experts: Experts,
+    experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,
     old: list[dict[str, nnx.Param]],

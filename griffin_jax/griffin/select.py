@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from griffin_jax.griffin.config import GriffinConfig, Method
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
@@ -48,10 +48,10 @@ def _taking_prior(select: Select) -> Select:
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
     """The static score of every neuron: ||Wg_j|| * ||Wu_j|| if gated, else ||W1_j||. Float32."""
 
-    def score(inner: Array) -> Array:
-        return jnp.prod(jnp.linalg.norm(inner.astype(jnp.float32), axis=-1), axis=0)
+    def score(gate_up: Array) -> Array:
+        return jnp.prod(jnp.linalg.norm(gate_up.astype(jnp.float32), axis=-1), axis=0)
 
-    return tuple(score(layer.ff.inner[...]) for layer in model.layers)
+    return tuple(score(layer.ff.gate_up[...]) for layer in model.layers)
 
 
 @_taking_prior
@@ -62,12 +62,12 @@ def select(
     model: Transformer | None = None,
     seed: int | Int[Array, ""] = 0,
     fuse: Fuse | None = None,
-) -> Experts:
+) -> ExpertNeurons:
     """Chooses the neurons to keep, each layer for itself.
 
     Args:
         statistics: of the prompts, from `prefill`.
-        config: density, method, shards, and whether the batch shares its experts. With `shared` a neuron's
+        config: density, method, groups, and whether the batch shares its experts. With `shared` a neuron's
             score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
             equal weight.
         model: the full model; only `method="magnitude"` needs it.
@@ -103,12 +103,12 @@ def select(
     key = jax.random.key(seed)
     indices = []
     for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
-        ranges = score.reshape(*score.shape[:-1], config.shards, -1)
-        rank = _rank(ranges, k // config.shards, config.method, jax.random.fold_in(key, layer))
-        kept = jnp.sort(_top_k(rank, k // config.shards)[1], axis=-1).astype(jnp.int32)
-        starts = ranges.shape[-1] * jnp.arange(config.shards, dtype=jnp.int32)[:, None]
+        ranges = score.reshape(*score.shape[:-1], config.groups, -1)
+        rank = _rank(ranges, k // config.groups, config.method, jax.random.fold_in(key, layer))
+        kept = jnp.sort(_top_k(rank, k // config.groups)[1], axis=-1).astype(jnp.int32)
+        starts = ranges.shape[-1] * jnp.arange(config.groups, dtype=jnp.int32)[:, None]
         indices.append((kept + starts).reshape(*score.shape[:-1], k))
-    return Experts(tuple(indices), neurons, config.shards)
+    return ExpertNeurons(tuple(indices), neurons, config.groups)
 
 
 def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {k}"], Int[Array, "*b s {k}"]]:
@@ -121,8 +121,8 @@ def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {
 
     if mesh is None:
         return largest(values)
-    *batch, shards, _ = values.shape
-    spec = PartitionSpec(*(dividing(mesh, DATA_AXIS, b) for b in batch), dividing(mesh, MODEL_AXIS, shards))
+    *batch, groups, _ = values.shape
+    spec = PartitionSpec(*(dividing(mesh, DATA_AXIS, b) for b in batch), dividing(mesh, MODEL_AXIS, groups))
     return jax.shard_map(largest, mesh=mesh, in_specs=spec, out_specs=spec)(values)
 
 

@@ -1,0 +1,1 @@
+"""A model with its tokenizer, and the four steps joined."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
-from griffin_jax.extensions.in_place import OneCopy
+from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS, Reconstruction, rows_of_each
 from griffin_jax.extensions.speculative import DEFAULT_DRAFTS, Drafting
@@ -25,7 +25,7 @@ from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.sampling import Sampler, sampler
 from griffin_jax.griffin.config import GriffinConfig, Method
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import check_kept, prune
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.config import ModelConfig
@@ -52,16 +52,16 @@ class _Request:
     density: float | Sequence[float]
     method: Method
     shared: bool
-    multiple: int
-    shards: int | None
-    experts: Experts | None
+    round_to: int
+    groups: int | None
+    experts: ExpertNeurons | None
     quality: Quality
     prior: Prior | None
     prior_weight: float
     budgets: bool
     reconstruct: bool | int
     refresh_every: int | None
-    lossless: bool | int
+    speculative: bool | int
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -83,7 +83,7 @@ class _Request:
         if any(not isinstance(stop, str) or not stop for stop in stops):
             raise ValueError(f"stop strings must not be empty, got {list(stops)}")
         object.__setattr__(self, "stops", stops)
-        griffin = _griffin(self.density, self.method, self.shared, self.multiple, self.shards)
+        griffin = _griffin(self.density, self.method, self.shared, self.round_to, self.groups)
         object.__setattr__(self, "griffin", griffin)
         object.__setattr__(self, "sampler", sampler(self.temperature, self.top_k, self.top_p, self.min_p))
         if self.prior is not None:
@@ -100,17 +100,19 @@ class _Request:
         every = self.refresh_every
         if every is not None and (not isinstance(every, int | np.integer) or isinstance(every, bool) or every < 1):
             raise ValueError(f"refresh_every must be a whole number of tokens of at least 1, or None, got {every!r}")
-        if not isinstance(self.lossless, int | np.integer) or self.lossless < 0:
+        if not isinstance(self.speculative, int | np.integer) or self.speculative < 0:
             raise ValueError(
-                f"lossless must be True, False or a whole number of drafts of at least 0, got {self.lossless!r}"
+                f"speculative must be True, False or a whole number of drafts of at least 0, got {self.speculative!r}"
             )
-        if self.lossless and every is not None:
-            raise ValueError("lossless answers need no refresh, their cache is the full model's: refresh_every=None")
+        if self.speculative and every is not None:
+            raise ValueError(
+                "speculative decoding needs no refresh, their cache is the full model's: refresh_every=None"
+            )
 
     @property
     def drafts(self) -> int:
         """Tokens that are drafted for each pass of the full model; 0 if the pruned model writes the answer."""
-        return DEFAULT_DRAFTS if self.lossless is True else int(self.lossless)
+        return DEFAULT_DRAFTS if self.speculative is True else int(self.speculative)
 
     def rows(self, batch: int) -> int:
         """Tokens of each sequence that the kept neurons are refitted to; if these are shared, of all together."""
@@ -145,7 +147,7 @@ class Generation:
     prompt_tokens: list[int]
     finished: list[str]
     kept: tuple[int, ...]
-    experts: Experts | None
+    experts: ExpertNeurons | None
     seconds: dict[str, float]
     decode_tokens_per_second: float
     refreshes: int = 0
@@ -159,7 +161,7 @@ class LLM:
         model: the full model.
         tokenizer: without one, prompts must be token ids.
         name: for messages.
-        one_copy: hold every neuron once, see `griffin_jax.extensions.in_place`. A batch then shares its experts,
+        in_place: hold every neuron once, see `griffin_jax.extensions.in_place`. A batch then shares its experts,
             requests are served one after the other, and the model is used up by this object.
     """
 
@@ -169,10 +171,10 @@ class LLM:
         tokenizer: Tokenizer | None = None,
         name: str = "model",
         *,
-        one_copy: bool = False,
+        in_place: bool = False,
     ):
         self._model = model
-        self._one_copy = OneCopy(model) if one_copy else None
+        self._in_place = InPlace(model) if in_place else None
         self._spare: Transformer | None = None
         self._fingerprint: str | None = None
         self._busy = False
@@ -181,8 +183,8 @@ class LLM:
 
     @property
     def model(self) -> Transformer:
-        """The full model. With `one_copy` its neurons are in another order after every pruned answer."""
-        return self._model if self._one_copy is None else self._one_copy.model
+        """The full model. With `in_place` its neurons are in another order after every pruned answer."""
+        return self._model if self._in_place is None else self._in_place.model
 
     @property
     def config(self) -> ModelConfig:
@@ -197,16 +199,16 @@ class LLM:
         density: float | Sequence[float] = 0.5,
         method: Method = "topk",
         shared: bool = False,
-        multiple: int = 1,
-        shards: int | None = None,
-        experts: Experts | None = None,
+        round_to: int = 1,
+        groups: int | None = None,
+        experts: ExpertNeurons | None = None,
         quality: Quality = "griffin",
         prior: Prior | None = None,
         prior_weight: float = DEFAULT_WEIGHT,
         budgets: bool = False,
         reconstruct: bool | int = False,
         refresh_every: int | None = None,
-        lossless: bool | int = False,
+        speculative: bool | int = False,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -227,8 +229,8 @@ class LLM:
             shared: one set of experts for the batch instead of one for each sequence. Without it a batch
                 of B holds, and reads in each step, B sets of kept weights: sharing is what makes large
                 batches fast and fit.
-            multiple: kept neurons are rounded up to a multiple of this.
-            shards: of so many equal ranges of a layer's neurons, each keeps as many of its best, see `GriffinConfig`.
+            round_to: kept neurons are rounded up to a multiple of this.
+            groups: of so many equal ranges of a layer's neurons, each keeps as many of its best, see `GriffinConfig`.
                 By default as many as the devices that a mesh divides the model among, which then exchange no rows; 1
                 keeps the best of all there, too, for the answers of one device.
             experts: keep these neurons; `density` and `method` are not used.
@@ -246,7 +248,7 @@ class LLM:
             refresh_every: beyond GRIFFIN: after every so many tokens the full model reads them in one pass, which
                 corrects the cache and writes the next token, and neurons are chosen (and refitted) anew, by the
                 prompt and all of the answer so far. 1 is dense decoding.
-            lossless: beyond GRIFFIN: the pruned model only drafts, and the full model decides, so that answers are
+            speculative: beyond GRIFFIN: the pruned model only drafts, and the full model decides, so that answers are
                 those of the full model: the same tokens (up to rounding) if the temperature is 0, above it tokens of
                 the same distribution. True, or how many tokens are drafted for each pass of the full model. See
                 `griffin_jax.extensions.speculative` for what it costs.
@@ -306,31 +308,31 @@ class LLM:
         density: float | Sequence[float] = 0.5,
         method: Method = "topk",
         shared: bool = False,
-        multiple: int = 1,
-        shards: int | None = None,
+        round_to: int = 1,
+        groups: int | None = None,
         prior: Prior | None = None,
         prior_weight: float = DEFAULT_WEIGHT,
         budgets: bool = False,
         seed: int = 0,
         chat: bool = False,
-    ) -> Experts:
+    ) -> ExpertNeurons:
         """The neurons that `generate` would keep for these prompts: per layer (B, K), or (K,) if shared.
 
         Raises:
             ValueError: as for `generate`.
         """
-        config = _griffin(density, method, shared, multiple, shards)
+        config = _griffin(density, method, shared, round_to, groups)
         _check_seed(seed)
         _check_budgets(budgets, prior)
         if prior is not None:
             check_fusion(method, prior_weight)
-        config = self._budgeted(self._sharded(config, shards), prior, budgets)
+        config = self._budgeted(self._grouped(config, groups), prior, budgets)
         config.kept(self.model.neurons)
         sequences = self._tokenize(prompts, chat)
         self._check_room(sequences, 0)
-        self._check_one_copy(config, 1)
+        self._check_in_place(config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
-        statistics = jitted.prefill(self.model, tokens, lengths, room=0).statistics
+        statistics = jitted.prefill(self.model, tokens, lengths, max_new_tokens=0).statistics
         return self._select(statistics, config, seed, prior, prior_weight)
 
     def logits(
@@ -341,10 +343,10 @@ class LLM:
         density: float | Sequence[float] = 0.5,
         method: Method = "topk",
         shared: bool = False,
-        multiple: int = 1,
-        shards: int | None = None,
+        round_to: int = 1,
+        groups: int | None = None,
         seed: int = 0,
-        experts: Experts | None = None,
+        experts: ExpertNeurons | None = None,
     ) -> Float[Array, "b t v"]:
         """Teacher-forced logits, float32: tokens up to `prompt_length` dense, those behind it pruned.
 
@@ -353,12 +355,12 @@ class LLM:
         Raises:
             ValueError: an argument is outside its range, there are no sequences, or they differ in length.
         """
-        config = self._sharded(_griffin(density, method, shared, multiple, shards), shards)
+        config = self._grouped(_griffin(density, method, shared, round_to, groups), groups)
         kept = config.kept(self.model.neurons)
         check_kept(self.model, kept if experts is None else experts.kept)
         _check_seed(seed)
-        if self._one_copy is not None:
-            raise ValueError("logits needs the full model beside the pruned one: load it without one_copy")
+        if self._in_place is not None:
+            raise ValueError("logits needs the full model beside the pruned one: load it without in_place")
         if not len(tokens):
             raise ValueError("logits needs at least one sequence of tokens, got none")
         rows = [
@@ -384,9 +386,9 @@ class LLM:
         """Yields new text per row, with the generation once it is complete."""
         if self._busy:
             raise RuntimeError(
-                "with one_copy, an answer must be complete (or its stream closed) before the next begins"
+                "with in_place, an answer must be complete (or its stream closed) before the next begins"
             )
-        self._busy = self._one_copy is not None
+        self._busy = self._in_place is not None
         try:
             yield from self._answer(prompts, request, stream)
         finally:
@@ -395,7 +397,7 @@ class LLM:
     def _answer(
         self, prompts: Prompt | Sequence[Prompt], request: _Request, stream: bool
     ) -> Iterator[tuple[Generation | None, list[str]]]:
-        config = self._budgeted(self._sharded(request.griffin, request.shards), request.prior, request.budgets)
+        config = self._budgeted(self._grouped(request.griffin, request.groups), request.prior, request.budgets)
         max_new_tokens, experts = request.max_new_tokens, request.experts
         kept = config.kept(self.model.neurons)
         check_kept(self.model, kept if experts is None else experts.kept)
@@ -405,21 +407,21 @@ class LLM:
         self._check_room(sequences, max_new_tokens)
         self._check_experts(experts, len(sequences))
         if kept != self.model.neurons and experts is None:
-            self._check_one_copy(config, len(sequences))
-        if request.reconstruct and self._one_copy is not None:
+            self._check_in_place(config, len(sequences))
+        if request.reconstruct and self._in_place is not None:
             raise ValueError(
-                "with one_copy the kept rows are the model's own and cannot be refitted: reconstruct=False"
+                "with in_place the kept rows are the model's own and cannot be refitted: reconstruct=False"
             )
-        if request.refresh_every and self._one_copy is not None:
+        if request.refresh_every and self._in_place is not None:
             raise ValueError(
-                "with one_copy all rows would be regrouped at every refresh: refresh_every=None, or load it without"
+                "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
 
         watch = Stopwatch()
         dense = experts is None and kept == self.model.neurons
         eos = () if request.ignore_eos else self.config.eos_token_ids
         drafts = 0 if dense else request.drafts
-        room = bucket(max_new_tokens + drafts)
+        max_new_tokens = bucket(max_new_tokens + drafts)
         draw = request.sampler
         choice = config, request.seed, request.prior, request.prior_weight
         with watch.phase("prefill"):
@@ -427,7 +429,13 @@ class LLM:
             collect = experts is None and not dense
             fitted = 0 if dense else request.rows(len(sequences))
             prefilled: Prefilled = jitted.prefill(
-                self.model, tokens, lengths, room=room, longest=max_new_tokens, collect=collect, rows=fitted
+                self.model,
+                tokens,
+                lengths,
+                max_new_tokens=max_new_tokens,
+                longest=max_new_tokens,
+                collect=collect,
+                rows=fitted,
             )
             jax.block_until_ready(prefilled)
         with watch.phase("select"):
@@ -445,7 +453,7 @@ class LLM:
         text = _Text(self.tokenizer, len(sequences), request.stops)
         step = STREAM_CHUNK if stream or request.stops else max_new_tokens
         with watch.phase("decode"):
-            answer = jitted.begin(prefilled, sampler=draw, eos=eos, seed=request.seed)
+            answer = jitted.init_decode(prefilled, sampler=draw, eos=eos, seed=request.seed)
             written = to_host((answer.tokens, answer.done))
         rows = text.update(*written)
         until, refreshes, drafting = 1, 0, None
@@ -468,7 +476,7 @@ class LLM:
             elif drafts:
                 with watch.phase("decode"):
                     until = np.int32(min(until + step, max_new_tokens))
-                    answer, more = jitted_extensions.decode_lossless(
+                    answer, more = jitted_extensions.decode_speculative(
                         self.model, model, answer, until, drafts=drafts, sampler=draw, eos=eos
                     )
                     tokens, done, until = to_host((answer.tokens, answer.done, answer.count))
@@ -506,22 +514,22 @@ class LLM:
 
     def _select(
         self, statistics: Statistics, config: GriffinConfig, seed: int, prior: Prior | None, prior_weight: float
-    ) -> Experts:
-        if self._one_copy is not None:
-            statistics = self._one_copy.in_order(statistics)
+    ) -> ExpertNeurons:
+        if self._in_place is not None:
+            statistics = self._in_place.in_order(statistics)
         fuse = None if prior is None else prior.fusion(prior_weight)
         return jitted.select(statistics, config, model=self._if_scored(config), seed=seed, fuse=fuse)
 
     def _prune(
         self,
-        experts: Experts,
+        experts: ExpertNeurons,
         rows: tuple[Float[Array, "b _r _f"], ...],
         request: _Request,
         reuse: Transformer | None = None,
     ) -> Transformer:
         """The pruned model, its kept rows refitted to `rows` if there are any."""
-        if self._one_copy is not None:
-            return self._one_copy.prune(experts)
+        if self._in_place is not None:
+            return self._in_place.prune(experts)
         if reuse is None:
             reuse, self._spare = self._spare, None
         calibration = () if request.prior is None else request.prior.rows
@@ -530,7 +538,7 @@ class LLM:
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""
-        if self._one_copy is None and next(iter(pruned.embedding[...].devices())).platform == "cpu":
+        if self._in_place is None and next(iter(pruned.embedding[...].devices())).platform == "cpu":
             self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
@@ -574,7 +582,7 @@ class LLM:
                 f" {self.config.max_positions}; shorten the prompt or lower max_new_tokens"
             )
 
-    def _check_experts(self, experts: Experts | None, batch: int) -> None:
+    def _check_experts(self, experts: ExpertNeurons | None, batch: int) -> None:
         if experts is None:
             return
         if experts.neurons != self.model.neurons:
@@ -585,28 +593,28 @@ class LLM:
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
 
-    def _check_one_copy(self, config: GriffinConfig, batch: int) -> None:
-        if self._one_copy is None:
+    def _check_in_place(self, config: GriffinConfig, batch: int) -> None:
+        if self._in_place is None:
             return
         if config.method == "magnitude":
-            raise ValueError('with one_copy the rows of weights move, so method "magnitude" cannot score them')
+            raise ValueError('with in_place the rows of weights move, so method "magnitude" cannot score them')
         if batch > 1 and not config.shared:
-            raise ValueError(f"with one_copy a batch shares its experts: give shared=True for {batch} prompts")
+            raise ValueError(f"with in_place a batch shares its experts: give shared=True for {batch} prompts")
 
-    def _sharded(self, config: GriffinConfig, shards: int | None) -> GriffinConfig:
-        """The config with as many shards as devices share the model, unless it is said how many."""
+    def _grouped(self, config: GriffinConfig, groups: int | None) -> GriffinConfig:
+        """The config with as many groups as devices share the model, unless it is said how many."""
         devices = axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS)
-        if shards is not None or devices == 1:
+        if groups is not None or devices == 1:
             return config
         check_kept(self.model, config.kept(self.model.neurons))
-        return dataclasses.replace(config, shards=devices)
+        return dataclasses.replace(config, groups=devices)
 
     def _budgeted(self, config: GriffinConfig, prior: Prior | None, budgets: bool) -> GriffinConfig:
         """The config with a prior's budgets, if they are wanted; the prior must be this model's."""
         if prior is None:
             return config
-        if self._one_copy is not None:
-            raise ValueError("with one_copy the rows of weights move, so a prior cannot be known to be theirs")
+        if self._in_place is not None:
+            raise ValueError("with in_place the rows of weights move, so a prior cannot be known to be theirs")
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.model)
         prior.check(self._fingerprint)
@@ -696,9 +704,9 @@ OPTIONS: dict[str, Any] = dict(LLM.generate.__kwdefaults__ or {})
 
 
 def _griffin(
-    density: float | Sequence[float], method: Method, shared: bool, multiple: int, shards: int | None
+    density: float | Sequence[float], method: Method, shared: bool, round_to: int, groups: int | None
 ) -> GriffinConfig:
-    return GriffinConfig(density, method, shared, multiple, 1 if shards is None else shards)
+    return GriffinConfig(density, method, shared, round_to, 1 if groups is None else groups)
 
 
 def check_options(**options: Any) -> None:
@@ -738,7 +746,7 @@ def load(
     dtype: str | None = None,
     sharding: ShardingLike | None = None,
     allow_pickle: bool = False,
-    one_copy: bool = False,
+    in_place: bool = False,
     mesh: Mesh | None = None,
 ) -> LLM:
     """A language model, ready to answer.
@@ -756,9 +764,9 @@ def load(
             function (path, shape) -> Sharding; see `load_model`.
         allow_pickle: whether to read PyTorch's pickle files where there are no safetensors; see
             `open_source`.
-        one_copy: hold every neuron once, so that pruning takes no memory beside the model; see `LLM`.
+        in_place: hold every neuron once, so that pruning takes no memory beside the model; see `LLM`.
         mesh: several devices, in axes `data` (batches are divided along it) and `model` (the model is); see
-            `griffin_jax.parallel.mesh`. Answers are those of one device, with `shards` given.
+            `griffin_jax.parallel.mesh`. Answers are those of one device, with `groups` given.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -766,7 +774,7 @@ def load(
         ValueError: the model is not supported, its files are malformed, or a sharding or a mesh does not divide it;
             or one copy of it is wanted on a mesh.
     """
-    if one_copy and mesh is not None:
-        raise ValueError("one_copy moves rows of weights, and not between devices: leave out one_copy or mesh")
+    if in_place and mesh is not None:
+        raise ValueError("in_place moves rows of weights, and not between devices: leave out in_place or mesh")
     model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh)
-    return LLM(model, tokenizer, str(source), one_copy=one_copy)
+    return LLM(model, tokenizer, str(source), in_place=in_place)

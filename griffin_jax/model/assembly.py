@@ -61,7 +61,7 @@ def parts_of(path: str, config: ModelConfig) -> list[str]:
     suffix = "_bias" if name.endswith("_bias") else ""
     if name.removesuffix(suffix) == "qkv":
         return [f"{layer}.{part}{suffix}" for part in ("query", "key", "value")]
-    if name.removesuffix(suffix) == "inner":
+    if name.removesuffix(suffix) == "gate_up":
         return [f"{layer}.{part}{suffix}" for part in (("gate", "up") if config.gated else ("up",))]
     return [path]
 
@@ -77,7 +77,7 @@ def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
         groups = key.shape[0]
         query = query.reshape(groups, query.shape[0] // groups, *query.shape[1:])
         return np_or_jnp.concatenate([query, key[:, None], value[:, None]], axis=1)
-    return np_or_jnp.stack(parts) if ".inner" in path else parts[0]
+    return np_or_jnp.stack(parts) if ".gate_up" in path else parts[0]
 
 
 def _of_each_kv_head(path: str, axes: int) -> bool:
@@ -88,7 +88,7 @@ def _of_each_kv_head(path: str, axes: int) -> bool:
 def _placed(path: str, whole: Any, part: Any) -> Any:
     """A joined parameter on the devices of its parts, divided as this one of them is."""
     sharding = getattr(part, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".inner" not in path):
+    if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".gate_up" not in path):
         return whole
     axes = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
     # (G, R + 2, H, D) from (G, H, D) or (N, H, D), and (2, F, D) from (F, D).
@@ -104,7 +104,7 @@ def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
     if ".qkv" in path:
         query = array[:, :-2].reshape(-1, *array.shape[2:])
         return dict(zip(parts, (query, array[::copies, -2], array[::copies, -1]), strict=True))
-    return {name: array[number] for number, name in enumerate(parts)} if ".inner" in path else {path: array}
+    return {name: array[number] for number, name in enumerate(parts)} if ".gate_up" in path else {path: array}
 
 
 def without_copies(path: str, array: Any, config: ModelConfig) -> Any:

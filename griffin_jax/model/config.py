@@ -16,7 +16,7 @@ NormPlacement = Literal["pre", "post", "output", "sandwich"]
 HeadNorm = Literal["none", "shared", "own", "joint"]
 
 
-def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
@@ -61,7 +61,7 @@ class Rotary:
     long_factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_choice("rotary kind", self.kind, get_args(RotaryKind))
+        check_choice("rotary kind", self.kind, get_args(RotaryKind))
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rotary theta and factor must be positive, got {self.theta} and {self.factor}")
         if self.dims is not None and (self.dims < 2 or self.dims % 2):
@@ -201,7 +201,7 @@ class ModelConfig:
     kv_copies: int = 1
 
     def __post_init__(self) -> None:
-        _check_choice("activation", self.activation, get_args(Activation))
+        check_choice("activation", self.activation, get_args(Activation))
         for name in (
             "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
             "kv_copies",
@@ -212,9 +212,9 @@ class ModelConfig:
         if self.num_heads % self.kv_heads:
             groups = f"num_kv_heads {self.num_kv_heads}" + (f" x {self.kv_copies}" if self.kv_copies > 1 else "")
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of {groups}")
-        _check_choice("norm", self.norm, get_args(NormKind))
-        _check_choice("norm_placement", self.norm_placement, get_args(NormPlacement))
-        _check_choice("head_norm", self.head_norm, get_args(HeadNorm))
+        check_choice("norm", self.norm, get_args(NormKind))
+        check_choice("norm_placement", self.norm_placement, get_args(NormPlacement))
+        check_choice("head_norm", self.head_norm, get_args(HeadNorm))
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
         for name in ("attention_softcap", "logit_softcap", "qkv_clip", "embedding_width"):

@@ -30,18 +30,18 @@ class FeedForward(nnx.Module):
     """y = Wd^T z + b with z = act(Wg x) * (Wu x), or z = act(Wu x + b) if not gated.
 
     All matrices are neuron-major: a row belongs to a neuron, so that keeping a neuron keeps a row of
-    each. Those of x are one, `inner`: (2, F, D), gate and up, or (1, F, D) if not gated; one product reads
+    each. Those of x are one, `gate_up`: (2, F, D), gate and up, or (1, F, D) if not gated; one product reads
     weights faster than two do. `down` is (F, D). After pruning there are K rows for F; where each sequence
-    of a batch keeps neurons of its own, `inner` is (A, B, K, D) and `down` (B, K, D).
+    of a batch keeps neurons of its own, `gate_up` is (A, B, K, D) and `down` (B, K, D).
 
     The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place`.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
         a, f, d = 2 if config.gated else 1, config.ff_width, config.width
-        self.inner = matrix(rngs, (a, f, d), fan_in=d, dtype=dtype)
+        self.gate_up = matrix(rngs, (a, f, d), fan_in=d, dtype=dtype)
         self.down = matrix(rngs, (f, d), fan_in=f, dtype=dtype)
-        self.inner_bias = bias_vector((a, f), dtype) if config.ff_bias else None
+        self.gate_up_bias = bias_vector((a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
         self.activation: Activation = config.activation
         self.rest: FeedForward | None = nnx.data(None)
@@ -62,10 +62,10 @@ class FeedForward(nnx.Module):
         return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
 
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-        weight = self.inner[...]
+        weight = self.gate_up[...]
         y = jnp.einsum("btd,abfd->btaf", x, weight) if self.per_sequence else linear(x, weight)
-        if self.inner_bias is not None:
-            bias = self.inner_bias[...]
+        if self.gate_up_bias is not None:
+            bias = self.gate_up_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
         z = ACTIVATIONS[self.activation](y[:, :, 0])
         return z * y[:, :, 1] if y.shape[2] == 2 else z
@@ -83,5 +83,5 @@ class FeedForward(nnx.Module):
         return self.project(self.intermediate(x))
 
 
-NEURON_AXES = {"inner": 1, "down": 0, "inner_bias": 1}
+NEURON_AXES = {"gate_up": 1, "down": 0, "gate_up_bias": 1}
 """The parameters of a feed-forward layer that have a row for each neuron, and the axis that counts neurons."""

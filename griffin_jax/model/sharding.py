@@ -37,14 +37,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H); (H,) if all heads share it
     ("attention.key_norm.scale", (HEADS, None, None)),  # (G, 1, H); (H,) likewise
     ("attention.out", (HEADS, None, None)),  # (N, H, D)
-    ("ff.inner", (None, NEURONS, None)),  # (A, F, D)
-    ("ff.inner_bias", (None, NEURONS)),  # (A, F)
+    ("ff.gate_up", (None, NEURONS, None)),  # (A, F, D)
+    ("ff.gate_up_bias", (None, NEURONS)),  # (A, F)
     ("ff.down", (NEURONS, None)),  # (F, D)
     # Kept by each sequence for itself.
-    ("ff.inner", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
-    ("ff.inner_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
+    ("ff.gate_up", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
+    ("ff.gate_up_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
     ("ff.down", (SEQUENCES, NEURONS, None)),  # (B, K, D)
-    # What checkpoints have for `qkv` and `inner`.
+    # What checkpoints have for `qkv` and `gate_up`.
     ("attention.query", (HEADS, None, None)),  # (N, H, D)
     ("attention.key", (HEADS, None, None)),  # (G, H, D)
     ("attention.value", (HEADS, None, None)),  # (G, H, D)
@@ -89,7 +89,7 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
     if uneven := sorted({k for k in kept if k % devices}):
         raise ValueError(
             f"{devices} devices cannot share {uneven[0]} kept neurons evenly: round them up to a multiple of {devices}"
-            f" (--multiple {devices}; for whole tiles on each GPU --multiple {GPU_TILE * devices})"
+            f" (--round-to {devices}; for whole tiles on each GPU --round-to {GPU_TILE * devices})"
         )
 
 

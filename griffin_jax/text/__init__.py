@@ -1,0 +1,1 @@
+"""Text to tokens and back, also while an answer is being written."""

@@ -23,6 +23,26 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
     warnings.warn(message, GriffinDeprecationWarning, stacklevel=stacklevel)
 
 
+def renamed_attribute(new: str) -> Any:
+    """A property that gives an attribute by its old name, with a warning. To be assigned to that name in a class.
+
+    Args:
+        new: what the attribute is called now.
+    """
+
+    class Renamed:
+        def __set_name__(self, owner: type, name: str) -> None:
+            self.name = f"{owner.__name__}.{name}"
+
+        def __get__(self, instance: object, owner: type | None = None) -> Any:
+            if instance is None:
+                raise AttributeError(self.name)
+            warn_renamed(self.name, new)
+            return getattr(instance, new)
+
+    return Renamed()
+
+
 def renamed_arguments(**renamed: str) -> Callable[[Function], Function]:
     """Lets a function take keyword arguments by their old names, too, with a warning.
 

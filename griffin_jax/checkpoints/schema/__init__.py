@@ -1,0 +1,1 @@
+"""What a family of models says about its files: attributes, tensors and their layouts."""

@@ -23,7 +23,7 @@ def live_bytes() -> int:
 
 
 def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
-    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", one_copy=True)
+    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
     for density in (0.5, 0.25, [0.5] * 4 + [1.0] * 4, 1.0, 0.5):
         prompt = rng.integers(3, 101, 30).tolist()
         options = {"density": density, "max_new_tokens": 12, "ignore_eos": True}
@@ -36,7 +36,7 @@ def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
 
 
 def test_a_batch_shares_its_experts(folder, rng):
-    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", one_copy=True)
+    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
     prompts = [rng.integers(3, 101, n).tolist() for n in (9, 30)]
     options = {"shared": True, "max_new_tokens": 12, "ignore_eos": True}
     assert single.generate(prompts, **options).tokens == usual.generate(prompts, **options).tokens
@@ -49,7 +49,7 @@ def test_a_batch_shares_its_experts(folder, rng):
 
 def test_pruning_takes_no_memory_beside_the_model(folder, rng):
     before = live_bytes()
-    llm = gj.load(folder, "float32", one_copy=True)
+    llm = gj.load(folder, "float32", in_place=True)
     weights = live_bytes() - before
     for _ in range(2):
         llm.generate([rng.integers(3, 101, 30).tolist()], max_new_tokens=12)
@@ -63,22 +63,22 @@ def test_pruning_takes_no_memory_beside_the_model(folder, rng):
 
 def test_rows_keep_their_values_however_often_they_move(folder, rng):
     full = gj.load(folder, "float32").model
-    single = gj.OneCopy(gj.load(folder, "float32").model)
+    single = gj.InPlace(gj.load(folder, "float32").model)
     for k in (20, 48, 1, 20):
-        experts = gj.Experts.from_indices([rng.permutation(48)[:k] for _ in full.layers], full.neurons)
+        experts = gj.ExpertNeurons.from_indices([rng.permutation(48)[:k] for _ in full.layers], full.neurons)
         mine, usual = single.prune(experts), gj.prune(full, experts)
         assert mine.neurons == usual.neurons
         assert single.model.neurons == full.neurons
         for left, right in zip(mine.layers, usual.layers, strict=True):
-            np.testing.assert_array_equal(left.ff.inner[...], right.ff.inner[...])
+            np.testing.assert_array_equal(left.ff.gate_up[...], right.ff.gate_up[...])
             np.testing.assert_array_equal(left.ff.down[...], right.ff.down[...])
-            np.testing.assert_array_equal(left.ff.inner_bias[...], right.ff.inner_bias[...])
+            np.testing.assert_array_equal(left.ff.gate_up_bias[...], right.ff.gate_up_bias[...])
             assert left.ff.down_bias is not None
 
 
 def test_what_cannot_be_done_with_one_copy(folder):
-    llm = gj.load(folder, "float32", one_copy=True)
-    with pytest.raises(ValueError, match="load it without one_copy"):
+    llm = gj.load(folder, "float32", in_place=True)
+    with pytest.raises(ValueError, match="load it without in_place"):
         llm.logits([[5, 6, 7]], prompt_length=2)
     with pytest.raises(ValueError, match="magnitude"):
         llm.generate([[5, 6, 7]], method="magnitude")

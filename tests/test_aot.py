@@ -62,7 +62,7 @@ def odd(cuda, tmp_path_factory):
 @pytest.fixture(scope="module")
 def beyond(cuda):
     """The same layer with every step beyond GRIFFIN."""
-    options = {"quality": "best", "refresh_every": 16, "lossless": 4}
+    options = {"quality": "best", "refresh_every": 16, "speculative": 4}
     return compile_for("h100", LLAMA, density=0.5, prompt=300, new=28, **options)
 
 
@@ -74,9 +74,9 @@ def alike(cuda):
 
 class TestBeyond:
     def test_every_step_compiles(self, beyond):
-        assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "lossless"]
+        assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "speculative"]
         assert all(beyond.pruned.memory.values())
-        assert "all memory, lossless" in table("all", beyond)
+        assert "all memory, speculative" in table("all", beyond)
 
     def test_decoding_is_the_same_program(self, beyond, alike):
         for compiled, plain in ((beyond.dense, alike.dense), (beyond.pruned, alike.pruned)):
@@ -109,7 +109,7 @@ class TestPrograms:
         assert report.dense.ff_copies_per_step == ()
         assert report.pruned.kept == (4147,)
         assert {"fusion of pad", "fusion of concatenate"} >= set(report.pruned.ff_copies_per_step) != set()
-        assert "--multiple 64 avoids that" in table("odd", report)
+        assert "--round-to 64 avoids that" in table("odd", report)
 
     def test_whole_tiles_are_not(self, report):
         assert report.pruned.kept[0] % compilation.GPU_TILE == 0
@@ -129,7 +129,7 @@ def divided(cuda, tmp_path_factory):
     """Three layers of Llama-3-70B on eight H100s with the best experts of all, and the HLO of every program."""
     folder = tmp_path_factory.mktemp("divided")
     config = named("Llama-3-70B", layers=3)
-    return compile_for("h100", config, devices=8, shards=1, prompt=250, new=24, hlo=folder), folder
+    return compile_for("h100", config, devices=8, groups=1, prompt=250, new=24, hlo=folder), folder
 
 
 class TestDevices:
@@ -174,7 +174,7 @@ class TestDevices:
         rows = 3 * 3 * 14336 * 8192 * 2
         assert report.pruned.communicated_in_prune == rows
 
-    def test_shards_move_no_rows(self, cuda):
+    def test_groups_move_no_rows(self, cuda):
         config = named("Llama-3-70B", layers=1)
         report = compile_for("h100", config, devices=8, prompt=16, new=16, batch=2)
         assert report.pruned.collectives_in_prune == {}
@@ -183,7 +183,7 @@ class TestDevices:
             assert compiled.collectives_in_layers == {"all-reduce": 2}
             assert compiled.ff_copies_per_step == ()
         shown = table("Llama", report)
-        assert ", experts of 8 shards" in shown.splitlines()[1]
+        assert ", experts of 8 groups" in shown.splitlines()[1]
         assert "communicated, prune                         -         0.00 MB" in shown
 
     def test_table(self, divided):
@@ -351,8 +351,8 @@ class TestOutcomes:
     def test_tiles_of_each_device(self, found):
         found["pruned"] = found["pruned"] | {"ff_copies_per_step": ["fusion of pad"]}
         assert "of a device are no multiple of 64" in table("Llama", compile_for("h100", LLAMA, devices=8))
-        assert "--multiple 512 avoids" in table("Llama", compile_for("h100", LLAMA, devices=8))
-        assert "avoids" not in table("Llama", compile_for("h100", LLAMA, devices=8, multiple=512))
+        assert "--round-to 512 avoids" in table("Llama", compile_for("h100", LLAMA, devices=8))
+        assert "avoids" not in table("Llama", compile_for("h100", LLAMA, devices=8, round_to=512))
 
     def test_what_does_not_fit(self, found):
         del found["prune"], found["pruned"]
@@ -382,7 +382,7 @@ class TestRefusals:
         ("name", "options", "message"),
         [
             ("h1000", {}, "no target 'h1000'; there are h100, h200, a100, l40, rtx4090, tpu-v5e, tpu-v6e"),
-            ("h100", {"shards": 5}, "5 shards cannot have equally many of 13824 neurons"),
+            ("h100", {"groups": 5}, "5 groups cannot have equally many of 13824 neurons"),
             ("h100", {"batch": 0}, "batch must be a whole number of at least 1, got 0"),
             ("h100", {"prompt": 1.5}, "prompt must be"),
             ("h100", {"new": True}, "new must be"),
@@ -391,11 +391,11 @@ class TestRefusals:
             ("h100", {"density": (0.5, 0.5)}, "2 densities for 1 layers"),
             ("h100", {"dtype": "int8"}, "dtype is 'int8'"),
             ("h100", {"quality": "good"}, "quality must be one of griffin, best, got 'good'"),
-            ("h100", {"lossless": 0}, "lossless must be a whole number of at least 1, got 0"),
+            ("h100", {"speculative": 0}, "speculative must be a whole number of at least 1, got 0"),
             ("h100", {"refresh_every": 128}, "an answer of 128 tokens ends before"),
             ("h100", {"devices": 0}, "devices must be a whole number of at least 1, got 0"),
             ("h100", {"devices": 5}, "5 devices cannot share the 13824 neurons"),
-            ("h100", {"devices": 8, "density": 0.3}, r"8 devices cannot share 4147 kept neurons .*--multiple 8;"),
+            ("h100", {"devices": 8, "density": 0.3}, r"8 devices cannot share 4147 kept neurons .*--round-to 8;"),
             ("tpu-v5e", {"devices": 2}, "TPU v5e works in slices of 1, 4, 8, 16 or 32 devices, not 2"),
         ],
     )

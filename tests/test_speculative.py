@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> gj.Transformer:
 class TestGreedy:
     @pytest.mark.parametrize(("drafts", "density"), [(1, 0.5), (2, 0.9), (5, 0.25), (True, 0.7)])
     def test_tokens_are_the_dense_models(self, tiny, drafts, density):
-        out = generate(tiny.llm, density=density, lossless=drafts)
+        out = generate(tiny.llm, density=density, speculative=drafts)
         assert out.tokens == generate(tiny.llm, density=1.0).tokens
         assert out.tokens != generate(tiny.llm, density=density).tokens
         passes, drafted, accepted = (np.asarray(x) for x in jax.tree.leaves(out.drafting))
@@ -55,13 +55,13 @@ class TestGreedy:
         llm = gj.LLM(jax.tree.map(lambda x: x, tiny.llm.model))
         for eos in sorted(ends)[:2]:
             llm.model.config = gj.ModelConfig.from_json(tiny.llm.config.to_json() | {"eos_token_ids": (eos,)})
-            out = llm.generate(PROMPTS, max_new_tokens=NEW, density=0.8, lossless=3)
+            out = llm.generate(PROMPTS, max_new_tokens=NEW, density=0.8, speculative=3)
             dense = llm.generate(PROMPTS, max_new_tokens=NEW, density=1.0)
             assert (out.tokens, out.finished) == (dense.tokens, dense.finished)
             assert "eos" in out.finished
 
     def test_drafts_of_the_full_model_are_all_accepted(self, tiny, everything):
-        out = generate(tiny.llm, experts=everything, lossless=4)
+        out = generate(tiny.llm, experts=everything, speculative=4)
         assert out.tokens == generate(tiny.llm, density=1.0).tokens
         # 19 tokens behind the first, 5 in each pass; the last pass writes one that is not asked for.
         assert out.drafting.passes == 4
@@ -70,15 +70,17 @@ class TestGreedy:
     def test_cache_is_that_of_the_dense_model(self, tiny):
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
-        prefilled = jitted.prefill(model, tokens, lengths, room=16)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.8)))
-        state, drafting = jitted_extensions.decode_lossless(model, pruned, jitted.begin(prefilled), 9, drafts=3)
+        state, drafting = jitted_extensions.decode_speculative(
+            model, pruned, jitted.init_decode(prefilled), 9, drafts=3
+        )
         count = int(state.count)
         assert 9 <= count <= 12
         assert drafting.passes > 1
         assert int(state.cache.cursor) == 40 + count - 1
         whole = [prompt + row[: count - 1] for prompt, row in zip(PROMPTS, state.tokens.tolist(), strict=True)]
-        expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 64)), room=0).cache
+        expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 64)), max_new_tokens=0).cache
         for row, tokens in enumerate(whole):
             (used,) = np.nonzero(np.asarray(state.cache.positions[row]) != gj.EMPTY)
             np.testing.assert_array_equal(state.cache.positions[row][used], np.arange(len(tokens)))
@@ -89,8 +91,8 @@ class TestGreedy:
 
     def test_without_room_it_ends_early(self, tiny):
         model = tiny.llm.model
-        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad(PROMPTS, 40)), room=12)
-        state, _ = jitted_extensions.decode_lossless(model, model, jitted.begin(prefilled), 12, drafts=3)
+        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad(PROMPTS, 40)), max_new_tokens=12)
+        state, _ = jitted_extensions.decode_speculative(model, model, jitted.init_decode(prefilled), 12, drafts=3)
         assert 9 <= int(state.count) <= 12
         dense = generate(tiny.llm, density=1.0).tokens
         assert state.tokens[:, : int(state.count)].tolist() == [row[: int(state.count)] for row in dense]
@@ -115,14 +117,16 @@ class TestDistribution:
 
     def fits(self, model: gj.Transformer, sampler: gj.Sample, drafts: int) -> tuple[list[float], float]:
         """For each row the p-value of a chi-square test of its answers; and how many drafts are accepted."""
-        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad(self.PROMPTS, 4)), room=self.LENGTH + drafts)
+        prefilled = jitted.prefill(
+            model, *map(jnp.asarray, gj.pad(self.PROMPTS, 4)), max_new_tokens=self.LENGTH + drafts
+        )
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
 
         @jax.jit
         @jax.vmap
         def draw(seed: jax.Array) -> tuple[jax.Array, ...]:
-            state = gj.begin(prefilled, sampler=sampler, seed=seed)
-            state, drafting = gj.decode_lossless(model, pruned, state, self.LENGTH, drafts=drafts, sampler=sampler)
+            state = gj.init_decode(prefilled, sampler=sampler, seed=seed)
+            state, drafting = gj.decode_speculative(model, pruned, state, self.LENGTH, drafts=drafts, sampler=sampler)
             return state.tokens[:, : self.LENGTH], drafting.accepted, drafting.drafted
 
         drawn, accepted, drafted = draw(jnp.arange(self.DRAWS))
@@ -174,18 +178,18 @@ class TestDistribution:
 class TestGenerate:
     def test_seed_repeats_the_answer(self, tiny):
         first, again, other = (
-            generate(tiny.llm, temperature=1.0, top_k=40, lossless=3, density=0.8, seed=seed).tokens
+            generate(tiny.llm, temperature=1.0, top_k=40, speculative=3, density=0.8, seed=seed).tokens
             for seed in (1, 1, 2)
         )
         assert first == again != other
 
     def test_equal_prompts_in_a_batch_differ(self, tiny):
-        rows = generate(tiny.llm, [PROMPTS[1]] * 4, temperature=1.0, lossless=2).tokens
+        rows = generate(tiny.llm, [PROMPTS[1]] * 4, temperature=1.0, speculative=2).tokens
         assert len({tuple(row) for row in rows}) == 4
 
     @pytest.mark.parametrize("temperature", [0.0, 0.7])
     def test_streamed_text_is_the_text(self, worded, temperature):
-        options = {"lossless": 3, "density": 0.8, "temperature": temperature}
+        options = {"speculative": 3, "density": 0.8, "temperature": temperature}
         expected = generate(worded.llm, PASSAGES[:2], **options)
         streamed = worded.llm.stream(PASSAGES[:2], max_new_tokens=NEW, ignore_eos=True, **options)
         assert ["".join(row) for row in zip(*streamed, strict=True)] == expected.texts
@@ -197,37 +201,37 @@ class TestGenerate:
 
     @pytest.mark.parametrize("options", [{"reconstruct": 8, "shared": True}, {"method": "random"}])
     def test_whatever_drafts(self, tiny, options):
-        assert generate(tiny.llm, lossless=2, **options).tokens == generate(tiny.llm, density=1.0).tokens
+        assert generate(tiny.llm, speculative=2, **options).tokens == generate(tiny.llm, density=1.0).tokens
 
     def test_one_copy_drafts_with_a_part_of_itself(self, tiny):
-        llm = gj.load(tiny.folder, "float32", one_copy=True)
+        llm = gj.load(tiny.folder, "float32", in_place=True)
         for prompts in (PROMPTS, PROMPTS[:2]):
-            out = generate(llm, prompts, lossless=3, shared=True, density=0.8)
+            out = generate(llm, prompts, speculative=3, shared=True, density=0.8)
             assert out.tokens == generate(tiny.llm, prompts, density=1.0).tokens
             assert out.drafting.accepted.sum() > 0
 
     def test_the_dense_model_needs_no_drafts(self, tiny):
-        out = generate(tiny.llm, density=1.0, lossless=True)
+        out = generate(tiny.llm, density=1.0, speculative=True)
         assert out.drafting is None
 
     def test_the_second_answer_compiles_nothing(self, tiny, compiled):
         llm = gj.LLM(tiny.llm.model)
         for _ in range(2):  # The second answer is the first one that is pruned into memory of another.
-            generate(llm, PROMPTS[2:], lossless=3)
+            generate(llm, PROMPTS[2:], speculative=3)
         del compiled[:]
-        generate(llm, [list(range(50, 90))], lossless=3)
+        generate(llm, [list(range(50, 90))], speculative=3)
         assert not compiled
 
     def test_the_cache_is_written_in_place(self, tiny):
         model = tiny.llm.model
-        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad([[5, 6, 7]], 16)), room=24)
+        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad([[5, 6, 7]], 16)), max_new_tokens=24)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
-        state = jitted.begin(prefilled)
+        state = jitted.init_decode(prefilled)
         jaxtyping.config.update(
             "jaxtyping_disable", True
         )  # lowering puts leaves that are no arrays into the dataclasses
         try:
-            text = jitted_extensions.decode_lossless.lower(model, pruned, state, 20, drafts=2).compile().as_text()
+            text = jitted_extensions.decode_speculative.lower(model, pruned, state, 20, drafts=2).compile().as_text()
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
         cache = r"f32\[(1,2,8,40|1,2,40,8)\]"
@@ -237,9 +241,9 @@ class TestGenerate:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"lossless": -1}, "lossless must be True, False or a whole number of drafts"),
-            ({"lossless": 1.5}, "lossless must be True, False or a whole number of drafts"),
-            ({"lossless": True, "refresh_every": 4}, "lossless answers need no refresh"),
+            ({"speculative": -1}, "speculative must be True, False or a whole number of drafts"),
+            ({"speculative": 1.5}, "speculative must be True, False or a whole number of drafts"),
+            ({"speculative": True, "refresh_every": 4}, "speculative decoding needs no refresh"),
         ],
     )
     def test_refused(self, tiny, options, message):
@@ -249,12 +253,12 @@ class TestGenerate:
     def test_command(self, worded, capsys):
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
         expected = worded.llm.generate(PASSAGES[0], max_new_tokens=12, density=1.0)
-        for flags, drafts in ((["--lossless"], 4), (["--lossless", "2"], 2)):
+        for flags, drafts in ((["--speculative"], 4), (["--speculative", "2"], 2)):
             assert main([*arguments, *flags, "--density", "0.8", "--json"]) == 0
             found = json.loads(capsys.readouterr().out)
             assert found["tokens"] == expected.tokens[0]
             assert found["drafting"]["drafted"] == drafts * found["drafting"]["passes"]
-        assert main([*arguments, "--lossless"]) == 0
+        assert main([*arguments, "--speculative"]) == 0
         assert "drafts accepted in" in capsys.readouterr().err
-        assert main([*arguments, "--lossless", "--refresh-every", "3"]) == 2
+        assert main([*arguments, "--speculative", "--refresh-every", "3"]) == 2
         assert "need no refresh" in capsys.readouterr().err

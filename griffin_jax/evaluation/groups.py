@@ -1,6 +1,6 @@
-"""What it costs to let each of several shards keep its own best neurons, instead of the best of all.
+"""What it costs to let each of several groups keep its own best neurons, instead of the best of all.
 
-The rule is that of `GriffinConfig.shards`, which needs no devices: every text's continuation is scored by the model
+The rule is that of `GriffinConfig.groups`, which needs no devices: every text's continuation is scored by the model
 with either set of experts, and the sets are compared.
 """
 
@@ -15,14 +15,14 @@ from jaxtyping import Array, Float
 
 from griffin_jax.evaluation.batches import Batch, Item, evaluate
 from griffin_jax.evaluation.forced import score_models
-from griffin_jax.evaluation.grid import DENSE, Row
+from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import FORCED, Figures, Metric, as_json, forced_figures
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.griffin.neurons import Experts
+from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
@@ -32,30 +32,30 @@ from griffin_jax.parallel.mesh import to_host
 METRICS = (Metric("overlap", "overlap", 3), *FORCED)
 """Of tables. `overlap` is the share of a text's experts that are among the best of all, a mean over layers."""
 
-Rules = Mapping[Row, GriffinConfig]
+Rules = Mapping[Variant, GriffinConfig]
 
 
-def rules(densities: Sequence[float], shards: Sequence[int], widths: Sequence[int]) -> Rules:
-    """For every density the best of all neurons, and of each number of shards.
+def rules(densities: Sequence[float], groups: Sequence[int], widths: Sequence[int]) -> Rules:
+    """For every density the best of all neurons, and of each number of groups.
 
     Args:
         densities: shares of neurons kept.
-        shards: numbers of shards.
+        groups: numbers of groups.
         widths: neurons of each layer.
 
     Raises:
-        ValueError: a value is outside its range, or shards cannot have or keep equally many neurons.
+        ValueError: a value is outside its range, or groups cannot have or keep equally many neurons.
     """
     found = {}
     for density in densities:
-        for number in dict.fromkeys([1, *shards]):
-            config = GriffinConfig(density, shards=number)
+        for number in dict.fromkeys([1, *groups]):
+            config = GriffinConfig(density, groups=number)
             config.kept(widths)
-            found[Row("topk" if number == 1 else f"topk, {number} shards", density)] = config
+            found[Variant("topk" if number == 1 else f"topk, {number} groups", density)] = config
     return found
 
 
-def compare_shards(
+def compare_groups(
     llm: LLM, items: Sequence[Item], rules: Rules, journal: Journal, *, new: int, size: int, seed: int
 ) -> dict[str, Any]:
     """Scores of what follows every prompt, and how many experts are among the best of all.
@@ -70,35 +70,35 @@ def compare_shards(
         seed: of the batches; nothing is drawn.
 
     Returns:
-        For each text what `score_answers` has with one length, of every rule's row, with `overlap` there.
+        For each text what `score_answers` has with one length, of every rule's variant, with `overlap` there.
     """
     model = llm.model
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         prefilled = batch.prefill(model, bucket(new))
-        chosen = {row: jitted.select(prefilled.statistics, config) for row, config in rules.items()}
-        best = {row.density: chosen[row] for row, config in rules.items() if config.shards == 1}
+        chosen = {variant: jitted.select(prefilled.statistics, config) for variant, config in rules.items()}
+        best = {variant.density: chosen[variant] for variant, config in rules.items() if config.groups == 1}
 
-        def every(answers: Statistics) -> Iterator[tuple[Row, Transformer]]:
+        def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
             del answers
-            yield Row(DENSE, 1.0), model
+            yield Variant(DENSE, 1.0), model
             spare = None
-            for row, experts in chosen.items():
+            for variant, experts in chosen.items():
                 spare = prune(model, experts, reuse=spare)
-                yield row, spare
+                yield variant, spare
 
         scores = score_models(model, every, prefilled, batch.answers, batch.answer_lengths, [new])
-        for row, experts in chosen.items():
-            found = to_host(_overlap(experts, best[row.density]))
+        for variant, experts in chosen.items():
+            found = to_host(_overlap(experts, best[variant.density]))
             for text, share in zip(scores, found, strict=True):
-                text[row.name]["overlap"] = float(share)
+                text[variant.name]["overlap"] = float(share)
         return scores[: len(batch.items)]
 
     return evaluate(items, score, journal, size=size, seed=seed)
 
 
 @jax.jit
-def _overlap(experts: Experts, best: Experts) -> Float[Array, "b"]:
+def _overlap(experts: ExpertNeurons, best: ExpertNeurons) -> Float[Array, "b"]:
     """The share of experts that are among the best, a mean over layers."""
     shares = [
         jnp.sum(own & other, axis=-1) / kept
@@ -111,8 +111,8 @@ def figures(scores: Mapping[str, Any], rules: Rules, seed: int) -> Figures:
     """One entry for each rule."""
     texts = list(scores.values())
     return [
-        {"method": row.method, "density": row.density, "shards": config.shards}
-        | {"overlap": as_json(mean([text[row.name]["overlap"] for text in texts], seed))}
-        | forced_figures(texts, row, 0, seed)
-        for row, config in rules.items()
+        {"method": variant.method, "density": variant.density, "groups": config.groups}
+        | {"overlap": as_json(mean([text[variant.name]["overlap"] for text in texts], seed))}
+        | forced_figures(texts, variant, 0, seed)
+        for variant, config in rules.items()
     ]
