@@ -35,16 +35,15 @@ from tqdm import tqdm
 from griffin_jax import __version__
 from griffin_jax.bench import report
 from griffin_jax.checkpoints import loading
-from griffin_jax.extensions.config import Quality
+from griffin_jax.extensions.config import Extensions, Quality
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import Prior
-from griffin_jax.extensions.reconstruction import DEFAULT_ROWS, Reconstruction, rows_of_each
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, pad
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
@@ -151,11 +150,13 @@ class Plan:
     repeats: int
     peers: bool
 
-    def griffin(self, variant: Variant) -> GriffinConfig:
+    def pruner(self, variant: Variant) -> Pruner:
         """How a row prunes."""
         shared, groups = variant.shared or self.in_place, axis_size(self.mesh, MODEL_AXIS)
         config = GriffinConfig(variant.density, shared=shared, round_to=self.round_to, groups=groups)
-        return self.prior.budgeted(config) if self.prior is not None and variant.quality == "best" else config
+        if self.prior is None or variant.quality != "best":
+            return Pruner.of(config)
+        return Pruner.of(config, Extensions.best(self.prior))
 
     def variants(self, case: Case) -> list[Variant]:
         """Those of a case; the dense one is the first."""
@@ -168,7 +169,7 @@ class Plan:
 
     def rows(self, case: Case, variant: Variant) -> int:
         """Tokens of each prompt that a row refits its neurons to."""
-        return rows_of_each(DEFAULT_ROWS, case.batch, variant.shared) if variant.quality == "best" else 0
+        return self.pruner(variant).rows_of_each(case.batch)
 
     def sizes(self, case: Case, shared: bool) -> Sizes:
         """Bytes of a row's parts on each device."""
@@ -180,7 +181,7 @@ class Plan:
         """Neurons of every layer; None for the dense model."""
         if variant.density == 1:
             return None
-        return self.griffin(variant).kept([self.config.ff_width] * self.config.num_layers)
+        return self.pruner(variant).config.kept([self.config.ff_width] * self.config.num_layers)
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:
@@ -259,7 +260,7 @@ def measure(
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
-    subject = _Subject(model, plan.griffin(Variant(plan.densities[-1])) if plan.in_place else None)
+    subject = _Subject(model, plan.pruner(Variant(plan.densities[-1])).config if plan.in_place else None)
     groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
@@ -358,22 +359,20 @@ class _Subject:
         """The full one."""
         return self._model if self._in_place is None else self._in_place.model
 
-    def prune(self, prefilled: Prefilled, config: GriffinConfig, prior: Prior | None, watch: Stopwatch) -> Transformer:
-        """The pruned model; with a prior, of the best quality."""
-        statistics = prefilled.statistics
+    def prune(self, prefilled: Prefilled, pruner: Pruner, watch: Stopwatch) -> Transformer:
+        """The pruned model."""
+        statistics, rows = prefilled.statistics, prefilled.rows
         with watch.phase("select"):
             if self._in_place is not None:
                 statistics = self._in_place.in_order(statistics)
-            fusion = {} if prior is None else {"prior": prior}
-            experts = jax.block_until_ready(jitted.select(statistics, config, **fusion))
+            experts = jax.block_until_ready(pruner.select(self.model, statistics))
         if self._in_place is not None:
             with watch.phase("prune"):
                 return jax.block_until_ready(self._in_place.prune(experts))
-        fitted = None if prior is None else Reconstruction(prefilled.rows, calibration=prior.rows)
         with watch.phase("first_prune"):
-            first = jax.block_until_ready(prune(self._model, experts, refit=fitted))
+            first = jax.block_until_ready(pruner.prune(self._model, experts, rows))
         with watch.phase("prune"):
-            return jax.block_until_ready(prune(self._model, experts, reuse=first, refit=fitted))
+            return jax.block_until_ready(pruner.prune(self._model, experts, rows, reuse=first))
 
 
 def _measure_case(
@@ -456,8 +455,7 @@ def _answer(subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Varian
     watch = Stopwatch()
     model = subject.model
     if variant.density < 1:
-        prior = plan.prior if variant.quality == "best" else None
-        model = subject.prune(prefilled, plan.griffin(variant), prior, watch)
+        model = subject.prune(prefilled, plan.pruner(variant), watch)
     # `init_decode` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
     with watch.phase("init_decode"):

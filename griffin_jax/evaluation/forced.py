@@ -53,7 +53,12 @@ def score_answers(
 
     def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
         return models(
-            model, [variant for variant in variants if REFRESH not in variant.steps], prefilled, answers, seeds, beyond
+            model,
+            [variant for variant in variants if REFRESH not in variant.steps],
+            prefilled,
+            answers,
+            seeds,
+            extensions,
         )
 
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
