@@ -1,0 +1,277 @@
+"""From config.json to ModelConfig, the guard around it, and the parity of weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import pytest
+
+from griffin_jax.checkpoints.families import REFUSED, Layout, families, family_of, gguf_family_of, table
+from griffin_jax.checkpoints.loading import load_model
+from griffin_jax.model.config import Rotary
+from griffin_jax.model.positions import rotary_frequencies
+
+
+def read(**changes):
+    return family_of("llama", "config.json").model_config(checkpoints.config(**changes), "config.json")
+
+
+def test_every_field_of_a_llama_config():
+    config = read(
+        hidden_act="relu", tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_theta=500000.0,
+        eos_token_id=[2, 3],
+    )  # fmt: skip
+    assert (config.family, config.vocab_size, config.width, config.ff_width) == ("llama", 32, 16, 24)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (2, 4, 2, 6)
+    assert (config.max_positions, config.activation, config.gated, config.norm_eps) == (64, "relu", True, 1e-5)
+    assert config.rotary == Rotary(theta=500000.0)
+    assert config.tied_head
+    assert config.attention_bias
+    assert config.attention_out_bias
+    assert config.ff_bias
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2, 3))
+
+
+def test_defaults_of_what_may_be_left_out():
+    config = read(
+        head_dim=None, num_key_value_heads=None, hidden_act=None, tie_word_embeddings=None, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert (config.head_dim, config.num_kv_heads, config.activation, config.tied_head) == (4, 4, "silu", False)
+    assert (config.bos_token_id, config.eos_token_ids) == (1, (2,))
+
+
+def test_null_tokens_are_none():
+    values = checkpoints.config() | {"bos_token_id": None, "eos_token_id": None}
+    config = family_of("llama", "config.json").model_config(values, "config.json")
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
+# ---- rotary embedding ----
+
+SCALINGS = [
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 16, "beta_slow": 2,
+     "truncate": False, "attention_factor": 0.5},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.5},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
+def test_rotary_scaling_is_that_of_transformers(scaling):
+    pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    values = checkpoints.config(head_dim=32, rope_theta=5000.0, rope_scaling=scaling)
+    rotary = read(head_dim=32, rope_theta=5000.0, rope_scaling=scaling).rotary
+    reference = LlamaRotaryEmbedding(LlamaConfig(**values))
+    np.testing.assert_allclose(rotary_frequencies(rotary, 32), reference.inv_freq.numpy(), rtol=1e-6)
+    assert math.isclose(rotary.attention_factor, reference.attention_scaling)
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, *SCALINGS], ids=lambda scaling: scaling["rope_type"])
+def test_both_spellings_of_rotary_parameters_agree(scaling):
+    old = read(rope_theta=5000.0, rope_scaling=scaling)
+    assert read(rope_parameters={"rope_theta": 5000.0, **scaling}) == old
+    renamed = {"type" if name == "rope_type" else name: value for name, value in scaling.items()}
+    assert read(rope_theta=5000.0, rope_scaling=renamed) == old
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2.0}}, "mrope"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "missing short_factor, long_factor"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+            "must be 3, one for each pair, got 1",
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, "missing factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 3.0}}, "mscale=3.0"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "missing low_freq_factor, high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "turns whole heads only"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be dict"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1.0}},
+            "contradict",
+        ),
+        ({"rope_theta": 0}, "theta"),
+    ],
+)
+def test_rotary_parameters_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(**changes)
+
+
+# ---- the guard ----
+
+
+def test_unknown_attributes_are_listed_together():
+    with pytest.raises(ValueError, match=r"config\.json: .*clip_qkv=8, sliding_window=512") as error:
+        read(sliding_window=512, clip_qkv=8, use_cache=True)
+    assert "use_cache" not in str(error.value)
+
+
+def test_attributes_without_influence_are_accepted():
+    plain = read()
+    assert plain == read(
+        torch_dtype="float16", dtype="bfloat16", use_cache=False, transformers_version="4.40.1",
+        architectures=["LlamaForCausalLM"], initializer_range=0.04, attention_dropout=0.1, pretraining_tp=2,
+        pad_token_id=0, _name_or_path="x", is_llama_config=True, rope_interleaved=False, temperature=0.6,
+        output_hidden_states=True, pruned_heads={}, is_encoder_decoder=False,
+    )  # fmt: skip
+
+
+def test_attributes_that_are_harmless_at_one_value_only():
+    with pytest.raises(ValueError, match="rope_interleaved=True"):
+        read(rope_interleaved=True)
+    with pytest.raises(ValueError, match="pruned_heads"):
+        read(pruned_heads={"0": [1]})
+
+
+def test_the_default_of_transformers_is_accepted(monkeypatch):
+    from griffin_jax.checkpoints.schema import family
+
+    monkeypatch.setattr(family, "_transformers_defaults", lambda model_type: {"novelty": 3})
+    assert read(novelty=3) == read()
+    with pytest.raises(ValueError, match="novelty=4"):
+        read(novelty=4)
+
+
+def test_defaults_come_from_the_class_of_the_model_type():
+    from griffin_jax.checkpoints.schema.family import _transformers_defaults
+
+    assert _transformers_defaults("llama")["mlp_bias"] is False
+    assert _transformers_defaults("no such type") == {}
+
+
+def test_quantised_checkpoints_are_refused():
+    with pytest.raises(ValueError, match=r"quantised checkpoints are not supported.*awq"):
+        read(quantization_config={"quant_method": "awq"})
+
+
+def test_missing_attributes_are_listed_together():
+    with pytest.raises(ValueError, match=r"config\.json: missing hidden_size, rms_norm_eps"):
+        read(hidden_size=None, rms_norm_eps=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": "16"}, "hidden_size must be int, got '16'"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be int"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be int"),
+        ({"num_hidden_layers": 0}, r"config\.json: num_layers must be a whole number"),
+        ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 16 is not a multiple"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_kv_heads 3"),
+        ({"hidden_act": "tanh"}, "hidden_act is 'tanh'; supported are silu"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be bool"),
+        ({"eos_token_id": ["x"]}, "eos_token_id must be whole numbers"),
+        ({"eos_token_id": 32}, "special token 32 is outside the vocabulary"),
+        ({"rms_norm_eps": float("nan")}, "norm_eps must be positive"),
+    ],
+)
+def test_attributes_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read(**changes)
+
+
+def test_unknown_families_name_the_known_ones():
+    with pytest.raises(ValueError, match=r"x: model_type 'novelty' is not supported; supported are .*llama"):
+        family_of("novelty", "x")
+    with pytest.raises(ValueError, match="model_type None"):
+        family_of(None, "x")
+    assert "llama" in families()
+
+
+def test_mixtures_and_others_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match=r"x: model_type 'mixtral' is not supported: it is a mixture of experts"):
+        family_of("mixtral", "x")
+    with pytest.raises(ValueError, match=r"GGUF architecture 'qwen3moe' is not supported: it is a mixture"):
+        gguf_family_of("qwen3moe", "x")
+    with pytest.raises(ValueError, match="gemma3_text"):
+        family_of("gemma3", "x")
+    refused = [name for names in REFUSED.values() for name in names]
+    assert len(refused) == len(set(refused))
+    assert not set(refused) & families().keys()
+
+
+def test_the_table_in_the_readme_is_that_of_the_code():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    between = readme.split("<!-- families: the output of `griffin-jax families` -->")[1].split("<!-- /families -->")[0]
+    assert between.strip() == table()
+
+
+# ---- layouts ----
+
+
+def test_layouts_move_axes():
+    sizes = {"D": 5, "N": 2, "H": 4, "P": 2}
+    array = np.arange(40).reshape(5, 8)
+    out = Layout.parse("D (N H) -> N H D")
+    assert (out.shape_before(sizes), out.shape_after(sizes)) == ((5, 8), (2, 4, 5))
+    np.testing.assert_array_equal(out.apply(array, sizes), array.T.reshape(2, 4, 5))
+    assert np.shares_memory(out.apply(array, sizes), array)
+    rows = np.arange(8)
+    pairs = Layout.parse("(N P 2) -> (N 2 P)")
+    np.testing.assert_array_equal(pairs.apply(rows, sizes), [0, 2, 1, 3, 4, 6, 5, 7])
+    np.testing.assert_array_equal(Layout.parse("D").apply(np.arange(5), sizes), np.arange(5))
+
+
+def test_layouts_take_parts_of_fused_tensors():
+    sizes = {"D": 5, "N": 4, "G": 2, "R": 2, "H": 3, "C": 6}
+    fused = np.arange((4 + 2 + 2) * 3 * 5).reshape(24, 5)
+    for text, rows in (("([N]+G+G H) D -> N H D", slice(0, 12)), ("(N+[G]+G H) D -> G H D", slice(12, 18)),
+                       ("(N+G+[G] H) D -> G H D", slice(18, 24))):  # fmt: skip
+        layout = Layout.parse(text)
+        assert layout.shape_before(sizes) == (24, 5)
+        np.testing.assert_array_equal(layout.apply(fused, sizes), fused[rows].reshape(layout.shape_after(sizes)))
+    grouped = fused.reshape(2, 4, 3, 5)  # for each of two groups: two queries, one key, one value
+    queries = Layout.parse("(G [R]+1+1 H) D -> (G R) H D")
+    np.testing.assert_array_equal(queries.apply(fused, sizes), grouped[:, :2].reshape(4, 3, 5))
+    keys = Layout.parse("(G R+[1]+1 H) D -> G H D")
+    np.testing.assert_array_equal(keys.apply(fused, sizes), grouped[:, 2])
+    positions = np.arange(40).reshape(8, 5)
+    np.testing.assert_array_equal(Layout.parse("(2+[C]) D -> C D").apply(positions, sizes), positions[2:])
+    scale = np.arange(12)
+    assert Layout.parse("(N H) -> N 1 H").apply(scale, sizes).shape == (4, 1, 3)
+
+
+# ---- parity with transformers ----
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+        {"num_key_value_heads": 2, "tie_word_embeddings": True, "hidden_act": "relu"},
+        {"num_key_value_heads": 1, "head_dim": None, "rope_scaling": SCALINGS[2]},
+    ],
+    ids=["mha-biases", "gqa-tied-relu", "mqa-llama3"],
+)
+@pytest.mark.parametrize("shard_size", ["1GB", "4KB"])
+def test_logits_of_a_random_transformers_model(tmp_path: Path, changes, shard_size):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    reference = LlamaForCausalLM(LlamaConfig(**checkpoints.config(**changes))).eval()
+    with torch.no_grad():
+        for parameter in reference.parameters():  # biases and norms are not random otherwise
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    reference.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "4KB")
+    model, tokenizer = load_model(tmp_path, "float32")
+    tokens = [1, 5, 30, 7, 7, 2, 19]
+    with torch.no_grad():
+        expected = reference(torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(checkpoints.logits(model, tokens), expected, atol=1e-5, rtol=1e-5)
+    assert tokenizer is None

@@ -1,0 +1,94 @@
+"""Every neuron held once: the same experts, the same tokens, and no second copy."""
+
+from __future__ import annotations
+
+import gc
+
+import jax
+import numpy as np
+import pytest
+from reference import TinyLlama
+
+import griffin_jax as gj
+from griffin_jax.llm.request import Request
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return TinyLlama.build(tmp_path_factory.mktemp("tiny"), mlp_bias=True, num_hidden_layers=8).folder
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
+    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
+    for density in (0.5, 0.25, [0.5] * 4 + [1.0] * 4, 1.0, 0.5):
+        prompt = rng.integers(3, 101, 30).tolist()
+        options = {"density": density, "max_new_tokens": 12, "ignore_eos": True}
+        expected, got = usual.generate([prompt], **options), single.generate([prompt], **options)
+        assert got.tokens == expected.tokens
+        assert got.kept == expected.kept
+        for mine, theirs in zip(got.experts or (), expected.experts or (), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(single.experts([prompt])[3], usual.experts([prompt])[3])
+
+
+def test_a_batch_shares_its_experts(folder, rng):
+    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
+    prompts = [rng.integers(3, 101, n).tolist() for n in (9, 30)]
+    options = {"shared": True, "max_new_tokens": 12, "ignore_eos": True}
+    assert single.generate(prompts, **options).tokens == usual.generate(prompts, **options).tokens
+    with pytest.raises(ValueError, match="give shared=True for 2 prompts"):
+        single.generate(prompts)
+    experts = usual.experts(prompts)
+    with pytest.raises(ValueError, match="experts for each of 2 sequences"):
+        single.generate(prompts, experts=experts)
+
+
+def test_pruning_takes_no_memory_beside_the_model(folder, rng):
+    before = live_bytes()
+    llm = gj.load(folder, "float32", in_place=True)
+    weights = live_bytes() - before
+    for _ in range(2):
+        llm.generate([rng.integers(3, 101, 30).tolist()], max_new_tokens=12)
+        assert live_bytes() - before < 1.05 * weights
+    usual = gj.load(folder, "float32")
+    experts = usual.experts([[5, 6, 7]])
+    pruned = gj.prune(usual.model, experts)
+    assert live_bytes() - before > 2.2 * weights, "the way of counting would not see a second copy"
+    del pruned
+
+
+def test_rows_keep_their_values_however_often_they_move(folder, rng):
+    full = gj.load(folder, "float32").model
+    single = gj.InPlace(gj.load(folder, "float32").model)
+    for k in (20, 48, 1, 20):
+        experts = gj.ExpertNeurons.from_indices([rng.permutation(48)[:k] for _ in full.layers], full.neurons)
+        mine, usual = single.prune(experts), gj.prune(full, experts)
+        assert mine.neurons == usual.neurons
+        assert single.model.neurons == full.neurons
+        for left, right in zip(mine.layers, usual.layers, strict=True):
+            np.testing.assert_array_equal(left.ff.gate_up[...], right.ff.gate_up[...])
+            np.testing.assert_array_equal(left.ff.down[...], right.ff.down[...])
+            np.testing.assert_array_equal(left.ff.gate_up_bias[...], right.ff.gate_up_bias[...])
+            assert left.ff.down_bias is not None
+
+
+def test_what_cannot_be_done_with_one_copy(folder):
+    llm = gj.load(folder, "float32", in_place=True)
+    with pytest.raises(ValueError, match="load it without in_place"):
+        llm.logits([[5, 6, 7]], prompt_length=2)
+    with pytest.raises(ValueError, match="magnitude"):
+        llm.generate([[5, 6, 7]], method="magnitude")
+    llm.generate([[5, 6, 7]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="two groups"):
+        gj.prune(llm.model, llm.experts([[5, 6, 7]]))
+    first = llm._run([[5, 6, 7]], Request(), stream=True)
+    next(first)
+    with pytest.raises(RuntimeError, match="must be complete"):
+        llm.generate([[5, 6, 7]])
+    first.close()
+    assert llm.generate([[5, 6, 7]], max_new_tokens=2).tokens[0]

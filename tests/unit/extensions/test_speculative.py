@@ -1,0 +1,264 @@
+"""Lossless answers: the full model's tokens, or tokens of its distribution, whatever the pruned model drafts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import PASSAGES
+from reference import TinyLlama, assert_close
+
+import griffin_jax as gj
+from griffin_jax.cli.main import main
+from griffin_jax.extensions import jitted as jitted_extensions
+from griffin_jax.extensions import speculative
+from griffin_jax.generation import jitted
+
+PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(3, 40))]
+NEW = 20
+
+
+def generate(llm: gj.LLM, prompts=PROMPTS, **options) -> gj.Generation:
+    return llm.generate(prompts, **({"max_new_tokens": NEW, "ignore_eos": True} | options))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> gj.Transformer:
+    """With few answers, so that all can be counted."""
+    return TinyLlama.build(tmp_path_factory.mktemp("five"), vocab_size=5, num_hidden_layers=2).llm.model
+
+
+class TestGreedy:
+    @pytest.mark.parametrize(("drafts", "density"), [(1, 0.5), (2, 0.9), (5, 0.25), (True, 0.7)])
+    def test_tokens_are_the_dense_models(self, tiny, drafts, density):
+        out = generate(tiny.llm, density=density, speculative=drafts)
+        assert out.tokens == generate(tiny.llm, density=1.0).tokens
+        assert out.tokens != generate(tiny.llm, density=density).tokens
+        passes, drafted, accepted = (np.asarray(x) for x in jax.tree.leaves(out.drafting))
+        number = speculative.DEFAULT_DRAFTS if drafts is True else drafts
+        assert drafted.tolist() == [number * passes] * 3
+        # In each pass, a row gets its accepted drafts and at most one more token.
+        assert (accepted > 0).all()
+        assert (accepted + passes >= NEW - 1).all()
+
+    def test_rows_end_as_in_the_dense_model(self, tiny):
+        """At an end-of-text token among the accepted drafts, in place of a draft, or not at all."""
+        free = generate(tiny.llm, density=1.0).tokens
+        ends = {token for row in free[:2] for token in row[2:12]} - set(free[2])
+        llm = gj.LLM(jax.tree.map(lambda x: x, tiny.llm.model))
+        for eos in sorted(ends)[:2]:
+            llm.model.config = gj.ModelConfig.from_json(tiny.llm.config.to_json() | {"eos_token_ids": (eos,)})
+            out = llm.generate(PROMPTS, max_new_tokens=NEW, density=0.8, speculative=3)
+            dense = llm.generate(PROMPTS, max_new_tokens=NEW, density=1.0)
+            assert (out.tokens, out.finished) == (dense.tokens, dense.finished)
+            assert "eos" in out.finished
+
+    def test_drafts_of_the_full_model_are_all_accepted(self, tiny, everything):
+        out = generate(tiny.llm, experts=everything, speculative=4)
+        assert out.tokens == generate(tiny.llm, density=1.0).tokens
+        # 19 tokens behind the first, 5 in each pass; the last pass writes one that is not asked for.
+        assert out.drafting.passes == 4
+        assert out.drafting.accepted.tolist() == out.drafting.drafted.tolist() == [16] * 3
+
+    def test_cache_is_that_of_the_dense_model(self, tiny):
+        model = tiny.llm.model
+        tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16)
+        pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.8)))
+        state, drafting = jitted_extensions.decode_speculative(
+            model, pruned, jitted.init_decode(prefilled), 9, drafts=3
+        )
+        count = int(state.count)
+        assert 9 <= count <= 12
+        assert drafting.passes > 1
+        assert int(state.cache.cursor) == 40 + count - 1
+        whole = [prompt + row[: count - 1] for prompt, row in zip(PROMPTS, state.tokens.tolist(), strict=True)]
+        expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 64)), max_new_tokens=0).cache
+        for row, tokens in enumerate(whole):
+            (used,) = np.nonzero(np.asarray(state.cache.positions[row]) != gj.EMPTY)
+            np.testing.assert_array_equal(state.cache.positions[row][used], np.arange(len(tokens)))
+            for layer in range(3):
+                for name, axis in (("keys", 2), ("values", 1)):
+                    got, right = (np.asarray(getattr(c, name)[layer])[row] for c in (state.cache, expected))
+                    assert_close(np.take(got, used, axis), np.take(right, np.arange(len(tokens)), axis))
+
+    def test_without_room_it_ends_early(self, tiny):
+        model = tiny.llm.model
+        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad(PROMPTS, 40)), max_new_tokens=12)
+        state, _ = jitted_extensions.decode_speculative(model, model, jitted.init_decode(prefilled), 12, drafts=3)
+        assert 9 <= int(state.count) <= 12
+        dense = generate(tiny.llm, density=1.0).tokens
+        assert state.tokens[:, : int(state.count)].tolist() == [row[: int(state.count)] for row in dense]
+
+
+class TestDistribution:
+    """Against the exact probabilities of all answers of four tokens, of a model with a vocabulary of five."""
+
+    VOCABULARY, LENGTH, DRAWS = 5, 4, 8000
+    PROMPTS = ((3,), (1, 4, 2, 0))
+    """Both in one batch, so that the rows hold each other up."""
+
+    def exact(self, model: gj.Transformer, prompt: tuple[int, ...], sampler: gj.Sample) -> np.ndarray:
+        """Probability of every answer, by the dense model's logits and the definition of sampling."""
+        answers = np.asarray(list(itertools.product(range(self.VOCABULARY), repeat=self.LENGTH)))
+        tokens = np.concatenate([np.tile(prompt, (len(answers), 1)), answers], axis=1)
+        logits = gj.LLM(model).logits(tokens, prompt_length=tokens.shape[1], density=1.0)[:, len(prompt) - 1 : -1]
+        kept = np.asarray(sampler.filter(logits.reshape(-1, self.VOCABULARY)), np.float64).reshape(logits.shape)
+        weights = np.exp(kept - kept.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        return np.take_along_axis(weights, answers[..., None], axis=-1)[..., 0].prod(axis=1)
+
+    def fits(self, model: gj.Transformer, sampler: gj.Sample, drafts: int) -> tuple[list[float], float]:
+        """For each row the p-value of a chi-square test of its answers; and how many drafts are accepted."""
+        prefilled = jitted.prefill(
+            model, *map(jnp.asarray, gj.pad(self.PROMPTS, 4)), max_new_tokens=self.LENGTH + drafts
+        )
+        pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
+
+        @jax.jit
+        @jax.vmap
+        def draw(seed: jax.Array) -> tuple[jax.Array, ...]:
+            state = gj.init_decode(prefilled, sampler=sampler, seed=seed)
+            state, drafting = gj.decode_speculative(model, pruned, state, self.LENGTH, drafts=drafts, sampler=sampler)
+            return state.tokens[:, : self.LENGTH], drafting.accepted, drafting.drafted
+
+        drawn, accepted, drafted = draw(jnp.arange(self.DRAWS))
+        values = []
+        for row, prompt in enumerate(self.PROMPTS):
+            numbers = np.asarray(drawn[:, row]) @ self.VOCABULARY ** np.arange(self.LENGTH)[::-1]
+            found = np.bincount(numbers, minlength=self.VOCABULARY**self.LENGTH)
+            expected = self.exact(model, prompt, sampler) * self.DRAWS
+            assert found[expected == 0].sum() == 0
+            rare = expected < 5
+            cells = [np.append(x[~rare], x[rare].sum()) for x in (found, expected)]
+            # Without rare answers there is one cell less.
+            cells = [x[cells[1] > 0] for x in cells]
+            values.append(float(scipy.stats.chisquare(*cells).pvalue))
+        return values, float(accepted.sum() / drafted.sum())
+
+    @pytest.mark.parametrize(
+        ("sampler", "drafts"),
+        [(gj.Sample(), 1), (gj.Sample(1.5, top_k=4), 3), (gj.Sample(0.8, top_p=0.9, min_p=0.05), 2)],
+        ids=["plain", "top-k", "top-p"],
+    )
+    def test_is_the_dense_models(self, model, sampler, drafts):
+        values, accepted = self.fits(model, sampler, drafts)
+        assert min(values) > 1e-3
+        # There are many drafts of both kinds.
+        assert 0.1 < accepted < 0.9
+
+    @pytest.mark.parametrize(
+        ("name", "wrong"),
+        [
+            pytest.param("correction", lambda p, q: p, id="drawing again from p"),
+            pytest.param(
+                "accept", lambda chance, *_: jnp.ones_like(chance, bool), id="accepting always", marks=pytest.mark.slow
+            ),
+            pytest.param("accept", lambda chance, p, _: chance < p, id="accepting with p", marks=pytest.mark.slow),
+        ],
+    )
+    def test_a_wrong_rule_would_be_found(self, model, monkeypatch, name, wrong):
+        monkeypatch.setattr(speculative, name, wrong)
+        values, _ = self.fits(model, gj.Sample(), 3)
+        assert max(values) < 1e-9
+
+    def test_where_both_agree_something_can_be_drawn(self):
+        p = jnp.asarray([0.25, 0.75])
+        np.testing.assert_array_equal(speculative.correction(p, p), p)
+        np.testing.assert_allclose(speculative.correction(p, jnp.asarray([0.5, 0.5])), [0, 0.25])
+
+
+class TestGenerate:
+    def test_seed_repeats_the_answer(self, tiny):
+        first, again, other = (
+            generate(tiny.llm, temperature=1.0, top_k=40, speculative=3, density=0.8, seed=seed).tokens
+            for seed in (1, 1, 2)
+        )
+        assert first == again != other
+
+    def test_equal_prompts_in_a_batch_differ(self, tiny):
+        rows = generate(tiny.llm, [PROMPTS[1]] * 4, temperature=1.0, speculative=2).tokens
+        assert len({tuple(row) for row in rows}) == 4
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.7])
+    def test_streamed_text_is_the_text(self, worded, temperature):
+        options = {"speculative": 3, "density": 0.8, "temperature": temperature}
+        expected = generate(worded.llm, PASSAGES[:2], **options)
+        streamed = worded.llm.stream(PASSAGES[:2], max_new_tokens=NEW, ignore_eos=True, **options)
+        assert ["".join(row) for row in zip(*streamed, strict=True)] == expected.texts
+        assert [len(row) for row in expected.tokens] == [NEW, NEW]
+        stop = expected.texts[0][6:9]
+        stopped = generate(worded.llm, PASSAGES[:2], stop=stop, **options)
+        assert stopped.texts[0] == expected.texts[0][: expected.texts[0].index(stop)]
+        assert stopped.finished[0] == "stop"
+
+    @pytest.mark.parametrize("options", [{"refit": 8, "shared": True}, {"method": "random"}])
+    def test_whatever_drafts(self, tiny, options):
+        assert generate(tiny.llm, speculative=2, **options).tokens == generate(tiny.llm, density=1.0).tokens
+
+    def test_one_copy_drafts_with_a_part_of_itself(self, tiny):
+        llm = gj.load(tiny.folder, "float32", in_place=True)
+        for prompts in (PROMPTS, PROMPTS[:2]):
+            out = generate(llm, prompts, speculative=3, shared=True, density=0.8)
+            assert out.tokens == generate(tiny.llm, prompts, density=1.0).tokens
+            assert out.drafting.accepted.sum() > 0
+
+    def test_the_dense_model_needs_no_drafts(self, tiny):
+        out = generate(tiny.llm, density=1.0, speculative=True)
+        assert out.drafting is None
+
+    def test_the_second_answer_compiles_nothing(self, tiny, compiled):
+        llm = gj.LLM(tiny.llm.model)
+        for _ in range(2):  # The second answer is the first one that is pruned into memory of another.
+            generate(llm, PROMPTS[2:], speculative=3)
+        del compiled[:]
+        generate(llm, [list(range(50, 90))], speculative=3)
+        assert not compiled
+
+    def test_the_cache_is_written_in_place(self, tiny):
+        model = tiny.llm.model
+        prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad([[5, 6, 7]], 16)), max_new_tokens=24)
+        pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
+        state = jitted.init_decode(prefilled)
+        jaxtyping.config.update(
+            "jaxtyping_disable", True
+        )  # lowering puts leaves that are no arrays into the dataclasses
+        try:
+            text = jitted_extensions.decode_speculative.lower(model, pruned, state, 20, drafts=2).compile().as_text()
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+        cache = r"f32\[(1,2,8,40|1,2,40,8)\]"
+        assert len(re.findall(rf"{cache}\S* parameter\(", text)) >= 6
+        assert not re.search(rf"= {cache}\S* copy\(", text)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"speculative": -1}, "speculative must be True, False or a whole number of drafts"),
+            ({"speculative": 1.5}, "speculative must be True, False or a whole number of drafts"),
+            ({"speculative": True, "refresh_every": 4}, "speculative decoding needs no refresh"),
+        ],
+    )
+    def test_refused(self, tiny, options, message):
+        with pytest.raises(ValueError, match=message):
+            tiny.llm.generate(PROMPTS, **options)
+
+    def test_command(self, worded, capsys):
+        arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
+        expected = worded.llm.generate(PASSAGES[0], max_new_tokens=12, density=1.0)
+        for flags, drafts in ((["--speculative"], 4), (["--speculative", "2"], 2)):
+            assert main([*arguments, *flags, "--density", "0.8", "--json"]) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert found["tokens"] == expected.tokens[0]
+            assert found["drafting"]["drafted"] == drafts * found["drafting"]["passes"]
+        assert main([*arguments, "--speculative"]) == 0
+        assert "drafts accepted in" in capsys.readouterr().err
+        assert main([*arguments, "--speculative", "--refresh-every", "3"]) == 2
+        assert "need no refresh" in capsys.readouterr().err

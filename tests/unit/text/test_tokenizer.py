@@ -1,0 +1,285 @@
+"""Tokenizers of folders and of GGUF files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from griffin_jax.checkpoints.loading import convert, load_model, open_source
+from griffin_jax.checkpoints.sources import read_gguf_header
+from griffin_jax.text.tokenizer import Tokenizer, check_fits
+
+ROOT = Path(__file__).parents[3]
+TEXTS = [
+    "Hello world",
+    "  two  spaces,\n\n\nthree lines\tand a tab ",
+    "It's 1984, they'll pay 3.50 for 12345 of them",
+    "naïve café, 漢字, Ελληνικά, 🎉🏳️‍🌈",
+    "def f(x):\n    return x**2  # square",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "",
+]
+BYTES = {byte: letter for letter, byte in zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True)}
+
+
+def byte_level(tokens=("h", "i", "hi", "Ġ", "Ġhi"), merges=("h i", "Ġ hi"), **changes):
+    """Metadata of a small byte-level vocabulary."""
+    alphabet = [letter for letter in BYTES.values() if letter not in tokens]
+    vocabulary = ["<|end|>", "<think>", *tokens, *alphabet]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.token_type": [3, 4] + [1] * (len(vocabulary) - 2),
+        "tokenizer.ggml.merges": list(merges),
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 0,
+    }
+    metadata.update({f"tokenizer.{name.replace('__', '.')}": value for name, value in changes.items()})
+    return {name: value for name, value in metadata.items() if value is not None}
+
+
+def sentencepiece(**changes):
+    """Metadata of a small SentencePiece vocabulary, with scores and no merges."""
+    pieces = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello", "▁he"]
+    vocabulary = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *pieces]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": vocabulary,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(index) for index in range(len(pieces))],
+        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    metadata.update({f"tokenizer.{name.replace('__', '.')}": value for name, value in changes.items()})
+    return {name: value for name, value in metadata.items() if value is not None}
+
+
+def names(tokenizer: Tokenizer, metadata, text: str) -> list[str]:
+    return [metadata["tokenizer.ggml.tokens"][token] for token in tokenizer.encode(text)]
+
+
+# ---- the demo model's ----
+
+
+@pytest.fixture(scope="module")
+def demo(demo_gguf) -> Tokenizer:
+    return Tokenizer.from_gguf(read_gguf_header(demo_gguf)[0])
+
+
+def test_ids_are_those_of_transformers(demo, demo_gguf):
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name)
+    for text in TEXTS:
+        assert demo.encode(text) == reference.encode(text)
+        assert demo.decode(demo.encode(text)) == reference.decode(reference.encode(text), skip_special_tokens=True)
+        assert demo.decode(demo.encode(text), skip_special=False) == text
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert demo.chat(messages) == expected
+    assert demo.chat("Hi") == demo.chat([{"role": "user", "content": "Hi"}])
+    assert (demo.size, demo.eos_token_id) == (len(reference), reference.eos_token_id)
+
+
+def test_smollm_splits_digits_before_spaces(demo):
+    """As the vocabulary was learned and llama.cpp splits; transformers' reader of GGUF files forgets it."""
+    assert [demo.decode([token]) for token in demo.encode("for  2020")] == ["for", "  ", "2", "0", "2", "0"]
+
+
+def test_special_tokens_are_left_out_of_texts(demo):
+    tokens = [*demo.encode("Hi"), demo.eos_token_id]
+    assert demo.decode(tokens) == "Hi"
+    assert demo.decode(tokens, skip_special=False) == "Hi<|im_end|>"
+
+
+def test_saving_and_loading_changes_nothing(demo, tmp_path):
+    demo.save(tmp_path)
+    assert Tokenizer.is_in(tmp_path)
+    back = Tokenizer.from_folder(tmp_path)
+    for text in TEXTS:
+        assert back.encode(text) == demo.encode(text)
+    assert back.chat("Hi") == demo.chat("Hi")
+    assert (back.size, back.eos_token_id) == (demo.size, demo.eos_token_id)
+
+
+# ---- vocabularies of GGUF files ----
+
+
+def test_byte_level_vocabulary():
+    metadata = byte_level()
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert names(tokenizer, metadata, "hi hi<|end|>") == ["hi", "Ġhi", "<|end|>"]
+    assert tokenizer.decode(tokenizer.encode("hi hi<|end|>")) == "hi hi"
+    assert tokenizer.decode(tokenizer.encode("<think>hi")) == "<think>hi"
+    assert names(tokenizer, metadata, "<think>hi") == ["<think>", "hi"]
+    assert tokenizer.decode(tokenizer.encode("é 🎉 \x00")) == "é 🎉 \x00"
+    assert tokenizer.size == len(metadata["tokenizer.ggml.tokens"])
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["Ġ123", "4", "xx"]),
+        ("smollm", ["Ġ", "1", "2", "3", "4", "xx"]),
+        ("llama-bpe", ["<|end|>", "Ġ", "123", "4", "xx"]),
+        ("qwen2", ["Ġ", "1", "2", "3", "4", "xx"]),
+    ],
+)
+def test_pretokenizers_differ_in_numbers(pre, pieces):
+    tokens = ("1", "2", "3", "4", "x", "Ġ", "12", "123", "Ġ123", "xx")
+    merges = ("1 2", "12 3", "Ġ 123", "x x")
+    metadata = byte_level(tokens, merges, ggml__pre=pre)
+    assert names(Tokenizer.from_gguf(metadata), metadata, " 1234xx") == pieces
+
+
+def test_llama3_takes_whole_words_without_merges():
+    tokens = ("h", "i", "hi")
+    whole = byte_level(tokens, (), ggml__pre="llama-bpe", ggml__add_bos_token=False)
+    assert names(Tokenizer.from_gguf(whole), whole, "hi") == ["hi"]
+    merged = byte_level(tokens, (), ggml__pre="gpt-2")
+    assert names(Tokenizer.from_gguf(merged), merged, "hi") == ["h", "i"]
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_the_first_token_is_added_where_the_file_says_so(make):
+    for add in (True, False):
+        metadata = make(ggml__add_bos_token=add)
+        tokens = Tokenizer.from_gguf(metadata).encode("hi")
+        assert (tokens[0] == metadata["tokenizer.ggml.bos_token_id"]) == add
+    assert (Tokenizer.from_gguf(make()).encode("hi")[0] == 1) == (make is sentencepiece)
+
+
+def test_sentencepiece_vocabulary(tmp_path):
+    metadata = sentencepiece()
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert names(tokenizer, metadata, "hello hell") == ["<s>", "▁hello", "▁", "hell"]
+    assert names(tokenizer, metadata, "é")[1:] == ["▁", "<0xC3>", "<0xA9>"]
+    for text in ("hello hell", "é 🎉", "hello  hello"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert names(Tokenizer.from_gguf(sentencepiece(ggml__add_space_prefix=False)), metadata, "hello")[1:] == ["hello"]
+    assert tokenizer.size == len(metadata["tokenizer.ggml.tokens"])
+    tokenizer.save(tmp_path)
+    back = Tokenizer.from_folder(tmp_path)
+    for text in ("hello hell", "é", " hello"):
+        assert back.encode(text) == tokenizer.encode(text)
+
+
+def test_sentencepiece_agrees_with_transformers(tmp_path):
+    from checkpoints_gguf import write_gguf
+    from transformers import AutoTokenizer
+
+    metadata = sentencepiece()
+    file = write_gguf(tmp_path / "x.gguf", checkpoints.tensors(), metadata=metadata)
+    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
+    tokenizer = Tokenizer.from_gguf(read_gguf_header(file)[0])
+    for text in ("hello hell", "hello", " hello  he\nll", "é</s>hello", ""):
+        assert tokenizer.encode(text) == reference.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (byte_level(ggml__pre="novel"), "tokenizer.ggml.pre is 'novel'; supported are default, gpt-2"),
+        (byte_level(ggml__model="bert"), "tokenizer.ggml.model is 'bert'; supported are gpt2 and llama"),
+        (byte_level(ggml__tokens=None), "has no tokenizer.ggml.tokens"),
+        (byte_level(ggml__merges=None), "incomplete"),
+        (byte_level(ggml__merges=["no such"]), "contradict each other"),
+        (byte_level(ggml__merges=["one"]), "contradict each other"),
+        (byte_level(ggml__eos_token_id=100_000), "eos_token_id is 100000, outside"),
+        (byte_level(ggml__token_type=[1]), "1 token types"),
+        (sentencepiece(ggml__scores=None), "incomplete"),
+        (sentencepiece(ggml__scores=[0.0]), "but 1 scores"),
+    ],
+)
+def test_vocabularies_that_are_refused(metadata, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_gguf(metadata)
+
+
+# ---- chat ----
+
+
+def test_chat_templates():
+    plain = Tokenizer.from_gguf(byte_level())
+    with pytest.raises(ValueError, match="has no chat template"):
+        plain.chat("hi")
+    template = (
+        "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer = Tokenizer.from_gguf(byte_level(chat_template=template))
+    assert tokenizer.decode(tokenizer.chat("hi")) == "userhi>"
+    fussy = Tokenizer.from_gguf(byte_level(chat_template="{{ raise_exception('only poems') }}"))
+    with pytest.raises(ValueError, match="rejects these messages: only poems"):
+        fussy.chat("hi")
+
+
+# ---- with models ----
+
+
+def save_tokenizer(folder: Path, size: int) -> None:
+    backend = Backend(models.BPE(vocab={f"t{index}": index for index in range(size)}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path):
+    folder = checkpoints.write(tmp_path / "hf")
+    save_tokenizer(folder, checkpoints.VOCABULARY)
+    _, tokenizer = load_model(folder)
+    assert tokenizer is not None
+    assert tokenizer.size == checkpoints.VOCABULARY
+    _, converted = load_model(convert(folder, tmp_path / "native", progress=False).path)
+    assert converted is not None
+    assert converted.size == checkpoints.VOCABULARY
+
+
+def test_a_tokenizer_that_does_not_fit(tmp_path):
+    folder = checkpoints.write(tmp_path / "hf")
+    save_tokenizer(folder, checkpoints.VOCABULARY + 1)
+    with pytest.raises(ValueError, match="the tokenizer has 33 tokens, but the model's vocabulary only 32"):
+        load_model(folder)
+    with pytest.raises(ValueError, match="33 tokens"):
+        convert(folder, tmp_path / "native", progress=False)
+    assert not (tmp_path / "native").exists()
+    config = open_source(checkpoints.write(tmp_path / "other")).config
+    check_fits(Tokenizer.from_folder(folder), dataclasses.replace(config, vocab_size=33))
+
+
+def test_a_malformed_tokenizer(tmp_path):
+    folder = checkpoints.write(tmp_path / "hf")
+    for content in ("", "{", json.dumps({"model": {}})):
+        (folder / "tokenizer.json").write_text(content)
+        with pytest.raises(ValueError, match="the tokenizer cannot be read") as error:
+            load_model(folder)
+        assert str(folder) in str(error.value)
+
+
+def test_neither_pytorch_nor_chatter(tmp_path):
+    """Loading a model with its tokenizer imports no PyTorch and prints nothing, even where it is not installed."""
+    folder = checkpoints.write(tmp_path / "hf")
+    save_tokenizer(folder, checkpoints.VOCABULARY)
+    code = (
+        "import importlib.util, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest)\n"
+        "from griffin_jax.checkpoints.loading import load_model\n"
+        "model, tokenizer = load_model(sys.argv[1])\n"
+        "tokenizer.encode('t1')\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert not any('modeling' in name for name in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
