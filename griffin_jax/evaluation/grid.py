@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Fusion, Prior, check_fusion
-from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
-from griffin_jax.generation import jitted
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, check_fusion
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig, Method, check_density
-from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
-from griffin_jax.griffin.select import Fuse, select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 
@@ -38,41 +33,8 @@ MEASURED = (PRIOR, BUDGETS, CALIBRATION)
 """Those that need a prior."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Beyond:
-    """What the steps beyond GRIFFIN take.
-
-    Attributes:
-        prior: for the steps in `MEASURED`; None if no variant has one of them.
-        prior_weight: of the prior's rank.
-        rows: tokens of each prompt for `RECONSTRUCTION`.
-        ridge: of the same.
-        calibration_weight: tokens that `CALIBRATION` counts for.
-        refresh_every: tokens, for `REFRESH`.
-    """
-
-    prior: Prior | None = None
-    prior_weight: float = DEFAULT_WEIGHT
-    rows: int = DEFAULT_ROWS
-    ridge: float = 1.0
-    calibration_weight: float = CALIBRATION_WEIGHT
-    refresh_every: int = 32
-
-    def config(self, variant: Variant) -> GriffinConfig:
-        """How a variant's neurons are selected, for each sequence its own."""
-        config = GriffinConfig(variant.density, "topk" if variant.selection == ORACLE else variant.selection)  # pyright: ignore[reportArgumentType]
-        return self.prior.budgeted(config) if BUDGETS in variant.steps and self.prior is not None else config
-
-    def fusion(self, variant: Variant) -> Fusion | None:
-        """What a variant's scores are fused with, if they are."""
-        return self.prior.fusion(self.prior_weight) if PRIOR in variant.steps and self.prior is not None else None
-
-    def reconstruction(self, variant: Variant, rows: tuple[Array, ...]) -> Reconstruction | None:
-        """What a variant's kept neurons are refitted to, if they are; `rows` are those of the prompts."""
-        if RECONSTRUCTION not in variant.steps:
-            return None
-        calibration = self.prior.rows if CALIBRATION in variant.steps and self.prior is not None else ()
-        return Reconstruction(rows, self.ridge, calibration, self.calibration_weight)
+DEFAULTS = Extensions(refit=True, refresh_every=32)
+"""What the steps take where nobody says anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +64,26 @@ class Variant:
     def name(self) -> str:
         """For people and files."""
         return DENSE if self.method == DENSE else f"{self.method} {self.density:g}"
+
+    def pruner(self, extensions: Extensions = DEFAULTS) -> Pruner:
+        """How the variant prunes; each sequence keeps neurons of its own.
+
+        Args:
+            extensions: what the steps take: the prior, rows, weights. Which of them are taken, the variant says.
+        """
+        prior, steps = extensions.prior, self.steps
+        rows = extensions.rows if RECONSTRUCTION in steps else 0
+        method: Any = "topk" if self.selection == ORACLE else self.selection
+        # Neurons that are the same for all can be held once, unless each sequence has them refitted.
+        config = GriffinConfig(self.density, method, shared=method == "magnitude" and not rows)
+        return Pruner(
+            prior.budgeted(config) if prior is not None and BUDGETS in steps else config,
+            rows,
+            prior.fusion(extensions.prior_weight) if prior is not None and PRIOR in steps else None,
+            prior.rows if prior is not None and CALIBRATION in steps else (),
+            extensions.ridge,
+            extensions.calibration_weight,
+        )
 
 
 def grid(
@@ -141,9 +123,9 @@ def _check_method(variant: Variant) -> None:
         check_fusion(variant.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
 
 
-def rows_of(variants: Sequence[Variant], beyond: Beyond) -> int:
-    """Tokens of each prompt whose activations must be kept: none unless a variant is reconstructed."""
-    return beyond.rows if any(RECONSTRUCTION in variant.steps for variant in variants) else 0
+def rows_of(variants: Sequence[Variant], extensions: Extensions) -> int:
+    """Tokens of each prompt whose activations must be kept: none unless a variant is refitted."""
+    return extensions.rows if any(RECONSTRUCTION in variant.steps for variant in variants) else 0
 
 
 def seed_of(seed: int, text: str) -> int:
@@ -157,7 +139,7 @@ def models(
     prompts: Prefilled,
     answers: Statistics,
     seeds: Int[np.ndarray, "b"],
-    beyond: Beyond = Beyond(),
+    extensions: Extensions = DEFAULTS,
 ) -> Iterator[tuple[Variant, Transformer]]:
     """Every variant's model for a batch of prompts, one after the other.
 
@@ -167,41 +149,16 @@ def models(
     Args:
         model: the full one.
         variants: those of `grid`, without `REFRESH`.
-        prompts: with the statistics that the methods select by, and with `rows_of(variants, beyond)` rows.
+        prompts: with the statistics that the methods select by, and with `rows_of(variants, extensions)` rows.
         answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
-        beyond: for the variants that have steps beyond GRIFFIN.
+        extensions: what the steps beyond GRIFFIN take.
     """
     spare = None
     for variant in variants:
         if variant.method == DENSE:
             yield variant, model
             continue
-        reconstruction = beyond.reconstruction(variant, prompts.rows)
-        if variant.selection == "magnitude":
-            # Neurons that are the same for all can be held once, unless each sequence has them refitted.
-            config = GriffinConfig(variant.density, "magnitude", shared=reconstruction is None)
-            experts = jitted.select(prompts.statistics, config, model=model)
-            yield variant, prune(model, experts, refit=reconstruction)
-            continue
         statistics = answers if variant.selection == ORACLE else prompts.statistics
-        experts = select_each(statistics, beyond.config(variant), seeds, beyond.fusion(variant))
-        spare = prune(model, experts, reuse=spare, refit=reconstruction)
+        _, spare = variant.pruner(extensions)(model, statistics, prompts.rows, seed=jnp.asarray(seeds), reuse=spare)
         yield variant, spare
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def select_each(
-    statistics: Statistics,
-    config: GriffinConfig,
-    seeds: Int[Array, "b"],
-    fuse: Fuse | None = None,
-) -> ExpertNeurons:
-    """`select` for each sequence with a seed of its own, so that what is drawn does not depend on its batch."""
-
-    def select_one(squares: tuple[Array, ...], tokens: Array, seed: Array) -> tuple[Array, ...]:
-        alone = Statistics(tuple(s[None] for s in squares), tokens[None])
-        return tuple(kept[0] for kept in select(alone, config, seed=seed, fuse=fuse))
-
-    indices = jax.vmap(select_one)(statistics.squares, statistics.tokens, jnp.asarray(seeds))
-    return ExpertNeurons(indices, tuple(squares.shape[-1] for squares in statistics.squares), config.groups)

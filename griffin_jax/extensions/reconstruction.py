@@ -41,6 +41,15 @@ LEAST_RIDGE = 1e-3
 """Below, float32 could not solve systems of a few thousand tokens."""
 
 
+def check_ridge(ridge: object, weight: object) -> None:
+    """Raise `ValueError` unless a fit can have this ridge and this weight of calibration rows."""
+    # Inside of jit they are traced and have been checked.
+    if isinstance(ridge, int | float) and not LEAST_RIDGE <= ridge < math.inf:
+        raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {ridge}")
+    if isinstance(weight, int | float) and not 0 <= weight < math.inf:
+        raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {weight}")
+
+
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
     """How many tokens of each sequence to keep: `rows` are for one set of experts, which a batch may share."""
     return -(-rows // batch) if shared else rows
@@ -71,11 +80,7 @@ class Reconstruction:
     weight: float | Float[Array, ""] = CALIBRATION_WEIGHT
 
     def __post_init__(self) -> None:
-        # Inside of jit they are traced and have been checked.
-        if isinstance(self.ridge, int | float) and not LEAST_RIDGE <= self.ridge < math.inf:
-            raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {self.ridge}")
-        if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {self.weight}")
+        check_ridge(self.ridge, self.weight)
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
         """Raise `ValueError` unless the rows are those of a model's layers and of the experts' sequences.

@@ -11,7 +11,7 @@ from reference import TinyLlama, assert_close, stepwise_logits, torch_greedy, to
 import griffin_jax as gj
 from griffin_jax.griffin.statistic import statistic
 
-# What else there is, and all other families: tests/test_family_parity.py.
+# What else there is, and all other families: tests/parity/test_family_parity.py.
 VARIANTS = {
     "gqa": {},
     "mqa, biases, tied": {

@@ -12,7 +12,7 @@ import pytest
 import griffin_jax as gj
 from griffin_jax.cli.main import main
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[3]
 
 
 def run(capfd, *arguments: str) -> tuple[int, str, str]:

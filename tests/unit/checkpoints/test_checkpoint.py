@@ -27,7 +27,7 @@ from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.model.assembly import assemble, disassemble, parameter_shapes
 from griffin_jax.model.transformer import Transformer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.parallel import distributed
 from griffin_jax.parallel.distributed import HEARTBEAT_SECONDS, parse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DIES = """
 import os, signal, sys, jax
 from griffin_jax.distributed import joined

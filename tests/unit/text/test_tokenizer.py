@@ -18,7 +18,7 @@ from griffin_jax.checkpoints.loading import convert, load_model, open_source
 from griffin_jax.checkpoints.sources import read_gguf_header
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 TEXTS = [
     "Hello world",
     "  two  spaces,\n\n\nthree lines\tand a tab ",

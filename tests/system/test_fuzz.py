@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-FUZZING = Path(__file__).with_name("fuzzing.py")
+FUZZING = Path(__file__).parents[1] / "fuzzing.py"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory as Linux does")

@@ -27,7 +27,7 @@ from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.lm_eval import ARGUMENTS, NAME, GriffinLM
 
-PROJECT = Path(__file__).parent.parent
+PROJECT = Path(__file__).parents[3]
 CHAT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -25,7 +25,7 @@ from griffin_jax.checkpoints.native import MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, _ranges
 from griffin_jax.cli.main import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
