@@ -258,8 +258,8 @@ def run(options: argparse.Namespace) -> None:
         )
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
-    if beyond.prior is not None:
-        beyond.prior.check(model)
+    if extensions.prior is not None:
+        extensions.prior.check(model)
     skipped = Skipped()
     evaluation: Evaluation = options.prepare(options, llm, variants, extensions, skipped)
     skipped.report()
