@@ -140,6 +140,8 @@ def models(
     answers: Statistics,
     seeds: Int[np.ndarray, "b"],
     extensions: Extensions = DEFAULTS,
+    *,
+    masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
     """Every variant's model for a batch of prompts, one after the other.
 
@@ -153,6 +155,7 @@ def models(
         answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
         extensions: what the steps beyond GRIFFIN take.
+        masked: whether the models are masked, to score given tokens without copies of weights, or pruned, to write.
     """
     spare = None
     for variant in variants:
@@ -160,5 +163,9 @@ def models(
             yield variant, model
             continue
         statistics = answers if variant.selection == ORACLE else prompts.statistics
-        _, spare = variant.pruner(extensions)(model, statistics, prompts.rows, seed=jnp.asarray(seeds), reuse=spare)
+        pruner, drawn = variant.pruner(extensions), jnp.asarray(seeds)
+        if masked:
+            yield variant, pruner.scorer(model, statistics, prompts.rows, seed=drawn)
+            continue
+        _, spare = pruner(model, statistics, prompts.rows, seed=drawn, reuse=spare)
         yield variant, spare

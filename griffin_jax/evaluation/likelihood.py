@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -116,7 +115,7 @@ def likelihoods(
         passages: what to score.
         pruner: how to prune. If neurons are shared, each batch keeps one set. Of what is read whole after a prompt, the
             newest tokens are among the rows that kept neurons are refitted to.
-        size: different prompts in a batch. If each keeps neurons of its own, as many sets of weights are in memory.
+        size: different prompts in a batch.
         seed: of the methods that draw. Each sequence draws with a seed of its own, made of this one and the tokens
             that its neurons are chosen by, so equal contexts keep equal neurons; with `shared`, each batch with this.
 
@@ -187,7 +186,7 @@ def _score(
             hidden = read.hidden[:, None]
         else:
             if chooser is not None and (turn == 0 or more_width):
-                answering = chooser.prune(read, batch, present)
+                answering = chooser.scorer(read, batch, present)
             hidden, _ = jitted.teacher_force(answering, read, answers, answer_lengths - 1)
         parts.append((jitted.losses(model, hidden, answers), answer_lengths))
 
@@ -200,25 +199,17 @@ def _score(
 
 
 class _Batches:
-    """Prunes for one batch after the other, into the memory of the one before where that is faster."""
+    """Chooses neurons for one batch after the other."""
 
     def __init__(self, model: Transformer, pruner: Pruner, seed: int):
         self._model, self._pruner, self._seed = model, pruner, seed
-        self._spare: Transformer | None = None
-        self._fixed: Transformer | None = None
 
     def rows(self, size: int) -> int:
         """Tokens of each prompt whose activations must be recorded."""
         return self._pruner.rows_of_each(size)
 
-    def prune(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
-        """The model for a batch. It uses up the one before."""
-        if self._pruner.config.method == "magnitude":
-            if self._fixed is None:
-                shared = dataclasses.replace(self._pruner.config, shared=True)
-                fixed = dataclasses.replace(self._pruner, config=shared)
-                _, self._fixed = fixed(self._model, read.statistics)
-            return self._fixed
+    def scorer(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
+        """What scores the answers of a batch."""
         statistics, rows = read.statistics, read.rows
         if self._pruner.config.shared:
             # Rows that only fill the batch have no say.
@@ -229,9 +220,4 @@ class _Batches:
         else:
             seeds = [seed_of(self._seed, " ".join(map(str, passage.prompt + passage.more))) for passage in batch]
             seed = jnp.asarray(seeds, jnp.int32)
-        spare, self._spare = self._spare, None
-        _, pruned = self._pruner(self._model, statistics, rows, seed=seed, reuse=spare)
-        if jax.default_backend() == "cpu":
-            # Fresh memory is slow on CPUs; elsewhere it is worth more than the time.
-            self._spare = pruned
-        return pruned
+        return self._pruner.scorer(self._model, statistics, rows, seed=seed)

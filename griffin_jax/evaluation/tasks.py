@@ -153,7 +153,7 @@ def summarize(
         answers, lengths = pad(dense, bucket(new))
         _, following = jitted.teacher_force(model, prefilled, answers, lengths, collect=True)
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, extensions):
+        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, extensions, masked=False):
             written = dense if variant.method == DENSE else generate(pruned, prefilled, new, eos, ended)
             for scores, item, tokens in zip(found, batch.items, written, strict=False):
                 text = cut(tokens)
