@@ -1,6 +1,6 @@
 """Log-likelihoods of given tokens where some are read by the full model and the others by the pruned one.
 
-Each `Passage` has three parts, one behind the other: a prompt and more tokens, which are read by the full model, and
+Each `Passage` has three parts, one after the other: a prompt and more tokens, which are read by the full model, and
 an answer, which is read by the model pruned for what stands before it. (The answer's first token is predicted by the
 full model.) What is scored are the last tokens of the passage:
 
@@ -45,7 +45,7 @@ class Passage:
 
 
 def continuation(context: Sequence[int], tokens: Sequence[int]) -> Passage:
-    """A continuation behind its context, each of at least one token, as if it had been generated."""
+    """A continuation after its context, each of at least one token, as if it had been generated."""
     return Passage(tuple(context), (), tuple(tokens), len(tokens))
 
 
@@ -63,7 +63,7 @@ def last_token(context: Sequence[int], tokens: Sequence[int]) -> Passage:
 
 
 def window(context: Sequence[int], tokens: Sequence[int], share: float) -> Passage:
-    """Tokens behind a context of which the first part is scored by the full model, the rest by the pruned one.
+    """Tokens after a context of which the first part is scored by the full model, the rest by the pruned one.
 
     Args:
         context: at least one token.
@@ -143,7 +143,7 @@ def likelihoods(
 
 
 def _width(length: int) -> int:
-    """The padded length of tokens behind a prompt; one or two are so common that they are not padded."""
+    """The padded length of tokens after a prompt; one or two are so common that they are not padded."""
     return length if length <= 2 else bucket(length)
 
 
