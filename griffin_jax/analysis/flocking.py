@@ -9,7 +9,7 @@ Drawn and measured are
     stability              Jaccard similarity of a prompt's experts and those of the tokens that follow it, window by
                            window, and of all that followed so far
 
-beside what sets of neurons chosen at random would have.
+next to what sets of neurons chosen at random would have.
 """
 
 from __future__ import annotations

@@ -49,16 +49,16 @@ class Compiled:
             the full model always among it; None for what XLA refused to compile because it needs more than the chip
             has.
         fits: whether the largest of them is no more than the chip's memory.
-        temporaries: of the decode loop, beside weights and cache; None if it was refused.
+        temporaries: of the decode loop, besides weights and cache; None if it was refused.
         step_bytes: that one step of the loop must read: weights in use and all slots of the cache.
         kernels_per_step: launches in one turn of the loop; on TPUs, operations.
         ff_copies_per_step: instructions of the loop that copy, gather, transpose or convert a whole
             feed-forward matrix. None are wanted.
-        ff_copies_per_call: the same before or behind the loop.
+        ff_copies_per_call: the same before or after the loop.
         cache_copies_per_step: the same in the loop, of a layer's keys or values.
-        cache_copies_per_call: the same before or behind the loop.
+        cache_copies_per_call: the same before or after the loop.
         collectives_in_layers: how often devices communicate in all layers of one step together, by kind.
-        collectives_elsewhere: the same before and behind the layers, in the embedding, the head or the sampler.
+        collectives_elsewhere: the same before and after the layers, in the embedding, the head or the sampler.
         communicated_per_step: bytes of what these sum, put together or send, on each device.
         collectives_in_prune: how often devices communicate in `prune`, by kind; None if nothing is pruned.
         communicated_in_prune: bytes, likewise.
@@ -294,7 +294,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _total(program: dict[str, Any] | None, beside: int = 0) -> int | None:
-    """Bytes held while a program runs: what goes in, what comes out in other memory, temporaries, and all beside it."""
+    """Bytes held while a program runs: its inputs, outputs in other memory, temporaries, and all besides it."""
     if program is None:
         return None
     return program["arguments"] + program["outputs"] - program["aliased"] + program["temporaries"] + beside

@@ -55,7 +55,7 @@ def table(model: str, report: Report) -> str:
         lines.append(f"Bytes and {counted} are those of each device. Ceilings do not count communication.")
     lines += [
         "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
-        "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",
+        "All memory: the full model stays, next to what is pruned from it, to read the next prompt.",
     ]
     return "\n".join(lines)
 
@@ -67,11 +67,11 @@ _REPLICATED = {
 
 
 def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:
-    """How often the devices communicate: per layer, beside the layers and in `prune`, a row for each kind."""
+    """How often the devices communicate: per layer, outside the layers and in `prune`, a row for each kind."""
     rows = []
     for title, counts, share in (
         ("each layer", [c.collectives_in_layers for c in columns], report.layers),
-        ("beside the layers", [c.collectives_elsewhere for c in columns], 1),
+        ("outside the layers", [c.collectives_elsewhere for c in columns], 1),
         ("prune", [c.collectives_in_prune if c is report.pruned else {} for c in columns], 1),
     ):
         kinds = sorted({kind for count in counts if count for kind in count})

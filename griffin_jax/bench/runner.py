@@ -1,4 +1,4 @@
-"""What pruning gains on this machine: every phase of a request timed, beside what the memory bandwidth allows.
+"""What pruning gains on this machine: every phase of a request timed, next to what the memory bandwidth allows.
 
 For every pair of prompt and answer lengths and every batch, the densities are measured in turn, round after round, so
 that a machine that is slower for a while is slower for all of them; each round begins with another one. The first
@@ -194,7 +194,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     def parts(case: Case, variant: Variant) -> dict[str, int]:
         sizes = plan.sizes(case, variant.shared)
         chunk = min(bucket(case.prompt), DEFAULT_CHUNK)
-        # Float32 scores before and behind the softmax; of the neurons both projections, z and its share.
+        # Float32 scores before and after the softmax; of the neurons both projections, z and its share.
         scores = 2 * 4 * config.num_heads * chunk * case.slots
         neurons = (3 * itemsize + 4) * chunk * config.ff_width
         return {

@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prior",
         type=Path,
         metavar="FILE",
-        help="of --quality best: what griffin-jax prior measured (default: the file beside the model)",
+        help="of --quality best: what griffin-jax prior measured (default: the file next to the model)",
     )
     add_options(what, GriffinConfig, "round_to")
     what.add_argument(
@@ -245,7 +245,7 @@ def _config(options: argparse.Namespace) -> tuple[ModelConfig, bool]:
 
 
 def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Prior:
-    """The one of --prior or beside the model; of random weights a random one, of the size that priors have."""
+    """The one of --prior or next to the model; of random weights a random one, of the size that priors have."""
     if random:
         if options.prior is not None:
             raise ValueError("random weights have a random prior: leave out --prior")

@@ -75,7 +75,7 @@ class Evaluation:
 
     Attributes:
         items: the texts.
-        settings: what the scores depend on beside model, texts and variants.
+        settings: what the scores depend on besides model, texts and variants.
         run: goes through the texts.
         figures: adds up what `run` returned.
         tabulate: for people.
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--reference",
         metavar="COLUMN",
-        help="score this column's text behind the whole of the other, instead of cutting one text in two",
+        help="score this column's text after the whole of the other, instead of cutting one text in two",
     )
     _add_common(kind, size=4)
     kind.set_defaults(prepare=_divergence)
@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser(
         "perplexity",
         help="perplexity against the lengths of prompt and answer",
-        description="Texts are cut into windows; the same tokens of each are scored behind prompts of every length.",
+        description="Texts are cut into windows; the same tokens of each are scored after prompts of every length.",
     )
     kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
     kind.add_argument(
@@ -178,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="JSONL (UTF-8), one text a line")
     parser.add_argument("--column", default=column, help=f"that holds the {column} (default: %(default)s)")
-    parser.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
+    parser.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
     parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
 
 
@@ -200,7 +200,7 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     add_options(what, GriffinConfig, "density", type=str, default="0.5", metavar="D", help="separated by commas")
     what.add_argument(
         "--method", default="topk",
-        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). Behind each may be steps beyond"
+        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). After each may be steps beyond"
         f" GRIFFIN: +{' +'.join(STEPS)}, such as topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
     )  # fmt: skip
     what.add_argument(
@@ -457,7 +457,7 @@ def _perplexity(
 
 
 def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Skipped) -> Iterator[Item]:
-    """Windows of prompt + new tokens, one behind the other; what is left at a file's end is too short for one."""
+    """Windows of prompt + new tokens, one after the other; what is left at a file's end is too short for one."""
     assert llm.tokenizer is not None
     for name, text in read_texts(files, skipped):
         tokens = llm.tokenizer.encode(text)

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts = parser.add_argument_group("texts")
     texts.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
-    texts.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
+    texts.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
     texts.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
     texts.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     texts.add_argument(
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of every text, whose experts are compared; shorter texts are left out (default: %(default)s)",
     )  # fmt: skip
     texts.add_argument(
-        "--new-tokens", type=int, metavar="G", default=128, help="behind the prompt (default: %(default)s)"
+        "--new-tokens", type=int, metavar="G", default=128, help="after the prompt (default: %(default)s)"
     )
     texts.add_argument(
         "--continuation", choices=(OWN, TEXT), default=OWN,

@@ -72,13 +72,15 @@ def add_options(parser: Any, options: Any, *names: str, **changes: Any) -> None:
             arguments["action"] = "store_true"
         elif "type" not in arguments and "action" not in arguments and isinstance(field.default, int | float):
             arguments["type"] = type(field.default)
+        if arguments.get("action") == "append":
+            arguments["default"] = list(arguments["default"])
         if arguments.get("type") is parse_density:
             arguments["type"] = _refusing(parse_density)
         said = (
             "(default" in arguments["help"]
             or arguments["default"] is None
             or arguments["default"] is False
-            or arguments["default"] == ()
+            or arguments["default"] == []
         )
         arguments["help"] = arguments["help"].replace("%", "%%") + ("" if said else " (default: %(default)s)")
         flag = f"--{field.name.replace('_', '-')}"

@@ -18,7 +18,7 @@ from griffin_jax.evaluation.general_text import (
     with_budgets,
 )
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
-from griffin_jax.extensions.prior import beside
+from griffin_jax.extensions.prior import prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
 from griffin_jax.llm.llm import load
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="(default: beside the model, *.prior.safetensors)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="(default: next to the model, *.prior.safetensors)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be at least {minimum}, got {value}")
     if options.seed >= 2**31:
         raise ValueError(f"--seed must be less than 2**31, got {options.seed}")
-    output = options.output or beside(options.model)
+    output = options.output or prior_path(options.model)
     check_output("--output", output)
     if missing := [file for file in options.text or () if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")

@@ -52,14 +52,8 @@ def score_answers(
     """
 
     def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
-        return models(
-            model,
-            [variant for variant in variants if REFRESH not in variant.steps],
-            prefilled,
-            answers,
-            seeds,
-            extensions,
-        )
+        at_once = [variant for variant in variants if REFRESH not in variant.steps]
+        return models(model, at_once, prefilled, answers, seeds, extensions, masked=True)
 
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     refreshed = {
@@ -85,8 +79,7 @@ def score_models(
 
     Args:
         model: the full model.
-        every: gives the variants with their models, from the statistics of the answers; each model may be used up when
-            the next one is asked for.
+        every: gives the variants with their models, from the statistics of the answers.
         prefilled: the prompts, with room for the answers.
         answers: token ids, padded on the right.
         lengths: real ones of each.

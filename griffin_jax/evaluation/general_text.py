@@ -1,7 +1,7 @@
 """Measures a model's prior: what its neurons do in general text.
 
-The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) behind its first
-token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds
+The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) after its first
+token, or after a random one if it has none. The prior belongs to this model in this dtype. It holds
 
 - the statistic of all tokens,
 - a few rows that stand for the relative activations of all of them: the calibration rows,
@@ -51,12 +51,12 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]
     """A text in windows of at most `length` tokens, each of which begins as a text of its own does.
 
     Raises:
-        ValueError: the length leaves no room for text behind the first token.
+        ValueError: the length leaves no room for text after the first token.
     """
     tokens, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
     first = tokens[: len(tokens) - len(plain)]
     if length <= len(first):
-        raise ValueError(f"windows of {length} tokens have no room behind the {len(first)} that a text begins with")
+        raise ValueError(f"windows of {length} tokens have no room after the {len(first)} that a text begins with")
     step = length - len(first)
     for start in range(0, len(plain), step):
         yield [*first, *plain[start : start + step]]

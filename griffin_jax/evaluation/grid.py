@@ -1,4 +1,4 @@
-"""What is compared: the dense model, GRIFFIN and what stands beside it, at several densities."""
+"""What is compared: the dense model, GRIFFIN and what stands next to it, at several densities."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from griffin_jax.model.transformer import Transformer
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)
 BASELINES = (ORACLE, "magnitude", "random")
-"""What stands beside every method: the best that this kind of selection can be, and two that ignore the prompt."""
+"""What stands next to every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
 PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
 REFRESH = "refresh"
 STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, REFRESH)
-"""Beyond GRIFFIN, each behind a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
+"""Beyond GRIFFIN, each after a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
 to the prior's rows, too, and all of it anew every few tokens."""
 MEASURED = (PRIOR, BUDGETS, CALIBRATION)
 """Those that need a prior."""
@@ -43,7 +43,7 @@ class Variant:
 
     Attributes:
         method: `dense`, one of `GriffinConfig.method`, or `oracle`: the k best neurons by the statistic of the answer
-            itself instead of the prompt's. Behind it any of `STEPS`, each after a `+`.
+            itself instead of the prompt's. After it any of `STEPS`, each after a `+`.
         density: share of feed-forward neurons kept.
     """
 
@@ -52,7 +52,7 @@ class Variant:
 
     @property
     def selection(self) -> str:
-        """The method without the steps behind it."""
+        """The method without the steps that follow it."""
         return self.method.split("+")[0]
 
     @property
@@ -92,7 +92,7 @@ def grid(
     """The dense model, and each method and baseline at every density below 1, the largest first.
 
     Args:
-        methods: those of `GriffinConfig.method`, each with any of `STEPS` behind it.
+        methods: those of `GriffinConfig.method`, each with any of `STEPS` after it.
         densities: shares of neurons kept.
         baselines: of `BASELINES`.
 
@@ -112,7 +112,7 @@ def _check_method(variant: Variant) -> None:
     if variant.selection not in METHODS:
         raise ValueError(f"method is {variant.selection!r}; allowed are {', '.join(METHODS)}")
     if variant.steps != tuple(step for step in STEPS if step in variant.steps):
-        raise ValueError(f"method is {variant.method!r}; behind it may be any of +{' +'.join(STEPS)}, in this order")
+        raise ValueError(f"method is {variant.method!r}; after it may be any of +{' +'.join(STEPS)}, in this order")
     if CALIBRATION in variant.steps and RECONSTRUCTION not in variant.steps:
         raise ValueError(f"method is {variant.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
     if BUDGETS in variant.steps and variant.selection == "magnitude":
@@ -140,6 +140,8 @@ def models(
     answers: Statistics,
     seeds: Int[np.ndarray, "b"],
     extensions: Extensions = DEFAULTS,
+    *,
+    masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
     """Every variant's model for a batch of prompts, one after the other.
 
@@ -153,6 +155,7 @@ def models(
         answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
         extensions: what the steps beyond GRIFFIN take.
+        masked: whether the models are masked, to score given tokens without copies of weights, or pruned, to write.
     """
     spare = None
     for variant in variants:
@@ -160,5 +163,9 @@ def models(
             yield variant, model
             continue
         statistics = answers if variant.selection == ORACLE else prompts.statistics
-        _, spare = variant.pruner(extensions)(model, statistics, prompts.rows, seed=jnp.asarray(seeds), reuse=spare)
+        pruner, drawn = variant.pruner(extensions), jnp.asarray(seeds)
+        if masked:
+            yield variant, pruner.scorer(model, statistics, prompts.rows, seed=drawn)
+            continue
+        _, spare = pruner(model, statistics, prompts.rows, seed=drawn, reuse=spare)
         yield variant, spare

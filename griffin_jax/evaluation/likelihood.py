@@ -1,6 +1,6 @@
 """Log-likelihoods of given tokens where some are read by the full model and the others by the pruned one.
 
-Each `Passage` has three parts, one behind the other: a prompt and more tokens, which are read by the full model, and
+Each `Passage` has three parts, one after the other: a prompt and more tokens, which are read by the full model, and
 an answer, which is read by the model pruned for what stands before it. (The answer's first token is predicted by the
 full model.) What is scored are the last tokens of the passage:
 
@@ -15,7 +15,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,7 +45,7 @@ class Passage:
 
 
 def continuation(context: Sequence[int], tokens: Sequence[int]) -> Passage:
-    """A continuation behind its context, each of at least one token, as if it had been generated."""
+    """A continuation after its context, each of at least one token, as if it had been generated."""
     return Passage(tuple(context), (), tuple(tokens), len(tokens))
 
 
@@ -64,7 +63,7 @@ def last_token(context: Sequence[int], tokens: Sequence[int]) -> Passage:
 
 
 def window(context: Sequence[int], tokens: Sequence[int], share: float) -> Passage:
-    """Tokens behind a context of which the first part is scored by the full model, the rest by the pruned one.
+    """Tokens after a context of which the first part is scored by the full model, the rest by the pruned one.
 
     Args:
         context: at least one token.
@@ -116,7 +115,7 @@ def likelihoods(
         passages: what to score.
         pruner: how to prune. If neurons are shared, each batch keeps one set. Of what is read whole after a prompt, the
             newest tokens are among the rows that kept neurons are refitted to.
-        size: different prompts in a batch. If each keeps neurons of its own, as many sets of weights are in memory.
+        size: different prompts in a batch.
         seed: of the methods that draw. Each sequence draws with a seed of its own, made of this one and the tokens
             that its neurons are chosen by, so equal contexts keep equal neurons; with `shared`, each batch with this.
 
@@ -144,7 +143,7 @@ def likelihoods(
 
 
 def _width(length: int) -> int:
-    """The padded length of tokens behind a prompt; one or two are so common that they are not padded."""
+    """The padded length of tokens after a prompt; one or two are so common that they are not padded."""
     return length if length <= 2 else bucket(length)
 
 
@@ -187,7 +186,7 @@ def _score(
             hidden = read.hidden[:, None]
         else:
             if chooser is not None and (turn == 0 or more_width):
-                answering = chooser.prune(read, batch, present)
+                answering = chooser.scorer(read, batch, present)
             hidden, _ = jitted.teacher_force(answering, read, answers, answer_lengths - 1)
         parts.append((jitted.losses(model, hidden, answers), answer_lengths))
 
@@ -200,25 +199,17 @@ def _score(
 
 
 class _Batches:
-    """Prunes for one batch after the other, into the memory of the one before where that is faster."""
+    """Chooses neurons for one batch after the other."""
 
     def __init__(self, model: Transformer, pruner: Pruner, seed: int):
         self._model, self._pruner, self._seed = model, pruner, seed
-        self._spare: Transformer | None = None
-        self._fixed: Transformer | None = None
 
     def rows(self, size: int) -> int:
         """Tokens of each prompt whose activations must be recorded."""
         return self._pruner.rows_of_each(size)
 
-    def prune(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
-        """The model for a batch. It uses up the one before."""
-        if self._pruner.config.method == "magnitude":
-            if self._fixed is None:
-                shared = dataclasses.replace(self._pruner.config, shared=True)
-                fixed = dataclasses.replace(self._pruner, config=shared)
-                _, self._fixed = fixed(self._model, read.statistics)
-            return self._fixed
+    def scorer(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
+        """What scores the answers of a batch."""
         statistics, rows = read.statistics, read.rows
         if self._pruner.config.shared:
             # Rows that only fill the batch have no say.
@@ -229,9 +220,4 @@ class _Batches:
         else:
             seeds = [seed_of(self._seed, " ".join(map(str, passage.prompt + passage.more))) for passage in batch]
             seed = jnp.asarray(seeds, jnp.int32)
-        spare, self._spare = self._spare, None
-        _, pruned = self._pruner(self._model, statistics, rows, seed=seed, reuse=spare)
-        if jax.default_backend() == "cpu":
-            # Fresh memory is slow on CPUs; elsewhere it is worth more than the time.
-            self._spare = pruned
-        return pruned
+        return self._pruner.scorer(self._model, statistics, rows, seed=seed)

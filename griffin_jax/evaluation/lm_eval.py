@@ -201,7 +201,7 @@ class GriffinLM(TemplateLM):
         return self._llm.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results beside `model_args`."""
+        """What the harness writes into its results next to `model_args`."""
         model = self._llm.model
         return {
             "model_name": self._llm.name,
@@ -256,9 +256,9 @@ class GriffinLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """log p of each continuation in nats, and whether all of its tokens are the most probable ones.
 
-        Nothing behind nothing is certain.
+        An empty continuation of an empty context is certain.
         """
-        # The harness looks at the first token of what stands behind an empty context.
+        # The harness looks at the first token of what follows an empty context.
         given = [number for number, request in enumerate(requests) if any(request.args)]
         answers = [(0.0, True)] * len(requests)
         found = super().loglikelihood([requests[number] for number in given], disable_tqdm)
@@ -312,7 +312,7 @@ class GriffinLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, without what stands at and behind its stop strings."""
+        """The answer to each context, without its stop strings and what follows them."""
         groups: dict[str, list[int]] = {}
         arguments = cast("list[tuple[str, dict[str, Any]]]", [request.args for request in requests])
         for number, (_, gen_kwargs) in enumerate(arguments):

@@ -1,7 +1,7 @@
 """The three evaluations: texts in, scores of every text and every variant out.
 
     divergence   how far the pruned models' predictions are from the dense one's
-    perplexity   how probable text is behind prompts of several lengths, for several lengths of answers
+    perplexity   how probable text is after prompts of several lengths, for several lengths of answers
     summarize    how good the answers are, by ROUGE
 
 Each takes texts as `Item`s, goes through them in batches, and notes the scores of each in a `Journal`.
@@ -80,7 +80,7 @@ def perplexity(
     seed: int,
     extensions: Extensions = DEFAULTS,
 ) -> dict[str, Any]:
-    """Scores of the same tokens behind the last P tokens of what stands before them, for every P.
+    """Scores of the same tokens after the last P tokens of what stands before them, for every P.
 
     Args:
         llm: the model.
@@ -153,7 +153,7 @@ def summarize(
         answers, lengths = pad(dense, bucket(new))
         _, following = jitted.teacher_force(model, prefilled, answers, lengths, collect=True)
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, extensions):
+        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, extensions, masked=False):
             written = dense if variant.method == DENSE else generate(pruned, prefilled, new, eos, ended)
             for scores, item, tokens in zip(found, batch.items, written, strict=False):
                 text = cut(tokens)
@@ -187,7 +187,7 @@ def generate(
     eos: tuple[int, ...],
     ended: Callable[[Sequence[int]], bool] = lambda tokens: False,
 ) -> list[list[int]]:
-    """Greedy answers behind prompts, whose cache stays as it is.
+    """Greedy answers after prompts, whose cache stays as it is.
 
     Args:
         model: the full model or a pruned one.

@@ -266,20 +266,20 @@ def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, rou
     return tuple(map(int, blocks * round_to))
 
 
-def beside(model: str) -> Path:
+def prior_path(model: str) -> Path:
     """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
     path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
     return path.with_name(f"{path.name}.prior.safetensors")
 
 
 def load_for_best(model: str, file: str | Path | None) -> Prior:
-    """The prior that quality "best" needs: of a file, by default of the one `beside` the model.
+    """The prior that quality "best" needs: of a file, by default of the one at `prior_path`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged or of another kind or version.
     """
-    path = Path(file) if file else beside(model)
+    path = Path(file) if file else prior_path(model)
     if not path.is_file():
         raise FileNotFoundError(
             f"--quality best needs a prior, and there is no file {path}; measure it with griffin-jax prior"

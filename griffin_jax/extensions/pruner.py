@@ -12,6 +12,7 @@ from griffin_jax.extensions.prior import Fusion
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
@@ -109,6 +110,25 @@ class Pruner:
             ValueError: as `griffin_jax.prune`.
         """
         return prune(model, experts, reuse=reuse, refit=self.refit(rows))
+
+    def mask(self, model: Transformer, experts: ExpertNeurons, rows: Rows = ()) -> Transformer:
+        """What `prune` gives, without a copy of any weight: for scoring given tokens, see `griffin_jax.griffin.masked`.
+
+        Args:
+            model: the full one.
+            experts: which neurons.
+            rows: as for `prune`.
+
+        Raises:
+            ValueError: as `griffin_jax.griffin.masked.mask`.
+        """
+        return mask(model, experts, refit=self.refit(rows))
+
+    def scorer(
+        self, model: Transformer, statistics: Statistics, rows: Rows = (), *, seed: int | Int[Array, "*b"] = 0
+    ) -> Transformer:
+        """What scores given tokens as the model would that keeps the neurons which the prompts choose."""
+        return self.mask(model, self.select(model, statistics, seed), rows)
 
     def __call__(
         self,

@@ -92,8 +92,7 @@ def teacher_force_refreshed(
     """
 
     def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
-        _, pruned = pruner(model, state.statistics, state.rows, seed=seed)
-        return teacher_force(pruned, state, tokens, lengths)[0]
+        return teacher_force(pruner.scorer(model, state.statistics, state.rows, seed=seed), state, tokens, lengths)[0]
 
     def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
         hidden = stretch(state, *step)

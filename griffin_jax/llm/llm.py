@@ -587,7 +587,7 @@ def load(
             function (path, shape) -> Sharding; see `load_model`.
         allow_pickle: whether to read PyTorch's pickle files where there are no safetensors; see
             `open_source`.
-        in_place: hold every neuron once, so that pruning takes no memory beside the model; see `LLM`.
+        in_place: hold every neuron once, so that pruning takes no memory next to the model; see `LLM`.
         mesh: several devices, in axes `data` (batches are divided along it) and `model` (the model is); see
             `griffin_jax.parallel.mesh`. Answers are those of one device, with `groups` given.
 
