@@ -32,8 +32,9 @@ html_css_files = ["site.css"]
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-# Notebooks are executed anew only where their text has changed.
+# A notebook is executed anew if its text has changed; remove docs/_build after a change of the code that it shows.
 nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent / "_build" / ".jupyter_cache")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
