@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# tqdm says in notebooks that it would like to draw its bars with another package.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 from griffin_jax import __version__
 
@@ -29,7 +31,7 @@ html_title = f"griffin_jax {__version__}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
-myst_enable_extensions = ["deflist", "dollarmath"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 # A notebook is executed anew if its text has changed; remove docs/_build after a change of the code that it shows.
@@ -40,9 +42,8 @@ nb_execution_raise_on_error = True
 nb_merge_streams = True
 
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 python_maximum_signature_line_length = 88
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -68,11 +69,17 @@ def show_examples_as_code(app: Any, what: str, name: str, obj: Any, options: Any
     lines[:] = marked
 
 
+def escape_types(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """The asterisk of a shape such as "*b" is no emphasis."""
+    lines[:] = [line.replace("*", r"\*") if line.lstrip().startswith(":vartype") else line for line in lines]
+
+
 def indent(line: str) -> int:
     """Spaces that a line begins with."""
     return len(line) - len(line.lstrip())
 
 
 def setup(app: Any) -> None:
-    """Connect what is done to docstrings, before napoleon reads their sections."""
+    """Connect what is done to docstrings, before napoleon reads their sections and after it."""
     app.connect("autodoc-process-docstring", show_examples_as_code, priority=100)
+    app.connect("autodoc-process-docstring", escape_types, priority=900)
