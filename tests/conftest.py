@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,10 @@ HOOKED = [
 ]  # fmt: skip
 with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.beartype"):
     import griffin_jax as gj
+
+    # The package loads its modules when they are used, which would be without the hook.
+    for name in HOOKED:
+        importlib.import_module(f"griffin_jax.{name}")
 
 import jax
 import numpy as np

@@ -361,7 +361,7 @@ def test_a_disk_that_fills(hf_folder, tmp_path, limit):
 
 
 def test_a_disk_without_room_is_noticed_first(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(native.shutil, "disk_usage", lambda path: native.shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: checkpoint.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match=r"GB are needed, 0\.0 GB are free"):
         convert(hf_folder, tmp_path / "some" / "native", progress=False)
     assert left_behind(tmp_path) == []
