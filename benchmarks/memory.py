@@ -1,4 +1,4 @@
-"""Peak memory of a conversion, beside what is promised: 1.5 times the largest tensor, and 1 GiB.
+"""Peak memory of a conversion, next to what is promised: 1.5 times the largest tensor, and 1 GiB.
 
 Writes a sharded checkpoint of Llama's shape with random weights, converts it in a process of its own,
 and compares that process's largest resident memory (VmHWM on Linux, else maxrss) with the limit:

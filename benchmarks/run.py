@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from griffin_jax.bench import runner
-from griffin_jax.bench.runner import add_arguments
+from griffin_jax.cli import bench
+from griffin_jax.cli.bench import add_arguments
 
 __all__ = ["add_arguments", "run"]
-__doc__ = runner.__doc__  # what --help shows
+__doc__ = bench.DESCRIPTION  # what --help shows
 
 
 def run(options: argparse.Namespace) -> None:
     from benchmarks import peers
 
-    runner.run(options, peers.find)
+    bench.run(options, peers.find)

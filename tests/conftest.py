@@ -25,7 +25,7 @@ HOOKED = [
     "analysis.flocking",
     "extensions.prior", "extensions.reconstruction", "extensions.refresh", "extensions.speculative",
     "generation.decode", "generation.padding", "generation.prefill", "generation.scoring",
-    "griffin.neurons", "griffin.prune", "griffin.select", "griffin.statistic",
+    "griffin.masked", "griffin.neurons", "griffin.prune", "griffin.select", "griffin.statistic",
     "model.attention", "model.cache", "model.feed_forward", "model.norm", "model.ops", "model.positions",
     "model.transformer",
 ]  # fmt: skip

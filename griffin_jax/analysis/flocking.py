@@ -9,18 +9,14 @@ Drawn and measured are
     stability              Jaccard similarity of a prompt's experts and those of the tokens that follow it, window by
                            window, and of all that followed so far
 
-beside what sets of neurons chosen at random would have.
+next to what sets of neurons chosen at random would have.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import itertools
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,52 +25,21 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from griffin_jax import __version__
-from griffin_jax.analysis import flocking_report
 from griffin_jax.analysis.flocking_report import KINDS, PERMUTED, RANDOM, STABILITY, TEXTS
-from griffin_jax.cli.options import (
-    add_dtype_argument,
-    add_mesh_argument,
-    add_model_argument,
-    check_folder,
-    check_matplotlib,
-    chosen_mesh,
-    load_reader,
-    numbers,
-)
 from griffin_jax.evaluation.batches import Batch, Item, batches
 from griffin_jax.evaluation.grid import seed_of
-from griffin_jax.evaluation.samples import (
-    Skipped,
-    as_json,
-    excerpt,
-    nothing_left,
-    read_jsonl,
-    read_texts,
-    sha256_of_files,
-)
 from griffin_jax.evaluation.tasks import generate
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
-from griffin_jax.griffin.config import GriffinConfig, check_density
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics, relative_activations, token_statistic
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import EMPTY, empty_cache
-from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.utils.wholefile import replacing, write_text
-
-FORMAT = "griffin_jax flocking 1"
-"""Of flocking.json."""
-
-RESULTS, ACTIVATIONS = "flocking.json", "activations.npz"
 
 SHOWN = 512
 """Tokens and neurons of a heat map of relative activations, as in the paper."""
-
-OWN, TEXT = "own", "text"
-"""What follows a prompt: what the dense model writes (greedy), or the text itself."""
 
 
 def jaccard(first: Bool[Array, "*#b f"], second: Bool[Array, "*#b f"]) -> Float[Array, "..."]:
@@ -346,186 +311,6 @@ def _means(values: Float[np.ndarray, "densities layers n windows"]) -> list[Any]
     means = (np.where(known, values, 0.0).sum(axis=2) / np.maximum(count, 1)).astype(object)
     means[count == 0] = None
     return means.tolist()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command."""
-    parser.add_argument(
-        "files", metavar="FILE", nargs="+", type=Path, help="a text each (UTF-8), or JSONL files with one text a line"
-    )
-    texts = parser.add_argument_group("texts")
-    texts.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
-    texts.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
-    texts.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
-    texts.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
-    texts.add_argument(
-        "--prompt-tokens", type=int, metavar="P", default=256,
-        help="of every text, whose experts are compared; shorter texts are left out (default: %(default)s)",
-    )  # fmt: skip
-    texts.add_argument(
-        "--new-tokens", type=int, metavar="G", default=128, help="behind the prompt (default: %(default)s)"
-    )
-    texts.add_argument(
-        "--continuation", choices=(OWN, TEXT), default=OWN,
-        help="what these are: what the dense model writes (greedy), or the text's own (default: %(default)s)",
-    )  # fmt: skip
-    texts.add_argument(
-        "--window", type=int, metavar="W", default=32, help="tokens of a window; divides G (default: %(default)s)"
-    )
-    what = parser.add_argument_group("what is shown")
-    what.add_argument(
-        "--density", type=float, metavar="D", default=0.5,
-        help="share of neurons that are experts, where one is drawn (default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument(
-        "--densities", metavar="D,...", default="0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
-        help="of the curves, separated by commas (default: %(default)s)",
-    )  # fmt: skip
-    what.add_argument("--layer", metavar="L,...", help="of the heat maps, from 0 (default: the first, middle and last)")
-    what.add_argument(
-        "--text", metavar="N,...", default="1,2", help="likewise, of the texts used, from 1 (default: %(default)s)"
-    )
-    add_model_argument(parser)
-    add_dtype_argument(parser)
-    add_mesh_argument(parser)
-    how = parser.add_argument_group("measurement")
-    how.add_argument("--batch", type=int, metavar="B", default=4, help="texts at a time (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=Path, metavar="FOLDER", default=Path("flocking"),
-        help="of the figures and numbers (default: %(default)s)",
-    )  # fmt: skip
-    output.add_argument("--json", action="store_true", help=f"print {RESULTS} as the last line")
-
-
-def run(options: argparse.Namespace) -> None:
-    """The command, from options to files and a table."""
-    densities = _checked_densities(options)
-    chosen = numbers("--text", options.text, int)
-    layers = None if options.layer is None else numbers("--layer", options.layer, int)
-    folder: Path = options.output
-    check_folder("--output", folder, RESULTS)
-    check_matplotlib("flocking")
-    if len(set(options.files)) < len(options.files):
-        raise ValueError(f"a file is given twice: {', '.join(map(str, options.files))}")
-    if missing := [file for file in options.files if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
-
-    llm = load_reader(options, chosen_mesh(options))
-    assert llm.tokenizer is not None
-    count, context = llm.config.num_layers, llm.config.max_positions
-    if options.prompt_tokens + options.new_tokens > context:
-        raise ValueError(
-            f"{options.prompt_tokens} + {options.new_tokens} tokens are more than the model's context of {context};"
-            " give less of --prompt-tokens or --new-tokens"
-        )
-    layers = list(dict.fromkeys([0, count // 2, count - 1])) if layers is None else layers
-    if not all(0 <= layer < count for layer in layers):
-        raise ValueError(f"--layer: the model's layers are 0 to {count - 1}, got {options.layer}")
-    GriffinConfig(min(densities)).kept(llm.model.neurons)
-
-    skipped = Skipped()
-    whole = dict(itertools.islice(_texts(options, llm.tokenizer.encode, skipped), options.limit))
-    skipped.report()
-    if not whole:
-        raise nothing_left(skipped, ", ".join(map(str, options.files)))
-    if len(whole) == 1:
-        raise ValueError(f"only {next(iter(whole))} can be used; similarity needs two texts or more")
-    if not all(1 <= number <= len(whole) for number in chosen):
-        raise ValueError(f"--text: {len(whole)} texts can be used, numbered from 1, got {options.text}")
-
-    names = list(whole)
-    end = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
-    start = options.prompt_tokens
-    front = llm.tokenizer.encode("")
-    texts = Texts(
-        [Item(name, tokens[:start], tokens[start:end]) for name, tokens in whole.items()],
-        len(front) if all(tokens[: len(front)] == front for tokens in whole.values()) else 0,
-        min(llm.tokenizer.size, llm.config.vocab_size),
-    )
-    measured = measure(
-        llm, texts, densities, new=options.new_tokens, window=options.window, size=options.batch, seed=options.seed
-    )
-    results = {
-        "format": FORMAT,
-        "griffin_jax": __version__,
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "model_name": options.model,
-        "model": fingerprint(llm.model),
-        "dtype": str(llm.model.dtype),
-        "layers": count,
-        "files": [str(file) for file in options.files],
-        "texts": sha256_of_files(options.files),
-        "column": options.column,
-        "after": options.after,
-        "before": options.before,
-        "used": len(whole),
-        "left_out": as_json(skipped),
-        "prompt": options.prompt_tokens,
-        "new": options.new_tokens,
-        "continuation": options.continuation,
-        "window": options.window,
-        "density": options.density,
-        "seed": options.seed,
-        "drawn_texts": {number: names[number - 1] for number in chosen},
-        "drawn_layers": layers,
-        **measured,
-    }
-    maps = {number: _heat_maps(llm.model, whole[names[number - 1]], layers) for number in chosen}
-    folder.mkdir(exist_ok=True)
-    write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
-    arrays = {
-        f"text {number}, layer {layer}": array
-        for number, found in maps.items()
-        for layer, array in found.items()
-    }  # fmt: skip
-    with replacing(folder / ACTIVATIONS) as partial, partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    flocking_report.plot_activations(maps, options.model, folder / "activations.png")
-    flocking_report.plot_similarity(results, folder / "similarity.png")
-    flocking_report.plot_stability(results, folder / "stability.png")
-    print(flocking_report.table(results))
-    if options.json:
-        print(json.dumps(results))
-
-
-def _checked_densities(options: argparse.Namespace) -> list[float]:
-    """All densities, ascending, after the options that need no model were checked."""
-    for name in ("limit", "prompt_tokens", "new_tokens", "window", "batch"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if options.new_tokens % options.window:
-        raise ValueError(f"--new-tokens must be whole windows of {options.window}, got {options.new_tokens}")
-    densities = {options.density, *numbers("--densities", options.densities, float)}
-    for density in densities:
-        check_density(density)
-    return sorted(densities)
-
-
-def _texts(
-    options: argparse.Namespace, encode: Callable[[str], list[int]], skipped: Skipped
-) -> Iterator[tuple[str, list[int]]]:
-    """Name and tokens of the texts that are long enough."""
-    cut = excerpt(options.after, options.before)
-    needed = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
-    for name, text in _read(options, skipped):
-        tokens = encode(cut(text))
-        if len(tokens) < needed:
-            skipped.add(f"shorter than {needed} tokens", name)
-        else:
-            yield name, tokens
-
-
-def _read(options: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[str, str]]:
-    for file in options.files:
-        if file.suffix == ".jsonl":
-            for record in read_jsonl(file, [options.column], skipped):
-                yield record.name, record.texts[0]
-        else:
-            yield from read_texts([file], skipped)
 
 
 def _heat_maps(model: Transformer, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "t f"]]:

@@ -18,9 +18,9 @@ KINDS = {TEXTS: "different texts", PERMUTED: "their tokens permuted", RANDOM: "r
 
 OWN_PERMUTATION = "a text and its permutation"
 STABILITY = {
-    "windows": "a prompt and a window behind it",
+    "windows": "a prompt and a window after it",
     "other_windows": "another prompt and this window",
-    "so_far": "a prompt and all behind it",
+    "so_far": "a prompt and all after it",
     "other_so_far": "another prompt and all this",
 }
 """Likewise, of the tokens that follow a prompt."""
@@ -173,7 +173,7 @@ def plot_stability(results: Results, file: str | os.PathLike[str]) -> None:
             **limits,
         )
         axis.set_title(STABILITY[key], fontsize="medium")
-        axis.set_xlabel("tokens behind the prompt")
+        axis.set_xlabel("tokens after the prompt")
         axis.set_ylabel("layer")
     figure.colorbar(axes[0].images[0], ax=axes[:2], label="Jaccard similarity (of all heat maps)")
     lines, ends = axes[3], window * np.arange(1, windows + 1)
@@ -181,15 +181,15 @@ def plot_stability(results: Results, file: str | os.PathLike[str]) -> None:
         lines.plot(ends, stability[key].mean(axis=0), style, markersize=4, label=title)
     lines.axhline(results["random_experts"][at], linestyle="--", color="C3", label=RANDOM_EXPERTS)
     lines.set_title("means over layers", fontsize="medium")
-    lines.set_xlabel("tokens behind the prompt (end of a window)")
+    lines.set_xlabel("tokens after the prompt (end of a window)")
     lines.set_ylabel("Jaccard similarity")
     lines.set_xlim(0, (windows + 0.5) * window)
     lines.grid(alpha=0.3)
     figure.legend(*lines.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize="small")
-    behind = "what the model writes" if results["continuation"] == "own" else "the text"
+    following = "what the model writes" if results["continuation"] == "own" else "the text"
     figure.suptitle(
         f"{_short(results['model_name'])}: experts of {results['used']} prompts of {results['prompt']} tokens,\n"
-        f"and of {behind} behind them, at density {results['density']:g}"
+        f"and of {following} after them, at density {results['density']:g}"
     )
     figure.savefig(file, format="png")
 

@@ -10,7 +10,6 @@ The compiler runs in a process of its own, because it must be set up before JAX 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import json
@@ -20,20 +19,18 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from griffin_jax.aot import compilers
 from griffin_jax.aot.hlo import Collective, Module
-from griffin_jax.aot.targets import TARGETS, Chip, gpu_target_config, target, topology
-from griffin_jax.checkpoints.loading import open_source, parse_dtype
-from griffin_jax.checkpoints.native import DTYPES
+from griffin_jax.aot.targets import Chip, gpu_target_config, target, topology
+from griffin_jax.checkpoints.loading import parse_dtype
+from griffin_jax.extensions.config import Quality, check_quality
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.padding import bucket
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.llm.llm import Quality, check_quality
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.named import NAMED, named, with_layers
-from griffin_jax.model.sharding import GPU_TILE, HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
+from griffin_jax.model.sharding import check_mesh, divided, with_kv_copies
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import LAYER_SCOPE
 
@@ -52,16 +49,16 @@ class Compiled:
             the full model always among it; None for what XLA refused to compile because it needs more than the chip
             has.
         fits: whether the largest of them is no more than the chip's memory.
-        temporaries: of the decode loop, beside weights and cache; None if it was refused.
+        temporaries: of the decode loop, besides weights and cache; None if it was refused.
         step_bytes: that one step of the loop must read: weights in use and all slots of the cache.
         kernels_per_step: launches in one turn of the loop; on TPUs, operations.
         ff_copies_per_step: instructions of the loop that copy, gather, transpose or convert a whole
             feed-forward matrix. None are wanted.
-        ff_copies_per_call: the same before or behind the loop.
+        ff_copies_per_call: the same before or after the loop.
         cache_copies_per_step: the same in the loop, of a layer's keys or values.
-        cache_copies_per_call: the same before or behind the loop.
+        cache_copies_per_call: the same before or after the loop.
         collectives_in_layers: how often devices communicate in all layers of one step together, by kind.
-        collectives_elsewhere: the same before and behind the layers, in the embedding, the head or the sampler.
+        collectives_elsewhere: the same before and after the layers, in the embedding, the head or the sampler.
         communicated_per_step: bytes of what these sum, put together or send, on each device.
         collectives_in_prune: how often devices communicate in `prune`, by kind; None if nothing is pruned.
         communicated_in_prune: bytes, likewise.
@@ -297,7 +294,7 @@ def _tuple(value: Any) -> Any:
 
 
 def _total(program: dict[str, Any] | None, beside: int = 0) -> int | None:
-    """Bytes held while a program runs: what goes in, what comes out in other memory, temporaries, and all beside it."""
+    """Bytes held while a program runs: its inputs, outputs in other memory, temporaries, and all besides it."""
     if program is None:
         return None
     return program["arguments"] + program["outputs"] - program["aliased"] + program["temporaries"] + beside
@@ -502,177 +499,3 @@ def _kinds(collectives: Iterable[Collective]) -> dict[str, int]:
 
 def _bytes(collectives: Iterable[Collective]) -> int:
     return sum(c.size for c in collectives)
-
-
-def add_arguments(parser: argparse.ArgumentParser, density: Callable[[str], float | Sequence[float]]) -> None:
-    """Declare what the compile command takes; `density` reads its value."""
-    parser.add_argument("--target", required=True, metavar="CHIP", help=f"one of {', '.join(TARGETS)}")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help=f"a model's folder or GGUF file, or one of {', '.join(NAMED)} (no weights needed)",
-    )
-    parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    parser.add_argument("--density", type=density, default=0.5, help="as in generate (default: %(default)s)")
-    parser.add_argument("--round-to", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
-    parser.add_argument(
-        "--groups", type=int, metavar="M",
-        help="as in generate (default: as many as --devices; then pruning moves no rows between these)",
-    )  # fmt: skip
-    sets = parser.add_mutually_exclusive_group()
-    sets.add_argument("--shared", action="store_true", help="one set of neurons for the whole batch")
-    sets.add_argument(
-        "--per-sequence", dest="shared", action="store_false", help="one set for every sequence (the default)"
-    )
-    parser.add_argument(
-        "--devices",
-        type=int,
-        default=1,
-        metavar="N",
-        help="divide heads, neurons and vocabulary among N of the chip; all bytes are then those of each"
-        " (default: %(default)s)",
-    )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
-    parser.add_argument(
-        "--quality", choices=get_args(Quality), default="griffin",
-        help="best: with rows of the prompt, to which prune refits what is kept (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--refresh-every", type=int, metavar="N", help="compile refreshing, too")
-    parser.add_argument("--speculative", type=int, metavar="N", help="compile speculative decoding, too, with N drafts")
-    parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Run the compile command.
-
-    Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: see `compile_for`.
-        RuntimeError: likewise.
-    """
-    path = Path(os.path.expanduser(options.model))
-    config = open_source(path).config if path.exists() else named(options.model)
-    if options.layers is not None:
-        config = with_layers(config, options.layers)
-    report = compile_for(
-        options.target, config, devices=options.devices, density=options.density, round_to=options.round_to,
-        groups=options.groups, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
-        dtype=options.dtype, quality=options.quality, refresh_every=options.refresh_every,
-        speculative=options.speculative, hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
-    if options.json:
-        print(json.dumps({"model": options.model, **report.to_json()}))
-    else:
-        print(table(options.model, report))
-
-
-def table(model: str, report: Report) -> str:
-    """The report for people; `model` is what they call it."""
-    chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
-    figures = f"{_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s"
-    several = report.devices > 1
-    lines = [
-        f"{model} on {report.devices} x {chip.name} (each {figures}), compiled without them:"
-        if several
-        else f"{model} on {chip.name} ({figures}), compiled without it:",
-        f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
-        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}"
-        + (f", experts of {report.groups} groups" if report.groups > 1 else ""),
-        _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
-        _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
-        _row("weights", [_size(c.weights) for c in columns]),
-        _row("cache", [_size(report.cache) for _ in columns]),
-        _row("temporaries of decoding", [_size(c.temporaries) for c in columns]),
-    ]
-    for phase in (report.pruned or report.dense).memory:
-        held = [_size(c.memory[phase]) if phase in c.memory else "-" for c in columns]
-        lines.append(_row(f"all memory, {phase}", held))
-    lines += [
-        _row("fits", ["yes" if c.fits else "NO" for c in columns]),
-        _row("read, each step", [_size(c.step_bytes) for c in columns]),
-        _row("kernels, each step" if chip.gpu else "operations, each step", [_count(c) for c in columns]),
-        _row("FF weights copied, each step", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
-        _row("cache copied, each step", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
-        *(_communication(report, columns) if several else ()),
-        _row("ceiling, tokens/s", [f"{c.ceiling:,.1f}" for c in columns]),
-    ]
-    if report.speedup_ceiling is not None:
-        lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
-    lines += [f"not compiled: {refusal}" for refusal in report.refusals]
-    pruned, tiles = report.pruned, GPU_TILE * report.devices
-    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):
-        lines.append(
-            f"Where the kept neurons{' of a device' * several} are no multiple of {GPU_TILE}, XLA pads or joins"
-            f" matrices at every step: --round-to {tiles} avoids that."
-        )
-    lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
-    if report.kv_copies > 1:
-        lines.append(f"Each key/value head is there {report.kv_copies} times, so that the devices can share attention.")
-    if several:
-        counted = "kernels" if chip.gpu else "operations"
-        lines.append(f"Bytes and {counted} are those of each device. Ceilings do not count communication.")
-    lines += [
-        "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
-        "All memory: the full model stays, beside what is pruned from it, to read the next prompt.",
-    ]
-    return "\n".join(lines)
-
-
-_REPLICATED = {
-    HEADS: "Attention and the cache are not divided: {} devices cannot share the key/value heads evenly.",
-    VOCABULARY: "Embedding and head are not divided: {} devices cannot share the vocabulary evenly.",
-}
-
-
-def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:
-    """How often the devices communicate: per layer, beside the layers and in `prune`, a row for each kind."""
-    rows = []
-    for title, counts, share in (
-        ("each layer", [c.collectives_in_layers for c in columns], report.layers),
-        ("beside the layers", [c.collectives_elsewhere for c in columns], 1),
-        ("prune", [c.collectives_in_prune if c is report.pruned else {} for c in columns], 1),
-    ):
-        kinds = sorted({kind for count in counts if count for kind in count})
-        for kind in kinds:
-            cells = ["refused" if count is None else f"{count.get(kind, 0) / share:,.6g}" for count in counts]
-            rows.append(_row(f"{kind}, {title}", cells))
-    rows.append(_row("communicated, each step", [_size(c.communicated_per_step) for c in columns]))
-    if report.pruned is not None:
-        rows.append(_row("communicated, prune", ["-", _size(report.pruned.communicated_in_prune)]))
-    return rows
-
-
-def _row(title: str, cells: Sequence[str]) -> str:
-    return f"{title:29}" + "".join(f"{cell:>16}" for cell in cells)
-
-
-def _size(size: int | None) -> str:
-    if size is None:
-        return "refused"
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
-
-
-def _span(kept: Sequence[int]) -> str:
-    low, high = min(kept), max(kept)
-    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
-
-
-def _densities(density: float | Sequence[float]) -> str:
-    if not isinstance(density, Sequence):
-        return f"{density:g}"
-    low, high = min(density), max(density)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _count(compiled: Compiled) -> str:
-    return "refused" if compiled.kernels_per_step is None else f"{compiled.kernels_per_step:,}"
-
-
-def _copies(per_step: Sequence[str] | None, per_call: Sequence[str] | None) -> str:
-    if per_step is None or per_call is None:
-        return "refused"
-    return f"{len(per_step)}" + (f" (+{len(per_call)} once)" if per_call else "")

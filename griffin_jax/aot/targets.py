@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA compiles an NVIDIA GPU's program by, beside memory size and bandwidth.
+    """What XLA compiles an NVIDIA GPU's program by, besides memory size and bandwidth.
 
     Attributes:
         capability: CUDA compute capability.

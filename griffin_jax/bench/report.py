@@ -171,7 +171,7 @@ DECODING: tuple[Column, ...] = (
     ("of", "it", 5, _share("fraction_of_speedup")),
     ("peak", "memory", 9, _size("peak_memory")),
 )
-"""Decode steps beside their ceiling."""
+"""Decode steps next to their ceiling."""
 
 
 def _block(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
@@ -298,7 +298,7 @@ def _earlier(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
-    """Draws how decoding speeds up with falling density beside what the bytes allow, as a PNG.
+    """Draws how decoding speeds up with falling density next to what the bytes allow, as a PNG.
 
     One panel for every pair of lengths, one colour for every batch (and what it keeps).
 

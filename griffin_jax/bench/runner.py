@@ -1,4 +1,4 @@
-"""What pruning gains on this machine: every phase of a request timed, beside what the memory bandwidth allows.
+"""What pruning gains on this machine: every phase of a request timed, next to what the memory bandwidth allows.
 
 For every pair of prompt and answer lengths and every batch, the densities are measured in turn, round after round, so
 that a machine that is slower for a while is slower for all of them; each round begins with another one. The first
@@ -17,17 +17,14 @@ keeps the best of its own neurons, as `generate` does.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,36 +34,24 @@ from tqdm import tqdm
 
 from griffin_jax import __version__
 from griffin_jax.bench import report
-from griffin_jax.checkpoints import demo, loading
-from griffin_jax.checkpoints.native import DTYPES
-from griffin_jax.cli.options import add_mesh_argument, check_output, check_plot, chosen_mesh, numbers
-from griffin_jax.evaluation import general_text
+from griffin_jax.checkpoints import loading
+from griffin_jax.extensions.config import Extensions, Quality
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import Prior
-from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS, Reconstruction, rows_of_each
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, pad
 from griffin_jax.generation.prefill import Prefilled
-from griffin_jax.griffin.config import GriffinConfig, check_density, kept_neurons
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
-from griffin_jax.llm.llm import Quality, check_quality
-from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.fingerprint import fingerprint
-from griffin_jax.model.named import NAMED, named
-from griffin_jax.model.sharding import check_mesh, with_kv_copies
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 from griffin_jax.utils.timing import Stopwatch
-from griffin_jax.utils.wholefile import write_text
 
 OURS = "griffin_jax"
 EXPERTS = ("shared", "per-sequence")
-LENGTHS = {"cpu": "512+64"}
-"""Measured by default, by backend. Elsewhere it is the setting of arXiv 2404.01365, table 4."""
-OTHER_LENGTHS = "2048+128"
 BANDWIDTH_BYTES = 1 << 29
 """Size of the array that is summed to measure the bandwidth: larger than every cache."""
 PAUSE = 0.3
@@ -129,85 +114,6 @@ class Peer:
     weights: str | None = None
 
 
-FindPeers = Callable[[Transformer, str, contextlib.ExitStack], "tuple[list[Peer], dict[str, str]]"]
-"""(model, its source, stack of what must be undone) -> the peers that can run, and why others cannot, by name."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the benchmark takes."""
-    what = parser.add_argument_group("what is measured")
-    what.add_argument(
-        "--model",
-        default=demo.NAME,
-        help="any model that griffin_jax loads, or the name of a well-known one, which gets random weights in its true"
-        f" shape: {', '.join(NAMED)} (default: %(default)s)",
-    )
-    what.add_argument("--layers", type=int, metavar="L", help="only the first L layers, of random weights")
-    what.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
-    what.add_argument(
-        "--density",
-        nargs="+",
-        default=["1,0.75,0.5,0.25"],
-        metavar="D",
-        help="densities, separated by commas; 1, which the others are compared with, is always among them"
-        " (default: 1,0.75,0.5,0.25)",
-    )
-    what.add_argument(
-        "--lengths",
-        metavar="P+N",
-        help="tokens of prompt and answer, several pairs separated by commas, such as 2048+128,2048+2048"
-        f" (default: {LENGTHS['cpu']} on CPU, else {OTHER_LENGTHS})",
-    )
-    what.add_argument("--prompt", "--prompt-tokens", type=int, metavar="P", help="one pair of lengths, with --new")
-    what.add_argument("--new", "--new-tokens", type=int, metavar="N", help="likewise")
-    what.add_argument(
-        "--batch", default="1", metavar="B", help="sequences; several separated by commas (default: %(default)s)"
-    )
-    what.add_argument(
-        "--experts",
-        default=",".join(EXPERTS),
-        help="what a batch of several keeps: one set of neurons for all, one for each sequence, or each in turn"
-        " (default: %(default)s)",
-    )
-    what.add_argument(
-        "--quality",
-        default="griffin",
-        help="griffin, best (prior, budgets and reconstruction, as generate has them), or griffin,best for each in turn"
-        " (default: %(default)s)",
-    )
-    what.add_argument(
-        "--prior",
-        type=Path,
-        metavar="FILE",
-        help="of --quality best: what griffin-jax prior measured (default: the file beside the model)",
-    )
-    what.add_argument("--round-to", type=int, default=1, metavar="N", help="round kept neurons up to a multiple of N")
-    what.add_argument(
-        "--in-place",
-        action="store_true",
-        help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(in_place=True) does; with"
-        " one density below 1, and shared experts",
-    )
-    add_mesh_argument(parser)
-    what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
-    what.add_argument(
-        "--peers",
-        action="store_true",
-        help="measure in turn, on the same work, what is installed of: transformers dense, the published GRIFFIN code,"
-        " llama.cpp (llama-cpp-python). Float32 on CPU and batch 1; only in a checkout: python -m benchmarks run",
-    )
-    loading.add_pickle_argument(parser)
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    output.add_argument("--json-file", type=Path, metavar="FILE", help="write it to FILE")
-    output.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw speed-up against density as a PNG (needs griffin-jax[plot])"
-    )
-    output.add_argument(
-        "--compare", type=Path, metavar="FILE", help="show the ratio of every figure to that of an earlier --json-file"
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The options, checked; nothing is loaded yet.
@@ -244,11 +150,13 @@ class Plan:
     repeats: int
     peers: bool
 
-    def griffin(self, variant: Variant) -> GriffinConfig:
+    def pruner(self, variant: Variant) -> Pruner:
         """How a row prunes."""
         shared, groups = variant.shared or self.in_place, axis_size(self.mesh, MODEL_AXIS)
         config = GriffinConfig(variant.density, shared=shared, round_to=self.round_to, groups=groups)
-        return self.prior.budgeted(config) if self.prior is not None and variant.quality == "best" else config
+        if self.prior is None or variant.quality != "best":
+            return Pruner.of(config)
+        return Pruner.of(config, Extensions.best(self.prior))
 
     def variants(self, case: Case) -> list[Variant]:
         """Those of a case; the dense one is the first."""
@@ -261,7 +169,7 @@ class Plan:
 
     def rows(self, case: Case, variant: Variant) -> int:
         """Tokens of each prompt that a row refits its neurons to."""
-        return rows_of_each(DEFAULT_ROWS, case.batch, variant.shared) if variant.quality == "best" else 0
+        return self.pruner(variant).rows_of_each(case.batch)
 
     def sizes(self, case: Case, shared: bool) -> Sizes:
         """Bytes of a row's parts on each device."""
@@ -273,137 +181,7 @@ class Plan:
         """Neurons of every layer; None for the dense model."""
         if variant.density == 1:
             return None
-        return self.griffin(variant).kept([self.config.ff_width] * self.config.num_layers)
-
-
-def check(options: argparse.Namespace) -> Plan:
-    """Everything that can be wrong with the options, before anything is loaded or allocated.
-
-    Raises:
-        FileNotFoundError: there is no such model or prior, or no folder for an output.
-        ValueError: a value is outside its range or not understood, or a mesh does not divide the model.
-        ImportError: a plot is wanted, and matplotlib is not installed.
-        MemoryError: the largest case needs more memory than is free.
-    """
-    densities = numbers("--density", ",".join(options.density), float)
-    for density in densities:
-        check_density(density)
-    batches = numbers("--batch", options.batch, int)
-    qualities = list(dict.fromkeys(options.quality.split(",")))
-    for quality in qualities:
-        check_quality(quality)
-    if "best" in qualities and options.in_place:
-        raise ValueError("--in-place moves the model's own rows, which --quality best would refit: give one of the two")
-    if options.prior is not None and "best" not in qualities:
-        raise ValueError("--prior is for --quality best, or griffin,best")
-    experts = list(dict.fromkeys(options.experts.split(",")))
-    if unknown := [name for name in experts if name not in EXPERTS]:
-        raise ValueError(f"--experts: {unknown[0]!r} is neither of {', '.join(EXPERTS)}")
-    for name, value in (*(("--batch", b) for b in batches), ("--repeats", options.repeats)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    lengths = _lengths(options)
-    check_outputs(options)
-    mesh = chosen_mesh(options)
-    if mesh is not None and (options.peers or options.in_place):
-        raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--in-place'}: give one of the two")
-    config, random = _config(options)
-    check_mesh(config, axis_size(mesh, MODEL_AXIS))
-    config = with_kv_copies(config, axis_size(mesh, MODEL_AXIS))
-    for prompt, new in lengths:
-        if prompt + new > config.max_positions:
-            raise ValueError(
-                f"{prompt} + {new} tokens are more than the model's context of {config.max_positions}; see --lengths"
-            )
-    dtype = loading.parse_dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    plan = Plan(
-        source=options.model,
-        config=config,
-        random=random,
-        dtype=jnp.dtype(dtype),
-        densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
-        cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
-        shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
-        qualities=tuple(quality for quality in get_args(Quality) if quality in qualities),
-        prior=_prior(options, config, random) if "best" in qualities else None,
-        round_to=options.round_to,
-        in_place=options.in_place,
-        mesh=mesh,
-        repeats=options.repeats,
-        peers=options.peers,
-    )
-    if plan.in_place and len(plan.densities) != 2:
-        raise ValueError(
-            f"--in-place takes one density below 1, got {', '.join(f'{d:g}' for d in plan.densities[1:]) or 'none'};"
-            " give for example --density 0.5"
-        )
-    for density in plan.densities:
-        kept_neurons(config.ff_width, density, options.round_to)
-        check_mesh(
-            config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
-        )
-    _check_memory(plan)
-    return plan
-
-
-def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
-    if (options.prompt is None) != (options.new is None):
-        raise ValueError("--prompt and --new belong together")
-    if options.prompt is not None:
-        if options.lengths is not None:
-            raise ValueError("give either --lengths or --prompt and --new")
-        pairs = [(options.prompt, options.new)]
-    else:
-        text = options.lengths or LENGTHS.get(jax.default_backend(), OTHER_LENGTHS)
-        found = [re.fullmatch(r"(\d+)\+(\d+)", part.strip()) for part in text.split(",")]
-        pairs = [(int(match[1]), int(match[2])) for match in found if match]
-        if len(pairs) < len(found):
-            raise ValueError(f"--lengths: {text!r} is no list such as 2048+128,2048+2048")
-    for prompt, new in pairs:
-        if prompt < 1 or new < 2:
-            raise ValueError(f"a prompt needs at least 1 token and an answer 2, got {prompt}+{new}")
-        if options.peers and prompt < 2:
-            raise ValueError("--peers needs prompts of 2 tokens or more: the published code takes one for decoding")
-    return list(dict.fromkeys(pairs))
-
-
-def check_outputs(options: argparse.Namespace) -> None:
-    """Raise unless the files that are asked for can be written, and the one to compare with can be read."""
-    if options.json_file is not None:
-        check_output("--json-file", options.json_file)
-    if options.plot is not None:
-        check_plot("--plot", options.plot)
-    if options.compare is not None:
-        report.read(options.compare)
-
-
-def _config(options: argparse.Namespace) -> tuple[ModelConfig, bool]:
-    """The model's architecture, and whether it is one that gets random weights."""
-    source = options.model
-    exists = Path(os.path.expanduser(source)).exists()
-    if not exists and any(source.lower() == name.lower() for name in NAMED):
-        return named(source, options.layers), True
-    if options.layers is not None:
-        raise ValueError("--layers is for random weights: give --model the name of a well-known model")
-    if not exists and source != demo.NAME and not loading.HUB_ID.fullmatch(source):
-        raise FileNotFoundError(
-            f"there is no model {source!r}; give {loading.SOURCES}, or for random weights one of {', '.join(NAMED)}"
-        )
-    return loading.open_source(source, options.allow_pickle).config, False
-
-
-def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Prior:
-    """The one of --prior or beside the model; of random weights a random one, of the size that priors have."""
-    if random:
-        if options.prior is not None:
-            raise ValueError("random weights have a random prior: leave out --prior")
-        draw = np.random.default_rng(0)
-        width, layers = config.ff_width, range(config.num_layers)
-        squares, weights = (tuple(jnp.asarray(draw.random(width), jnp.float32) for _ in layers) for _ in range(2))
-        shape = min(DEFAULT_CALIBRATION, width), width
-        rows = tuple(jnp.asarray(draw.standard_normal(shape) * width**-0.5, jnp.float16) for _ in layers)
-        return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="")
-    return general_text.load_for_best(options.model, options.prior)
+        return self.pruner(variant).config.kept([self.config.ff_width] * self.config.num_layers)
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:
@@ -416,7 +194,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     def parts(case: Case, variant: Variant) -> dict[str, int]:
         sizes = plan.sizes(case, variant.shared)
         chunk = min(bucket(case.prompt), DEFAULT_CHUNK)
-        # Float32 scores before and behind the softmax; of the neurons both projections, z and its share.
+        # Float32 scores before and after the softmax; of the neurons both projections, z and its share.
         scores = 2 * 4 * config.num_heads * chunk * case.slots
         neurons = (3 * itemsize + 4) * chunk * config.ff_width
         return {
@@ -436,7 +214,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     return {name: together * size for name, size in largest.items()}
 
 
-def _check_memory(plan: Plan) -> None:
+def check_memory(plan: Plan) -> None:
     needed, free = needed_memory(plan), free_memory()
     if free is not None and sum(needed.values()) > free:
         listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needed.items() if size)
@@ -465,43 +243,6 @@ def free_memory() -> int | None:
     return min(found, default=None)
 
 
-def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> None:
-    """Run the benchmark.
-
-    Args:
-        options: those of `add_arguments`.
-        find_peers: what finds the peers; without it --peers is refused.
-
-    Raises:
-        Exception: see `check`; and what `griffin_jax.load` raises.
-    """
-    if options.peers and find_peers is None:
-        raise ValueError("--peers needs a checkout of the project: python -m benchmarks run --peers")
-    plan = check(options)
-    earlier: Path | None = options.compare
-    before = None if earlier is None else report.read(earlier)
-    with contextlib.ExitStack() as stack:
-        if plan.random:
-            model = random_model(plan.config, plan.dtype, mesh=plan.mesh)
-        else:
-            model, _ = loading.load_model(
-                options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=plan.mesh
-            )
-        if plan.prior is not None and not plan.random:
-            plan.prior.check(fingerprint(model))
-        peers, skipped = find_peers(model, options.model, stack) if options.peers and find_peers else ([], {})
-        result = measure(plan, jax.block_until_ready(model), peers, skipped)
-    print(report.table(result))
-    if before is not None:
-        print(f"\n{report.comparison(result, before, str(earlier))}")
-    if options.plot is not None:
-        report.plot(result, options.plot)
-    if options.json_file is not None:
-        write_text(options.json_file, json.dumps(result) + "\n")
-    if options.json:
-        print(json.dumps(result))
-
-
 def threads() -> int:
     """CPU threads that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -519,7 +260,7 @@ def measure(
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
-    subject = _Subject(model, plan.griffin(Variant(plan.densities[-1])) if plan.in_place else None)
+    subject = _Subject(model, plan.pruner(Variant(plan.densities[-1])).config if plan.in_place else None)
     groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
@@ -618,22 +359,20 @@ class _Subject:
         """The full one."""
         return self._model if self._in_place is None else self._in_place.model
 
-    def prune(self, prefilled: Prefilled, config: GriffinConfig, prior: Prior | None, watch: Stopwatch) -> Transformer:
-        """The pruned model; with a prior, of the best quality."""
-        statistics = prefilled.statistics
+    def prune(self, prefilled: Prefilled, pruner: Pruner, watch: Stopwatch) -> Transformer:
+        """The pruned model."""
+        statistics, rows = prefilled.statistics, prefilled.rows
         with watch.phase("select"):
             if self._in_place is not None:
                 statistics = self._in_place.in_order(statistics)
-            fusion = {} if prior is None else {"prior": prior}
-            experts = jax.block_until_ready(jitted.select(statistics, config, **fusion))
+            experts = jax.block_until_ready(pruner.select(self.model, statistics))
         if self._in_place is not None:
             with watch.phase("prune"):
                 return jax.block_until_ready(self._in_place.prune(experts))
-        fitted = None if prior is None else Reconstruction(prefilled.rows, calibration=prior.rows)
         with watch.phase("first_prune"):
-            first = jax.block_until_ready(prune(self._model, experts, refit=fitted))
+            first = jax.block_until_ready(pruner.prune(self._model, experts, rows))
         with watch.phase("prune"):
-            return jax.block_until_ready(prune(self._model, experts, reuse=first, refit=fitted))
+            return jax.block_until_ready(pruner.prune(self._model, experts, rows, reuse=first))
 
 
 def _measure_case(
@@ -716,8 +455,7 @@ def _answer(subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Varian
     watch = Stopwatch()
     model = subject.model
     if variant.density < 1:
-        prior = plan.prior if variant.quality == "best" else None
-        model = subject.prune(prefilled, plan.griffin(variant), prior, watch)
+        model = subject.prune(prefilled, plan.pruner(variant), watch)
     # `init_decode` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
     with watch.phase("init_decode"):

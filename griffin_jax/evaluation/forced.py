@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.evaluation.grid import REFRESH, Beyond, Variant, models
+from griffin_jax.evaluation.grid import DEFAULTS, REFRESH, Variant, models
 from griffin_jax.extensions import jitted as jitted_extensions
+from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation import jitted
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.statistic import Statistics
@@ -30,20 +31,20 @@ def score_answers(
     lengths: Int[np.ndarray, "b"],
     seeds: Int[np.ndarray, "b"],
     upto: Sequence[int],
-    beyond: Beyond = Beyond(),
+    extensions: Extensions = DEFAULTS,
 ) -> list[dict[str, Any]]:
     """Scores of given answers in every variant's model, one for each sequence.
 
     Args:
         model: the full model.
         variants: what to compare with it.
-        prefilled: the prompts, with statistics, with room for the answers and with `grid.rows_of(variants, beyond)`
+        prefilled: the prompts, with statistics, with room for the answers and with `grid.rows_of(variants, extensions)`
             rows.
         answers: token ids, padded on the right.
         lengths: real ones of each.
         seeds: of the draws for each.
         upto: the sums are over the first tokens of an answer, as many as each of these says, or all if it has fewer.
-        beyond: for the variants that have steps beyond GRIFFIN.
+        extensions: what the steps beyond GRIFFIN take.
 
     Returns:
         For each sequence `tokens`, how many were scored, and for each variant's name the sums of `SCORES`; all of these
@@ -51,18 +52,17 @@ def score_answers(
     """
 
     def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
-        return models(
-            model, [variant for variant in variants if REFRESH not in variant.steps], prefilled, answers, seeds, beyond
-        )
+        at_once = [variant for variant in variants if REFRESH not in variant.steps]
+        return models(model, at_once, prefilled, answers, seeds, extensions, masked=True)
 
+    tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     refreshed = {
         variant: jitted_extensions.teacher_force_refreshed(
-            model, prefilled, jnp.asarray(answers), jnp.asarray(lengths), beyond.config(variant), beyond.refresh_every,
-            fuse=beyond.fusion(variant),
-            reconstruction=beyond.reconstruction(variant, prefilled.rows),
+            model, prefilled, tokens, real, variant.pruner(extensions), extensions.refresh_every
         )
-        for variant in variants if REFRESH in variant.steps
-    }  # fmt: skip
+        for variant in variants
+        if REFRESH in variant.steps
+    }
     return score_models(model, every, prefilled, answers, lengths, upto, refreshed)
 
 
@@ -79,8 +79,7 @@ def score_models(
 
     Args:
         model: the full model.
-        every: gives the variants with their models, from the statistics of the answers; each model may be used up when
-            the next one is asked for.
+        every: gives the variants with their models, from the statistics of the answers.
         prefilled: the prompts, with room for the answers.
         answers: token ids, padded on the right.
         lengths: real ones of each.

@@ -1,7 +1,7 @@
 """Measures a model's prior: what its neurons do in general text.
 
-The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) behind its first
-token, or behind a random one if it has none. The prior belongs to this model in this dtype. It holds
+The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) after its first
+token, or after a random one if it has none. The prior belongs to this model in this dtype. It holds
 
 - the statistic of all tokens,
 - a few rows that stand for the relative activations of all of them: the calibration rows,
@@ -11,21 +11,17 @@ token, or behind a random one if it has none. The prior belongs to this model in
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from griffin_jax.cli.options import add_dtype_argument, add_mesh_argument, add_model_argument, check_output, chosen_mesh
 from griffin_jax.evaluation.batches import Item, batches
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, PRIOR, RECONSTRUCTION, Beyond, Variant
-from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
+from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DEFAULTS, DENSE, PRIOR, RECONSTRUCTION, Variant
 from griffin_jax.extensions import sketch
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS
@@ -33,7 +29,6 @@ from griffin_jax.extensions.sensitivity import sensitivity
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.sampling import Sample
-from griffin_jax.llm.llm import load
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
@@ -56,12 +51,12 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]
     """A text in windows of at most `length` tokens, each of which begins as a text of its own does.
 
     Raises:
-        ValueError: the length leaves no room for text behind the first token.
+        ValueError: the length leaves no room for text after the first token.
     """
     tokens, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
     first = tokens[: len(tokens) - len(plain)]
     if length <= len(first):
-        raise ValueError(f"windows of {length} tokens have no room behind the {len(first)} that a text begins with")
+        raise ValueError(f"windows of {length} tokens have no room after the {len(first)} that a text begins with")
     step = length - len(first)
     for start in range(0, len(plain), step):
         yield [*first, *plain[start : start + step]]
@@ -211,8 +206,8 @@ def with_budgets(
             prefilled = batch.prefill(model, width, DEFAULT_ROWS)
             answers = batch.answers, batch.answer_lengths, batch.seeds
             for strength in STRENGTHS:
-                beyond = Beyond(dataclasses.replace(prior, strength=strength))
-                scores = score_answers(model, [Variant(DENSE, 1.0), variant], prefilled, *answers, [width], beyond)
+                extensions = dataclasses.replace(DEFAULTS, prior=dataclasses.replace(prior, strength=strength))
+                scores = score_answers(model, [Variant(DENSE, 1.0), variant], prefilled, *answers, [width], extensions)
                 losses[strength] += [text[variant.name]["kl"][0] for text in scores[: len(batch.items)]]
             progress.update(len(batch.items))
     tokens = sum(len(item.answer) for item in items)
@@ -235,102 +230,3 @@ def least_strength(losses: Mapping[float, Sequence[float]]) -> float:
         return bool(differences.sum() <= np.sqrt(len(differences)) * differences.std(ddof=min(1, len(differences) - 1)))
 
     return min(strength for strength in losses if strength == best or close(strength))
-
-
-def beside(model: str) -> Path:
-    """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
-    path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
-    return path.with_name(f"{path.name}.prior.safetensors")
-
-
-def load_for_best(model: str, file: str | Path | None) -> Prior:
-    """The prior that quality "best" needs: of a file, by default of the one `beside` the model.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another kind or version.
-    """
-    path = Path(file) if file else beside(model)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"--quality best needs a prior, and there is no file {path}; measure it with griffin-jax prior"
-        )
-    return Prior.load(path)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
-    add_model_argument(parser)
-    add_dtype_argument(parser)
-    add_mesh_argument(parser)
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
-    text.add_argument("--self-generated", metavar="N", type=int, help="N texts that the dense model writes")
-    parser.add_argument(
-        "--window", metavar="T", type=int, default=512, help="tokens of each text, at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--rows", metavar="C", type=int, default=DEFAULT_CALIBRATION,
-        help="calibration rows of each layer, for reconstruction; 0 for none (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--budget-texts", metavar="N", type=int, default=32,
-        help="texts that the sensitivity of neurons is measured on, by a backward pass over each; 0 for none"
-        " (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="(default: beside the model, *.prior.safetensors)")
-
-
-def run(options: argparse.Namespace) -> None:
-    """Measures a prior and writes its file."""
-    least = {"--window": 2, "--rows": 0, "--budget-texts": 0, "--batch": 1, "--self-generated": 1, "--seed": 0}
-    for name, minimum in least.items():
-        value = getattr(options, name[2:].replace("-", "_"))
-        if value is not None and value < minimum:
-            raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    if options.seed >= 2**31:
-        raise ValueError(f"--seed must be less than 2**31, got {options.seed}")
-    output = options.output or beside(options.model)
-    check_output("--output", output)
-    if missing := [file for file in options.text or () if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
-
-    mesh = chosen_mesh(options)
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
-    window = min(options.window, llm.config.max_positions)
-    if options.text:
-        if llm.tokenizer is None:
-            raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts; give --self-generated")
-        skipped = Skipped()
-        texts = [
-            tokens for _, text in read_texts(options.text, skipped) for tokens in windows(llm.tokenizer, text, window)
-        ]
-        skipped.report()
-        if not texts:
-            raise nothing_left(skipped, ", ".join(map(str, options.text)))
-    else:
-        texts = self_generated(llm.model, options.self_generated, window, size=options.batch, seed=options.seed)
-    held_out = _held_out(texts) if options.budget_texts else []
-    measured = [text for number, text in enumerate(texts) if number not in held_out]
-    prior = measure(llm.model, measured, size=options.batch, rows=options.rows, seed=options.seed)
-    if held_out:
-        trial = [texts[number] for number in held_out]
-        sensitive = measured[:: -(-len(measured) // options.budget_texts)]
-        prior = with_budgets(llm.model, prior, sensitive, trial, size=options.batch, seed=options.seed)
-    elif options.budget_texts:
-        prior = dataclasses.replace(prior, uniform=f"fewer than {LEAST_TEXTS} texts are too few to try budgets on")
-    prior.save(output)
-    rows = prior.rows[0].shape[0] if prior.rows else 0
-    print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
-    if prior.strength:
-        print(f"layers keep shares of their own, {prior.strength:g} of the way to those with the least loss")
-    else:
-        print(f"layers keep the same share: {prior.uniform}")
-
-
-def _held_out(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Which texts are for the trial: of those that have two halves every fifth, at most `MOST_HELD_OUT`."""
-    whole = [number for number, text in enumerate(texts) if len(text) > 1]
-    return whole[4::5][:MOST_HELD_OUT]

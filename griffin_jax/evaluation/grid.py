@@ -1,78 +1,40 @@
-"""What is compared: the dense model, GRIFFIN and what stands beside it, at several densities."""
+"""What is compared: the dense model, GRIFFIN and what stands next to it, at several densities."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import get_args
+from typing import Any, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
-from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Fusion, Prior, check_fusion
-from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, Reconstruction
-from griffin_jax.generation import jitted
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, check_fusion
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig, Method, check_density
-from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
-from griffin_jax.griffin.select import Fuse, select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)
 BASELINES = (ORACLE, "magnitude", "random")
-"""What stands beside every method: the best that this kind of selection can be, and two that ignore the prompt."""
+"""What stands next to every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
 PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
 REFRESH = "refresh"
 STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, REFRESH)
-"""Beyond GRIFFIN, each behind a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
+"""Beyond GRIFFIN, each after a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
 to the prior's rows, too, and all of it anew every few tokens."""
 MEASURED = (PRIOR, BUDGETS, CALIBRATION)
 """Those that need a prior."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Beyond:
-    """What the steps beyond GRIFFIN take.
-
-    Attributes:
-        prior: for the steps in `MEASURED`; None if no variant has one of them.
-        prior_weight: of the prior's rank.
-        rows: tokens of each prompt for `RECONSTRUCTION`.
-        ridge: of the same.
-        calibration_weight: tokens that `CALIBRATION` counts for.
-        refresh_every: tokens, for `REFRESH`.
-    """
-
-    prior: Prior | None = None
-    prior_weight: float = DEFAULT_WEIGHT
-    rows: int = DEFAULT_ROWS
-    ridge: float = 1.0
-    calibration_weight: float = CALIBRATION_WEIGHT
-    refresh_every: int = 32
-
-    def config(self, variant: Variant) -> GriffinConfig:
-        """How a variant's neurons are selected, for each sequence its own."""
-        config = GriffinConfig(variant.density, "topk" if variant.selection == ORACLE else variant.selection)  # pyright: ignore[reportArgumentType]
-        return self.prior.budgeted(config) if BUDGETS in variant.steps and self.prior is not None else config
-
-    def fusion(self, variant: Variant) -> Fusion | None:
-        """What a variant's scores are fused with, if they are."""
-        return self.prior.fusion(self.prior_weight) if PRIOR in variant.steps and self.prior is not None else None
-
-    def reconstruction(self, variant: Variant, rows: tuple[Array, ...]) -> Reconstruction | None:
-        """What a variant's kept neurons are refitted to, if they are; `rows` are those of the prompts."""
-        if RECONSTRUCTION not in variant.steps:
-            return None
-        calibration = self.prior.rows if CALIBRATION in variant.steps and self.prior is not None else ()
-        return Reconstruction(rows, self.ridge, calibration, self.calibration_weight)
+DEFAULTS = Extensions(refit=True, refresh_every=32)
+"""What the steps take where nobody says anything."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +43,7 @@ class Variant:
 
     Attributes:
         method: `dense`, one of `GriffinConfig.method`, or `oracle`: the k best neurons by the statistic of the answer
-            itself instead of the prompt's. Behind it any of `STEPS`, each after a `+`.
+            itself instead of the prompt's. After it any of `STEPS`, each after a `+`.
         density: share of feed-forward neurons kept.
     """
 
@@ -90,7 +52,7 @@ class Variant:
 
     @property
     def selection(self) -> str:
-        """The method without the steps behind it."""
+        """The method without the steps that follow it."""
         return self.method.split("+")[0]
 
     @property
@@ -103,6 +65,26 @@ class Variant:
         """For people and files."""
         return DENSE if self.method == DENSE else f"{self.method} {self.density:g}"
 
+    def pruner(self, extensions: Extensions = DEFAULTS) -> Pruner:
+        """How the variant prunes; each sequence keeps neurons of its own.
+
+        Args:
+            extensions: what the steps take: the prior, rows, weights. Which of them are taken, the variant says.
+        """
+        prior, steps = extensions.prior, self.steps
+        rows = extensions.rows if RECONSTRUCTION in steps else 0
+        method: Any = "topk" if self.selection == ORACLE else self.selection
+        # Neurons that are the same for all can be held once, unless each sequence has them refitted.
+        config = GriffinConfig(self.density, method, shared=method == "magnitude" and not rows)
+        return Pruner(
+            prior.budgeted(config) if prior is not None and BUDGETS in steps else config,
+            rows,
+            prior.fusion(extensions.prior_weight) if prior is not None and PRIOR in steps else None,
+            prior.rows if prior is not None and CALIBRATION in steps else (),
+            extensions.ridge,
+            extensions.calibration_weight,
+        )
+
 
 def grid(
     methods: Sequence[str], densities: Sequence[float], baselines: Sequence[str] = BASELINES
@@ -110,7 +92,7 @@ def grid(
     """The dense model, and each method and baseline at every density below 1, the largest first.
 
     Args:
-        methods: those of `GriffinConfig.method`, each with any of `STEPS` behind it.
+        methods: those of `GriffinConfig.method`, each with any of `STEPS` after it.
         densities: shares of neurons kept.
         baselines: of `BASELINES`.
 
@@ -130,7 +112,7 @@ def _check_method(variant: Variant) -> None:
     if variant.selection not in METHODS:
         raise ValueError(f"method is {variant.selection!r}; allowed are {', '.join(METHODS)}")
     if variant.steps != tuple(step for step in STEPS if step in variant.steps):
-        raise ValueError(f"method is {variant.method!r}; behind it may be any of +{' +'.join(STEPS)}, in this order")
+        raise ValueError(f"method is {variant.method!r}; after it may be any of +{' +'.join(STEPS)}, in this order")
     if CALIBRATION in variant.steps and RECONSTRUCTION not in variant.steps:
         raise ValueError(f"method is {variant.method!r}; +{CALIBRATION} is a part of +{RECONSTRUCTION}")
     if BUDGETS in variant.steps and variant.selection == "magnitude":
@@ -141,9 +123,9 @@ def _check_method(variant: Variant) -> None:
         check_fusion(variant.selection, DEFAULT_WEIGHT)  # pyright: ignore[reportArgumentType]
 
 
-def rows_of(variants: Sequence[Variant], beyond: Beyond) -> int:
-    """Tokens of each prompt whose activations must be kept: none unless a variant is reconstructed."""
-    return beyond.rows if any(RECONSTRUCTION in variant.steps for variant in variants) else 0
+def rows_of(variants: Sequence[Variant], extensions: Extensions) -> int:
+    """Tokens of each prompt whose activations must be kept: none unless a variant is refitted."""
+    return extensions.rows if any(RECONSTRUCTION in variant.steps for variant in variants) else 0
 
 
 def seed_of(seed: int, text: str) -> int:
@@ -157,7 +139,9 @@ def models(
     prompts: Prefilled,
     answers: Statistics,
     seeds: Int[np.ndarray, "b"],
-    beyond: Beyond = Beyond(),
+    extensions: Extensions = DEFAULTS,
+    *,
+    masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
     """Every variant's model for a batch of prompts, one after the other.
 
@@ -167,41 +151,21 @@ def models(
     Args:
         model: the full one.
         variants: those of `grid`, without `REFRESH`.
-        prompts: with the statistics that the methods select by, and with `rows_of(variants, beyond)` rows.
+        prompts: with the statistics that the methods select by, and with `rows_of(variants, extensions)` rows.
         answers: the statistics of the answers, which the oracle selects by.
         seeds: one for each sequence.
-        beyond: for the variants that have steps beyond GRIFFIN.
+        extensions: what the steps beyond GRIFFIN take.
+        masked: whether the models are masked, to score given tokens without copies of weights, or pruned, to write.
     """
     spare = None
     for variant in variants:
         if variant.method == DENSE:
             yield variant, model
             continue
-        reconstruction = beyond.reconstruction(variant, prompts.rows)
-        if variant.selection == "magnitude":
-            # Neurons that are the same for all can be held once, unless each sequence has them refitted.
-            config = GriffinConfig(variant.density, "magnitude", shared=reconstruction is None)
-            experts = jitted.select(prompts.statistics, config, model=model)
-            yield variant, prune(model, experts, refit=reconstruction)
-            continue
         statistics = answers if variant.selection == ORACLE else prompts.statistics
-        experts = select_each(statistics, beyond.config(variant), seeds, beyond.fusion(variant))
-        spare = prune(model, experts, reuse=spare, refit=reconstruction)
+        pruner, drawn = variant.pruner(extensions), jnp.asarray(seeds)
+        if masked:
+            yield variant, pruner.scorer(model, statistics, prompts.rows, seed=drawn)
+            continue
+        _, spare = pruner(model, statistics, prompts.rows, seed=drawn, reuse=spare)
         yield variant, spare
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def select_each(
-    statistics: Statistics,
-    config: GriffinConfig,
-    seeds: Int[Array, "b"],
-    fuse: Fuse | None = None,
-) -> ExpertNeurons:
-    """`select` for each sequence with a seed of its own, so that what is drawn does not depend on its batch."""
-
-    def select_one(squares: tuple[Array, ...], tokens: Array, seed: Array) -> tuple[Array, ...]:
-        alone = Statistics(tuple(s[None] for s in squares), tokens[None])
-        return tuple(kept[0] for kept in select(alone, config, seed=seed, fuse=fuse))
-
-    indices = jax.vmap(select_one)(statistics.squares, statistics.tokens, jnp.asarray(seeds))
-    return ExpertNeurons(indices, tuple(squares.shape[-1] for squares in statistics.squares), config.groups)

@@ -22,8 +22,8 @@ from griffin_jax.evaluation.report import FORCED, Figures, Metric, as_json, forc
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.transformer import Transformer
@@ -82,10 +82,8 @@ def compare_groups(
         def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
             del answers
             yield Variant(DENSE, 1.0), model
-            spare = None
             for variant, experts in chosen.items():
-                spare = prune(model, experts, reuse=spare)
-                yield variant, spare
+                yield variant, mask(model, experts)
 
         scores = score_models(model, every, prefilled, batch.answers, batch.answer_lengths, [new])
         for variant, experts in chosen.items():

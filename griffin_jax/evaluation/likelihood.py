@@ -1,6 +1,6 @@
 """Log-likelihoods of given tokens where some are read by the full model and the others by the pruned one.
 
-Each `Passage` has three parts, one behind the other: a prompt and more tokens, which are read by the full model, and
+Each `Passage` has three parts, one after the other: a prompt and more tokens, which are read by the full model, and
 an answer, which is read by the model pruned for what stands before it. (The answer's first token is predicted by the
 full model.) What is scored are the last tokens of the passage:
 
@@ -15,19 +15,14 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from griffin_jax.evaluation.grid import seed_of, select_each
-from griffin_jax.extensions.prior import Prior
-from griffin_jax.extensions.reconstruction import Reconstruction, rows_of_each
+from griffin_jax.evaluation.grid import seed_of
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
-from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 
@@ -50,7 +45,7 @@ class Passage:
 
 
 def continuation(context: Sequence[int], tokens: Sequence[int]) -> Passage:
-    """A continuation behind its context, each of at least one token, as if it had been generated."""
+    """A continuation after its context, each of at least one token, as if it had been generated."""
     return Passage(tuple(context), (), tuple(tokens), len(tokens))
 
 
@@ -68,7 +63,7 @@ def last_token(context: Sequence[int], tokens: Sequence[int]) -> Passage:
 
 
 def window(context: Sequence[int], tokens: Sequence[int], share: float) -> Passage:
-    """Tokens behind a context of which the first part is scored by the full model, the rest by the pruned one.
+    """Tokens after a context of which the first part is scored by the full model, the rest by the pruned one.
 
     Args:
         context: at least one token.
@@ -105,12 +100,10 @@ class _Row:
 def likelihoods(
     model: Transformer,
     passages: Sequence[Passage],
-    config: GriffinConfig,
+    pruner: Pruner,
     *,
     size: int,
     seed: int = 0,
-    prior: Prior | None = None,
-    rows: int = 0,
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yields the number of each passage with its score, longest first.
 
@@ -120,23 +113,20 @@ def likelihoods(
     Args:
         model: the full model.
         passages: what to score.
-        config: how to prune. With `shared`, each batch keeps one set of neurons.
-        size: different prompts in a batch. If each keeps neurons of its own, as many sets of weights are in memory.
+        pruner: how to prune. If neurons are shared, each batch keeps one set. Of what is read whole after a prompt, the
+            newest tokens are among the rows that kept neurons are refitted to.
+        size: different prompts in a batch.
         seed: of the methods that draw. Each sequence draws with a seed of its own, made of this one and the tokens
             that its neurons are chosen by, so equal contexts keep equal neurons; with `shared`, each batch with this.
-        prior: for `select`, and for the refit.
-        rows: tokens of each prompt (with `shared`, of all of a batch together) that the kept neurons are refitted to,
-            see `Reconstruction`; 0 for none. Of what is read whole behind a prompt, the newest tokens are among them.
 
     Raises:
         ValueError: the density does not fit the model, or method "magnitude" is to refit rows.
     """
-    pruner = None
-    if rows and config.method == "magnitude":
+    if pruner.rows and pruner.config.method == "magnitude":
         raise ValueError('rows are refitted to what the prompt chooses; method "magnitude" chooses by weights alone')
-    if config.kept(model.neurons) != model.neurons:
-        pruner = _Pruner(model, config, seed, prior, rows_of_each(rows, size, config.shared))
-    if pruner is None:
+    is_pruned = pruner.config.kept(model.neurons) != model.neurons
+    pruning = _Batches(model, pruner, seed) if is_pruned else None
+    if pruning is None:
         passages = [dataclasses.replace(p, more=(), answer=p.more + p.answer) for p in passages]
     prompts: dict[tuple[int, ...], _Row] = {}
     for number, passage in enumerate(passages):
@@ -149,17 +139,17 @@ def likelihoods(
     for shape, members in sorted(shapes.items(), reverse=True):
         members.sort(key=lambda row: len(row.passages), reverse=True)
         for start in range(0, len(members), size):
-            yield from _score(model, pruner, passages, members[start : start + size], shape, size)
+            yield from _score(model, pruning, passages, members[start : start + size], shape, size)
 
 
 def _width(length: int) -> int:
-    """The padded length of tokens behind a prompt; one or two are so common that they are not padded."""
+    """The padded length of tokens after a prompt; one or two are so common that they are not padded."""
     return length if length <= 2 else bucket(length)
 
 
 def _score(
     model: Transformer,
-    pruner: _Pruner | None,
+    pruning: _Batches | None,
     passages: Sequence[Passage],
     rows: Sequence[_Row],
     shape: tuple[int, int, int],
@@ -172,13 +162,13 @@ def _score(
     # The last token of an answer is predicted, but not read.
     longest = [max(len(passages[n].more) + len(passages[n].answer) - 1 for n in row.passages) for row in filled]
     # An answer of one token is predicted by the prompt's last.
-    chooser = pruner if answer_width > 1 else None
+    chooser = pruning if answer_width > 1 else None
     prefilled = jitted.prefill(
         model, prompts, lengths,
         max_new_tokens=more_width + (answer_width if answer_width > 1 else 0),
         longest=jnp.asarray(longest, jnp.int32),
         collect=chooser is not None,
-        rows=0 if chooser is None else chooser.rows,
+        rows=0 if chooser is None else chooser.rows(size),
     )  # fmt: skip
     answering = model
     for turn in range(max(len(row.passages) for row in rows)):
@@ -196,7 +186,7 @@ def _score(
             hidden = read.hidden[:, None]
         else:
             if chooser is not None and (turn == 0 or more_width):
-                answering = chooser.prune(read, batch, present)
+                answering = chooser.scorer(read, batch, present)
             hidden, _ = jitted.teacher_force(answering, read, answers, answer_lengths - 1)
         parts.append((jitted.losses(model, hidden, answers), answer_lengths))
 
@@ -208,48 +198,26 @@ def _score(
             yield numbers[index], Likelihood(-float(loss.sum(dtype=np.float64)), bool(greedy.all()))
 
 
-class _Pruner:
-    """Prunes one batch after the other, into the memory of the one before where that is faster.
+class _Batches:
+    """Chooses neurons for one batch after the other."""
 
-    Attributes:
-        rows: tokens of each prompt that the kept neurons are refitted to; 0 for none.
-    """
+    def __init__(self, model: Transformer, pruner: Pruner, seed: int):
+        self._model, self._pruner, self._seed = model, pruner, seed
 
-    def __init__(self, model: Transformer, config: GriffinConfig, seed: int, prior: Prior | None, rows: int):
-        self._model, self._config, self._seed, self._prior = model, config, seed, prior
-        self.rows = rows
-        self._spare: Transformer | None = None
-        self._fixed: Transformer | None = None
+    def rows(self, size: int) -> int:
+        """Tokens of each prompt whose activations must be recorded."""
+        return self._pruner.rows_of_each(size)
 
-    def prune(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
-        """The model for a batch. It uses up the one before."""
-        if self._config.method == "magnitude":
-            if self._fixed is None:
-                shared = dataclasses.replace(self._config, shared=True)
-                self._fixed = prune(self._model, jitted.select(read.statistics, shared, model=self._model))
-            return self._fixed
-        spare, self._spare = self._spare, None
-        experts = self._select(read.statistics, batch, present)
-        pruned = prune(self._model, experts, reuse=spare, refit=self._reconstruction(read, present))
-        if jax.default_backend() == "cpu":
-            # Fresh memory is slow on CPUs; elsewhere it is worth more than the time.
-            self._spare = pruned
-        return pruned
-
-    def _select(self, statistics: Statistics, batch: Sequence[Passage], present: np.ndarray) -> ExpertNeurons:
-        if self._config.shared:
+    def scorer(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
+        """What scores the answers of a batch."""
+        statistics, rows = read.statistics, read.rows
+        if self._pruner.config.shared:
             # Rows that only fill the batch have no say.
             squares = tuple(jnp.where(present[:, None], square, 0) for square in statistics.squares)
-            fusion = {} if self._prior is None else {"prior": self._prior}
-            return jitted.select(Statistics(squares, statistics.tokens), self._config, seed=self._seed, **fusion)
-        seeds = [seed_of(self._seed, " ".join(map(str, passage.prompt + passage.more))) for passage in batch]
-        return select_each(statistics, self._config, np.asarray(seeds, np.int32), self._prior)
-
-    def _reconstruction(self, read: Prefilled, present: np.ndarray) -> Reconstruction | None:
-        if not self.rows:
-            return None
-        rows = read.rows
-        if self._config.shared:
-            # As above.
+            statistics = Statistics(squares, statistics.tokens)
             rows = tuple(jnp.where(present[:, None, None], layer, 0) for layer in rows)
-        return Reconstruction(rows, calibration=() if self._prior is None else self._prior.rows)
+            seed = self._seed
+        else:
+            seeds = [seed_of(self._seed, " ".join(map(str, passage.prompt + passage.more))) for passage in batch]
+            seed = jnp.asarray(seeds, jnp.int32)
+        return self._pruner.scorer(self._model, statistics, rows, seed=seed)

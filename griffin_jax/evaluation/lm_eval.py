@@ -14,10 +14,10 @@ knows plugins (the entry point `lm_eval.models`); where it does not, `griffin-ja
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import logging
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -34,12 +34,14 @@ from griffin_jax.checkpoints import demo
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
 from griffin_jax.extensions.prior import Prior
-from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
-from griffin_jax.griffin.config import GriffinConfig, Method
+from griffin_jax.extensions.pruner import Pruner
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.prune import check_kept
-from griffin_jax.llm.llm import LLM, Quality, check_options, load
+from griffin_jax.llm.llm import LLM, load
+from griffin_jax.llm.request import RENAMED, Request, check_options
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.mesh import make_mesh
+from griffin_jax.utils.deprecation import warn_renamed
 
 NAME = "griffin_jax"
 
@@ -56,6 +58,10 @@ GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top
 """The generation arguments of tasks that are understood; of `num_beams` only 1."""
 
 logger = logging.getLogger(__name__)
+
+
+PRUNING = (*(field.name for field in dataclasses.fields(GriffinConfig)), "quality")
+"""The options of `LLM.generate` that `model_args` may have."""
 
 
 @register_model(NAME)
@@ -76,13 +82,6 @@ class GriffinLM(TemplateLM):
     Args:
         path: what `griffin_jax.load` takes, or a model that it has loaded.
         dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs and bfloat16 on accelerators.
-        density: share of feed-forward neurons kept, in (0, 1]; 1 is the dense model. One for all layers or a list.
-        method: how neurons are chosen, see `GriffinConfig`.
-        shared: one set of neurons for each batch, so that scores depend on the batches.
-        round_to: kept neurons are rounded up to a multiple of this.
-        groups: into so many ranges neurons are divided, each of which keeps as many, see `GriffinConfig`. 1, so that
-            scores do not depend on the number of devices.
-        quality: `griffin`, or `best`: prior, budgets and reconstruction, as for `LLM.generate`. By default `griffin`.
         prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
         seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for
             scored tokens are drawn with a seed made of this and the tokens they are chosen by, whatever the batch;
@@ -101,6 +100,10 @@ class GriffinLM(TemplateLM):
         batch_size: different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps neurons of
             its own, so as many sets of kept weights are in memory.
         max_batch_size: the most that "auto" takes.
+        **options: `density`, `method`, `shared`, `round_to` and `groups` of `GriffinConfig` (with `shared`, scores
+            depend
+            on the batches; `groups` is 1 by default, so that scores do not depend on the number of devices), and
+            `quality` of `Extensions`: `griffin`, or `best` for prior, budgets and refit.
         device: cpu, gpu or tpu, to make sure of it; JAX itself chooses by JAX_PLATFORMS. The harness says cuda:0 where
             nobody says anything, so that may be anything.
 
@@ -115,12 +118,6 @@ class GriffinLM(TemplateLM):
         path: str | LLM = demo.NAME,
         *,
         dtype: str | None = None,
-        density: float | Sequence[float] = 0.5,
-        method: Method = "topk",
-        shared: bool = False,
-        round_to: int = 1,
-        groups: int = 1,
-        quality: Quality = "griffin",
         prior: str | Prior | None = None,
         seed: int = 0,
         last_token_only: bool = False,
@@ -136,23 +133,21 @@ class GriffinLM(TemplateLM):
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
-        **unknown: Any,
+        **options: Any,
     ):
         super().__init__()
-        if unknown:
-            raise ValueError(f"model_args has {', '.join(sorted(unknown))}; allowed are {', '.join(ARGUMENTS)}")
-        self._pruning: dict[str, Any] = {
-            "density": density, "method": method, "shared": shared, "round_to": round_to, "groups": groups,
-            "quality": quality,
-        }  # fmt: skip
+        for old in RENAMED.keys() & options.keys():
+            warn_renamed(f"GriffinLM({old}=...)", f"{RENAMED[old]}=...")
+            options[RENAMED[old]] = options.pop(old)
+        if unknown := sorted(options.keys() - PRUNING):
+            raise ValueError(f"model_args has {', '.join(unknown)}; allowed are {', '.join((*ARGUMENTS, *PRUNING))}")
         self._prior = prior if isinstance(prior, Prior) or prior is None else Prior.load(prior)
-        check_options(**self._pruning, prior=self._prior, seed=seed)
+        # Scores are not to depend on the number of devices.
+        options.setdefault("groups", 1)
+        self._request = Request.of("GriffinLM", prior=self._prior, seed=seed, **options)
+        self._pruner = Pruner.of(self._request.griffin, self._request.extensions)
         if not isinstance(max_gen_toks, int) or max_gen_toks < 1:
             raise ValueError(f"max_gen_toks must be a whole number of at least 1, got {max_gen_toks!r}")
-        self._griffin = GriffinConfig(density, method, shared, round_to, groups)
-        self._fitted = DEFAULT_ROWS if quality == "best" else 0
-        if quality == "best" and self._prior is not None:
-            self._griffin = self._prior.budgeted(self._griffin)
         if (data, model) != (1, 1) and isinstance(path, LLM):
             raise ValueError("data and model are for a path: load the model with mesh=...")
         mesh = None if (data, model) == (1, 1) else make_mesh(data, model)
@@ -174,7 +169,7 @@ class GriffinLM(TemplateLM):
             self._prior.check(fingerprint(self._llm.model))
         self.tokenizer = self._llm.tokenizer
         config = self._llm.config
-        self._kept = self._griffin.kept(self._llm.model.neurons)
+        self._kept = self._pruner.config.kept(self._llm.model.neurons)
         check_kept(self._llm.model, self._kept)
         self.max_length = config.max_positions if max_length is None else max_length
         if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:
@@ -206,13 +201,13 @@ class GriffinLM(TemplateLM):
         return self._llm.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results beside `model_args`."""
+        """What the harness writes into its results next to `model_args`."""
         model = self._llm.model
         return {
             "model_name": self._llm.name,
             "model_num_parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
             "model_dtype": str(model.dtype),
-            **self._pruning,
+            **self._pruning(),
             "prior": None if self._prior is None else f"{self._prior.tokens} tokens of text",
             "kept_neurons": list(self._kept),
             "seed": self._seed,
@@ -224,6 +219,12 @@ class GriffinLM(TemplateLM):
             "jax_version": jax.__version__,
             "jax_backend": jax.default_backend(),
         }
+
+    def _pruning(self) -> dict[str, Any]:
+        griffin = {
+            field.name: getattr(self._request.griffin, field.name) for field in dataclasses.fields(GriffinConfig)
+        }
+        return griffin | {"quality": self._request.extensions.quality}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of a text; a first token that is in the text already is not put there again."""
@@ -255,9 +256,9 @@ class GriffinLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """log p of each continuation in nats, and whether all of its tokens are the most probable ones.
 
-        Nothing behind nothing is certain.
+        An empty continuation of an empty context is certain.
         """
-        # The harness looks at the first token of what stands behind an empty context.
+        # The harness looks at the first token of what follows an empty context.
         given = [number for number, request in enumerate(requests) if any(request.args)]
         answers = [(0.0, True)] * len(requests)
         found = super().loglikelihood([requests[number] for number in given], disable_tqdm)
@@ -311,7 +312,7 @@ class GriffinLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, without what stands at and behind its stop strings."""
+        """The answer to each context, without its stop strings and what follows them."""
         groups: dict[str, list[int]] = {}
         arguments = cast("list[tuple[str, dict[str, Any]]]", [request.args for request in requests])
         for number, (_, gen_kwargs) in enumerate(arguments):
@@ -328,7 +329,7 @@ class GriffinLM(TemplateLM):
                 for start in range(0, len(numbers), self.batch_size):
                     batch = numbers[start : start + self.batch_size]
                     rows = [prompts[number] for number in batch]
-                    if not self._griffin.shared:
+                    if not self._pruner.config.shared:
                         # A full batch compiles nothing; where it shares its neurons, every row has a say.
                         rows += [rows[-1]] * (self.batch_size - len(rows))
                     texts = self._answers(rows, new, options, seed_of(self._seed, f"batch {batches}"))
@@ -340,8 +341,9 @@ class GriffinLM(TemplateLM):
         return answers
 
     def _answers(self, prompts: list[list[int]], new: int, options: Mapping[str, Any], seed: int) -> Iterable[str]:
+        griffin, extensions = self._request.griffin, self._request.extensions
         generation = self._llm.generate(
-            prompts, max_new_tokens=new, seed=seed, prior=self._prior, **self._pruning, **options
+            prompts, griffin=griffin, extensions=extensions, max_new_tokens=new, seed=seed, **options
         )
         for tokens in generation.tokens:
             # The model's configuration may name other ends of an answer than the tokenizer does.
@@ -394,10 +396,7 @@ class GriffinLM(TemplateLM):
             )
 
     def _scores(self, passages: Sequence[Passage], name: str, quiet: bool) -> Iterable[tuple[int, Likelihood]]:
-        found = likelihoods(
-            self._llm.model, passages, self._griffin, size=self.batch_size, seed=self._seed, prior=self._prior,
-            rows=self._fitted,
-        )  # fmt: skip
+        found = likelihoods(self._llm.model, passages, self._pruner, size=self.batch_size, seed=self._seed)
         return tqdm(found, desc=name, total=len(passages), disable=quiet)
 
 
@@ -431,26 +430,3 @@ def _check_device(device: str | None) -> None:
             f"device is {device!r}, but JAX runs on {jax.default_backend()}; install JAX for that device, or choose it"
             " with the environment variable JAX_PLATFORMS"
         )
-
-
-def run(arguments: Sequence[str]) -> None:
-    """The harness's own command line, where this model has its name and is the default.
-
-    Args:
-        arguments: as `lm-eval` takes them.
-    """
-    from lm_eval._cli import HarnessCLI
-    from lm_eval.config.evaluate_config import EvaluatorConfig
-
-    utils.setup_logging()
-    cli, own = HarnessCLI(), sys.argv
-    # The harness takes its arguments from there and nowhere else.
-    sys.argv = ["lm-eval", *arguments]
-    try:
-        options = cli.parse_args()
-    finally:
-        sys.argv = own
-    if getattr(options, "model", NAME) is None:
-        file = {} if options.config is None else EvaluatorConfig.load_yaml_config(options.config)
-        options.model = file.get("model", NAME)
-    cli.execute(options)

@@ -29,7 +29,7 @@ class Metric:
     Attributes:
         key: in JSON.
         title: for people, with its unit.
-        digits: behind the point.
+        digits: after the decimal point.
         log: whether a plot's axis is logarithmic.
     """
 
@@ -118,7 +118,7 @@ def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[in
     for new in news:
         entries = [entry for entry in figures if entry["new"] == new]
         lines = [
-            f"perplexity of the next {new} tokens behind prompts of",
+            f"perplexity of the next {new} tokens after prompts of",
             f"{'selection':{first}}{'density':>8}" + "".join(f"{f'{prompt:,} tokens':>{WIDTH}}" for prompt in prompts),
         ]
         by_row: dict[tuple[str, float], list[str]] = {}

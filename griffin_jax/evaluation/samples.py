@@ -120,7 +120,7 @@ def read_texts(files: Sequence[str | os.PathLike[str]], skipped: Skipped) -> Ite
 
 
 def excerpt(after: str, before: str) -> Callable[[str], str]:
-    """What lies behind the last `after` of a text, if it has one, and before the next `before`."""
+    """What follows the last `after` of a text, if it has one, and before the next `before`."""
 
     def cut(text: str) -> str:
         if after:

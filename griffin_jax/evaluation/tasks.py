@@ -1,7 +1,7 @@
 """The three evaluations: texts in, scores of every text and every variant out.
 
     divergence   how far the pruned models' predictions are from the dense one's
-    perplexity   how probable text is behind prompts of several lengths, for several lengths of answers
+    perplexity   how probable text is after prompts of several lengths, for several lengths of answers
     summarize    how good the answers are, by ROUGE
 
 Each takes texts as `Item`s, goes through them in batches, and notes the scores of each in a `Journal`.
@@ -19,14 +19,16 @@ import numpy as np
 
 from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
 from griffin_jax.evaluation.forced import score_answers
-from griffin_jax.evaluation.grid import DENSE, Beyond, Variant, models, rows_of
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.journal import Journal
+from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
-from griffin_jax.llm.llm import LLM, find_stop
+from griffin_jax.llm.llm import LLM
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
+from griffin_jax.text.growing import find_stop
 
 REAL, OWN = "real", "own"
 """Continuations: what really follows, and what the dense model itself would write."""
@@ -44,7 +46,7 @@ def divergence(
     new: int,
     size: int,
     seed: int,
-    beyond: Beyond = Beyond(),
+    extensions: Extensions = DEFAULTS,
 ) -> dict[str, Any]:
     """Scores of the real continuation and of the dense model's own (greedy, at most `new` tokens).
 
@@ -55,10 +57,10 @@ def divergence(
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         length = max(new, batch.answers.shape[1])
-        prefilled = batch.prefill(model, bucket(length), rows_of(variants, beyond))
+        prefilled = batch.prefill(model, bucket(length), rows_of(variants, extensions))
         own = pad(generate(model, prefilled, new, eos), bucket(new))
         found = {
-            kind: score_answers(model, variants, prefilled, *answers, batch.seeds, [length], beyond)
+            kind: score_answers(model, variants, prefilled, *answers, batch.seeds, [length], extensions)
             for kind, answers in {REAL: (batch.answers, batch.answer_lengths), OWN: own}.items()
         }
         return [{kind: found[kind][index] for kind in found} for index in range(len(batch.items))]
@@ -76,9 +78,9 @@ def perplexity(
     news: Sequence[int],
     size: int,
     seed: int,
-    beyond: Beyond = Beyond(),
+    extensions: Extensions = DEFAULTS,
 ) -> dict[str, Any]:
-    """Scores of the same tokens behind the last P tokens of what stands before them, for every P.
+    """Scores of the same tokens after the last P tokens of what stands before them, for every P.
 
     Args:
         llm: the model.
@@ -89,7 +91,7 @@ def perplexity(
         news: answer lengths G; the tokens of a shorter one are the first of a longer one.
         size: texts in a batch.
         seed: of all draws.
-        beyond: for the variants that have steps beyond GRIFFIN.
+        extensions: what the steps beyond GRIFFIN take.
 
     Returns:
         For each text and P (as text) what `score_answers` has, along `news`.
@@ -100,9 +102,9 @@ def perplexity(
         for length in prompts:
             shortened = [dataclasses.replace(item, prompt=item.prompt[-length:]) for item in batch.items]
             short = batch_of(shortened, size, seed)
-            prefilled = short.prefill(llm.model, batch.answers.shape[1], rows_of(variants, beyond))
+            prefilled = short.prefill(llm.model, batch.answers.shape[1], rows_of(variants, extensions))
             answers = batch.answers, batch.answer_lengths, batch.seeds
-            found.append(score_answers(llm.model, variants, prefilled, *answers, news, beyond))
+            found.append(score_answers(llm.model, variants, prefilled, *answers, news, extensions))
         return [
             {str(length): scores[index] for length, scores in zip(prompts, found, strict=True)}
             for index in range(len(batch.items))
@@ -122,7 +124,7 @@ def summarize(
     stem: bool,
     size: int,
     seed: int,
-    beyond: Beyond = Beyond(),
+    extensions: Extensions = DEFAULTS,
 ) -> dict[str, Any]:
     """Every variant's greedy answers and their ROUGE against the references.
 
@@ -146,12 +148,12 @@ def summarize(
         return find_stop(tokenizer.decode(tokens), stop) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
-        prefilled = batch.prefill(model, bucket(new), rows_of(variants, beyond))
+        prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))
         dense = generate(model, prefilled, new, eos, ended)
         answers, lengths = pad(dense, bucket(new))
         _, following = jitted.teacher_force(model, prefilled, answers, lengths, collect=True)
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, beyond):
+        for variant, pruned in models(model, variants, prefilled, following, batch.seeds, extensions, masked=False):
             written = dense if variant.method == DENSE else generate(pruned, prefilled, new, eos, ended)
             for scores, item, tokens in zip(found, batch.items, written, strict=False):
                 text = cut(tokens)
@@ -185,7 +187,7 @@ def generate(
     eos: tuple[int, ...],
     ended: Callable[[Sequence[int]], bool] = lambda tokens: False,
 ) -> list[list[int]]:
-    """Greedy answers behind prompts, whose cache stays as it is.
+    """Greedy answers after prompts, whose cache stays as it is.
 
     Args:
         model: the full model or a pruned one.

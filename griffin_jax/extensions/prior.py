@@ -26,6 +26,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ class Prior:
             np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
             for squares, weight in zip(self.squares, self.sensitivity, strict=True)
         ]
-        round_to = math.lcm(config.round_to, config.groups)
+        round_to = math.lcm(config.round_to, config.group_count)
         uniform = config.kept(widths)
         kept = between(uniform, share_out(losses, uniform, round_to=round_to), self.strength, round_to=round_to)
         density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
@@ -263,3 +264,24 @@ def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, rou
     left = sum(uniform) // round_to - blocks.sum()
     blocks[np.argsort(blocks - exact, kind="stable")[:left]] += 1
     return tuple(map(int, blocks * round_to))
+
+
+def prior_path(model: str) -> Path:
+    """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
+    path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
+    return path.with_name(f"{path.name}.prior.safetensors")
+
+
+def load_for_best(model: str, file: str | Path | None) -> Prior:
+    """The prior that quality "best" needs: of a file, by default of the one at `prior_path`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or of another kind or version.
+    """
+    path = Path(file) if file else prior_path(model)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--quality best needs a prior, and there is no file {path}; measure it with griffin-jax prior"
+        )
+    return Prior.load(path)

@@ -17,13 +17,15 @@ in GRIFFIN's statistic. The pruned model has the shapes that it has without, so 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from griffin_jax.model.feed_forward import LowRank
 from griffin_jax.parallel.mesh import mesh_of
 
 DEFAULT_ROWS = 256
@@ -37,6 +39,15 @@ CALIBRATION_WEIGHT = 4096.0
 
 LEAST_RIDGE = 1e-3
 """Below, float32 could not solve systems of a few thousand tokens."""
+
+
+def check_ridge(ridge: object, weight: object) -> None:
+    """Raise `ValueError` unless a fit can have this ridge and this weight of calibration rows."""
+    # Inside of jit they are traced and have been checked.
+    if isinstance(ridge, int | float) and not LEAST_RIDGE <= ridge < math.inf:
+        raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {ridge}")
+    if isinstance(weight, int | float) and not 0 <= weight < math.inf:
+        raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {weight}")
 
 
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
@@ -69,11 +80,7 @@ class Reconstruction:
     weight: float | Float[Array, ""] = CALIBRATION_WEIGHT
 
     def __post_init__(self) -> None:
-        # Inside of jit they are traced and have been checked.
-        if isinstance(self.ridge, int | float) and not LEAST_RIDGE <= self.ridge < math.inf:
-            raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {self.ridge}")
-        if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {self.weight}")
+        check_ridge(self.ridge, self.weight)
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
         """Raise `ValueError` unless the rows are those of a model's layers and of the experts' sequences.
@@ -116,6 +123,34 @@ class Reconstruction:
         changes = [_product("bsk,bsd->bkd", a.astype(jnp.float32), x) for a, x in zip(kept, solved, strict=True)]
         return [change[0] for change in changes] if shared else changes
 
+    def low_rank(
+        self, down: Sequence[Float[Array, "_f d"]], kept: Sequence[Bool[Array, "*b _f"]]
+    ) -> list[tuple[LowRank, ...]]:
+        """Delta of every layer as products: rows^T X for the prompt's rows and for those of general text.
+
+        X = (A A^T + mu I)^-1 R, a row of D numbers for each of the rows. At the kept neurons their sum is what
+        `changes` gives (up to rounding); elsewhere it means nothing.
+
+        Args:
+            down: per layer W_down of the full model.
+            kept: per layer which neurons are kept, for the whole batch or for every sequence its own.
+        """
+        found = []
+        for layer, (weight, is_kept) in enumerate(zip(down, kept, strict=True)):
+            rows = self.rows[layer]
+            if is_kept.ndim == 1:
+                rows = rows.reshape(-1, rows.shape[-1])
+            more = self.calibration[layer] if self.calibration else None
+            # Layer after layer, in memory for one of them. All have systems of one shape, so one program solves them.
+            own, general = _solution(
+                rows, more, self.weight, self.ridge, weight, is_kept, on_mesh=mesh_of(weight) is not None
+            )
+            products = [LowRank(rows, own)]
+            if more is not None and general is not None:
+                products.append(LowRank(more, general))
+            found.append(tuple(products))
+        return found
+
     def _system(
         self, layer: int, weight: Float[Array, "f d"], index: Int[Array, "b k"]
     ) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"], Float[Array, "b s k"]]:
@@ -125,27 +160,71 @@ class Reconstruction:
             rows = rows.reshape(1, -1, rows.shape[-1])
         prompt = jnp.any(rows != 0, axis=-1)
         if self.calibration:
-            more = self.calibration[layer].astype(jnp.float32) * jnp.sqrt(self.weight)
-            more = more.astype(rows.dtype)
-            rows = jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
+            rows = _with_calibration(rows, self.calibration[layer], self.weight)
         is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
         a = jnp.take_along_axis(rows, index[:, None], axis=-1)
         if mesh_of(weight) is not None:
-            # Each device adds up over the neurons that it has: only sums are exchanged, and no rows of weights.
-            target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
-            of_kept = jnp.where(is_kept[:, None], rows, 0)
-            system = _product("bsf,buf->bsu", of_kept, of_kept)
+            system, target = _sums(rows, is_kept, weight)
         else:
             dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
             # XLA's CPU code has no product of batches of bfloat16 in this form.
             others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
             target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
             system = _product("bsk,buk->bsu", a, a)
-        squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
-        mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1)
-        # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
-        mu = jnp.where(mean > 0, self.ridge * mean, 1.0)
-        return system + mu[:, None, None] * jnp.eye(system.shape[-1]), target, a
+        return _with_ridge(system, prompt, self.ridge), target, a
+
+
+def _with_calibration(
+    rows: Float[Array, "b s f"], calibration: Float[Array, "c f"], weight: float | Float[Array, ""]
+) -> Float[Array, "b sc f"]:
+    """Rows of every sequence, with weighted rows of general text after them."""
+    more = (calibration.astype(jnp.float32) * jnp.sqrt(weight)).astype(rows.dtype)
+    return jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
+
+
+def _sums(
+    rows: Float[Array, "b s f"], is_kept: Bool[Array, "b f"], weight: Float[Array, "f d"]
+) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"]]:
+    """A A^T and R, without gathering rows of weights.
+
+    On a mesh each device adds up over the neurons that it has: only sums are exchanged.
+    """
+    target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
+    of_kept = jnp.where(is_kept[:, None], rows, 0)
+    return _product("bsf,buf->bsu", of_kept, of_kept), target
+
+
+def _with_ridge(
+    system: Float[Array, "b s s"], prompt: Bool[Array, "b r"], ridge: float | Float[Array, ""]
+) -> Float[Array, "b s s"]:
+    """A A^T + mu I. The prompt's rows are the first; `prompt` tells which of them are no padding."""
+    squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
+    mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1)
+    # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
+    mu = jnp.where(mean > 0, ridge * mean, 1.0)
+    return system + mu[:, None, None] * jnp.eye(system.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnames="on_mesh")
+def _solution(
+    rows: Float[Array, "*b s f"],
+    calibration: Float[Array, "c f"] | None,
+    weight: float | Float[Array, ""],
+    ridge: float | Float[Array, ""],
+    down: Float[Array, "f d"],
+    is_kept: Bool[Array, "*b f"],
+    *,
+    on_mesh: bool,
+) -> tuple[Float[Array, "*b s d"], Float[Array, "*b c d"] | None]:
+    """X of one layer, for the prompt's rows and for those of general text, which are to be used without a weight."""
+    shared = is_kept.ndim == 1
+    own = rows[None] if shared else rows
+    every = own if calibration is None else _with_calibration(own, calibration, weight)
+    system, target = _sums(every, is_kept[None] if shared else is_kept, down)
+    system = _with_ridge(system, jnp.any(own != 0, axis=-1), ridge)
+    x = _solved(system[None], target[None], on_mesh=on_mesh)[0]
+    parts = x[:, : own.shape[1]], None if calibration is None else x[:, own.shape[1] :] * jnp.sqrt(weight)
+    return jax.tree.map(lambda part: part[0] if shared else part, parts)
 
 
 def _solved(

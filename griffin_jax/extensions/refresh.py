@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.extensions.reconstruction import Reconstruction
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation.decode import DecodeState, append_token
 from griffin_jax.generation.padding import by_chunk
 from griffin_jax.generation.prefill import Prefilled, read_on
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.generation.scoring import extend, teacher_force
-from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.griffin.prune import prune
-from griffin_jax.griffin.select import Fuse, select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.transformer import Transformer
@@ -70,12 +67,10 @@ def teacher_force_refreshed(
     prefilled: Prefilled,
     answers: Int[Array, "b r"],
     lengths: Int[Array, "b"],
-    config: GriffinConfig,
+    pruner: Pruner,
     width: int,
     *,
-    fuse: Fuse | None = None,
-    reconstruction: Reconstruction | None = None,
-    seed: int | Int[Array, ""] = 0,
+    seed: int | Int[Array, "*b"] = 0,
 ) -> Float[Array, "b r d"]:
     """Reads given answers as decoding does that is refreshed at every `width` tokens, with neurons selected anew.
 
@@ -84,13 +79,12 @@ def teacher_force_refreshed(
 
     Args:
         model: the full model.
-        prefilled: the prompts, with statistics and with room for R tokens. It stays as it is.
+        prefilled: the prompts, with statistics, with the rows that the pruner fits to, and with room for R tokens. It
+            stays as it is. Its rows give way to those of the answer.
         answers: token ids, padded on the right with any token.
         lengths: real tokens of each answer, in [0, R].
-        config: how to prune; static.
+        pruner: how to prune.
         width: tokens between two refreshes; static.
-        fuse: for `select`.
-        reconstruction: for the first `prune`; later its rows give way to those of the answer.
         seed: for the methods that draw.
 
     Returns:
@@ -98,9 +92,7 @@ def teacher_force_refreshed(
     """
 
     def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
-        experts = select(state.statistics, config, model=model, seed=seed, fuse=fuse)
-        fitted = None if reconstruction is None else dataclasses.replace(reconstruction, rows=state.rows)
-        return teacher_force(prune(model, experts, refit=fitted), state, tokens, lengths)[0]
+        return teacher_force(pruner.scorer(model, state.statistics, state.rows, seed=seed), state, tokens, lengths)[0]
 
     def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
         hidden = stretch(state, *step)
@@ -112,7 +104,7 @@ def teacher_force_refreshed(
     refreshes = max(length - 1, 0) // width
     read = refreshes * width
     left = jnp.clip(lengths - width * jnp.arange(refreshes + 1)[:, None], 0, width)
-    state = dataclasses.replace(prefilled, rows=() if reconstruction is None else reconstruction.rows)
+    state = dataclasses.replace(prefilled, rows=prefilled.rows if pruner.rows else ())
     if not refreshes:
         return stretch(state, answers, left[0])
     state, hidden = jax.lax.scan(refreshed, state, (by_chunk(answers[:, :read], refreshes), left[:-1]))

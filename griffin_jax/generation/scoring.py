@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
 from griffin_jax.generation.prefill import Prefilled, read_on
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics, statistic
 from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
@@ -261,5 +261,5 @@ def teacher_forced(
     if experts is None:
         statistics = Statistics(squares, jnp.full((batch,), prompt_length))
         experts = select(statistics, config, model=model, seed=seed)
-    rest, _, _ = prune(model, experts)(tokens[:, prompt_length:], positions[:, prompt_length:], cache)
+    rest, _, _ = mask(model, experts)(tokens[:, prompt_length:], positions[:, prompt_length:], cache)
     return jnp.concatenate([logits, model.logits(rest)], axis=1)

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from griffin_jax.model.config import check_choice
 from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
+from griffin_jax.utils.options import check_choice, check_whole, option
 
 Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 
@@ -55,6 +55,18 @@ def check_density(density: object) -> None:
         raise ValueError(f"density must be in (0, 1], got {density!r}")
 
 
+def parse_density(text: str) -> float | tuple[float, ...]:
+    """A density, or one for each layer, separated by commas.
+
+    Raises:
+        ValueError: it is no such list, or one is outside (0, 1].
+    """
+    values = tuple(float(value) for value in text.split(","))
+    for value in values:
+        check_density(value)
+    return values[0] if len(values) == 1 else values
+
+
 @dataclasses.dataclass(frozen=True)
 class GriffinConfig:
     """How a model is pruned for an answer.
@@ -69,17 +81,29 @@ class GriffinConfig:
         round_to: the number of kept neurons is rounded up to a multiple of this.
         groups: of so many equal ranges of a layer's neurons, each keeps its k / groups best; 1 keeps the k best of all.
             On as many devices (see `griffin_jax.model.sharding`), or a divisor of that, every device keeps rows of its
-            own, as many as the others do, and `prune` moves none between them.
+            own, as many as the others do, and `prune` moves none between them. None leaves it to the caller: `select`
+            takes 1, and an `LLM` as many as there are devices that share its model.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    density: float | Sequence[float] = 0.5
-    method: Method = "topk"
-    shared: bool = False
-    round_to: int = 1
-    groups: int = 1
+    density: float | Sequence[float] = option(
+        0.5,
+        "share of feed-forward neurons kept, in (0, 1]; 1 is the dense model; or one for each layer, separated by"
+        " commas",
+        type=parse_density,
+    )
+    method: Method = option("topk", "how neurons are chosen", choices=get_args(Method))
+    shared: bool = option(False, "one set of neurons for the whole batch")
+    round_to: int = option(1, "round kept neurons up to a multiple of N", metavar="N")
+    groups: int | None = option(
+        None,
+        "of M equal ranges of neurons, each keeps as many of its best (default: as many as the devices that --mesh"
+        " divides the model among, which then exchange no rows; 1 keeps the best of all, as one device does)",
+        type=int,
+        metavar="M",
+    )
 
     multiple = renamed_attribute("round_to")
     shards = renamed_attribute("groups")
@@ -90,10 +114,14 @@ class GriffinConfig:
         for density in self.density if isinstance(self.density, Sequence) else (self.density,):
             check_density(density)
         check_choice("method", self.method, get_args(Method))
-        for name in ("round_to", "groups"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        check_whole("round_to", self.round_to, 1)
+        if self.groups is not None:
+            check_whole("groups", self.groups, 1)
+
+    @property
+    def group_count(self) -> int:
+        """In how many groups neurons are selected, each with as many of the kept ones."""
+        return 1 if self.groups is None else self.groups
 
     def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:
         """k of every layer.
@@ -110,7 +138,7 @@ class GriffinConfig:
             raise ValueError(f"{len(self.density)} densities for {len(ff_widths)} layers; give one, or one for each")
         kept = tuple(kept_neurons(f, d, self.round_to) for f, d in zip(ff_widths, densities, strict=True))
         for neurons, k in zip(ff_widths, kept, strict=True):
-            check_groups(self.groups, neurons, k)
+            check_groups(self.group_count, neurons, k)
         return kept
 
 

@@ -46,6 +46,16 @@ def check_kept(model: Transformer, kept: Sequence[int]) -> None:
     check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), kept)
 
 
+def check_whole(model: Transformer) -> None:
+    """Raise `ValueError` unless a model has one group of neurons for all sequences, and all of them take part."""
+    if any(layer.ff.per_sequence for layer in model.layers):
+        raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
+    if any(layer.ff.rest is not None for layer in model.layers):
+        raise ValueError("this model holds its neurons in two groups; it is pruned by the InPlace object that made it")
+    if any(layer.ff.mask is not None for layer in model.layers):
+        raise ValueError("this model is masked; prune or mask the full model instead")
+
+
 @renamed_arguments(reconstruction="refit")
 def prune(
     model: Transformer,
@@ -74,14 +84,11 @@ def prune(
             them to what the prompt had from all neurons. Without it they are the model's own.
 
     Raises:
-        ValueError: the experts were selected for a model of other layers or widths, the model holds a set of neurons
-            for every sequence already, `reuse` shares feed-forward arrays with the model, `refit` does not
+        ValueError: the experts were selected for a model of other layers or widths, the model is masked or holds a set
+            of neurons for every sequence already, `reuse` shares feed-forward arrays with the model, `refit` does not
             belong to the model or the experts, or the devices of a mesh cannot share the kept rows evenly.
     """
-    if any(layer.ff.per_sequence for layer in model.layers):
-        raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
-    if any(layer.ff.rest is not None for layer in model.layers):
-        raise ValueError("this model holds its neurons in two groups; it is pruned by the InPlace object that made it")
+    check_whole(model)
     check_experts(experts, model)
     if refit is not None:
         refit.check(model.neurons, experts.indices)

@@ -18,6 +18,9 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
 from griffin_jax.utils.deprecation import warn_renamed
 
+DRAWING: tuple[Method, ...] = ("sample", "topk_sample", "random")
+"""The methods that draw."""
+
 Fuse = Callable[[tuple[Float[Array, "*b _f"], ...]], tuple[Float[Array, "*b _f"], ...]]
 """Turns the scores of every layer into others, larger for neurons that are better kept."""
 
@@ -60,7 +63,7 @@ def select(
     config: GriffinConfig,
     *,
     model: Transformer | None = None,
-    seed: int | Int[Array, ""] = 0,
+    seed: int | Int[Array, "*b"] = 0,
     fuse: Fuse | None = None,
 ) -> ExpertNeurons:
     """Chooses the neurons to keep, each layer for itself.
@@ -71,7 +74,8 @@ def select(
             score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
             equal weight.
         model: the full model; only `method="magnitude"` needs it.
-        seed: for the methods that draw.
+        seed: for the methods that draw: one for the whole batch, or one for each sequence, whose draws then do not
+            depend on its batch.
         fuse: beyond GRIFFIN, for `method="topk"`: turns the prompt's scores of every layer into others of the same
             shapes, such as `Prior.fusion` does with what neurons do in general text. A pytree, so that `select` can
             be jitted with it.
@@ -100,15 +104,17 @@ def select(
         check_fusible(config.method)
         scores = fuse(scores)
 
-    key = jax.random.key(seed)
+    keys = jax.vmap(jax.random.key)(seed) if jnp.ndim(seed) else jax.random.key(seed)
+    if keys.ndim and config.shared and config.method in DRAWING:
+        raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
     indices = []
     for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
-        ranges = score.reshape(*score.shape[:-1], config.groups, -1)
-        rank = _rank(ranges, k // config.groups, config.method, jax.random.fold_in(key, layer))
-        kept = jnp.sort(_top_k(rank, k // config.groups)[1], axis=-1).astype(jnp.int32)
-        starts = ranges.shape[-1] * jnp.arange(config.groups, dtype=jnp.int32)[:, None]
+        ranges = score.reshape(*score.shape[:-1], config.group_count, -1)
+        rank = _rank(ranges, k // config.group_count, config.method, keys, layer)
+        kept = jnp.sort(_top_k(rank, k // config.group_count)[1], axis=-1).astype(jnp.int32)
+        starts = ranges.shape[-1] * jnp.arange(config.group_count, dtype=jnp.int32)[:, None]
         indices.append((kept + starts).reshape(*score.shape[:-1], k))
-    return ExpertNeurons(tuple(indices), neurons, config.groups)
+    return ExpertNeurons(tuple(indices), neurons, config.group_count)
 
 
 def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {k}"], Int[Array, "*b s {k}"]]:
@@ -126,15 +132,20 @@ def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {
     return jax.shard_map(largest, mesh=mesh, in_specs=spec, out_specs=spec)(values)
 
 
-def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, ""]) -> Float[Array, "*b f"]:
+def _rank(
+    score: Float[Array, "*b s f"], k: int, method: Method, key: Key[Array, "*keys"], layer: int
+) -> Float[Array, "*b s f"]:
     """Values whose k largest are the choice.
 
     Drawing without replacement in proportion to weights is taking the largest of log weight plus
     Gumbel noise (Gumbel-top-k, arXiv 1903.06059).
     """
-    if method in ("topk", "magnitude"):
+    if method not in DRAWING:
         return score
-    noise = jax.random.gumbel(key, score.shape)
+    if key.ndim:
+        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, layer), score.shape[1:]))(key)
+    else:
+        noise = jax.random.gumbel(jax.random.fold_in(key, layer), score.shape)
     if method == "random":
         return noise
     draw = jnp.log(score) + noise

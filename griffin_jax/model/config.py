@@ -1,4 +1,4 @@
-"""What a model is (`ModelConfig`, `Rotary`, `Alibi`) and how it is pruned (`GriffinConfig`).
+"""What a model is: `ModelConfig`, `Rotary`, `Alibi`.
 
 All are frozen and hashable, so they can be static arguments of `jax.jit`.
 """
@@ -9,16 +9,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from griffin_jax.utils.options import check_choice
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
 HeadNorm = Literal["none", "shared", "own", "joint"]
-
-
-def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from griffin_jax.model.config import Activation, ModelConfig
 from griffin_jax.model.ops import linear, matmul
 from griffin_jax.model.parameters import bias_vector, matrix
-
-if TYPE_CHECKING:
-    pass
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -24,6 +21,55 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank:
+    """left^T right, which is added to a down projection without being made.
+
+    Attributes:
+        left: rows over the neurons, for all sequences or for each its own.
+        right: rows over the width, as many of them, likewise.
+    """
+
+    left: Float[Array, "*b s f"]
+    right: Float[Array, "*b s d"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """Which neurons of a full feed-forward layer take part; see `griffin_jax.griffin.masked`.
+
+    Attributes:
+        kept: for the whole batch or for each sequence its own.
+        changes: what is added to the rows of the down projection that are kept.
+    """
+
+    kept: Bool[Array, "*b f"]
+    changes: tuple[LowRank, ...] = ()
+
+    def apply(self, z: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
+        """z, zero where a neuron is not kept."""
+        return jnp.where(self.kept if self.kept.ndim == 1 else self.kept[:, None], z, 0)
+
+    def changed(self, z: Float[Array, "b t f"], y: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """What the changed rows project z to, from what the layer's own rows project it to."""
+        if not self.changes:
+            return y
+        total = y.astype(jnp.float32)
+        for change in self.changes:
+            at_rows = _product("btf,sf->bts", "btf,bsf->bts", z, change.left)
+            total = total + _product("bts,sd->btd", "bts,bsd->btd", at_rows, change.right)
+        return total.astype(y.dtype)
+
+
+def _product(shared: str, own: str, x: Array, y: Array) -> Array:
+    """One of two products, by whether y is for all sequences or for each its own; float32."""
+    equation = shared if y.ndim == 2 else own
+    # XLA's CPU code has no product of batches of bfloat16 in this form.
+    return jnp.einsum(equation, x.astype(jnp.float32), y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
 class FeedForward(nnx.Module):
@@ -35,6 +81,7 @@ class FeedForward(nnx.Module):
     of a batch keeps neurons of its own, `gate_up` is (A, B, K, D) and `down` (B, K, D).
 
     The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place`.
+    Or all rows stay, and a `mask` says which neurons take part; see `griffin_jax.griffin.masked`.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
@@ -45,10 +92,11 @@ class FeedForward(nnx.Module):
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
         self.activation: Activation = config.activation
         self.rest: FeedForward | None = nnx.data(None)
+        self.mask: Mask | None = nnx.data(None)
 
     @property
     def neurons(self) -> int:
-        """F, or K after pruning."""
+        """F, or K after pruning; a mask leaves it as it is."""
         return self.down.shape[-2] + (0 if self.rest is None else self.rest.neurons)
 
     @property
@@ -57,9 +105,11 @@ class FeedForward(nnx.Module):
         return self.down.ndim == 3
 
     def intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-        """z, the input of the down projection: one value for each neuron and token, those of `rest` last."""
+        """z, the input of the down projection: one value for each neuron and token, those of `rest` last, and zero
+        where a mask leaves a neuron out."""
         z = self._own_intermediate(x)
-        return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
+        z = z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
+        return z if self.mask is None else self.mask.apply(z)
 
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         weight = self.gate_up[...]
@@ -77,6 +127,7 @@ class FeedForward(nnx.Module):
         z = z[..., :own]
         y = jnp.einsum("btf,bfd->btd", z, self.down[...]) if self.per_sequence else matmul(z, self.down[...])
         y = y if others is None else y + others
+        y = y if self.mask is None else self.mask.changed(z, y)
         return y if self.down_bias is None else y + self.down_bias[...]
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

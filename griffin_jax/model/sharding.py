@@ -44,6 +44,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("ff.gate_up", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
     ("ff.gate_up_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
     ("ff.down", (SEQUENCES, NEURONS, None)),  # (B, K, D)
+    # Of masked models: which neurons are kept, and what changes their rows, each for all sequences or for itself.
+    ("mask.kept", (NEURONS,)),  # (F,)
+    ("mask.kept", (SEQUENCES, NEURONS)),  # (B, F)
+    ("left", (None, NEURONS)),  # (S, F)
+    ("left", (SEQUENCES, None, NEURONS)),  # (B, S, F)
+    ("right", (SEQUENCES, None, None)),  # (B, S, D)
     # What checkpoints have for `qkv` and `gate_up`.
     ("attention.query", (HEADS, None, None)),  # (N, H, D)
     ("attention.key", (HEADS, None, None)),  # (G, H, D)

@@ -128,7 +128,7 @@ class Transformer(nnx.Module):
 
     @property
     def neurons(self) -> tuple[int, ...]:
-        """Neurons of each feed-forward layer: F, or the kept ones of a pruned model."""
+        """Neurons of each feed-forward layer: F, or the kept ones of a pruned model; of a masked one F, too."""
         return tuple(layer.ff.neurons for layer in self.layers)
 
     def __call__(

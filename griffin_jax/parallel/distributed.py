@@ -8,7 +8,6 @@ Each runs the same program on its share of the mesh. The first writes text and f
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -31,16 +30,6 @@ START_SECONDS = 300
 AUTO = "auto"
 
 _WANTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<process>\d+),(?P<count>\d+)")
-
-
-def add_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare --distributed."""
-    parser.add_argument(
-        "--distributed",
-        metavar="HOST:PORT,PROCESS,COUNT",
-        help="this is process PROCESS (from 0) of COUNT that were started with the same command, one on each host; HOST"
-        f" is that of process 0. {AUTO!r} on TPUs and under Slurm or Open MPI. Needs --mesh over all devices",
-    )
 
 
 def parse(text: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ import griffin_jax as gj
 from griffin_jax.aot.compilation import inspect
 from griffin_jax.aot.hlo import Module
 from griffin_jax.bench import runner
-from griffin_jax.cli.main import _parser, main
+from griffin_jax.cli import bench
+from griffin_jax.cli.main import main, parser_of
 from griffin_jax.evaluation.general_text import measure, with_budgets
 from griffin_jax.generation import jitted
 from griffin_jax.griffin import prune as pruning
@@ -113,7 +114,7 @@ class TestAnswers:
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(4, 2))
         options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5, "groups": 1}
         assert list(llm.stream(RAGGED, **options)) == list(native.llm.stream(RAGGED, **options))
-        assert tokens(llm, reconstruct=16) == tokens(native.llm, reconstruct=16)
+        assert tokens(llm, refit=16) == tokens(native.llm, refit=16)
         rows = [[5, 7, 11, 13, 2], [9, 8, 7, 6, 5]]
         found, expected = (np.asarray(one.logits(rows, prompt_length=3, groups=2)) for one in (llm, native.llm))
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -175,7 +176,7 @@ class TestBeyondGriffin:
         for options in (
             {**prior, "groups": 8},
             {**prior, "quality": "best", "round_to": 4, "refresh_every": 3},
-            {**prior, "reconstruct": 16, "shared": True},
+            {**prior, "refit": 16, "shared": True},
             {"speculative": 2, "temperature": 1.0, "seed": 3, "shared": True},
         ):
             assert tokens(llm, **options) == tokens(native.llm, **options), options
@@ -351,7 +352,7 @@ class TestBench:
         assert any("divided among the devices of --mesh data=2,model=4" in line for line in out)
         result = json.loads(out[-1])
         assert result["mesh"] == {"data": 2, "model": 4}
-        plan = runner.check(_parser().parse_args(arguments))
+        plan = bench.check(parser_of("bench").parse_args(arguments[1:]))
         assert result["parameters"] == plan.sizes(plan.cases[0], True).parameters
         assert [row["quality"] for row in result["rows"]] == [None, None, "best"]
         for row, variant in zip(result["rows"], plan.variants(plan.cases[0]), strict=True):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from griffin_jax.aot import compilation, compilers
-from griffin_jax.aot.compilation import compile_for, inspect, table
+from griffin_jax.aot.compilation import compile_for, inspect
 from griffin_jax.aot.hlo import Module
+from griffin_jax.aot.report import table
 from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
 from griffin_jax.checkpoints import demo
 from griffin_jax.cli.main import main

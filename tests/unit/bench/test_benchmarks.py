@@ -25,10 +25,12 @@ import griffin_jax as gj
 from benchmarks import memory, peers, torchpeers
 from benchmarks.__main__ import main
 from griffin_jax.bench import report, runner
+from griffin_jax.cli import bench
 from griffin_jax.cli import main as cli
 from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.named import named
 from griffin_jax.utils.timing import Stopwatch
 
 
@@ -122,9 +124,9 @@ def test_bytes_are_the_models(measured):
 def test_weights_are_those_of_the_arrays(plain):
     llm = plain.llm
     options = bench_options("--model", str(plain.folder), "--lengths", "9+3", "--density", "0.5")
-    plan = runner.check(options)
+    plan = bench.check(options)
     experts = llm.experts([[5, 6, 7]], density=0.5)
-    for model, density in ((llm.model, 1.0), (runner.prune(llm.model, experts), 0.5)):
+    for model, density in ((llm.model, 1.0), (gj.prune(llm.model, experts), 0.5)):
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
         assert plan.sizes(plan.cases[0], False).weights(plan.kept(runner.Variant(density))) == held
 
@@ -210,12 +212,12 @@ def test_best_quality_is_compared_with_its_own(both):
 
 def test_best_quality_prunes_as_generate_does(plain, prior):
     options = ("--lengths", "9+3", "--quality", "best", "--density", "0.5", "--prior", str(prior))
-    plan = runner.check(bench_options("--model", str(plain.folder), *options))
+    plan = bench.check(bench_options("--model", str(plain.folder), *options))
     variant = runner.Variant(0.5, quality="best")
     tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13]
     rows = plan.rows(plan.cases[0], variant)
     prefilled = jitted.prefill(plain.llm.model, *gj.pad([tokens], 16), max_new_tokens=3, rows=rows)
-    pruned = runner._Subject(plain.llm.model, None).prune(prefilled, plan.griffin(variant), plan.prior, Stopwatch())
+    pruned = runner._Subject(plain.llm.model, None).prune(prefilled, plan.pruner(variant), Stopwatch())
     expected = plain.llm.generate([tokens], max_new_tokens=3, quality="best", prior=plan.prior, ignore_eos=True)
     assert pruned.neurons == expected.kept
     answer = jitted.decode(pruned, jitted.init_decode(prefilled), 3)
@@ -224,7 +226,7 @@ def test_best_quality_prunes_as_generate_does(plain, prior):
 
 def test_random_weights_have_a_random_prior_of_the_usual_size():
     options = ("--model", "Llama-2-7B", "--layers", "2", "--density", "0.5")
-    plan = runner.check(bench_options(*options, "--quality", "griffin,best"))
+    plan = bench.check(bench_options(*options, "--quality", "griffin,best"))
     assert plan.prior is not None
     assert [rows.shape for rows in plan.prior.rows] == [(384, 11008)] * 2
     best = plan.kept(runner.Variant(0.5, quality="best"))
@@ -254,12 +256,12 @@ def test_prior_of_another_model_is_refused(tiny, prior, capsys):
 
 
 def bench_options(*arguments: str):
-    return cli._parser().parse_args(["bench", *arguments])
+    return cli.parser_of("bench").parse_args(arguments)
 
 
 def test_medians_of_made_up_samples():
     options = bench_options("--model", "SmolLM2-135M", "--lengths", "100+11", "--batch", "2", "--density", "0.5")
-    plan = runner.check(options)
+    plan = bench.check(options)
     dense = runner.Measured("griffin_jax", "griffin_jax", runner.Variant(), compile=3.0)
     pruned = runner.Measured("griffin_jax", "griffin_jax", runner.Variant(0.5, True), compile=4.0)
     for second in (1.0, 7.0, 2.0):
@@ -362,8 +364,7 @@ def test_needed_memory_counts_the_largest_case(monkeypatch):
     monkeypatch.setattr(runner, "free_memory", lambda: None)
     arguments = ("--model", "Llama-2-7B", "--dtype", "bfloat16", "--lengths", "100+20,2000+40", "--batch", "1,8")
     shared, own = (
-        runner.needed_memory(runner.check(bench_options(*arguments, "--experts", experts)))
-        for experts in runner.EXPERTS
+        runner.needed_memory(bench.check(bench_options(*arguments, "--experts", experts))) for experts in runner.EXPERTS
     )
     assert shared["peers"] == 0
     assert shared["caches"] == 2 * 2 * 32 * 8 * 32 * 128 * (2048 + 48) * 2
@@ -373,7 +374,7 @@ def test_needed_memory_counts_the_largest_case(monkeypatch):
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "OPT-6.7B", "Gemma-7B"])
 def test_random_weights_are_scaled_and_finite(name):
     sizes = {"width": 64, "ff_width": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "vocab_size": 300}
-    config = dataclasses.replace(runner.named(name, 2), max_positions=64, **sizes)
+    config = dataclasses.replace(named(name, 2), max_positions=64, **sizes)
     model = random_model(config, jnp.bfloat16)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model)} == {"bfloat16"}
     first, second = (layer.ff for layer in model.layers)
@@ -381,9 +382,7 @@ def test_random_weights_are_scaled_and_finite(name):
     assert float(jnp.std(first.down[...].astype(jnp.float32))) == pytest.approx(96**-0.5, rel=0.05)
     assert abs(float(jnp.mean(first.down[...].astype(jnp.float32)))) < 0.01
     assert not np.array_equal(first.down[...], second.down[...])
-    prefilled = runner.jitted.prefill(
-        model, np.arange(16, dtype=np.int32)[None], np.array([16], np.int32), max_new_tokens=0
-    )
+    prefilled = jitted.prefill(model, np.arange(16, dtype=np.int32)[None], np.array([16], np.int32), max_new_tokens=0)
     assert np.isfinite(prefilled.logits).all()
     assert float(jnp.std(prefilled.logits)) > 0
 

@@ -12,6 +12,8 @@ import griffin_jax as gj
 from griffin_jax.evaluation import likelihood
 from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.likelihood import Passage, continuation, last_token, likelihoods, window
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 
 CONTEXTS = [[5, 6, 7, 8, 9, 10, 11, 12], [40, 41, 42], [90, 3, 77, 3, 21], [17]]
@@ -27,9 +29,10 @@ def oracle(model, context: list[int], tokens: list[int], dense: int, density: fl
 
 
 def scored(
-    tiny, passages, config=gj.GriffinConfig(0.5), size: int = 3, seed: int = 0, **beyond
+    tiny, passages, config=gj.GriffinConfig(0.5), size: int = 3, seed: int = 0, **extensions
 ) -> list[tuple[float, bool]]:
-    found = dict(likelihoods(tiny.llm.model, passages, config, size=size, seed=seed, **beyond))
+    pruner = Pruner.of(config, Extensions(**extensions))
+    found = dict(likelihoods(tiny.llm.model, passages, pruner, size=size, seed=seed))
     assert sorted(found) == list(range(len(passages)))
     return [(found[number].log, found[number].greedy) for number in range(len(passages))]
 
@@ -95,24 +98,27 @@ def prior(tiny) -> gj.Prior:
 def test_rows_that_fill_a_batch_do_not_choose_shared_neurons(tiny, rows):
     """Nor are these refitted to them, to so many tokens of each row."""
     passages, config = [continuation(*pair) for pair in PAIRS[:8]], gj.GriffinConfig(0.5, shared=True)
-    assert_scores(scored(tiny, passages, config, 3, rows=3 * rows), scored(tiny, passages, config, 2, rows=2 * rows))
+    assert_scores(scored(tiny, passages, config, 3, refit=3 * rows), scored(tiny, passages, config, 2, refit=2 * rows))
 
 
 @pytest.mark.parametrize("general", [False, True])
 def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
     """The steps one after the other, for each pair alone."""
     model, config, expected = tiny.llm.model, gj.GriffinConfig(0.5), []
-    chosen = {"prior": prior} if general else {}
+    fuse = prior.fusion() if general else None
     for context, tokens in PAIRS:
         answers = gj.pad([tokens], 16)
         prefilled = jitted.prefill(model, *gj.pad([context], 16), max_new_tokens=16, rows=5)
         fitted = gj.Reconstruction(prefilled.rows, calibration=prior.rows if general else ())
-        experts = jitted.select(prefilled.statistics, config, **chosen)
+        experts = jitted.select(prefilled.statistics, config, fuse=fuse)
         hidden, _ = jitted.teacher_force(gj.prune(model, experts, refit=fitted), prefilled, *answers)
         found = jitted.losses(model, hidden, answers[0])
         loss, greedy = (np.asarray(part)[0, : len(tokens)] for part in (found.loss, found.greedy))
         expected.append((-float(loss.sum()), bool(greedy.all())))
-    assert_scores(scored(tiny, [continuation(*pair) for pair in PAIRS], config, rows=5, **chosen), expected)
+    assert_scores(
+        scored(tiny, [continuation(*pair) for pair in PAIRS], config, refit=5, **({"prior": prior} if general else {})),
+        expected,
+    )
     assert not np.allclose(
         [log for log, _ in expected], [log for log, _ in scored(tiny, [continuation(*p) for p in PAIRS])]
     )
@@ -120,7 +126,7 @@ def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
 
 def test_weights_alone_are_not_refitted(tiny):
     with pytest.raises(ValueError, match='method "magnitude" chooses by weights alone'):
-        scored(tiny, [continuation(*PAIRS[0])], gj.GriffinConfig(0.5, "magnitude"), rows=5)
+        scored(tiny, [continuation(*PAIRS[0])], gj.GriffinConfig(0.5, "magnitude"), refit=5)
 
 
 def test_a_batch_of_another_length_compiles_nothing(tiny, monkeypatch):
@@ -137,7 +143,7 @@ def test_a_batch_of_another_length_compiles_nothing(tiny, monkeypatch):
 
         monkeypatch.setattr(likelihood.jitted, name, noted)
 
-    for name in ("prefill", "follow", "losses"):
+    for name in ("prefill", "teacher_force", "losses"):
         shapes(name)
     scored(tiny, [continuation(range(3, 3 + n), range(40, 46 + n)) for n in (2, 5, 9)])
     first = set(calls)

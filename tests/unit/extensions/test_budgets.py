@@ -14,7 +14,7 @@ import torch
 import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import least_strength, measure, with_budgets
-from griffin_jax.evaluation.grid import Beyond, Variant, models
+from griffin_jax.evaluation.grid import DEFAULTS, Variant, models
 from griffin_jax.extensions.prior import between, share_out
 from griffin_jax.extensions.sensitivity import sensitivity, squared_gradients
 from griffin_jax.generation import jitted
@@ -197,9 +197,9 @@ class TestEvaluation:
         tokens, lengths = map(jnp.asarray, gj.pad(TEXTS[:2], 16))
         prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=0)
         rows = [Variant("topk", 0.5), Variant("topk+budgets", 0.5), Variant("oracle+budgets", 0.25)]
-        seeds = np.zeros(2, np.int32)
+        seeds, extensions = np.zeros(2, np.int32), dataclasses.replace(DEFAULTS, prior=prior)
         found = [
-            pruned.neurons for _, pruned in models(model, rows, prefilled, prefilled.statistics, seeds, Beyond(prior))
+            pruned.neurons for _, pruned in models(model, rows, prefilled, prefilled.statistics, seeds, extensions)
         ]
         shares = [prior.budgeted(gj.GriffinConfig(density)).kept(model.neurons) for density in (0.5, 0.25)]
         assert found == [(24, 24, 24), *shares]
@@ -222,7 +222,7 @@ class TestGenerate:
 
     def test_best_is_all_steps(self, tiny, prior):
         best = tiny.llm.generate(TEXTS[:2], quality="best", prior=prior, **self.OPTIONS)
-        steps = tiny.llm.generate(TEXTS[:2], prior=prior, budgets=True, reconstruct=True, **self.OPTIONS)
+        steps = tiny.llm.generate(TEXTS[:2], prior=prior, budgets=True, refit=True, **self.OPTIONS)
         assert best.tokens == steps.tokens
         assert best.kept == steps.kept
         assert best.tokens != tiny.llm.generate(TEXTS[:2], **self.OPTIONS).tokens

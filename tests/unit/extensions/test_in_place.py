@@ -10,6 +10,7 @@ import pytest
 from reference import TinyLlama
 
 import griffin_jax as gj
+from griffin_jax.llm.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_what_cannot_be_done_with_one_copy(folder):
     llm.generate([[5, 6, 7]], max_new_tokens=2)
     with pytest.raises(ValueError, match="two groups"):
         gj.prune(llm.model, llm.experts([[5, 6, 7]]))
-    first = llm._run([[5, 6, 7]], gj.llm._Request(**(gj.llm.OPTIONS | {"stop": ()})), stream=True)
+    first = llm._run([[5, 6, 7]], Request(), stream=True)
     next(first)
     with pytest.raises(RuntimeError, match="must be complete"):
         llm.generate([[5, 6, 7]])

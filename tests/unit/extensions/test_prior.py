@@ -14,8 +14,8 @@ from reference import oracle_positions, oracle_squares, oracle_topk, torch_inter
 import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation import general_text
-from griffin_jax.evaluation.general_text import beside, measure, self_generated, windows
-from griffin_jax.extensions.prior import PRIOR_FORMAT
+from griffin_jax.evaluation.general_text import measure, self_generated, windows
+from griffin_jax.extensions.prior import PRIOR_FORMAT, prior_path
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.utils.arrayfile import save_arrays
 
@@ -264,7 +264,7 @@ class TestCommand:
             ("model/", tmp_path / "model.prior.safetensors"),
             ("owner/name", tmp_path / "name.prior.safetensors"),
         ):
-            assert beside(name) == file
+            assert prior_path(name) == file
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -14,6 +14,8 @@ import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import measure
 from griffin_jax.extensions import jitted as jitted_extensions
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.extensions.reconstruction import Reconstruction
 from griffin_jax.generation import jitted
 from griffin_jax.generation.sampling import sampler
@@ -124,7 +126,7 @@ class TestGenerate:
         assert answer(tiny.llm, PROMPTS, refresh_every=1) == answer(tiny.llm, PROMPTS, density=1.0)
 
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny):
-        options = {"refresh_every": 4, "reconstruct": 9}
+        options = {"refresh_every": 4, "refit": 9}
         together = answer(tiny.llm, PROMPTS, **options)
         assert together == [answer(tiny.llm, [prompt], **options)[0] for prompt in PROMPTS]
 
@@ -133,7 +135,7 @@ class TestGenerate:
         dense = answer(tiny.llm, PROMPTS, density=1.0, **options)
         assert answer(tiny.llm, PROMPTS, density=1.0, refresh_every=4, **options) == dense
         assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=4, **options) == dense
-        assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=3, reconstruct=8, **options) == dense
+        assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=3, refit=8, **options) == dense
 
     @pytest.mark.parametrize("shared", [False, True])
     def test_is_the_steps_by_hand(self, tiny, shared):
@@ -154,7 +156,7 @@ class TestGenerate:
                 )
         out = tiny.llm.generate(
             PROMPTS, max_new_tokens=NEW, ignore_eos=True, temperature=0.9, shared=shared, prior=prior, prior_weight=0.3,
-            reconstruct=12 if shared else 4, refresh_every=3,
+            refit=12 if shared else 4, refresh_every=3,
         )  # fmt: skip
         assert out.tokens == state.tokens[:, :NEW].tolist()
         for got, last in zip(out.experts, experts[-1], strict=True):
@@ -168,7 +170,7 @@ class TestGenerate:
 
     def test_the_second_answer_compiles_nothing(self, tiny, compiled):
         llm = gj.LLM(tiny.llm.model)
-        options = {"refresh_every": 3, "reconstruct": 8}
+        options = {"refresh_every": 3, "refit": 8}
         answer(llm, PROMPTS[2:], **options)
         del compiled[:]
         answer(llm, [list(range(50, 90))], **options)
@@ -216,7 +218,7 @@ class TestFollow:
         prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=10)
         answers, answered = map(jnp.asarray, gj.pad(self.ANSWERS, 10))
         hidden = jitted_extensions.teacher_force_refreshed(
-            model, prefilled, answers, answered, gj.GriffinConfig(0.5), width=width
+            model, prefilled, answers, answered, Pruner(gj.GriffinConfig(0.5)), width=width
         )
         found = np.asarray(model.logits(hidden))
         for row, (prompt, tail) in enumerate(zip(PROMPTS, self.ANSWERS, strict=True)):
@@ -231,11 +233,12 @@ class TestFollow:
     def test_scores_of_what_was_written_choose_it(self, tiny, shared):
         model = tiny.llm.model
         prior = measure(model, [list(range(10, 60))], size=1, rows=9, quiet=True)
-        out = answer(tiny.llm, PROMPTS, refresh_every=3, shared=shared, prior=prior, reconstruct=12 if shared else 4)
+        out = answer(tiny.llm, PROMPTS, refresh_every=3, shared=shared, prior=prior, refit=12 if shared else 4)
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
         prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=NEW, rows=4)
         hidden = jitted_extensions.teacher_force_refreshed(
-            model, prefilled, jnp.asarray(out), jnp.full(3, NEW), gj.GriffinConfig(0.5, shared=shared), width=3,
-            fuse=prior.fusion(), reconstruction=Reconstruction(prefilled.rows, calibration=prior.rows),
+            model, prefilled, jnp.asarray(out), jnp.full(3, NEW),
+            Pruner.of(gj.GriffinConfig(0.5, shared=shared), Extensions(prior=prior, refit=12 if shared else 4)),
+            width=3,
         )  # fmt: skip
         assert np.argmax(model.logits(hidden), axis=-1).tolist() == out

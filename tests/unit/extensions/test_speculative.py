@@ -199,7 +199,7 @@ class TestGenerate:
         assert stopped.texts[0] == expected.texts[0][: expected.texts[0].index(stop)]
         assert stopped.finished[0] == "stop"
 
-    @pytest.mark.parametrize("options", [{"reconstruct": 8, "shared": True}, {"method": "random"}])
+    @pytest.mark.parametrize("options", [{"refit": 8, "shared": True}, {"method": "random"}])
     def test_whatever_drafts(self, tiny, options):
         assert generate(tiny.llm, speculative=2, **options).tokens == generate(tiny.llm, density=1.0).tokens
 

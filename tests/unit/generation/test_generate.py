@@ -420,10 +420,10 @@ class TestText:
 
     def test_half_characters_are_held_back(self, demo_llm):
         """A token may end inside the bytes of a character."""
-        from griffin_jax.llm.llm import _Text
+        from griffin_jax.text.growing import GrowingText
 
         tokens = demo_llm.tokenizer.encode("a🌋b")
-        text, shown = _Text(demo_llm.tokenizer, 1, ()), []
+        text, shown = GrowingText(demo_llm.tokenizer, 1, ()), []
         for end in range(1, len(tokens) + 1):
             text.update(np.array([tokens[:end]]), np.array([False]))
             shown += text.pieces()

@@ -17,9 +17,11 @@ from griffin_jax.evaluation import tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.general_text import measure
-from griffin_jax.evaluation.grid import Beyond, Variant, grid, models
+from griffin_jax.evaluation.grid import Variant, grid, models
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.extensions import jitted as jitted_extensions
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.extensions.reconstruction import Reconstruction
 from griffin_jax.generation import jitted
 
@@ -55,7 +57,7 @@ class TestGenerate:
         written = set()
         for general in (None, prior):
             for rows in (0, 6):
-                got = tiny.llm.generate(PROMPTS, prior=general, reconstruct=rows, shared=shared, **self.OPTIONS).tokens
+                got = tiny.llm.generate(PROMPTS, prior=general, refit=rows, shared=shared, **self.OPTIONS).tokens
                 # Shared experts are fitted to 6 tokens of all three prompts together.
                 each = rows // 3 if shared else rows
                 assert got == by_hand(tiny.llm.model, PROMPTS, general, each, shared)
@@ -63,26 +65,26 @@ class TestGenerate:
         assert len(written) == 4
 
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny, prior):
-        options = {"prior": prior, "reconstruct": True, **self.OPTIONS}
+        options = {"prior": prior, "refit": True, **self.OPTIONS}
         together = tiny.llm.generate(PROMPTS, **options).tokens
         assert together == [tiny.llm.generate([prompt], **options).tokens[0] for prompt in PROMPTS]
 
     def test_at_density_one_nothing_changes(self, tiny, prior):
         dense = tiny.llm.generate(PROMPTS, density=1.0, **self.OPTIONS).tokens
-        assert tiny.llm.generate(PROMPTS, density=1.0, prior=prior, reconstruct=True, **self.OPTIONS).tokens == dense
+        assert tiny.llm.generate(PROMPTS, density=1.0, prior=prior, refit=True, **self.OPTIONS).tokens == dense
 
     def test_experts_are_those_of_generate(self, tiny, prior):
         out = tiny.llm.generate(PROMPTS, prior=prior, **self.OPTIONS)
         for a, b in zip(out.experts, tiny.llm.experts(PROMPTS, prior=prior, prior_weight=0.3), strict=True):
             np.testing.assert_array_equal(a, b)
-        again = tiny.llm.generate(PROMPTS, experts=out.experts, prior=prior, reconstruct=8, **self.OPTIONS)
-        assert again.tokens == tiny.llm.generate(PROMPTS, prior=prior, reconstruct=8, **self.OPTIONS).tokens
+        again = tiny.llm.generate(PROMPTS, experts=out.experts, prior=prior, refit=8, **self.OPTIONS)
+        assert again.tokens == tiny.llm.generate(PROMPTS, prior=prior, refit=8, **self.OPTIONS).tokens
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"reconstruct": -1}, "reconstruct must be True, False or a whole number"),
-            ({"reconstruct": 0.5}, "reconstruct must be True, False or a whole number"),
+            ({"refit": -1}, "refit must be True, False or a whole number"),
+            ({"refit": 0.5}, "refit must be True, False or a whole number"),
             ({"prior": True, "prior_weight": 2.0}, r"prior_weight must be in \[0, 1\], got 2.0"),
             ({"prior": True, "method": "random"}, "method is 'random'"),
         ],
@@ -100,7 +102,7 @@ class TestGenerate:
 
     def test_one_copy_has_neither(self, tiny, prior):
         llm = gj.load(tiny.folder, "float32", in_place=True)
-        for options, message in (({"reconstruct": True}, "cannot be refitted"), ({"prior": prior}, "a prior cannot")):
+        for options, message in (({"refit": True}, "cannot be refitted"), ({"prior": prior}, "a prior cannot")):
             with pytest.raises(ValueError, match=message):
                 llm.generate([PROMPTS[0]], **options)
 
@@ -109,11 +111,9 @@ class TestGenerate:
         measured.save(tmp_path / "p")
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "9"]
         arguments += ["--prior", str(tmp_path / "p"), "--prior-weight", "0.3", "--json"]
-        for flags, rows in ((["--reconstruct"], True), (["--reconstruct", "7"], 7), ([], False)):
+        for flags, rows in ((["--refit"], True), (["--refit", "7"], 7), ([], False)):
             assert main([*arguments, *flags]) == 0
-            expected = worded.llm.generate(
-                PASSAGES[0], max_new_tokens=9, prior=measured, prior_weight=0.3, reconstruct=rows
-            )
+            expected = worded.llm.generate(PASSAGES[0], max_new_tokens=9, prior=measured, prior_weight=0.3, refit=rows)
             assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens[0]
 
 
@@ -144,12 +144,17 @@ class TestGrid:
             grid([method], [0.5])
 
     def test_models_are_the_steps_by_hand(self, tiny, prior):
-        model, beyond = tiny.llm.model, Beyond(prior, 0.3, rows=5, ridge=0.5, calibration_weight=0.2)
+        model, extensions = (
+            tiny.llm.model,
+            Extensions(prior=prior, prior_weight=0.3, refit=5, ridge=0.5, calibration_weight=0.2),
+        )
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 48))
         prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=0, rows=5)
         rows = [Variant(f"topk{steps}", 0.25) for steps in STEPS] + [Variant("magnitude+reconstruction", 0.25)]
         config = gj.GriffinConfig(0.25)
-        for row, pruned in models(model, rows, prefilled, prefilled.statistics, np.arange(3, dtype=np.int32), beyond):
+        for row, pruned in models(
+            model, rows, prefilled, prefilled.statistics, np.arange(3, dtype=np.int32), extensions
+        ):
             if row.selection == "magnitude":
                 experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.25, "magnitude"), model=model)
             else:
@@ -165,18 +170,19 @@ class TestGrid:
 
     def test_refreshed_rows_are_followed_refreshed(self, tiny, prior):
         """Beside another row, whose scores stay its own."""
-        model, beyond = tiny.llm.model, Beyond(prior, 0.3, rows=8, ridge=0.5, calibration_weight=0.2, refresh_every=4)
+        model, extensions = (
+            tiny.llm.model,
+            Extensions(prior=prior, prior_weight=0.3, refit=8, ridge=0.5, calibration_weight=0.2, refresh_every=4),
+        )
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 48))
         answers, real = gj.pad([[50, 51, 52, 53, 54, 55], [60] * 3, [70, 71, 72, 73, 74]], 16)
         prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16, rows=8)
         steps = "topk+prior+reconstruction+calibration"
         rows = [Variant(f"{steps}+refresh", 0.5), Variant("dense", 1.0), Variant(steps, 0.5)]
-        found = score_answers(model, rows, prefilled, answers, real, np.arange(3, dtype=np.int32), [3, 16], beyond)
+        found = score_answers(model, rows, prefilled, answers, real, np.arange(3, dtype=np.int32), [3, 16], extensions)
         dense, _ = jitted.teacher_force(model, prefilled, answers, real)
         refreshed = jitted_extensions.teacher_force_refreshed(
-            model, prefilled, answers, real, gj.GriffinConfig(0.5), 4,
-            fuse=None if prior is None else prior.fusion(0.3), reconstruction=Reconstruction(prefilled.rows, 0.5,
-            prior.rows, 0.2),
+            model, prefilled, answers, real, Pruner.of(gj.GriffinConfig(0.5), extensions), 4,
         )  # fmt: skip
         (compared,) = jitted.compare(model, dense, (refreshed,), jnp.asarray(answers))
         for scores, kl, length in zip(found, np.asarray(compared.kl), real, strict=True):
@@ -192,7 +198,7 @@ class TestGrid:
         one, three = (
             tasks.divergence(
                 tiny.llm, items, rows, Journal(tmp_path / str(size), {}),
-                new=4, size=size, seed=0, beyond=Beyond(prior, rows=8),
+                new=4, size=size, seed=0, extensions=Extensions(prior=prior, refit=8),
             )
             for size in (1, 3)
         )  # fmt: skip
@@ -231,8 +237,8 @@ class TestCommand:
             (["--method", "topk+prior", "--prior", "{none}"], "there is no file"),
             (["--method", "topk+prior", "--prior", "{bare}"], "this prior is of model 0000"),
             (["--method", "topk+budgets", "--prior", "{bare}"], "has no budgets: the sensitivity of neurons was not"),
-            (["--rows", "0"], "--rows must be at least 1, got 0"),
-            (["--refresh-every", "0"], "--refresh-every must be at least 1, got 0"),
+            (["--rows", "0"], "--rows must be a whole number of at least 1, got 0"),
+            (["--refresh-every", "0"], "--refresh-every must be a whole number of at least 1, got 0"),
             (["--ridge", "0"], "ridge must be at least 0.001"),
             (["--calibration-weight", "-1"], "weight of calibration rows must be at least 0"),
             (["--prior-weight", "2"], "prior_weight must be in [0, 1], got 2.0"),

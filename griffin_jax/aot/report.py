@@ -1,0 +1,116 @@
+"""What was found about a model on a chip, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from griffin_jax.aot.compilation import Compiled, Report
+from griffin_jax.model.sharding import GPU_TILE, HEADS, VOCABULARY
+
+
+def table(model: str, report: Report) -> str:
+    """The report for people; `model` is what they call it."""
+    chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
+    figures = f"{_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s"
+    several = report.devices > 1
+    lines = [
+        f"{model} on {report.devices} x {chip.name} (each {figures}), compiled without them:"
+        if several
+        else f"{model} on {chip.name} ({figures}), compiled without it:",
+        f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
+        f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}"
+        + (f", experts of {report.groups} groups" if report.groups > 1 else ""),
+        _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
+        _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
+        _row("weights", [_size(c.weights) for c in columns]),
+        _row("cache", [_size(report.cache) for _ in columns]),
+        _row("temporaries of decoding", [_size(c.temporaries) for c in columns]),
+    ]
+    for phase in (report.pruned or report.dense).memory:
+        held = [_size(c.memory[phase]) if phase in c.memory else "-" for c in columns]
+        lines.append(_row(f"all memory, {phase}", held))
+    lines += [
+        _row("fits", ["yes" if c.fits else "NO" for c in columns]),
+        _row("read, each step", [_size(c.step_bytes) for c in columns]),
+        _row("kernels, each step" if chip.gpu else "operations, each step", [_count(c) for c in columns]),
+        _row("FF weights copied, each step", [_copies(c.ff_copies_per_step, c.ff_copies_per_call) for c in columns]),
+        _row("cache copied, each step", [_copies(c.cache_copies_per_step, c.cache_copies_per_call) for c in columns]),
+        *(_communication(report, columns) if several else ()),
+        _row("ceiling, tokens/s", [f"{c.ceiling:,.1f}" for c in columns]),
+    ]
+    if report.speedup_ceiling is not None:
+        lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
+    lines += [f"not compiled: {refusal}" for refusal in report.refusals]
+    pruned, tiles = report.pruned, GPU_TILE * report.devices
+    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):
+        lines.append(
+            f"Where the kept neurons{' of a device' * several} are no multiple of {GPU_TILE}, XLA pads or joins"
+            f" matrices at every step: --round-to {tiles} avoids that."
+        )
+    lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
+    if report.kv_copies > 1:
+        lines.append(f"Each key/value head is there {report.kv_copies} times, so that the devices can share attention.")
+    if several:
+        counted = "kernels" if chip.gpu else "operations"
+        lines.append(f"Bytes and {counted} are those of each device. Ceilings do not count communication.")
+    lines += [
+        "Ceilings are the published bandwidth over the bytes read at each step: computed, not measured.",
+        "All memory: the full model stays, next to what is pruned from it, to read the next prompt.",
+    ]
+    return "\n".join(lines)
+
+
+_REPLICATED = {
+    HEADS: "Attention and the cache are not divided: {} devices cannot share the key/value heads evenly.",
+    VOCABULARY: "Embedding and head are not divided: {} devices cannot share the vocabulary evenly.",
+}
+
+
+def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:
+    """How often the devices communicate: per layer, outside the layers and in `prune`, a row for each kind."""
+    rows = []
+    for title, counts, share in (
+        ("each layer", [c.collectives_in_layers for c in columns], report.layers),
+        ("outside the layers", [c.collectives_elsewhere for c in columns], 1),
+        ("prune", [c.collectives_in_prune if c is report.pruned else {} for c in columns], 1),
+    ):
+        kinds = sorted({kind for count in counts if count for kind in count})
+        for kind in kinds:
+            cells = ["refused" if count is None else f"{count.get(kind, 0) / share:,.6g}" for count in counts]
+            rows.append(_row(f"{kind}, {title}", cells))
+    rows.append(_row("communicated, each step", [_size(c.communicated_per_step) for c in columns]))
+    if report.pruned is not None:
+        rows.append(_row("communicated, prune", ["-", _size(report.pruned.communicated_in_prune)]))
+    return rows
+
+
+def _row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:29}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def _size(size: int | None) -> str:
+    if size is None:
+        return "refused"
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+
+
+def _span(kept: Sequence[int]) -> str:
+    low, high = min(kept), max(kept)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _densities(density: float | Sequence[float]) -> str:
+    if not isinstance(density, Sequence):
+        return f"{density:g}"
+    low, high = min(density), max(density)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _count(compiled: Compiled) -> str:
+    return "refused" if compiled.kernels_per_step is None else f"{compiled.kernels_per_step:,}"
+
+
+def _copies(per_step: Sequence[str] | None, per_call: Sequence[str] | None) -> str:
+    if per_step is None or per_call is None:
+        return "refused"
+    return f"{len(per_step)}" + (f" (+{len(per_call)} once)" if per_call else "")

@@ -1,0 +1,295 @@
+"""`griffin-jax bench`: what pruning gains on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from griffin_jax.bench import report, runner
+from griffin_jax.bench.runner import EXPERTS, Case, Peer, Plan, Variant, check_memory, measure
+from griffin_jax.checkpoints import demo, loading
+from griffin_jax.checkpoints.native import DTYPES
+from griffin_jax.cli.options import (
+    add_mesh_argument,
+    add_options,
+    add_pickle_argument,
+    check_output,
+    check_plot,
+    chosen_mesh,
+    numbers,
+)
+from griffin_jax.extensions.config import Quality, check_quality
+from griffin_jax.extensions.prior import Prior, load_for_best
+from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
+from griffin_jax.griffin.config import GriffinConfig, check_density, kept_neurons
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.named import NAMED, named
+from griffin_jax.model.sharding import check_mesh, with_kv_copies
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
+from griffin_jax.utils.wholefile import write_text
+
+LENGTHS = {"cpu": "512+64"}
+"""Measured by default, by backend. Elsewhere it is the setting of arXiv 2404.01365, table 4."""
+OTHER_LENGTHS = "2048+128"
+
+
+DESCRIPTION = runner.__doc__
+
+FindPeers = Callable[[Transformer, str, contextlib.ExitStack], "tuple[list[Peer], dict[str, str]]"]
+"""(model, its source, stack of what must be undone) -> the peers that can run, and why others cannot, by name."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the benchmark takes."""
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--model",
+        default=demo.NAME,
+        help="any model that griffin_jax loads, or the name of a well-known one, which gets random weights in its true"
+        f" shape: {', '.join(NAMED)} (default: %(default)s)",
+    )
+    what.add_argument("--layers", type=int, metavar="L", help="only the first L layers, of random weights")
+    what.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
+    what.add_argument(
+        "--density",
+        nargs="+",
+        default=["1,0.75,0.5,0.25"],
+        metavar="D",
+        help="densities, separated by commas; 1, which the others are compared with, is always among them"
+        " (default: 1,0.75,0.5,0.25)",
+    )
+    what.add_argument(
+        "--lengths",
+        metavar="P+N",
+        help="tokens of prompt and answer, several pairs separated by commas, such as 2048+128,2048+2048"
+        f" (default: {LENGTHS['cpu']} on CPU, else {OTHER_LENGTHS})",
+    )
+    what.add_argument("--prompt", "--prompt-tokens", type=int, metavar="P", help="one pair of lengths, with --new")
+    what.add_argument("--new", "--new-tokens", type=int, metavar="N", help="likewise")
+    what.add_argument(
+        "--batch", default="1", metavar="B", help="sequences; several separated by commas (default: %(default)s)"
+    )
+    what.add_argument(
+        "--experts",
+        default=",".join(EXPERTS),
+        help="what a batch of several keeps: one set of neurons for all, one for each sequence, or each in turn"
+        " (default: %(default)s)",
+    )
+    what.add_argument(
+        "--quality",
+        default="griffin",
+        help="griffin, best (prior, budgets and reconstruction, as generate has them), or griffin,best for each in turn"
+        " (default: %(default)s)",
+    )
+    what.add_argument(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="of --quality best: what griffin-jax prior measured (default: the file next to the model)",
+    )
+    add_options(what, GriffinConfig, "round_to")
+    what.add_argument(
+        "--in-place",
+        action="store_true",
+        help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(in_place=True) does; with"
+        " one density below 1, and shared experts",
+    )
+    add_mesh_argument(parser)
+    what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
+    what.add_argument(
+        "--peers",
+        action="store_true",
+        help="measure in turn, on the same work, what is installed of: transformers dense, the published GRIFFIN code,"
+        " llama.cpp (llama-cpp-python). Float32 on CPU and batch 1; only in a checkout: python -m benchmarks run",
+    )
+    add_pickle_argument(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    output.add_argument("--json-file", type=Path, metavar="FILE", help="write it to FILE")
+    output.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw speed-up against density as a PNG (needs griffin-jax[plot])"
+    )
+    output.add_argument(
+        "--compare", type=Path, metavar="FILE", help="show the ratio of every figure to that of an earlier --json-file"
+    )
+
+
+def check(options: argparse.Namespace) -> Plan:
+    """Everything that can be wrong with the options, before anything is loaded or allocated.
+
+    Raises:
+        FileNotFoundError: there is no such model or prior, or no folder for an output.
+        ValueError: a value is outside its range or not understood, or a mesh does not divide the model.
+        ImportError: a plot is wanted, and matplotlib is not installed.
+        MemoryError: the largest case needs more memory than is free.
+    """
+    densities = numbers("--density", ",".join(options.density), float)
+    for density in densities:
+        check_density(density)
+    batches = numbers("--batch", options.batch, int)
+    qualities = list(dict.fromkeys(options.quality.split(",")))
+    for quality in qualities:
+        check_quality(quality)
+    if "best" in qualities and options.in_place:
+        raise ValueError("--in-place moves the model's own rows, which --quality best would refit: give one of the two")
+    if options.prior is not None and "best" not in qualities:
+        raise ValueError("--prior is for --quality best, or griffin,best")
+    experts = list(dict.fromkeys(options.experts.split(",")))
+    if unknown := [name for name in experts if name not in EXPERTS]:
+        raise ValueError(f"--experts: {unknown[0]!r} is neither of {', '.join(EXPERTS)}")
+    for name, value in (*(("--batch", b) for b in batches), ("--repeats", options.repeats)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    lengths = _lengths(options)
+    check_outputs(options)
+    mesh = chosen_mesh(options)
+    if mesh is not None and (options.peers or options.in_place):
+        raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--in-place'}: give one of the two")
+    config, random = _config(options)
+    check_mesh(config, axis_size(mesh, MODEL_AXIS))
+    config = with_kv_copies(config, axis_size(mesh, MODEL_AXIS))
+    for prompt, new in lengths:
+        if prompt + new > config.max_positions:
+            raise ValueError(
+                f"{prompt} + {new} tokens are more than the model's context of {config.max_positions}; see --lengths"
+            )
+    dtype = loading.parse_dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    plan = Plan(
+        source=options.model,
+        config=config,
+        random=random,
+        dtype=jnp.dtype(dtype),
+        densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
+        cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
+        shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
+        qualities=tuple(quality for quality in get_args(Quality) if quality in qualities),
+        prior=_prior(options, config, random) if "best" in qualities else None,
+        round_to=options.round_to,
+        in_place=options.in_place,
+        mesh=mesh,
+        repeats=options.repeats,
+        peers=options.peers,
+    )
+    if plan.in_place and len(plan.densities) != 2:
+        raise ValueError(
+            f"--in-place takes one density below 1, got {', '.join(f'{d:g}' for d in plan.densities[1:]) or 'none'};"
+            " give for example --density 0.5"
+        )
+    for density in plan.densities:
+        kept_neurons(config.ff_width, density, options.round_to)
+        check_mesh(
+            config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
+        )
+    check_memory(plan)
+    return plan
+
+
+def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
+    if (options.prompt is None) != (options.new is None):
+        raise ValueError("--prompt and --new belong together")
+    if options.prompt is not None:
+        if options.lengths is not None:
+            raise ValueError("give either --lengths or --prompt and --new")
+        pairs = [(options.prompt, options.new)]
+    else:
+        text = options.lengths or LENGTHS.get(jax.default_backend(), OTHER_LENGTHS)
+        found = [re.fullmatch(r"(\d+)\+(\d+)", part.strip()) for part in text.split(",")]
+        pairs = [(int(match[1]), int(match[2])) for match in found if match]
+        if len(pairs) < len(found):
+            raise ValueError(f"--lengths: {text!r} is no list such as 2048+128,2048+2048")
+    for prompt, new in pairs:
+        if prompt < 1 or new < 2:
+            raise ValueError(f"a prompt needs at least 1 token and an answer 2, got {prompt}+{new}")
+        if options.peers and prompt < 2:
+            raise ValueError("--peers needs prompts of 2 tokens or more: the published code takes one for decoding")
+    return list(dict.fromkeys(pairs))
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raise unless the files that are asked for can be written, and the one to compare with can be read."""
+    if options.json_file is not None:
+        check_output("--json-file", options.json_file)
+    if options.plot is not None:
+        check_plot("--plot", options.plot)
+    if options.compare is not None:
+        report.read(options.compare)
+
+
+def _config(options: argparse.Namespace) -> tuple[ModelConfig, bool]:
+    """The model's architecture, and whether it is one that gets random weights."""
+    source = options.model
+    exists = Path(os.path.expanduser(source)).exists()
+    if not exists and any(source.lower() == name.lower() for name in NAMED):
+        return named(source, options.layers), True
+    if options.layers is not None:
+        raise ValueError("--layers is for random weights: give --model the name of a well-known model")
+    if not exists and source != demo.NAME and not loading.HUB_ID.fullmatch(source):
+        raise FileNotFoundError(
+            f"there is no model {source!r}; give {loading.SOURCES}, or for random weights one of {', '.join(NAMED)}"
+        )
+    return loading.open_source(source, options.allow_pickle).config, False
+
+
+def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Prior:
+    """The one of --prior or next to the model; of random weights a random one, of the size that priors have."""
+    if random:
+        if options.prior is not None:
+            raise ValueError("random weights have a random prior: leave out --prior")
+        draw = np.random.default_rng(0)
+        width, layers = config.ff_width, range(config.num_layers)
+        squares, weights = (tuple(jnp.asarray(draw.random(width), jnp.float32) for _ in layers) for _ in range(2))
+        shape = min(DEFAULT_CALIBRATION, width), width
+        rows = tuple(jnp.asarray(draw.standard_normal(shape) * width**-0.5, jnp.float16) for _ in layers)
+        return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="")
+    return load_for_best(options.model, options.prior)
+
+
+def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> None:
+    """Run the benchmark.
+
+    Args:
+        options: those of `add_arguments`.
+        find_peers: what finds the peers; without it --peers is refused.
+
+    Raises:
+        Exception: see `check`; and what `griffin_jax.load` raises.
+    """
+    if options.peers and find_peers is None:
+        raise ValueError("--peers needs a checkout of the project: python -m benchmarks run --peers")
+    plan = check(options)
+    earlier: Path | None = options.compare
+    before = None if earlier is None else report.read(earlier)
+    with contextlib.ExitStack() as stack:
+        if plan.random:
+            model = random_model(plan.config, plan.dtype, mesh=plan.mesh)
+        else:
+            model, _ = loading.load_model(
+                options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=plan.mesh
+            )
+        if plan.prior is not None and not plan.random:
+            plan.prior.check(fingerprint(model))
+        peers, skipped = find_peers(model, options.model, stack) if options.peers and find_peers else ([], {})
+        result = measure(plan, jax.block_until_ready(model), peers, skipped)
+    print(report.table(result))
+    if before is not None:
+        print(f"\n{report.comparison(result, before, str(earlier))}")
+    if options.plot is not None:
+        report.plot(result, options.plot)
+    if options.json_file is not None:
+        write_text(options.json_file, json.dumps(result) + "\n")
+    if options.json:
+        print(json.dumps(result))

@@ -1,0 +1,19 @@
+"""`griffin-jax families`: list the model families that are supported, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+
+from griffin_jax.checkpoints import families
+
+DESCRIPTION = "Lists the model families that are supported, and what is refused with the reason."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command takes nothing."""
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the table."""
+    del options
+    print(families.table())

@@ -1,0 +1,180 @@
+"""`griffin-jax generate`: answer a prompt with a pruned (or dense) model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_jax.cli.options import (
+    add_dtype_argument,
+    add_mesh_arguments,
+    add_model_argument,
+    add_options,
+    chosen_mesh,
+    chosen_prior,
+    read_options,
+)
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.generation.config import GenerationConfig
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.llm.llm import LLM, Prompt, load
+from griffin_jax.llm.request import check_options
+from griffin_jax.llm.results import Generation
+from griffin_jax.parallel import distributed
+
+DESCRIPTION = """Reads the prompt with the full model, keeps the feed-forward neurons that took part most, and writes
+the answer with those alone."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add_model_argument(parser)
+    add_dtype_argument(parser)
+    add_mesh_arguments(parser)
+
+    prompt = parser.add_argument_group("prompt (several make one batch)")
+    prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the prompt")
+    prompt.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file that holds the prompt; - is stdin",
+    )
+    add_options(prompt, GenerationConfig, "chat")
+
+    pruning = parser.add_argument_group("pruning")
+    add_options(pruning, GriffinConfig)
+    pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
+    pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
+    beyond = parser.add_argument_group("beyond GRIFFIN")
+    add_options(
+        beyond, Extensions, "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative"
+    )
+
+    answer = parser.add_argument_group("answer")
+    add_options(
+        answer, GenerationConfig,
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "ignore_eos",
+    )  # fmt: skip
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--stream", action="store_true", help="print the text while it is written")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
+        " several prompts), density and method (null with --experts), kept, refreshes, drafting"
+        " (null without --speculative), seconds, decode_tokens_per_second",
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answers the prompts and prints the answers."""
+    prompts: list[Prompt] = [*options.prompt, *map(_read_prompt, options.prompt_file)]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
+    if options.stream and len(prompts) > 1:
+        raise ValueError(f"--stream shows one answer as it is written, there are {len(prompts)} prompts")
+    experts = ExpertNeurons.load(options.experts) if options.experts else None
+    settings: dict[str, Any] = {
+        "griffin": read_options(options, GriffinConfig),
+        "extensions": read_options(options, Extensions, prior=chosen_prior(options)),
+        "generation": read_options(options, GenerationConfig),
+    }
+    check_options(**settings)
+    settings["experts"] = experts
+    if options.save_experts:
+        if options.density == 1 and not options.experts:
+            raise ValueError("--save-experts: at density 1 nothing is pruned, so there are no experts to save")
+        if not Path(options.save_experts).absolute().parent.is_dir():
+            raise FileNotFoundError(f"--save-experts: there is no folder {Path(options.save_experts).parent}")
+
+    mesh = chosen_mesh(options)
+    same = {name: value for name, value in vars(options).items() if name != "distributed"}
+    distributed.check_same("a prompt or an option", (prompts, same))
+    start = time.perf_counter()
+    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
+    seconds = {"load": time.perf_counter() - start}
+    generation = _streamed(llm, prompts, settings) if options.stream else llm.generate(prompts, **settings)
+    seconds |= generation.seconds
+    if options.json:
+        print(json.dumps(_as_json(generation, options, seconds)))
+    else:
+        if not options.stream:
+            for number, text in enumerate(generation.texts, start=1):
+                if len(prompts) > 1:
+                    print(f"--- prompt {number}")
+                print(text)
+        if distributed.is_first():
+            print(_summary(generation, llm, seconds), file=sys.stderr)
+    if options.save_experts and generation.experts is not None:
+        generation.experts.save(options.save_experts)
+
+
+def _streamed(llm: LLM, prompts: Sequence[Prompt], settings: dict[str, Any]) -> Generation:
+    stream = llm.stream(prompts, **settings)
+    while True:
+        try:
+            print(next(stream)[0], end="", flush=True)
+        except StopIteration as stopped:
+            print()
+            return stopped.value
+
+
+def _read_prompt(name: str) -> str:
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[str, float]) -> dict[str, Any]:
+    fields = {
+        "text": generation.texts,
+        "tokens": generation.tokens,
+        "prompt_tokens": generation.prompt_tokens,
+        "finished": generation.finished,
+    }
+    if len(generation.texts) == 1:
+        fields = {name: values[0] for name, values in fields.items()}
+    rate, drafting = generation.decode_tokens_per_second, generation.drafting
+    return {
+        **fields,
+        "model": options.model,
+        "density": None if options.experts else options.density,
+        "method": None if options.experts else options.method,
+        "kept": generation.kept,
+        "refreshes": generation.refreshes,
+        "drafting": None
+        if drafting is None
+        else {
+            "passes": int(drafting.passes),
+            "drafted": int(drafting.drafted.sum()),
+            "accepted": int(drafting.accepted.sum()),
+        },
+        "seconds": seconds,
+        "decode_tokens_per_second": rate if rate == rate else None,
+    }
+
+
+def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str:
+    kept, neurons = sum(generation.kept), sum(llm.model.neurons)
+    new = sum(map(len, generation.tokens))
+    rate = generation.decode_tokens_per_second
+    speed = f", {rate:.1f} tokens/s" if rate == rate else ""
+    drafting = generation.drafting
+    if drafting is not None:
+        speed += f"; {drafting.accepted.sum():,} of {drafting.drafted.sum():,} drafts accepted"
+        speed += f" in {drafting.passes:,} passes of the full model"
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    return (
+        f"[{sum(generation.prompt_tokens)} prompt tokens, {new} new; {kept:,} of {neurons:,} neurons kept;"
+        f" {times}{speed}]"
+    )

@@ -1,0 +1,59 @@
+"""`griffin-jax info`: describe a model without loading its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+
+from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.checkpoints.native import NativeCheckpoint
+from griffin_jax.cli.options import add_model_argument, add_options
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.model.assembly import NEURON_MAJOR
+
+DESCRIPTION = "Describes a model, and what is left of it at a density, without loading its weights."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    add_model_argument(parser)
+    add_options(parser, GriffinConfig, "density")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints what a model is, from its files' headers."""
+    source = open_source(options.model, options.allow_pickle)
+    config = source.config
+    kept = GriffinConfig(options.density).kept([config.ff_width] * config.num_layers)
+    total = sum(math.prod(shape) for shape in source.shapes.values())
+    neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
+    ff = sum(math.prod(shape) for path, shape in source.shapes.items() if path.endswith(neuron_major))
+    active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
+    facts = {
+        "model": options.model,
+        **config.to_json(),
+        "parameters": total,
+        "ff_parameters": ff,
+        "density": options.density,
+        "kept": kept,
+        "active_parameters": active,
+    }
+    if isinstance(source, NativeCheckpoint):
+        facts["source"] = {"name": source.converted_from, "sha256": source.hashes}
+    if options.json:
+        print(json.dumps(facts))
+        return
+    print(f"{options.model}: {config.family}, {total / 1e6:,.1f} M parameters")
+    print(f"  {config.num_layers} layers, width {config.width}, context {config.max_positions:,} tokens")
+    print(f"  attention: {config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values")
+    print(f"  feed-forward: {config.ff_width} neurons, {'gated ' if config.gated else ''}{config.activation}", end="")
+    print(f", {ff / total:.0%} of the parameters")
+    print(f"  vocabulary: {config.vocab_size:,}, head {'tied' if config.tied_head else 'untied'}")
+    widths = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
+    print(f"  at density {options.density}: {widths} neurons a layer, {active / 1e6:,.1f} M parameters active")
+    if isinstance(source, NativeCheckpoint):
+        print(f"  weights in {source.dtype.name}, from {source.converted_from}")
+        for file, digest in source.hashes.items():
+            print(f"    sha256 {digest}  {file}")

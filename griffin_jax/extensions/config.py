@@ -1,0 +1,140 @@
+"""What goes beyond GRIFFIN, in one place: `Extensions`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
+from griffin_jax.extensions.speculative import DEFAULT_DRAFTS
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.utils.options import check_whole, count_or, option
+
+Quality = Literal["griffin", "best"]
+
+
+def check_quality(quality: object) -> None:
+    """Raise `ValueError` unless this is a `Quality`."""
+    if quality not in get_args(Quality):
+        raise ValueError(f"quality must be one of {', '.join(get_args(Quality))}, got {quality!r}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Extensions:
+    """The steps beyond GRIFFIN; without any argument, none of them.
+
+    Attributes:
+        quality: `griffin` is the paper's method with what is turned on below; `best` turns on everything that brings
+            answers closer to the dense model's at the same cost of decoding: `budgets` and `refit`, with a `prior`.
+        prior: choose neurons also by what they do in general text, which `griffin-jax prior` has measured for this
+            model.
+        prior_weight: of the prior's rank, in [0, 1].
+        budgets: as many neurons in all, but each layer keeps a share of its own, which the prior found best.
+        refit: refit the kept neurons to what the prompt had from all of them. True, or how many tokens of each prompt
+            to fit to (or of all prompts together, if they share their neurons).
+        ridge: of that fit; the larger, the less it changes.
+        calibration: fit to the prior's calibration rows, too, if there are any.
+        calibration_weight: tokens of a prompt that these count for.
+        refresh_every: after every so many tokens the full model reads them in one pass, which corrects the cache and
+            writes the next token, and neurons are chosen (and refitted) anew, by the prompt and all of the answer so
+            far. 1 is dense decoding.
+        speculative: the pruned model only drafts, and the full model decides, so that answers are those of the full
+            model: the same tokens (up to rounding) if the temperature is 0, above it tokens of the same distribution.
+            True, or how many tokens are drafted for each pass of the full model. See
+            `griffin_jax.extensions.speculative` for what it costs.
+
+    Raises:
+        ValueError: a value is outside its range, or two do not go together.
+    """
+
+    quality: Quality = option(
+        "griffin",
+        "best: the same as --budgets --refit, with the --prior (by default the file next to the model)",
+        choices=get_args(Quality),
+    )
+    prior: Prior | None = option(
+        None, "choose also by general text: what griffin-jax prior measured for this model", type=str, metavar="FILE"
+    )
+    prior_weight: float = option(DEFAULT_WEIGHT, "of the prior, in [0, 1]", metavar="W")
+    budgets: bool = option(False, "each layer keeps a share of its own, which the prior found best")
+    refit: bool | int = option(
+        False,
+        "refit the kept neurons to what the prompt had from all of them, at ROWS of its tokens"
+        f" (default: {DEFAULT_ROWS})",
+        type=int,
+        nargs="?",
+        const=True,
+        metavar="ROWS",
+    )
+    ridge: float = option(1.0, "of the refit: the larger, the less it changes", metavar="L")
+    calibration: bool = True
+    calibration_weight: float = option(
+        CALIBRATION_WEIGHT, "tokens of the prompt that general text counts for in the refit", metavar="A"
+    )
+    refresh_every: int | None = option(
+        None,
+        "after every N tokens read them with the full model, and choose the neurons to keep anew",
+        type=int,
+        metavar="N",
+    )
+    speculative: bool | int = option(
+        False,
+        f"answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time (default:"
+        f" {DEFAULT_DRAFTS})",
+        type=int,
+        nargs="?",
+        const=True,
+        metavar="DRAFTS",
+    )
+
+    def __post_init__(self) -> None:
+        check_quality(self.quality)
+        if self.quality == "best":
+            object.__setattr__(self, "budgets", True)
+            object.__setattr__(self, "refit", self.refit or True)
+        if self.budgets and self.prior is None:
+            raise ValueError('quality="best" and budgets need a prior, which griffin-jax prior measures for a model')
+        for name, what in (("refit", "rows"), ("speculative", "drafts")):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                check_whole(name, value, 0, also="True, False or ", of=what)
+        check_ridge(self.ridge, self.calibration_weight)
+        if self.refresh_every is not None:
+            check_whole("refresh_every", self.refresh_every, 1, also="None or ")
+            if self.speculative:
+                raise ValueError(
+                    "speculative decoding needs no refresh, its cache is the full model's: refresh_every=None"
+                )
+
+    @classmethod
+    def best(cls, prior: Prior) -> Extensions:
+        """All that brings answers closer to the dense model's at the same cost of decoding.
+
+        Args:
+            prior: of the model.
+        """
+        return cls(quality="best", prior=prior)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of a prompt that kept neurons are refitted to, at most; 0 if they are not."""
+        return count_or(self.refit, DEFAULT_ROWS)
+
+    @property
+    def drafts(self) -> int:
+        """Tokens that are drafted for each pass of the full model; 0 if the pruned model writes the answer."""
+        return count_or(self.speculative, DEFAULT_DRAFTS)
+
+    def check(self, config: GriffinConfig) -> None:
+        """Raise `ValueError` unless these go together with how a model is pruned."""
+        if self.prior is not None:
+            check_fusion(config.method, self.prior_weight)
+
+    def budgeted(self, config: GriffinConfig) -> GriffinConfig:
+        """The config with the prior's budgets, if they are wanted.
+
+        Raises:
+            ValueError: as `Prior.budgeted`.
+        """
+        return self.prior.budgeted(config) if self.budgets and self.prior is not None else config

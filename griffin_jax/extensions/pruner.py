@@ -1,0 +1,144 @@
+"""select -> prune -> refit, in the one place where they are joined."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.prior import Fusion
+from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, Reconstruction, rows_of_each
+from griffin_jax.generation import jitted
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.masked import mask
+from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.griffin.prune import prune
+from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.transformer import Transformer
+
+Rows = tuple[Float[Array, "b _r _f"], ...]
+"""Per layer, relative activations of some tokens of every sequence."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pruner:
+    """Everything that decides which neurons a model keeps, and how they are refitted.
+
+    A pytree, so that functions that prune can be jitted with it: another prior compiles nothing.
+
+    Attributes:
+        config: how many neurons are kept, and by which method.
+        rows: tokens of a prompt that kept neurons are refitted to, at most (of all prompts together if they share
+            their neurons); 0 for no refit.
+        fuse: what the scores of the prompt are fused with.
+        calibration: per layer, the rows of general text that are fitted to, too.
+        ridge: of the fit.
+        calibration_weight: tokens of a prompt that general text counts for.
+    """
+
+    config: GriffinConfig = dataclasses.field(metadata={"static": True})
+    rows: int = dataclasses.field(default=0, metadata={"static": True})
+    fuse: Fusion | None = None
+    calibration: tuple[Float[Array, "_c _f"], ...] = ()
+    ridge: float = 1.0
+    calibration_weight: float = CALIBRATION_WEIGHT
+
+    @classmethod
+    def of(cls, config: GriffinConfig, extensions: Extensions = Extensions()) -> Pruner:
+        """The pruner of these options.
+
+        Raises:
+            ValueError: they do not go together.
+        """
+        extensions.check(config)
+        prior = extensions.prior
+        return cls(
+            extensions.budgeted(config),
+            extensions.rows,
+            None if prior is None else prior.fusion(extensions.prior_weight),
+            prior.rows if prior is not None and extensions.rows and extensions.calibration else (),
+            extensions.ridge,
+            extensions.calibration_weight,
+        )
+
+    def rows_of_each(self, batch: int, experts: ExpertNeurons | None = None) -> int:
+        """Tokens of each sequence whose activations `prefill` must record.
+
+        Args:
+            batch: sequences.
+            experts: neurons that are given; else they are shared as the config says.
+        """
+        together = self.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
+        return rows_of_each(self.rows, batch, together)
+
+    def select(self, model: Transformer, statistics: Statistics, seed: int | Int[Array, "*b"] = 0) -> ExpertNeurons:
+        """The neurons to keep, by what was recorded of the prompts.
+
+        Args:
+            model: the full one.
+            statistics: of the prompts.
+            seed: for the methods that draw: one, or one for each sequence.
+
+        Raises:
+            ValueError: as `griffin_jax.select`.
+        """
+        # Elsewhere the model would be one more input to check and hash.
+        scored = model if self.config.method == "magnitude" else None
+        return jitted.select(statistics, self.config, model=scored, seed=seed, fuse=self.fuse)
+
+    def refit(self, rows: Rows) -> Reconstruction | None:
+        """What the kept rows are fitted to; None without a refit, or without rows."""
+        if not rows or not self.rows:
+            return None
+        return Reconstruction(rows, self.ridge, self.calibration, self.calibration_weight)
+
+    def prune(
+        self, model: Transformer, experts: ExpertNeurons, rows: Rows = (), *, reuse: Transformer | None = None
+    ) -> Transformer:
+        """The model that keeps these neurons, refitted to `rows` if the options say so.
+
+        Args:
+            model: the full one.
+            experts: which neurons.
+            rows: of the prompts, `rows_of_each` of every sequence.
+            reuse: as for `griffin_jax.prune`.
+
+        Raises:
+            ValueError: as `griffin_jax.prune`.
+        """
+        return prune(model, experts, reuse=reuse, refit=self.refit(rows))
+
+    def mask(self, model: Transformer, experts: ExpertNeurons, rows: Rows = ()) -> Transformer:
+        """What `prune` gives, without a copy of any weight: for scoring given tokens, see `griffin_jax.griffin.masked`.
+
+        Args:
+            model: the full one.
+            experts: which neurons.
+            rows: as for `prune`.
+
+        Raises:
+            ValueError: as `griffin_jax.griffin.masked.mask`.
+        """
+        return mask(model, experts, refit=self.refit(rows))
+
+    def scorer(
+        self, model: Transformer, statistics: Statistics, rows: Rows = (), *, seed: int | Int[Array, "*b"] = 0
+    ) -> Transformer:
+        """What scores given tokens as the model would that keeps the neurons which the prompts choose."""
+        return self.mask(model, self.select(model, statistics, seed), rows)
+
+    def __call__(
+        self,
+        model: Transformer,
+        statistics: Statistics,
+        rows: Rows = (),
+        *,
+        seed: int | Int[Array, "*b"] = 0,
+        reuse: Transformer | None = None,
+    ) -> tuple[ExpertNeurons, Transformer]:
+        """Both steps: the neurons that the prompts choose, and the model that keeps them."""
+        experts = self.select(model, statistics, seed)
+        return experts, self.prune(model, experts, rows, reuse=reuse)

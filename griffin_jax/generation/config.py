@@ -1,0 +1,91 @@
+"""What an answer is to be like: `GenerationConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from griffin_jax.generation.sampling import Sampler, sampler
+from griffin_jax.utils.options import check_whole, option
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How answers are written.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 takes the most probable token; above, tokens are drawn.
+        top_k: draw from the k most probable tokens.
+        top_p: draw from the fewest tokens that hold this probability.
+        min_p: draw from tokens of at least this share of the largest probability.
+        seed: of all randomness, of the neurons that are drawn, too; the same seed gives the same answers. One for the
+            whole batch, or one for each prompt, whose answer then does not depend on its batch.
+        stop: an answer ends before the first of these strings. They are looked for in the text, which has no special
+            tokens.
+        ignore_eos: go on after the end-of-text token.
+        chat: strings are a user's message; the tokenizer's chat template is put around them.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    max_new_tokens: int = option(128, "longest answer", metavar="N")
+    temperature: float = option(0.0, "0 takes the most probable token", metavar="T")
+    top_k: int | None = option(None, "draw from the K most probable tokens", type=int, metavar="K")
+    top_p: float | None = option(None, "draw from the fewest tokens that hold probability P", type=float, metavar="P")
+    min_p: float | None = option(
+        None, "draw from tokens of at least P times the largest probability", type=float, metavar="P"
+    )
+    seed: int | Sequence[int] = option(0, "the same seed gives the same answer", type=int)
+    stop: str | Sequence[str] = option((), "end before this text; may be repeated", action="append", metavar="TEXT")
+    ignore_eos: bool = option(False, "go on after the end-of-text token")
+    chat: bool = option(False, "the prompt is a user's message to a chat model")
+
+    def __post_init__(self) -> None:
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if any(not isinstance(stop, str) or not stop for stop in stops):
+            raise ValueError(f"stop strings must not be empty, got {list(stops)}")
+        object.__setattr__(self, "stop", stops)
+        if isinstance(self.seed, Sequence | np.ndarray) and not isinstance(self.seed, str):
+            object.__setattr__(self, "seed", tuple(self.seed))
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            check_seed(seed)
+        _ = self.sampler
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return tuple(self.stop)
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the next token is drawn.
+
+        Raises:
+            ValueError: a value is outside its range.
+        """
+        return sampler(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    def seeds(self, batch: int) -> int | Int[Array, "b"]:
+        """The seed of a batch: one, or an array of one for each sequence.
+
+        Raises:
+            ValueError: there are others than as many as sequences.
+        """
+        if not isinstance(self.seed, tuple):
+            return int(self.seed)  # pyright: ignore[reportArgumentType]
+        if len(self.seed) != batch:
+            raise ValueError(f"{len(self.seed)} seeds for {batch} prompts; give one, or one for each")
+        return jnp.asarray(self.seed, jnp.int32)
+
+
+def check_seed(seed: object) -> None:
+    """Raise `ValueError` unless this is a seed: a whole number that an int32 holds."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not -(2**31) <= seed < 2**31:
+        raise ValueError(f"seed must be a whole number in [-2**31, 2**31), got {seed!r}")

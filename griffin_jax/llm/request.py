@@ -1,0 +1,96 @@
+"""The options of `LLM.generate`: the fields of three dataclasses, each declared and checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.generation.config import GenerationConfig
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.utils.deprecation import warn_renamed
+from griffin_jax.utils.options import names_of
+
+GROUPS: dict[str, Any] = {"griffin": GriffinConfig, "extensions": Extensions, "generation": GenerationConfig}
+"""The options classes, by the argument that takes one whole."""
+
+OPTIONS: dict[str, Any] = names_of(*GROUPS.values())
+"""All options of `LLM.generate` with their defaults."""
+
+RENAMED = {"multiple": "round_to", "shards": "groups", "reconstruct": "refit", "lossless": "speculative"}
+"""Options of version 0.1 that have another name now."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """What is wanted of a generation, checked.
+
+    Attributes:
+        griffin: how the model is pruned.
+        extensions: the steps beyond GRIFFIN.
+        generation: what the answers are to be like.
+        experts: neurons that are kept whatever the density and the method; None to select them.
+
+    Raises:
+        ValueError: options do not go together.
+    """
+
+    griffin: GriffinConfig = GriffinConfig()
+    extensions: Extensions = Extensions()
+    generation: GenerationConfig = GenerationConfig()
+    experts: ExpertNeurons | None = None
+
+    def __post_init__(self) -> None:
+        self.extensions.check(self.griffin)
+
+    @classmethod
+    def of(cls, function: str, experts: ExpertNeurons | None = None, **options: Any) -> Request:
+        """A request from keyword arguments.
+
+        Args:
+            function: what they were given to, for messages.
+            experts: as the attribute.
+            **options: those of `OPTIONS`; or whole groups of them as `griffin`, `extensions` or `generation`, whose
+                values single options replace.
+
+        Raises:
+            TypeError: there is no such option.
+            ValueError: a value is outside its range, or options do not go together.
+        """
+        for old in RENAMED.keys() & options.keys():
+            new = RENAMED[old]
+            if new in options:
+                raise TypeError(f"{function}() got {old!r} and {new!r}, which are the same option")
+            warn_renamed(f"{function}({old}=...)", f"{new}=...", stacklevel=4)
+            options[new] = options.pop(old)
+        if unknown := sorted(options.keys() - OPTIONS.keys() - GROUPS.keys()):
+            raise TypeError(f"{function}() got unexpected options: {', '.join(unknown)}; see help(LLM.generate)")
+        groups = {}
+        for name, group in GROUPS.items():
+            given = {field: options[field] for field in names_of(group) if field in options}
+            whole = options.get(name)
+            groups[name] = group(**given) if whole is None else dataclasses.replace(whole, **given)
+        return cls(**groups, experts=experts)
+
+
+def signature(function: Any) -> inspect.Signature:
+    """The signature of a function that takes `**options`, with every option in it, for `help` and editors."""
+    own = inspect.signature(function)
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for group in GROUPS.values()
+        for field in dataclasses.fields(group)
+    ]
+    whole = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=f"{group.__name__} | None")
+        for name, group in GROUPS.items()
+    ]
+    return own.replace(parameters=[*parameters, *named, *whole])
+
+
+def check_options(**options: Any) -> None:
+    """Raise as `LLM.generate` would for these options, before a model is loaded."""
+    Request.of("generate", **options)

@@ -1,0 +1,158 @@
+"""Options: each declared once, given alone or as whole groups, from Python or as flags; and what a seed means."""
+
+import argparse
+import dataclasses
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import griffin_jax as gj
+from griffin_jax.cli.options import add_options, read_options
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.generation.config import GenerationConfig
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.llm.request import GROUPS, OPTIONS, RENAMED, Request
+from griffin_jax.utils.deprecation import GriffinDeprecationWarning
+
+PROMPTS = [[5, 6, 7], [9, 8, 7, 60, 61]]
+
+
+class TestRequest:
+    def test_options_find_their_group(self):
+        request = Request.of("generate", density=0.25, refit=7, temperature=0.5, stop="x")
+        assert request.griffin == GriffinConfig(0.25)
+        assert (request.extensions.rows, request.generation.temperature, request.generation.stops) == (7, 0.5, ("x",))
+
+    def test_single_options_replace_those_of_a_whole_group(self):
+        griffin = GriffinConfig(0.25, "sample", round_to=8)
+        request = Request.of("generate", griffin=griffin, density=0.75)
+        assert request.griffin == dataclasses.replace(griffin, density=0.75)
+        assert request.generation == GenerationConfig()
+
+    def test_no_option_is_declared_twice(self):
+        names = [field.name for group in GROUPS.values() for field in dataclasses.fields(group)]
+        assert len(names) == len(set(names)) == len(OPTIONS)
+
+    def test_unknown_options_are_named(self):
+        with pytest.raises(TypeError, match=r"generate\(\) got unexpected options: densty"):
+            Request.of("generate", densty=0.5)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"prior": None, "quality": "best"}, "need a prior"),
+            ({"quality": "worst"}, "quality must be one of griffin, best, got 'worst'"),
+            ({"refresh_every": 0}, "refresh_every must be None or a whole number of at least 1, got 0"),
+            ({"speculative": True, "refresh_every": 4}, "speculative decoding needs no refresh"),
+            ({"ridge": 0.0}, "ridge must be at least 0.001"),
+            ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+            ({"seed": 2**31}, "seed must be a whole number"),
+            ({"seed": [1, 0.5]}, "seed must be a whole number"),
+            ({"groups": 0}, "groups must be a whole number of at least 1, got 0"),
+            ({"temperature": 0.0, "top_k": 3}, "top_k need a temperature above 0"),
+        ],
+    )
+    def test_refused(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            Request.of("generate", **options)
+
+    def test_names_of_the_version_before_warn(self):
+        values = {"multiple": 4, "shards": 2, "reconstruct": 5, "lossless": 3}
+        assert values.keys() == RENAMED.keys()
+        with pytest.warns(GriffinDeprecationWarning):
+            old = Request.of("generate", **values)
+        new = Request.of("generate", **{RENAMED[name]: value for name, value in values.items()})
+        assert old.griffin == new.griffin
+        assert (old.extensions.rows, old.extensions.drafts) == (new.extensions.rows, new.extensions.drafts) == (5, 3)
+
+    @pytest.mark.parametrize("function", [gj.LLM.generate, gj.LLM.stream, gj.LLM.experts])
+    def test_help_names_every_option(self, function):
+        assert inspect.signature(function).parameters.keys() >= OPTIONS.keys() | GROUPS.keys()
+
+    def test_best_is_budgets_and_refit(self):
+        with pytest.raises(TypeError):
+            Extensions.best()  # pyright: ignore[reportCallIssue]
+        prior = gj.Prior((jnp.ones(4),), (), "model", 1)
+        best = Extensions.best(prior)
+        assert best.budgets
+        assert best.rows == Extensions(prior=prior, refit=True).rows > 0
+
+
+class TestFlags:
+    @pytest.fixture
+    def parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser()
+        for group in GROUPS.values():
+            add_options(parser, group)
+        return parser
+
+    def test_no_flags_are_the_defaults(self, parser):
+        options = parser.parse_args([])
+        assert read_options(options, GriffinConfig) == GriffinConfig()
+        assert read_options(options, GenerationConfig) == GenerationConfig()
+        assert vars(read_options(options, Extensions)) == vars(Extensions())
+
+    def test_every_kind_of_flag(self, parser):
+        flags = "--density 0.5,0.25 --method sample --shared --round-to 8 --groups 2 --refit --speculative 3"
+        flags += " --prior-weight 0.25 --temperature 0.5 --top-k 7 --stop a --stop b --ignore-eos --seed 9"
+        options = parser.parse_args(flags.split())
+        assert read_options(options, GriffinConfig) == GriffinConfig((0.5, 0.25), "sample", True, 8, 2)
+        extensions = read_options(options, Extensions)
+        assert (extensions.refit, extensions.speculative, extensions.prior_weight) == (True, 3, 0.25)
+        generation = GenerationConfig(temperature=0.5, top_k=7, stop=("a", "b"), ignore_eos=True, seed=9)
+        assert read_options(options, GenerationConfig) == generation
+
+    def test_flags_of_the_version_before_warn(self, parser):
+        with pytest.warns(GriffinDeprecationWarning) as caught:
+            options = parser.parse_args(["--multiple", "4", "--reconstruct", "--lossless", "2", "--shards", "2"])
+        assert [str(warning.message).rsplit(" ", 1)[1] for warning in caught] == [
+            "--round-to", "--refit", "--speculative", "--groups",
+        ]  # fmt: skip
+        assert (options.round_to, options.refit, options.speculative, options.groups) == (4, True, 2, 2)
+        assert "--multiple" not in parser.format_help()
+
+    def test_a_wrong_density_is_one_line(self, parser, capsys):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--density", "1.5"])
+        assert "argument --density: density must be in (0, 1], got 1.5" in capsys.readouterr().err
+
+
+class TestSeed:
+    OPTIONS = {"max_new_tokens": 6, "ignore_eos": True, "temperature": 1.0, "method": "random"}  # noqa: RUF012
+
+    def test_one_for_each_prompt_does_not_depend_on_the_batch(self, tiny):
+        """Neither its neurons nor its tokens."""
+        both = tiny.llm.generate(PROMPTS, seed=[3, 4], **self.OPTIONS)
+        swapped = tiny.llm.generate(PROMPTS[::-1], seed=[4, 3], **self.OPTIONS)
+        assert both.tokens == swapped.tokens[::-1]
+        for kept, other in zip(both.experts, swapped.experts, strict=True):
+            np.testing.assert_array_equal(kept, other[::-1])
+
+    def test_another_seed_is_another_answer(self, tiny):
+        (first, same), (_, other) = (
+            tiny.llm.generate([PROMPTS[0]] * 2, seed=seeds, **self.OPTIONS).tokens for seeds in ([3, 3], [3, 4])
+        )
+        assert first == same != other
+
+    @pytest.mark.parametrize("method", ["sample", "topk_sample", "random"])
+    def test_select_draws_for_each_sequence_as_for_it_alone(self, rng, method):
+        squares = (jnp.asarray(rng.random((3, 40)), jnp.float32), jnp.asarray(rng.random((3, 24)), jnp.float32))
+        statistics = gj.Statistics(squares, jnp.asarray([4, 9, 25], jnp.int32))
+        config = gj.GriffinConfig(0.5, method)
+        together = gj.select(statistics, config, seed=jnp.asarray([7, 8, 7]))
+        for row, seed in enumerate([7, 8, 7]):
+            own = gj.Statistics(tuple(s[row : row + 1] for s in squares), statistics.tokens[row : row + 1])
+            alone = gj.select(own, config, seed=jnp.asarray([seed]))
+            for kept, expected in zip(together, alone, strict=True):
+                np.testing.assert_array_equal(kept[row], expected[0])
+
+    def test_as_many_as_prompts(self, tiny):
+        with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
+            tiny.llm.generate(PROMPTS, seed=[1, 2, 3])
+
+    def test_shared_neurons_are_drawn_with_one(self, rng):
+        statistics = gj.Statistics((jnp.asarray(rng.random((2, 8)), jnp.float32),), jnp.asarray([1, 2], jnp.int32))
+        with pytest.raises(ValueError, match="a seed for each sequence is for neurons of its own"):
+            gj.select(statistics, gj.GriffinConfig(0.5, "random", shared=True), seed=jnp.asarray([1, 2]))
