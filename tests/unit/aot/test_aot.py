@@ -268,7 +268,7 @@ def test_every_gpu_is_accepted(cuda):
     """XLA reads each description; in a new process, since this one's backends are not for it to touch."""
     script = """if True:
         from jax.experimental import topologies
-        from griffin_jax.targets import TARGETS, gpu_target_config
+        from griffin_jax.aot.targets import TARGETS, gpu_target_config
         for name, chip in TARGETS.items():
             if chip.gpu is not None:
                 (device,) = topologies.get_topology_desc(

@@ -408,7 +408,7 @@ def test_a_conversion_that_is_killed_in_the_middle(hf_folder, tmp_path, how):
 
 MEMORY_OF_A_CONVERSION = """
 import sys, warnings
-from griffin_jax.loading import convert
+from griffin_jax.checkpoints.loading import convert
 warnings.simplefilter("ignore")
 report = convert(sys.argv[1], sys.argv[2], sys.argv[3], progress=False, allow_pickle=True)
 print(report.largest_bytes, report.peak_memory - report.memory_before, report.bytes)
