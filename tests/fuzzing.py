@@ -225,7 +225,7 @@ def fuzz_config(folder: Path) -> Iterator[tuple[str, bool]]:
 def fuzz_index(folder: Path) -> Iterator[tuple[str, bool]]:
     random = np.random.default_rng(0)
     weights = checkpoints.tensors()
-    checkpoints.write(folder, weights, groups=3)
+    checkpoints.write(folder, weights, shards=3)
     index = folder / "model.safetensors.index.json"
     value = json.loads(index.read_text())
     cases = [json.dumps({**value, "weight_map": inner}).encode() for inner in edited(value["weight_map"], random)]

@@ -12,7 +12,7 @@ with memory for the mask alone. It takes the time of the full model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -27,6 +27,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of
 
 
+@runtime_checkable
 class LowRankRefit(Protocol):
     """Changes the kept rows of the down projections as `griffin_jax.griffin.prune.Refit` does, by products of low rank,
     beyond GRIFFIN.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 from griffin_jax.utils.deprecation import renamed_arguments
 
 
+@runtime_checkable
 class Refit(Protocol):
     """Changes the kept rows of the down projections, beyond GRIFFIN; a pytree, so that the gather can be jitted with
     it.

@@ -81,7 +81,7 @@ pair_families: list[str] = []
 @pytest.fixture
 def query_blocks(monkeypatch) -> None:
     """Long sequences in several blocks. For every test that compiles their length: a program is compiled once."""
-    monkeypatch.setattr("griffin_jax.model.transformer.QUERY_BLOCK", 32)
+    monkeypatch.setattr("griffin_jax.model.attention.QUERY_BLOCK", 32)
 
 
 @pytest.mark.usefixtures("query_blocks")

@@ -24,7 +24,7 @@ from griffin_jax.parallel.distributed import HEARTBEAT_SECONDS, parse
 ROOT = Path(__file__).parents[2]
 DIES = """
 import os, signal, sys, jax
-from griffin_jax.distributed import joined
+from griffin_jax.parallel.distributed import joined
 with joined(sys.argv[1]):
     os.kill(os.getpid(), signal.SIGKILL)
 """

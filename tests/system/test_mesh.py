@@ -16,6 +16,8 @@ import griffin_jax as gj
 from griffin_jax.aot.compilation import inspect
 from griffin_jax.aot.hlo import Module
 from griffin_jax.bench import runner
+from griffin_jax.checkpoints import sources
+from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.cli import bench
 from griffin_jax.cli.main import main, parser_of
 from griffin_jax.evaluation.general_text import measure, with_budgets
@@ -343,7 +345,7 @@ def test_random_weights_are_made_where_they_lie(shape, kv_heads):
 class TestBench:
     def test_bytes_are_those_of_each_device(self, capfd, monkeypatch):
         monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
-        for module in (runner, named):
+        for module in (bench, named):
             monkeypatch.setattr(module, "NAMED", {"tiny": small(2)})
         arguments = ["bench", "--model", "tiny", "--lengths", "9+3", "--batch", "4", "--experts", "shared"]
         arguments += ["--density", "0.5", "--round-to", "4", "--quality", "griffin,best", "--repeats", "1", "--json"]
@@ -372,7 +374,7 @@ class TestBench:
         ],
     )
     def test_refusals(self, capfd, monkeypatch, arguments, message):
-        monkeypatch.setattr(runner, "random_model", lambda *_, **__: pytest.fail("weights were made"))
+        monkeypatch.setattr(bench, "random_model", lambda *_, **__: pytest.fail("weights were made"))
         assert main(["bench", "--model", "Llama-2-7B", "--layers", "1", *arguments]) == 2
         assert message in capfd.readouterr().err
 
@@ -406,8 +408,8 @@ class TestRefusals:
             checked_mesh(Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "tensor")))
 
     def test_before_weights_are_read(self, native, monkeypatch):
-        monkeypatch.setattr(gj.sources.Source, "parameters", lambda *_: pytest.fail("weights were read"))
-        monkeypatch.setattr(gj.checkpoint.NativeCheckpoint, "parameters", lambda *_: pytest.fail("weights were read"))
+        monkeypatch.setattr(sources.Source, "parameters", lambda *_: pytest.fail("weights were read"))
+        monkeypatch.setattr(NativeCheckpoint, "parameters", lambda *_: pytest.fail("weights were read"))
         for folder in (native.folder, native.folder / "converted"):
             with pytest.raises(ValueError, match="5 devices cannot share the 96 neurons"):
                 gj.load(folder, mesh=make_mesh(1, 5))

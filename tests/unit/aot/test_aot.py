@@ -16,10 +16,10 @@ from griffin_jax.aot.compilation import compile_for, inspect
 from griffin_jax.aot.hlo import Module
 from griffin_jax.aot.report import table
 from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
-from griffin_jax.checkpoints import demo
 from griffin_jax.cli.main import main
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
+from griffin_jax.utils import download
 from griffin_jax.utils.download import CACHE_VARIABLE
 
 
@@ -268,7 +268,7 @@ def test_every_gpu_is_accepted(cuda):
     """XLA reads each description; in a new process, since this one's backends are not for it to touch."""
     script = """if True:
         from jax.experimental import topologies
-        from griffin_jax.targets import TARGETS, gpu_target_config
+        from griffin_jax.aot.targets import TARGETS, gpu_target_config
         for name, chip in TARGETS.items():
             if chip.gpu is not None:
                 (device,) = topologies.get_topology_desc(
@@ -442,7 +442,7 @@ class TestFetching:
             Path(command[command.index("--target") + 1], "libtpu").mkdir(parents=True)
             return subprocess.CompletedProcess(command, 0, "", "")
 
-        monkeypatch.setattr(demo.subprocess, "run", run)
+        monkeypatch.setattr(download.subprocess, "run", run)
         return calls
 
     def test_once_and_only_what_is_needed(self, pip, tmp_path):

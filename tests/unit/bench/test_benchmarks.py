@@ -353,7 +353,7 @@ def test_bench_is_a_command_of_the_package(monkeypatch, capsys):
 
 def test_too_little_memory_is_an_error_before_anything_is_allocated(monkeypatch, capsys):
     monkeypatch.setattr(runner, "free_memory", lambda: 10**9)
-    monkeypatch.setattr(runner, "random_model", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr(bench, "random_model", lambda *_: pytest.fail("allocated"))
     code, _, err = run(monkeypatch, capsys, "run", "--model", "Llama-2-7B", "--dtype", "bfloat16", "--layers", "16")
     assert code == 2
     assert "(weights 7.0, kept neurons 3.2, " in err

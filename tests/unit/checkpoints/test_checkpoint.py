@@ -361,7 +361,7 @@ def test_a_disk_that_fills(hf_folder, tmp_path, limit):
 
 
 def test_a_disk_without_room_is_noticed_first(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(native.shutil, "disk_usage", lambda path: native.shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: checkpoint.shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(OSError, match=r"GB are needed, 0\.0 GB are free"):
         convert(hf_folder, tmp_path / "some" / "native", progress=False)
     assert left_behind(tmp_path) == []
@@ -408,7 +408,7 @@ def test_a_conversion_that_is_killed_in_the_middle(hf_folder, tmp_path, how):
 
 MEMORY_OF_A_CONVERSION = """
 import sys, warnings
-from griffin_jax.loading import convert
+from griffin_jax.checkpoints.loading import convert
 warnings.simplefilter("ignore")
 report = convert(sys.argv[1], sys.argv[2], sys.argv[3], progress=False, allow_pickle=True)
 print(report.largest_bytes, report.peak_memory - report.memory_before, report.bytes)

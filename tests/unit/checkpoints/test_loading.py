@@ -355,7 +355,7 @@ import sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import griffin_jax as gj
-from griffin_jax.checkpoint import NativeCheckpoint
+from griffin_jax.checkpoints.native import NativeCheckpoint
 
 folder, dtype = sys.argv[1:]
 assert len(jax.devices()) == 4

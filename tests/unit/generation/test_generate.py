@@ -233,7 +233,7 @@ def hlo(tiny) -> dict[str, str]:
     prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=24)
     experts = gj.select(prefilled.statistics, gj.GriffinConfig(13 / 48 + 1e-9))
     state = gj.init_decode(prefilled)
-    decode = jax.jit(gj.decode, donate_argnames=("answer",))
+    decode = jax.jit(gj.decode, donate_argnames=("state",))
     models = {"dense": model, "pruned": gj.prune(model, experts)}
     jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts leaves that are no arrays into the dataclasses
     try:
