@@ -10,10 +10,11 @@ import griffin_jax as gj
 from griffin_jax.evaluation import general_text
 
 GENERAL = (
-    "A lighthouse keeper writes down the weather four times a day. The book is older than the lamp, and its first pages "
-    "are in a hand nobody alive can read without effort. On the last line of every page somebody has counted the ships. "
-    "To bake bread without a scale, take a bowl and fill it with flour to the height of two fingers. Add a pinch of salt, "
-    "a spoon of yeast, and warm water until the dough lets go of the bowl. Cover it with a cloth for an hour. "
+    "A lighthouse keeper writes down the weather four times a day. The book is older than the lamp, and its first "
+    "pages are in a hand nobody alive can read without effort. On the last line of every page somebody has counted "
+    "the ships. To bake bread without a scale, take a bowl and fill it with flour to the height of two fingers. "
+    "Add a pinch of salt, a spoon of yeast, and warm water until the dough lets go of the bowl. Cover it with a "
+    "cloth for an hour. "
 )
 PROMPT = "The river has three bridges. The oldest, built in 1874,"
 
