@@ -66,26 +66,33 @@ def converted(tmp_path_factory) -> Path:
 # ---- code ----
 
 
+def run(script: Path, folder: Path, flags: str | None = None) -> str:
+    """Runs a script as its readers do, in a process of its own; returns what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {"PYTHONPATH": str(ROOT), **({"XLA_FLAGS": flags} if flags else {})}
+    done = subprocess.run(
+        [sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(("page", "code"), pages_with_code())
-def test_the_python_blocks_of_a_page_run(page: Path, code: str, tmp_path: Path, monkeypatch, request):
+def test_the_python_blocks_of_a_page_run(page: Path, code: str, tmp_path: Path, request):
     if '"smollm2"' in code and "convert(" not in code:
         folder = request.getfixturevalue("converted")
         for source in (folder, folder.with_name(PRIOR)):
             (tmp_path / source.name).symlink_to(source)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(code, name_of(page), "exec"), {"__name__": "docs"})
+    script = tmp_path / "blocks.py"
+    script.write_text(code)
+    # With as many devices as the pages about meshes say.
+    run(script, tmp_path, os.environ["XLA_FLAGS"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
 def test_an_example_runs(example: Path, tmp_path: Path):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run(
-        [sys.executable, example], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    assert run(example, tmp_path)
 
 
 # ---- the command line ----
