@@ -38,6 +38,7 @@ with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.b
         importlib.import_module(f"griffin_jax.{name}")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -156,3 +157,11 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield programs
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def shapes_for_arrays() -> Iterator[None]:
+    """Dataclasses that are checked to hold arrays may hold shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -133,6 +133,7 @@ def test_weights_are_the_models_own(model):
         assert own.ff.mask is None
 
 
+@pytest.mark.usefixtures("shapes_for_arrays")
 @pytest.mark.parametrize("refit", ["none", "calibration"])
 def test_memory_has_no_copy_of_weights(refit):
     """What the program needs beside its inputs is a fraction of what the kept rows of one layer are."""
