@@ -16,7 +16,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # tqdm says in notebooks that it would like to draw its bars with another package.
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
-from griffin_jax import __version__
+from griffin_jax import __version__  # noqa: E402
 
 project = "griffin_jax"
 author = "the authors of griffin_jax"

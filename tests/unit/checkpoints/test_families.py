@@ -204,9 +204,9 @@ def test_mixtures_and_others_are_refused_with_the_reason():
     assert not set(refused) & families().keys()
 
 
-def test_the_table_in_the_readme_is_that_of_the_code():
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    between = readme.split("<!-- families: the output of `griffin-jax families` -->")[1].split("<!-- /families -->")[0]
+def test_the_table_in_the_docs_is_that_of_the_code():
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    between = page.split("<!-- families: the output of `griffin-jax families` -->")[1].split("<!-- /families -->")[0]
     assert between.strip() == table()
 
 

@@ -1,0 +1,33 @@
+"""A model on eight devices: `python examples/a_mesh.py`.
+
+The processor of this machine counts as eight devices, so the example runs anywhere; it is no faster for it. Where there
+are accelerators, leave out the environment variable.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+
+import griffin_jax as gj
+
+
+def main() -> None:
+    """Answers a batch on a mesh, batches divided in two and the model in four."""
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    llm = gj.load("smollm2-135m-instruct", mesh=mesh)
+    down = llm.model.layers[0].ff.down[...]
+    print(f"feed-forward rows of layer 0: {down.shape}, on each device {down.sharding.shard_shape(down.shape)}")
+
+    out = llm.generate(["The tallest mountain on Earth is", "Once upon a time"], density=0.75, max_new_tokens=12)
+    for text in out.texts:
+        print(repr(text))
+    print(f"{out.kept[0]} neurons kept of layer 0, {out.kept[0] // 4} on each device that shares the model")
+
+
+if __name__ == "__main__":
+    main()
