@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from reference import load_torch
 
 VOCABULARY, WIDTH, FF, LAYERS, HEADS, KV_HEADS, CONTEXT = 101, 32, 48, 2, 4, 2, 256
 """Sizes of the tiny models. They differ wherever they could be mistaken for each other, and are the same for all
@@ -49,6 +49,7 @@ def all_cases() -> dict[str, Cases]:
 
 def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, seed: int = 0) -> Any:
     """A random torch model, saved to a folder as transformers does."""
+    torch = load_torch()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
