@@ -28,19 +28,25 @@ from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 
 HEADS, NEURONS, VOCABULARY, SEQUENCES = "heads", "neurons", "vocabulary", "sequences"
 
+NORMS = (
+    "norm", "embedding_norm", "attention_norm", "attention_out_norm", "attention_sum_norm", "ff_norm", "ff_out_norm",
+    "ff_sum_norm",
+)  # fmt: skip
+"""Norms of the residual stream and of what is added to it."""
+
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embedding", (VOCABULARY, None)),  # (V, E)
     ("head", (VOCABULARY, None)),  # (V, E)
     ("head_bias", (VOCABULARY,)),  # (V,)
     ("attention.qkv", (HEADS, None, None, None)),  # (G, R + 2, H, D)
     ("attention.qkv_bias", (HEADS, None, None)),  # (G, R + 2, H)
-    ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H); (H,) if all heads share it
-    ("attention.key_norm.scale", (HEADS, None, None)),  # (G, 1, H); (H,) likewise
+    ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H)
+    ("attention.key_norm.scale", (HEADS, None, None)),  # (G, 1, H)
     ("attention.out", (HEADS, None, None)),  # (N, H, D)
     ("ff.gate_up", (None, NEURONS, None)),  # (A, F, D)
     ("ff.gate_up_bias", (None, NEURONS)),  # (A, F)
     ("ff.down", (NEURONS, None)),  # (F, D)
-    # Kept by each sequence for itself.
+    # The same where each sequence keeps neurons of its own.
     ("ff.gate_up", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
     ("ff.gate_up_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
     ("ff.down", (SEQUENCES, NEURONS, None)),  # (B, K, D)
@@ -49,7 +55,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("mask.kept", (SEQUENCES, NEURONS)),  # (B, F)
     ("left", (None, NEURONS)),  # (S, F)
     ("left", (SEQUENCES, None, NEURONS)),  # (B, S, F)
+    ("right", (None, None)),  # (S, D)
     ("right", (SEQUENCES, None, None)),  # (B, S, D)
+    # What every device has whole.
+    ("project_in", (None, None)),  # (E, D)
+    ("project_out", (None, None)),  # (D, E)
+    ("position_embedding", (None, None)),  # (positions, D)
+    ("attention.query_norm.scale", (None,)),  # (H,), the same for all heads
+    ("attention.key_norm.scale", (None,)),  # (H,), likewise
+    ("attention.out_bias", (None,)),  # (D,), added to a sum over devices
+    ("ff.down_bias", (None,)),  # (D,), likewise
+    *((f"{norm}.{part}", (None,)) for norm in NORMS for part in ("scale", "bias")),  # (D,)
     # What checkpoints have for `qkv` and `gate_up`.
     ("attention.query", (HEADS, None, None)),  # (N, H, D)
     ("attention.key", (HEADS, None, None)),  # (G, H, D)
@@ -66,11 +82,10 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("values", (SEQUENCES, HEADS, None, None)),  # (B, G, S, H)
     ("positions", (SEQUENCES, None)),  # (B, S)
     ("context", (SEQUENCES,)),  # (B,)
+    ("cursor", ()),
 )  # fmt: skip
-"""What is divided, by the end of its path in the module, in a checkpoint or in the cache, and what its axes count.
-
-What is not here is on every device: norms, the biases of outputs, tables of positions.
-"""
+"""How every array is divided: the end of its path in the module, in a checkpoint or in the cache, and for each axis
+what is divided along it, or None. An array without a rule is an error, so that none is whole by oversight."""
 
 GPU_TILE = 64
 """Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
@@ -136,6 +151,9 @@ def parameter_spec(
         shape: of all of it.
         config: the model.
         mesh: an axis that it lacks divides nothing.
+
+    Raises:
+        ValueError: no rule is for such an array.
     """
     shared = divided(config, axis_size(mesh, MODEL_AXIS))
 
@@ -144,11 +162,27 @@ def parameter_spec(
             return dividing(mesh, DATA_AXIS, size)
         return dividing(mesh, MODEL_AXIS, size) if what is not None and shared[what] else None
 
-    for end, counted in RULES:
-        if f".{path}".endswith(f".{end}") and len(shape) == len(counted):
-            axes = [axis(what, size) for what, size in zip(counted, shape, strict=True)]
-            return PartitionSpec(*axes) if any(axes) else PartitionSpec()
-    return PartitionSpec()
+    axes = [axis(what, size) for what, size in zip(axes_of(path, shape), shape, strict=True)]
+    return PartitionSpec(*axes) if any(axes) else PartitionSpec()
+
+
+def axes_of(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
+    """What is divided along each axis of an array, by the first of `RULES` that is for it.
+
+    Args:
+        path: as for `parameter_spec`.
+        shape: of the array; its number of axes counts.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for end, axes in RULES:
+        if f".{path}".endswith(f".{end}") and len(shape) == len(axes):
+            return axes
+    raise ValueError(
+        f"no rule says how {path!r} of shape {tuple(shape)} is divided among devices: add one to"
+        " griffin_jax.model.sharding.RULES, with None for each axis that stays whole"
+    )
 
 
 def _check_axis(mesh: Mesh | AbstractMesh) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import all_cases
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from griffin_jax.checkpoints.sources import read_hf_config
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import pad
@@ -21,10 +24,19 @@ from griffin_jax.model.cache import empty_cache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import named
-from griffin_jax.model.sharding import check_mesh, divided, dotted, model_shardings, parameter_spec, with_kv_copies
+from griffin_jax.model.sharding import (
+    cache_shardings,
+    check_mesh,
+    divided,
+    dotted,
+    model_shardings,
+    parameter_spec,
+    with_kv_copies,
+)
 from griffin_jax.model.sizes import Sizes, local_shapes
 from griffin_jax.parallel.mesh import MODEL_AXIS
 
+CASES = all_cases()
 LLAMA = named("Llama-3-70B", layers=1)
 TINY = ModelConfig(
     family="llama", vocab_size=64, width=16, ff_width=48, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=4,
@@ -112,6 +124,44 @@ class TestModel:
         assert layer["ff.gate"] == layer["ff.up"] == layer["ff.down"] == ("model", None)
         assert layer["ff.gate_bias"] == layer["ff.up_bias"] == ("model",)
         assert layer["attention_norm.scale"] == layer["ff.down_bias"] == ()
+
+
+class TestEveryArrayHasARule:
+    @pytest.mark.parametrize("family", CASES)
+    def test_of_every_family(self, family, tmp_path):
+        from transformers import AutoConfig
+
+        for number, attributes in enumerate(CASES[family].variants.values()):
+            folder = tmp_path / str(number)
+            AutoConfig.for_model(family, **{**CASES[family].config, **attributes}).save_pretrained(folder)
+            _, config = read_hf_config(folder)
+            full = abstract_model(config)
+            divided_full = specs(full, 2, "data")
+            assert divided_full["layers.0.ff.down"] == ("model", None)
+            for sets in ((), (4,)):
+                indices = jax.ShapeDtypeStruct((*sets, 16), jnp.int32)
+                experts = ExpertNeurons((indices,) * config.num_layers, full.neurons)
+                assert specs(jax.eval_shape(prune, full, experts), 2, "data").keys() == divided_full.keys()
+            for path, shape in parameter_shapes(config).items():
+                parameter_spec(path, shape, config, mesh(2, "data"))
+            cache = jax.eval_shape(lambda config=config: empty_cache(config, 4, 32))
+            cache_shardings(cache, config, mesh(2, "data"))
+
+    @pytest.mark.parametrize(
+        ("path", "shape"),
+        [
+            ("layers.0.ff.router", (4, 16)),
+            ("layers.0.other_norm.scale", (16,)),
+            ("layers.0.ff.rest.down", (24, 16)),
+            ("layers.0.ff.down", (48,)),
+            ("norm.scale", (2, 16)),
+            ("", ()),
+        ],
+    )
+    def test_others_are_an_error(self, path, shape):
+        message = re.escape(f"no rule says how {path!r} of shape {shape} is divided among devices: add one to ")
+        with pytest.raises(ValueError, match=message):
+            parameter_spec(path, shape, TINY, mesh(2))
 
 
 @pytest.mark.parametrize(("kv_heads", "heads"), [(8, "model"), (2, None)])
