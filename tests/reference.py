@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import tokenizers
@@ -25,6 +26,16 @@ from safetensors.numpy import save_file
 import griffin_jax as gj
 
 TOLERANCE = 1e-5
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Without checks of shapes: lowering a program puts leaves that are no arrays into checked dataclasses."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ class LowRank:
     """
 
     left: Float[Array, "*b s f"]
-    right: Float[Array, "*b s d"]
+    right: Float[Array, "*c s d"]
 
 
 @jax.tree_util.register_dataclass
