@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -41,13 +42,12 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-import torch
-from reference import TinyLlama, tiny_tokenizer
+from reference import TinyLlama, load_torch, tiny_tokenizer
 from xdist.scheduler import LoadScopeScheduling
 
-torch.set_grad_enabled(False)
-# Two workers with a thread for every core only wait for each other.
-torch.set_num_threads(1)
+if importlib.util.find_spec("torch") is None:
+    # Pickle files are torch's, and lm-evaluation-harness imports it. Other tests of it are skipped one by one.
+    collect_ignore = ["unit/checkpoints/test_pickle.py", "unit/evaluation/test_harness.py"]
 
 PASSAGES = [
     "A lighthouse keeper writes down the weather four times a day. The book is older than the lamp, and its first "
@@ -115,6 +115,7 @@ def demo_llm(demo_gguf) -> gj.LLM:
 @pytest.fixture(scope="session")
 def demo_torch(demo_gguf):
     """The demo model as transformers loads it."""
+    torch = load_torch()
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32).eval()

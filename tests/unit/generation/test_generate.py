@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import torch_greedy
+from reference import torch_greedy, unchecked
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
@@ -235,11 +234,8 @@ def hlo(tiny) -> dict[str, str]:
     state = gj.init_decode(prefilled)
     decode = jax.jit(gj.decode, donate_argnames=("state",))
     models = {"dense": model, "pruned": gj.prune(model, experts)}
-    jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts leaves that are no arrays into the dataclasses
-    try:
+    with unchecked():
         return {name: decode.lower(m, state, 24).compile().as_text() for name, m in models.items()}
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class TestCompilation:
