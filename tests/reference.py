@@ -207,7 +207,9 @@ class TinyLlama:
     def torch(self) -> Any:
         load_torch()
         from transformers import LlamaForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         return LlamaForCausalLM.from_pretrained(self.folder, attn_implementation="eager").eval()
 
     @classmethod
