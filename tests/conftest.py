@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -38,15 +39,15 @@ with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.b
         importlib.import_module(f"griffin_jax.{name}")
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
-import torch
-from reference import TinyLlama, tiny_tokenizer
+from reference import TinyLlama, load_torch, tiny_tokenizer
 from xdist.scheduler import LoadScopeScheduling
 
-torch.set_grad_enabled(False)
-# Two workers with a thread for every core only wait for each other.
-torch.set_num_threads(1)
+if importlib.util.find_spec("torch") is None:
+    # Pickle files are torch's, and lm-evaluation-harness imports it. Other tests of it are skipped one by one.
+    collect_ignore = ["unit/checkpoints/test_pickle.py", "unit/evaluation/test_harness.py"]
 
 PASSAGES = [
     "A lighthouse keeper writes down the weather four times a day. The book is older than the lamp, and its first "
@@ -114,6 +115,7 @@ def demo_llm(demo_gguf) -> gj.LLM:
 @pytest.fixture(scope="session")
 def demo_torch(demo_gguf):
     """The demo model as transformers loads it."""
+    torch = load_torch()
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.float32).eval()
@@ -156,3 +158,11 @@ def compiled() -> Iterator[list[str]]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield programs
     jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture
+def shapes_for_arrays() -> Iterator[None]:
+    """Dataclasses that are checked to hold arrays may hold shapes."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -101,7 +101,7 @@ class Extensions:
                 check_whole(name, value, 0, also="True, False or ", of=what)
         check_ridge(self.ridge, self.calibration_weight)
         if self.refresh_every is not None:
-            check_whole("refresh_every", self.refresh_every, 1, also="None or ")
+            check_whole("refresh_every", self.refresh_every, 1, of="tokens")
             if self.speculative:
                 raise ValueError(
                     "speculative decoding needs no refresh, its cache is the full model's: refresh_every=None"

@@ -33,8 +33,8 @@ class LowRank:
         right: rows over the width, as many of them, likewise.
     """
 
-    left: Float[Array, "*b s f"]
-    right: Float[Array, "*b s d"]
+    left: Float[Array, "... s f"]
+    right: Float[Array, "... s d"]
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ class Mask:
         changes: what is added to the rows of the down projection that are kept.
     """
 
-    kept: Bool[Array, "*b f"]
+    kept: Bool[Array, "... f"]
     changes: tuple[LowRank, ...] = ()
 
     def apply(self, z: Float[Array, "b t f"]) -> Float[Array, "b t f"]:

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from reference import load_torch
+
+from griffin_jax.checkpoints.families import families
+from griffin_jax.model.config import ModelConfig, Rotary
 
 VOCABULARY, WIDTH, FF, LAYERS, HEADS, KV_HEADS, CONTEXT = 101, 32, 48, 2, 4, 2, 256
 """Sizes of the tiny models. They differ wherever they could be mistaken for each other, and are the same for all
@@ -47,8 +50,45 @@ def all_cases() -> dict[str, Cases]:
     return {name: importlib.import_module(f"{__name__}.{name}").CASES for name in names}
 
 
+TOKENWISE = frozenset({
+    "family", "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
+    "kv_copies", "activation", "norm", "norm_eps", "norm_bias", "norm_plus_one", "final_norm", "shared_norm",
+    "attention_scale", "qkv_clip", "embedding_width", "embedding_scale", "embedding_norm", "residual_scale",
+    "logit_scale", "logit_softcap", "tied_head", "head_bias", "attention_bias", "attention_out_bias", "bos_token_id",
+    "eos_token_ids",
+})  # fmt: skip
+"""Fields of a configuration that are sizes, or change what is computed of one token by itself. Reading whole sequences
+shows whether they are right; a cache, padding or pruned neurons change nothing about them."""
+
+
+def structure(config: ModelConfig) -> tuple[Any, ...]:
+    """What cached steps, ragged rows and pruned layers depend on: how a token finds those before it, and what is around
+    the neurons of a layer. Models of one structure take the same ways through prefilling, pruning and decoding."""
+
+    def kind(rotary: Rotary | None) -> str | None:
+        # LongRoPE goes by the length of a text. Others differ in a table of angles.
+        return None if rotary is None else "longrope" if rotary.kind == "longrope" else "rotary"
+
+    layers = {(config.window(layer) > 0, layer in config.unrotated_layers) for layer in range(config.num_layers)}
+    return (
+        kind(config.rotary), kind(config.local_rotary), frozenset(layers), config.learned_positions,
+        config.alibi is not None, config.alibi is not None and config.alibi.scaled,
+        config.attention_softcap is not None, config.head_norm != "none",
+        config.norm_placement, config.parallel, config.gated, config.ff_bias,
+    )  # fmt: skip
+
+
+def model_config(model_type: str, attributes: Mapping[str, Any]) -> ModelConfig:
+    """What a variant becomes, without its weights."""
+    from transformers import AutoConfig
+
+    values = json.loads(AutoConfig.for_model(model_type, **attributes).to_json_string())
+    return families()[model_type].model_config(values, model_type)
+
+
 def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, seed: int = 0) -> Any:
     """A random torch model, saved to a folder as transformers does."""
+    torch = load_torch()
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)

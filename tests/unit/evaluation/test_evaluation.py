@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from conftest import PASSAGES
 from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
@@ -513,47 +512,6 @@ class TestCommands:
         code, _, err = run(capsys, "divergence", jsonl(tmp_path / "x", {"text": "x"}), "--model", tiny.folder)
         assert code == 2
         assert "has no tokenizer" in err
-
-    def test_order_on_the_demo_model(self, demo_gguf, tmp_path, capsys):
-        """Dense before the oracle before GRIFFIN, far before what does not look at the prompt."""
-        file = jsonl(tmp_path / "t.jsonl", *({"text": passage} for passage in PASSAGES))
-        code, out, _ = run(
-            capsys, "divergence", file, "--model", demo_gguf, "--prompt-tokens", 30, "--new-tokens", 14, "--batch", 5,
-            "--output", tmp_path / "out", "--json",
-        )  # fmt: skip
-        assert code == 0
-        figures = [f for f in json.loads(out.splitlines()[-1])["figures"] if f["continuation"] == "real"]
-        kl = {f["method"]: f["kl"]["value"] for f in figures}
-        loss = {f["method"]: math.log(f["perplexity"]["value"]) for f in figures}
-        assert 0 == kl["dense"] < kl["oracle"] < kl["topk"] < 0.5 * min(kl["random"], kl["magnitude"])
-        assert loss["dense"] < loss["oracle"] < loss["topk"] < min(loss["random"], loss["magnitude"]) - 1
-
-
-@pytest.mark.slow
-def test_rouge_is_that_of_what_transformers_generates(demo_gguf, demo_torch, tmp_path, capsys):
-    """20 prompts: every passage behind every other one with its summary."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    pairs = [(example, article) for example in PASSAGES for article in PASSAGES if article is not example]
-    prompts = [summarization_prompt(a, [(e, e.partition(". ")[0] + ".")], "xsum") for e, a in pairs]
-    records = [{"prompt": p, "summary": a.partition(". ")[0]} for p, (_, a) in zip(prompts, pairs, strict=True)]
-    code, out, _ = run(
-        capsys, "summarize", jsonl(tmp_path / "t.jsonl", *records), "--model", demo_gguf, "--new-tokens", 32,
-        "--output", tmp_path / "out", "--json",
-    )  # fmt: skip
-    assert code == 0
-    (ours,) = (f for f in json.loads(out.splitlines()[-1])["figures"] if f["method"] == "dense")
-    tokenizer = gj.load(demo_gguf).tokenizer
-    scorer = RougeScorer(list(report.ROUGE))
-    scores = []
-    for record in records:
-        prompt = tokenizer.encode(record["prompt"])
-        answer = demo_torch.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)[0, len(prompt) :]
-        text = tokenizer.decode(answer.tolist()).partition("###")[0]
-        scores.append(scorer.score(record["summary"], text))
-    for key in report.ROUGE:
-        expected = 100 * np.mean([score[key].fmeasure for score in scores])
-        assert ours[key]["value"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_batches_repeat_the_last_row():

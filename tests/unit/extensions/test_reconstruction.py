@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
+from reference import load_torch, oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
@@ -158,7 +158,7 @@ class TestChange:
         assert not np.any(changes(tiny.llm.model, experts, gj.Reconstruction(jax.tree.map(jnp.zeros_like, silent))))
 
     def test_plain_layers_keep_the_bias_behind_them(self, tmp_path):
-        import torch
+        torch = load_torch()
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
         config = GPTNeoXConfig(

@@ -8,12 +8,11 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 import scipy.stats
 from conftest import PASSAGES
-from reference import TinyLlama, assert_close
+from reference import TinyLlama, assert_close, unchecked
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
@@ -227,13 +226,8 @@ class TestGenerate:
         prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad([[5, 6, 7]], 16)), max_new_tokens=24)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
         state = jitted.init_decode(prefilled)
-        jaxtyping.config.update(
-            "jaxtyping_disable", True
-        )  # lowering puts leaves that are no arrays into the dataclasses
-        try:
+        with unchecked():
             text = jitted_extensions.decode_speculative.lower(model, pruned, state, 20, drafts=2).compile().as_text()
-        finally:
-            jaxtyping.config.update("jaxtyping_disable", False)
         cache = r"f32\[(1,2,8,40|1,2,40,8)\]"
         assert len(re.findall(rf"{cache}\S* parameter\(", text)) >= 6
         assert not re.search(rf"= {cache}\S* copy\(", text)

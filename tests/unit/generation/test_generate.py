@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import torch_greedy
+from reference import torch_greedy, unchecked
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
@@ -235,11 +234,8 @@ def hlo(tiny) -> dict[str, str]:
     state = gj.init_decode(prefilled)
     decode = jax.jit(gj.decode, donate_argnames=("state",))
     models = {"dense": model, "pruned": gj.prune(model, experts)}
-    jaxtyping.config.update("jaxtyping_disable", True)  # lowering puts leaves that are no arrays into the dataclasses
-    try:
+    with unchecked():
         return {name: decode.lower(m, state, 24).compile().as_text() for name, m in models.items()}
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 class TestCompilation:
@@ -376,11 +372,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match="token 200"):
             tiny.llm.logits([[5, 200]], prompt_length=1)
 
-    def test_stream_refuses_at_once(self, tiny, demo_llm):
+    def test_stream_refuses_at_once(self, tiny, worded):
         with pytest.raises(TypeError, match="unexpected options: densty"):
-            demo_llm.stream([[5]], densty=0.5)
+            worded.llm.stream([[5]], densty=0.5)
         with pytest.raises(ValueError, match="density must be"):
-            demo_llm.stream([[5]], density=2)
+            worded.llm.stream([[5]], density=2)
         with pytest.raises(ValueError, match="no tokenizer"):
             tiny.llm.stream([[5]])
 
@@ -399,47 +395,46 @@ class TestRefusals:
 
 
 class TestText:
-    """With the demo model's tokenizer."""
-
-    def test_stop_string_cuts_text_and_tokens(self, demo_llm):
-        free = demo_llm.generate(PASSAGES[1], max_new_tokens=24, density=1.0)
-        stop = free.texts[0][30:36]
-        out = demo_llm.generate(PASSAGES[1], max_new_tokens=24, density=1.0, stop=[stop, "never written"])
+    def test_stop_string_cuts_text_and_tokens(self, worded):
+        free = worded.llm.generate(PASSAGES[1], max_new_tokens=24, density=1.0)
+        places = [free.texts[0][start : start + 3] for start in range(6, len(free.texts[0]) - 3)]
+        stop = next(place for place in places if place.isascii())
+        out = worded.llm.generate(PASSAGES[1], max_new_tokens=24, density=1.0, stop=[stop, "never written"])
         assert out.finished == ["stop"]
         assert out.texts[0] == free.texts[0][: free.texts[0].index(stop)]
         assert out.tokens[0] == free.tokens[0][: len(out.tokens[0])]
-        decode = demo_llm.tokenizer.decode
+        decode = worded.llm.tokenizer.decode
         assert stop in decode(out.tokens[0])
         assert stop not in decode(out.tokens[0][:-1])
 
-    def test_stream_is_the_text_of_generate(self, demo_llm):
-        options = {"max_new_tokens": 24, "density": 0.6, "temperature": 0.7, "seed": 4, "stop": ["\n\n", " the"]}
-        whole = demo_llm.generate(PASSAGES[:2], **options)
-        pieces = list(demo_llm.stream(PASSAGES[:2], **options))
+    def test_stream_is_the_text_of_generate(self, worded):
+        options = {"max_new_tokens": 24, "density": 0.6, "temperature": 0.7, "seed": 4, "stop": ["zz", "e"]}
+        whole = worded.llm.generate(PASSAGES[:2], **options)
+        pieces = list(worded.llm.stream(PASSAGES[:2], **options))
         assert ["".join(row) for row in zip(*pieces, strict=True)] == whole.texts
 
-    def test_half_characters_are_held_back(self, demo_llm):
+    def test_half_characters_are_held_back(self, worded):
         """A token may end inside the bytes of a character."""
         from griffin_jax.text.growing import GrowingText
 
-        tokens = demo_llm.tokenizer.encode("a🌋b")
-        text, shown = GrowingText(demo_llm.tokenizer, 1, ()), []
+        tokens = worded.llm.tokenizer.encode("a🌋b")
+        text, shown = GrowingText(worded.llm.tokenizer, 1, ()), []
         for end in range(1, len(tokens) + 1):
             text.update(np.array([tokens[:end]]), np.array([False]))
             shown += text.pieces()
         assert "".join(shown + text.pieces(last=True)) == "a🌋b"
         assert not any("\ufffd" in piece for piece in shown)
 
-    def test_chat_puts_the_template_around_the_prompt(self, demo_llm):
+    def test_chat_puts_the_template_around_the_prompt(self, worded):
         message = [{"role": "user", "content": "Name a colour."}]
-        plain = demo_llm.tokenizer.chat(message)
-        by_flag = demo_llm.generate("Name a colour.", chat=True, max_new_tokens=4)
-        by_messages = demo_llm.generate(message, max_new_tokens=4)
+        plain = worded.llm.tokenizer.chat(message)
+        by_flag = worded.llm.generate("Name a colour.", chat=True, max_new_tokens=4)
+        by_messages = worded.llm.generate(message, max_new_tokens=4)
         assert by_flag.prompt_tokens == by_messages.prompt_tokens == [len(plain)]
         assert by_flag.tokens == by_messages.tokens
-        text = demo_llm.tokenizer.decode(plain, skip_special=False)
-        assert text.endswith("<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n")
+        text = worded.llm.tokenizer.decode(plain, skip_special=False)
+        assert text == "<s>user: Name a colour.</s><s>assistant: "
 
-    def test_empty_text(self, demo_llm):
+    def test_empty_text(self, worded):
         with pytest.raises(ValueError, match="prompt 0 is empty"):
-            demo_llm.generate("")
+            worded.llm.generate("")

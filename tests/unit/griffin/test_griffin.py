@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES, first_and_slow
-from reference import oracle_squares, oracle_topk, torch_greedy, torch_intermediates
+from reference import oracle_squares, oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.model.assembly import disassemble
@@ -278,30 +277,3 @@ class TestExperts:
     def test_bad_masks(self, mask, message):
         with pytest.raises(ValueError, match=message):
             gj.ExpertNeurons.from_masks([mask])
-
-
-class TestDemoModel:
-    """On real weights and real text."""
-
-    @pytest.mark.parametrize("passage", first_and_slow(2, *PASSAGES), ids=range(len(PASSAGES)))
-    def test_experts_are_the_oracles(self, demo_llm, demo_torch, passage):
-        tokens = demo_llm.tokenizer.encode(passage)
-        experts = demo_llm.experts(passage, density=0.5)
-        assert len(experts) == 30
-        for got, z in zip(experts, torch_intermediates(demo_torch, tokens), strict=True):
-            scores = np.sqrt(oracle_squares(z))
-            np.testing.assert_array_equal(got[0], oracle_topk(scores, 768))
-
-    @pytest.mark.parametrize("passage", first_and_slow(1, *PASSAGES[:3]), ids=range(3))
-    def test_pruned_answer_is_the_masked_models(self, demo_llm, demo_torch, passage):
-        out = demo_llm.generate(passage, max_new_tokens=32, density=0.5, ignore_eos=True)
-        masks = [mask[0] for mask in out.experts.masks()]
-        assert out.tokens[0] == torch_greedy(demo_torch, demo_llm.tokenizer.encode(passage), 32, masks)
-
-    def test_statistic_sums_to_the_tokens(self, demo_llm):
-        tokens, lengths = gj.pad([demo_llm.tokenizer.encode(p) for p in PASSAGES], 128)
-        prefilled = jax.jit(gj.prefill, static_argnames=("max_new_tokens",))(
-            demo_llm.model, tokens, lengths, max_new_tokens=0
-        )
-        for squares in prefilled.statistics.squares:
-            np.testing.assert_allclose(squares.sum(axis=1), lengths, rtol=1e-5)

@@ -44,7 +44,7 @@ class TestRequest:
         [
             ({"prior": None, "quality": "best"}, "need a prior"),
             ({"quality": "worst"}, "quality must be one of griffin, best, got 'worst'"),
-            ({"refresh_every": 0}, "refresh_every must be None or a whole number of at least 1, got 0"),
+            ({"refresh_every": 0}, "refresh_every must be a whole number of tokens of at least 1, got 0"),
             ({"speculative": True, "refresh_every": 4}, "speculative decoding needs no refresh"),
             ({"ridge": 0.0}, "ridge must be at least 0.001"),
             ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from griffin_jax.aot.compilation import GPU_TILE
 from griffin_jax.model.assembly import parameter_shapes
 from griffin_jax.model.named import NAMED, named
+from griffin_jax.model.sharding import GPU_TILE
 
 PUBLISHED = {
     "Llama-2-7B": 6_738_415_616,
