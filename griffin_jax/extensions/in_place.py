@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
-from griffin_jax.griffin.prune import take_neurons
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
+from griffin_jax.model.ops import take_rows
 from griffin_jax.model.transformer import Transformer
 
 
@@ -115,12 +115,12 @@ def _regroup(
     axis = NEURON_AXES[name]
 
     def take(places: Int[Array, "n"]) -> Array:
-        found = take_neurons(name, groups[0], places)
+        found = take_rows(groups[0], places, axis)
         if len(groups) == 1:
             return found
         # Of both groups joined, without joining them.
         size = groups[0].shape[axis]
-        second = take_neurons(name, groups[1], jnp.maximum(places - size, 0))
+        second = take_rows(groups[1], jnp.maximum(places - size, 0), axis)
         return jnp.where(jnp.expand_dims(places < size, range(1, found.ndim - axis)), found, second)
 
     return take(chosen), take(others)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from griffin_jax.model.ops import float32_product, solve_positive_definite
 from griffin_jax.parallel.mesh import mesh_of
 
 DEFAULT_ROWS = 256
@@ -112,8 +113,9 @@ class Reconstruction:
             systems.append(system)
             targets.append(target)
         # Systems have the same shape in all layers, whatever these keep, and are solved together.
-        solved = _solved(jnp.stack(systems), jnp.stack(targets), on_mesh=mesh_of(down[0]) is not None)
-        changes = [_product("bsk,bsd->bkd", a.astype(jnp.float32), x) for a, x in zip(kept, solved, strict=True)]
+        on_mesh = mesh_of(down[0]) is not None
+        solved = solve_positive_definite(jnp.stack(systems), jnp.stack(targets), on_mesh=on_mesh)
+        changes = [float32_product("bsk,bsd->bkd", a, x) for a, x in zip(kept, solved, strict=True)]
         return [change[0] for change in changes] if shared else changes
 
     def _system(
@@ -137,45 +139,14 @@ class Reconstruction:
             system = _product("bsf,buf->bsu", of_kept, of_kept)
         else:
             dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
-            # XLA's CPU code has no product of batches of bfloat16 in this form.
-            others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
-            target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
+            others = jnp.take_along_axis(rows, dropped[:, None], axis=-1)
+            target = float32_product("bse,bed->bsd", others, weight[dropped])
             system = _product("bsk,buk->bsu", a, a)
         squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
         mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1)
         # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
         mu = jnp.where(mean > 0, self.ridge * mean, 1.0)
         return system + mu[:, None, None] * jnp.eye(system.shape[-1]), target, a
-
-
-def _solved(
-    systems: Float[Array, "l b s s"], targets: Float[Array, "l b s d"], *, on_mesh: bool
-) -> Float[Array, "l b s d"]:
-    """X of A X = R for symmetric positive definite A.
-
-    Of several devices that are one processor's, each would wait in LAPACK for threads that the others hold (jaxlib
-    0.10). There rows are eliminated one by one, which needs no pivots for such matrices.
-    """
-
-    def by_cholesky(systems: Array, targets: Array) -> Array:
-        factor = jax.lax.linalg.cholesky(systems)
-        half = jax.lax.linalg.triangular_solve(factor, targets, left_side=True, lower=True)
-        return jax.lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
-
-    def by_elimination(systems: Array, targets: Array) -> Array:
-        size = systems.shape[-1]
-
-        def eliminate(number: Array, joint: Array) -> Array:
-            row = joint[:, :, number] / joint[:, :, number, number][..., None]
-            joint -= joint[..., number][..., None] * row[:, :, None]
-            return joint.at[:, :, number].set(row)
-
-        joint = jnp.concatenate([systems, targets], axis=-1)
-        return jax.lax.fori_loop(0, size, eliminate, joint)[..., size:]
-
-    if not on_mesh:
-        return by_cholesky(systems, targets)
-    return jax.lax.platform_dependent(systems, targets, cpu=by_elimination, default=by_cholesky)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:

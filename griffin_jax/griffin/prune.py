@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES
+from griffin_jax.model.ops import take_rows
 from griffin_jax.model.sharding import check_mesh, parameter_spec
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
@@ -149,11 +150,11 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
 
 
 def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
-    """`take_neurons`: each device takes of its own rows, and all of them exchange these if they have to."""
+    """The rows of these neurons: each device takes from its own, and they exchange rows only if they have to."""
     mesh, axis = mesh_of(weight), NEURON_AXES[name]
     devices = axis_size(mesh, MODEL_AXIS)
     if mesh is None or devices == 1:
-        return take_neurons(name, weight, indices)
+        return take_rows(weight, indices, axis)
     stays = groups % devices == 0
     batch = [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
     axis_after = axis + len(batch)
@@ -161,7 +162,7 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
     def take_own(weight: Array, indices: Array) -> Array:
         neurons = weight.shape[axis]
         at = indices - jax.lax.axis_index(MODEL_AXIS) * neurons
-        taken = take_neurons(name, weight, at)
+        taken = take_rows(weight, at, axis)
         if stays:
             return taken
         own = jnp.expand_dims((at >= 0) & (at < neurons), [*range(axis), *range(axis_after + 1, taken.ndim)])
@@ -174,21 +175,6 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
         in_specs=(PartitionSpec(*before, MODEL_AXIS), PartitionSpec(*batch, MODEL_AXIS if stays else None)),
         out_specs=PartitionSpec(*before, *batch, MODEL_AXIS),
     )(weight, indices)
-
-
-def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array:
-    """Rows of one of `NEURON_AXES`; an index beyond them takes the nearest."""
-
-    def take(weight: Array, indices: Array) -> Array:
-        return jnp.take(weight, indices, axis=NEURON_AXES[name], mode="clip")
-
-    def part_by_part(weight: Array, indices: Array) -> Array:
-        return jnp.stack([jnp.take(part, indices, axis=0, mode="clip") for part in weight])
-
-    if NEURON_AXES[name] == 0:
-        return take(weight, indices)
-    # XLA's CPU code gathers from a first axis twice as fast as from a second one; on a mesh of GPUs parts take memory.
-    return jax.lax.platform_dependent(weight, indices, cpu=part_by_part, default=take)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="old", keep_unused=True)

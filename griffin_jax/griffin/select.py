@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from griffin_jax.griffin.config import GriffinConfig, Method
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.ops import top_k
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
 from griffin_jax.utils.deprecation import warn_renamed
 
 Fuse = Callable[[tuple[Float[Array, "*b _f"], ...]], tuple[Float[Array, "*b _f"], ...]]
@@ -105,25 +104,10 @@ def select(
     for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
         ranges = score.reshape(*score.shape[:-1], config.groups, -1)
         rank = _rank(ranges, k // config.groups, config.method, jax.random.fold_in(key, layer))
-        kept = jnp.sort(_top_k(rank, k // config.groups)[1], axis=-1).astype(jnp.int32)
+        kept = jnp.sort(top_k(rank, k // config.groups)[1], axis=-1).astype(jnp.int32)
         starts = ranges.shape[-1] * jnp.arange(config.groups, dtype=jnp.int32)[:, None]
         indices.append((kept + starts).reshape(*score.shape[:-1], k))
     return ExpertNeurons(tuple(indices), neurons, config.groups)
-
-
-def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {k}"], Int[Array, "*b s {k}"]]:
-    """`jax.lax.top_k` of each range. On a mesh devices choose among what they have, which XLA would put together."""
-    mesh = mesh_of(values)
-
-    def largest(values: Array) -> tuple[Array, Array]:
-        found, at = jax.lax.top_k(values, k)
-        return found, at
-
-    if mesh is None:
-        return largest(values)
-    *batch, groups, _ = values.shape
-    spec = PartitionSpec(*(dividing(mesh, DATA_AXIS, b) for b in batch), dividing(mesh, MODEL_AXIS, groups))
-    return jax.shard_map(largest, mesh=mesh, in_specs=spec, out_specs=spec)(values)
 
 
 def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, ""]) -> Float[Array, "*b f"]:
@@ -143,7 +127,7 @@ def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, "
     half = k // 2
     if half == 0:
         return draw
-    smallest_sure = _top_k(score, half)[0][..., -1:]
+    smallest_sure = top_k(score, half)[0][..., -1:]
     # Ties at the threshold could make more than half of the neurons sure; the cumulative count stops that.
     above, tied = score > smallest_sure, score == smallest_sure
     room = half - jnp.sum(above, axis=-1, keepdims=True)

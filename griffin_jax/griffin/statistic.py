@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.model.cache import EMPTY
+from griffin_jax.model.ops import sum_over_tokens
 
 
 def statistic(layer: int, z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
@@ -46,9 +47,7 @@ def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float
     Returns:
         s^2 in float32. Its sum over neurons is the number of real tokens with z != 0.
     """
-    share = jnp.square(relative_activations(z))
-    # As a product, because XLA's CPU code sums over tokens many times slower than it multiplies matrices.
-    return jnp.einsum("bt,btf->bf", real.astype(jnp.float32), share, precision=jax.lax.Precision.HIGHEST)
+    return sum_over_tokens(jnp.square(relative_activations(z)), real)
 
 
 @jax.tree_util.register_dataclass

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.config import Alibi, ModelConfig, Rotary
+from griffin_jax.model.ops import computed_once
 
 
 def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> np.ndarray:
@@ -62,9 +63,8 @@ def rotary_angles(
         is_long = (context > rotary.original_positions)[:, None, None, None]
         frequencies = jnp.where(is_long, rotary_frequencies(rotary, head_dim, long=True), frequencies)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    # Written into an array, or XLA's CPU code would compute them again in every layer, for every head.
-    table = jnp.zeros((2, *angles.shape)).at[0].set(jnp.cos(angles)).at[1].set(jnp.sin(angles))
-    return table[0] * rotary.attention_factor, table[1] * rotary.attention_factor
+    cos, sin = computed_once(jnp.cos(angles), jnp.sin(angles))
+    return cos * rotary.attention_factor, sin * rotary.attention_factor
 
 
 def rotate(
