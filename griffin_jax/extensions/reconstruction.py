@@ -1,17 +1,17 @@
-"""Beyond GRIFFIN: the kept neurons are refitted to carry what the prompt had from the others.
+"""Beyond GRIFFIN: the kept neurons are refitted so that they replace what the others did for the prompt.
 
     prefilled = prefill(model, tokens, lengths, max_new_tokens=N, rows=256)
     experts = select(prefilled.statistics, config)
     pruned = prune(model, experts, refit=Reconstruction(prefilled.rows))
 
-The prompt was read by the full model, so what pruning takes from each of its tokens is known: the residual r_t, the
+The prompt was read by the full model, so it is known what pruning takes from each of its tokens: the residual r_t, the
 dropped neurons' part of the down projection. Ridge regression over the tokens fits a change of the kept rows to it:
 
     A = rows z_t[E] / ||z_t||   (S, K)        R = rows r_t / ||z_t||   (S, D)
     Delta = A^T (A A^T + mu I)^-1 R           W_down'[E] = W_down[E] + Delta
 
-That is the dual form: the system has a row for each of S tokens, not for each of K neurons. Tokens weigh the same, as
-in GRIFFIN's statistic. The pruned model has the shapes that it has without, so decoding costs nothing more.
+That is the dual form: the system has a row for each of S tokens, not for each of K neurons. All tokens weigh the same,
+as in GRIFFIN's statistic. The shapes of the pruned model do not change, so decoding costs nothing more.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ from griffin_jax.model.ops import float32_product, solve_positive_definite
 from griffin_jax.parallel.mesh import mesh_of
 
 DEFAULT_ROWS = 256
-"""Tokens of a prompt that a reconstruction is fitted to, at most."""
+"""Number of tokens of a prompt that a reconstruction is fitted to, at most."""
 
 DEFAULT_CALIBRATION = 384
-"""Rows for general text that it is fitted to beside them: more of them gain, and cost time for every prompt."""
+"""Number of calibration rows in addition to them: more rows fit better, and cost more time for every prompt."""
 
 CALIBRATION_WEIGHT = 4096.0
-"""Tokens of a prompt that general text counts for."""
+"""Number of tokens of a prompt that general text counts for."""
 
 LEAST_RIDGE = 1e-3
-"""Below, float32 could not solve systems of a few thousand tokens."""
+"""Smallest ridge: with a smaller one, float32 could not solve systems of a few thousand tokens."""
 
 
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
-    """How many tokens of each sequence to keep: `rows` are for one set of experts, which a batch may share."""
+    """Number of tokens of each sequence to keep, if `rows` are wanted for each set of kept neurons."""
     return -(-rows // batch) if shared else rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """What the kept rows of the down projections are fitted to.
+    """The refit that `prune` takes: the rows that the kept neurons are fitted to, and how.
 
     Attributes:
-        rows: per layer, relative activations of tokens of every sequence, from `prefill`; rows of zeros are padding.
-            Experts that a batch shares are fitted to the rows of all its sequences together.
+        rows: relative activations of tokens of every sequence in each layer, from `prefill`; rows of zeros are padding.
+            Neurons that a batch shares are fitted to the rows of all its sequences together.
         ridge: lambda in mu = lambda * mean(diag(A A^T)), the mean over the prompt's rows; at least `LEAST_RIDGE`. The
             larger it is, the smaller the change.
-        calibration: per layer, rows that stand for a token of general text, as those of a `Prior`, which keep the
-            prompt from being overfitted: their second moments count, and no row by itself.
-        weight: of the squared errors of the calibration rows, where each of the prompt's rows has 1: as if there were
-            this many tokens of general text.
+        calibration: rows of each layer whose second moments are those of a token of general text, such as those of a
+            `Prior`. They keep the fit from following the prompt too closely.
+        weight: weight of the squared errors of the calibration rows, where each of the prompt's rows has 1: the number
+            of tokens of general text that they stand for.
 
     Raises:
         ValueError: ridge or weight is outside its range.
@@ -70,18 +70,18 @@ class Reconstruction:
     weight: float | Float[Array, ""] = CALIBRATION_WEIGHT
 
     def __post_init__(self) -> None:
-        # Inside of jit they are traced and have been checked.
+        # Inside of jit the values are traced, and have been checked before.
         if isinstance(self.ridge, int | float) and not LEAST_RIDGE <= self.ridge < math.inf:
             raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {self.ridge}")
         if isinstance(self.weight, int | float) and not 0 <= self.weight < math.inf:
             raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {self.weight}")
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
-        """Raise `ValueError` unless the rows are those of a model's layers and of the experts' sequences.
+        """Raise `ValueError` unless the rows fit a model's layers and the sequences of the kept neurons.
 
         Args:
             neurons: F of every layer of the full model.
-            indices: per layer the experts, (K,) or (B, K).
+            indices: the kept neurons of each layer, (K,) or (B, K).
         """
         if not self.rows:
             raise ValueError("there are no rows to fit to: prefill with rows=N, the number of tokens of each prompt")
@@ -99,11 +99,11 @@ class Reconstruction:
     def changes(
         self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
     ) -> list[Float[Array, "*b _k d"]]:
-        """Delta of every layer, float32: what is added to the kept rows of its down projection.
+        """Delta of every layer, float32: what to add to the kept rows of its down projection.
 
         Args:
-            down: per layer W_down of the full model.
-            indices: per layer the neurons that are kept: (K,), or (B, K) for every sequence its own.
+            down: W_down of each layer of the full model.
+            indices: the kept neurons of each layer: (K,), or (B, K) with a row for every sequence.
         """
         shared = indices[0].ndim == 1
         kept, systems, targets = [], [], []
@@ -121,7 +121,7 @@ class Reconstruction:
     def _system(
         self, layer: int, weight: Float[Array, "f d"], index: Int[Array, "b k"]
     ) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"], Float[Array, "b s k"]]:
-        """A A^T + mu I, R and A of one layer; padding has rows of zeros in all but mu I."""
+        """A A^T + mu I, R and A of one layer; rows of padding are zero in all but mu I."""
         rows = self.rows[layer]
         if index.shape[0] != rows.shape[0]:
             rows = rows.reshape(1, -1, rows.shape[-1])
@@ -133,7 +133,7 @@ class Reconstruction:
         is_kept = jnp.put_along_axis(jnp.zeros((index.shape[0], rows.shape[-1]), bool), index, True, -1, inplace=False)
         a = jnp.take_along_axis(rows, index[:, None], axis=-1)
         if mesh_of(weight) is not None:
-            # Each device adds up over the neurons that it has: only sums are exchanged, and no rows of weights.
+            # Each device sums over the neurons that it has, so that only sums are exchanged and no rows of weights.
             target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
             of_kept = jnp.where(is_kept[:, None], rows, 0)
             system = _product("bsf,buf->bsu", of_kept, of_kept)
@@ -150,4 +150,5 @@ class Reconstruction:
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` with float32 result and additions; for operands in the model's dtype."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)

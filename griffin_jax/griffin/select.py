@@ -1,4 +1,4 @@
-"""select: statistics -> expert neurons, the indices of those that a pruned model keeps."""
+"""select: statistics -> expert neurons, the indices of the neurons that a pruned model keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils.deprecation import warn_renamed
 
 Fuse = Callable[[tuple[Float[Array, "*b _f"], ...]], tuple[Float[Array, "*b _f"], ...]]
-"""Turns the scores of every layer into others, larger for neurons that are better kept."""
+"""A function that turns the scores of every layer into others, larger for neurons that are better to keep."""
 
 
 def check_fusible(method: Method) -> None:
@@ -31,7 +31,7 @@ Select = TypeVar("Select", bound=Callable[..., Any])
 
 
 def _taking_prior(select: Select) -> Select:
-    """The old arguments `prior` and `prior_weight`, for one version."""
+    """Let `select` take the old arguments `prior` and `prior_weight` for one more version."""
 
     @functools.wraps(select)
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -45,7 +45,7 @@ def _taking_prior(select: Select) -> Select:
 
 
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
-    """The static score of every neuron: ||Wg_j|| * ||Wu_j|| if gated, else ||W1_j||. Float32."""
+    """The score of every neuron from its weights alone: ||Wg_j|| * ||Wu_j|| if gated, else ||Wu_j||. Float32."""
 
     def score(gate_up: Array) -> Array:
         return jnp.prod(jnp.linalg.norm(gate_up.astype(jnp.float32), axis=-1), axis=0)
@@ -62,21 +62,21 @@ def select(
     seed: int | Int[Array, ""] = 0,
     fuse: Fuse | None = None,
 ) -> ExpertNeurons:
-    """Chooses the neurons to keep, each layer for itself.
+    """Choose the neurons to keep, in each layer independently.
 
     Args:
-        statistics: of the prompts, from `prefill`.
-        config: density, method, groups, and whether the batch shares its experts. With `shared` a neuron's
+        statistics: the statistics of the prompts, from `prefill`.
+        config: density, method, groups, and whether the batch shares its neurons. With `shared` a neuron's
             score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
             equal weight.
         model: the full model; only `method="magnitude"` needs it.
-        seed: for the methods that draw.
-        fuse: beyond GRIFFIN, for `method="topk"`: turns the prompt's scores of every layer into others of the same
-            shapes, such as `Prior.fusion` does with what neurons do in general text. A pytree, so that `select` can
-            be jitted with it.
+        seed: seed of the methods that draw.
+        fuse: beyond GRIFFIN, for `method="topk"`: a function that turns the prompt's scores of every layer into others
+            of the same shapes, such as `Prior.fusion`, which adds what neurons do in general text. A pytree, so that
+            `select` can be jitted with it.
 
     Returns:
-        Experts of shape (K,) if shared, else (B, K), K static.
+        Expert neurons of shape (K,) if shared, else (B, K); K is static.
 
     Raises:
         ValueError: the statistics were not collected, a density does not fit the layers, `magnitude` is asked for
@@ -111,9 +111,9 @@ def select(
 
 
 def _rank(score: Float[Array, "*b f"], k: int, method: Method, key: Key[Array, ""]) -> Float[Array, "*b f"]:
-    """Values whose k largest are the choice.
+    """Values whose k largest are chosen.
 
-    Drawing without replacement in proportion to weights is taking the largest of log weight plus
+    Drawing k without replacement in proportion to weights is the same as taking the k largest of log weight plus
     Gumbel noise (Gumbel-top-k, arXiv 1903.06059).
     """
     if method in ("topk", "magnitude"):

@@ -17,13 +17,13 @@ from griffin_jax.model.transformer import Transformer
 
 
 def fingerprint(model: Transformer) -> str:
-    """A hash of all weights: 16 hexadecimal digits, equal for equal models wherever and however often they lie.
+    """A hash of all weights: 16 hexadecimal digits, equal for equal models on whichever devices they are.
 
-    It tells models apart that were confused or changed. It is no protection against somebody who wants two models to
-    have the same.
+    It tells apart models that were confused or changed. It does not protect against somebody who wants two models to
+    have the same hash.
 
     Args:
-        model: the full model; its dtype counts.
+        model: the full model; models of different dtypes have different hashes.
     """
     whole = hashlib.sha256(repr(dataclasses.replace(model.config, kv_copies=1)).encode())
     leaves = {dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(model)}
@@ -34,7 +34,7 @@ def fingerprint(model: Transformer) -> str:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _checksums(leaves: dict[str, Array], config: ModelConfig) -> dict[str, UInt[Array, ""]]:
-    """Sums modulo 2^32, so that the order of adding up does not matter; odd factors make places count."""
+    """Sums modulo 2^32, in which the order of additions does not matter; odd factors make places count."""
 
     def checksum(leaf: Array) -> UInt[Array, ""]:
         bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
