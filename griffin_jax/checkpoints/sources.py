@@ -1,12 +1,12 @@
-"""Checkpoints of others, read tensor by tensor: Hugging Face folders and GGUF files.
+"""Checkpoints in foreign formats, read tensor by tensor: Hugging Face folders and GGUF files.
 
-Two steps. A `Reader` presents what is in the files: a configuration, shapes and dtypes, and one tensor
-at a time. A `FamilySource` joins it with the table of its family, checks that the two fit without
-gaps, and from there on speaks of the parameters of `griffin_jax.model.transformer`.
+There are two steps. A `Reader` presents what is in the files: a configuration, shapes and dtypes, and one tensor at a
+time. A `FamilySource` joins it with the rules of its family, checks that the two fit completely, and from then on gives
+the parameters of `griffin_jax.model.transformer`.
 
-Files are read with plain reads, not mapped into memory: the pages of a mapped checkpoint would count
-as resident until the last tensor was read. (PyTorch's are mapped anew for every read.) Large tensors
-are read, cast and laid out some rows at a time, so that a conversion needs memory for one of them.
+Files are read with plain reads and not mapped into memory, because the pages of a mapped checkpoint would count as
+resident until the last tensor was read. (PyTorch files are mapped anew for every read.) Large tensors are read, cast
+and laid out a few rows at a time, so that a conversion needs memory for only one of them.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from griffin_jax.utils.messages import brief, shortened
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
-"""Dtypes of weights, by their names in safetensors and GGUF."""
+"""Floating dtypes of weights, by their names in safetensors and GGUF."""
 
 LISTED = 8
-"""So many tensors of a kind are named in a message."""
+"""Number of tensors of a kind that a message names, at most."""
 
 PIECE_BYTES = 64 << 20
-"""Tensors larger than this are read in pieces of about this size."""
+"""Size above which tensors are read in pieces of about this size."""
 
 PICKLE_HELP = (
     "PyTorch's pickle files (pytorch_model.bin) are read only where allow_pickle=True is given, --allow-pickle on the "
@@ -67,10 +67,10 @@ class Origin:
     """Where a parameter comes from.
 
     Attributes:
-        tensor: its name in the source.
-        layout: how its axes become the parameter's, see `griffin_jax.checkpoints.families.Layout`.
-        shape: of the tensor.
-        dtype: of the tensor, as the source names it.
+        tensor: name of the tensor in the source.
+        layout: how the tensor's axes become the parameter's, see `griffin_jax.checkpoints.schema.family.Layout`.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor, as the source names it.
     """
 
     tensor: str
@@ -83,12 +83,12 @@ class Source(abc.ABC):
     """A model that can be loaded or converted.
 
     Attributes:
-        name: for messages.
+        name: name of the source, for messages.
         config: the architecture.
-        shapes: of every parameter, by path.
-        dtype: of the stored weights, one that the native format has as well.
-        files: what the weights and the architecture are read from.
-        ignored: names of tensors that are knowingly left aside.
+        shapes: shape of every parameter, by path.
+        dtype: dtype of most of the stored weights; float32 where they are quantised or have 64 bits.
+        files: files that the weights and the architecture are read from.
+        ignored: names of tensors that are knowingly ignored.
     """
 
     name: str
@@ -100,10 +100,10 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        """One parameter, contiguous.
+        """One parameter, as a contiguous array.
 
         Raises:
-            ValueError: it cannot be read, or holds values that are not finite in `dtype`.
+            ValueError: the parameter cannot be read, or holds values that are not finite in `dtype`.
         """
 
     @abc.abstractmethod
@@ -120,8 +120,8 @@ class Source(abc.ABC):
         """Path and weights of all parameters, one after the other.
 
         Args:
-            dtype: of the weights.
-            shardings: by path; with them every array is on its devices.
+            dtype: dtype of the weights.
+            shardings: sharding of each parameter by path; with them every array is on its devices.
         """
         for path in self.shapes:
             array = self.read(path, dtype)
@@ -140,8 +140,8 @@ class TensorInfo:
     """What a file's header says about a tensor.
 
     Attributes:
-        shape: outermost axis first.
-        dtype: as the file names it.
+        shape: shape of the tensor, outermost axis first.
+        dtype: dtype of the tensor, as the file names it.
     """
 
     shape: tuple[int, ...]
@@ -149,18 +149,18 @@ class TensorInfo:
 
 
 class Reader(abc.ABC):
-    """The files of a checkpoint, as they name things.
+    """The files of a checkpoint, with tensors by the names that they have there.
 
     Attributes:
-        name: for messages.
-        family: of the model.
-        config: its architecture.
-        rules: which tensor goes where.
-        tensors: of the checkpoint.
-        ignored: regular expressions of tensors that are knowingly left aside.
-        copies: tensors that may be present although their rule does not apply, if they equal another.
-        problems: what is wrong with the files as such, in words.
-        files: those that the tensors and the configuration are in.
+        name: name of the checkpoint, for messages.
+        family: family of the model.
+        config: architecture of the model.
+        rules: rules that say which tensor goes where.
+        tensors: shape and dtype of every tensor of the checkpoint, by name.
+        ignored: regular expressions of tensors that are knowingly ignored.
+        copies: tensors that may be present although their rule does not apply, each with the one that it must equal.
+        problems: what is wrong with the files themselves, in words.
+        files: files that the tensors and the configuration are in.
     """
 
     name: str
@@ -179,7 +179,7 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """`read(name)[start:stop]`, with memory for these rows only wherever that is possible."""
+        """`read(name)[start:stop]`, with memory for these rows only, where that is possible."""
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
@@ -191,7 +191,7 @@ class Reader(abc.ABC):
 
 
 class FamilySource(Source):
-    """A reader's checkpoint in terms of our parameters.
+    """A reader's checkpoint as parameters of the model.
 
     Raises:
         ValueError: tensors are missing, unexpected, duplicate, misshapen or not of a floating dtype;
@@ -202,7 +202,7 @@ class FamilySource(Source):
         self.name = reader.name
         self.config = reader.config
         self.shapes = parameter_shapes(reader.config)
-        # Without what is left aside: the causal masks of old checkpoints may have more values than the weights.
+        # Without ignored tensors: the causal masks of old checkpoints may have more values than the weights.
         self.dtype = _stored_dtype(
             tensor for name, tensor in reader.tensors.items() if not is_ignored(name, reader.ignored)
         )
@@ -236,11 +236,11 @@ class FamilySource(Source):
         return array
 
     def _read_in_pieces(self, tensor: str, layout: Layout, dtype: np.dtype, what: str) -> np.ndarray:
-        """A parameter, with memory for it and for some rows of the tensor."""
+        """A parameter, read with memory for it and for some rows of the tensor."""
         before, after = _factors(layout.before), _factors(layout.after)
         shape = [factor.size(self._sizes) for factor in before]
         array = np.empty(layout.shape_after(self._sizes), dtype)
-        # The parameter under the tensor's axes: what is written to its rows lands in the right places.
+        # A view of the parameter with the tensor's axes: what is written to its rows gets to the right places.
         in_order = array.reshape([factor.size(self._sizes) for factor in after]).transpose(
             [after.index(factor) for factor in before]
         )
@@ -271,7 +271,7 @@ class FamilySource(Source):
         return self._reader.reference()
 
     def _check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `ValueError` unless the tensors are those of these names and shapes, or known not to matter."""
+        """Raise `ValueError` unless the tensors have these names and shapes, or are known not to matter."""
         reader, tensors = self._reader, self._reader.tensors
         copies = {name: of for name, of in reader.copies.items() if name in tensors and name not in expected}
         surplus = tensors.keys() - expected.keys() - copies.keys()
@@ -323,18 +323,18 @@ def _factors(axes: tuple[tuple[Factor, ...], ...]) -> list[Factor]:
 
 
 def _is_permutation(layout: Layout) -> bool:
-    """Whether a layout only moves axes, each of them named once."""
+    """Whether a layout only moves axes, and names each of them once."""
     before, after = _factors(layout.before), _factors(layout.after)
     return set(before) == set(after) and len(set(before)) == len(before) == len(after)
 
 
 def _itemsize(dtype: str) -> int:
-    """Bytes of a value of a stored dtype, of float32 where it is quantised."""
+    """Bytes of a value of a stored dtype; quantised ones become float32."""
     return FLOATS.get(dtype, FLOATS["F32"]).itemsize
 
 
 def check_plausible(name: str, config: ModelConfig, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Refuse absurd numbers before anything is made of that size: they may be garbage."""
+    """Raise `ValueError` on absurd sizes, which may be garbage, before memory of that size is taken."""
     if config.num_layers > max(len(shapes), 256):
         raise ValueError(f"{name}: {len(shapes)} tensors are too few for {config.num_layers} layers")
     largest = max(map(math.prod, shapes), default=0)
@@ -372,7 +372,7 @@ def _is_supported(dtype: str) -> bool:
 
 
 def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
-    """Of most of the weights, float32 where they are quantised or have 64 bits."""
+    """The dtype of most of the weights; float32 where they are quantised or have 64 bits."""
     weights = Counter()
     for tensor in tensors:
         weights[tensor.dtype] += math.prod(tensor.shape)
@@ -381,10 +381,10 @@ def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object.
+    """The object in a JSON file.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the file is not valid JSON, or holds something else.
     """
     try:
         values = json.loads(path.read_bytes())
@@ -402,7 +402,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """A format of weights in a Hugging Face folder: the file of unsharded ones, the index of the others."""
+    """A format of weights in a Hugging Face folder: the file of unsharded weights, or the index of sharded ones."""
 
     single: str
     index: str
@@ -425,12 +425,12 @@ class HuggingFaceFolder(Reader):
     """A folder with config.json and safetensors files, or PyTorch's if they are allowed.
 
     Args:
-        folder: of that kind. Where it has both safetensors and PyTorch's files, the latter are left alone.
+        folder: the folder. Where it has both safetensors and PyTorch's files, the latter are not read.
         allow_pickle: whether PyTorch's pickle files may be read.
 
     Raises:
         FileNotFoundError: the folder lacks config.json or weights.
-        ImportError: PyTorch's files are to be read, and torch is not there.
+        ImportError: PyTorch's files are to be read, and torch is not installed.
         ValueError: a file is malformed, or the configuration is not supported.
     """
 
@@ -452,7 +452,7 @@ class HuggingFaceFolder(Reader):
         if listed:
             self._check_index(listed)
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
-        # Checkpoints of the bare model, as AutoModel saves it, lack the name of the part that it is of the whole.
+        # In checkpoints of the bare model, as AutoModel saves it, names lack the prefix of the part in the whole.
         prefix = self.family.prefix
         self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
         self.tensors = {
@@ -502,7 +502,7 @@ class HuggingFaceFolder(Reader):
         raise FileNotFoundError(f"{self._folder}: has neither {_SAFETENSORS.single} nor {_SAFETENSORS.index}")
 
     def _shards(self) -> dict[str, Path]:
-        """The file of every tensor according to the index; empty if there is only one file."""
+        """The file of every tensor according to the index; empty if all are in one file."""
         if (self._folder / self._format.single).exists():
             return {}
         index = self._folder / self._format.index
@@ -511,7 +511,7 @@ class HuggingFaceFolder(Reader):
             raise ValueError(f"{index}: has no weight_map")
         suffix = self._format.suffix
         for name in files.values():
-            # An index that somebody else wrote must not point out of the folder, on any system.
+            # An index from somebody else must not point out of the folder, on any system.
             if not isinstance(name, str) or re.search(r"[/\\:\x00-\x1f]", name) or not name.endswith(suffix):
                 raise ValueError(f"{index}: {name!r:.200} is not the name of a {suffix} file in the folder")
         shards = {tensor: self._folder / name for tensor, name in files.items()}
@@ -575,7 +575,7 @@ def _safe_open(file: Path) -> Any:
 
 
 def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, int], list[str]]:
-    """The tensors of a file, where in it they begin, and the names that its header has more than once.
+    """The tensors of a file, the bytes at which they begin, and the names that its header has more than once.
 
     Raises:
         ValueError: the file is truncated or its header is corrupt.
@@ -594,10 +594,10 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, in
 
 
 def _raw_header(file: Path) -> tuple[list[tuple[str, Any]], int]:
-    """The header's entries as written, and where the data begin.
+    """The header's entries as they are written, and the byte at which the data begin.
 
-    Of entries with the same name the safetensors library keeps the last, and it does not tell where
-    they are, although its slices of a tensor are cut from the whole one, read anew for each.
+    The safetensors library keeps only the last of several entries with the same name. It also does not tell where
+    tensors are, and reads a whole tensor for each slice of it.
     """
     pairs: list[tuple[str, Any]] = []
 
@@ -617,7 +617,7 @@ def _raw_header(file: Path) -> tuple[list[tuple[str, Any]], int]:
 
 @dataclasses.dataclass(frozen=True)
 class _GgufTensor:
-    """A tensor as the header of a GGUF file has it: shape outermost axis first, bytes from the file's start."""
+    """A tensor in the header of a GGUF file: its shape, outermost axis first, and its place in the file, in bytes."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -658,7 +658,7 @@ class GgufFile(Reader):
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         stored = self._tensors[name]
-        # A quantised block has no parts.
+        # A quantised block cannot be read in part.
         if len(stored.shape) == 1:
             return self.read(name)[start:stop]
         row = stored.size // stored.shape[0]
@@ -710,7 +710,7 @@ class GgufFile(Reader):
 
 
 def _dequantise(raw: np.ndarray, dtype: str, shape: tuple[int, ...], step: int = 1 << 22) -> np.ndarray:
-    """float32 values of a quantised tensor, in steps: the formulas need several arrays of their size."""
+    """float32 values of a quantised tensor, computed in steps, since the formulas need several arrays of that size."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -743,14 +743,14 @@ def _is_quantised(dtype: str) -> bool:
 _GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_NESTING = 8
-"""Arrays of arrays go no deeper than this; real files have none at all."""
+"""Depth of arrays of arrays, at most; real files have none at all."""
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
     """Metadata and tensors of a GGUF file.
 
-    The gguf package has a reader too, but it takes seconds for the vocabulary of a small model, and
-    on a corrupt length it does not come back.
+    The gguf package has a reader too, but it takes seconds for the vocabulary of a small model, and does not return on
+    a corrupt length.
 
     Raises:
         ValueError: the file is truncated, corrupt, or of an unsupported version.
@@ -767,7 +767,7 @@ def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]
 
 
 class _GgufHeader:
-    """Walks through the header of a GGUF file, of version 2 or 3."""
+    """Parses the header of a GGUF file of version 2 or 3."""
 
     def __init__(self, buffer: mmap.mmap):
         self._buffer = buffer

@@ -61,7 +61,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def _ungrouped_kv_heads(attributes: Attributes, sizes: dict[str, Any]) -> int:
-    """1 or all: before the new decoder architecture there was nothing between."""
+    """1 or all key/value heads: before the new decoder architecture there was nothing in between."""
     if attributes.take("multi_query", bool, default=True):
         return 1
     if sizes["num_kv_heads"] != sizes["num_heads"]:
@@ -87,7 +87,7 @@ def _read_layer_form(attributes: Attributes, grouped: bool) -> tuple[bool, bool]
 
 
 def rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """The new decoder architecture names its two norms for what they lie in front of."""
+    """The rules; the new decoder architecture names its two norms after the layers that they precede."""
     return (
         TensorRule("transformer.word_embeddings.weight", "embedding", "V D"),
         TensorRule("transformer.ln_f.weight", "norm.scale", "D"),
@@ -99,7 +99,7 @@ def rules(config: ModelConfig) -> tuple[TensorRule, ...]:
 
 
 def gguf_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """Of two norms, attn_norm is that of the feed-forward layer."""
+    """The rules of GGUF files, in which attn_norm is the norm of the feed-forward layer if there are two."""
     return FUSED_GGUF_RULES + _norm_rules(config, "blk.{layer}.", "attn_norm_2", "attn_norm")
 
 

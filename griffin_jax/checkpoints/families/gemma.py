@@ -22,11 +22,11 @@ from griffin_jax.model.config import ModelConfig
 DEFAULTS: dict[str, Any] = {
     "activation": "gelu_pytorch_tanh", "tied_head": True, "head_dim": 256, "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
-"""Of all generations."""
+"""Defaults of all generations."""
 
 
 def scaled_embedding(width: int) -> dict[str, Any]:
-    """What all generations do to embeddings and norms, as fields of `ModelConfig`."""
+    """What all generations do with embeddings and norms, as fields of `ModelConfig`."""
     return {"embedding_scale": math.sqrt(width), "norm_plus_one": True}
 
 

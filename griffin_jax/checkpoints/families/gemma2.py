@@ -54,7 +54,7 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
 
 
 def query_scalar(values: dict[str, Any], deepest: int) -> int:
-    """What GGUF files do not say: only the largest model, known by its layers, does not scale by its head size."""
+    """`query_pre_attn_scalar`, which GGUF files lack: the head size, except in the largest model (`deepest` layers)."""
     if values["num_hidden_layers"] == deepest:
         return values["hidden_size"] // values["num_attention_heads"]
     return values["head_dim"]
@@ -68,7 +68,7 @@ def _norms(prefix: str, *names: str) -> tuple[TensorRule, ...]:
     )
 
 
-# Of rules for the same parameter the last one counts: post_attention_layernorm is another norm than Llama's.
+# Of several rules for the same parameter the last one counts: post_attention_layernorm is another norm than Llama's.
 NORMS = _norms(
     "model.layers",
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",

@@ -51,7 +51,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def _read_rotaries(attributes: Attributes, max_positions: int, head_dim: int) -> tuple[Rotary, Rotary]:
-    """Of global and of windowed layers."""
+    """The rotary embeddings of layers without and with a window."""
     theta = attributes.take("rope_theta", float, default=GLOBAL_THETA)
     local_theta = attributes.take("rope_local_base_freq", float, default=LOCAL_THETA)
     scaling = attributes.take("rope_scaling", dict, default={})

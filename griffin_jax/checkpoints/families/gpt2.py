@@ -24,7 +24,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     sizes = read_gpt_sizes(attributes, n_positions=1024)
     scaled = attributes.take("scale_attn_weights", bool, default=True)
     attributes.expect(scale_attn_by_inverse_layer_idx=False)
-    # That the scores are computed in float32 is so here anyway.
+    # Scores are always computed in float32 here.
     attributes.ignore("reorder_and_upcast_attn")
     return ModelConfig(
         family="gpt2",
@@ -48,8 +48,8 @@ def read_gpt_sizes(attributes: Attributes, n_positions: int) -> dict[str, Any]:
     """The sizes of GPT-2 and GPT-J, as fields of `ModelConfig`.
 
     Args:
-        attributes: of the configuration.
-        n_positions: default of the context.
+        attributes: attributes of the configuration.
+        n_positions: default of the context, in tokens.
     """
     attributes.rename(
         n_embd="hidden_size",

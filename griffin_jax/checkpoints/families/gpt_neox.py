@@ -44,13 +44,13 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def block_rules(prefix: str, attention: str) -> tuple[TensorRule, ...]:
-    """Rules of a layer whose tensors have Megatron's names: here, in BLOOM and in Falcon.
+    """Rules for a layer whose tensors have Megatron's names, as here, in BLOOM and in Falcon.
 
-    Each group's queries lie before its key and its value; here and in BLOOM a group is one head.
+    Each group's queries are stored before its key and its value; here and in BLOOM a group is one head.
 
     Args:
-        prefix: of the names of all tensors of the layer.
-        attention: what the attention is called.
+        prefix: prefix of the names of all tensors of the layer.
+        attention: name of the attention.
     """
     query, key, value = "(G [R]+1+1 H)", "(G R+[1]+1 H)", "(G R+1+[1] H)"
     return layer_rules(

@@ -1,4 +1,4 @@
-"""GPT-J: rotary embedding of neighbouring dimensions, attention and feed-forward in parallel behind one norm."""
+"""GPT-J: rotary embedding of neighbouring dimensions, attention and feed-forward in parallel after one norm."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     """llama.cpp's metadata in the terms of config.json.
 
     It computes the tanh approximation of GELU; the models were trained with the exact function. It
-    knows no scale of the scores but the usual one.
+    has only the usual scale of the scores.
     """
     sizes = read_gguf_sizes(attributes)
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]

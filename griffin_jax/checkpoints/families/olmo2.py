@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms behind attention and feed-forward instead of before, and over queries and keys."""
+"""OLMo 2: Llama with norms after attention and feed-forward instead of before, and over queries and keys."""
 
 from __future__ import annotations
 

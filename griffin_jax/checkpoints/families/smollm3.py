@@ -1,4 +1,4 @@
-"""SmolLM3: Llama with layers without rotary embedding."""
+"""SmolLM3: Llama in which some layers have no rotary embedding."""
 
 from __future__ import annotations
 

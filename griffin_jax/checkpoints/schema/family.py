@@ -1,9 +1,9 @@
 """What a model family is: how its configuration is read, and which tensor goes where.
 
-Tensor shapes are written as layouts, with the letters of `griffin_jax.model.transformer`: `(N H) D -> N H D` says
-that a checkpoint's matrix of N * H rows becomes an (N, H, D) parameter, and `([N]+G+G H) D -> N H D` that
-it holds rows for N + G + G heads, the first N of which do. The left side is also what the tensor's
-shape is checked against, so a transposed or foreign tensor cannot slip through a reshape.
+Tensor shapes are written as layouts, with the letters of `griffin_jax.model`: `(N H) D -> N H D` says that a
+checkpoint's matrix of N * H rows becomes an (N, H, D) parameter, and `([N]+G+G H) D -> N H D` that the matrix has rows
+for N + G + G heads, of which the first N become the parameter. The tensor's shape is checked against the left side, so
+that a transposed or foreign tensor cannot slip through a reshape.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""Names of `hidden_act` -> ours."""
+"""Our names of activations, by their names in `hidden_act`."""
 
 _IGNORED_GROUPS = (
-    # What wrote the file, how the model was trained, and which remote code would run it: none does here.
+    # What wrote the file, how the model was trained, and which remote code would run it, which is never run here.
     "architectures auto_map custom_pipelines transformers_version _name_or_path name_or_path _commit_hash "
     "is_llama_config transformers.js_config unsloth_fixed unsloth_version initializer_range initializer_factor "
     "torch_dtype dtype use_bfloat16 attention_dropout attn_pdrop hidden_dropout hidden_dropout_prob resid_dropout "
@@ -68,8 +68,8 @@ class Attributes:
     """The attributes of a configuration, with a record of which were read.
 
     Args:
-        values: name -> value. None counts as not given, except to `is_null`.
-        where: the file, for messages.
+        values: values by name. None counts as not given, except for `is_null`.
+        where: name of the file, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str):
@@ -87,9 +87,9 @@ class Attributes:
         """The value of an attribute, or `default`.
 
         Args:
-            name: of the attribute.
-            kinds: allowed types; a whole number is a float too, a bool is only a bool.
-            default: where the attribute is not given.
+            name: name of the attribute.
+            kinds: allowed types; a whole number is also a float, but a bool is only a bool.
+            default: value where the attribute is not given.
 
         Raises:
             ValueError: the value is of another type.
@@ -106,14 +106,14 @@ class Attributes:
         return value
 
     def ignore(self, *names: str) -> None:
-        """Count attributes as read whose values change nothing."""
+        """Count attributes as read because their values change nothing."""
         self._taken.update(names)
 
     def expect(self, **values: Any) -> None:
-        """Count attributes as read that may only have these values, if they are given at all.
+        """Count attributes as read that may have only these values, if they are given at all.
 
         Raises:
-            ValueError: one has another value.
+            ValueError: an attribute has another value.
         """
         for name, value in values.items():
             if (given := self._values.get(name, value)) != value:
@@ -121,7 +121,7 @@ class Attributes:
         self.ignore(*values)
 
     def rename(self, **names: str) -> None:
-        """Give attributes the names that most families use: `rename(n_embd="hidden_size")`.
+        """Give attributes the names that most families use, such as `rename(n_embd="hidden_size")`.
 
         Raises:
             ValueError: both names are given, with different values.
@@ -134,20 +134,20 @@ class Attributes:
                 self._nulls |= {new}
 
     def is_null(self, name: str) -> bool:
-        """Whether an attribute is given as null, which switches some features off that are on by default."""
+        """Whether an attribute is given as null, which switches off some features that are on by default."""
         return name in self._nulls
 
     def rest(self) -> dict[str, Any]:
-        """What was given and not taken."""
+        """The attributes that were given but not taken."""
         return {name: value for name, value in self._values.items() if name not in self._taken}
 
 
 def check_attributes(attributes: Attributes, model_type: str) -> None:
-    """The config guard: nothing that could change the model may go unread.
+    """The config guard: no attribute that could change the model may go unread.
 
     Raises:
-        ValueError: attributes that were not read, are not knowingly ignored, and differ from the
-            default of transformers' configuration class; it lists them with their values.
+        ValueError: there are attributes that were not read, are not knowingly ignored, and differ from the default of
+            transformers' configuration class; the message lists them with their values.
     """
     rest = {
         name: value
@@ -167,7 +167,7 @@ def check_attributes(attributes: Attributes, model_type: str) -> None:
 
 @functools.cache
 def _transformers_defaults(model_type: str) -> dict[str, Any]:
-    """Attributes of transformers' default configuration of a model type; none if it has no such type."""
+    """Attributes of transformers' default configuration of a model type; empty if it has no such type."""
     try:
         return import_transformers().AutoConfig.for_model(model_type).to_dict()
     except (ImportError, ValueError):
@@ -178,15 +178,15 @@ SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
 )  # fmt: skip
-"""What most configurations call their sizes."""
+"""Names of sizes in most configurations."""
 
 
 def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
     """The fields of `ModelConfig` that most families name alike.
 
     Args:
-        attributes: of the configuration.
-        defaults: of attributes that the family's configurations may leave out.
+        attributes: attributes of the configuration.
+        defaults: defaults of attributes that the family's configurations may leave out.
 
     Raises:
         ValueError: an attribute is missing or not a whole number.
@@ -221,7 +221,7 @@ def whole_heads(attributes: Attributes, width: int, heads: int) -> int:
 
 
 def read_special_tokens(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
-    """First token of a text and the tokens that end an answer, as fields of `ModelConfig`."""
+    """The first token of a text and the tokens that end an answer, as fields of `ModelConfig`."""
     return {
         "bos_token_id": _special_token(attributes, "bos_token_id", defaults),
         "eos_token_ids": read_eos(attributes, defaults.get("eos_token_id")),
@@ -233,11 +233,11 @@ def _special_token(attributes: Attributes, name: str, defaults: Mapping[str, Any
 
 
 def read_layer_types(attributes: Attributes, default: Sequence[bool]) -> list[bool]:
-    """Of each layer whether its attention has a window, from `layer_types`.
+    """Whether the attention of each layer has a window, from `layer_types`.
 
     Args:
-        attributes: of the configuration.
-        default: of each layer, if the configuration does not say.
+        attributes: attributes of the configuration.
+        default: value of each layer, if the configuration does not say.
 
     Raises:
         ValueError: there is not one known type for each layer.
@@ -257,8 +257,8 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     """What the metadata of most architectures name alike, in the terms of config.json.
 
     Args:
-        attributes: of the metadata.
-        required: further fields that must be there.
+        attributes: attributes of the metadata.
+        required: names of further fields that must be there.
 
     Raises:
         ValueError: a field is missing or of another type, or the model is a mixture of experts.
@@ -284,7 +284,7 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
         "num_key_value_heads": attributes.take("attention.head_count_kv", int, default=heads),
         "head_dim": head_dim,
         "max_position_embeddings": attributes.take("context_length", int),
-        # Half a dimension more, so that rounding down gives `turning` again whatever the division did.
+        # Half a dimension more, so that rounding down gives `turning` again, however the division was rounded.
         **({} if turning == head_dim else {"partial_rotary_factor": (turning + 0.5) / head_dim}),
     }
 
@@ -326,16 +326,16 @@ def read_rotary(
     """Rotary embedding, from `rope_theta` and `rope_scaling` or from transformers 5's `rope_parameters`.
 
     Args:
-        attributes: of the configuration.
+        attributes: attributes of the configuration.
         max_positions: the context, in tokens.
-        head_dim: H.
+        head_dim: H, the size of a head.
         theta: the family's default base.
         share: the family's default for the share of a head that turns; None if it turns whole heads only.
-        original: the family's default for the context of the unscaled model, if `rope_scaling` is not asked.
-        kinds: what the family's names of kinds mean, and all that it has; None for the usual ones.
+        original: the family's default for the context of the unscaled model, in tokens; None to look in `rope_scaling`.
+        kinds: meanings of all kinds that the family has, by their names there; None for the usual ones.
 
     Raises:
-        ValueError: the kind is not supported, an attribute is missing, or one is not understood.
+        ValueError: the kind is not supported, or an attribute is missing or not understood.
     """
     theta = attributes.take("rope_theta", float, default=theta)
     given_share = attributes.take("partial_rotary_factor", float)
@@ -374,17 +374,17 @@ def rotary_of(
     """Rotary embedding from the value of `rope_scaling` or `rope_parameters`.
 
     Args:
-        parameters: the value.
-        where: for messages.
+        parameters: that value.
+        where: where it is from, for messages.
         max_positions: the context, in tokens.
-        head_dim: H.
-        theta: the base if `parameters` does not say.
-        share: of a head that turns if `parameters` does not say; None if it must be the whole head.
-        original: context of the unscaled model, which takes precedence over that in `parameters`.
-        kinds: what names of kinds mean, and all that are allowed; None for the usual ones.
+        head_dim: H, the size of a head.
+        theta: base, if `parameters` has none.
+        share: share of a head that turns, if `parameters` has none; None if it must be the whole head.
+        original: context of the unscaled model, in tokens, which takes precedence over that in `parameters`.
+        kinds: meanings of all allowed kinds, by their names; None for the usual ones.
 
     Raises:
-        ValueError: the kind is not supported, an attribute is missing, or one is not understood.
+        ValueError: the kind is not supported, or an attribute is missing or not understood.
     """
     rope = Attributes(parameters, where)
     legacy_kind = rope.take("type", str, default="default")
@@ -480,8 +480,8 @@ class Factor:
     """One factor of an axis: a letter, a number, or a sum of them of which one part is taken.
 
     Attributes:
-        parts: the summands; only one where nothing is cut.
-        taken: which of them.
+        parts: the summands; only one where nothing is cut out.
+        taken: number of the part that is taken.
     """
 
     parts: tuple[str, ...]
@@ -489,22 +489,22 @@ class Factor:
 
     @classmethod
     def parse(cls, text: str) -> Factor:
-        """From `H`, `2` or `[N]+G+G`."""
+        """The factor that a text such as `H`, `2` or `[N]+G+G` describes."""
         parts = text.split("+")
         taken = next((i for i, part in enumerate(parts) if part.startswith("[")), 0)
         return cls(tuple(part.strip("[]") for part in parts), taken)
 
     @property
     def letter(self) -> str:
-        """What is left of it when the part is taken."""
+        """The part that is taken."""
         return self.parts[self.taken]
 
     def size(self, sizes: Mapping[str, int]) -> int:
-        """Of the whole factor."""
+        """The size of the whole factor."""
         return sum(_size(part, sizes) for part in self.parts)
 
     def cut(self, sizes: Mapping[str, int]) -> slice:
-        """Where the taken part lies."""
+        """The slice of the part that is taken."""
         start = sum(_size(part, sizes) for part in self.parts[: self.taken])
         return slice(start, start + _size(self.letter, sizes))
 
@@ -514,8 +514,8 @@ class Layout:
     """How the axes of a checkpoint's tensor become those of a parameter.
 
     Attributes:
-        before: axes of the checkpoint's tensor; several factors are one axis that holds their product.
-        after: axes of the parameter, of the same letters. Factors of 1 may come and go.
+        before: axes of the checkpoint's tensor; an axis of several factors has the size of their product.
+        after: axes of the parameter, with the same letters. Factors of 1 may be added and left out.
     """
 
     before: tuple[tuple[Factor, ...], ...]
@@ -523,9 +523,9 @@ class Layout:
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """From notation such as `D (N H) -> N H D`, or `([N]+G+G H) D -> N H D` for a part of a fused tensor.
+        """The layout that a text describes: `D (N H) -> N H D`, or `([N]+G+G H) D -> N H D` for a part of a tensor.
 
-        A text without an arrow leaves a tensor as it is.
+        A text without an arrow leaves the tensor as it is.
         """
         before, _, after = text.partition("->")
         return cls(_axes(before), _axes(after or before))
@@ -539,7 +539,7 @@ class Layout:
         return tuple(math.prod(_size(factor.letter, sizes) for factor in axis) for axis in self.after)
 
     def apply(self, array: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
-        """The parameter; a view of the checkpoint's tensor wherever that is possible."""
+        """The parameter from the checkpoint's tensor; a view of it where that is possible."""
         factors = [factor for axis in self.before for factor in axis]
         parts = array.reshape([factor.size(sizes) for factor in factors])
         parts = parts[tuple(factor.cut(sizes) for factor in factors)]
@@ -559,9 +559,9 @@ def _size(letter: str, sizes: Mapping[str, int]) -> int:
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
-    """What the letters of layouts stand for in a model.
+    """The sizes that the letters of layouts stand for in a model.
 
-    Beside those of `griffin_jax.model.transformer`: C positions of the context, E columns of the embedding, P pairs of
+    In addition to those of `griffin_jax.model`: C positions of the context, E columns of the embedding, P pairs of
     dimensions of a head.
     """
     return {
@@ -582,16 +582,16 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
 class TensorRule:
     """Which tensor of a checkpoint a parameter comes from.
 
-    A rule applies to a model that has the parameter: that of a bias only to models with biases, that
-    of the head only where it is not tied. Several rules may take their parts of one fused tensor.
+    A rule applies to models that have the parameter: that of a bias only to models with biases, that of the head only
+    where it is not tied. Several rules may take their parts of one fused tensor.
 
     Attributes:
-        name: of the tensor; `{layer}` stands for the layer's number, `{head}` for the number of a head
-            where every head has a tensor of its own.
-        path: of the parameter in the module tree.
-        layout: of the tensor and the parameter, see `Layout`. With `{head}`, of the tensors of all heads
-            stacked in front.
-        add: is added to the stored values.
+        name: name of the tensor; `{layer}` stands for the number of the layer, `{head}` for the number of a head, where
+            every head has a tensor of its own.
+        path: path of the parameter in the module tree.
+        layout: how the tensor's axes become the parameter's, see `Layout`. With `{head}`, the tensors of all heads are
+            stacked along a new first axis.
+        add: number that is added to the stored values.
     """
 
     name: str
@@ -613,12 +613,12 @@ class TensorRule:
 
 
 def layer_rules(prefix: str, *rules: tuple[str, str, str]) -> tuple[TensorRule, ...]:
-    """Rules of the tensors of a layer: name behind `prefix`, path within the layer, layout."""
+    """Rules for the tensors of a layer, each from its name after `prefix`, path within the layer, and layout."""
     return tuple(TensorRule(prefix + name, f"layers.{{layer}}.{path}", layout) for name, path, layout in rules)
 
 
 Rules = tuple[TensorRule, ...] | Callable[[ModelConfig], tuple[TensorRule, ...]]
-"""Of a family; a function where they depend on more of the configuration than which parameters there are."""
+"""Rules of a family; a function where they depend on more of the configuration than which parameters it has."""
 
 
 GGUF_RULES = (
@@ -651,10 +651,9 @@ GGUF_RULES = (
         ("ffn_down.bias", "ff.down_bias", "D"),
     ),
 )
-"""llama.cpp's names, which are the same for all architectures.
+"""Rules with llama.cpp's names, which are the same for all architectures.
 
-A family whose files hold something in another way adds rules of its own behind these: of rules for the
-same parameter the last one counts.
+A family whose files differ adds its own rules after these: of several rules for the same parameter the last one counts.
 """
 
 FUSED_GGUF_RULES = (
@@ -669,15 +668,15 @@ FUSED_GGUF_RULES = (
         ("attn_qkv.bias", "attention.value_bias", "(N+G+[G] H) -> G H"),
     ),
 )
-"""The same of architectures whose queries, keys and values are one tensor, in this order however they were before."""
+"""The same for architectures whose queries, keys and values are one tensor; llama.cpp stores them in this order."""
 
 
 class StoredTensors(Protocol):
-    """What the description of a GGUF family may look at beside the metadata."""
+    """The tensors of a GGUF file, which the description of a family may look at in addition to the metadata."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of every tensor in the file, outermost axis first."""
+        """The shape of every tensor in the file, outermost axis first."""
         ...
 
     def read(self, name: str) -> np.ndarray:
@@ -691,10 +690,9 @@ class GgufFamily:
 
     Attributes:
         architectures: values of `general.architecture`, each also the prefix of the family's metadata.
-        read_config: the metadata (without the prefix) and the file's tensors -> a configuration in
-            Hugging Face's terms. Token ids, the vocabulary's size and whether the head is tied are
-            filled in by the reader.
-        rules: which tensor goes where, by the names of GGUF files.
+        read_config: function of the metadata (without the prefix) and the file's tensors that gives a configuration
+            in Hugging Face's terms. The reader adds token ids, the vocabulary's size and whether the head is tied.
+        rules: rules that say which tensor goes where, by the names in GGUF files.
         ignored: regular expressions of tensors that are read in another way or not needed.
     """
 
@@ -710,13 +708,13 @@ class Family:
 
     Attributes:
         model_type: value of `model_type` in config.json.
-        title: what people call its models, for the list of what is supported.
-        read_config: takes every attribute it knows and returns the architecture.
-        rules: which tensor goes where.
-        prefix: of the names of most tensors, which checkpoints of the bare model lack.
-        ignored: regular expressions of tensors that carry nothing the configuration does not say.
-        copies: tensors that may be present although their rule does not apply, if they equal another.
-        gguf: how it looks in GGUF files, if it is read from them.
+        title: what people call its models, for the list of supported models.
+        read_config: function that takes every attribute it knows and returns the architecture.
+        rules: rules that say which tensor goes where.
+        prefix: prefix of the names of most tensors, which checkpoints of the bare model lack.
+        ignored: regular expressions of tensors that say nothing that the configuration does not say.
+        copies: tensors that may be present although their rule does not apply, each with the one that it must equal.
+        gguf: how the family looks in GGUF files, if it is read from them.
         also_gguf: architectures of another family that llama.cpp converts these models to.
     """
 
@@ -752,7 +750,7 @@ class Family:
 
 
 def rules_by_path(rules: Rules, config: ModelConfig) -> dict[str, TensorRule]:
-    """Every rule, for every layer, by the parameter it fills; also of parameters the model lacks."""
+    """Every rule, for every layer, by the path of its parameter; also for parameters that the model lacks."""
     templates = rules if isinstance(rules, tuple) else rules(config)
     return {
         rule.path: rule
@@ -766,5 +764,5 @@ def rules_by_path(rules: Rules, config: ModelConfig) -> dict[str, TensorRule]:
 
 
 def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a tensor is knowingly left aside."""
+    """Whether a tensor is knowingly ignored."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
