@@ -31,17 +31,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from griffin_jax.checkpoints import demo, native, verification
+from griffin_jax.checkpoints.gguf import GgufFile
+from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, read_hf_config
 from griffin_jax.checkpoints.native import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
-from griffin_jax.checkpoints.sources import (
-    PICKLE_HELP,
-    FamilySource,
-    GgufFile,
-    HuggingFaceFolder,
-    Source,
-    has_safetensors,
-    read_hf_config,
-)
+from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source
 from griffin_jax.checkpoints.verification import Verification, VerificationError
 from griffin_jax.model.assembly import assemble
 from griffin_jax.model.config import ModelConfig

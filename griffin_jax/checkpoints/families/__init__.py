@@ -7,7 +7,8 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
-from griffin_jax.checkpoints.schema.family import Family, Layout, TensorRule
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.layouts import Layout, TensorRule
 
 __all__ = ["Family", "Layout", "TensorRule", "families", "family_of", "gguf_family_of", "table"]
 

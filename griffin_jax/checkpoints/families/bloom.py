@@ -6,15 +6,9 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.gpt2 import read_gguf_config as read_gpt2_gguf_config
 from griffin_jax.checkpoints.families.gpt_neox import block_rules
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule
 from griffin_jax.model.config import Alibi, ModelConfig
 
 

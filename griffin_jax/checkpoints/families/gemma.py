@@ -8,15 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
-from griffin_jax.checkpoints.schema.family import (
-    ACTIVATIONS,
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    TensorRule,
-    read_rotary,
-)
+from griffin_jax.checkpoints.schema.attributes import ACTIVATIONS, Attributes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 DEFAULTS: dict[str, Any] = {

@@ -8,16 +8,10 @@ from griffin_jax.checkpoints.families.gemma import DEFAULTS, scaled_embedding, w
 from griffin_jax.checkpoints.families.gemma2 import GGUF_NORMS, NORMS, query_scalar
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.families.qwen3 import GGUF_HEAD_NORMS, HEAD_NORMS
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    read_layer_types,
-    rotary_of,
-    windows_of,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
+from griffin_jax.checkpoints.schema.rotary import rotary_of
 from griffin_jax.model.config import ModelConfig, Rotary
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
