@@ -340,9 +340,10 @@ def run_python(code: str, *arguments: object) -> subprocess.Popen:
 
 SMALL_DISK = """
 import resource, sys
-from griffin_jax import cli
+import griffin_jax.cli.convert
+from griffin_jax.cli.main import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
-sys.exit(cli.main(["convert", sys.argv[1], sys.argv[2]]))
+sys.exit(main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
@@ -369,8 +370,8 @@ def test_a_disk_without_room_is_noticed_first(hf_folder, tmp_path, monkeypatch):
 
 SLOW_CONVERSION = """
 import sys, time
-from griffin_jax import checkpoint, loading, sources
-checkpoint.BATCH_BYTES = 1
+from griffin_jax.checkpoints import loading, native, sources
+native.BATCH_BYTES = 1
 read = sources.FamilySource.read
 def slow(self, path, dtype):
     print(path, flush=True)

@@ -138,9 +138,9 @@ def test_attributes_that_are_harmless_at_one_value_only():
 
 
 def test_the_default_of_transformers_is_accepted(monkeypatch):
-    from griffin_jax.checkpoints.schema import family
+    from griffin_jax.checkpoints.schema import attributes
 
-    monkeypatch.setattr(family, "_transformers_defaults", lambda model_type: {"novelty": 3})
+    monkeypatch.setattr(attributes, "_transformers_defaults", lambda model_type: {"novelty": 3})
     assert read(novelty=3) == read()
     with pytest.raises(ValueError, match="novelty=4"):
         read(novelty=4)
