@@ -184,7 +184,8 @@ def resolve(dotted: str) -> Any:
 def test_files_and_names_that_a_page_mentions_exist(page: Path):
     text = without_blocks(page)
     for path in re.findall(r"`((?:griffin_jax|tests|docs|examples|benchmarks|convert)/[\w./-]*)`", text):
-        assert (ROOT / path).exists(), path
+        # What the build makes is there after the first one.
+        assert path.startswith("docs/_build") or (ROOT / path).exists(), path
     for dotted in set(re.findall(r"\bgriffin_jax(?:\.[A-Za-z_]\w*)+", text)):
         if not dotted.endswith(".py"):
             resolve(dotted)

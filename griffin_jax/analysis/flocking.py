@@ -313,7 +313,7 @@ def _means(values: Float[np.ndarray, "densities layers n windows"]) -> list[Any]
     return means.tolist()
 
 
-def _heat_maps(model: Transformer, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "t f"]]:
+def heat_maps(model: Transformer, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "t f"]]:
     """|zbar| of the first tokens and neurons, by layer, float32."""
     length = min(len(tokens), SHOWN)
     padded, lengths = pad([tokens[:length]], bucket(length))

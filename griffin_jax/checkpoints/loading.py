@@ -1,10 +1,12 @@
-"""One door for all models: what a user names becomes a model, or a checkpoint in the native format.
+"""One entrance for all models: what a user names becomes a model, or a checkpoint in the native format.
 
-open_source   a name or path -> where the weights come from; reads configuration and headers only
-load_model    ... -> the model on its device or devices, and its tokenizer
-convert       ... -> a folder in the native format, with memory for one tensor at a time
-plan          ... -> what convert would do
-verify        ... -> whether what convert wrote computes what PyTorch computes
+    open_source   a name or path -> where the weights come from; reads configuration and headers only
+    load_model    ... -> the model on its device or devices, and its tokenizer
+    convert       ... -> a folder in the native format, with memory for one tensor at a time
+    plan          ... -> what `convert` would do
+    verify        ... -> whether what `convert` wrote computes what PyTorch computes
+
+Each of them first finds the model and checks that it is supported, before any weight is read.
 """
 
 from __future__ import annotations
@@ -29,17 +31,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from griffin_jax.checkpoints import demo, native, verification
+from griffin_jax.checkpoints.gguf import GgufFile
+from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, read_hf_config
 from griffin_jax.checkpoints.native import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
-from griffin_jax.checkpoints.sources import (
-    PICKLE_HELP,
-    FamilySource,
-    GgufFile,
-    HuggingFaceFolder,
-    Source,
-    has_safetensors,
-    read_hf_config,
-)
+from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source
 from griffin_jax.checkpoints.verification import Verification, VerificationError
 from griffin_jax.model.assembly import assemble
 from griffin_jax.model.config import ModelConfig
@@ -73,7 +69,7 @@ HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
 HUB_PICKLES = ["pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*.bin"]
 
 ShardingLike = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
-"""How parameters lie on devices: one sharding for all of them, or a function of a parameter's path and shape."""
+"""How parameters are divided among devices: one sharding for all, or a function of a parameter's path and shape."""
 
 
 def open_source(source: str | Path, allow_pickle: bool = False) -> Source:
@@ -82,9 +78,9 @@ def open_source(source: str | Path, allow_pickle: bool = False) -> Source:
     Args:
         source: a native folder, a Hugging Face folder, a GGUF file, a Hugging Face repository or the
             demo model. What exists on the disk comes first.
-        allow_pickle: whether weights may be read from PyTorch's pickle files (pytorch_model.bin), where
+        allow_pickle: whether weights may be read from PyTorch's pickle files (pytorch_model.bin), if
             there are no safetensors. Such a file is a program; torch runs it with `weights_only=True`.
-            Files of the format before PyTorch 1.6 need memory for the whole file.
+            Files in the format from before PyTorch 1.6 need memory for the whole file.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -115,7 +111,7 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Source:
 
 
 def _from_hub(name: str, allow_pickle: bool) -> Path:
-    """The local copy of a repository. Its configuration comes first, so that an unsupported model costs no download."""
+    """The local copy of a repository; the configuration comes first, so that no unsupported model is downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -170,19 +166,19 @@ def load_model(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
-    """A model ready to run, and its tokenizer if one lies with it.
+    """A model ready to run, and its tokenizer if it has one.
 
     Args:
         source: see `open_source`.
-        dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs, which are
+        dtype: dtype of the weights: float32, bfloat16 or float16. By default float32 on CPUs, which are
             several times slower with anything narrower, and bfloat16 on accelerators.
-        sharding: how the parameters lie on devices: a `jax.sharding.Sharding` for all of them, or a
-            function that gives one for a parameter's path (such as `layers.3.ff.gate`) and shape. By
-            default they are whole on the default device. Of a native folder every device reads its own
-            shards; of other sources one tensor after the other goes from the host to its devices.
+        sharding: how the parameters are divided among devices: a `jax.sharding.Sharding` for all of them, or
+            a function that gives one for a parameter's path (such as `layers.3.ff.gate`) and shape. By
+            default they are whole on the default device. From a native folder every device reads its own
+            shards; from other sources one tensor after the other goes from the host to its devices.
         allow_pickle: see `open_source`.
-        mesh: divide the parameters as `griffin_jax.model.sharding` says: a mesh with axes `data` and `model`, or one
-            of them.
+        mesh: a mesh with the axes `data` and `model`, or one of them, on which the parameters are divided as
+            `griffin_jax.model.sharding` says.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -192,7 +188,7 @@ def load_model(
             both a mesh and a sharding, the mesh has other axes, or it cannot share the neurons evenly.
 
     Warns:
-        NarrowingWarning: `dtype` is given, and narrower than the stored weights.
+        NarrowingWarning: `dtype` is given and is narrower than that of stored weights.
     """
     wanted = parse_dtype(dtype)
     if mesh is not None and sharding is not None:
@@ -222,7 +218,7 @@ def _shardings(sharding: ShardingLike, shapes: Mapping[str, tuple[int, ...]]) ->
     """The sharding of every parameter.
 
     Raises:
-        ValueError: one is no sharding, or does not divide its parameter.
+        ValueError: what `sharding` gives is not a sharding, or does not divide its parameter.
     """
     found = {}
     for path, shape in shapes.items():
@@ -257,16 +253,16 @@ class ConversionReport:
     """What a conversion did.
 
     Attributes:
-        path: the folder it wrote.
-        dtype: of the weights in it.
-        tensors: how many parameters.
-        bytes: their size.
-        largest_bytes: size of the largest of them.
-        seconds: how long it took.
-        memory_before: largest resident memory of the process up to the start, in bytes; None where
+        path: the folder that was written.
+        dtype: name of the dtype of its weights.
+        tensors: number of parameters.
+        bytes: size of all parameters together.
+        largest_bytes: size of the largest parameter.
+        seconds: time of the conversion.
+        memory_before: peak resident memory of the process before the conversion, in bytes; None where
             the platform does not tell.
-        peak_memory: the same up to the end of the conversion, before any verification.
-        verification: how it compares with PyTorch, if that was asked for.
+        peak_memory: the same at the end of the conversion, before any verification.
+        verification: how the result compares with PyTorch, if that was asked for.
     """
 
     path: Path
@@ -306,7 +302,7 @@ def convert(
     Args:
         source: see `open_source`.
         output: a folder that does not exist yet. It appears when it is complete.
-        dtype: of the weights: float32, bfloat16 or float16. By default that of most of the source's
+        dtype: dtype of the weights: float32, bfloat16 or float16. By default that of most of the source's
             weights, float32 where they are quantised.
         progress: whether to show a progress bar on stderr.
         allow_pickle: see `open_source`.
@@ -318,7 +314,7 @@ def convert(
         ImportError: torch is needed and not installed; nothing has been converted.
         ValueError: see `load_model`; or the source cannot be verified, and nothing has been converted.
         OSError: the disk is full, or `output` cannot be written.
-        VerificationError: the result differs from what PyTorch computes. It stays where it is, to be
+        VerificationError: the result differs from what PyTorch computes. It stays, so that it can be
             looked at.
 
     Warns:
@@ -390,20 +386,20 @@ def plan(source: str | Path, dtype: str | jnp.dtype | None = None, allow_pickle:
 def verify(source: str | Path, folder: str | Path, allow_pickle: bool = False) -> Verification:
     """Compare a native folder with the model it was converted from, as transformers and PyTorch run it.
 
-    A few random, always equal, sequences of tokens go through both models in float32, one model in
+    A few random sequences of tokens, always the same ones, go through both models in float32, with one model in
     memory at a time. Where the folder holds the stored values, the logits may differ by 1e-4 of the
     largest one; where they were rounded to bfloat16 or float16, by 20 roundings.
 
     Args:
         source: a Hugging Face folder, repository or GGUF file.
-        folder: that `convert` wrote.
+        folder: the folder that `convert` wrote.
         allow_pickle: see `open_source`.
 
     Returns:
         What was found; its `ok` says whether it is within the tolerance.
 
     Raises:
-        FileNotFoundError: there is nothing of one of the names.
+        FileNotFoundError: there is no such source or folder.
         ImportError: torch is not installed.
         ValueError: transformers cannot load the source, or the folder is of another model.
     """
@@ -412,7 +408,7 @@ def verify(source: str | Path, folder: str | Path, allow_pickle: bool = False) -
 
 @contextlib.contextmanager
 def _hashing(files: Sequence[Path]) -> Iterator[Callable[[], Mapping[str, str]]]:
-    """Hashes files in a thread meanwhile; gives a function that waits for the sha256 of each."""
+    """Hash files in a thread during a block; gives a function that waits for the sha256 of each."""
     stop = threading.Event()
 
     def hash_all() -> dict[str, str]:
@@ -436,7 +432,7 @@ def _sha256(file: Path, stop: threading.Event) -> str:
 
 
 def peak_memory() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the platform does not tell."""
+    """Peak resident memory of this process so far, in bytes; None where the platform does not tell."""
     # On Linux, getrusage's figure of a process begins with that of the one which started it.
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()

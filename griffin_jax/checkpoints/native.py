@@ -4,8 +4,8 @@
     params/            the parameters, one Orbax checkpoint; the tree of the module, with text keys
     tokenizer/         files of the tokenizer, if the model has one
 
-A folder appears whole or not at all: it is written under a hidden name beside its place, flushed to
-the disk, and renamed.
+A folder appears whole or not at all: it is written under a hidden name next to its place, flushed to the disk, and then
+renamed.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ FORMAT, VERSION = "griffin_jax", 1
 MANIFEST, PARAMETERS, TOKENIZER = "griffin_jax.json", "params", "tokenizer"
 DTYPES = ("float32", "bfloat16", "float16")
 CHUNK_BYTES = 64 << 20
-"""Arrays are stored in pieces of at most this size, so that writing one needs little memory beside it."""
+"""Size of the pieces that arrays are stored in, at most, so that writing one needs little further memory."""
 HASHED_BYTES = 1 << 20
-"""Files up to this size are checked by their content, larger ones by their size."""
+"""Size up to which files are checked by their content; larger ones are checked by their size."""
 BATCH_BYTES = 256 << 20
-"""Arrays are written together up to this size: every write is flushed to the disk, which takes its time."""
+"""Size up to which arrays are written together, because every write is flushed to the disk, which takes time."""
 
 
 def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """Write a model in the native format.
 
     Args:
-        model: a full one; a pruned model belongs to its prompt.
-        folder: that does not exist yet.
-        tokenizer: to lie with it.
+        model: the full model; a pruned model belongs to its prompt.
+        folder: a folder that does not exist yet.
+        tokenizer: tokenizer to save with the model.
 
     Returns:
         The folder.
@@ -86,7 +86,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
 
 
 def check_free(folder: str | Path) -> Path:
-    """Raise `FileExistsError` if there is something where a checkpoint is to be written."""
+    """The path of a checkpoint to write; `FileExistsError` if there is something already."""
     folder = Path(os.path.expanduser(folder))
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists already; choose another place or delete it first")
@@ -106,14 +106,14 @@ def write(
     """Write a checkpoint, reading one parameter at a time.
 
     Args:
-        folder: that does not exist yet.
+        folder: a folder that does not exist yet.
         config: the architecture.
-        shapes: of every parameter, by path.
-        dtype: of what `read` returns.
-        read: gives a parameter, contiguous; called once for each, in order.
-        tokenizer: to lie with it.
+        shapes: shape of every parameter, by path.
+        dtype: dtype of what `read` returns.
+        read: function that gives a parameter as a contiguous array; called once for each, in order.
+        tokenizer: tokenizer to save with the model.
         source: where the weights come from, in words.
-        hashes: gives the sha256 of every file they come from; called when the weights are written.
+        hashes: function that gives the sha256 of every file that they come from; called after the weights are written.
 
     Raises:
         FileExistsError: the folder exists.
@@ -142,7 +142,7 @@ def write(
 
 
 def _check_space(folder: Path, size: int) -> None:
-    """Raise `OSError` if a disk has no room for so many bytes."""
+    """Raise `OSError` if the disk has no room for so many bytes."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
@@ -154,9 +154,9 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Of each file its size and, if it is small, its sha256; "missing" if there is none.
+    """The size of each file and, if it is small, its sha256; "missing" if there is no such file.
 
-    The small files say where everything lies. To hash the weights as well would take as long as loading them.
+    The small files say where everything is. Hashing the weights as well would take as long as loading them.
     """
     found = {}
     for name in names:
@@ -173,7 +173,7 @@ def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
-    """A hidden folder that takes the name `folder` when all went well and is removed otherwise."""
+    """A hidden folder that is renamed to `folder` at the end of the block, and removed if that fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     partial.mkdir()
@@ -213,7 +213,7 @@ class _Unread:
 
 
 class _Batches(ocp.type_handlers.NumpyHandler):
-    """Writes `_Unread` leaves as arrays, the next few of them read when the last few have been written."""
+    """Writes `_Unread` leaves as arrays, and reads the next few only when the last few have been written."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
@@ -247,7 +247,7 @@ class _Batches(ocp.type_handlers.NumpyHandler):
 
 
 def _parts(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Slices of an array of whole chunks, written one after the other: what is being written is in memory twice."""
+    """Slices of whole chunks to write one after the other, because what is being written is in memory twice."""
     axis = max(range(len(shape)), key=lambda axis: -(-shape[axis] // chunk[axis]), default=None)
     if axis is None:
         yield ()
@@ -259,23 +259,23 @@ def _parts(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterato
 
 
 def _finish(written: Any) -> None:
-    """Wait for a write, even if the user interrupts: no file may appear any more when the folder is removed.
+    """Wait for a write, even if the user interrupts, so that no file appears after the folder is removed.
 
-    In a thread of its own, because a join that is interrupted takes its thread for ended.
+    It waits in a thread of its own, because a join that is interrupted treats its thread as ended.
     """
     with ThreadPoolExecutor(max_workers=1) as waiting:
         waiting.submit(written.result).result()
 
 
 def _as_os_error(error: Exception) -> Exception:
-    """The operating system's error within TensorStore's long message, else the error itself."""
+    """The operating system's error in TensorStore's long message, or else the error itself."""
     if found := re.search(r"os_error_code='(\d+)'", str(error)):
         return OSError(int(found[1]), os.strerror(int(found[1])))
     return error
 
 
 def _batches(sizes: Sequence[int]) -> Iterator[slice]:
-    """Consecutive items of at most `BATCH_BYTES` together, or a single one that is larger."""
+    """Slices of consecutive items of at most `BATCH_BYTES` together, or of a single item that is larger."""
     start, total = 0, 0
     for item, size in enumerate(sizes):
         if item > start and total + size > BATCH_BYTES:
@@ -323,7 +323,7 @@ def _leaf(tree: Any, path: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Orbax from reporting its inner workings; what matters arrives as exceptions."""
+    """Keep Orbax from logging its inner workings; what matters is raised as exceptions."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -338,7 +338,7 @@ class NativeCheckpoint(Source):
 
     Attributes:
         converted_from: what it was converted from, in words.
-        hashes: sha256 of each file of that; empty in folders that were written before these were kept.
+        hashes: sha256 of each file of the source; empty in folders that were written before hashes were kept.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -381,12 +381,12 @@ class NativeCheckpoint(Source):
     def parameters(
         self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Path and weights of all parameters, read at once: Orbax reads many files at a time.
+        """Path and weights of all parameters, read together, because Orbax reads many files at a time.
 
-        With shardings, every device gets its part of each array from the disk, and nothing more.
+        With shardings, every device reads only its part of each array from the disk.
         """
         if dtype == np.float16 != self.dtype:
-            # Wider weights may not fit, which has to be looked at.
+            # Values of wider weights may be too large, which has to be checked.
             for path, shape in self.shapes.items():
                 stored = _leaf(self._restore({path: shape}, self.dtype, shardings), path)
                 array = stored.astype(dtype)
@@ -432,7 +432,7 @@ class NativeCheckpoint(Source):
         return manifest
 
     def _stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter that the folder has, by path."""
+        """The shape of every parameter in the folder, by path."""
         with self._opened() as (checkpointer, folder):
             metadata = checkpointer.metadata(folder).item_metadata
         tree = {} if metadata is None else nnx.traversals.flatten_mapping(metadata.tree)
@@ -456,7 +456,7 @@ class NativeCheckpoint(Source):
         dtype: np.dtype,
         shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     ) -> Any:
-        """The tree of some parameters, by default as arrays on the default device."""
+        """The tree of these parameters, without shardings as arrays on the default device."""
         if shardings is None:
             (device,) = jnp.zeros(()).devices()
             shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(device))
@@ -478,8 +478,8 @@ def load(folder: str | Path, dtype: jnp.dtype | None = None) -> Transformer:
     """The model in a native checkpoint.
 
     Args:
-        folder: that `save` or a conversion wrote.
-        dtype: of the weights; as stored if None.
+        folder: a folder that `save` or a conversion wrote.
+        dtype: dtype of the weights; as stored if None.
 
     Raises:
         FileNotFoundError: there is no such folder.

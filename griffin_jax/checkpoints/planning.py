@@ -15,11 +15,11 @@ from griffin_jax.checkpoints.sources import FLOATS, Origin, Source
 from griffin_jax.utils.messages import shortened
 
 LISTED = 20
-"""So many ignored tensors are named in a table."""
+"""Number of ignored tensors that a table names, at most."""
 
 
 class NarrowingWarning(UserWarning):
-    """Weights are cast to a dtype that cannot hold them as they are stored."""
+    """Warns that weights are cast to a dtype that cannot hold them as they are stored."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Step:
     """One parameter of a plan.
 
     Attributes:
-        path: of the parameter.
-        shape: of the parameter.
-        origin: the tensor it comes from.
-        bytes: that it will have.
+        path: path of the parameter.
+        shape: shape of the parameter.
+        origin: the tensor that it comes from.
+        bytes: size that it will have.
     """
 
     path: str
@@ -41,14 +41,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a conversion would do. `str` of it is a table for people.
+    """What a conversion would do. `str` makes a table of it.
 
     Attributes:
-        source: its name.
-        dtype: that the weights would get.
-        steps: one for every parameter.
-        ignored: tensors of the source that are knowingly left aside.
-        has_tokenizer: whether a tokenizer lies with the source.
+        source: name of the source.
+        dtype: name of the dtype that the weights would get.
+        steps: one step for every parameter.
+        ignored: tensors of the source that are knowingly ignored.
+        has_tokenizer: whether the source has a tokenizer.
         narrowing: what the dtype loses, in words; None if nothing.
     """
 
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of all parameters together."""
+        """Size of all parameters together."""
         return sum(step.bytes for step in self.steps)
 
     def __str__(self) -> str:
@@ -89,8 +89,7 @@ def plan_of(source: Source, dtype: np.dtype, has_tokenizer: bool) -> Plan:
 def narrowing(source: Source, dtype: np.dtype) -> str | None:
     """What is lost when the weights of a source become `dtype`, in one sentence; None if nothing is.
 
-    Quantised weights do not count: what a float of 16 bits rounds away of them is less than what
-    their quantisation already did.
+    Quantised weights do not count: rounding them to 16 bits loses less than their quantisation already did.
     """
     counts = Counter(source.origin(path).dtype for path in source.shapes)
     losses = {stored: loss for stored in counts if (loss := _loss(stored, dtype))}
@@ -115,7 +114,7 @@ def _loss(stored: str, dtype: np.dtype) -> str | None:
 
 
 def _collapsed(steps: Iterable[Step], dtype: str) -> Iterator[tuple[str, ...]]:
-    """Rows of the table, those of layers that differ in nothing but their number made one."""
+    """Rows of the table; those of layers that differ only in their number are made one."""
     groups: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
     for step in steps:
         path, tensor, layer = step.path, step.origin.tensor, re.match(r"layers\.(\d+)\.", step.path)
@@ -149,7 +148,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of a table, the last column to the right."""
+    """Lines of a table whose last column is aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for *cells, last in rows:
         left = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]

@@ -1,11 +1,10 @@
 """PyTorch's own files, and PyTorch as the reference of a conversion.
 
-The only module that ever imports torch, and only when a user asks for it by an option: `allow_pickle`
-to read pytorch_model.bin files, `verify` to compare a conversion with the model it came from.
+This is the only module that ever imports torch, and only when a user asks for it by an option: `allow_pickle` to read
+pytorch_model.bin files, or `verify` to compare a conversion with the model it came from.
 
-A pickle is a program. torch runs it with `weights_only=True`, which knows the few calls that rebuild
-tensors and refuses all others; what torch is handed has been looked at before, so that a small file
-cannot unpack to a large one.
+A pickle is a program. torch runs it with `weights_only=True`, which knows the few calls that rebuild tensors and
+refuses all others. Archives are checked before torch gets them, so that a small file cannot unpack to a large one.
 """
 
 from __future__ import annotations
@@ -26,17 +25,18 @@ from griffin_jax.utils.messages import brief
 from griffin_jax.utils.transformers_import import import_transformers
 
 OLDEST = (2, 10)
-"""Before this release a crafted file could run code in spite of weights_only (CVE-2025-32434, CVE-2026-24747)."""
+"""Oldest allowed release of torch; before it a crafted file could run code in spite of weights_only (CVE-2025-32434,
+CVE-2026-24747)."""
 
 
 def import_torch(purpose: str) -> ModuleType:
     """The torch package.
 
     Args:
-        purpose: what it is needed for, to begin a message with.
+        purpose: what torch is needed for; the message begins with it.
 
     Raises:
-        ImportError: it is not installed, or too old to read files of others.
+        ImportError: torch is not installed, or too old to read files from others safely.
     """
     needed = ".".join(map(str, OLDEST))
     try:
@@ -56,17 +56,17 @@ def import_torch(purpose: str) -> ModuleType:
 class PickleFile:
     """A state dict as `torch.save` writes it, read tensor by tensor.
 
-    The file is mapped into memory and not kept mapped: mapped pages count as resident memory until the
-    mapping goes away, so every read makes one of its own, which costs milliseconds. Files of the format
-    before PyTorch 1.6 cannot be mapped; such a file is read and kept whole.
+    The file is mapped into memory but does not stay mapped: mapped pages count as resident memory until the mapping is
+    closed, so every read makes its own mapping, which costs milliseconds. Files in the format from before PyTorch 1.6
+    cannot be mapped; they are read and kept whole.
 
     Attributes:
-        tensors: name -> shape and dtype, dtypes that weights can have by their names in safetensors.
+        tensors: shape and dtype by name; dtypes that weights can have are named as in safetensors.
         problems: what is wrong with the entries, in words.
 
     Raises:
-        ImportError: torch is not there.
-        ValueError: the file is malformed, no dictionary, or wants to do more than hold tensors.
+        ImportError: torch is not installed.
+        ValueError: the file is malformed, does not hold a dictionary, or would do more than hold tensors.
     """
 
     def __init__(self, file: Path):
@@ -90,10 +90,10 @@ class PickleFile:
             )
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """The rows from `start` to `stop` of a tensor, in its stored dtype; a copy.
+        """A copy of the rows from `start` to `stop` of a tensor, in its stored dtype.
 
         Raises:
-            ValueError: the file has changed so that it cannot be read.
+            ValueError: the tensor cannot be read, because the file has changed.
         """
         torch = self._torch
         try:
@@ -124,7 +124,7 @@ class PickleFile:
 
     def _load(self) -> Any:
         try:
-            # What torch warns of concerns those who wrote the file.
+            # What torch warns about concerns those who wrote the file.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return self._torch.load(self._file, map_location="cpu", weights_only=True, mmap=self._mapped)
@@ -155,10 +155,10 @@ class PickleFile:
 
 
 def _is_archive(file: Path) -> bool:
-    """Whether a file is the zip archive that `torch.save` writes, and not the format before PyTorch 1.6.
+    """Whether a file is the zip archive that `torch.save` writes, and not in the format from before PyTorch 1.6.
 
     Raises:
-        ValueError: it is an archive that `torch.save` would not write.
+        ValueError: the file is an archive that `torch.save` would not write.
     """
     with file.open("rb") as opened:
         if opened.read(4) != b"PK\x03\x04":
@@ -194,15 +194,15 @@ def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.
     """Logits of transformers' torch model in float32 on the CPU.
 
     Args:
-        name: of the model, for messages.
-        arguments: of `from_pretrained`, that say which files to load.
-        batches: tokens, (B, T) each.
+        name: name of the model, for messages.
+        arguments: arguments of `from_pretrained` that say which files to load.
+        batches: batches of tokens, (B, T) each.
 
     Returns:
-        For every batch (B, T, V).
+        Logits of every batch, (B, T, V).
 
     Raises:
-        ImportError: torch is not there.
+        ImportError: torch is not installed.
         ValueError: transformers cannot load the model.
     """
     torch = import_torch("verifying a conversion")

@@ -1,4 +1,4 @@
-"""Whether a conversion computes what the model it came from computes, as transformers and PyTorch run it."""
+"""Verification: whether a converted model computes what transformers and PyTorch compute with the original."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ from griffin_jax.model.cache import empty_cache
 from griffin_jax.model.transformer import Transformer
 
 LENGTHS = (1, 9, 40)
-"""Of the sequences that are compared; a model's context may allow less."""
-BATCH = 2
+"""Lengths of the sequences that are compared, in tokens, as far as the model's context allows."""
 
-# Relative to the largest logit. Both sides compute in float32, so where the conversion kept the stored values only the
-# order of additions differs: some 1e-6 for each of many layers, far below what a wrong tensor does.
+BATCH = 2
+"""Number of sequences of each length."""
+
+# Tolerances relative to the largest logit. Both sides compute in float32, so where the conversion kept the stored
+# values, only the order of additions differs: some 1e-6 for each of many layers, far below what a wrong tensor does.
 EXACT = 1e-4
 # Where the conversion rounded the weights, each is off by up to 2**-9 of itself in bfloat16 and 2**-12 in float16.
 # These errors are independent, so sums over many weights hardly amplify them, but every layer adds its own, and a deep
-# network magnifies what reaches it: 20 times the rounding is seldom reached, and a wrong tensor goes far beyond.
+# network amplifies them: 20 times the rounding is seldom reached, and a wrong tensor exceeds it by far.
 ROUNDED = {"bfloat16": 20 * 2**-9, "float16": 20 * 2**-12, "float32": EXACT}
 
 
 class VerificationError(Exception):
-    """A conversion does not compute what its source computes.
+    """Raised where a conversion does not compute what its source computes.
 
     Attributes:
         verification: what was found.
@@ -47,14 +49,14 @@ class Verification:
     """How the logits of a native folder compare with those of the torch model.
 
     Attributes:
-        folder: that was checked.
-        source: what it was compared with.
+        folder: the folder that was checked.
+        source: name of the model that it was compared with.
         difference: largest absolute difference of two logits.
-        largest: absolute value of the largest logit.
-        where: of the largest difference, in words.
+        largest: largest absolute value of a logit.
+        where: where the largest difference is, in words.
         agreement: share of positions at which both have the same most probable token.
-        positions: that were compared.
-        tolerance: of `relative`, as fits the dtypes.
+        positions: number of positions that were compared.
+        tolerance: largest allowed value of `relative`, which depends on the dtypes.
     """
 
     folder: Path
@@ -107,8 +109,8 @@ def check_verifiable(source: Source) -> None:
 def verify_source(source: Source, folder: Path) -> Verification:
     """Compare a native folder with the opened source it was converted from.
 
-    A few random, always equal, sequences of tokens go through both models, one model in memory at a
-    time, in float32.
+    A few random sequences of tokens, always the same ones, go through both models in float32, with one model in memory
+    at a time.
 
     Raises:
         ImportError: torch is not installed.

@@ -13,7 +13,7 @@ import numpy as np
 
 from griffin_jax import __version__
 from griffin_jax.analysis import flocking, flocking_report
-from griffin_jax.analysis.flocking import Texts, _heat_maps, measure
+from griffin_jax.analysis.flocking import Texts, heat_maps, measure
 from griffin_jax.cli.options import (
     add_dtype_argument,
     add_mesh_argument,
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
         "drawn_layers": layers,
         **measured,
     }
-    maps = {number: _heat_maps(llm.model, whole[names[number - 1]], layers) for number in chosen}
+    maps = {number: heat_maps(llm.model, whole[names[number - 1]], layers) for number in chosen}
     folder.mkdir(exist_ok=True)
     write_text(folder / RESULTS, json.dumps(results, indent=1) + "\n")
     arrays = {

@@ -1,1 +1,1 @@
-"""Beyond GRIFFIN: better choices and better rows at the same cost of decoding; each of them off by default."""
+"""Beyond GRIFFIN: better choices of neurons, refitted rows, lossless and memory-saving decoding; all off by default."""

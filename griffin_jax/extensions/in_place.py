@@ -1,9 +1,9 @@
-"""Every neuron held once: pruning by putting the kept rows in front, instead of copying them beside the model.
+"""Pruning in place: the kept rows are moved to the front, instead of copied next to the model.
 
-`griffin_jax.prune` leaves the full model as it is, so that the kept rows are in memory twice. Here each
-feed-forward layer is two groups of rows, the kept ones and the others. The dense model uses both, the
-pruned one the first; for the next prompt the rows are regrouped, one matrix after the other, each of which
-is given up for its successor. Beside the model that takes memory for one matrix.
+`griffin_jax.prune` leaves the full model as it is, so that the kept rows are in memory twice. Here each feed-forward
+layer has two groups of rows, the kept ones and the others: the dense model uses both, the pruned one only the first.
+For the next prompt the rows are regrouped, one matrix after the other, and each old matrix is given up for its
+successor. That takes memory for one more matrix.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
-from griffin_jax.griffin.prune import take_neurons
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
+from griffin_jax.model.ops import take_rows
 from griffin_jax.model.transformer import Transformer
 
 
 class InPlace:
-    """A model whose pruned form shares all its memory.
+    """A model that shares all its memory with its pruned form.
 
     Args:
-        model: a full one, which is used up: its feed-forward arrays are given to this object, and
-            nobody else may use them.
+        model: the full model, which is used up: its feed-forward arrays belong to this object from now on.
 
     Attributes:
-        model: the dense model; another object after every `prune`. It computes what it always did, but
-            its neurons, and so its statistics, are in another order: see `in_order`.
+        model: the dense model; another object after every `prune`. It computes what it always did, but its neurons,
+            and so its statistics, are in another order: see `in_order`.
     """
 
     def __init__(self, model: Transformer):
@@ -40,18 +39,18 @@ class InPlace:
         self._order = [jnp.arange(neurons, dtype=jnp.int32) for neurons in model.neurons]
 
     def in_order(self, statistics: Statistics) -> Statistics:
-        """Statistics of `model`, in the order that the neurons of the checkpoint have."""
+        """Statistics of `model`, with the neurons in the order of the checkpoint."""
         squares = tuple(_inverse_take(s, order) for s, order in zip(statistics.squares, self._order, strict=True))
         return Statistics(squares, statistics.tokens)
 
     def prune(self, experts: ExpertNeurons) -> Transformer:
-        """The pruned model, valid until the next call; `model` is regrouped.
+        """Regroup `model`, and return the pruned model, which is valid until the next call.
 
         Args:
-            experts: one set for the whole batch, by the order of the checkpoint.
+            experts: the neurons to keep, one set for the whole batch, in the order of the checkpoint.
 
         Raises:
-            ValueError: the experts are of another model, or one set for each of several sequences.
+            ValueError: the neurons are of another model, or there is a set for each of several sequences.
         """
         check_experts(experts, self.model)
         if not experts.shared and experts[0].shape[0] > 1:
@@ -66,8 +65,8 @@ class InPlace:
             kept, rest = {}, {}
             for name, groups in _rows(layer.ff).items():
                 kept[name], rest[name] = jax.block_until_ready(_regroup(name, groups, chosen, others))
-                # Given up now and not when the last reference goes, or all layers would be there twice. (Rows that
-                # change places cannot be moved within the memory that they are read from.)
+                # Deleted now and not when the last reference goes, or all layers would be in memory twice. (Rows cannot
+                # change places within the memory that they are read from.)
                 for array in jax.tree.leaves(groups):
                     array.delete()
             _put(layer.ff, kept, rest)
@@ -77,7 +76,7 @@ class InPlace:
 
 
 def _rows(ff: FeedForward) -> dict[str, list[Array]]:
-    """A layer's parameters with rows for neurons, each in its one or two groups."""
+    """A layer's parameters with a row for each neuron: for each of them its one or two groups."""
     groups = [ff] if ff.rest is None else [ff, ff.rest]
     return {
         name: [getattr(group, name)[...] for group in groups] for name in NEURON_AXES if getattr(ff, name) is not None
@@ -85,6 +84,7 @@ def _rows(ff: FeedForward) -> dict[str, list[Array]]:
 
 
 def _put(ff: FeedForward, kept: dict[str, Array], rest: dict[str, Array] | None) -> None:
+    """Give a layer these rows, in one group or in two."""
     ff.rest = nnx.data(None)
     if rest is not None and rest["down"].shape[0]:
         others: FeedForward = jax.tree.map(lambda leaf: leaf, ff)
@@ -100,7 +100,7 @@ def _put(ff: FeedForward, kept: dict[str, Array], rest: dict[str, Array] | None)
 def _places(
     order: Int[Array, "f"], indices: Int[Array, "k"]
 ) -> tuple[Int[Array, "k"], Int[Array, "rest"], Int[Array, "f"]]:
-    """Where the rows of the neurons `indices` and of the others are, and which neuron each row will belong to."""
+    """The places of the rows of the neurons `indices` and of the others, and the neuron of each row afterwards."""
     chosen = _inverse(order)[indices]
     is_kept = jnp.zeros(order.shape, bool).at[chosen].set(True)
     (others,) = jnp.nonzero(~is_kept, size=order.shape[0] - indices.shape[0])
@@ -111,16 +111,16 @@ def _places(
 def _regroup(
     name: str, groups: Sequence[Array], chosen: Int[Array, "k"], others: Int[Array, "rest"]
 ) -> tuple[Array, Array]:
-    """The rows at these places, and the others."""
+    """The rows at the places `chosen`, and those at `others`."""
     axis = NEURON_AXES[name]
 
     def take(places: Int[Array, "n"]) -> Array:
-        found = take_neurons(name, groups[0], places)
+        found = take_rows(groups[0], places, axis)
         if len(groups) == 1:
             return found
-        # Of both groups joined, without joining them.
+        # The rows of both groups together, without joining them.
         size = groups[0].shape[axis]
-        second = take_neurons(name, groups[1], jnp.maximum(places - size, 0))
+        second = take_rows(groups[1], jnp.maximum(places - size, 0), axis)
         return jnp.where(jnp.expand_dims(places < size, range(1, found.ndim - axis)), found, second)
 
     return take(chosen), take(others)

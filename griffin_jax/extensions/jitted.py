@@ -1,4 +1,4 @@
-"""The steps beyond GRIFFIN, compiled."""
+"""The steps beyond GRIFFIN, compiled; like `griffin_jax.generation.jitted`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Beyond GRIFFIN: what neurons do in any text, beside what they do in the prompt (after GLASS, arXiv 2508.14302).
+"""Beyond GRIFFIN: what neurons do in general text, in addition to the prompt (after GLASS, arXiv 2508.14302).
 
-    prior = Prior.load("smollm2.prior.safetensors")          that `griffin-jax prior` measured, once for a model
+    prior = Prior.load("smollm2.prior.safetensors")          measured by `griffin-jax prior`, once for a model
     experts = select(prefilled.statistics, config, fuse=prior.fusion(0.5))
 
-A prompt says little about neurons that it does not need and its answer will. So they are ranked twice, by the prompt's
-statistic s and by the same statistic p of general text, and kept by
+A prompt says little about neurons that it does not need but its answer will. So neurons are ranked twice, by the
+prompt's statistic s and by the same statistic p of general text, and kept by
 
     score = (1 - w) * rank(s) + w * rank(p)
 
@@ -12,12 +12,12 @@ Ranks, because the statistics of different texts have different scales.
 
 The same texts say which layers can spare most neurons, so that layers may keep different shares of theirs:
 
-    config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with a share of its own
+    config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with its own share
 
-What dropping neuron j of a layer loses is estimated by p_j^2 c_j / 2, c_j its `griffin_jax.extensions.sensitivity`.
-The shares lie
-between equal ones and those with the least loss in all, as far from equal ones as paid in texts that were held out: the
-losses of many neurons are more than the sum of each one's, so that the whole way is too far.
+The loss from dropping neuron j of a layer is estimated as p_j^2 c_j / 2, where c_j is its sensitivity
+(`griffin_jax.extensions.sensitivity`). The shares are between equal ones and those with the least loss in all, as far
+from equal ones as was best in texts that were held out: dropping many neurons loses more than the sum of what each one
+loses, so that going the whole way is too far.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from griffin_jax.utils.arrayfile import load_arrays, save_arrays
 PRIOR_FORMAT = "griffin_jax prior 2"
 
 DEFAULT_WEIGHT = 0.5
-"""Of the prior's rank; the prompt's has the rest."""
+"""Weight w of the rank in general text; that of the rank in the prompt is 1 - w."""
 
 
 @jax.tree_util.register_dataclass
@@ -49,16 +49,16 @@ class Prior:
     """What a model's neurons do in general text.
 
     Attributes:
-        squares: per layer, s^2 of all texts together, float32.
-        rows: per layer, float16, with nearly the second moments of the relative activations of a token of the texts:
-            the calibration rows of a `Reconstruction`, see `griffin_jax.extensions.sketch`. No layers if there are
-            none.
-        model: fingerprint of the model that it belongs to.
-        tokens: how many there were.
-        sensitivity: per layer, what predictions depend on each neuron, see `griffin_jax.extensions.sensitivity`; no
-            layers if it was not measured.
-        strength: how far the shares of layers are from equal ones, 0, to those with the least loss, 1.
-        uniform: why all layers keep the same share; empty if they keep shares of their own.
+        squares: s^2 of every neuron of each layer over all texts together, float32.
+        rows: calibration rows of each layer for a `Reconstruction`, float16, whose second moments are close to those of
+            the relative activations of a token of the texts; see `griffin_jax.extensions.sketch`. Without layers if
+            there are none.
+        model: fingerprint of the model that the prior belongs to.
+        tokens: number of tokens of the texts.
+        sensitivity: how much predictions depend on each neuron of each layer, see `griffin_jax.extensions.sensitivity`;
+            without layers if it was not measured.
+        strength: how far the shares of layers are on the way from equal ones (0) to those with the least loss (1).
+        uniform: why all layers keep the same share; empty if they keep different ones.
     """
 
     squares: tuple[Float[Array, "_f"], ...]
@@ -70,10 +70,10 @@ class Prior:
     uniform: str = dataclasses.field(default="the sensitivity of neurons was not measured", metadata={"static": True})
 
     def check(self, model: str) -> None:
-        """Raise `ValueError` unless this is the prior of a model.
+        """Raise `ValueError` unless this prior belongs to a model.
 
         Args:
-            model: its `griffin_jax.model.fingerprint.fingerprint`.
+            model: the model's `griffin_jax.model.fingerprint.fingerprint`.
         """
         if model != self.model:
             raise ValueError(
@@ -82,19 +82,18 @@ class Prior:
             )
 
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
-        """The same density as a mean over layers, with a share for each layer.
+        """The config with a density for each layer, which keeps as many neurons in all.
 
-        Every layer keeps a multiple of `config.round_to` and of `config.groups`. The sum over layers is that of the
-        uniform shares exactly.
+        Every layer keeps a multiple of `config.round_to` and of `config.groups`.
 
         Args:
-            config: with one density for all layers.
+            config: a config with one density for all layers.
 
         Returns:
-            A config with one for each, or the same one if layers are better off with the same share (`uniform`).
+            A config with a density for each layer, or the same config if all layers keep the same share (`uniform`).
 
         Raises:
-            ValueError: there is a density for each layer already.
+            ValueError: the config has a density for each layer already.
         """
         if isinstance(config.density, Sequence):
             raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
@@ -112,10 +111,10 @@ class Prior:
         return dataclasses.replace(config, density=density)
 
     def fusion(self, weight: float | Float[Array, ""] = DEFAULT_WEIGHT) -> Fusion:
-        """What `select` takes as `fuse`.
+        """The function that `select` takes as `fuse`.
 
         Args:
-            weight: of the prior's rank, in [0, 1]; 0 selects as without it.
+            weight: weight of the prior's rank, in [0, 1]; 0 selects as without the prior.
 
         Raises:
             ValueError: the weight is outside its range.
@@ -124,10 +123,10 @@ class Prior:
         return Fusion(self.squares, weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; an existing one is replaced.
+        """Write a safetensors file, whole or not at all; an existing one is replaced.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         arrays = {f"layers.{layer}.squares": np.asarray(squares) for layer, squares in enumerate(self.squares)}
         arrays |= {f"layers.{layer}.rows": np.asarray(rows) for layer, rows in enumerate(self.rows)}
@@ -138,7 +137,7 @@ class Prior:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prior:
-        """What `save` wrote.
+        """The prior in a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -175,13 +174,13 @@ def _layers(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fusion:
-    """Scores of a prompt, fused by rank with those of general text: (1 - w) * rank(s) + w * rank(p), float32.
+    """Fuses the scores of a prompt by rank with those of general text: (1 - w) * rank(s) + w * rank(p), float32.
 
-    The smallest value has rank 0. Of equal ones the first has the highest rank, as `select` takes it first.
+    The smallest value has rank 0. Of equal values the first has the highest rank, since `select` takes it first.
 
     Attributes:
-        squares: p^2 of every layer.
-        weight: w; 0 ranks as the prompt does, 1 as the prior.
+        squares: p^2 of every neuron of each layer.
+        weight: w; 0 ranks as the prompt does, 1 as general text does.
     """
 
     squares: tuple[Float[Array, "_f"], ...]
@@ -191,7 +190,7 @@ class Fusion:
         """The fused scores of every layer.
 
         Raises:
-            ValueError: the layers are others.
+            ValueError: the scores are of other layers than the prior's.
         """
         widths = [[layer.shape[-1] for layer in layers] for layers in (scores, self.squares)]
         if widths[0] != widths[1]:
@@ -212,7 +211,7 @@ def check_fusion(method: Method, weight: object) -> None:
 
 
 def _check_weight(weight: object) -> None:
-    # Inside of jit it is traced and has been checked.
+    # Inside of jit the weight is traced, and has been checked before.
     if not isinstance(weight, jax.Array) and not (isinstance(weight, int | float) and 0 <= weight <= 1):
         raise ValueError(f"prior_weight must be in [0, 1], got {weight!r}")
 
@@ -223,18 +222,18 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
 
 
 def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, round_to: int = 1) -> tuple[int, ...]:
-    """Neurons that each layer keeps, as many in all as given, so that the sum of what the dropped ones lose is least.
+    """The number of neurons that each layer keeps, so that the dropped ones lose least; their sum stays that of `kept`.
 
-    A layer keeps its best neurons first, so that the next ones are worth ever less, and taking the best next block of
-    all layers again and again is exact.
+    A layer keeps its best neurons first, so that further ones are worth less and less. Taking the best next block of
+    all layers again and again is therefore exact.
 
     Args:
-        losses: per layer what dropping each neuron loses, at least 0.
-        kept: neurons of each layer without this; their sum stays what it is.
-        round_to: every layer keeps a multiple of this, at least one.
+        losses: for each layer, the loss from dropping each neuron, at least 0.
+        kept: number of neurons that each layer would keep with equal shares.
+        round_to: number that every layer keeps a multiple of, and at least once.
 
     Returns:
-        `kept` itself where it is all neurons of a layer or no multiple.
+        The number of each layer; `kept` itself if a layer keeps all its neurons, or no multiple of `round_to`.
     """
     if any(k % round_to or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
         return tuple(kept)
@@ -242,7 +241,7 @@ def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *,
     for layer, loss in enumerate(losses):
         ordered = -np.sort(-np.asarray(loss, np.float64))
         worth = np.add.reduceat(ordered, np.arange(round_to, len(ordered), round_to))
-        # The last one may be no whole block.
+        # The last block may be smaller.
         blocks += [(-value, number, layer) for number, value in enumerate(worth[: len(ordered) // round_to - 1])]
     taken = sorted(blocks)[: sum(kept) // round_to - len(losses)]
     found = round_to * (1 + np.bincount([layer for *_, layer in taken], minlength=len(losses)))
@@ -250,17 +249,17 @@ def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *,
 
 
 def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, round_to: int = 1) -> tuple[int, ...]:
-    """Shares on the way from uniform ones to the best, with the same sum, which both have.
+    """Numbers of kept neurons on the way from uniform ones to the best, with the sum that both have.
 
     Args:
-        uniform: multiples.
-        best: multiples.
-        strength: 0 is uniform, 1 best.
-        round_to: that all are of.
+        uniform: number of neurons that each layer keeps with equal shares, multiples of `round_to`.
+        best: number of neurons that each layer keeps with the least loss, multiples of `round_to`.
+        strength: how far to go, from 0 (`uniform`) to 1 (`best`).
+        round_to: number that every layer keeps a multiple of.
     """
     exact = (np.asarray(uniform) + strength * (np.asarray(best) - np.asarray(uniform))) / round_to
     blocks = np.floor(exact).astype(int)
-    # What rounding down has left over goes to the largest remainders.
+    # The blocks that rounding down has left over go to the largest remainders.
     left = sum(uniform) // round_to - blocks.sum()
     blocks[np.argsort(blocks - exact, kind="stable")[:left]] += 1
     return tuple(map(int, blocks * round_to))

@@ -1,17 +1,17 @@
-"""Beyond GRIFFIN: the kept neurons are refitted to carry what the prompt had from the others.
+"""Beyond GRIFFIN: the kept neurons are refitted so that they replace what the others did for the prompt.
 
     prefilled = prefill(model, tokens, lengths, max_new_tokens=N, rows=256)
     experts = select(prefilled.statistics, config)
     pruned = prune(model, experts, refit=Reconstruction(prefilled.rows))
 
-The prompt was read by the full model, so what pruning takes from each of its tokens is known: the residual r_t, the
+The prompt was read by the full model, so it is known what pruning takes from each of its tokens: the residual r_t, the
 dropped neurons' part of the down projection. Ridge regression over the tokens fits a change of the kept rows to it:
 
     A = rows z_t[E] / ||z_t||   (S, K)        R = rows r_t / ||z_t||   (S, D)
     Delta = A^T (A A^T + mu I)^-1 R           W_down'[E] = W_down[E] + Delta
 
-That is the dual form: the system has a row for each of S tokens, not for each of K neurons. Tokens weigh the same, as
-in GRIFFIN's statistic. The pruned model has the shapes that it has without, so decoding costs nothing more.
+That is the dual form: the system has a row for each of S tokens, not for each of K neurons. All tokens weigh the same,
+as in GRIFFIN's statistic. The shapes of the pruned model do not change, so decoding costs nothing more.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.model.feed_forward import LowRank
+from griffin_jax.model.ops import float32_product, solve_positive_definite
 from griffin_jax.parallel.mesh import mesh_of
 
 DEFAULT_ROWS = 256
-"""Tokens of a prompt that a reconstruction is fitted to, at most."""
+"""Number of tokens of a prompt that a reconstruction is fitted to, at most."""
 
 DEFAULT_CALIBRATION = 384
-"""Rows for general text that it is fitted to beside them: more of them gain, and cost time for every prompt."""
+"""Number of calibration rows in addition to them: more rows fit better, and cost more time for every prompt."""
 
 CALIBRATION_WEIGHT = 4096.0
-"""Tokens of a prompt that general text counts for."""
+"""Number of tokens of a prompt that general text counts for."""
 
 LEAST_RIDGE = 1e-3
-"""Below, float32 could not solve systems of a few thousand tokens."""
+"""Smallest ridge: with a smaller one, float32 could not solve systems of a few thousand tokens."""
 
 
 def check_ridge(ridge: object, weight: object) -> None:
@@ -51,24 +52,24 @@ def check_ridge(ridge: object, weight: object) -> None:
 
 
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
-    """How many tokens of each sequence to keep: `rows` are for one set of experts, which a batch may share."""
+    """Number of tokens of each sequence to keep, if `rows` are wanted for each set of kept neurons."""
     return -(-rows // batch) if shared else rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """What the kept rows of the down projections are fitted to.
+    """The refit that `prune` takes: the rows that the kept neurons are fitted to, and how.
 
     Attributes:
-        rows: per layer, relative activations of tokens of every sequence, from `prefill`; rows of zeros are padding.
-            Experts that a batch shares are fitted to the rows of all its sequences together.
+        rows: relative activations of tokens of every sequence in each layer, from `prefill`; rows of zeros are padding.
+            Neurons that a batch shares are fitted to the rows of all its sequences together.
         ridge: lambda in mu = lambda * mean(diag(A A^T)), the mean over the prompt's rows; at least `LEAST_RIDGE`. The
             larger it is, the smaller the change.
-        calibration: per layer, rows that stand for a token of general text, as those of a `Prior`, which keep the
-            prompt from being overfitted: their second moments count, and no row by itself.
-        weight: of the squared errors of the calibration rows, where each of the prompt's rows has 1: as if there were
-            this many tokens of general text.
+        calibration: rows of each layer whose second moments are those of a token of general text, such as those of a
+            `Prior`. They keep the fit from following the prompt too closely.
+        weight: weight of the squared errors of the calibration rows, where each of the prompt's rows has 1: the number
+            of tokens of general text that they stand for.
 
     Raises:
         ValueError: ridge or weight is outside its range.
@@ -83,11 +84,11 @@ class Reconstruction:
         check_ridge(self.ridge, self.weight)
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
-        """Raise `ValueError` unless the rows are those of a model's layers and of the experts' sequences.
+        """Raise `ValueError` unless the rows fit a model's layers and the sequences of the kept neurons.
 
         Args:
             neurons: F of every layer of the full model.
-            indices: per layer the experts, (K,) or (B, K).
+            indices: the kept neurons of each layer, (K,) or (B, K).
         """
         if not self.rows:
             raise ValueError("there are no rows to fit to: prefill with rows=N, the number of tokens of each prompt")
@@ -105,11 +106,11 @@ class Reconstruction:
     def changes(
         self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
     ) -> list[Float[Array, "*b _k d"]]:
-        """Delta of every layer, float32: what is added to the kept rows of its down projection.
+        """Delta of every layer, float32: what to add to the kept rows of its down projection.
 
         Args:
-            down: per layer W_down of the full model.
-            indices: per layer the neurons that are kept: (K,), or (B, K) for every sequence its own.
+            down: W_down of each layer of the full model.
+            indices: the kept neurons of each layer: (K,), or (B, K) with a row for every sequence.
         """
         shared = indices[0].ndim == 1
         kept, systems, targets = [], [], []
@@ -119,8 +120,9 @@ class Reconstruction:
             systems.append(system)
             targets.append(target)
         # Systems have the same shape in all layers, whatever these keep, and are solved together.
-        solved = _solved(jnp.stack(systems), jnp.stack(targets), on_mesh=mesh_of(down[0]) is not None)
-        changes = [_product("bsk,bsd->bkd", a.astype(jnp.float32), x) for a, x in zip(kept, solved, strict=True)]
+        on_mesh = mesh_of(down[0]) is not None
+        solved = solve_positive_definite(jnp.stack(systems), jnp.stack(targets), on_mesh=on_mesh)
+        changes = [float32_product("bsk,bsd->bkd", a, x) for a, x in zip(kept, solved, strict=True)]
         return [change[0] for change in changes] if shared else changes
 
     def low_rank(
@@ -154,7 +156,7 @@ class Reconstruction:
     def _system(
         self, layer: int, weight: Float[Array, "f d"], index: Int[Array, "b k"]
     ) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"], Float[Array, "b s k"]]:
-        """A A^T + mu I, R and A of one layer; padding has rows of zeros in all but mu I."""
+        """A A^T + mu I, R and A of one layer; rows of padding are zero in all but mu I."""
         rows = self.rows[layer]
         if index.shape[0] != rows.shape[0]:
             rows = rows.reshape(1, -1, rows.shape[-1])
@@ -167,9 +169,8 @@ class Reconstruction:
             system, target = _sums(rows, is_kept, weight)
         else:
             dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
-            # XLA's CPU code has no product of batches of bfloat16 in this form.
-            others = jnp.take_along_axis(rows, dropped[:, None], axis=-1).astype(jnp.float32)
-            target = _product("bse,bed->bsd", others, weight[dropped].astype(jnp.float32))
+            others = jnp.take_along_axis(rows, dropped[:, None], axis=-1)
+            target = float32_product("bse,bed->bsd", others, weight[dropped])
             system = _product("bsk,buk->bsu", a, a)
         return _with_ridge(system, prompt, self.ridge), target, a
 
@@ -222,40 +223,11 @@ def _solution(
     every = own if calibration is None else _with_calibration(own, calibration, weight)
     system, target = _sums(every, is_kept[None] if shared else is_kept, down)
     system = _with_ridge(system, jnp.any(own != 0, axis=-1), ridge)
-    x = _solved(system[None], target[None], on_mesh=on_mesh)[0]
+    x = solve_positive_definite(system[None], target[None], on_mesh=on_mesh)[0]
     parts = x[:, : own.shape[1]], None if calibration is None else x[:, own.shape[1] :] * jnp.sqrt(weight)
     return jax.tree.map(lambda part: part[0] if shared else part, parts)
 
 
-def _solved(
-    systems: Float[Array, "l b s s"], targets: Float[Array, "l b s d"], *, on_mesh: bool
-) -> Float[Array, "l b s d"]:
-    """X of A X = R for symmetric positive definite A.
-
-    Of several devices that are one processor's, each would wait in LAPACK for threads that the others hold (jaxlib
-    0.10). There rows are eliminated one by one, which needs no pivots for such matrices.
-    """
-
-    def by_cholesky(systems: Array, targets: Array) -> Array:
-        factor = jax.lax.linalg.cholesky(systems)
-        half = jax.lax.linalg.triangular_solve(factor, targets, left_side=True, lower=True)
-        return jax.lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
-
-    def by_elimination(systems: Array, targets: Array) -> Array:
-        size = systems.shape[-1]
-
-        def eliminate(number: Array, joint: Array) -> Array:
-            row = joint[:, :, number] / joint[:, :, number, number][..., None]
-            joint -= joint[..., number][..., None] * row[:, :, None]
-            return joint.at[:, :, number].set(row)
-
-        joint = jnp.concatenate([systems, targets], axis=-1)
-        return jax.lax.fori_loop(0, size, eliminate, joint)[..., size:]
-
-    if not on_mesh:
-        return by_cholesky(systems, targets)
-    return jax.lax.platform_dependent(systems, targets, cpu=by_elimination, default=by_cholesky)
-
-
 def _product(equation: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` with float32 result and additions; for operands in the model's dtype."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)

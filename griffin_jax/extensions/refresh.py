@@ -1,4 +1,10 @@
-"""Beyond GRIFFIN: the full model reads every few tokens what the pruned one wrote."""
+"""Beyond GRIFFIN: every few tokens the full model reads what the pruned one wrote.
+
+    state, statistics, _ = refresh(model, state, statistics, N)
+    pruned = prune(model, select(statistics, config), reuse=pruned)
+
+So the neurons that are kept follow the answer, and errors of the pruned model do not accumulate in the cache.
+"""
 
 from __future__ import annotations
 
@@ -31,27 +37,27 @@ def refresh(
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
 ) -> tuple[DecodeState, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
-    """Beyond GRIFFIN: the full model reads the newest `width` tokens of the answers, in one pass, and writes the next.
+    """Beyond GRIFFIN: the full model reads the newest `width` tokens of the answers in one pass, and writes the next.
 
-    What the pruned model has put into the cache for these tokens is replaced by what the full model makes of them. If
-    that is done at every `width` tokens (when `state.count` is a multiple of it), each token is read by the full model
-    once, so that cache and statistics are those of a prompt that had the answer in it. One token in `width` is the full
-    model's, whose scores come with the pass; with a width of 1 all are, which is dense decoding.
+    The keys and values that the pruned model wrote for these tokens are replaced by the full model's. If that is done
+    after every `width` tokens (when `state.count` is a multiple of it), the full model reads each token once, so that
+    cache and statistics are those of a prompt with the answer in it. One token in `width` is the full model's, because
+    the pass gives its scores; with a width of 1 all are, which is dense decoding.
 
     Args:
         model: the full model.
-        state: that holds at least `width` tokens and has room for one more. Donate it.
-        statistics: of all that the full model has read before: of the prompts, or from the refresh before.
-            With no layers none are added.
-        width: how many tokens to read; static.
+        state: answers with at least `width` tokens and room for one more. Donate it.
+        statistics: statistics of all that the full model has read before: those of the prompts, or from the refresh
+            before. Without layers none are added.
+        width: number of tokens to read; static.
         rows: relative activations for a `Reconstruction`, from `prefill` or from the refresh before.
-        sampler: how to draw.
-        eos: any of these tokens ends a row; static.
+        sampler: how tokens are drawn from the logits.
+        eos: tokens of which any ends a row; static.
 
     Returns:
-        The answers, one token longer; the statistics with those of the tokens that were read; and the rows, in which
-        the newest tokens have taken free places and then those of the oldest ones: what was read last is most like
-        what comes next, and the fit costs no more than before.
+        The answers, one token longer; the statistics including those of the tokens that were read; and the rows, in
+        which the newest tokens have taken free places and then those of the oldest tokens: what was read last is most
+        similar to what comes next, and the fit costs no more than before.
     """
     first = state.count - width
     tokens = jax.lax.dynamic_slice_in_dim(state.tokens, first, width, axis=1)
@@ -72,10 +78,10 @@ def teacher_force_refreshed(
     *,
     seed: int | Int[Array, "*b"] = 0,
 ) -> Float[Array, "b r d"]:
-    """Reads given answers as decoding does that is refreshed at every `width` tokens, with neurons selected anew.
+    """Read given answers like decoding with a refresh after every `width` tokens, where neurons are selected anew.
 
-    Each stretch of `width` tokens is read by the pruned model, and then once more by the full one, which scores the
-    token behind it; see `griffin_jax.refresh`.
+    Each stretch of `width` tokens is read by the pruned model, and then again by the full one, which scores the token
+    after it; see `refresh`.
 
     Args:
         model: the full model.

@@ -1,16 +1,16 @@
 """Beyond GRIFFIN: how much a model's predictions depend on each neuron, by the Fisher information.
 
-Let zbar_tj be the relative activation of neuron j at token t (`griffin_jax.griffin.select`), and l the loss of tokens
-that are drawn from the model's own predictions. To second order, dropping the neuron changes the predictions by
+Let zbar_tj be the relative activation of neuron j at token t (`griffin_jax.griffin.statistic`), and l the loss of
+tokens that are drawn from the model's own predictions. To second order, dropping the neuron changes the predictions by
 
     KL ~ zbar_tj^2 c_j / 2        c_j = mean_t (dl / dzbar_tj)^2
 
-and c_j is the diagonal of the Fisher information of the relative activations. One backward pass over a few texts
-measures it, in all layers at once.
+where c_j is the diagonal of the Fisher information of the relative activations. One backward pass over a few texts
+measures it in all layers at once.
 
-The first half of a text stands for a prompt, which is read by the full model whatever is pruned. What counts is how the
-neurons of the other half change the predictions of that half. So an early layer, which later tokens look back at, is
-not weighed by more tokens than an answer has.
+The first half of a text stands for a prompt, which the full model reads whatever is pruned. What counts is how the
+neurons change the predictions of the other half at its own tokens. So an early layer, which later tokens look back at,
+is not weighed by more tokens than an answer has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from griffin_jax.model.cache import EMPTY, empty_cache
 from griffin_jax.model.transformer import Transformer
 
 HORIZON = 128
-"""Tokens of the answer that a text stands for, at most."""
+"""Number of tokens of a text that stand for an answer, at most."""
 
 
 def sensitivity(
@@ -39,15 +39,16 @@ def sensitivity(
 
     Args:
         model: the full model.
-        texts: token ids, of which the first 2 x `HORIZON` are used. Memory is that of a backward pass over one of them.
-        seed: of the tokens that are drawn.
-        quiet: no progress bar.
+        texts: token ids of each text, of which the first 2 x `HORIZON` are used. Memory is that of a backward pass over
+            one text.
+        seed: seed of the tokens that are drawn.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        Per layer, float32, in nats.
+        c of each layer, float32, in nats.
 
     Raises:
-        ValueError: no text has two tokens.
+        ValueError: no text has at least two tokens.
     """
     long = [text[: 2 * HORIZON] for text in texts if len(text) > 1]
     if not long:
@@ -70,20 +71,20 @@ def squared_gradients(
 
     Args:
         model: the full model.
-        tokens: texts, padded on the right with any token.
-        lengths: real tokens of each.
-        key: of the tokens that are drawn.
+        tokens: the texts, padded on the right with any token.
+        lengths: number of real tokens of each text.
+        key: random key of the tokens that are drawn.
     """
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
     counted = (columns >= lengths[:, None] // 2) & (columns < lengths[:, None])
 
     def read(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """Logits and norms of z, if the outputs of the down projections were changed by these offsets."""
+        """Logits and norms of z, with these offsets added to the outputs of the down projections."""
         changed: Transformer = jax.tree.map(lambda leaf: leaf, model)
         for layer, offset in zip(changed.layers, offsets, strict=True):
             bias = layer.ff.down_bias
-            # A bias is added to every token; here every token has one of its own.
+            # A bias is the same for every token; here every token has its own.
             layer.ff.down_bias = nnx.data(nnx.Param(offset if bias is None else offset + bias[...]))
         cache = empty_cache(model.config, tokens.shape[0], tokens.shape[1], model.dtype)
         hidden, _, norms = changed(tokens, positions, cache, read_slots=0, observe=_square_norm)
@@ -108,4 +109,5 @@ def squared_gradients(
 
 
 def _square_norm(_layer: int, z: Float[Array, "b t f"], _real: Array) -> Float[Array, "b t"]:
+    """The observer of ||z||^2."""
     return jnp.sum(jnp.square(z.astype(jnp.float32)), axis=-1)

@@ -1,14 +1,14 @@
 """Beyond GRIFFIN: the relative activations of a whole text in a few rows, which a reconstruction can be fitted to.
 
-Ridge regression sees the rows it is fitted to only through their second moments. So thousands of tokens can be replaced
-by any rows whose second moments are near theirs,
+Ridge regression sees the rows that it is fitted to only through their second moments. So thousands of tokens can be
+replaced by any rows whose second moments are close to theirs,
 
     C^T C ~ G = mean_t zbar_t zbar_t^T        (F, F) for each layer
 
-and the best C of this many rows has the leading eigenvectors of G, each times the root of its eigenvalue. G itself is
-too large where layers are wide. Its product with a few vectors can be added up token by token, Y = G Q, and says enough
-(the Nystrom approximation Y (Q^T Y)^-1 Y^T; Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736). Q is random first;
-reading the texts once more, with the orthonormalised Y for Q, comes close to the eigenvectors.
+and the best C with a given number of rows has the leading eigenvectors of G, each times the root of its eigenvalue. G
+itself is too large where layers are wide, but its product with a few vectors, Y = G Q, can be summed up token by token
+and says enough (the Nystrom approximation Y (Q^T Y)^-1 Y^T; Tropp, Yurtsever, Udell and Cevher, arXiv 1706.05736). Q is
+random at first; reading the texts once more, with the orthonormalised Y as Q, comes close to the eigenvectors.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from jaxtyping import Array, Bool, Float
 from griffin_jax.parallel.mesh import to_host
 
 PASSES = 2
-"""How often the texts are read."""
+"""Number of times that the texts are read."""
 
 SHIFT = 1e-6
-"""Of the size of Y: what is added to G against rounding, and taken off again."""
+"""What is added to G against rounding, relative to the size of Y, and subtracted again."""
 
 Bases = tuple[Float[Array, "_f _q"], ...]
+"""An array of each layer with a few columns: Q or Y."""
 
 
 def random_bases(neurons: Sequence[int], rows: int, seed: int = 0) -> Bases:
-    """Q of every layer, for the first time the texts are read: orthonormal columns, a third more than rows are wanted.
+    """Q of every layer for the first reading of the texts: random orthonormal columns, a third more than `rows`.
 
     Args:
         neurons: F of every layer.
-        rows: as many of C are wanted.
-        seed: of the draws.
+        rows: number of rows that C is to have.
+        seed: seed of the draws.
     """
     rng = np.random.default_rng(seed)
     shapes = [(f, min(f, -(-4 * rows // 3))) for f in neurons]
@@ -46,7 +47,7 @@ def random_bases(neurons: Sequence[int], rows: int, seed: int = 0) -> Bases:
 
 
 def next_bases(products: Bases) -> Bases:
-    """Q for the next time, from Y."""
+    """Q for the next reading of the texts, from Y."""
     return tuple(_orthonormal(to_host(product)) for product in products)
 
 
@@ -58,12 +59,12 @@ def _orthonormal(columns: Float[np.ndarray, "f q"]) -> Float[Array, "f q"]:
 def add_products(
     products: Bases, bases: Bases, rows: tuple[Float[Array, "b t _f"], ...], counted: Bool[Array, "b"]
 ) -> Bases:
-    """Y of every layer, with zbar_t (zbar_t^T Q) of more tokens. Float32.
+    """Y of every layer with zbar_t (zbar_t^T Q) of more tokens added, float32.
 
     Args:
-        products: Y so far; its memory is given away.
-        bases: Q.
-        rows: zbar, as `prefill` returns them; rows of zeros are padding.
+        products: Y so far; its memory is reused.
+        bases: Q of every layer.
+        rows: zbar of the tokens, as `prefill` returns them; rows of zeros are padding.
         counted: which sequences to add.
     """
 
@@ -76,13 +77,13 @@ def add_products(
 
 
 def leading_rows(products: Bases, bases: Bases, tokens: int, rows: int) -> tuple[Float[Array, "_c _f"], ...]:
-    """C of every layer, the row that counts most first. Float16.
+    """C of every layer, float16, with the row that counts most first.
 
     Args:
-        products: Y, the sum over all tokens.
-        bases: Q.
-        tokens: how many there were.
-        rows: of C, at most: there are no more than neurons or tokens.
+        products: Y of every layer, the sum over all tokens.
+        bases: Q of every layer.
+        tokens: number of tokens.
+        rows: number of rows of C, at most; no more than neurons or tokens.
     """
     found = []
     for product, basis in zip(products, bases, strict=True):
@@ -96,7 +97,7 @@ def leading_rows(products: Bases, bases: Bases, tokens: int, rows: int) -> tuple
         best = np.argsort(-squares, kind="stable")[: min(rows, tokens)]
         scale = np.sqrt(np.maximum(squares[best] - shift, 0) / squares[best])
         leading = scale[:, None] * (vectors[:, best].T @ root)
-        # The signs are arbitrary; these are the same everywhere.
+        # The signs of eigenvectors are arbitrary; these are the same everywhere.
         largest = np.take_along_axis(leading, np.abs(leading).argmax(axis=1)[:, None], axis=1)
         found.append(jnp.asarray(leading * np.where(largest < 0, -1, 1), jnp.float16))
     return tuple(found)

@@ -1,17 +1,18 @@
-"""Beyond GRIFFIN: the pruned model drafts, the full one decides, and the answer is the full model's.
+"""Beyond GRIFFIN: speculative decoding, in which the pruned model drafts and the answer is the full model's.
 
     state, drafting = decode_speculative(model, pruned, init_decode(prefilled), N, drafts=4)
 
-In each round the pruned model writes some drafts, one token after the other. One pass of the full model reads all of
-them and has the distribution of each token and of the one behind them. With p of the full model and q of the pruned
-one, both of the sampler that is asked for, a draft x is accepted with probability min(1, p(x) / q(x)); in place of the
-first that is not, a token is drawn from max(0, p - q), normalised; behind drafts that all were accepted, one from p.
-Tokens so drawn have exactly the full model's distribution (speculative sampling: Leviathan, Kalman, Matias,
-arXiv 2211.17192, and Chen et al., arXiv 2302.01318). Greedy is the case where p and q are 1 for one token.
+In each round the pruned model drafts a few tokens, one after the other. One pass of the full model reads all drafts and
+gives the distribution of each of them and of the token after them. Let p and q be the distributions of the full and the
+pruned model, with the sampler that is asked for. A draft x is accepted with probability min(1, p(x) / q(x)). In place
+of the first draft that is not accepted, a token is drawn from max(0, p - q), normalised; if all drafts are accepted,
+one more token is drawn from p. Tokens drawn in this way have exactly the full model's distribution (speculative
+sampling: Leviathan, Kalman, Matias, arXiv 2211.17192, and Chen et al., arXiv 2302.01318). With the greedy sampler p and
+q are 1 for one token.
 
-What it costs: where a draft is accepted with probability a, takes c of a dense step, and the pass takes v of it, a
-round of n drafts takes n c + v and yields (1 - a^(n+1)) / (1 - a) tokens. It pays where that is less than a token a
-step: for n = 1 where a > c + v - 1.
+What it costs, in dense steps: if a draft takes c and is accepted with probability a, and the pass takes v, then a round
+of n drafts takes n c + v and yields (1 - a^(n+1)) / (1 - a) tokens. It pays where the tokens are more than the steps:
+for n = 1 where a > c + v - 1.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.transformer import Transformer
 
 DEFAULT_DRAFTS = 4
-"""Tokens that are drafted for each pass of the full model."""
+"""Number of tokens that are drafted for each pass of the full model."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Drafting:
-    """How drafts fared. Additive: those of several calls may be summed.
+    """How many drafts were accepted. Additive: those of several calls may be summed.
 
     Attributes:
-        passes: of the full model.
-        drafted: tokens that were drafted for each row, while it had not ended.
-        accepted: drafts that are in the answer.
+        passes: number of passes of the full model.
+        drafted: number of tokens drafted for each row before it ended.
+        accepted: number of drafts of each row that are in its answer.
     """
 
     passes: Int[Array, ""]
@@ -61,27 +62,29 @@ def decode_speculative(
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
 ) -> tuple[DecodeState, Drafting]:
-    """Goes on until every row holds at least `until` tokens or has ended, with the full model's distribution.
+    """Write tokens with the full model's distribution until every row has at least `until` of them or has ended.
 
-    A round ends with up to `drafts` tokens more than `until`; rounds, and so tokens, do not depend on how often this is
-    called to reach a length. All rows of a batch go on by as many tokens as the one with the fewest accepted drafts:
-    the others draft the rest again. So a round takes the cache slots of its tokens and no others, and the more rows
-    there are, the fewer tokens a round yields.
+    The last round may end with up to `drafts` tokens more than `until`; rounds, and so tokens, do not depend on how
+    often this is called to reach a length. All rows of a batch go on by as many tokens as the one with the fewest
+    accepted drafts, and the others draft the rest again. So a round takes the cache slots of its tokens and no others,
+    and the more rows there are, the fewer tokens a round yields.
 
-    A round holds the distributions of its drafts for the whole vocabulary, (2 n + 1) B V float32, beside the cache.
+    A round holds the distributions of its drafts over the whole vocabulary, (2 n + 1) B V float32 numbers, in addition
+    to the cache.
 
     Args:
         model: the full model, whose distribution the tokens have.
-        pruned: what drafts.
-        state: from `init_decode`, `decode` or here. Donate it.
-        until: tokens of the longest row, those before included. The answer needs room for `drafts` more; where it
-            does not have it, `until` is less by as much.
-        drafts: n, tokens that are drafted in each round, at least 1; static.
-        sampler: how to draw.
-        eos: any of these tokens ends a row; static.
+        pruned: the model that drafts.
+        state: the answers so far, from `init_decode`, `decode` or this function. Donate it.
+        until: number of tokens that rows come to hold, earlier ones included. The answers need room for `drafts` more;
+            where there is less room, `until` is smaller by as much.
+        drafts: n, the number of tokens that are drafted in each round, at least 1; static.
+        sampler: how tokens are drawn from the logits.
+        eos: tokens of which any ends a row; static.
 
     Returns:
-        The longer answers, with the full model's keys and values for them in the cache, and how the drafts fared.
+        The longer answers, with the full model's keys and values for them in the cache, and how many drafts were
+        accepted.
     """
     batch, columns = state.tokens.shape
     until = jnp.minimum(until, columns - drafts)
@@ -101,8 +104,8 @@ def _round(
     model: Transformer, pruned: Transformer, state: DecodeState, drafts: int, sampler: Sampler, eos: tuple[int, ...]
 ) -> tuple[DecodeState, Drafting]:
     place = jnp.arange(drafts + 1, dtype=jnp.int32)
-    # Each column has its own keys, whichever round it is written in. Where a draft is dropped because of another row,
-    # or of a draft before it, nothing that was kept has depended on its keys.
+    # Each column has its own keys, whichever round it is written in. Where a draft is dropped because of another row or
+    # of a draft before it, nothing that was kept depends on its keys.
     keys = jax.vmap(lambda column: jax.vmap(lambda key: jax.random.split(key, 3))(column_keys(state, column)))
     to_draft, to_accept, to_correct = jnp.moveaxis(keys(state.count + place), 2, 0)
     newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1)
@@ -129,7 +132,7 @@ def _round(
     chance = jax.vmap(jax.vmap(jax.random.uniform))(to_accept[:drafts]).T
     accepted = jnp.cumprod(accept(chance, *(_of(drafted, x) for x in (p[:, :drafts], q))), axis=1)
     first = jnp.sum(accepted, axis=1)
-    # Behind the last draft there is none, which is one that had no probability.
+    # After the last draft there is no other, which is the same as one that had no probability.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p_first, q_first = (jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0] for x in (p, q))
     key = jnp.take_along_axis(to_correct.T, first[:, None], axis=1)[:, 0]
@@ -159,22 +162,23 @@ def _round(
 
 
 def _of(tokens: Int[Array, "b n"], x: Float[Array, "b n v"]) -> Float[Array, "b n"]:
+    """The values of x for these tokens."""
     return jnp.take_along_axis(x, tokens[..., None], axis=-1)[..., 0]
 
 
 def accept(chance: Float[Array, "*b"], p: Float[Array, "*b"], q: Float[Array, "*b"]) -> Bool[Array, "*b"]:
-    """Whether drafts are accepted: with probability min(1, p / q).
+    """Whether drafts are accepted, which they are with probability min(1, p / q).
 
     Args:
-        chance: uniform in [0, 1).
-        p: of the draft, in the full model.
-        q: of the draft, in the model that drew it; above 0.
+        chance: random numbers, uniform in [0, 1).
+        p: probability of each draft in the full model.
+        q: probability of each draft in the model that drew it; above 0.
     """
     return chance * q < p
 
 
 def correction(p: Float[Array, "*b v"], q: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-    """What replaces a draft that was not accepted is drawn in proportion to this: max(0, p - q).
+    """max(0, p - q), in proportion to which the token is drawn that replaces a draft that was not accepted.
 
     Where rounding leaves nothing of it, p and q are the same, and it is p.
     """

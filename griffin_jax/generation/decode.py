@@ -1,20 +1,9 @@
-"""The way of the data: prefill -> select -> prune -> decode.
+"""Decoding: one loop on the device that writes answers token by token, with the full model or a pruned one.
 
-Four pure functions over pytrees (`select` and `prune` live in `griffin_jax.griffin.select`), each of which
-can be called alone, under `jax.jit` or inside a user's own pipeline:
+    state = init_decode(prefilled)                 the first token, from the full model's logits
+    state = decode(pruned, state, N)               up to N tokens
 
-    prefilled = prefill(model, tokens, lengths, max_new_tokens=N)
-    experts = select(prefilled.statistics, GriffinConfig(density=0.5))
-    pruned = prune(model, experts)
-    answer = decode(pruned, init_decode(prefilled), N)
-
-Decoding does not know whether the model it was handed is pruned, so dense decoding is the same code
-with the prune step left out.
-
-Beyond GRIFFIN, the full model may read every N tokens what the pruned one wrote:
-
-    answer, statistics, _ = refresh(model, answer, statistics, N)
-    pruned = prune(model, select(statistics, config), reuse=pruned)
+Called again with a larger N, `decode` goes on where it stopped, so that answers can be streamed.
 """
 
 from __future__ import annotations
@@ -35,16 +24,16 @@ from griffin_jax.utils.deprecation import renamed_arguments
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Answers in the making: everything that `decode` needs to go on.
+    """Unfinished answers, with everything that `decode` needs to go on.
 
     Attributes:
-        tokens: the answers so far, `EMPTY` behind them and behind the end of a row.
-        count: columns of `tokens` that are written.
-        done: rows that have ended.
-        lengths: real tokens of the prompts.
-        cache: of the prompts and of all answer tokens but the newest.
-        key: each token is drawn with a key of its own, derived from this, its column and its row; or from its row's
-            key and its column, if every row has one.
+        tokens: the answers so far, followed by `EMPTY`; also after the end of a row that has ended.
+        count: number of columns of `tokens` that are written.
+        done: which rows have ended.
+        lengths: number of real tokens of each prompt.
+        cache: keys and values of the prompts and of all answer tokens but the newest.
+        key: random key; the key of each token is derived from it, the token's column and its row. Or one key for each
+            row; the key of each token is then derived from that of its row and its column.
     """
 
     tokens: Int[Array, "b n"]
@@ -62,16 +51,16 @@ def init_decode(
     eos: tuple[int, ...] = (),
     seed: int | Int[Array, "*b"] = 0,
 ) -> DecodeState:
-    """The answer's first token, from the full model's logits behind the prompt.
+    """The answers' first tokens, from the full model's logits after the prompts.
 
     Args:
-        prefilled: the prompts. Donate the cache: the answer goes on in it.
-        sampler: how to draw.
-        eos: any of these tokens ends a row; static.
-        seed: of all randomness in the answer; or one for each row, whose draws then do not depend on its batch.
+        prefilled: the prompts. Donate the cache: the answers go on in it.
+        sampler: how tokens are drawn from the logits.
+        eos: tokens of which any ends a row; static.
+        seed: seed of all draws of the answers; or one for each row, whose draws then do not depend on the batch.
 
     Returns:
-        Answers of one token each, with room for as many as the cache has.
+        Answers of one token each, with room for `prefilled.max_new_tokens`.
     """
     batch = prefilled.logits.shape[0]
     state = DecodeState(
@@ -94,17 +83,16 @@ def decode(
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
 ) -> DecodeState:
-    """Goes on until every row holds `until` tokens or has ended: one loop on the device.
+    """Write tokens until every row has `until` of them or has ended, in one loop on the device.
 
-    Called again with a larger `until` it goes on where it stopped, with the same tokens as in one
-    call. The model may be full or pruned.
+    Called again with a larger `until`, it goes on where it stopped, with the same tokens as in one call.
 
     Args:
-        model: what the next tokens are computed with.
-        state: from `init_decode` or `decode`. Donate it where it is not used again.
-        until: tokens of the longest row, those before included; no more than there is room for.
-        sampler: how to draw.
-        eos: any of these tokens ends a row; static.
+        model: the model that computes the next tokens, full or pruned.
+        state: the answers so far, from `init_decode` or `decode`. Donate it where it is not used again.
+        until: number of tokens that rows come to hold, earlier ones included; limited by the room for them.
+        sampler: how tokens are drawn from the logits.
+        eos: tokens of which any ends a row; static.
 
     Returns:
         The longer answers.
@@ -124,7 +112,7 @@ def decode(
 
 
 def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, "b"]:
-    """What the tokens of a column are drawn with, one key for each row."""
+    """The keys that the tokens of a column are drawn with, one for each row."""
     if state.key.ndim:
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, column)
     key = jax.random.fold_in(state.key, column)
@@ -134,6 +122,7 @@ def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, 
 def append_token(
     state: DecodeState, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
 ) -> DecodeState:
+    """The state with one more token in each row, drawn from `logits`, and with the cache that they came with."""
     token = jnp.where(state.done, EMPTY, sampler(logits, column_keys(state, state.count)))
     ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(state.done)
     return dataclasses.replace(

@@ -1,7 +1,7 @@
-"""The steps of prefill -> select -> decode, compiled.
+"""The steps of prefill -> select -> decode, and of scoring, compiled.
 
-The same functions under `jax.jit`, with the arguments static and donated that should be. `prune` is
-not among them: its gather is jitted inside, and jit would copy the arrays that it passes through.
+These are the same functions under `jax.jit`, with the right arguments static and donated. `prune` is not among them:
+its gather is jitted inside, and jit would copy the arrays that it passes through.
 """
 
 from __future__ import annotations

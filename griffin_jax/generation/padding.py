@@ -1,4 +1,4 @@
-"""Token sequences as arrays of few shapes, so that little is compiled."""
+"""Token sequences as arrays of few different shapes, so that little is compiled."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 from jaxtyping import Array, Int
 
 DEFAULT_CHUNK = 1024
-"""Tokens that prefill reads at a time: its attention scores and intermediates are this high."""
+"""Tokens that prefill reads at a time, which bounds the size of its attention scores and intermediates."""
 
 
 def bucket(length: int) -> int:
-    """The padded length: 16, 24, 32, 48, 64, ... up to 1,024, behind it four lengths up to each doubling.
+    """The padded length: 16, 24, 32, 48, 64, ... up to 1,024, and then four lengths up to each doubling.
 
-    Few lengths mean few compilations: a second prompt of the same bucket compiles nothing. Of a long prompt, less than
-    a fifth is padding.
+    Few lengths mean few compilations: a second prompt of the same bucket compiles nothing. Less than a fifth of a long
+    prompt is padding.
     """
     below = 1 << max(4, (length - 1).bit_length() - 1)
     step = below // (2 if length <= DEFAULT_CHUNK else 4)
@@ -23,7 +23,7 @@ def bucket(length: int) -> int:
 
 
 def chunk_count(length: int, chunk: int) -> int:
-    """In how many chunks of at most `chunk` tokens a length is read; they divide it evenly where they can."""
+    """The number of chunks of at most `chunk` tokens that a length is read in; equal ones, where that is possible."""
     fewest = -(-length // chunk)
     return next((count for count in range(fewest, 2 * fewest) if length % count == 0), fewest)
 
@@ -39,7 +39,7 @@ def pad(
     """Token sequences as one array, padded on the right with 0 to `length`, and their lengths.
 
     Raises:
-        ValueError: a sequence is longer.
+        ValueError: a sequence is longer than `length`.
     """
     if (longest := max(map(len, sequences), default=0)) > length:
         raise ValueError(f"a sequence of {longest} tokens does not fit into {length}")

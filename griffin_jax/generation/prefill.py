@@ -1,4 +1,4 @@
-"""The full model reads prompts, exactly, and records how strongly each neuron takes part."""
+"""Prefill: the full model reads prompts and records how strongly each neuron takes part."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from griffin_jax.parallel.mesh import mesh_of, over_data
 from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
 
 _Observed = tuple[Array | None, Array | None]
-"""What is kept of a layer: s^2, and relative activations of some tokens."""
+"""What is recorded of a layer: s^2, and relative activations of some tokens."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """A prompt that was read by the full model.
+    """Prompts that were read by the full model.
 
     Attributes:
-        logits: scores of the token behind each prompt, float32.
-        hidden: the residual stream that they are computed from, behind the last layer.
-        cache: keys and values of the prompt, with room for the answer.
-        statistics: what GRIFFIN selects by; no layers if they were not collected.
-        max_new_tokens: tokens that the cache has room for behind the prompt.
-        rows: per layer, relative activations of some tokens of each prompt, in the model's dtype, for a
-            `Reconstruction`; no layers unless they were asked for.
+        logits: scores of the token after each prompt, float32.
+        hidden: the residual stream after the last layer that they are computed from.
+        cache: keys and values of the prompts, with room for the answers.
+        statistics: what GRIFFIN selects by; without layers if it was not collected.
+        max_new_tokens: number of tokens that the cache has room for after the prompts.
+        rows: relative activations of some tokens of each prompt in each layer, in the model's dtype, for a
+            `Reconstruction`; without layers unless they were asked for.
     """
 
     logits: Float[Array, "b v"]
@@ -56,23 +56,23 @@ def prefill(
     collect: bool = True,
     rows: int = 0,
 ) -> Prefilled:
-    """Reads prompts with the model, exactly, and records how strongly each neuron takes part.
+    """Read prompts with the full model, exactly, and record how strongly each neuron takes part.
 
-    If the model is on a mesh, prompts are divided along its axis `data`, and all that comes from them; where that does
-    not divide their number, each part of the mesh has all of them.
+    If the model is on a mesh, the prompts and all that comes from them are divided along its axis `data`, if that
+    divides their number evenly.
 
     Args:
         model: the full model.
-        tokens: prompts, padded on the right to a common length with any token.
-        lengths: real tokens of each prompt, in [1, T].
-        max_new_tokens: longest answer that the cache gets slots for, in tokens; static.
-        longest: tokens that the answer (or that of each row) may come to have, by which LongRoPE chooses its
+        tokens: the prompts, padded on the right to a common length with any token.
+        lengths: number of real tokens of each prompt, in [1, T].
+        max_new_tokens: length of the longest answer that the cache gets slots for, in tokens; static.
+        longest: number of tokens that the answers (or that of each row) may come to have, by which LongRoPE chooses its
             wavelengths; `max_new_tokens` if None. Not static, so that `max_new_tokens` can be rounded up without
-            meaning.
-        chunk: tokens read at a time, at most; static. It bounds memory and changes no result.
-        collect: whether to gather the statistics; static.
-        rows: tokens of each prompt whose relative activations are kept for a `Reconstruction`: all of them, or this
-            many that are spread evenly over a longer prompt; static.
+            changing a result.
+        chunk: number of tokens read at a time, at most; static. It bounds memory and changes no result.
+        collect: whether to collect the statistics; static.
+        rows: number of tokens of each prompt whose relative activations are kept for a `Reconstruction`: all tokens of
+            a shorter prompt, this many spread evenly over a longer one; static.
     """
     batch, length = tokens.shape
     chunks = chunk_count(length, chunk)
@@ -139,19 +139,20 @@ def read_on(
     statistics: Statistics,
     rows: tuple[Float[Array, "b _r _f"], ...] = (),
 ) -> tuple[Float[Array, "b t d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
-    """Reads tokens behind those of a cache, and takes them into what was recorded of these.
+    """Read more tokens after those of a cache, and add them to what was recorded before.
 
     Args:
-        model: what reads.
-        cache: of the tokens before, with room for T more.
+        model: the model that reads, full or pruned.
+        cache: the tokens before, with room for T more.
         tokens: token ids.
-        positions: of each in its row; `EMPTY` for padding, which is on the right.
-        statistics: of the tokens before. With no layers none are gathered; its counts of tokens are needed for `rows`.
-        rows: relative activations of some of the tokens before, the oldest first, zeros behind them.
+        positions: position of each token in its row; `EMPTY` for padding, which is on the right.
+        statistics: statistics of the tokens before. Without layers none are collected; the numbers of tokens are needed
+            for `rows`.
+        rows: relative activations of some of the tokens before, the oldest first, followed by zeros.
 
     Returns:
-        The residual stream, the longer cache, the statistics of all tokens, and as many rows as before: the newest
-        there are, the oldest first.
+        The residual stream, the longer cache, the statistics of all tokens, and as many rows as before, which are those
+        of the newest tokens, the oldest first.
     """
     more = jnp.sum(positions != EMPTY, axis=1, dtype=jnp.int32)
 

@@ -1,7 +1,7 @@
-"""How the next token is drawn from the logits.
+"""Samplers: how the next token is drawn from the logits.
 
-Samplers are pytrees: which filters are on is static, their values are not, so another temperature
-compiles nothing.
+They are pytrees. Which filters are on is static, but their values are not, so that another temperature compiles
+nothing.
 """
 
 from __future__ import annotations
@@ -17,30 +17,28 @@ from jaxtyping import Array, Float, Int, Key
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The most probable token; of equal ones the first."""
+    """Takes the most probable token; of equally probable ones the first."""
 
     def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, "b"]) -> Int[Array, "b"]:
         del keys
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-        """With which probability each token is taken, float32: 1 and 0."""
+        """The probability with which each token is taken, float32: 1 or 0."""
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draws from the tempered distribution after filters, applied in the order of the attributes.
+    """Draws from the tempered distribution after filters, which are applied in the order of the attributes.
 
     Attributes:
-        temperature: logits are divided by it; above 0.
-        top_k: keep the k most probable tokens, at least 1.
-        top_p: keep the fewest tokens whose probabilities sum to at least this, in (0, 1]
-            (nucleus sampling, arXiv 1904.09751). Here and in `top_k`, tokens equal to the last kept one
-            are kept too.
-        min_p: keep tokens of at least this share of the largest probability, in [0, 1]
-            (arXiv 2407.01082).
+        temperature: number above 0 that logits are divided by.
+        top_k: number of tokens to keep, the most probable ones; at least 1.
+        top_p: probability in (0, 1] that the kept tokens reach together: the fewest that do are kept (nucleus
+            sampling, arXiv 1904.09751). Here and in `top_k`, tokens equal to the last kept one are kept too.
+        min_p: share in [0, 1] of the largest probability that kept tokens have at least (arXiv 2407.01082).
 
     Raises:
         ValueError: a value is outside its range.
@@ -72,11 +70,11 @@ class Sample:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-        """With which probability each token is drawn, float32."""
+        """The probability with which each token is drawn, float32."""
         return jax.nn.softmax(self.filter(logits), axis=-1)
 
     def filter(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-        """Tempered logits, -inf where a filter removes the token."""
+        """Tempered logits, with -inf where a filter removes the token."""
         # Relative to the largest, so that no temperature makes two logits overflow to the same infinity.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
@@ -102,7 +100,7 @@ Sampler = Greedy | Sample
 def sampler(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Sampler:
-    """The sampler for a user's flags; a temperature of 0 is greedy.
+    """The sampler with these settings; a temperature of 0 is greedy.
 
     Raises:
         ValueError: a value is outside its range, or a filter is given with a temperature of 0.

@@ -1,15 +1,14 @@
 """Teacher forcing: how probable given answers are, and how far a pruned model's predictions are from the dense one's.
 
-    prefilled = prefill(model, tokens, lengths, max_new_tokens=R)                   as for an answer that is to be
-    written
-    hidden, statistics = teacher_force(model, prefilled, answers, lengths)       what decoding these tokens would have
-    seen hidden, _ = teacher_force(prune(model, experts), prefilled, answers, lengths)
-    losses(model, hidden, answers), compare(model, dense, pruned, answers)
-    hidden, longer = extend(model, prefilled, tokens, lengths)            prompts that go on, scored on the way
-    hidden = teacher_force_refreshed(model, prefilled, answers, lengths, config, N)   as with a refresh every N tokens
+    prefilled = prefill(model, tokens, lengths, max_new_tokens=R)             as for an answer that is written
+    dense, statistics = teacher_force(model, prefilled, answers, lengths)     reads given answers instead
+    pruned, _ = teacher_force(prune(model, experts), prefilled, answers, lengths)
+    losses(model, dense, answers)                                             how well the answers were predicted
+    compare(model, dense, (pruned,), answers)                                 and how differently by the pruned model
+    hidden, longer = extend(model, prefilled, tokens, lengths)                prompts that go on, scored on the way
 
-Prompts and answers may be ragged; a prompt that was read once serves any number of pruned models. Scores over the
-vocabulary are made a few tokens at a time, so that they never take more memory than a few tokens' worth.
+Prompts and answers may be ragged, and a prompt that was read once serves any number of pruned models. Scores over the
+vocabulary are made for a few tokens at a time, so that they take no more memory than needed, see `LOGITS_BYTES`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of, over_data
 
 LOGITS_BYTES = 1 << 27
-"""Logits of at most this size exist at a time, or those of one token of each row."""
+"""Size of the logits that exist at a time, at most; or those of one token of each row, if these are larger."""
 
 
 def teacher_force(
@@ -45,56 +44,55 @@ def teacher_force(
     *,
     collect: bool = False,
 ) -> tuple[Float[Array, "b r d"], Statistics]:
-    """Reads given answers behind prompts that were prefilled.
+    """Read given answers after prompts that were prefilled, as decoding them would.
 
-    Answers that are wider than `DEFAULT_CHUNK` are read in chunks of at most so many tokens, if these divide the width,
-    as they do what `bucket` makes: attention scores and intermediates are no larger.
+    Answers that are wider than `DEFAULT_CHUNK` are read in equal chunks of at most so many tokens, where their width
+    allows it, as the widths from `bucket` do. That bounds the size of attention scores and intermediates.
 
     Args:
         model: the full model or a pruned one.
         prefilled: the prompts, with room for R tokens. It stays as it is.
         answers: token ids, padded on the right with any token.
-        lengths: real tokens of each answer, in [0, R].
-        collect: whether to gather GRIFFIN's statistic over the answers; static.
+        lengths: number of real tokens of each answer, in [0, R].
+        collect: whether to collect GRIFFIN's statistic over the answers; static.
 
     Returns:
-        The residual stream that scores each answer token, for `losses` and `compare` (of the first one it is the
-        prompt's own, dense), and the statistics of the answers (no layers unless `collect`).
+        The residual stream that scores each answer token, for `losses` and `compare` (for the first token that of the
+        prompt, from the full model), and the statistics of the answers (without layers unless `collect`).
     """
     batch = answers.shape[0]
     nothing = tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons if collect)
     nothing = Statistics(nothing, jnp.zeros((batch,), jnp.int32))
     hidden, _, statistics, _ = _read(model, prefilled, answers, lengths, nothing)
-    return _behind(prefilled, hidden), statistics
+    return _shifted(prefilled, hidden), statistics
 
 
 def extend(
     model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"]
 ) -> tuple[Float[Array, "b r d"], Prefilled]:
-    """Reads more tokens of prompts, as if these had been prefilled with them.
+    """Read more tokens of prompts, as if these had been prefilled with them.
 
     Args:
         model: the full model.
         prefilled: the prompts, with room for at least R tokens. It stays as it is.
-        tokens: that follow, padded on the right with any token.
-        lengths: real tokens of each row, in [0, R].
+        tokens: the tokens that follow, padded on the right with any token.
+        lengths: number of real tokens of each row, in [0, R].
 
     Returns:
         The residual stream that scores each of the tokens, as from `teacher_force`, and the longer prompts, with room
-        for R
-        tokens less; with statistics if there were any, and with as many rows for a `Reconstruction`, in which the
-        newest tokens have taken the places of the oldest.
+        for R tokens less. They have statistics if there were any, and as many rows for a `Reconstruction` as before,
+        in which the newest tokens have replaced the oldest.
     """
     hidden, cache, statistics, rows = _read(model, prefilled, tokens, lengths, prefilled.statistics, prefilled.rows)
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
     last = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
     logits = model.logits(last[:, None])[:, 0]
     max_new_tokens = prefilled.max_new_tokens - tokens.shape[1]
-    return _behind(prefilled, hidden), Prefilled(logits, last, cache, statistics, max_new_tokens, rows)
+    return _shifted(prefilled, hidden), Prefilled(logits, last, cache, statistics, max_new_tokens, rows)
 
 
-def _behind(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
-    """What scores each token is what stands before it."""
+def _shifted(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
+    """The residual stream that scores each token, which is that of the token before it."""
     return jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
 
 
@@ -126,7 +124,7 @@ def _read(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """How well each token of an answer was predicted. Where an answer is padded, anything.
+    """How well each token of an answer was predicted. Values mean nothing where an answer is padded.
 
     Attributes:
         loss: -log p of the token, in nats, float32.
@@ -140,11 +138,11 @@ class Losses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A pruned model's predictions beside the dense one's. Where an answer is padded, anything.
+    """A pruned model's predictions compared with the dense one's. Values mean nothing where an answer is padded.
 
     Attributes:
         loss: -log p of the answer's token in the pruned model, in nats, float32.
-        kl: KL(dense || pruned) of the next token's distribution, in nats, float32.
+        kl: KL(dense || pruned) of the distributions of the token, in nats, float32.
         agree: whether both models' most probable tokens are the same.
     """
 
@@ -157,8 +155,8 @@ def losses(model: Transformer, hidden: Float[Array, "b r d"], answers: Int[Array
     """How well answers were predicted.
 
     Args:
-        model: whose norm and head make the scores; pruned models have the full one's.
-        hidden: from `teacher_force`.
+        model: the model whose norm and head make the scores; pruned models have those of the full one.
+        hidden: the residual stream from `teacher_force`.
         answers: the tokens that were predicted.
     """
 
@@ -175,12 +173,12 @@ def compare(
     pruned: tuple[Float[Array, "b r d"], ...],
     answers: Int[Array, "b r"],
 ) -> tuple[Comparison, ...]:
-    """Several pruned models' predictions beside the dense one's.
+    """Several pruned models' predictions compared with the dense one's.
 
     Args:
         model: the full model, whose norm and head all of them have.
-        dense: its residual stream, from `teacher_force`.
-        pruned: those of the pruned models.
+        dense: the full model's residual stream, from `teacher_force`.
+        pruned: the residual streams of the pruned models.
         answers: the tokens that were predicted.
     """
 
@@ -202,7 +200,7 @@ def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) 
 
 
 def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any) -> Any:
-    """`score` of arrays (B, R, ...), some columns at a time."""
+    """`score` of arrays (B, R, ...), as many columns at a time as `LOGITS_BYTES` allows."""
     batch, length = jax.tree.leaves(arrays)[0].shape[:2]
     columns = max(1, min(length, LOGITS_BYTES // (4 * batch * model.config.vocab_size)))
     blocks = -(-length // columns)
@@ -227,22 +225,22 @@ def teacher_forced(
     experts: ExpertNeurons | None = None,
     seed: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b t v"]:
-    """Logits behind every token when the first `prompt_length` are the prompt and the rest its answer.
+    """Logits after every token where the first `prompt_length` tokens are the prompt and the others its answer.
 
-    The prompt is read by the full model, the rest by the model pruned for that prompt: what decoding
-    these tokens would have seen. (arXiv 2404.01365 scores classification so, with an answer of one.)
-    Every T and prompt length compiles anew, and memory holds the logits of all T tokens.
+    The prompt is read by the full model, the answer by the model pruned for that prompt, as in decoding these tokens.
+    (arXiv 2404.01365 scores classification in this way, with answers of one token.) Every T and prompt length compiles
+    anew, and the logits of all T tokens are in memory.
 
     Args:
         model: the full model.
         tokens: prompts and answers without padding.
-        prompt_length: tokens that are prompt, in [1, T]; static.
+        prompt_length: number of tokens that are the prompt, in [1, T]; static.
         config: how to prune; static.
-        experts: neurons to keep instead of those that the prompt selects.
-        seed: for the methods that draw.
+        experts: the neurons to keep instead of those that the prompt selects.
+        seed: seed of the methods that draw.
 
     Returns:
-        Float32; row t scores token t + 1.
+        Logits in float32; those at index t score token t + 1.
     """
     batch, length = tokens.shape
     tokens = over_data(mesh_of(model.embedding[...]), tokens)

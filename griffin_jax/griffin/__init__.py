@@ -1,7 +1,7 @@
 """GRIFFIN (Dong, Chen, Chi, arXiv 2404.01365) as pure functions: statistic, select, prune.
 
-    statistic   how strongly each neuron takes part in a prompt; recorded inside the feed-forward layer
-    select      statistics -> expert neurons: the indices of the kept neurons
+    statistic   how strongly each neuron takes part in a prompt; recorded while the prompt is read
+    select      statistics -> expert neurons: the indices of the neurons to keep
     prune       model, expert neurons -> a smaller model
 
 All of them can be called under `jax.jit`. The letters in shapes are those of `griffin_jax.model`. Nothing here goes

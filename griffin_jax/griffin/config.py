@@ -18,15 +18,15 @@ Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 
 @renamed_arguments(multiple="round_to")
 def kept_neurons(ff_width: int, density: float, round_to: int = 1) -> int:
-    """k = floor(F * density), rounded up to a multiple and never above F.
+    """k = floor(F * density), rounded up to a multiple of `round_to` and never above F.
 
     The density counts as the decimal that was written: 0.29 of 100 neurons is 29, although the
-    nearest float64 lies below 0.29.
+    nearest float64 is below 0.29.
 
     Args:
-        ff_width: F.
+        ff_width: F, the number of neurons of a layer.
         density: share of neurons to keep, in (0, 1].
-        round_to: k is rounded up to a multiple of this; 128 suits the tiles of GPUs and TPUs.
+        round_to: number that k is rounded up to a multiple of; 128 suits the tiles of GPUs and TPUs.
 
     Raises:
         ValueError: `density` is outside (0, 1], `round_to` is below 1, or k would be 0.
@@ -44,7 +44,7 @@ def kept_neurons(ff_width: int, density: float, round_to: int = 1) -> int:
 
 
 def density_that_keeps(k: int, ff_width: int) -> float:
-    """A density of which `kept_neurons` makes k of F neurons: k / F, or the next number above if that is too small."""
+    """A density for which `kept_neurons` gives k of F neurons: k / F, or the next float above if that is too small."""
     density = k / ff_width
     return density if ff_width * Fraction(repr(density)) >= k else math.nextafter(density, 1.0)
 
@@ -124,7 +124,7 @@ class GriffinConfig:
         return 1 if self.groups is None else self.groups
 
     def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:
-        """k of every layer.
+        """k, the number of neurons to keep, of every layer.
 
         Raises:
             ValueError: there is not one density per layer, a layer would keep no neuron, or its groups cannot have
@@ -146,7 +146,7 @@ GriffinConfig.__init__ = renamed_arguments(multiple="round_to", shards="groups")
 
 
 def check_groups(groups: int, neurons: int, kept: int) -> None:
-    """Raise `ValueError` unless so many groups can each have as many of a layer's neurons and keep as many."""
+    """Raise `ValueError` unless this many groups can have equally many of a layer's neurons and keep equally many."""
     if groups < 1 or neurons % groups:
         raise ValueError(f"{groups} groups cannot have equally many of {neurons} neurons: groups must divide them")
     if kept % groups:

@@ -30,10 +30,11 @@ class ExpertNeurons:
     """The neurons that a pruned model keeps: a sequence with one array of indices per layer.
 
     Attributes:
-        indices: per layer, ascending, int32: (K,) for the whole batch or (B, K), one row for every
-            sequence. K may differ between layers.
-        neurons: F of every layer of the model they were selected for.
-        groups: into so many equal ranges the neurons fall, each with as many of the kept ones, see `GriffinConfig`.
+        indices: indices of each layer's kept neurons, ascending, int32: (K,) for the whole batch or (B, K) with a row
+            for every sequence. K may differ between layers.
+        neurons: F of every layer of the model that they were selected for.
+        groups: number of equal ranges of a layer's neurons that have equally many of the kept ones, see
+            `GriffinConfig`.
     """
 
     indices: tuple[Int[Array, "*b _k"], ...]
@@ -62,7 +63,7 @@ class ExpertNeurons:
         return self.indices[0].ndim == 1
 
     def masks(self) -> tuple[Bool[Array, "*b _f"], ...]:
-        """The same experts as masks over all neurons."""
+        """The kept neurons as masks over all neurons."""
 
         def mask(indices: Array, neurons: int) -> Array:
             nothing = jnp.zeros((*indices.shape[:-1], neurons), bool)
@@ -72,11 +73,11 @@ class ExpertNeurons:
 
     @classmethod
     def from_masks(cls, masks: Sequence[ArrayLike]) -> ExpertNeurons:
-        """Experts from a user's own masks, one per layer: (F,), or (B, F) for every sequence its own.
+        """Expert neurons from masks, one per layer: (F,) for the whole batch, or (B, F) with a row for every sequence.
 
         Raises:
             ValueError: a mask is not boolean, keeps nothing, or keeps more neurons in one sequence
-                than in another; or layers mix shared and per-sequence masks.
+                than in another; or some layers have one mask for the batch and others one per sequence.
         """
         indices = []
         for layer, mask in enumerate(np.asarray(m) for m in masks):
@@ -95,11 +96,11 @@ class ExpertNeurons:
     @classmethod
     @renamed_arguments(shards="groups")
     def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int], groups: int = 1) -> ExpertNeurons:
-        """Experts from indices that come from outside, in any order.
+        """Expert neurons from indices in any order, which are checked and sorted.
 
         Raises:
             ValueError: there is no layer, the number of layers differs, an index is repeated or outside
-                [0, F), a layer keeps nothing, layers differ in their batch, or the groups do not keep equally many.
+                [0, F), a layer keeps nothing, layers differ in their batch, or groups do not keep equally many.
         """
         if not indices or len(indices) != len(neurons):
             raise ValueError(
@@ -129,11 +130,12 @@ class ExpertNeurons:
         return cls(tuple(checked), tuple(neurons), groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, whole or not at all; an existing one is replaced. Of several processes all must
-        call this, and the first writes.
+        """Write a safetensors file, whole or not at all; an existing one is replaced.
+
+        If there are several processes, all must call this, and the first writes.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         arrays = {f"layers.{layer}": indices for layer, indices in enumerate(to_host(self.indices))}
         metadata = {"neurons": " ".join(map(str, self.neurons)), "groups": str(self.groups)}
@@ -142,7 +144,7 @@ class ExpertNeurons:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertNeurons:
-        """What `save` wrote.
+        """The expert neurons in a file that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -163,7 +165,7 @@ class ExpertNeurons:
 
 
 def check_experts(experts: ExpertNeurons, model: Transformer) -> None:
-    """Raise `ValueError` if experts were selected for a model of other layers or widths."""
+    """Raise `ValueError` if expert neurons were selected for a model with other layers or widths."""
     if experts.neurons != model.neurons:
         raise ValueError(
             f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"

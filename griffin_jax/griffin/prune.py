@@ -1,4 +1,4 @@
-"""prune: model, experts -> a smaller model."""
+"""prune: model, expert neurons -> a smaller model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES
+from griffin_jax.model.ops import take_rows
 from griffin_jax.model.sharding import check_mesh, parameter_spec
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
@@ -24,26 +25,25 @@ from griffin_jax.utils.deprecation import renamed_arguments
 
 @runtime_checkable
 class Refit(Protocol):
-    """Changes the kept rows of the down projections, beyond GRIFFIN; a pytree, so that the gather can be jitted with
-    it.
+    """What changes the kept rows of the down projections, beyond GRIFFIN.
 
-    `griffin_jax.extensions.reconstruction.Reconstruction` is one.
+    It is a pytree, so that the gather can be jitted with it. `griffin_jax.extensions.reconstruction.Reconstruction` is
+    one.
     """
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
-        """Raise `ValueError` unless this belongs to a model with so many neurons in its layers, and to these
-        experts."""
+        """Raise `ValueError` unless this fits a model with these numbers of neurons, and these kept neurons."""
         ...
 
     def changes(
         self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
     ) -> Sequence[Float[Array, "*b _k d"]]:
-        """What is added to the kept rows of each layer's down projection, float32."""
+        """What to add to the kept rows of each layer's down projection, float32."""
         ...
 
 
 def check_kept(model: Transformer, kept: Sequence[int]) -> None:
-    """Raise `ValueError` unless the devices that share a model can share so many neurons of each layer evenly."""
+    """Raise `ValueError` unless the devices that share a model can evenly share these numbers of neurons."""
     check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), kept)
 
 
@@ -65,24 +65,24 @@ def prune(
     reuse: Transformer | None = None,
     refit: Refit | None = None,
 ) -> Transformer:
-    """The same model with only the experts' rows in its feed-forward layers.
+    """The same model with only the rows of the kept neurons in its feed-forward layers.
 
-    Attention, norms, embedding, head and the bias of the down projection are the given model's own
-    arrays; the first projections' biases follow their neurons. Experts of shape (B, K) give matrices
-    with a set for every sequence, unless B is 1. The gather is jitted; the rest is
-    bookkeeping, so there is no need to jit `prune` (jit copies what it passes through).
+    Attention, norms, embedding, head and the bias of the down projection are the given model's own arrays; the biases
+    of the first projections follow their neurons. Expert neurons of shape (B, K) give matrices with a set of rows for
+    every sequence, unless B is 1. The gather is jitted and the rest is bookkeeping, so there is no need to jit `prune`
+    (jit copies what it passes through).
 
-    On a mesh the kept rows are divided as `griffin_jax.model.sharding` says. Rows go from device to device for that,
-    unless the experts have as many groups as the model, or a multiple.
+    On a mesh the kept rows are divided as `griffin_jax.model.sharding` says. For that, rows move between devices unless
+    the number of groups of the expert neurons is that of the devices that share the model, or a multiple.
 
     Args:
         model: the full model; it stays as it is.
-        experts: that `select` chose.
-        reuse: an earlier result of `prune` that is needed no more. If its kept rows are as large as the new ones,
-            these get their memory, and it cannot be used again. Memory that a CPU process gets from the operating
-            system is slow to write to for the first time: it takes longer than the copying.
-        refit: beyond GRIFFIN: changes the kept rows of the down projections, such as a `Reconstruction`, which fits
-            them to what the prompt had from all neurons. Without it they are the model's own.
+        experts: the neurons to keep, from `select`.
+        reuse: an earlier result of `prune` that is no longer needed. If its kept rows are as large as the new ones,
+            their memory is used for these, and it cannot be used again. That is faster on CPUs, where writing for the
+            first time to memory from the operating system takes longer than the copying.
+        refit: beyond GRIFFIN: what changes the kept rows of the down projections, such as a `Reconstruction`, which
+            fits them to what all neurons gave for the prompt. Without it the rows are the model's own.
 
     Raises:
         ValueError: the experts were selected for a model of other layers or widths, the model is masked or holds a set
@@ -157,11 +157,11 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
 
 
 def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
-    """`take_neurons`: each device takes of its own rows, and all of them exchange these if they have to."""
+    """The rows of these neurons: each device takes from its own rows, and they exchange rows only if they have to."""
     mesh, axis = mesh_of(weight), NEURON_AXES[name]
     devices = axis_size(mesh, MODEL_AXIS)
     if mesh is None or devices == 1:
-        return take_neurons(name, weight, indices)
+        return take_rows(weight, indices, axis)
     stays = groups % devices == 0
     batch = [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
     axis_after = axis + len(batch)
@@ -169,7 +169,7 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
     def take_own(weight: Array, indices: Array) -> Array:
         neurons = weight.shape[axis]
         at = indices - jax.lax.axis_index(MODEL_AXIS) * neurons
-        taken = take_neurons(name, weight, at)
+        taken = take_rows(weight, at, axis)
         if stays:
             return taken
         own = jnp.expand_dims((at >= 0) & (at < neurons), [*range(axis), *range(axis_after + 1, taken.ndim)])
@@ -182,21 +182,6 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
         in_specs=(PartitionSpec(*before, MODEL_AXIS), PartitionSpec(*batch, MODEL_AXIS if stays else None)),
         out_specs=PartitionSpec(*before, *batch, MODEL_AXIS),
     )(weight, indices)
-
-
-def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"]) -> Array:
-    """Rows of one of `NEURON_AXES`; an index beyond them takes the nearest."""
-
-    def take(weight: Array, indices: Array) -> Array:
-        return jnp.take(weight, indices, axis=NEURON_AXES[name], mode="clip")
-
-    def part_by_part(weight: Array, indices: Array) -> Array:
-        return jnp.stack([jnp.take(part, indices, axis=0, mode="clip") for part in weight])
-
-    if NEURON_AXES[name] == 0:
-        return take(weight, indices)
-    # XLA's CPU code gathers from a first axis twice as fast as from a second one; on a mesh of GPUs parts take memory.
-    return jax.lax.platform_dependent(weight, indices, cpu=part_by_part, default=take)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="old", keep_unused=True)

@@ -1,4 +1,4 @@
-"""select: statistics -> expert neurons, the indices of those that a pruned model keeps."""
+"""select: statistics -> expert neurons, the indices of the neurons that a pruned model keeps."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from griffin_jax.griffin.config import GriffinConfig, Method
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.ops import top_k
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
 from griffin_jax.utils.deprecation import warn_renamed
 
 DRAWING: tuple[Method, ...] = ("sample", "topk_sample", "random")
 """The methods that draw."""
 
 Fuse = Callable[[tuple[Float[Array, "*b _f"], ...]], tuple[Float[Array, "*b _f"], ...]]
-"""Turns the scores of every layer into others, larger for neurons that are better kept."""
+"""A function that turns the scores of every layer into others, larger for neurons that are better to keep."""
 
 
 def check_fusible(method: Method) -> None:
@@ -35,7 +34,7 @@ Select = TypeVar("Select", bound=Callable[..., Any])
 
 
 def _taking_prior(select: Select) -> Select:
-    """The old arguments `prior` and `prior_weight`, for one version."""
+    """Let `select` take the old arguments `prior` and `prior_weight` for one more version."""
 
     @functools.wraps(select)
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -49,7 +48,7 @@ def _taking_prior(select: Select) -> Select:
 
 
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
-    """The static score of every neuron: ||Wg_j|| * ||Wu_j|| if gated, else ||W1_j||. Float32."""
+    """The score of every neuron from its weights alone: ||Wg_j|| * ||Wu_j|| if gated, else ||Wu_j||. Float32."""
 
     def score(gate_up: Array) -> Array:
         return jnp.prod(jnp.linalg.norm(gate_up.astype(jnp.float32), axis=-1), axis=0)
@@ -66,11 +65,11 @@ def select(
     seed: int | Int[Array, "*b"] = 0,
     fuse: Fuse | None = None,
 ) -> ExpertNeurons:
-    """Chooses the neurons to keep, each layer for itself.
+    """Choose the neurons to keep, in each layer independently.
 
     Args:
-        statistics: of the prompts, from `prefill`.
-        config: density, method, groups, and whether the batch shares its experts. With `shared` a neuron's
+        statistics: the statistics of the prompts, from `prefill`.
+        config: density, method, groups, and whether the batch shares its neurons. With `shared` a neuron's
             score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
             equal weight.
         model: the full model; only `method="magnitude"` needs it.
@@ -81,7 +80,7 @@ def select(
             be jitted with it.
 
     Returns:
-        Experts of shape (K,) if shared, else (B, K), K static.
+        Expert neurons of shape (K,) if shared, else (B, K); K is static.
 
     Raises:
         ValueError: the statistics were not collected, a density does not fit the layers, `magnitude` is asked for
@@ -111,25 +110,10 @@ def select(
     for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
         ranges = score.reshape(*score.shape[:-1], config.group_count, -1)
         rank = _rank(ranges, k // config.group_count, config.method, keys, layer)
-        kept = jnp.sort(_top_k(rank, k // config.group_count)[1], axis=-1).astype(jnp.int32)
+        kept = jnp.sort(top_k(rank, k // config.group_count)[1], axis=-1).astype(jnp.int32)
         starts = ranges.shape[-1] * jnp.arange(config.group_count, dtype=jnp.int32)[:, None]
         indices.append((kept + starts).reshape(*score.shape[:-1], k))
     return ExpertNeurons(tuple(indices), neurons, config.group_count)
-
-
-def _top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {k}"], Int[Array, "*b s {k}"]]:
-    """`jax.lax.top_k` of each range. On a mesh devices choose among what they have, which XLA would put together."""
-    mesh = mesh_of(values)
-
-    def largest(values: Array) -> tuple[Array, Array]:
-        found, at = jax.lax.top_k(values, k)
-        return found, at
-
-    if mesh is None:
-        return largest(values)
-    *batch, groups, _ = values.shape
-    spec = PartitionSpec(*(dividing(mesh, DATA_AXIS, b) for b in batch), dividing(mesh, MODEL_AXIS, groups))
-    return jax.shard_map(largest, mesh=mesh, in_specs=spec, out_specs=spec)(values)
 
 
 def _rank(
@@ -137,7 +121,7 @@ def _rank(
 ) -> Float[Array, "*b s f"]:
     """Values whose k largest are the choice.
 
-    Drawing without replacement in proportion to weights is taking the largest of log weight plus
+    Drawing k without replacement in proportion to weights is the same as taking the k largest of log weight plus
     Gumbel noise (Gumbel-top-k, arXiv 1903.06059).
     """
     if method not in DRAWING:
@@ -154,7 +138,7 @@ def _rank(
     half = k // 2
     if half == 0:
         return draw
-    smallest_sure = _top_k(score, half)[0][..., -1:]
+    smallest_sure = top_k(score, half)[0][..., -1:]
     # Ties at the threshold could make more than half of the neurons sure; the cumulative count stops that.
     above, tied = score > smallest_sure, score == smallest_sure
     room = half - jnp.sum(above, axis=-1, keepdims=True)

@@ -1,8 +1,7 @@
-"""Modules from arrays: no weight is ever drawn at random only to be overwritten.
+"""Modules built from arrays, so that no weight is drawn at random only to be overwritten.
 
-Checkpoints have what the field has names for: `attention.query`, `ff.gate`, ... Some of these are one
-parameter of the module, because one product reads weights faster than several do. This is the only
-place that knows both.
+Checkpoints have the parameters that the field has names for: `attention.query`, `ff.gate`, ... The module joins some of
+them into one, because one product reads weights faster than several do. Only this file knows both forms.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 
 NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
-"""What a checkpoint has of a feed-forward layer with a row for each neuron."""
+"""The parameters of a feed-forward layer that have a row for each neuron, as checkpoints name them."""
 
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Transformer:
-    """The module tree of a model, with `jax.ShapeDtypeStruct`s for weights."""
+    """The module tree of a model, with a `jax.ShapeDtypeStruct` in place of every weight."""
     return nnx.eval_shape(lambda: Transformer(config, dtype))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of everything that a checkpoint has by its path, such as `layers.3.ff.gate`."""
+    """The shape of every parameter of a checkpoint by its path, such as `layers.3.ff.gate`."""
     return dict(_parameter_shapes(config))
 
 
@@ -56,7 +55,7 @@ def dotted(path: tuple[object, ...]) -> str:
 
 
 def parts_of(path: str, config: ModelConfig) -> list[str]:
-    """What a module's parameter consists of in a checkpoint; mostly itself."""
+    """The paths that a module's parameter has in a checkpoint: mostly only its own."""
     layer, _, name = path.rpartition(".")
     suffix = "_bias" if name.endswith("_bias") else ""
     if name.removesuffix(suffix) == "qkv":
@@ -67,7 +66,7 @@ def parts_of(path: str, config: ModelConfig) -> list[str]:
 
 
 def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
-    """A module's parameter from its parts, in the order of `parts_of`; NumPy's arrays stay NumPy's."""
+    """A module's parameter from its parts, in the order of `parts_of`; NumPy arrays stay NumPy arrays."""
     np_or_jnp: ModuleType = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
     if kv_copies > 1:
         held = parts if _of_each_kv_head(path, parts[0].ndim) else parts[1:] if ".qkv" in path else []
@@ -81,12 +80,12 @@ def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
 
 
 def _of_each_kv_head(path: str, axes: int) -> bool:
-    """Whether a parameter is the scale of a norm that each key head has for itself, (G, 1, H)."""
+    """Whether a parameter is the scale of a norm with a row for each key head, (G, 1, H)."""
     return path.endswith("key_norm.scale") and axes == 3
 
 
 def _placed(path: str, whole: Any, part: Any) -> Any:
-    """A joined parameter on the devices of its parts, divided as this one of them is."""
+    """A joined parameter on the devices of its parts, divided as `part` is."""
     sharding = getattr(part, "sharding", None)
     if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".gate_up" not in path):
         return whole
@@ -97,7 +96,7 @@ def _placed(path: str, whole: Any, part: Any) -> Any:
 
 
 def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
-    """The parts of a module's parameter by their paths: what `join` joined."""
+    """The parts of a module's parameter by their paths: the inverse of `join`."""
     parts, copies = parts_of(path, config), config.kv_copies
     if _of_each_kv_head(path, array.ndim):
         return {path: array[::copies]}
@@ -108,12 +107,12 @@ def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
 
 
 def without_copies(path: str, array: Any, config: ModelConfig) -> Any:
-    """A module's parameter as it is where each key/value head is held once."""
+    """A module's parameter as in a model that holds each key/value head once."""
     return array if config.kv_copies == 1 else join(path, list(split(path, array, config).values()))
 
 
 def disassemble(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
-    """Path and weights of everything that a checkpoint of the model has."""
+    """Path and weights of every parameter that a checkpoint of the model has."""
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         yield from split(dotted(path), variable.get_value(), model.config).items()
 
@@ -123,12 +122,12 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
 
     Args:
         config: the architecture.
-        arrays: path and weights of everything in `parameter_shapes`, in any order; consumed one by one, so
-            a generator needs memory for no more than one parameter beside the model.
-        dtype: that the weights get.
+        arrays: path and weights of everything in `parameter_shapes`, in any order; consumed one by one, so that a
+            generator needs memory for the model and one more parameter.
+        dtype: dtype of the weights in the model.
 
     Raises:
-        ValueError: something is missing, unknown, given twice or of another shape.
+        ValueError: a parameter is missing, unknown, given twice or of another shape.
     """
     graph, state = nnx.split(abstract_model(config, dtype))
     shapes = parameter_shapes(config)
@@ -163,13 +162,13 @@ def random_model(
 ) -> Transformer:
     """A model with random matrices of variance 1 / fan-in: as fast and as large as a trained one, and as finite.
 
-    Norms and biases are what they are before training. The matrices are made on their devices, one after the other, in
-    the dtype that they keep: no memory is needed beside the model's and that of one more.
+    Norms and biases have their values before training. The matrices are made on their devices one after the other, in
+    the dtype that they keep, with memory for the model and one more matrix.
 
     Args:
         config: the architecture.
-        dtype: of the weights.
-        seed: of the weights.
+        dtype: dtype of the weights.
+        seed: seed of the weights.
         mesh: divide the parameters as `griffin_jax.model.sharding` says; their values stay the same.
 
     Raises:
@@ -187,7 +186,7 @@ def random_model(
                 fill = 1 if name == "scale" and not config.norm_plus_one else 0
                 yield path, jnp.full(shape, fill, dtype, device=sharding)
                 continue
-            # Products run over the leading axes of what leads back to the residual stream, else over the last one.
+            # Matrices that write to the residual stream sum over their leading axes, the others over their last one.
             ends = name in ("down", "out", "project_in", "project_out")
             fan_in = math.prod(shape[:-1]) if ends else shape[-1]
             start = np.uint32(seed * 100_003 + number)
@@ -200,9 +199,9 @@ def random_model(
 def _uniform(
     seed: Array, deviation: Array, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding | None
 ) -> Array:
-    """Numbers of mean 0 and this deviation: a counter, scrambled as MurmurHash3 does at its end.
+    """Uniform numbers of mean 0 and this standard deviation: a counter, scrambled by the last steps of MurmurHash3.
 
-    `jax.random` takes minutes for some billions of normal ones on a CPU, and nothing here needs their quality.
+    `jax.random` takes minutes for some billions of normal numbers on a CPU, and nothing here needs their quality.
     """
     x = jax.lax.iota(jnp.uint32, math.prod(shape)) + seed * np.uint32(0x9E3779B9)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):

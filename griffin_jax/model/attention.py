@@ -17,14 +17,14 @@ from griffin_jax.model.parameters import bias_vector, matrix
 from griffin_jax.model.positions import Positions, rotate
 
 QUERY_BLOCK = 256
-"""Tokens of a prompt that attend together: scores with tokens behind the block are not computed."""
+"""Tokens of a prompt that attend together: scores with tokens after the block are not computed."""
 
 
 class Attention(nnx.Module):
     """Causal multi-head attention; N query heads read G key/value heads (MHA, GQA and MQA).
 
     The projections of x are one matrix, (G, R + 2, H, D): each group has its R queries, its key and
-    its value. One product reads weights faster than three do, and groups can be shared out to devices.
+    its value. One product reads weights faster than three do, and devices can share the groups.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
@@ -50,8 +50,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"]]:
         """The output, and the layer's cache with this call's keys and values written at `cursor`.
 
-        Queries read the first S slots of the cache as it was, and this call's own tokens; `at.masks`
-        says which of both.
+        Queries read the first S slots of the cache as it was and this call's own tokens, as far as `at.masks` allows.
         """
         query, key, value = self._projected(x)
         if at.angles is not None:
@@ -87,7 +86,7 @@ class Attention(nnx.Module):
         cached_keys: Float[Array, "b g h slots"],
         cached_values: Float[Array, "b g slots h"],
     ) -> Float[Array, "b g r t h"]:
-        """Values of the cache and of this call's tokens, weighted by the softmax of their scores."""
+        """The sum of the values of cache and call, weighted by the softmax of their scores."""
         b, g, r, _, _ = query.shape
         slots = at.masks[0].shape[-1]
         scores = jnp.einsum("bgrth,bguh->bgrtu", query, key, preferred_element_type=jnp.float32)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.model.config import ModelConfig
 
 EMPTY = -1
-"""The position of a slot, or of a token, that holds nothing: padding, or not written yet."""
+"""The position of a slot or a token that holds nothing: it is padding, or not written yet."""
 
 
 @jax.tree_util.register_dataclass
@@ -20,21 +20,20 @@ EMPTY = -1
 class KVCache:
     """Keys and values of the tokens seen so far.
 
-    Tokens take slots in the order in which they were written, the same slot for every row of a
-    batch; what makes rows differ is the *position* of each slot. A prompt shorter than its bucket
-    leaves slots with position `EMPTY`, which no query ever attends to, and the answer begins behind
-    the bucket for every row. So one scalar says where the next token goes.
+    Tokens take slots in the order in which they are written, the same slot for every row of a batch; rows differ in the
+    *position* of each slot. A prompt shorter than its bucket leaves slots with position `EMPTY`, which no query ever
+    attends to, and the answer begins after the bucket in every row. So one scalar says where the next token goes.
 
-    Keys are stored with their tokens last and values with their tokens second to last: each then is
-    the right-hand side of attention's two products as it lies, and XLA transposes nothing.
+    Keys are stored with their tokens last and values with their tokens second to last: so both are right-hand sides of
+    attention's products as they are stored, and XLA transposes nothing.
 
     Attributes:
-        keys: per layer, after rotary embedding.
-        values: per layer.
-        positions: of each slot, `EMPTY` where it holds nothing.
-        cursor: the next free slot.
-        context: the most tokens that each row may come to hold, which some rotary embeddings choose
-            their wavelengths by.
+        keys: keys of each layer, after rotary embedding.
+        values: values of each layer.
+        positions: position of the token in each slot, `EMPTY` where there is none.
+        cursor: number of the next free slot.
+        context: the most tokens that each row may come to hold, by which some rotary embeddings choose their
+            wavelengths.
     """
 
     keys: tuple[Float[Array, "b g h s"], ...]
@@ -45,11 +44,11 @@ class KVCache:
 
     @property
     def slots(self) -> int:
-        """S, how many tokens each row has room for."""
+        """S, the number of tokens that each row has room for."""
         return self.positions.shape[1]
 
     def without_last(self, count: int | Int[Array, ""]) -> KVCache:
-        """The last `count` slots given back: they hold nothing, and the next tokens take them."""
+        """The cache without its last `count` tokens, whose slots are free again."""
         cursor = self.cursor - count
         written = jnp.arange(self.slots, dtype=jnp.int32) < cursor
         return dataclasses.replace(self, positions=jnp.where(written, self.positions, EMPTY), cursor=cursor)
@@ -66,11 +65,11 @@ def empty_cache(
     """A cache with room for `slots` tokens in each of `batch` rows.
 
     Args:
-        config: of the model.
-        batch: rows.
+        config: the architecture of the model.
+        batch: number of rows.
         slots: tokens of each row, padding included.
-        dtype: of keys and values.
-        context: tokens that each row may come to hold, padding not included; all slots if None.
+        dtype: dtype of keys and values.
+        context: tokens that each row may come to hold, without padding; all slots if None.
     """
     layers, b, g, h = range(config.num_layers), batch, config.kv_heads, config.head_dim
     return KVCache(

@@ -1,6 +1,6 @@
 """What a model is: `ModelConfig`, `Rotary`, `Alibi`.
 
-All are frozen and hashable, so they can be static arguments of `jax.jit`.
+All are frozen and hashable, so that they can be static arguments of `jax.jit`.
 """
 
 from __future__ import annotations
@@ -23,23 +23,26 @@ class Rotary:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions.
 
     Attributes:
-        theta: base of the geometric series of wavelengths.
+        theta: base of the wavelengths, which are a geometric series.
         kind: `default`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: long
             wavelengths divided by `factor`, a smooth blend between); `yarn` (arXiv 2309.00071);
             `longrope` (arXiv 2402.13753: a factor for every wavelength).
-        dims: leading dimensions of a head that turn, the others stay as they are; None for all.
+        dims: number of leading dimensions of a head that turn, the others stay as they are; None for all.
         interleaved: whether dimension 2i turns with 2i + 1 (GPT-J) instead of i with i + dims/2.
         factor: how many times the context grows.
         original_positions: context of the unscaled model, in tokens (`llama3`, `yarn`, `longrope`).
-        low_freq_factor: wavelengths above `original_positions / low_freq_factor` are scaled whole.
+        low_freq_factor: wavelengths above `original_positions / low_freq_factor` are scaled by all of `factor`.
         high_freq_factor: wavelengths below `original_positions / high_freq_factor` stay as they are.
         beta_fast: rotations within the original context above which `yarn` leaves a wavelength alone.
         beta_slow: rotations below which `yarn` divides it by `factor`.
         truncate: whether `yarn` rounds the two limits of its blend to whole dimensions.
-        attention_factor: multiplies the cosines and sines (`yarn`, `longrope`; elsewhere 1).
+        attention_factor: factor of the cosines and sines (`yarn`, `longrope`; elsewhere 1).
         short_factors: `longrope`'s divisors of the frequencies, one for each pair of dimensions, for
             texts of at most `original_positions` tokens.
         long_factors: the same for longer texts.
+
+    Raises:
+        ValueError: a value is outside its range, or does not belong to the kind.
     """
 
     theta: float = 10_000.0
@@ -79,10 +82,13 @@ class Alibi:
     """Attention with linear biases (arXiv 2108.12409): a score falls by slope x distance.
 
     Attributes:
-        max_bias: the slopes of N heads are 2^(-max_bias i / N), i = 1 ... N; for another N than a power of
-            two, those of the next smaller power and then every other one of the next larger.
-        scaled: the bias is multiplied by the attention's scale like the scores (Falcon).
-        rounded: slopes and biases are rounded to bfloat16, whatever the model's dtype (Falcon).
+        max_bias: the slopes of N heads are 2^(-max_bias i / N), i = 1 ... N; where N is not a power of two, those of
+            the next smaller power and then every other one of the next larger.
+        scaled: whether the bias is multiplied by the attention's scale like the scores (Falcon).
+        rounded: whether slopes and biases are rounded to bfloat16, whatever the model's dtype (Falcon).
+
+    Raises:
+        ValueError: `max_bias` is not positive.
     """
 
     max_bias: float = 8.0
@@ -99,58 +105,61 @@ class ModelConfig:
     """A decoder-only transformer. Every difference between model families is one field here.
 
     Attributes:
-        family: name of the module in `griffin_jax.checkpoints.families` that the weights came through.
-        vocab_size: V, rows of the embedding.
-        width: D, the residual stream.
-        ff_width: F, neurons of each feed-forward layer before pruning.
+        family: name of the module in `griffin_jax.checkpoints.families` that read the weights.
+        vocab_size: V, the number of rows of the embedding.
+        width: D, the width of the residual stream.
+        ff_width: F, the number of neurons of each feed-forward layer before pruning.
         num_layers: number of transformer layers.
-        num_heads: N query heads.
-        num_kv_heads: G key/value heads; N is a multiple of G.
-        head_dim: H.
+        num_heads: N, the number of query heads.
+        num_kv_heads: G, the number of key/value heads; N is a multiple of G.
+        head_dim: H, the size of a head.
         max_positions: the context, in tokens: prompt and answer together.
         activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
             tanh approximation.
         gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
         norm: `rms` (RMSNorm) or `layer` (LayerNorm).
-        norm_eps: added to the mean square or variance in norms.
-        norm_bias: LayerNorm has a bias.
-        norm_plus_one: norms multiply by 1 + scale instead of scale (Gemma).
-        norm_placement: for a sublayer f, attention or feed-forward: `pre`: x + f(norm(x)); `post`:
+        norm_eps: what norms add to the mean square or the variance.
+        norm_bias: whether norms have a bias (LayerNorm).
+        norm_plus_one: whether norms multiply by 1 + scale instead of scale (Gemma).
+        norm_placement: where a sublayer f, attention or feed-forward, has its norms. `pre`: x + f(norm(x)); `post`:
             norm(x + f(x)) (OPT-350m); `output`: x + norm(f(x)) (OLMo 2); `sandwich`:
             x + norm(f(norm(x))) (Gemma 2).
-        final_norm: a norm before the head.
+        final_norm: whether there is a norm before the head.
         head_norm: norm of queries and keys before rotary embedding. `shared`: each head for itself, one
             scale for all (Qwen3); `own`: each head for itself with a scale of its own (StableLM 2);
             `joint`: over all heads together (OLMo 2).
-        parallel: attention and feed-forward read the same x: x + attention(norm(x)) + ff(norm(x)).
-        shared_norm: they share one norm, too.
+        parallel: whether attention and feed-forward read the same x: x + attention(norm(x)) + ff(norm(x)).
+        shared_norm: whether parallel layers also share one norm.
         rotary: rotary position embedding; None for none.
-        local_rotary: that of layers with a window, where it is another (Gemma 3).
+        local_rotary: the rotary embedding of layers with a window, if it is another (Gemma 3).
         unrotated_layers: numbers of the layers without rotary embedding (SmolLM3).
         alibi: linear attention biases; None for none.
-        learned_positions: an embedding of every position is added to that of the token.
-        windows: per layer, how many tokens a query reads back, itself included; 0 for all. Empty if
+        learned_positions: whether an embedding of the position is added to that of the token.
+        windows: number of tokens that a query of each layer reads back, itself included; 0 for all. Empty if
             no layer has a window.
-        attention_scale: multiplies the scores; None for head_dim^-0.5.
+        attention_scale: factor of the scores; None for head_dim^-0.5.
         attention_softcap: scores s become cap * tanh(s / cap); None for no cap.
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip]; None for no clip.
-        embedding_width: columns of the embedding and the head where it is not D: two projections join
-            them to the layers (OPT-350m). None for D.
-        embedding_scale: multiplies the embedding.
-        embedding_norm: a norm behind the embedding (BLOOM).
-        residual_scale: multiplies what a sublayer adds to the residual stream (Granite).
-        logit_scale: multiplies the logits.
+        embedding_width: E, the number of columns of the embedding and the head, if it is not D: two projections then
+            join them to the layers (OPT-350m). None for D.
+        embedding_scale: factor of the embedding.
+        embedding_norm: whether there is a norm after the embedding (BLOOM).
+        residual_scale: factor of what a sublayer adds to the residual stream (Granite).
+        logit_scale: factor of the logits.
         logit_softcap: logits l become cap * tanh(l / cap); None for no cap.
-        tied_head: the head is the embedding.
-        head_bias: bias on the head.
-        attention_bias: biases on query, key and value.
-        attention_out_bias: bias on the attention's output projection.
-        ff_bias: biases on all projections of the feed-forward layer.
+        tied_head: whether the head is the embedding.
+        head_bias: whether the head has a bias.
+        attention_bias: whether query, key and value have biases.
+        attention_out_bias: whether the attention's output projection has a bias.
+        ff_bias: whether the projections of the feed-forward layer have biases.
         bos_token_id: first token of a text, or None.
-        eos_token_ids: any of these ends an answer.
+        eos_token_ids: tokens of which any ends an answer.
         kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
-            It is no property of a checkpoint: devices that are more than the heads are given copies
-            (`griffin_jax.model.sharding.with_kv_copies`), and compute the same.
+            Not a property of a checkpoint: more devices than heads are given copies, which change no result; see
+            `griffin_jax.model.sharding.with_kv_copies`.
+
+    Raises:
+        ValueError: a value is outside its range, or contradicts another.
     """
 
     family: str
@@ -252,11 +261,11 @@ class ModelConfig:
 
     @property
     def score_scale(self) -> float:
-        """What attention's scores are multiplied by."""
+        """The factor of attention's scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def window(self, layer: int) -> int:
-        """Tokens that a query of this layer reads back, itself included; 0 for all."""
+        """Number of tokens that a query of this layer reads back, itself included; 0 for all."""
         return self.windows[layer] if self.windows else 0
 
     def layer_rotary(self, layer: int) -> Rotary | None:
@@ -271,7 +280,7 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """The config that `to_json` wrote.
+        """The config of a dictionary from `to_json`.
 
         Raises:
             ValueError: a field is unknown, missing or outside its range.

@@ -75,10 +75,10 @@ def _product(shared: str, own: str, x: Array, y: Array) -> Array:
 class FeedForward(nnx.Module):
     """y = Wd^T z + b with z = act(Wg x) * (Wu x), or z = act(Wu x + b) if not gated.
 
-    All matrices are neuron-major: a row belongs to a neuron, so that keeping a neuron keeps a row of
-    each. Those of x are one, `gate_up`: (2, F, D), gate and up, or (1, F, D) if not gated; one product reads
-    weights faster than two do. `down` is (F, D). After pruning there are K rows for F; where each sequence
-    of a batch keeps neurons of its own, `gate_up` is (A, B, K, D) and `down` (B, K, D).
+    All matrices are neuron-major: each row belongs to a neuron, so that keeping a neuron is keeping a row of each. The
+    matrices that multiply x are one, because one product reads weights faster than two do: `gate_up`, (2, F, D) with
+    gate and up, or (1, F, D) if not gated. `down` is (F, D). After pruning there are K rows instead of F; where each
+    sequence of a batch keeps neurons of its own, `gate_up` is (A, B, K, D), with A = 2 or 1, and `down` (B, K, D).
 
     The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place`.
     Or all rows stay, and a `mask` says which neurons take part; see `griffin_jax.griffin.masked`.
@@ -121,7 +121,7 @@ class FeedForward(nnx.Module):
         return z * y[:, :, 1] if y.shape[2] == 2 else z
 
     def project(self, z: Float[Array, "b t f"]) -> Float[Array, "b t d"]:
-        """The layer's output for given intermediates."""
+        """The layer's output for given intermediates z."""
         own = self.down.shape[-2]
         others = None if self.rest is None else self.rest.project(z[..., own:])
         z = z[..., :own]
@@ -135,4 +135,4 @@ class FeedForward(nnx.Module):
 
 
 NEURON_AXES = {"gate_up": 1, "down": 0, "gate_up_bias": 1}
-"""The parameters of a feed-forward layer that have a row for each neuron, and the axis that counts neurons."""
+"""The parameters of a feed-forward layer that have a row for each neuron, with the axis that counts neurons."""

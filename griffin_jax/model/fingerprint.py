@@ -23,13 +23,13 @@ BLOCK = 1 << 22
 
 
 def fingerprint(model: Transformer) -> str:
-    """A hash of all weights: 16 hexadecimal digits, equal for equal models wherever and however often they lie.
+    """A hash of all weights: 16 hexadecimal digits, equal for equal models on whichever devices they are.
 
-    It tells models apart that were confused or changed. It is no protection against somebody who wants two models to
-    have the same.
+    It tells apart models that were confused or changed. It does not protect against somebody who wants two models to
+    have the same hash.
 
     Args:
-        model: the full model; its dtype counts.
+        model: the full model; models of different dtypes have different hashes.
     """
     config = model.config
     whole = hashlib.sha256(repr(dataclasses.replace(config, kv_copies=1)).encode())

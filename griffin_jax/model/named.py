@@ -1,4 +1,4 @@
-"""The architectures of well-known models by name, for what needs no weights: compiling, sizes, ceilings."""
+"""The architectures of well-known models by name, for what needs no weights: compiling, sizes, speed limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from griffin_jax.model.config import ModelConfig, Rotary
 def _llama(
     vocab: int, width: int, ff: int, layers: int, heads: int, kv_heads: int, context: int, theta: float, **other: Any
 ) -> ModelConfig:
-    """RMSNorm before each sublayer, rotary embedding, gated SiLU: what most families start from."""
+    """RMSNorm before each sublayer, rotary embedding, gated SiLU: what most families are built on."""
     fields: dict[str, Any] = {"family": "llama", "head_dim": width // heads, "rotary": Rotary(theta)} | other
     return ModelConfig(
         vocab_size=vocab, width=width, ff_width=ff, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
@@ -64,10 +64,10 @@ NAMED: Mapping[str, ModelConfig] = MappingProxyType({
     "SmolLM2-360M": _llama(49152, 960, 2560, 32, 15, 5, 8192, 1e5, tied_head=True),
     "SmolLM2-1.7B": _llama(49152, 2048, 8192, 24, 32, 32, 8192, 130_000.0, tied_head=True),
 })  # fmt: skip
-"""From the config.json that each model's authors published on the Hugging Face hub.
+"""Taken from the config.json that each model's authors published on the Hugging Face hub.
 
-Special tokens are left out: they change no size and belong to a tokenizer. `OPT` has two rows fewer in its table of
-positions than its checkpoints, which never use the first two.
+Special tokens are left out: they change no size and belong to a tokenizer. The OPT models have two rows fewer in their
+tables of positions than their checkpoints, in which the first two are never used.
 """
 
 
@@ -76,10 +76,10 @@ def named(name: str, layers: int | None = None) -> ModelConfig:
 
     Args:
         name: one of `NAMED`, in any case.
-        layers: keep only the first this many layers; all if None.
+        layers: number of layers to keep, the first ones; all if None.
 
     Raises:
-        ValueError: there is no such name, or the model has fewer layers.
+        ValueError: there is no model of that name, or it has fewer layers.
     """
     for known, config in NAMED.items():
         if known.lower() == name.lower():
@@ -91,7 +91,7 @@ def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
     """The same architecture with its first `layers` layers only.
 
     Raises:
-        ValueError: it has fewer.
+        ValueError: the architecture has fewer layers.
     """
     if isinstance(layers, bool) or not isinstance(layers, int) or not 1 <= layers <= config.num_layers:
         raise ValueError(f"layers must be a whole number in [1, {config.num_layers}], got {layers!r}")

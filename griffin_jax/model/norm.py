@@ -15,7 +15,7 @@ from griffin_jax.model.parameters import bias_vector
 class Norm(nnx.Module):
     """RMSNorm, x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450).
 
-    The statistics are float32.
+    Mean, variance and the division are computed in float32.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Norm(nnx.Module):
         self.joint = joint
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x normalised over its last axis; if `joint`, over all heads of a (B, N, T, H) array together."""
+        """x normalised over its last axis, or if `joint`, over all heads of a (B, N, T, H) array together."""
         axes = (1, 3) if self.joint else -1
         x32 = x.astype(jnp.float32)
         if self.centered:
@@ -43,18 +43,22 @@ class Norm(nnx.Module):
 
 
 def apply_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """norm(x), or x where there is no norm."""
     return x if norm is None else norm(x)
 
 
 def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
+    """scale * x in the dtype of x."""
     return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """cap * tanh(x / cap), or x where there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def head_norm(heads: int, config: ModelConfig, dtype: DTypeLike) -> Norm | None:
+    """The norm of queries or keys that `ModelConfig.head_norm` asks for, if it does."""
     if config.head_norm == "none":
         return None
     shape = (config.head_dim,) if config.head_norm == "shared" else (heads, 1, config.head_dim)

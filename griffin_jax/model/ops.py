@@ -1,4 +1,8 @@
-"""The products that XLA needs written in a special way."""
+"""Operations that XLA needs written in a special way to be fast, small or local.
+
+Each of them computes what its plain form computes. The docstrings say what XLA makes of the plain form, with which
+version and on which platform, and how that was seen, so that the special form can go once XLA does better.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,30 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 
 
 def lookup(table: Float[Array, "v e"], tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
-    """The rows of these tokens.
+    """The rows of `table` for these tokens; a single token is looked up twice.
 
-    A single one is looked up twice: of one lookup XLA makes a slice, and a table that is divided among devices
-    is put together whole to be sliced.
+    XLA for GPUs (jax 0.10.2) turns a single look-up into a slice, and gathers a table that is divided by its rows on
+    every device to slice it. Seen in programs compiled for eight GPUs: an all-gather of the table for one token, an
+    all-reduce of the looked-up rows for two.
     """
     b, t = tokens.shape
     return table[tokens] if b * t > 1 else table[jnp.broadcast_to(tokens, (2, 1))][:1]
 
 
 def linear(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[Array, "b t *rows"]:
-    """x times every row of `weight`.
+    """x times every row of `weight`; on CPUs with the leading axes of `weight` merged into one.
 
-    XLA's CPU code is fast for one token only if the matrix has two axes and is not transposed by itself. Elsewhere
-    the axes stay: one that is divided among devices can only be merged if it comes first. On CPUs each device merges
-    what it has of a feed-forward layer, (A, F, D), which is divided along its neurons.
+    XLA's CPU code (jax 0.10.2) has a fast product of one token with a matrix of two axes that is not transposed in the
+    program; with more axes it is slower. Seen in timings of decoding. On other platforms the axes stay as they are:
+    merging (2, F, D) to (2 F, D), where F is divided among devices, makes XLA gather the matrix on every device at
+    every token. Seen as an all-gather in programs compiled for eight GPUs and for eight CPU devices; hence on a mesh of
+    CPUs each device merges the axes of its own part.
     """
     mesh = mesh_of(weight)
 
@@ -50,23 +57,12 @@ def linear(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[A
     return jax.lax.platform_dependent(x, weight, cpu=cpu, default=as_it_is)
 
 
-def ordered_after(
-    read: Float[Array, "b g t h"], *writes: Float[Array, "b g t h"]
-) -> tuple[Float[Array, "b g t h"], ...]:
-    """The same values, but depending on `read`.
-
-    XLA copies a whole cache if a write into it is not ordered behind the reads, and only a dependency
-    orders them: it drops an optimization barrier before it decides on copies. Zero times a number is
-    not folded away, since it is NaN for infinities.
-    """
-    return tuple(write + 0 * read for write in writes)
-
-
 def matmul(x: Float[Array, "b t k"], weight: Float[Array, "k d"]) -> Float[Array, "b t d"]:
-    """x @ weight, in a form that is fast for one token on CPUs too.
+    """x @ weight; for one token on CPUs as a sum of up to four independent parts.
 
-    There XLA multiplies a vector by a matrix of a few hundred rows on a single core, which cannot
-    read as fast as all together. As a sum of independent parts it runs on all of them.
+    XLA's CPU code (jax 0.10.2) multiplies a vector by a matrix of a few hundred rows on a single core, which cannot
+    read memory as fast as all cores together; independent parts run on all of them. Seen in timings of decoding with
+    small layers.
     """
     b, t, k = x.shape
     parts = math.gcd(k, 4)
@@ -79,3 +75,122 @@ def matmul(x: Float[Array, "b t k"], weight: Float[Array, "k d"]) -> Float[Array
         return pieces.sum(axis=0).reshape(1, 1, -1).astype(x.dtype)
 
     return jax.lax.platform_dependent(x, weight, cpu=split, default=jnp.matmul)
+
+
+def ordered_after(
+    read: Float[Array, "b g t h"], *writes: Float[Array, "b g t h"]
+) -> tuple[Float[Array, "b g t h"], ...]:
+    """The arrays `writes` with the same values, but depending on `read`.
+
+    XLA (jax 0.10.2) copies a whole cache at every step if nothing orders the write into it after the reads. An
+    optimization barrier does not help, since it is dropped before copies are decided on; a data dependency does, and
+    zero times a number is not folded away, since it is NaN for infinities. Seen in the compiled decode loop on CPUs:
+    copies of every layer's keys and values without the dependency and with a barrier, none with the dependency.
+    """
+    return tuple(write + 0 * read for write in writes)
+
+
+def computed_once(*arrays: Float[Array, "*n"]) -> tuple[Float[Array, "*n"], ...]:
+    """The same arrays, written into a table that every use reads.
+
+    XLA's CPU code (jax 0.10.2) otherwise fuses cheap-looking operations such as cosines into everything that uses them,
+    and computes them again for the queries and the keys of every layer. Seen in compiled prefill and decoding: with the
+    table one fusion has a cosine, without it two for each layer do.
+    """
+    table = jnp.zeros((len(arrays), *arrays[0].shape), arrays[0].dtype)
+    for number, array in enumerate(arrays):
+        table = table.at[number].set(array)
+    return tuple(table[number] for number in range(len(arrays)))
+
+
+def sum_over_tokens(values: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
+    """The sum of float32 `values` over the real tokens, written as a product with ones and zeros.
+
+    XLA's CPU code (jax 0.10.2) sums over a middle axis many times slower than it multiplies matrices. Seen in timings
+    of prefill.
+    """
+    return jnp.einsum("bt,btf->bf", real.astype(jnp.float32), values, precision=jax.lax.Precision.HIGHEST)
+
+
+def take_rows(weight: Array, indices: Int[Array, "*b k"], axis: int) -> Array:
+    """`jnp.take` along `axis`, 0 or 1; an index outside the axis takes the nearest row.
+
+    XLA's CPU code (jax 0.10.2) gathers along the first axis twice as fast as along the second: there each part of the
+    first axis is gathered alone. Seen in timings of pruning. Other platforms gather at once, since on a mesh of GPUs
+    the parts took more memory; seen in the sizes of compiled programs.
+    """
+
+    def at_once(weight: Array, indices: Array) -> Array:
+        return jnp.take(weight, indices, axis=axis, mode="clip")
+
+    def part_by_part(weight: Array, indices: Array) -> Array:
+        return jnp.stack([jnp.take(part, indices, axis=0, mode="clip") for part in weight])
+
+    if axis == 0:
+        return at_once(weight, indices)
+    return jax.lax.platform_dependent(weight, indices, cpu=part_by_part, default=at_once)
+
+
+def top_k(values: Float[Array, "*b s f"], k: int) -> tuple[Float[Array, "*b s {k}"], Int[Array, "*b s {k}"]]:
+    """`jax.lax.top_k` of each of s ranges of values; on a mesh each device chooses within the ranges that it has.
+
+    XLA (jax 0.10.2) does not divide `top_k` along its other axes, but gathers the values on every device. Seen as an
+    all-gather in programs compiled for eight GPUs and for eight CPU devices.
+    """
+    mesh = mesh_of(values)
+
+    def largest(values: Array) -> tuple[Array, Array]:
+        found, at = jax.lax.top_k(values, k)
+        return found, at
+
+    if mesh is None:
+        return largest(values)
+    *batch, groups, _ = values.shape
+    spec = PartitionSpec(*(dividing(mesh, DATA_AXIS, b) for b in batch), dividing(mesh, MODEL_AXIS, groups))
+    return jax.shard_map(largest, mesh=mesh, in_specs=spec, out_specs=spec)(values)
+
+
+def float32_product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`jnp.einsum` with float32 operands, result and additions.
+
+    XLA's CPU code (jax 0.10.2) lacks some batched products of bfloat16 with a float32 result. Seen for the rows of two
+    sequences with the weights of neurons that each of them gathers: "UNIMPLEMENTED: Unsupported element type for
+    DotThunk::Execute: BF16 x BF16 = F32". So the operands become float32 first, which changes no value.
+    """
+    return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+
+
+def solve_positive_definite(
+    systems: Float[Array, "l b s s"], targets: Float[Array, "l b s d"], *, on_mesh: bool
+) -> Float[Array, "l b s d"]:
+    """X of A X = R for symmetric positive definite A, by Cholesky; by elimination on a mesh of CPU devices.
+
+    Where several devices are parts of one processor (jaxlib 0.10), each waits in LAPACK's batched routines for threads
+    that the others hold. Seen as a program on a mesh of CPU devices that never ended. There XLA's own code eliminates
+    row by row, which needs no pivots for such matrices.
+
+    Args:
+        systems: A, float32.
+        targets: R, float32.
+        on_mesh: whether the program runs on more than one device.
+    """
+
+    def by_cholesky(systems: Array, targets: Array) -> Array:
+        factor = jax.lax.linalg.cholesky(systems)
+        half = jax.lax.linalg.triangular_solve(factor, targets, left_side=True, lower=True)
+        return jax.lax.linalg.triangular_solve(factor, half, left_side=True, lower=True, transpose_a=True)
+
+    def by_elimination(systems: Array, targets: Array) -> Array:
+        size = systems.shape[-1]
+
+        def eliminate(number: Array, joint: Array) -> Array:
+            row = joint[:, :, number] / joint[:, :, number, number][..., None]
+            joint -= joint[..., number][..., None] * row[:, :, None]
+            return joint.at[:, :, number].set(row)
+
+        joint = jnp.concatenate([systems, targets], axis=-1)
+        return jax.lax.fori_loop(0, size, eliminate, joint)[..., size:]
+
+    if not on_mesh:
+        return by_cholesky(systems, targets)
+    return jax.lax.platform_dependent(systems, targets, cpu=by_elimination, default=by_cholesky)

@@ -1,4 +1,4 @@
-"""How tokens lie to each other: rotary embeddings, ALiBi, masks."""
+"""What attention makes of the positions of tokens: rotary embeddings, ALiBi, masks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.config import Alibi, ModelConfig, Rotary
+from griffin_jax.model.ops import computed_once
 
 
 def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> np.ndarray:
     """Angle per position of each pair of dimensions that turns, (dims/2,) float32.
 
     Args:
-        rotary: the embedding.
-        head_dim: H, of which all dimensions turn unless `rotary.dims` says otherwise.
-        long: of `longrope`, the frequencies for texts beyond the original context.
+        rotary: the rotary embedding.
+        head_dim: H; all dimensions turn unless `rotary.dims` says otherwise.
+        long: whether to use `longrope`'s frequencies for texts beyond the original context.
     """
     dims = head_dim if rotary.dims is None else rotary.dims
     exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
@@ -56,15 +57,14 @@ def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> 
 def rotary_angles(
     positions: Int[Array, "b t"], context: Int[Array, "b"], rotary: Rotary, head_dim: int
 ) -> tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]]:
-    """Cosines and sines of the turns at each position; `context` is the most tokens a row may come to hold."""
+    """Cosines and sines of the angles at each position; `context` is the most tokens that a row may come to hold."""
     frequencies = jnp.asarray(rotary_frequencies(rotary, head_dim))
     if rotary.kind == "longrope":
         is_long = (context > rotary.original_positions)[:, None, None, None]
         frequencies = jnp.where(is_long, rotary_frequencies(rotary, head_dim, long=True), frequencies)
     angles = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    # Written into an array, or XLA's CPU code would compute them again in every layer, for every head.
-    table = jnp.zeros((2, *angles.shape)).at[0].set(jnp.cos(angles)).at[1].set(jnp.sin(angles))
-    return table[0] * rotary.attention_factor, table[1] * rotary.attention_factor
+    cos, sin = computed_once(jnp.cos(angles), jnp.sin(angles))
+    return cos * rotary.attention_factor, sin * rotary.attention_factor
 
 
 def rotate(
@@ -73,7 +73,7 @@ def rotate(
     sin: Float[Array, "b 1 t pairs"],
     interleaved: bool = False,
 ) -> Float[Array, "b n t h"]:
-    """Rotary embedding of the leading pairs: i turns with i + pairs, or 2i with 2i + 1 if interleaved."""
+    """x with its leading pairs of dimensions turned: i with i + pairs, or 2i with 2i + 1 if interleaved."""
     turning = 2 * cos.shape[-1]
     pairs = x[..., :turning].reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
     axis = pairs.ndim - (1 if interleaved else 2)
@@ -85,7 +85,7 @@ def rotate(
 
 
 def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
-    """How fast each head's scores fall with distance, (N,) float32."""
+    """The slope by which each head's scores fall with distance, (N,) float32."""
     power = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** (-alibi.max_bias * np.arange(1, power + 1) / power)
     if power != heads:
@@ -96,10 +96,10 @@ def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
 def alibi_bias(
     query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], alibi: Alibi, scale: float, heads: int
 ) -> Float[Array, "b n t s"]:
-    """What is added to the scores, up to a number for each query, which a softmax ignores. Float32."""
+    """The bias of the scores, float32, up to a constant for each query, which the softmax ignores."""
     slopes = jnp.asarray(alibi_slopes(alibi, heads))[:, None, None]
     if alibi.rounded:
-        # Rounding makes it depend on the key's position itself and not on the distance.
+        # Rounding makes the bias depend on the position of the key and not on the distance alone.
         keys = key_positions[:, None, None, :].astype(jnp.bfloat16)
         bias = (slopes.astype(jnp.bfloat16) * keys).astype(jnp.float32)
         bias = jnp.broadcast_to(bias, (*bias.shape[:2], query_positions.shape[1], bias.shape[3]))
@@ -111,9 +111,12 @@ def alibi_bias(
 def attention_mask(
     query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], window: int = 0
 ) -> Bool[Array, "b 1 1 t s"]:
-    """Which keys a query may read: those of real tokens at or before its own position.
+    """Which keys a query may read: those of real tokens, up to its own position and within the window.
 
-    With a window, only the last `window` of them.
+    Args:
+        query_positions: position of each query.
+        key_positions: position of each key; `EMPTY` for padding.
+        window: number of tokens that a query reads back, itself included; 0 for all.
     """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     mask = (key != EMPTY) & (key <= query)
@@ -124,11 +127,11 @@ def attention_mask(
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """How the tokens of a call lie to each other and to the cache: the same for many layers.
+    """What attention needs to know of the positions of a call's tokens and of the cache; the same for many layers.
 
     Attributes:
-        angles: of the rotary embedding, or None.
-        masks: which slots of the cache, and which of this call's tokens, a query may read.
+        angles: cosines and sines of the rotary embedding, or None.
+        masks: which slots of the cache, and which of this call's tokens, each query may read.
         biases: what is added to the scores of both, or None.
     """
 
@@ -137,7 +140,7 @@ class Positions:
     biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t u"]] | None
 
     def block(self, start: int, stop: int) -> Positions:
-        """Of these tokens of the call only, and of it up to the last of them, behind which they read nothing."""
+        """The same for queries `start` to `stop` of the call, without its keys after them, which they never read."""
         masks = (self.masks[0][..., start:stop, :], self.masks[1][..., start:stop, :stop])
         if self.biases is None:
             return Positions(None, masks, None)
@@ -147,7 +150,7 @@ class Positions:
 def layer_positions(
     config: ModelConfig, positions: Int[Array, "b t"], cached: Int[Array, "b s"], context: Int[Array, "b"]
 ) -> list[Positions]:
-    """`Positions` for every layer, each distinct part computed once."""
+    """`Positions` of every layer, with each distinct part computed once."""
     layers = range(config.num_layers)
     windows = dict.fromkeys(config.window(layer) for layer in layers)
     rotaries = dict.fromkeys(config.layer_rotary(layer) for layer in layers)

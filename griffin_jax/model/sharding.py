@@ -1,10 +1,10 @@
 """How a model is divided among the devices of a mesh: tensor parallelism, as in Megatron-LM (arXiv 1909.08053).
 
-Every device has its share of each layer's heads and of each feed-forward layer's neurons, and of the rows of the
-embedding and the head; all the rest is on every device. The outputs of attention and of the feed-forward layer are
-then sums over the devices, and these two sums are all that a layer has to communicate. Sequences are divided along
-another axis of the mesh: their cache, and what each keeps of the weights for itself, is where they are. XLA divides the
-computation as its inputs are divided.
+Every device has its share of each layer's heads, of each feed-forward layer's neurons, and of the rows of the embedding
+and the head; everything else is on every device. The outputs of attention and of the feed-forward layer are then sums
+over the devices, and these two sums are all that a layer has to communicate. Sequences are divided along another axis
+of the mesh, together with their cache and the neurons that each of them keeps for itself. XLA divides the computation
+as its inputs are divided.
 
 Everything here is a plain function of shapes, and takes a `Mesh` or an `AbstractMesh`:
 
@@ -88,16 +88,16 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 what is divided along it, or None. An array without a rule is an error, so that none is whole by oversight."""
 
 GPU_TILE = 64
-"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read as they lie."""
+"""Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read without padding."""
 
 
 def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> None:
-    """Raise `ValueError` if this many devices cannot share the neurons, all of them or those that are kept.
+    """Raise `ValueError` if this many devices cannot share the neurons evenly, all of them or those that are kept.
 
     Args:
-        config: the model.
-        devices: along `MODEL_AXIS`.
-        kept: neurons of each layer after pruning; none if it is not pruned.
+        config: the architecture of the model.
+        devices: number of devices along `MODEL_AXIS`.
+        kept: neurons of each layer after pruning; empty if the model is not pruned.
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
@@ -117,8 +117,8 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
 def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
     """Which of heads, neurons and vocabulary this many devices share; the others are on every device.
 
-    Heads are shared by their groups, each with its key and value: where the number of groups is no multiple of
-    the devices, and copies do not make it one, every device has all of attention and of the cache.
+    Heads are shared in groups, each with its key and value: where the number of groups is not a multiple of the
+    devices, and copies do not make it one, every device has all of attention and of the cache.
     """
     sizes = {HEADS: config.kv_heads, NEURONS: config.ff_width, VOCABULARY: config.vocab_size}
     return {name: size % devices == 0 for name, size in sizes.items()}
@@ -128,12 +128,12 @@ def with_kv_copies(config: ModelConfig, devices: int) -> ModelConfig:
     """The config of the same model with its key/value heads repeated, so that this many devices share attention.
 
     Each copy has an equal share of the query heads of its group. The cache grows on all devices together, but each of
-    them has less of it than if it had all heads. The config stays what it is where the heads can be shared as they are,
-    or copies could not have equally many query heads.
+    them has less of it than if it had all heads. The config has no copies where the heads can be shared as they are, or
+    where copies could not have equally many query heads.
 
     Args:
         config: the architecture.
-        devices: along `MODEL_AXIS`.
+        devices: number of devices along `MODEL_AXIS`.
     """
     copies = devices // math.gcd(config.num_kv_heads, devices)
     possible = config.num_heads % (config.num_kv_heads * copies) == 0
@@ -146,11 +146,11 @@ def parameter_spec(
     """How an array is divided.
 
     Args:
-        path: of a parameter in the module or in a checkpoint, such as `layers.3.ff.down` or `layers.3.ff.gate`; or of
-            an array of the cache, `keys`, `values`, `positions` or `context`.
-        shape: of all of it.
-        config: the model.
-        mesh: an axis that it lacks divides nothing.
+        path: path of a parameter in the module or in a checkpoint, such as `layers.3.ff.down` or `layers.3.ff.gate`; or
+            name of an array of the cache: `keys`, `values`, `positions`, `context` or `cursor`.
+        shape: shape of the whole array.
+        config: the architecture of the model.
+        mesh: the mesh; an axis that it lacks divides nothing.
 
     Raises:
         ValueError: no rule is for such an array.
@@ -167,14 +167,14 @@ def parameter_spec(
 
 
 def axes_of(path: str, shape: Sequence[int]) -> tuple[str | None, ...]:
-    """What is divided along each axis of an array, by the first of `RULES` that is for it.
+    """What is divided along each axis of an array, by the rule in `RULES` for its path and number of axes.
 
     Args:
         path: as for `parameter_spec`.
-        shape: of the array; its number of axes counts.
+        shape: shape of the array.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no rule for it.
     """
     for end, axes in RULES:
         if f".{path}".endswith(f".{end}") and len(shape) == len(axes):
@@ -194,11 +194,11 @@ def model_shardings(model: Transformer, mesh: Mesh | AbstractMesh) -> Transforme
     """The module tree with a `NamedSharding` in place of every array: for `jax.device_put` or `in_shardings`.
 
     Args:
-        model: full or pruned; with arrays or `jax.ShapeDtypeStruct`s.
-        mesh: with an axis `MODEL_AXIS`.
+        model: a full or pruned model, with arrays or `jax.ShapeDtypeStruct`s.
+        mesh: a mesh with an axis `MODEL_AXIS`.
 
     Raises:
-        ValueError: the mesh has no such axis or cannot share the model's neurons evenly, or these lie in
+        ValueError: the mesh has no such axis or cannot share the model's neurons evenly, or the model holds them in
             two groups.
     """
     _check_axis(mesh)
@@ -213,12 +213,12 @@ def model_shardings(model: Transformer, mesh: Mesh | AbstractMesh) -> Transforme
 
 
 def cache_shardings(cache: KVCache, config: ModelConfig, mesh: Mesh | AbstractMesh) -> KVCache:
-    """The cache with a `NamedSharding` in place of every array: keys and values lie where their heads do.
+    """The cache with a `NamedSharding` in place of every array: keys and values are on the devices of their heads.
 
     Args:
-        cache: with arrays or `jax.ShapeDtypeStruct`s; keys (B, G, H, S), values (B, G, S, H).
-        config: of the model.
-        mesh: with an axis `MODEL_AXIS`.
+        cache: a cache with arrays or `jax.ShapeDtypeStruct`s.
+        config: the architecture of the model.
+        mesh: a mesh with an axis `MODEL_AXIS`.
 
     Raises:
         ValueError: the mesh has no such axis.
@@ -226,7 +226,7 @@ def cache_shardings(cache: KVCache, config: ModelConfig, mesh: Mesh | AbstractMe
     _check_axis(mesh)
 
     def sharding(path: jax.tree_util.KeyPath, leaf: jax.Array) -> NamedSharding:
-        # The layer's number is the last of the path.
+        # The path is `keys.3` or `cursor`; the layer does not matter.
         name = dotted(path).split(".")[0]
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, config, mesh))
 
@@ -234,5 +234,5 @@ def cache_shardings(cache: KVCache, config: ModelConfig, mesh: Mesh | AbstractMe
 
 
 def dotted(path: jax.tree_util.KeyPath) -> str:
-    """A pytree's path as the module's: `.layers[3].ff.down.value` is `layers.3.ff.down`."""
+    """A path in a pytree as a path in the module: `.layers[3].ff.down.value` is `layers.3.ff.down`."""
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")

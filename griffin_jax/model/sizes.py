@@ -1,4 +1,4 @@
-"""How many bytes a model, its cache and one decode step are, counted from the architecture."""
+"""Bytes of a model, of its cache and of one decode step, counted from the architecture."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from griffin_jax.parallel.mesh import MODEL_AXIS
 
 
 class Sizes:
-    """Bytes that a device has of the parts of a model, counted from its architecture; nothing is allocated.
+    """Bytes that each device has of the parts of a model, counted from its architecture; nothing is allocated.
 
     Args:
-        config: the model.
-        batch: sequences.
+        config: the architecture.
+        batch: number of sequences.
         slots: tokens that each row of the cache has room for.
         itemsize: bytes of a weight, and of a key or value.
         shared: whether the batch shares its experts, or every sequence has its own.
-        devices: that the model is divided among, as `griffin_jax.model.sharding` says.
+        devices: number of devices that the model is divided among, as `griffin_jax.model.sharding` says.
 
     Attributes:
-        parameters: of the full model on all devices together, counted.
-        cache: bytes of keys and values, all slots.
-        local_parameters: of the full model on one device, counted.
-        tables: bytes of the tables that a step looks up a row of for each token, and does not read.
+        parameters: number of parameters of the full model on all devices together.
+        local_parameters: number of parameters of the full model on one device.
+        cache: bytes of keys and values in all slots.
+        tables: bytes of the tables of which a step reads only a row for each token.
     """
 
     def __init__(self, config: ModelConfig, batch: int, slots: int, itemsize: int, *, shared: bool, devices: int = 1):
@@ -52,23 +52,23 @@ class Sizes:
         self.table_rows = sum(shape[1] for shape in looked_up) * batch * itemsize
 
     def ff(self, kept: Sequence[int] | None) -> int:
-        """The parameters with a row for each neuron: all rows, or the kept ones."""
+        """Bytes of the parameters with a row for each neuron: all rows if `kept` is None, else the kept ones."""
         if kept is None:
             return self.config.ff_width // self.devices * self.config.num_layers * self.row * self.itemsize
         return sum(kept) // self.devices * self.sets * self.row * self.itemsize
 
     def weights(self, kept: Sequence[int] | None) -> int:
-        """The model's: the full one's, or with the kept rows only."""
+        """Bytes of the model: the full one if `kept` is None, else with the kept rows only."""
         return self.local_parameters * self.itemsize - self.ff(None) + self.ff(kept)
 
     def step(self, kept: Sequence[int] | None) -> int:
-        """What one decode step must read: of tables only the tokens' rows, of the cache all slots."""
+        """Bytes that one decode step must read: of tables only the tokens' rows, of the cache all slots."""
         return self.weights(kept) - self.tables + self.table_rows + self.cache
 
 
 @functools.lru_cache(maxsize=16)
 def local_shapes(config: ModelConfig, devices: int) -> Mapping[str, tuple[int, ...]]:
-    """The shape of what each device has of every parameter of the full model, by path in the module.
+    """The shape of each device's part of every parameter of the full model, by path in the module.
 
     Raises:
         ValueError: this many devices cannot share the neurons evenly.

@@ -1,12 +1,6 @@
-"""The whole transformer, from the bottom up: norm, rotary, attention, feed-forward, layer, model.
+"""The transformer from its parts: a layer is attention and feed-forward, a model is embedding, layers and head.
 
-Letters in names and shapes: B batch, T query tokens, S cache slots, D width, F neurons of a
-feed-forward layer (K after pruning), N query heads, G key/value heads, R = N / G, H head size,
-V vocabulary.
-
-A module is a pytree, so `jax.jit(prefill)(model, ...)` takes it as it is. A pruned model is the same
-module tree with feed-forward matrices of K rows where the full one has F; nothing here knows which
-one it runs.
+`griffin_jax.model` explains the letters in names and shapes.
 """
 
 from __future__ import annotations
@@ -32,22 +26,21 @@ from griffin_jax.model.parameters import bias_vector, matrix
 from griffin_jax.model.positions import Positions, layer_positions
 
 LAYER_SCOPE = "layer"
-"""What profiles and compiled programs call everything that a layer computes."""
+"""Name of everything that a layer computes, in profiles and compiled programs."""
 
 Observer = Callable[[int, Float[Array, "b t f"], Bool[Array, "b t"]], Any]
-"""Sees the intermediates z of each feed-forward layer while the model reads.
+"""A function that sees the intermediates z of each feed-forward layer while the model reads.
 
-It is called, inside of jit, with the layer's number, z and which tokens are real (false for padding, where z is finite
-and means nothing). What it returns, arrays in any pytree or None, is returned beside the model's output. Whatever it
-does not keep is not kept: z of one layer is in memory at a time.
+It is called, inside of jit, with the number of the layer, z, and which tokens are real (false for padding, where z is
+finite and means nothing). The model returns what it returns, arrays in any pytree or None, next to its own output.
+Nothing else of z is kept: only z of one layer is in memory at a time.
 """
 
 
 class Layer(nnx.Module):
     """Attention and feed-forward, each added to the residual stream.
 
-    With f for either, `ModelConfig.norm_placement` says what the norms are applied to. Parallel
-    layers add both to the same x.
+    `ModelConfig.norm_placement` says where their norms are. Parallel layers add both to the same x.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
@@ -79,7 +72,7 @@ class Layer(nnx.Module):
         cursor: Int[Array, ""],
         observe: Callable[[Float[Array, "b t f"], Bool[Array, "b t"]], Any] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Any]:
-        """The residual stream behind the layer, its cache, and what `observe` makes of z, if it is given."""
+        """The residual stream after the layer, its cache, and what `observe` returns for z, if it is given."""
         normed = apply_norm(self.attention_norm, x)
         mixed, keys, values = self.attention(normed, at, cached_keys, cached_values, cursor)
         mixed = scaled(apply_norm(self.attention_out_norm, mixed), self.residual_scale)
@@ -100,9 +93,9 @@ class Transformer(nnx.Module):
 
     Args:
         config: the architecture.
-        dtype: of the weights, and so of the computation; norms, softmax, logits and statistics are
-            float32 always.
-        rngs: matrices are drawn at random from `rngs.params`; without it they are zero. Weights of a
+        dtype: dtype of the weights, and so of the computation; norms, softmax, logits and statistics are always
+            float32.
+        rngs: where the random matrices are drawn from (`rngs.params`); without it they are zero. Weights of a
             checkpoint come through `griffin_jax.load`.
     """
 
@@ -123,7 +116,7 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.embedding.dtype
 
     @property
@@ -140,24 +133,25 @@ class Transformer(nnx.Module):
         read_slots: int | None = None,
         observe: Observer | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache, tuple[Any, ...]]:
-        """Reads T tokens of every row, behind those that the cache holds.
+        """Read T tokens of every row, after those that the cache holds.
 
         Args:
             tokens: token ids.
-            positions: of each token in its row, rising; `EMPTY` anywhere among them marks padding, which is
+            positions: position of each token in its row, rising; `EMPTY` anywhere among them marks padding, which is
                 written to the cache but never attended to and enters no statistic.
-            cache: what was read so far, with room for T more tokens.
-            read_slots: attention reads only this many slots of the cache (all of them if None). They
-                must hold every token so far; 0 for an empty cache.
-            observe: sees the intermediates of every layer; `statistic` collects what GRIFFIN selects by.
+            cache: the tokens that were read before, with room for T more.
+            read_slots: number of slots of the cache that attention reads (all of them if None). They must hold every
+                token so far; 0 for an empty cache.
+            observe: function that sees the intermediates of every layer, such as `griffin_jax.griffin.statistic`'s
+                `statistic`, which collects what GRIFFIN selects by.
 
         Returns:
-            The residual stream behind the last layer (for `logits`), the cache with T more tokens,
-            and per layer what `observe` returned (empty without it).
+            The residual stream after the last layer (for `logits`), the cache with T more tokens, and what `observe`
+            returned for each layer (empty without it).
         """
         real = positions != EMPTY
-        # Padding is zero between the layers: what it would become could overflow, and 0 * inf in a sum over
-        # tokens would reach the real ones.
+        # Padding is zero between the layers: otherwise it could overflow, and 0 * inf in a sum over tokens would reach
+        # the real ones.
         x = jnp.where(real[..., None], self.embed(tokens, positions), 0)
         at = layer_positions(self.config, positions, cache.positions[:, :read_slots], cache.context)
         keys, values, observed = [], [], []
@@ -181,7 +175,7 @@ class Transformer(nnx.Module):
         return x, cache, () if observe is None else tuple(observed)
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """The residual stream before the first layer; anything where a position is `EMPTY`."""
+        """The residual stream before the first layer; where a position is `EMPTY`, it means nothing."""
         x = scaled(lookup(self.embedding[...], tokens), self.config.embedding_scale)
         if self.project_in is not None:
             x = x @ self.project_in[...]
@@ -190,7 +184,7 @@ class Transformer(nnx.Module):
         return apply_norm(self.embedding_norm, x)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
-        """Scores of every next token, float32, from the residual stream."""
+        """Float32 scores of every possible next token, from the residual stream after the last layer."""
         x = apply_norm(self.norm, x)
         if self.project_out is not None:
             x = x @ self.project_out[...]

@@ -22,10 +22,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30
-"""After so long without a sign of life a process counts as dead, and all others end."""
+"""Seconds without a sign of life after which a process counts as dead, and all others end."""
 
 START_SECONDS = 300
-"""How long processes wait for each other at the start: on some hosts there is more to import than on others."""
+"""Seconds that processes wait for each other at the start: imports take longer on some hosts than on others."""
 
 AUTO = "auto"
 
@@ -53,14 +53,14 @@ def parse(text: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def joined(text: str | None) -> Iterator[None]:
-    """Joins the other processes before JAX is used, and leaves them; the first is the one that prints.
+    """Join the other processes for the length of a block, before JAX is used; only the first process prints.
 
     Args:
-        text: for `parse`; None for a process that is alone.
+        text: what `parse` takes; None for a process on its own.
 
     Raises:
-        ValueError: it is malformed.
-        RuntimeError: the others do not come.
+        ValueError: the text is malformed.
+        RuntimeError: the other processes do not join in time.
     """
     if text is None:
         yield
@@ -80,7 +80,7 @@ def joined(text: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_stdout() -> Iterator[None]:
-    """Leaves stdout to what Python prints in the first process: Gloo reports there, too, whenever it connects."""
+    """Keep stdout for what Python prints in the first process: Gloo also writes there whenever it connects."""
     sys.stdout.flush()
     before = os.dup(1)
     text = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
@@ -99,10 +99,10 @@ def is_first() -> bool:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """What a function returns in the first process, as JSON has it, on all of them.
+    """What a function returns in the first process, sent as JSON to all processes.
 
     Raises:
-        ValueError: the function did in the first process, or an `OSError`.
+        ValueError: the function raised a `ValueError` or an `OSError` in the first process.
     """
     if jax.process_count() == 1:
         return function()
@@ -122,11 +122,11 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raise `ValueError` unless all processes have the same; they could not work together.
+    """Raise `ValueError` unless all processes have the same value; otherwise they could not work together.
 
     Args:
-        name: of what is compared.
-        value: whose `repr` is.
+        name: what is compared, for the message.
+        value: anything whose `repr` can be compared.
     """
     if jax.process_count() == 1:
         return

@@ -3,8 +3,8 @@
     mesh = make_mesh(data=2, model=4)            eight devices, each with a quarter of the model and half of the batch
     llm = griffin_jax.load(source, mesh=mesh)
 
-What is divided along the axes is said in `griffin_jax.model.sharding`. No function has to be told the mesh: it is
-where the model's arrays are, also while they are traced.
+`griffin_jax.model.sharding` says what is divided along the axes. No function has to be told the mesh: it is found from
+the model's arrays, also while they are traced.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ AXES = (DATA_AXIS, MODEL_AXIS)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The sizes of the axes that a text such as `data=2,model=4` names, in any order; one that is not there has 1.
+    """The sizes of both axes from a text such as `data=2,model=4`; an axis that it does not name has size 1.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the text is malformed.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -49,8 +49,8 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
     """A mesh of the first data x model devices; those of a process are neighbours along `MODEL_AXIS`.
 
     Args:
-        data: into how many parts batches are divided.
-        model: into how many parts the model is divided.
+        data: number of parts that batches are divided into.
+        model: number of parts that the model is divided into.
 
     Raises:
         ValueError: there are fewer devices, or several processes have more than are asked for.
@@ -70,10 +70,10 @@ def make_mesh(data: int = 1, model: int = 1) -> Mesh:
 
 
 def checked_mesh(mesh: Mesh) -> Mesh:
-    """The mesh with both axes, one of which it may lack.
+    """The same mesh with both axes, `data` first; an axis that it lacks is added with size 1.
 
     Raises:
-        ValueError: it has another axis.
+        ValueError: the mesh has another axis.
     """
     if unknown := sorted(set(mesh.axis_names) - set(AXES)):
         raise ValueError(
@@ -87,7 +87,7 @@ def checked_mesh(mesh: Mesh) -> Mesh:
 
 
 def mesh_of(array: Any) -> Mesh | AbstractMesh | None:
-    """The mesh that an array is divided among, also while it is traced; None if it is on one device."""
+    """The mesh that an array is on, also while it is traced; None if it is on one device."""
     sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else getattr(array, "sharding", None)
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
         return sharding.mesh
@@ -95,25 +95,25 @@ def mesh_of(array: Any) -> Mesh | AbstractMesh | None:
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
-    """Devices along an axis; 1 if there is none."""
+    """Number of devices along an axis; 1 without the axis or without a mesh."""
     return 1 if mesh is None else mesh.shape.get(axis, 1)
 
 
 def dividing(mesh: Mesh | AbstractMesh | None, axis: str, size: int) -> str | None:
-    """The axis, if it divides this size among more than one device: an entry of a `PartitionSpec`."""
+    """`axis` if it divides this size evenly among several devices, else None: an entry of a `PartitionSpec`."""
     devices = axis_size(mesh, axis)
     return axis if devices > 1 and size % devices == 0 else None
 
 
 def over_data(mesh: Mesh | AbstractMesh | None, array: Any) -> Any:
-    """An array (B, ...) divided along `DATA_AXIS`, where that divides B: else every part of the mesh has all of it."""
+    """An array (B, ...) divided along `DATA_AXIS`, if that divides B evenly; otherwise the array as it is."""
     if mesh is None or dividing(mesh, DATA_AXIS, array.shape[0]) is None:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
 
 
 def to_host(tree: Any) -> Any:
-    """The arrays of a tree as NumPy's, whole on every process."""
+    """The tree with NumPy arrays, each of them whole on every process."""
 
     def whole(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):

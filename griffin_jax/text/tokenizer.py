@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Any of these makes a folder one with a tokenizer."""
+"""Files of which any says that a folder has a tokenizer."""
 
 CONTROL, USER_DEFINED = 3, 4
-"""Values of `tokenizer.ggml.token_type`: never part of a text; matched whole in a text."""
+"""Values of `tokenizer.ggml.token_type`: tokens that are never part of a text, and tokens matched whole in a text."""
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
@@ -33,10 +33,10 @@ class _Pretokenizer:
 
     Attributes:
         split: regular expression of words.
-        digits: every digit is a word of its own, before `split`.
-        whole_words: a word that is a token is not merged from bytes.
-        nfc: texts are composed to Unicode's form C first.
-        bos: texts begin with the first token unless the file says otherwise.
+        digits: whether every digit is first made a word of its own.
+        whole_words: whether a word that is a token is taken whole, and not merged from bytes.
+        nfc: whether texts are first composed to Unicode's form C.
+        bos: whether texts begin with the first token (BOS) unless the file says otherwise.
     """
 
     split: str
@@ -56,7 +56,7 @@ PRETOKENIZERS: dict[str, _Pretokenizer] = {
     "qwen2": _Pretokenizer(QWEN2_SPLIT, nfc=True),
     "smollm": _Pretokenizer(GPT2_SPLIT, digits=True),
 }
-"""By `tokenizer.ggml.pre` of GGUF files."""
+"""How texts are cut into words, by the `tokenizer.ggml.pre` of GGUF files."""
 
 
 class Tokenizer:
@@ -94,7 +94,7 @@ class Tokenizer:
 
         Args:
             text: the text.
-            special: put the first token in front where the model was trained so.
+            special: whether to begin with the first token (BOS), where the model was trained so.
 
         Raises:
             ValueError: the text has a lone surrogate, so it is not Unicode.
@@ -106,7 +106,7 @@ class Tokenizer:
 
         Args:
             tokens: the ids.
-            skip_special: leave out tokens that are not text, such as the one that ends an answer.
+            skip_special: whether to leave out tokens that are not text, such as the one that ends an answer.
         """
         return self._tokenizer.decode(
             [int(token) for token in tokens], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
@@ -130,8 +130,8 @@ class Tokenizer:
 
         Args:
             messages: a list of `{"role": ..., "content": ...}`.
-            begin_answer: end where the model's answer begins; otherwise in the middle of the last message.
-            **arguments: what the template knows besides, such as `enable_thinking`.
+            begin_answer: whether to end where the model's answer begins, and not in the middle of the last message.
+            **arguments: further arguments of the template, such as `enable_thinking`.
 
         Raises:
             ValueError: there is no chat template, or it rejects the messages.
@@ -188,7 +188,7 @@ class Tokenizer:
         """The tokenizer in a GGUF file's metadata.
 
         Args:
-            metadata: key -> value, as `griffin_jax.checkpoints.sources.read_gguf_header` returns it.
+            metadata: values by key, from `griffin_jax.checkpoints.sources.read_gguf_header`.
 
         Raises:
             ValueError: the vocabulary is incomplete, or of a kind that is not supported.
@@ -228,6 +228,7 @@ class Tokenizer:
 
 
 def _unicode(text: str) -> str:
+    """The text; `ValueError` if it has lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -268,7 +269,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Backend
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], special: Mapping[str, str]) -> tuple[Backend, bool]:
-    """SentencePiece BPE with a fall-back to bytes, and that its texts begin with the first token."""
+    """SentencePiece BPE with a fall-back to bytes, and whether its texts begin with the first token by default."""
     merges = (
         [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
         if "tokenizer.ggml.merges" in metadata
@@ -322,6 +323,7 @@ def _add_special(backend: Backend, metadata: Mapping[str, Any], tokens: list[str
 
 
 def _begin_with(backend: Backend, token: str) -> None:
+    """Let every text begin with a token."""
     from tokenizers import processors
 
     backend.post_processor = processors.TemplateProcessing(

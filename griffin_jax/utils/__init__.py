@@ -1,1 +1,1 @@
-"""What everything else stands on: files that are written whole, messages, figures, timing."""
+"""Small helpers for all other packages: files that are written whole, messages, figures, timing."""

@@ -22,10 +22,10 @@ def save_arrays(
     """Writes a file; an existing one is replaced.
 
     Args:
-        path: where.
-        file_format: what it is, and its version.
-        arrays: by name.
-        metadata: texts by name, beside the format.
+        path: the file to write.
+        file_format: what kind of file it is, and its version.
+        arrays: the arrays by name.
+        metadata: texts by name, in addition to the format.
 
     Raises:
         OSError: it cannot be written.

@@ -18,13 +18,13 @@ class GriffinDeprecationWarning(DeprecationWarning):
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """Warn the caller of the function that calls this that `old` is called `new` now."""
+    """Warn whoever called the function that calls this: `old` is now called `new`."""
     message = f"{old} is deprecated and will be removed in the next version; use {new}"
     warnings.warn(message, GriffinDeprecationWarning, stacklevel=stacklevel)
 
 
 def renamed_attribute(new: str) -> Any:
-    """A property that gives an attribute by its old name, with a warning. To be assigned to that name in a class.
+    """A descriptor that gives an attribute under its old name, with a warning; assign it to that name in the class.
 
     Args:
         new: what the attribute is called now.
@@ -44,13 +44,13 @@ def renamed_attribute(new: str) -> Any:
 
 
 def renamed_arguments(**renamed: str) -> Callable[[Function], Function]:
-    """Lets a function take keyword arguments by their old names, too, with a warning.
+    """Let a function take keyword arguments under their old names too, with a warning.
 
     Args:
-        **renamed: the new name of each argument, by its old one.
+        **renamed: the new name of each argument, by its old name.
 
     Raises:
-        TypeError: when the function is called with an argument by both names.
+        TypeError: the function is called with both names of an argument.
     """
 
     def decorate(function: Function) -> Function:

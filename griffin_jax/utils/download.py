@@ -1,4 +1,4 @@
-"""Where downloads are kept, and pip as what fetches them."""
+"""Where downloads are kept, and how pip fetches them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def cache_folder() -> Path:
 
 
 def run_pip(command: str, *arguments: str) -> str | None:
-    """Fetch packages as wheels, without what they depend on, by pip, which knows the user's proxies and mirrors.
+    """Fetch packages as wheels, without their dependencies, with pip, which knows the user's proxies and mirrors.
 
     Returns:
-        None, or why it failed in one line.
+        None if it worked, else the reason in one line.
     """
     whole = [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
     whole += ["--only-binary", ":all:", *arguments]

@@ -1,4 +1,4 @@
-"""Plots are drawn by matplotlib, an optional package, without a display."""
+"""Figures of matplotlib, an optional package, drawn without a display."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def new_figure(width: float, height: float) -> Any:
     """An empty figure.
 
     Args:
-        width: in inches, of 120 pixels.
-        height: likewise.
+        width: width in inches of 120 pixels.
+        height: height in the same unit.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -26,7 +26,7 @@ class Stopwatch:
     """Seconds by name. What XLA spends on tracing and compiling within a phase counts as `compile`.
 
     Attributes:
-        seconds: of every phase measured so far, and `compile`.
+        seconds: seconds of each phase measured so far by its name, and of `compile`.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""transformers takes a second to import and, without PyTorch, says so; hence late and silently."""
+"""Importing transformers late and silently: it takes a second, and gives advice where PyTorch is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def import_transformers() -> ModuleType:
-    """The transformers package, as tokenizer and reader of configurations; its models are never used.
+    """The transformers package, used for tokenizers and configurations; its models are never used.
 
     Raises:
         ImportError: it is not installed.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place at the end of the block; if that fails, nothing changes.
+    """A file to write next to `path`, which takes its place at the end of the block; if that fails, nothing changes.
 
     Raises:
-        OSError: it cannot take the place.
+        OSError: the file cannot take the place of `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -31,8 +31,8 @@ from safetensors.numpy import load_file, save_file
 
 import griffin_jax as gj
 from griffin_jax.checkpoints.families import families
+from griffin_jax.checkpoints.huggingface import read_hf_config
 from griffin_jax.checkpoints.loading import open_source
-from griffin_jax.checkpoints.sources import read_hf_config
 from griffin_jax.model.config import Alibi
 
 CASES = all_cases()

@@ -1,4 +1,4 @@
-"""Model families, one file each. A new family is one new file here that defines `FAMILY`."""
+"""Model families, one file for each. A new family is a new file here that defines `FAMILY`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 
-from griffin_jax.checkpoints.schema.family import Family, Layout, TensorRule
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.layouts import Layout, TensorRule
 
 __all__ = ["Family", "Layout", "TensorRule", "families", "family_of", "gguf_family_of", "table"]
 
@@ -37,14 +38,14 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "rwkv6", "rwkv7",
     ),
 }  # fmt: skip
-"""Reasons, and the model types (and GGUF architectures) that people may expect here."""
+"""Model types (and GGUF architectures) that people may expect here, by the reason why they are refused."""
 
 
 def family_of(model_type: object, where: str) -> Family:
     """The family of a config.json.
 
     Raises:
-        ValueError: there is none; it says why, or names those there are.
+        ValueError: the model type is not supported; the message says why, or names the supported ones.
     """
     return _find(model_type, families(), f"{where}: model_type")
 
@@ -53,7 +54,7 @@ def gguf_family_of(architecture: object, where: str) -> Family:
     """The family of a GGUF file.
 
     Raises:
-        ValueError: there is none; it says why, or names those there are.
+        ValueError: the architecture is not supported; the message says why, or names the supported ones.
     """
     known = {name: family for family in families().values() if family.gguf for name in family.gguf.architectures}
     return _find(architecture, known, f"{where}: GGUF architecture")
@@ -69,7 +70,7 @@ def _find(name: object, known: Mapping[str, Family], what: str) -> Family:
 
 
 def table() -> str:
-    """What is supported and what is refused, in Markdown."""
+    """A table in Markdown of what is supported and what is refused."""
     rows = [("models", "`model_type`", "GGUF architecture")]
     for family in sorted(families().values(), key=lambda family: family.title.lower()):
         architectures = family.gguf.architectures if family.gguf else family.also_gguf

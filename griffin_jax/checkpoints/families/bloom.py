@@ -1,4 +1,4 @@
-"""BLOOM: attention with linear biases, and a norm behind the embedding."""
+"""BLOOM: attention with linear biases, and a norm after the embedding."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.gpt2 import read_gguf_config as read_gpt2_gguf_config
 from griffin_jax.checkpoints.families.gpt_neox import block_rules
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule
 from griffin_jax.model.config import Alibi, ModelConfig
 
 
@@ -29,11 +23,11 @@ def read_config(attributes: Attributes) -> ModelConfig:
     attributes.require("hidden_size")
     ff_width = 4 * attributes.take("hidden_size", int)
     attributes.expect(n_inner=ff_width, intermediate_size=ff_width, apply_residual_connection_post_layernorm=False)
-    # Attention has no last position. The default is what the models were trained on, since they rarely say.
+    # ALiBi has no last position. The default is the length of the training texts, which configurations rarely give.
     sizes = read_sizes(
         attributes, intermediate_size=ff_width, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2
     )
-    # What Megatron did in one step, and in which precision.
+    # How Megatron divided and fused the computation, and in which precision.
     attributes.ignore(
         "attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi",
         "pretraining_pp", "skip_bias_add", "skip_bias_add_qkv",

@@ -5,19 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from griffin_jax.checkpoints.families.gpt_neox import block_rules
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    layer_rules,
-    read_activation,
-    read_gguf_sizes,
-    read_rotary,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule, layer_rules
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import Alibi, ModelConfig
 
 
@@ -61,7 +52,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def _ungrouped_kv_heads(attributes: Attributes, sizes: dict[str, Any]) -> int:
-    """1 or all: before the new decoder architecture there was nothing between."""
+    """1 or all key/value heads: before the new decoder architecture there was nothing in between."""
     if attributes.take("multi_query", bool, default=True):
         return 1
     if sizes["num_kv_heads"] != sizes["num_heads"]:
@@ -87,7 +78,7 @@ def _read_layer_form(attributes: Attributes, grouped: bool) -> tuple[bool, bool]
 
 
 def rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """The new decoder architecture names its two norms for what they lie in front of."""
+    """The rules; the new decoder architecture names its two norms after the layers that they precede."""
     return (
         TensorRule("transformer.word_embeddings.weight", "embedding", "V D"),
         TensorRule("transformer.ln_f.weight", "norm.scale", "D"),
@@ -99,7 +90,7 @@ def rules(config: ModelConfig) -> tuple[TensorRule, ...]:
 
 
 def gguf_rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """Of two norms, attn_norm is that of the feed-forward layer."""
+    """The rules of GGUF files, in which attn_norm is the norm of the feed-forward layer if there are two."""
     return FUSED_GGUF_RULES + _norm_rules(config, "blk.{layer}.", "attn_norm_2", "attn_norm")
 
 

@@ -8,25 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
-from griffin_jax.checkpoints.schema.family import (
-    ACTIVATIONS,
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    TensorRule,
-    read_rotary,
-)
+from griffin_jax.checkpoints.schema.attributes import ACTIVATIONS, Attributes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 DEFAULTS: dict[str, Any] = {
     "activation": "gelu_pytorch_tanh", "tied_head": True, "head_dim": 256, "bos_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
-"""Of all generations."""
+"""Defaults of all generations."""
 
 
 def scaled_embedding(width: int) -> dict[str, Any]:
-    """What all generations do to embeddings and norms, as fields of `ModelConfig`."""
+    """What all generations do with embeddings and norms, as fields of `ModelConfig`."""
     return {"embedding_scale": math.sqrt(width), "norm_plus_one": True}
 
 

@@ -6,17 +6,10 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.gemma import DEFAULTS, scaled_embedding, without_one
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    read_layer_types,
-    read_rotary,
-    windows_of,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 
@@ -54,7 +47,7 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
 
 
 def query_scalar(values: dict[str, Any], deepest: int) -> int:
-    """What GGUF files do not say: only the largest model, known by its layers, does not scale by its head size."""
+    """`query_pre_attn_scalar`, which GGUF files lack: the head size, except in the largest model (`deepest` layers)."""
     if values["num_hidden_layers"] == deepest:
         return values["hidden_size"] // values["num_attention_heads"]
     return values["head_dim"]
@@ -68,7 +61,7 @@ def _norms(prefix: str, *names: str) -> tuple[TensorRule, ...]:
     )
 
 
-# Of rules for the same parameter the last one counts: post_attention_layernorm is another norm than Llama's.
+# Of several rules for the same parameter the last one counts: post_attention_layernorm is another norm than Llama's.
 NORMS = _norms(
     "model.layers",
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",

@@ -8,16 +8,10 @@ from griffin_jax.checkpoints.families.gemma import DEFAULTS, scaled_embedding, w
 from griffin_jax.checkpoints.families.gemma2 import GGUF_NORMS, NORMS, query_scalar
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.families.qwen3 import GGUF_HEAD_NORMS, HEAD_NORMS
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    read_layer_types,
-    rotary_of,
-    windows_of,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
+from griffin_jax.checkpoints.schema.rotary import rotary_of
 from griffin_jax.model.config import ModelConfig, Rotary
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
@@ -51,7 +45,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def _read_rotaries(attributes: Attributes, max_positions: int, head_dim: int) -> tuple[Rotary, Rotary]:
-    """Of global and of windowed layers."""
+    """The rotary embeddings of layers without and with a window."""
     theta = attributes.take("rope_theta", float, default=GLOBAL_THETA)
     local_theta = attributes.take("rope_local_base_freq", float, default=LOCAL_THETA)
     scaling = attributes.take("rope_scaling", dict, default={})

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    layer_rules,
-    read_activation,
-    read_gguf_sizes,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule, layer_rules
 from griffin_jax.model.config import ModelConfig
 
 
@@ -24,7 +15,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     sizes = read_gpt_sizes(attributes, n_positions=1024)
     scaled = attributes.take("scale_attn_weights", bool, default=True)
     attributes.expect(scale_attn_by_inverse_layer_idx=False)
-    # That the scores are computed in float32 is so here anyway.
+    # Scores are always computed in float32 here.
     attributes.ignore("reorder_and_upcast_attn")
     return ModelConfig(
         family="gpt2",
@@ -48,8 +39,8 @@ def read_gpt_sizes(attributes: Attributes, n_positions: int) -> dict[str, Any]:
     """The sizes of GPT-2 and GPT-J, as fields of `ModelConfig`.
 
     Args:
-        attributes: of the configuration.
-        n_positions: default of the context.
+        attributes: attributes of the configuration.
+        n_positions: default of the context, in tokens.
     """
     attributes.rename(
         n_embd="hidden_size",

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    layer_rules,
-    read_activation,
-    read_gguf_sizes,
-    read_rotary,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule, layer_rules
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 
@@ -44,13 +35,13 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def block_rules(prefix: str, attention: str) -> tuple[TensorRule, ...]:
-    """Rules of a layer whose tensors have Megatron's names: here, in BLOOM and in Falcon.
+    """Rules for a layer whose tensors have Megatron's names, as here, in BLOOM and in Falcon.
 
-    Each group's queries lie before its key and its value; here and in BLOOM a group is one head.
+    Each group's queries are stored before its key and its value; here and in BLOOM a group is one head.
 
     Args:
-        prefix: of the names of all tensors of the layer.
-        attention: what the attention is called.
+        prefix: prefix of the names of all tensors of the layer.
+        attention: name of the attention.
     """
     query, key, value = "(G [R]+1+1 H)", "(G R+[1]+1 H)", "(G R+1+[1] H)"
     return layer_rules(

@@ -1,9 +1,11 @@
-"""GPT-J: rotary embedding of neighbouring dimensions, attention and feed-forward in parallel behind one norm."""
+"""GPT-J: rotary embedding of neighbouring dimensions, attention and feed-forward in parallel after one norm."""
 
 from __future__ import annotations
 
 from griffin_jax.checkpoints.families.gpt2 import IGNORED, read_gpt_sizes
-from griffin_jax.checkpoints.schema.family import Attributes, Family, TensorRule, layer_rules, read_activation
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.layouts import TensorRule, layer_rules
 from griffin_jax.model.config import ModelConfig, Rotary
 
 

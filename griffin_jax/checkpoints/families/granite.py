@@ -12,7 +12,9 @@ from griffin_jax.checkpoints.families.llama import (
     read_fields,
     read_gguf_config,
 )
-from griffin_jax.checkpoints.schema.family import Attributes, Family, GgufFamily, StoredTensors, read_rotary
+from griffin_jax.checkpoints.schema.attributes import Attributes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

@@ -6,19 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    SIZES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    read_activation,
-    read_gguf_sizes,
-    read_rotary,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import SIZES, Attributes, read_activation, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 
@@ -32,14 +23,14 @@ def read_fields(
     tied_head: bool = False,
     **sizes: Any,
 ) -> dict[str, Any]:
-    """The fields of `ModelConfig` that Llama and the families built like it read alike, but for the rotary embedding.
+    """The fields of `ModelConfig` that Llama and similar families read in the same way, except the rotary embedding.
 
     Args:
-        attributes: of the configuration.
+        attributes: attributes of the configuration.
         family: name of the module.
         norm_eps: default of `rms_norm_eps`.
-        activation_name: what the configuration calls the non-linearity.
-        activation: its default.
+        activation_name: name of the attribute with the non-linearity.
+        activation: default of the non-linearity.
         tied_head: default of `tie_word_embeddings`.
         sizes: other defaults, see `read_sizes`.
     """
@@ -91,7 +82,7 @@ RULES = (
 
 
 def read_gguf_fields(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
-    """llama.cpp's metadata of Llama and the families built like it, in the terms of config.json."""
+    """llama.cpp's metadata of Llama and similar families, in the terms of config.json."""
     values = read_gguf_sizes(attributes, "attention.layer_norm_rms_epsilon")
     theta = attributes.take("rope.freq_base", float, default=10_000.0)
     scaling = _gguf_scaling(attributes)
@@ -135,9 +126,9 @@ def _gguf_scaling(attributes: Attributes) -> dict[str, Any] | None:
 
 
 def _factors_as_given(factors: np.ndarray) -> dict[str, Any]:
-    """Llama 3.1's scaling, of which llama.cpp keeps only what each frequency is divided by.
+    """Llama 3.1's scaling, of which llama.cpp keeps only the divisor of each frequency.
 
-    That is a LongRoPE whose factors are the same at all lengths.
+    That is a LongRoPE with the same factors at all lengths.
     """
     listed = factors.tolist()
     return {"rope_type": "longrope", "short_factor": listed, "long_factor": listed, "attention_factor": 1.0}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
-from griffin_jax.checkpoints.schema.family import Attributes, Family, read_rotary, windows_of
+from griffin_jax.checkpoints.schema.attributes import Attributes, windows_of
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

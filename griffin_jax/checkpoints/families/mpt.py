@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    check_attributes,
-    layer_rules,
-    read_gguf_sizes,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, check_attributes, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule, layer_rules
 from griffin_jax.model.config import Alibi, ModelConfig
 
 
@@ -98,7 +89,7 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     """llama.cpp's metadata in the terms of config.json.
 
     It computes the tanh approximation of GELU; the models were trained with the exact function. It
-    knows no scale of the scores but the usual one.
+    has only the usual scale of the scores.
     """
     sizes = read_gguf_sizes(attributes)
     width, heads = sizes["hidden_size"], sizes["num_attention_heads"]

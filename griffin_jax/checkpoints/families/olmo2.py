@@ -1,4 +1,4 @@
-"""OLMo 2: Llama with norms behind attention and feed-forward instead of before, and over queries and keys."""
+"""OLMo 2: Llama with norms after attention and feed-forward instead of before, and over queries and keys."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.gemma2 import GGUF_NORMS, NORMS
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    read_rotary,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from griffin_jax.checkpoints.schema.family import (
-    Attributes,
-    Family,
-    TensorRule,
-    layer_rules,
-    read_activation,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_sizes
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.layouts import TensorRule, layer_rules
 from griffin_jax.model.config import ModelConfig
 
 
@@ -17,7 +12,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "opt"` describes."""
     attributes.rename(ffn_dim="intermediate_size")
     sizes = read_sizes(attributes, max_position_embeddings=2048, bos_token_id=2, eos_token_id=2)
-    # Of Galactica: how it was trained. The embeddings that transformers loads are learned and not scaled.
+    # How Galactica was trained. The embeddings that transformers loads are learned and not scaled.
     attributes.ignore("learned_embeddings", "scale_embeddings")
     attributes.expect(layer_norm_elementwise_affine=True)
     before = attributes.take("do_layer_norm_before", bool, default=True)
@@ -47,7 +42,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def rules(config: ModelConfig) -> tuple[TensorRule, ...]:
-    """The norms have the same names wherever they are."""
+    """The rules; norms have the same names whether they come before or after a sublayer."""
     pre = config.norm_placement == "pre"
     attention_norm, ff_norm = ("attention_norm", "ff_norm") if pre else ("attention_sum_norm", "ff_sum_norm")
     return (

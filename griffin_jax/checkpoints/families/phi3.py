@@ -6,19 +6,16 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED
 from griffin_jax.checkpoints.families.llama import RULES as LLAMA_RULES
-from griffin_jax.checkpoints.schema.family import (
-    FUSED_GGUF_RULES,
+from griffin_jax.checkpoints.schema.attributes import (
     Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    layer_rules,
     read_activation,
     read_gguf_sizes,
-    read_rotary,
     read_sizes,
     windows_of,
 )
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, layer_rules
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 # The first models were published with the names of LongRoPE's drafts.

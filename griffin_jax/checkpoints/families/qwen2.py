@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    read_layer_types,
-    read_rotary,
-    windows_of,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

@@ -6,15 +6,10 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.families.qwen2 import read_windows
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    read_rotary,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama with layers without rotary embedding."""
+"""SmolLM3: Llama in which some layers have no rotary embedding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from griffin_jax.checkpoints.families.llama import (
     read_fields,
     read_gguf_fields,
 )
-from griffin_jax.checkpoints.schema.family import (
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    read_layer_types,
-    read_rotary,
-    windows_of,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

@@ -6,19 +6,10 @@ from typing import Any
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED
 from griffin_jax.checkpoints.families.llama import RULES as LLAMA_RULES
-from griffin_jax.checkpoints.schema.family import (
-    GGUF_RULES,
-    Attributes,
-    Family,
-    GgufFamily,
-    StoredTensors,
-    TensorRule,
-    layer_rules,
-    read_activation,
-    read_gguf_sizes,
-    read_rotary,
-    read_sizes,
-)
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule, layer_rules
+from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 

@@ -147,7 +147,7 @@ def test_the_default_of_transformers_is_accepted(monkeypatch):
 
 
 def test_defaults_come_from_the_class_of_the_model_type():
-    from griffin_jax.checkpoints.schema.family import _transformers_defaults
+    from griffin_jax.checkpoints.schema.attributes import _transformers_defaults
 
     assert _transformers_defaults("llama")["mlp_bias"] is False
     assert _transformers_defaults("no such type") == {}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from griffin_jax.checkpoints.families import families, family_of
 from griffin_jax.checkpoints.loading import open_source
-from griffin_jax.checkpoints.schema.family import Attributes
+from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.model.config import Alibi, ModelConfig, Rotary
 
 # Configurations of the hub, without what is the same everywhere: gpt2, gpt2-xl, gpt-j-6b, gpt-neox-20b, pythia-70m,

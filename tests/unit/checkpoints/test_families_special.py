@@ -19,7 +19,7 @@ from reference import torch_logits
 
 import griffin_jax as gj
 from griffin_jax.checkpoints.families import families, family_of
-from griffin_jax.checkpoints.schema.family import Attributes
+from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.model.config import ModelConfig
 
 

@@ -15,10 +15,10 @@ import pytest
 from checkpoints_gguf import write_gguf
 from safetensors.numpy import save_file
 
+from griffin_jax.checkpoints.gguf import read_gguf_header
 from griffin_jax.checkpoints.loading import load_model, open_source, parse_dtype
 from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning
-from griffin_jax.checkpoints.sources import read_gguf_header
 from griffin_jax.model.config import Rotary
 from griffin_jax.model.positions import rotary_frequencies
 

@@ -13,7 +13,7 @@ import pytest
 from cases import all_cases
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from griffin_jax.checkpoints.sources import read_hf_config
+from griffin_jax.checkpoints.huggingface import read_hf_config
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import pad

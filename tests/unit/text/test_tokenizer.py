@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from griffin_jax.checkpoints.gguf import read_gguf_header
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
-from griffin_jax.checkpoints.sources import read_gguf_header
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 
 ROOT = Path(__file__).parents[3]

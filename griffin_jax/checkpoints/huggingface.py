@@ -1,0 +1,245 @@
+"""Hugging Face folders: config.json with safetensors or PyTorch's pickles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from griffin_jax.checkpoints.families import Family, family_of
+from griffin_jax.checkpoints.pytorch import PickleFile
+from griffin_jax.checkpoints.sources import (
+    FLOATS,
+    PICKLE_HELP,
+    Reader,
+    TensorInfo,
+    check_plausible,
+    listed_names,
+    read_json,
+)
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.tokenizer import Tokenizer
+from griffin_jax.utils.messages import brief
+
+# ---- Hugging Face folders ----
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """A format of weights in a Hugging Face folder: the file of unsharded weights, or the index of sharded ones."""
+
+    single: str
+    index: str
+    suffix: str
+
+    def is_in(self, folder: Path) -> bool:
+        return (folder / self.single).exists() or (folder / self.index).exists()
+
+
+_SAFETENSORS = _Format("model.safetensors", "model.safetensors.index.json", ".safetensors")
+_PICKLE = _Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder has weights as safetensors."""
+    return _SAFETENSORS.is_in(folder)
+
+
+class HuggingFaceFolder(Reader):
+    """A folder with config.json and safetensors files, or PyTorch's if they are allowed.
+
+    Args:
+        folder: the folder. Where it has both safetensors and PyTorch's files, the latter are not read.
+        allow_pickle: whether PyTorch's pickle files may be read.
+
+    Raises:
+        FileNotFoundError: the folder lacks config.json or weights.
+        ImportError: PyTorch's files are to be read, and torch is not installed.
+        ValueError: a file is malformed, or the configuration is not supported.
+    """
+
+    def __init__(self, folder: Path, allow_pickle: bool = False):
+        self.name = str(folder)
+        self._folder = folder
+        self.family, self.config = read_hf_config(folder)
+        self.rules, self.ignored, self.copies = self.family.rules, self.family.ignored, self.family.copies
+        self.tensors, self.problems = {}, []
+        self._files: dict[str, Path] = {}
+        self._pickles: dict[Path, PickleFile] = {}
+        self._starts: dict[str, int] = {}
+        self._format = self._choose_format(allow_pickle)
+        listed = self._shards()
+        shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
+        for file in shards:
+            self._open(file)
+        self.files = [folder / "config.json", *shards]
+        if listed:
+            self._check_index(listed)
+        check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
+        # In checkpoints of the bare model, as AutoModel saves it, names lack the prefix of the part in the whole.
+        prefix = self.family.prefix
+        self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
+        self.tensors = {
+            name if name in self.copies else self._prefix + name: tensor for name, tensor in self.tensors.items()
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        return self.read_rows(name, 0, None)
+
+    def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        info, name = self.tensors[name], name.removeprefix(self._prefix)
+        file = self._files[name]
+        if pickle := self._pickles.get(file):
+            for other in self._pickles.values():
+                if other is not pickle:
+                    other.release()
+            return pickle.read(name, start, stop)
+        num_rows, *row = info.shape or (1,)
+        stop = num_rows if stop is None else stop
+        count = math.prod(row)
+        dtype = FLOATS[info.dtype]
+        try:
+            at = self._starts[name] + start * count * dtype.itemsize
+            values = np.fromfile(file, dtype, (stop - start) * count, offset=at)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: tensor {name} cannot be read ({brief(error)})") from error
+        if values.size != (stop - start) * count:
+            raise ValueError(f"{file}: tensor {name} cannot be read (the file has become shorter)")
+        return values.reshape(stop - start, *row) if info.shape else values.reshape(())
+
+    def reference(self) -> dict[str, Any]:
+        return {
+            "pretrained_model_name_or_path": str(self._folder),
+            "use_safetensors": self._format is _SAFETENSORS,
+        }
+
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.from_folder(self._folder) if Tokenizer.is_in(self._folder) else None
+
+    def _choose_format(self, allow_pickle: bool) -> _Format:
+        if _SAFETENSORS.is_in(self._folder):
+            return _SAFETENSORS
+        if _PICKLE.is_in(self._folder):
+            if allow_pickle:
+                return _PICKLE
+            raise FileNotFoundError(f"{self._folder}: has no safetensors. {PICKLE_HELP}")
+        raise FileNotFoundError(f"{self._folder}: has neither {_SAFETENSORS.single} nor {_SAFETENSORS.index}")
+
+    def _shards(self) -> dict[str, Path]:
+        """The file of every tensor according to the index; empty if all are in one file."""
+        if (self._folder / self._format.single).exists():
+            return {}
+        index = self._folder / self._format.index
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise ValueError(f"{index}: has no weight_map")
+        suffix = self._format.suffix
+        for name in files.values():
+            # An index from somebody else must not point out of the folder, on any system.
+            if not isinstance(name, str) or re.search(r"[/\\:\x00-\x1f]", name) or not name.endswith(suffix):
+                raise ValueError(f"{index}: {name!r:.200} is not the name of a {suffix} file in the folder")
+        shards = {tensor: self._folder / name for tensor, name in files.items()}
+        if absent := sorted({file.name for file in shards.values() if not os.path.isfile(file)}):
+            raise FileNotFoundError(f"{index}: names files that do not exist: {', '.join(absent)}")
+        return shards
+
+    def _open(self, file: Path) -> None:
+        if self._format is _PICKLE:
+            opened = self._pickles[file] = PickleFile(file)
+            opened.release()
+            tensors = {name: TensorInfo(*info) for name, info in opened.tensors.items()}
+            self.problems += listed_names("entries that are no tensors", opened.problems)
+            duplicates = []
+        else:
+            tensors, starts, duplicates = _safetensors_header(file)
+            self._starts.update(starts)
+        self.problems += listed_names("duplicate", [f"{name} twice in {file.name}" for name in duplicates])
+        self.problems += listed_names(
+            "duplicate",
+            [f"{name} in {self._files[name].name} and {file.name}" for name in tensors if name in self._files],
+        )
+        self.tensors.update(tensors)
+        self._files.update(dict.fromkeys(tensors, file))
+
+    def _check_index(self, listed: Mapping[str, Path]) -> None:
+        misplaced = [
+            f"{name} is in {self._files[name].name}, not {file.name}"
+            for name, file in listed.items()
+            if name in self._files and self._files[name] != file
+        ]
+        self.problems += listed_names("not where the index says", misplaced)
+        self.problems += listed_names("in the index but in no file", sorted(listed.keys() - self._files.keys()))
+        self.problems += listed_names("in a file but not in the index", sorted(self._files.keys() - listed.keys()))
+
+
+def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
+    """Family and architecture from config.json, and from generation_config.json the tokens that end an answer.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it is malformed or not supported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint")
+    values = read_json(path)
+    family = family_of(values.get("model_type"), str(path))
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        # What transformers' generate() stops at; for chat models often more than config.json has.
+        eos = read_json(generation).get("eos_token_id")
+        values = values if eos is None else {**values, "eos_token_id": eos}
+    return family, family.model_config(values, str(path))
+
+
+def _safe_open(file: Path) -> Any:
+    from safetensors import safe_open
+
+    return safe_open(file, framework="numpy", backend="pread")
+
+
+def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, int], list[str]]:
+    """The tensors of a file, the bytes at which they begin, and the names that its header has more than once.
+
+    Raises:
+        ValueError: the file is truncated or its header is corrupt.
+    """
+    try:
+        with _safe_open(file) as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            tensors = {
+                name: TensorInfo(tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()
+            }
+        pairs, data = _raw_header(file)
+        starts = {name: data + entry["data_offsets"][0] for name, entry in pairs if name in tensors}
+    except Exception as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({brief(error)})") from error
+    return tensors, starts, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+
+
+def _raw_header(file: Path) -> tuple[list[tuple[str, Any]], int]:
+    """The header's entries as they are written, and the byte at which the data begin.
+
+    The safetensors library keeps only the last of several entries with the same name. It also does not tell where
+    tensors are, and reads a whole tensor for each slice of it.
+    """
+    pairs: list[tuple[str, Any]] = []
+
+    def note(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Objects close from the inside out, so the last call is that of the header itself.
+        pairs[:] = items
+        return dict(items)
+
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        json.loads(opened.read(size), object_pairs_hook=note)
+    return pairs, 8 + size
