@@ -26,6 +26,9 @@ version = release = __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build", "jupyter_execute"]
 
+# Fences without a language are shell commands.
+highlight_language = "none"
+
 html_theme = "furo"
 html_title = f"griffin_jax {__version__}"
 html_static_path = ["_static"]
@@ -61,7 +64,7 @@ def show_examples_as_code(app: Any, what: str, name: str, obj: Any, options: Any
     for number, line in enumerate(lines):
         starts = line.strip() and number and not lines[number - 1].strip() and before.strip()
         if starts and indent(line) > indent(before) and not SECTION.match(before):
-            marked += [f"{' ' * indent(before)}::", ""]
+            marked += [f"{' ' * indent(before)}.. code-block:: python", ""]
         marked.append(line)
         # An example goes on over its own blank lines.
         if line.strip() and not (starts and indent(line) > indent(before)):
