@@ -142,7 +142,7 @@ def write(
 
 
 def _check_space(folder: Path, size: int) -> None:
-    """Raise `OSError` if the disk has no room for so many bytes."""
+    """Raise `OSError` if the disk has no room for `size` bytes."""
     existing = next(parent for parent in folder.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < size:

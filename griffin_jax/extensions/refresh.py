@@ -52,7 +52,7 @@ def refresh(
         width: number of tokens to read; static.
         rows: relative activations for a `Reconstruction`, from `prefill` or from the refresh before.
         sampler: how tokens are drawn from the logits.
-        eos: tokens of which any ends a row; static.
+        eos: tokens that end a row; static.
 
     Returns:
         The answers, one token longer; the statistics including those of the tokens that were read; and the rows, in

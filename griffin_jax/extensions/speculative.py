@@ -80,7 +80,7 @@ def decode_speculative(
             where there is less room, `until` is smaller by as much.
         drafts: n, the number of tokens that are drafted in each round, at least 1; static.
         sampler: how tokens are drawn from the logits.
-        eos: tokens of which any ends a row; static.
+        eos: tokens that end a row; static.
 
     Returns:
         The longer answers, with the full model's keys and values for them in the cache, and how many drafts were

@@ -56,7 +56,7 @@ def init_decode(
     Args:
         prefilled: the prompts. Donate the cache: the answers go on in it.
         sampler: how tokens are drawn from the logits.
-        eos: tokens of which any ends a row; static.
+        eos: tokens that end a row; static.
         seed: seed of all draws of the answers; or one for each row, whose draws then do not depend on the batch.
 
     Returns:
@@ -92,7 +92,7 @@ def decode(
         state: the answers so far, from `init_decode` or `decode`. Donate it where it is not used again.
         until: number of tokens that rows come to hold, earlier ones included; limited by the room for them.
         sampler: how tokens are drawn from the logits.
-        eos: tokens of which any ends a row; static.
+        eos: tokens that end a row; static.
 
     Returns:
         The longer answers.

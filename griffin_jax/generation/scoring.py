@@ -46,7 +46,7 @@ def teacher_force(
 ) -> tuple[Float[Array, "b r d"], Statistics]:
     """Read given answers after prompts that were prefilled, as decoding them would.
 
-    Answers that are wider than `DEFAULT_CHUNK` are read in equal chunks of at most so many tokens, where their width
+    Answers that are wider than `DEFAULT_CHUNK` are read in equal chunks of at most that many tokens, where their width
     allows it, as the widths from `bucket` do. That bounds the size of attention scores and intermediates.
 
     Args:

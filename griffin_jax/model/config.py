@@ -153,7 +153,7 @@ class ModelConfig:
         attention_out_bias: whether the attention's output projection has a bias.
         ff_bias: whether the projections of the feed-forward layer have biases.
         bos_token_id: first token of a text, or None.
-        eos_token_ids: tokens of which any ends an answer.
+        eos_token_ids: tokens that end an answer.
         kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
             Not a property of a checkpoint: more devices than heads are given copies, which change no result; see
             `griffin_jax.model.sharding.with_kv_copies`.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files of which any says that a folder has a tokenizer."""
+"""Files of a tokenizer; a folder with any of them has one."""
 
 CONTROL, USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type`: tokens that are never part of a text, and tokens matched whole in a text."""
