@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from griffin_jax.checkpoints.native import save
     from griffin_jax.checkpoints.planning import NarrowingWarning, Plan
     from griffin_jax.checkpoints.verification import Verification, VerificationError
+    from griffin_jax.extensions.config import Extensions
     from griffin_jax.extensions.in_place import InPlace
     from griffin_jax.extensions.prior import Prior
     from griffin_jax.extensions.reconstruction import Reconstruction
     from griffin_jax.extensions.refresh import refresh
     from griffin_jax.extensions.speculative import Drafting, decode_speculative
+    from griffin_jax.generation.config import GenerationConfig
     from griffin_jax.generation.decode import DecodeState, decode, init_decode
     from griffin_jax.generation.padding import bucket, pad
     from griffin_jax.generation.prefill import Prefilled, prefill
@@ -42,11 +44,13 @@ _NAMES = {
     "checkpoints.native": "save",
     "checkpoints.planning": "NarrowingWarning Plan",
     "checkpoints.verification": "Verification VerificationError",
+    "extensions.config": "Extensions",
     "extensions.in_place": "InPlace",
     "extensions.prior": "Prior",
     "extensions.reconstruction": "Reconstruction",
     "extensions.refresh": "refresh",
     "extensions.speculative": "Drafting decode_speculative",
+    "generation.config": "GenerationConfig",
     "generation.decode": "DecodeState decode init_decode",
     "generation.padding": "bucket pad",
     "generation.prefill": "Prefilled prefill",
