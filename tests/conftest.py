@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # as they are. Whoever sets XLA_FLAGS tests with what XLA does by default.
 # The processor counts as eight devices, of which all but the tests of meshes use the first.
 DEVICES = 8
-CODE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+CODE = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Later versions end the process over flags that they do not know.
+    CODE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", f"{CODE} --xla_force_host_platform_device_count={DEVICES}")
 
 from jaxtyping import install_import_hook
