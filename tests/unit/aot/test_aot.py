@@ -194,8 +194,8 @@ class TestDevices:
         cells = [line.rsplit(maxsplit=2) for line in lines if line.startswith(("all-", "reduce-"))]
         assert cells == [
             ["all-reduce, each layer", "2", "2"],
-            ["all-gather, beside the layers", "1", "1"],
-            ["all-reduce, beside the layers", "1", "1"],
+            ["all-gather, outside the layers", "1", "1"],
+            ["all-reduce, outside the layers", "1", "1"],
             ["reduce-scatter, prune", "0", str(2 * 3)],
         ]
         assert "Ceilings do not count communication." in "\n".join(lines)
