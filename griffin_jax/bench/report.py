@@ -61,7 +61,7 @@ def table(result: Mapping[str, Any]) -> str:
         sizes = ",".join(f"{axis}={size}" for axis, size in result["mesh"].items())
         lines.append(f"divided among the devices of --mesh {sizes}; bytes and the bandwidth are those of each")
     if result["round_to"] > 1:
-        lines.append(f"kept neurons rounded up to a multiple of {result['multiple']}")
+        lines.append(f"kept neurons rounded up to a multiple of {result['round_to']}")
     for peer in result["peers"]:
         weights = f", weights of {peer['weights']}" if peer["weights"] else ""
         lines.append(f"peer: {peer['name']}, {peer['version']}{weights}")

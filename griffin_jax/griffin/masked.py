@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
-from griffin_jax.griffin.prune import check_kept, check_whole
+from griffin_jax.griffin.prune import check_whole
 from griffin_jax.model.feed_forward import LowRank, Mask
 from griffin_jax.model.sharding import dotted, parameter_spec
 from griffin_jax.model.transformer import Transformer
@@ -54,7 +54,7 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
     Every weight is the given model's own array. Experts of shape (B, K) are for each sequence its own, unless B is 1.
     An observer sees the intermediates of all neurons, with zeros for those that are left out.
 
-    On a mesh the masks are divided as the neurons are, and as batches are.
+    On a mesh the masks are divided as the neurons are, and as batches are. Devices need not keep equally many neurons.
 
     Args:
         model: the full model; it stays as it is.
@@ -63,14 +63,12 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
 
     Raises:
         ValueError: the experts were selected for a model of other layers or widths, the model is pruned or masked
-            already, `refit` does not belong to the model or the experts, or the devices of a mesh could not share the
-            kept rows evenly.
+            already, or `refit` does not belong to the model or the experts.
     """
     check_whole(model)
     check_experts(experts, model)
     if refit is not None:
         refit.check(model.neurons, experts.indices)
-    check_kept(model, experts.kept)
     kept = _masks(experts)
     masks = [Mask(layer) for layer in kept]
     if refit is not None:
