@@ -255,4 +255,4 @@ class TestGenerate:
         assert main([*arguments, "--speculative"]) == 0
         assert "drafts accepted in" in capsys.readouterr().err
         assert main([*arguments, "--speculative", "--refresh-every", "3"]) == 2
-        assert "need no refresh" in capsys.readouterr().err
+        assert "needs no refresh" in capsys.readouterr().err
