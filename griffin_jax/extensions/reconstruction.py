@@ -171,7 +171,7 @@ class Reconstruction:
             dropped = jnp.argsort(is_kept, axis=-1, stable=True)[:, : rows.shape[-1] - index.shape[-1]]
             others = jnp.take_along_axis(rows, dropped[:, None], axis=-1)
             target = float32_product("bse,bed->bsd", others, weight[dropped])
-            system = _product("bsk,buk->bsu", a, a)
+            system = float32_product("bsk,buk->bsu", a, a)
         return _with_ridge(system, prompt, self.ridge), target, a
 
 
@@ -192,7 +192,7 @@ def _sums(
     """
     target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
     of_kept = jnp.where(is_kept[:, None], rows, 0)
-    return _product("bsf,buf->bsu", of_kept, of_kept), target
+    return float32_product("bsf,buf->bsu", of_kept, of_kept), target
 
 
 def _with_ridge(

@@ -155,7 +155,8 @@ def float32_product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."
 
     XLA's CPU code (jax 0.10.2) lacks some batched products of bfloat16 with a float32 result. Seen for the rows of two
     sequences with the weights of neurons that each of them gathers: "UNIMPLEMENTED: Unsupported element type for
-    DotThunk::Execute: BF16 x BF16 = F32". So the operands become float32 first, which changes no value.
+    DotThunk::Execute: BF16 x BF16 = F32"; with jax 0.12.0 also for the products of rows with each other. So the
+    operands become float32 first, which changes no value.
     """
     return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
