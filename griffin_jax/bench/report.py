@@ -13,7 +13,7 @@ from typing import Any
 from griffin_jax.utils.figures import new_figure
 
 FORMAT = "griffin_jax bench 1"
-"""Of the JSON object that a run prints and `read` reads."""
+"""Version of the JSON object that a run prints and `read` reads."""
 
 LABEL = 24
 """Width of the column with the system's name."""

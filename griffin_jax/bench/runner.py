@@ -23,7 +23,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,20 +33,21 @@ from tqdm import tqdm
 
 from griffin_jax import __version__
 from griffin_jax.bench import report
-from griffin_jax.checkpoints import loading
 from griffin_jax.extensions.config import Extensions, Quality
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
-from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, pad
+from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.llm.memory import Needs
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
+from griffin_jax.utils import memory
 from griffin_jax.utils.timing import Stopwatch
 
 OURS = "griffin_jax"
@@ -74,7 +74,7 @@ class Case:
 
     @property
     def slots(self) -> int:
-        """Of the cache that is allocated for it, tokens of each sequence."""
+        """Slots of the cache that is allocated for it, for each sequence."""
         return bucket(self.prompt) + bucket(self.new)
 
 
@@ -159,7 +159,7 @@ class Plan:
         return Pruner.of(config, Extensions.best(self.prior))
 
     def variants(self, case: Case) -> list[Variant]:
-        """Those of a case; the dense one is the first."""
+        """The variants of a case; the dense one is the first."""
         sharing = self.shared if case.batch > 1 else (False,)
         densities = [density for density in self.densities if density < 1]
         return [
@@ -185,62 +185,45 @@ class Plan:
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:
-    """Bytes of what the largest case holds on a device at a time, by what it is for. The prompt's part is an estimate.
+    """Bytes of what the largest case holds on a device at a time, by what it is for, see `griffin_jax.llm.memory`.
 
     Devices that are one processor's count as one.
     """
-    config, itemsize = plan.config, plan.dtype.itemsize
+    needs = Needs(plan.config, plan.dtype.itemsize, plan.mesh, jax.default_backend())
+    beside = {
+        "measuring the bandwidth": BANDWIDTH_BYTES,
+        # PyTorch's and llama.cpp's own copies.
+        "peers": 2 * plan.sizes(plan.cases[0], True).weights(None) if plan.peers else 0,
+    }
 
     def parts(case: Case, variant: Variant) -> dict[str, int]:
-        sizes = plan.sizes(case, variant.shared)
-        chunk = min(bucket(case.prompt), DEFAULT_CHUNK)
-        # Float32 scores before and after the softmax; of the neurons both projections, z and its share.
-        scores = 2 * 4 * config.num_heads * chunk * case.slots
-        neurons = (3 * itemsize + 4) * chunk * config.ff_width
-        return {
-            "weights": sizes.weights(None),
-            "kept neurons": 0 if variant.density == 1 or plan.in_place else sizes.ff(plan.kept(variant)),
-            "caches": 2 * sizes.cache,  # one to keep, which every row begins with a copy of
-            "reading the prompt": case.batch * (scores + neurons + 4 * config.vocab_size),
-            "measuring the bandwidth": BANDWIDTH_BYTES,
-            "peers": 2 * sizes.weights(None) if plan.peers else 0,  # PyTorch's and llama.cpp's own copies
-        }
+        general = plan.prior.rows if plan.prior is not None and variant.quality == "best" else ()
+        found = needs.generation(
+            case.batch,
+            case.prompt,
+            case.new,
+            plan.kept(variant),
+            shared=variant.shared,
+            rows=plan.rows(case, variant),
+            calibration=general[0].shape[0] if general else 0,
+            in_place=plan.in_place,
+            repeated=True,
+        )
+        return found | beside
 
-    together = plan.mesh.size if plan.mesh is not None and jax.default_backend() == "cpu" else 1
-    largest = max(
-        (parts(case, variant) for case in plan.cases for variant in plan.variants(case)),
-        key=lambda one: sum(one.values()),
-    )
-    return {name: together * size for name, size in largest.items()}
+    every = [parts(case, variant) for case in plan.cases for variant in plan.variants(case)]
+    return max(every, key=lambda one: sum(one.values()))
 
 
 def check_memory(plan: Plan) -> None:
-    needed, free = needed_memory(plan), free_memory()
-    if free is not None and sum(needed.values()) > free:
-        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in needed.items() if size)
-        raise MemoryError(
-            f"about {sum(needed.values()) / 1e9:.1f} GB are needed ({listed}), {free / 1e9:.1f} GB are free; take a"
-            " smaller --batch, shorter --lengths, a narrower --dtype or, of random weights, fewer --layers"
-        )
+    """Raise `MemoryError` unless the largest case fits into what is free."""
+    advice = "take a smaller --batch, shorter --lengths, a narrower --dtype or, of random weights, fewer --layers"
+    memory.check(needed_memory(plan), free_memory(), advice)
 
 
 def free_memory() -> int | None:
     """Bytes that can still be allocated on the default device; None where that is not known."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    if jax.default_backend() != "cpu":
-        return None
-    found = []
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):  # of a container; "max" is no limit
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(int((group / "memory.max").read_text()) - used + int(stat.get("inactive_file", 0)))
-    return min(found, default=None)
+    return memory.free(jax.devices()[:1])
 
 
 def threads() -> int:
@@ -293,7 +276,7 @@ def measure(
         "in_place": plan.in_place,
         "mesh": None if plan.mesh is None else dict(plan.mesh.shape),
         "bandwidth": bandwidth,
-        "peak_memory": loading.peak_memory(),
+        "peak_memory": memory.peak(),
         "device_memory": stats.get("peak_bytes_in_use"),
         "peers": [{"name": p.name, "version": p.version, "weights": p.weights} for p in peers],
         "skipped": skipped or {},
@@ -468,10 +451,9 @@ def _answer(subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Varian
 @contextlib.contextmanager
 def _peak_memory(row: Measured) -> Iterator[None]:
     """Notes the largest resident memory during the block; of the process so far where it cannot be reset."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    memory.reset_peak()
     yield
-    peak = loading.peak_memory()
+    peak = memory.peak()
     if peak is not None:
         row.peak_memory = max(peak, row.peak_memory or 0)
 

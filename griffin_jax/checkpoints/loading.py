@@ -15,9 +15,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import re
-import sys
 import threading
 import time
 import warnings
@@ -40,18 +40,20 @@ from griffin_jax.checkpoints.verification import Verification, VerificationError
 from griffin_jax.model.assembly import assemble
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
+from griffin_jax.model.sizes import local_shapes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, checked_mesh
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
+from griffin_jax.utils import memory
 
 __all__ = [
     "ConversionReport",
     "ShardingLike",
     "convert",
+    "default_dtype",
     "load_model",
     "open_source",
     "parse_dtype",
-    "peak_memory",
     "plan",
     "verify",
 ]
@@ -202,12 +204,29 @@ def load_model(
         config = with_kv_copies(config, devices)
         sharding = functools.partial(_sharding_on, mesh, config)
     if wanted is None:
-        wanted = np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        wanted = default_dtype()
     elif lost := narrowing(opened, wanted):
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     shardings = None if sharding is None else _shardings(sharding, opened.shapes)
     tokenizer = _fitting_tokenizer(opened)
+    if sharding is None or mesh is not None:
+        _check_memory(config, wanted.itemsize, mesh)
     return assemble(config, opened.parameters(wanted, shardings), jnp.dtype(wanted)), tokenizer
+
+
+def _check_memory(config: ModelConfig, itemsize: int, mesh: Mesh | None) -> None:
+    """Raise `MemoryError` unless the weights fit into what is free on each device."""
+    sizes = [math.prod(shape) for shape in local_shapes(config, axis_size(mesh, MODEL_AXIS)).values()]
+    devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
+    # Devices that are one processor's have one memory.
+    together = len(devices) if devices[0].platform == "cpu" else 1
+    parts = {"weights": sum(sizes) * itemsize * together, "the largest of them, on its way": max(sizes) * 4}
+    memory.check(parts, memory.free(devices), "take a narrower dtype, or a mesh of more devices")
+
+
+def default_dtype() -> np.dtype:
+    """That of weights where nobody says anything: float32 on CPUs, bfloat16 on accelerators."""
+    return np.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
 def _sharding_on(mesh: Mesh, config: ModelConfig, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -333,7 +352,13 @@ def convert(
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     tokenizer = _fitting_tokenizer(opened)
     sizes = {path: int(np.prod(shape)) * wanted.itemsize for path, shape in opened.shapes.items()}
-    before = peak_memory()
+    # As it is stored or in float32, and in the dtype that is wanted.
+    parts = {"the largest tensor": 2 * 4 * max(sizes.values()) // wanted.itemsize}
+    if verify:
+        # PyTorch holds what is stored and what it loads it to, at the same time.
+        parts["the model in PyTorch"] = 2 * 4 * sum(sizes.values()) // wanted.itemsize
+    memory.check(parts, memory.free_of_host(), "convert on a machine with more" + (", or without verify" * verify))
+    before = memory.peak()
     total = sum(sizes.values())
     with (
         _hashing(opened.files) as hashes,
@@ -354,7 +379,7 @@ def convert(
         largest_bytes=max(sizes.values()),
         seconds=time.perf_counter() - start,
         memory_before=before,
-        peak_memory=peak_memory(),
+        peak_memory=memory.peak(),
     )
     if verify:
         found = verification.verify_source(opened, folder)
@@ -429,17 +454,3 @@ def _sha256(file: Path, stop: threading.Event) -> str:
         while (piece := opened.read(1 << 20)) and not stop.is_set():
             digest.update(piece)
     return digest.hexdigest()
-
-
-def peak_memory() -> int | None:
-    """Peak resident memory of this process so far, in bytes; None where the platform does not tell."""
-    # On Linux, getrusage's figure of a process begins with that of the one which started it.
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from griffin_jax import __version__
 from griffin_jax.cli.options import (
+    add_batch_argument,
     add_dtype_argument,
     add_mesh_arguments,
     add_model_argument,
     add_options,
+    check_batch,
     check_folder,
     check_plot,
+    chosen_batch,
     chosen_mesh,
     load_reader,
+    needs_before_loading,
     numbers,
     read_options,
 )
@@ -32,6 +37,7 @@ from griffin_jax.evaluation.grid import (
     BUDGETS,
     CALIBRATION,
     DEFAULTS,
+    DENSE,
     MEASURED,
     METHODS,
     PRIOR,
@@ -40,6 +46,7 @@ from griffin_jax.evaluation.grid import (
     STEPS,
     Variant,
     grid,
+    rows_of,
 )
 from griffin_jax.evaluation.journal import Journal, open_journal
 from griffin_jax.evaluation.prompts import SENTENCES, STOP, summarization_prompt
@@ -57,14 +64,14 @@ from griffin_jax.extensions.prior import Prior, check_fusion
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM
+from griffin_jax.llm.memory import Needs, Parts, needs_of
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.distributed import is_first
-from griffin_jax.parallel.mesh import DATA_AXIS, axis_size
 from griffin_jax.utils.options import check_whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
-"""Of results.json."""
+"""What results.json calls its format."""
 
 RESULTS, TABLE = "results.json", "table.txt"
 
@@ -209,11 +216,7 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
-    what.add_argument(
-        "--batch", type=int, default=size, metavar="B",
-        help="texts at a time: each of them keeps neurons of its own, so B sets of kept weights are in memory"
-        " (default: %(default)s)",
-    )  # fmt: skip
+    add_batch_argument(what, size)
     beyond = parser.add_argument_group("beyond GRIFFIN")
     measured = f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}"
     add_options(beyond, Extensions, "prior", type=Path, help=measured)
@@ -236,9 +239,8 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
 def run(options: argparse.Namespace) -> None:
     """Runs one evaluation, from options to files and a table."""
     variants = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
-    for name, value in (("--limit", options.limit), ("--batch", options.batch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {options.limit}")
     extensions = _extensions(options, variants)
     folder = options.output or Path(f"eval-{options.task}")
     check_folder("--output", folder, RESULTS)
@@ -251,11 +253,9 @@ def run(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
     mesh = chosen_mesh(options)
-    if options.batch % axis_size(mesh, DATA_AXIS):
-        raise ValueError(
-            f"--batch {options.batch} cannot be divided among data={axis_size(mesh, DATA_AXIS)} of --mesh; give a"
-            " multiple of it"
-        )
+    check_batch(options, mesh)
+    wanted, lengths = options.batch, _lengths(options)
+    options.batch = _batch(options, variants, extensions, needs_before_loading(options, mesh), lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
     if extensions.prior is not None:
@@ -265,6 +265,11 @@ def run(options: argparse.Namespace) -> None:
     skipped.report()
     if not evaluation.items:
         raise nothing_left(skipped, ", ".join(map(str, files)))
+    longest = [max(max(map(len, texts)), known) for texts, known in zip(_texts(evaluation.items), lengths, strict=True)]
+    if longest != lengths:
+        # Only now it is known how long the texts are.
+        options.batch = wanted
+        options.batch = _batch(options, variants, extensions, needs_of(llm.model), longest, mesh)
     settings = {
         "task": options.task,
         "model": model,
@@ -305,6 +310,42 @@ def run(options: argparse.Namespace) -> None:
         evaluation.plot(figures, title, options.plot)
     if options.json:
         print(json.dumps(results))
+
+
+def _lengths(options: argparse.Namespace) -> list[int]:
+    """Tokens of the longest prompt and of what follows it, as far as the options tell."""
+    if options.task == "perplexity":
+        return [max(numbers(f"--{name}-tokens", getattr(options, f"{name}_tokens"), int)) for name in ("prompt", "new")]
+    return [1 if options.task == "summarize" or options.reference else options.prompt_tokens, options.new_tokens]
+
+
+def _texts(items: Sequence[Item]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+    return [item.prompt for item in items], [item.answer for item in items]
+
+
+def _batch(
+    options: argparse.Namespace,
+    variants: Sequence[Variant],
+    extensions: Extensions,
+    needs: Needs,
+    lengths: Sequence[int],
+    mesh: Mesh | None,
+) -> int:
+    """Texts at a time, that fit into memory."""
+    prompt, new = (max(1, min(length, needs.config.max_positions)) for length in lengths)
+    rows, prior = rows_of(variants, extensions), extensions.prior
+    calibration = prior.rows[0].shape[0] if prior is not None and prior.rows and _has(variants, CALIBRATION) else 0
+    density = max((variant.density for variant in variants if variant.method != DENSE), default=1.0)
+    kept = GriffinConfig(density).kept([needs.config.ff_width] * needs.config.num_layers)
+    models = len(variants) * (1 + len(options.groups.split(","))) if options.task == "groups" else len(variants)
+
+    def needed(batch: int) -> Parts:
+        if options.task == "summarize":
+            return needs.generation(batch, prompt, new, kept, rows=rows, calibration=calibration, repeated=True)
+        answers = options.task == "divergence"
+        return needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
+
+    return chosen_batch(options, needed, "a narrower --dtype or shorter texts", mesh)
 
 
 def _has(variants: Sequence[Variant], *steps: str) -> bool:

@@ -15,13 +15,16 @@ from griffin_jax import __version__
 from griffin_jax.analysis import flocking, flocking_report
 from griffin_jax.analysis.flocking import Texts, heat_maps, measure
 from griffin_jax.cli.options import (
+    add_batch_argument,
     add_dtype_argument,
     add_mesh_argument,
     add_model_argument,
     check_folder,
     check_matplotlib,
+    chosen_batch,
     chosen_mesh,
     load_reader,
+    needs_before_loading,
     numbers,
 )
 from griffin_jax.evaluation.batches import Item
@@ -35,11 +38,12 @@ from griffin_jax.evaluation.samples import (
     sha256_of_files,
 )
 from griffin_jax.griffin.config import GriffinConfig, check_density
+from griffin_jax.llm.memory import Parts
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.utils.wholefile import replacing, write_text
 
 FORMAT = "griffin_jax flocking 1"
-"""Of flocking.json."""
+"""What flocking.json calls its format."""
 
 RESULTS, ACTIVATIONS = "flocking.json", "activations.npz"
 
@@ -91,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype_argument(parser)
     add_mesh_argument(parser)
     how = parser.add_argument_group("measurement")
-    how.add_argument("--batch", type=int, metavar="B", default=4, help="texts at a time (default: %(default)s)")
+    add_batch_argument(how, 4)
     how.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -114,7 +118,14 @@ def run(options: argparse.Namespace) -> None:
     if missing := [file for file in options.files if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
-    llm = load_reader(options, chosen_mesh(options))
+    mesh = chosen_mesh(options)
+    needs = needs_before_loading(options, mesh)
+
+    def needed(batch: int) -> Parts:
+        return needs.flocking(batch, options.prompt_tokens, options.new_tokens, options.window)
+
+    options.batch = chosen_batch(options, needed, "fewer --prompt-tokens or --new-tokens", mesh)
+    llm = load_reader(options, mesh)
     assert llm.tokenizer is not None
     count, context = llm.config.num_layers, llm.config.max_positions
     if options.prompt_tokens + options.new_tokens > context:

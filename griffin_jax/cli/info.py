@@ -6,11 +6,18 @@ import argparse
 import json
 import math
 
-from griffin_jax.checkpoints.loading import open_source
+import jax
+
+from griffin_jax.checkpoints.loading import default_dtype, open_source
 from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.cli.options import add_model_argument, add_options
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import NEURON_MAJOR
+from griffin_jax.utils import memory
+
+PROMPT, NEW = 512, 128
+"""Tokens of the prompts and answers whose memory is told."""
 
 DESCRIPTION = "Describes a model, and what is left of it at a density, without loading its weights."
 
@@ -31,6 +38,14 @@ def run(options: argparse.Namespace) -> None:
     neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
     ff = sum(math.prod(shape) for path, shape in source.shapes.items() if path.endswith(neuron_major))
     active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
+    dtype = default_dtype()
+    needs = Needs(config, dtype.itemsize, platform=jax.default_backend())
+    room = min(PROMPT + NEW, config.max_positions)
+    lengths = room - min(NEW, room // 2), min(NEW, room // 2)
+    memory_needed = {
+        f"batch {batch}{', shared' if shared else ''}": needs.generation(batch, *lengths, kept, shared=shared)
+        for batch, shared in ((1, False), (8, True), (8, False))
+    }
     facts = {
         "model": options.model,
         **config.to_json(),
@@ -39,6 +54,8 @@ def run(options: argparse.Namespace) -> None:
         "density": options.density,
         "kept": kept,
         "active_parameters": active,
+        "dtype": str(dtype),
+        "memory": memory_needed,
     }
     if isinstance(source, NativeCheckpoint):
         facts["source"] = {"name": source.converted_from, "sha256": source.hashes}
@@ -53,6 +70,9 @@ def run(options: argparse.Namespace) -> None:
     print(f"  vocabulary: {config.vocab_size:,}, head {'tied' if config.tied_head else 'untied'}")
     widths = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
     print(f"  at density {options.density}: {widths} neurons a layer, {active / 1e6:,.1f} M parameters active")
+    needed = [f"{name}: {memory.shown(sum(parts.values()))}" for name, parts in memory_needed.items()]
+    print(f"  memory in {dtype}, at most, for prompts of {lengths[0]} tokens and answers of {lengths[1]}:")
+    print(f"    {'; '.join(needed)} (of which weights {memory.shown(total * dtype.itemsize)})")
     if isinstance(source, NativeCheckpoint):
         print(f"  weights in {source.dtype.name}, from {source.converted_from}")
         for file, digest in source.hashes.items():

@@ -7,19 +7,25 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from jax.sharding import Mesh
 
 from griffin_jax.checkpoints import demo
+from griffin_jax.checkpoints.loading import default_dtype, open_source, parse_dtype
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.griffin.config import parse_density
 from griffin_jax.llm.llm import LLM, load
-from griffin_jax.parallel.distributed import AUTO
-from griffin_jax.parallel.mesh import make_mesh, parse_mesh
+from griffin_jax.llm.memory import Needs, Parts, fitting
+from griffin_jax.model.sharding import check_mesh, with_kv_copies
+from griffin_jax.parallel.distributed import AUTO, is_first
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, make_mesh, parse_mesh
+from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import warn_renamed
 
 
@@ -175,6 +181,68 @@ def load_reader(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
     if llm.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts")
     return llm
+
+
+def needs_before_loading(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs:
+    """What work with the model of these arguments needs, from its config alone.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    devices = axis_size(mesh, MODEL_AXIS)
+    config = open_source(options.model, options.allow_pickle).config
+    check_mesh(config, devices)
+    dtype = parse_dtype(options.dtype) or default_dtype()
+    return Needs(with_kv_copies(config, devices), dtype.itemsize, mesh, jax.default_backend())
+
+
+def add_batch_argument(parser: Any, largest: int, what: str = "texts at a time") -> None:
+    """Declare --batch, by default the largest that fits into memory, of powers of two up to `largest`."""
+    shown = f"the largest of {', '.join(map(str, _sizes(largest)))} that fits into memory" if largest > 1 else "1"
+    parser.add_argument("--batch", type=int, metavar="B", help=f"{what} (default: {shown})")
+    parser.set_defaults(largest_batch=largest)
+
+
+def _sizes(largest: int) -> list[int]:
+    return [1 << power for power in range(largest.bit_length())]
+
+
+def check_batch(options: argparse.Namespace, mesh: Mesh | None = None) -> None:
+    """Raise `ValueError` unless --batch can be, and can be divided among the devices of a mesh."""
+    parts = axis_size(mesh, DATA_AXIS)
+    if options.batch is not None and options.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {options.batch}")
+    if options.batch is not None and options.batch % parts:
+        raise ValueError(
+            f"--batch {options.batch} cannot be divided among data={parts} of --mesh; give a multiple of it"
+        )
+
+
+def chosen_batch(
+    options: argparse.Namespace, needed: Callable[[int], Parts], advice: str, mesh: Mesh | None = None
+) -> int:
+    """The batch of --batch, or the largest that fits into memory, of which a line on stderr says so.
+
+    Args:
+        options: parsed arguments, those of `add_batch_argument` among them.
+        needed: what a batch needs.
+        advice: what to change where nothing fits, beside a smaller --batch.
+        mesh: of the model.
+
+    Raises:
+        MemoryError: that of --batch, or the smallest, does not fit.
+    """
+    parts = axis_size(mesh, DATA_AXIS)
+    sizes = [size for size in _sizes(options.largest_batch) if size % parts == 0] or [parts]
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    candidates = sizes if options.batch is None else [options.batch]
+    smaller = "take a smaller --batch, " if candidates[0] > parts else "take "
+    chosen, line = fitting(
+        {size: needed(size) for size in candidates}, memory.free(devices), smaller + advice, wanted=options.batch
+    )
+    if options.batch is None and len(sizes) > 1 and is_first():
+        print(line, file=sys.stderr)
+    return chosen
 
 
 def numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:

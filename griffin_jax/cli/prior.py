@@ -7,11 +7,21 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from griffin_jax.cli.options import add_dtype_argument, add_mesh_argument, add_model_argument, check_output, chosen_mesh
+from griffin_jax.cli.options import (
+    add_batch_argument,
+    add_dtype_argument,
+    add_mesh_argument,
+    add_model_argument,
+    check_output,
+    chosen_batch,
+    chosen_mesh,
+    needs_before_loading,
+)
 from griffin_jax.evaluation import general_text
 from griffin_jax.evaluation.general_text import (
     LEAST_TEXTS,
     MOST_HELD_OUT,
+    MOST_SKETCHED,
     measure,
     self_generated,
     windows,
@@ -21,6 +31,7 @@ from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.extensions.prior import prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
 from griffin_jax.llm.llm import load
+from griffin_jax.llm.memory import Parts
 
 DESCRIPTION = general_text.__doc__
 
@@ -45,14 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="texts that the sensitivity of neurons is measured on, by a backward pass over each; 0 for none"
         " (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
+    add_batch_argument(parser, 4)
     parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(default: next to the model, *.prior.safetensors)")
 
 
 def run(options: argparse.Namespace) -> None:
     """Measures a prior and writes its file."""
-    least = {"--window": 2, "--rows": 0, "--budget-texts": 0, "--batch": 1, "--self-generated": 1, "--seed": 0}
+    least = {"--window": 2, "--rows": 0, "--budget-texts": 0, "--self-generated": 1, "--seed": 0}
     for name, minimum in least.items():
         value = getattr(options, name[2:].replace("-", "_"))
         if value is not None and value < minimum:
@@ -65,6 +76,16 @@ def run(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
     mesh = chosen_mesh(options)
+    if options.batch is not None and options.batch < 1:
+        raise ValueError(f"--batch must be at least 1, got {options.batch}")
+    needs = needs_before_loading(options, mesh)
+
+    def needed(batch: int) -> Parts:
+        window = min(options.window, needs.config.max_positions)
+        budgets, written = bool(options.budget_texts), options.text is None
+        return needs.prior(batch, window, rows=options.rows, sketched=MOST_SKETCHED, budgets=budgets, written=written)
+
+    options.batch = chosen_batch(options, needed, "a shorter --window or fewer --rows", mesh)
     llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
     window = min(options.window, llm.config.max_positions)
     if options.text:

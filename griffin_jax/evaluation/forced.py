@@ -56,12 +56,14 @@ def score_answers(
         return models(model, at_once, prefilled, answers, seeds, extensions, masked=True)
 
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
+    later, width = [variant for variant in variants if REFRESH in variant.steps], extensions.refresh_every
+    if later and width is None:
+        raise ValueError(f"{later[0].name} is refreshed: give extensions with refresh_every=N")
     refreshed = {
         variant: jitted_extensions.teacher_force_refreshed(
-            model, prefilled, tokens, real, variant.pruner(extensions), extensions.refresh_every
+            model, prefilled, tokens, real, variant.pruner(extensions), width or 1
         )
-        for variant in variants
-        if REFRESH in variant.steps
+        for variant in later
     }
     return score_models(model, every, prefilled, answers, lengths, upto, refreshed)
 

@@ -35,10 +35,10 @@ from griffin_jax.parallel.mesh import to_host
 from griffin_jax.text.tokenizer import Tokenizer
 
 TRIAL_DENSITY = 0.5
-"""Of the trial of budgets."""
+"""Density at which strengths of the budgets are tried."""
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""That are tried, see `Prior.strength`."""
+"""Strengths of the budgets that are tried, see `Prior.strength`."""
 
 MOST_SKETCHED = 512
 """Tokens of each text, at most, that the calibration rows are made of."""

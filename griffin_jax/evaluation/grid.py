@@ -30,7 +30,7 @@ STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, REFRESH)
 """Beyond GRIFFIN, each after a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
 to the prior's rows, too, and all of it anew every few tokens."""
 MEASURED = (PRIOR, BUDGETS, CALIBRATION)
-"""Those that need a prior."""
+"""The steps that need a prior."""
 
 
 DEFAULTS = Extensions(refit=True, refresh_every=32)
@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """Those of `STEPS` that the variant has."""
+        """The steps, of `STEPS`, that the variant has."""
         return tuple(self.method.split("+")[1:])
 
     @property

@@ -30,7 +30,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 
 METRICS = (Metric("overlap", "overlap", 3), *FORCED)
-"""Of tables. `overlap` is the share of a text's experts that are among the best of all, a mean over layers."""
+"""Columns of the tables. `overlap` is the share of a text's experts among the best of all, a mean over layers."""
 
 Rules = Mapping[Variant, GriffinConfig]
 

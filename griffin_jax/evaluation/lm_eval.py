@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
+from jax.sharding import Mesh
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from griffin_jax import __version__
 from griffin_jax.checkpoints import demo
+from griffin_jax.checkpoints.loading import default_dtype, open_source, parse_dtype
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
 from griffin_jax.extensions.prior import Prior
@@ -38,15 +40,21 @@ from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.prune import check_kept
 from griffin_jax.llm.llm import LLM, load
+from griffin_jax.llm.memory import Needs, Parts, fitting, needs_of
 from griffin_jax.llm.request import RENAMED, Request, check_options
 from griffin_jax.model.fingerprint import fingerprint
-from griffin_jax.parallel.mesh import make_mesh
+from griffin_jax.model.sharding import check_mesh, with_kv_copies
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, make_mesh
+from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import warn_renamed
 
 NAME = "griffin_jax"
 
 AUTO_BATCH = 8
-"""Rows of a batch where the harness asks for an automatic size."""
+"""Rows of a batch where the harness asks for an automatic size, at most."""
+
+USUAL_LENGTH = 1024
+"""Tokens of a sequence, by which it is judged whether a batch fits into memory."""
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 """What `--device` may say."""
@@ -98,7 +106,7 @@ class GriffinLM(TemplateLM):
         data: devices that batches are divided among, as in `--mesh data=2,model=4`.
         model: devices that the model is divided among.
         batch_size: different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps neurons of
-            its own, so as many sets of kept weights are in memory.
+            its own, so where answers are written as many sets of kept weights are in memory.
         max_batch_size: the most that "auto" takes.
         **options: `density`, `method`, `shared`, `round_to` and `groups` of `GriffinConfig` (with `shared`, scores
             depend
@@ -159,8 +167,11 @@ class GriffinLM(TemplateLM):
         self.max_gen_toks = max_gen_toks
         self._add_bos_token = add_bos_token
         self._template_arguments = dict(chat_template_args or {})
-        self.batch_size = _rows(batch_size, max_batch_size)
+        wanted, largest = _rows(batch_size, max_batch_size)
         _check_device(device)
+        self.batch_size, line = self._fitting_batch(path, dtype, allow_pickle, mesh, wanted, largest, max_length)
+        if wanted is None:
+            logger.info(line)
 
         self._llm = path if isinstance(path, LLM) else load(str(path), dtype, allow_pickle=allow_pickle, mesh=mesh)
         if self._llm.tokenizer is None:
@@ -183,6 +194,49 @@ class GriffinLM(TemplateLM):
         if not isinstance(prefix, int) or not 0 <= prefix < config.vocab_size:
             raise ValueError(f"prefix_token_id must be in [0, {config.vocab_size - 1}], got {prefix!r}")
         self._prefix = prefix
+
+    def _fitting_batch(
+        self,
+        path: str | LLM,
+        dtype: str | None,
+        allow_pickle: bool,
+        mesh: Mesh | None,
+        wanted: int | None,
+        largest: int,
+        max_length: int | None,
+    ) -> tuple[int, str]:
+        """The batch that fits into memory, by what sequences of `USUAL_LENGTH` tokens need, and a line about it."""
+        if isinstance(path, LLM):
+            needs, devices = needs_of(path.model), path.model.embedding[...].devices()
+        else:
+            parts = axis_size(mesh, MODEL_AXIS)
+            config = open_source(path, allow_pickle).config
+            check_mesh(config, parts)
+            itemsize = (parse_dtype(dtype) or default_dtype()).itemsize
+            needs = Needs(with_kv_copies(config, parts), itemsize, mesh, jax.default_backend())
+            devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+        length = min(USUAL_LENGTH, needs.config.max_positions)
+        # Other lengths are refused once the model's context is known.
+        length = min(length, max_length) if isinstance(max_length, int) and max_length > 1 else length
+        new = min(self.max_gen_toks, max(1, length // 2))
+        kept = self._pruner.config.kept([needs.config.ff_width] * needs.config.num_layers)
+        shared = self._pruner.config.shared
+        general = self._pruner.calibration
+
+        def needed(batch: int) -> Parts:
+            rows = self._pruner.rows_of_each(batch)
+            options = {"rows": rows, "calibration": general[0].shape[0] if general else 0, "shared": shared}
+            work = (
+                needs.scoring(batch, length, new, 0, **options),
+                needs.generation(batch, length, new, kept, **options),
+            )
+            return max(work, key=lambda parts: sum(parts.values()))
+
+        sizes = [wanted] if wanted else [1 << power for power in range(largest.bit_length())]
+        of_data = axis_size(mesh, DATA_AXIS)
+        sizes = [size for size in sizes if size % of_data == 0] or sizes[-1:]
+        advice = "take a smaller batch_size, a narrower dtype or shared=True"
+        return fitting({size: needed(size) for size in sizes}, memory.free(devices), advice, wanted=wanted)
 
     @property
     def eot_token_id(self) -> int:
@@ -408,16 +462,17 @@ ARGUMENTS = tuple(
 """What `model_args` may have."""
 
 
-def _rows(batch_size: int | str, most: int | None) -> int:
+def _rows(batch_size: int | str, most: int | None) -> tuple[int | None, int]:
+    """The batch that is wanted, None for what fits, and the largest."""
     if str(batch_size).split(":")[0] == "auto":
-        return AUTO_BATCH if most is None else min(AUTO_BATCH, int(most))
+        return None, AUTO_BATCH if most is None else min(AUTO_BATCH, int(most))
     try:
         rows = int(batch_size)
     except ValueError:
         rows = 0
     if rows < 1:
         raise ValueError(f'batch_size must be a whole number of at least 1 or "auto", got {batch_size!r}')
-    return rows
+    return rows, rows
 
 
 def _check_device(device: str | None) -> None:

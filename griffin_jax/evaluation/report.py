@@ -17,7 +17,7 @@ CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own contin
 COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}
 METHOD_COLOURS = ("C0", "C1", "C4", "C5", "C6", "C8", "C9")
 WIDTH = 27
-"""Of a figure with its interval in a table."""
+"""Width of a table's column for a figure with its interval."""
 
 Figures = list[dict[str, Any]]
 
@@ -130,7 +130,7 @@ def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[in
 
 
 def _first_width(figures: Figures) -> int:
-    """Of the column with the rows' names."""
+    """Width of the column with the rows' names."""
     return max([14, *(len(entry["method"]) + 1 for entry in figures)])
 
 

@@ -25,7 +25,9 @@ from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
+from griffin_jax.model.cache import KVCache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 from griffin_jax.text.growing import find_stop
@@ -196,7 +198,9 @@ def generate(
         eos: any of these tokens ends an answer, and is its last one.
         ended: whether a growing answer needs no more tokens.
     """
-    answer = jitted.init_decode(_copy(prefilled), eos=eos)
+    cache = _copy(prefilled.cache)
+    statistics = Statistics((), prefilled.statistics.tokens)
+    answer = jitted.init_decode(dataclasses.replace(prefilled, cache=cache, statistics=statistics, rows=()), eos=eos)
     until = 1
     while True:
         tokens, done = to_host((answer.tokens, answer.done))
@@ -208,5 +212,5 @@ def generate(
 
 
 @jax.jit
-def _copy(prefilled: Prefilled) -> Prefilled:
-    return jax.tree.map(jnp.copy, prefilled)
+def _copy(cache: KVCache) -> KVCache:
+    return jax.tree.map(jnp.copy, cache)

@@ -11,4 +11,5 @@ decode_speculative = jax.jit(
     speculative.decode_speculative, static_argnames=("drafts", "eos"), donate_argnames=("state",)
 )
 refresh = jax.jit(refreshing.refresh, static_argnames=("width", "eos"), donate_argnames=("state", "statistics", "rows"))
-teacher_force_refreshed = jax.jit(refreshing.teacher_force_refreshed, static_argnames=("width",))
+teacher_force_refreshed = refreshing.teacher_force_refreshed
+"""Not jitted as a whole: its steps are, one by one."""

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.extensions.pruner import Pruner
+from griffin_jax.generation import jitted
 from griffin_jax.generation.decode import DecodeState, append_token
-from griffin_jax.generation.padding import by_chunk
 from griffin_jax.generation.prefill import Prefilled, read_on
 from griffin_jax.generation.sampling import Greedy, Sampler
-from griffin_jax.generation.scoring import extend, teacher_force
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.transformer import Transformer
@@ -81,7 +80,8 @@ def teacher_force_refreshed(
     """Read given answers like decoding with a refresh after every `width` tokens, where neurons are selected anew.
 
     Each stretch of `width` tokens is read by the pruned model, and then again by the full one, which scores the token
-    after it; see `refresh`.
+    after it; see `refresh`. The steps are jitted one by one: in one program, the systems of a refit of all layers would
+    be in memory together.
 
     Args:
         model: the full model.
@@ -97,22 +97,17 @@ def teacher_force_refreshed(
         The residual stream that scores each answer token, as from `teacher_force`.
     """
 
-    def stretch(state: Prefilled, tokens: Array, lengths: Array) -> Float[Array, "b n d"]:
-        return teacher_force(pruner.scorer(model, state.statistics, state.rows, seed=seed), state, tokens, lengths)[0]
-
-    def refreshed(state: Prefilled, step: tuple[Array, Array]) -> tuple[Prefilled, Float[Array, "b n d"]]:
-        hidden = stretch(state, *step)
-        _, longer = extend(model, state, *step)
-        # The stretches of a loop have one type, of which the room is a part.
-        return dataclasses.replace(longer, max_new_tokens=state.max_new_tokens), hidden
-
-    batch, length = answers.shape
+    length = answers.shape[1]
     refreshes = max(length - 1, 0) // width
-    read = refreshes * width
-    left = jnp.clip(lengths - width * jnp.arange(refreshes + 1)[:, None], 0, width)
-    state = dataclasses.replace(prefilled, rows=prefilled.rows if pruner.rows else ())
-    if not refreshes:
-        return stretch(state, answers, left[0])
-    state, hidden = jax.lax.scan(refreshed, state, (by_chunk(answers[:, :read], refreshes), left[:-1]))
-    hidden = hidden.swapaxes(0, 1).reshape(batch, read, -1)
-    return jnp.concatenate([hidden, stretch(state, answers[:, read:], left[-1])], axis=1)
+    state, found = dataclasses.replace(prefilled, rows=prefilled.rows if pruner.rows else ()), []
+    for number in range(refreshes + 1):
+        start, last = number * width, number == refreshes
+        tokens = answers[:, start:] if last else answers[:, start : start + width]
+        left = jnp.clip(lengths - start, 0, tokens.shape[1])
+        scorer = pruner.scorer(model, state.statistics, state.rows, seed=seed)
+        found.append(jitted.teacher_force(scorer, state, tokens, left)[0])
+        if not last:
+            _, longer = jitted.extend(model, state, tokens, left)
+            # All stretches have one type, of which the room is a part.
+            state = dataclasses.replace(longer, max_new_tokens=state.max_new_tokens)
+    return jnp.concatenate(found, axis=1)

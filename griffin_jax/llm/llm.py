@@ -27,6 +27,7 @@ from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import check_kept
 from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.llm.memory import free_for, needs_of
 from griffin_jax.llm.request import Request, signature
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.config import ModelConfig
@@ -35,6 +36,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
 from griffin_jax.text.growing import GrowingText
 from griffin_jax.text.tokenizer import Tokenizer
+from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import renamed_arguments
 from griffin_jax.utils.timing import Stopwatch
 
@@ -276,6 +278,8 @@ class LLM:
         if experts is None and kept == self.model.neurons:
             prompt_length = len(rows[0])
         seed = request.generation.seeds(len(rows))
+        parts = needs_of(self.model).logits(len(rows), len(rows[0]), prompt_length)
+        memory.check(parts, free_for(self.model), "take fewer or shorter sequences")
         return jitted.teacher_forced(
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
         )
@@ -315,7 +319,7 @@ class LLM:
             raise ValueError(
                 "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
-        return _Plan(
+        plan = _Plan(
             request=request,
             pruner=pruner,
             sequences=sequences,
@@ -328,6 +332,33 @@ class LLM:
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
+        self._check_memory(plan)
+        return plan
+
+    def _check_memory(self, plan: _Plan) -> None:
+        """Raise `MemoryError` unless the answers can be written with what is free."""
+        batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
+        shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
+        pruned = not plan.dense and self._in_place is None
+        parts = needs_of(self.model).generation(
+            batch,
+            max(map(len, plan.sequences)),
+            plan.new + plan.drafts,
+            None if plan.dense else plan.kept,
+            shared=shared,
+            select=plan.selects,
+            rows=plan.rows,
+            calibration=prior.rows[0].shape[0] if prior is not None and prior.rows and plan.rows else 0,
+            refresh=plan.every is not None,
+            in_place=self._in_place is not None,
+            spare=0 if self._spare is None else self._spare.ff_bytes,
+        )
+        advice = ["take fewer prompts at a time"] if batch > 1 else []
+        if pruned:
+            advice += ["let them share their neurons (shared=True)"] if batch > 1 and not shared else []
+            advice += ["load the model with in_place=True"] if batch == 1 or shared else []
+        advice += ["shorten prompts or answers", "load a narrower dtype"]
+        memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
 
     def _answer(self, plan: _Plan, stream: bool) -> Iterator[tuple[Generation | None, list[str]]]:
         """The way of the data: prefill -> select -> prune -> decode."""

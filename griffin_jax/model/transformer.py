@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax.model.attention import Attention
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import FeedForward
+from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
 from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap
 from griffin_jax.model.ops import lookup
 from griffin_jax.model.parameters import bias_vector, matrix
@@ -123,6 +123,12 @@ class Transformer(nnx.Module):
     def neurons(self) -> tuple[int, ...]:
         """Neurons of each feed-forward layer: F, or the kept ones of a pruned model; of a masked one F, too."""
         return tuple(layer.ff.neurons for layer in self.layers)
+
+    @property
+    def ff_bytes(self) -> int:
+        """Bytes of all feed-forward arrays that have a row for each neuron."""
+        names = [(layer.ff, name) for layer in self.layers for name in NEURON_AXES]
+        return sum(getattr(ff, name).nbytes for ff, name in names if getattr(ff, name) is not None)
 
     def __call__(
         self,

@@ -367,7 +367,7 @@ def test_needed_memory_counts_the_largest_case(monkeypatch):
         runner.needed_memory(bench.check(bench_options(*arguments, "--experts", experts))) for experts in runner.EXPERTS
     )
     assert shared["peers"] == 0
-    assert shared["caches"] == 2 * 2 * 32 * 8 * 32 * 128 * (2048 + 48) * 2
+    assert shared["cache"] == 2 * 2 * 32 * 8 * 32 * 128 * (2048 + 48) * 2
     assert own["kept neurons"] == 8 * shared["kept neurons"] == 8 * 32 * 8256 * 3 * 4096 * 2
 
 

@@ -1,0 +1,352 @@
+"""The memory that work needs at most, predicted from the architecture before anything is loaded or computed.
+
+    needs = Needs(config, jnp.dtype("float32"))
+    needs.generation(batch=8, prompt=512, new=128, kept=kept)    {"weights": ..., "kept neurons": ..., ...}
+
+Each method goes through the phases of its work and gives the parts of the phase that needs most; their sum is an upper
+bound. What is held for long (weights, kept rows, cache, statistics) is counted; what XLA needs while a program runs is
+modelled by what its CPU compiler (jaxlib 0.10) was seen to allocate for models of several shapes: it keeps the scores
+of all blocks of queries of a layer, and the intermediates of one layer, at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import AbstractMesh, Mesh
+
+from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
+from griffin_jax.generation.scoring import LOGITS_BYTES
+from griffin_jax.model.attention import QUERY_BLOCK
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sharding import HEADS, VOCABULARY, divided
+from griffin_jax.model.sizes import Sizes, local_shapes
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
+from griffin_jax.utils import memory
+
+Parts = dict[str, int]
+"""Bytes that are needed together, by what they are for."""
+
+COMPILER_BYTES_PER_LAYER = 12 << 20
+"""Host memory for compiling and keeping the programs of an answer, for each layer of a model. An evaluation has twice
+as many programs."""
+
+TOKENIZER_BYTES = 1500
+"""Host memory of a tokenizer for each token of its vocabulary, with the libraries that read it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What work with a model needs on each of its devices, in bytes.
+
+    Attributes:
+        config: the model.
+        itemsize: bytes of a weight, and of a key or value.
+        mesh: what the model is divided among; None for one device.
+        platform: `cpu`, or another for an accelerator, whose host is not counted.
+        loaded: whether the weights are there already, and so not needed any more.
+    """
+
+    config: ModelConfig
+    itemsize: int
+    mesh: Mesh | AbstractMesh | None = None
+    platform: str = "cpu"
+    loaded: bool = False
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.platform == "cpu"
+
+    @property
+    def _parts(self) -> int:
+        return axis_size(self.mesh, MODEL_AXIS)
+
+    def rows(self, batch: int) -> int:
+        """Sequences of a batch that each device has."""
+        return batch // axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, batch) else batch
+
+    def _sizes(self, batch: int, slots: int, shared: bool) -> Sizes:
+        one = shared or batch == 1
+        return Sizes(self.config, self.rows(batch), slots, self.itemsize, shared=one, devices=self._parts)
+
+    def _worst(self, *phases: Mapping[str, int], programs: int = 1) -> Parts:
+        """The phase that needs most, with what is there in all of them."""
+        sizes = self._sizes(1, 1, True)
+        held: Parts = {"weights": 0 if self.loaded else sizes.weights(None)}
+        if self._on_cpu:
+            held["compiled programs"] = programs * COMPILER_BYTES_PER_LAYER * self.config.num_layers
+            if not self.loaded:
+                held["tokenizer"] = TOKENIZER_BYTES * self.config.vocab_size
+            if self.itemsize < 4:
+                # XLA's CPU code multiplies in float32, and makes the weights so before a loop that uses them.
+                held["weights in float32"] = sizes.weights(None) // self.itemsize * 4 + 8 * self._largest()
+        loading = {} if self.loaded else {"loading": 2 * max(4, self.itemsize) * self._largest()}
+        worst = max(({**held, **phase} for phase in (loading, *phases)), key=lambda parts: sum(parts.values()))
+        # Devices that are one processor's have one memory.
+        together = self.mesh.size if self.mesh is not None and self._on_cpu else 1
+        once = ("compiled programs", "tokenizer")
+        first = ("weights", "kept neurons", "cache")
+        ordered = sorted(worst, key=lambda name: (first.index(name) if name in first else len(first), -worst[name]))
+        return {name: worst[name] * (1 if name in once else together) for name in ordered if worst[name]}
+
+    def _largest(self) -> int:
+        """The size, in numbers, of the largest parameter on a device."""
+        return max(map(math.prod, local_shapes(self.config, self._parts).values()))
+
+    def _logits(self, rows: int) -> int:
+        shares = self._parts if divided(self.config, self._parts)[VOCABULARY] else 1
+        return 4 * rows * self.config.vocab_size // shares
+
+    def _activations(self, batch: int, tokens: int, slots: int) -> int:
+        """What one layer takes to read `tokens` of each sequence at a time, with `slots` of the cache before them."""
+        c, rows = self.config, self.rows(batch)
+        share = self._parts if divided(c, self._parts)[HEADS] else 1
+        itemsize = 4 if self._on_cpu else self.itemsize
+        blocks = [(start, min(start + QUERY_BLOCK, tokens)) for start in range(0, tokens, QUERY_BLOCK)]
+        seen = sum((stop - start) * (slots + stop) for start, stop in blocks)
+        scores = 2 * 4 * rows * c.num_heads * seen // share
+        projected = 2 * itemsize * rows * tokens * (c.num_heads + 2 * c.kv_heads) * c.head_dim // share
+        neurons = ((3 if c.gated else 2) * itemsize + 4) * rows * tokens * c.ff_width // self._parts
+        return max(scores + projected, neurons) + 5 * itemsize * rows * tokens * c.width
+
+    def _reading(self, batch: int, prompt: int, new: int, *, collect: bool, rows: int) -> tuple[Parts, Parts]:
+        """What is held after prompts were read, and what that takes, with it."""
+        c, own = self.config, self.rows(batch)
+        chunks = chunk_count(prompt, DEFAULT_CHUNK)
+        tokens = -(-prompt // chunks)
+        slots = chunks * tokens + new
+        neurons = own * c.num_layers * c.ff_width // self._parts
+        held: Parts = {
+            "cache": self._sizes(batch, slots, True).cache,
+            "statistics": 4 * neurons if collect else 0,
+            "rows of the refit": self.itemsize * rows * neurons,
+        }
+        # The loop over chunks has a second copy of what it carries.
+        again = 0 if chunks == 1 else sum(held.values())
+        reading = self._activations(batch, tokens, 0 if chunks == 1 else chunks * tokens)
+        return held, {**held, "reading the prompt": reading + again + self._logits(own)}
+
+    def _refit_of_layer(self, sets: int, rows: int, calibration: int) -> tuple[int, int]:
+        """What the system of one layer takes while it is made, and what its solution takes."""
+        c = self.config
+        system = rows + calibration
+        made = sets * system * (3 * 4 * c.ff_width // self._parts + 2 * 4 * system + 2 * 4 * c.width)
+        return made, 4 * sets * system * c.width
+
+    def generation(
+        self,
+        batch: int,
+        prompt: int,
+        new: int,
+        kept: Sequence[int] | None = None,
+        *,
+        shared: bool = False,
+        select: bool = True,
+        rows: int = 0,
+        calibration: int = 0,
+        refresh: bool = False,
+        in_place: bool = False,
+        spare: int = 0,
+        repeated: bool = False,
+    ) -> Parts:
+        """What the answers of a pruned model need: prefill, select, prune, decode.
+
+        Args:
+            batch: sequences.
+            prompt: tokens of the longest prompt.
+            new: tokens of the longest answer, with drafts.
+            kept: neurons of every layer; None for the dense model.
+            shared: whether the sequences keep the same neurons.
+            select: whether neurons are selected by the prompts.
+            rows: tokens of each prompt that kept neurons are refitted to.
+            calibration: rows of general text that they are fitted to, too.
+            refresh: whether the full model reads the answer from time to time.
+            in_place: whether every neuron is held once.
+            spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
+            repeated: whether the same is done again and again: the kept rows of the answer before are there while the
+                next one begins, and the cache of the prompts is copied for every answer.
+        """
+        c, own = self.config, self.rows(batch)
+        collect = kept is not None and select
+        held, reading = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
+        sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared)
+        neurons = 0 if kept is None or in_place or sizes.ff(kept) == spare else sizes.ff(kept)
+        if repeated:
+            again: Parts = {"kept neurons": neurons, "cache": 2 * held["cache"]}
+            held, reading = held | again, reading | again
+        decoding: Parts = {
+            **held,
+            "rows of the refit": held["rows of the refit"] if refresh or repeated else 0,
+            "kept neurons": neurons,
+            "decoding": 4 * self._logits(own),
+        }
+        sets = 1 if shared or batch == 1 else own
+        if kept is not None and not in_place and sets > 1 and c.gated and self._on_cpu:
+            # XLA's CPU code wants gate and up of each sequence together, and copies them before its loop.
+            decoding["kept neurons, transposed"] = sizes.ff(kept) * 2 // 3
+        if refresh:
+            decoding["refreshing"] = self._activations(batch, DEFAULT_CHUNK // 8, bucket(prompt) + bucket(new))
+        pruning: Parts = {**held, "kept neurons": neurons}
+        if rows and kept is not None:
+            together = rows * (own if sets == 1 else 1)
+            system = together + calibration
+            made, _ = self._refit_of_layer(sets, together, calibration)
+            dropped = 4 * sets * (c.ff_width - min(kept)) * c.width // self._parts
+            # The systems of all layers are solved together.
+            solving = c.num_layers * 4 * sets * system * (2 * system + 3 * c.width)
+            pruning["refitting"] = made + dropped + solving
+        return self._worst(reading, pruning, decoding)
+
+    def logits(self, batch: int, length: int, prompt: int) -> Parts:
+        """What the logits of whole texts need, as `LLM.logits` gives them.
+
+        Args:
+            batch: sequences.
+            length: tokens of each.
+            prompt: how many of them are read by the full model.
+        """
+        own = self.rows(batch)
+        scores = self._logits(own * length)
+        parts = [prompt, length - prompt]
+        return self._worst(
+            {
+                "cache": self._sizes(batch, length, True).cache,
+                "reading": max(
+                    self._activations(batch, part, prompt if number else 0) for number, part in enumerate(parts)
+                ),
+                "logits": scores * (1 if prompt == length else 2),
+            }
+        )
+
+    def scoring(
+        self,
+        batch: int,
+        prompt: int,
+        new: int,
+        variants: int,
+        *,
+        rows: int = 0,
+        calibration: int = 0,
+        shared: bool = False,
+        answers: bool = False,
+    ) -> Parts:
+        """What scoring given tokens with masked models needs, see `griffin_jax.griffin.masked`.
+
+        Args:
+            batch: sequences.
+            prompt: tokens of the longest prompt.
+            new: tokens that are scored, at most.
+            variants: models whose scores are compared at a time; 0 if they are not compared.
+            rows: tokens of each prompt that kept neurons are refitted to.
+            calibration: rows of general text that they are fitted to, too.
+            shared: whether the sequences keep the same neurons.
+            answers: whether the dense model writes answers, too.
+        """
+        c, own = self.config, self.rows(batch)
+        width = bucket(new)
+        held, reading = self._reading(batch, bucket(prompt), width, collect=True, rows=rows)
+        slots = bucket(prompt) + width
+        held["masks"] = 2 * own * c.num_layers * c.ff_width // self._parts
+        # Statistics of the answers, which the oracle selects by.
+        held["statistics"] *= 2
+        hidden = self.itemsize * own * width * c.width
+        held["residual streams"] = (variants + 2) * hidden
+        forcing = {**held, "reading": self._activations(batch, min(width, DEFAULT_CHUNK), slots)}
+        phases = [reading, forcing]
+        if rows:
+            sets, together = (1, rows * own) if shared else (own, rows)
+            made, solution = self._refit_of_layer(sets, together, calibration)
+            solved = {"solutions of the refit": c.num_layers * solution}
+            phases += [{**held, **solved, "refitting": made}, {**forcing, **solved}]
+        columns = min(max(LOGITS_BYTES, self._logits(own)), self._logits(own * width))
+        phases.append({**held, "logits": (variants + 4 if variants else 3) * columns})
+        if answers:
+            copied = {"copy of the cache": held["cache"], "decoding": 4 * self._logits(own)}
+            phases.append({**held, **copied})
+        return self._worst(*phases, programs=2)
+
+    def flocking(self, batch: int, prompt: int, new: int, window: int) -> Parts:
+        """What measuring flocking needs, see `griffin_jax.analysis.flocking`.
+
+        Args:
+            batch: texts at a time.
+            prompt: tokens of each prompt.
+            new: tokens that follow.
+            window: tokens of a window.
+        """
+        of_windows = 2 * 4 * self.rows(batch) * -(-new // window) * self.config.num_layers * self.config.ff_width
+        found = self.scoring(batch, prompt, new, 1, answers=True)
+        return found | {"statistics of windows": of_windows // self._parts}
+
+    def prior(self, batch: int, window: int, *, rows: int, sketched: int, budgets: bool, written: bool) -> Parts:
+        """What measuring a prior needs, see `griffin_jax.evaluation.general_text`.
+
+        Args:
+            batch: texts at a time.
+            window: tokens of each.
+            rows: calibration rows of each layer.
+            sketched: tokens of each text that go into them, at most.
+            budgets: whether the sensitivity of neurons is measured.
+            written: whether the model writes the texts.
+        """
+        c = self.config
+        neurons = c.num_layers * c.ff_width // self._parts
+        bases = 4 * neurons * min(c.ff_width, -(-4 * rows // 3))
+        recorded = min(bucket(window), sketched) if rows else 0
+        _, reading = self._reading(batch, bucket(window), 0, collect=True, rows=recorded)
+        phases = [{**reading, "bases of calibration rows": 3 * bases}]
+        if written:
+            phases.append(self.generation(batch, 1, window - 1))
+        if budgets:
+            # A backward pass over one text has the activations of all layers.
+            tokens = bucket(min(window, 256))
+            layer = 2 * self._activations(1, tokens, 0) + 4 * tokens * 3 * c.ff_width // self._parts
+            phases.append({"backward pass": c.num_layers * layer + 5 * self._logits(tokens)})
+            half = -(-window // 2)
+            phases.append(self.scoring(batch, half, half, 2, rows=256, calibration=rows))
+        return self._worst(*phases, programs=2)
+
+
+def needs_of(model: Transformer) -> Needs:
+    """What work with a loaded model needs, next to its weights, which are there already."""
+    weights = model.embedding[...]
+    platform = next(iter(weights.devices())).platform
+    return Needs(model.config, weights.dtype.itemsize, mesh_of(weights), platform, loaded=True)
+
+
+def free_for(model: Transformer) -> int | None:
+    """Bytes that are free on each of the devices of a model; None where that is not known."""
+    return memory.free(model.embedding[...].devices())
+
+
+def fitting(
+    needed: Mapping[int, Parts], available: int | None, advice: str, *, wanted: int | None = None
+) -> tuple[int, str]:
+    """The batch to take: the one that somebody wants, or the largest that fits, and a line that says so.
+
+    Args:
+        needed: what batches need, by their size; the wanted one is among them.
+        available: bytes that are free; None if that is not known, and everything fits.
+        advice: what to change if nothing fits, as in "take a smaller batch".
+        wanted: the batch that somebody wants; None to choose.
+
+    Raises:
+        MemoryError: the wanted batch, or the smallest, does not fit.
+    """
+
+    def total(size: int) -> int:
+        return sum(needed[size].values())
+
+    sizes = sorted(needed, reverse=True)
+    fit = [size for size in sizes if available is None or total(size) <= available]
+    chosen = wanted or (fit[0] if fit else sizes[-1])
+    memory.check(needed[chosen], available, advice)
+    free = "" if available is None else f", and {memory.shown(available)} are free"
+    line = f"batches of {chosen}, which need at most about {memory.shown(total(chosen))} of memory{free}"
+    if wanted is None and chosen < sizes[0]:
+        larger = sizes[sizes.index(chosen) - 1]
+        line += f"; of {larger} they would need {memory.shown(total(larger))}"
+    return chosen, line

@@ -1,0 +1,75 @@
+"""What is predicted of memory against what processes with the demo model really take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+MEASURE = """
+import json, sys
+import jax
+import jax.numpy as jnp
+from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.cli import main
+from griffin_jax.llm.llm import load
+from griffin_jax.llm.memory import Needs
+from griffin_jax.utils import memory
+
+model, case, options, texts, output = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
+config = open_source(model).config
+kept = [config.ff_width // 2] * config.num_layers
+jnp.ones(3).block_until_ready()
+before = memory.resident()
+needs = Needs(config, 4)
+if case == "generate":
+    batch, shared = options["batch"], options["shared"]
+    parts = needs.generation(batch, 512, 64, kept, shared=shared)
+    prompts = [[3 + (7 * row + column * (row + 1)) % 900 for column in range(512)] for row in range(batch)]
+    load(model).generate(prompts, max_new_tokens=64, shared=shared, ignore_eos=True)
+elif case == "logits":
+    parts = needs.logits(1, 4000, options["prompt"])
+    load(model).logits([[5 + i % 900 for i in range(4000)]], prompt_length=options["prompt"]).block_until_ready()
+else:
+    file = texts + (".txt" if case == "perplexity" else ".jsonl")
+    lengths = options["prompt"], options["new"]
+    arguments = ["--prompt-tokens", str(lengths[0]), "--new-tokens", str(lengths[1]), "--batch", str(options["batch"])]
+    parts = needs.scoring(options["batch"], *lengths, 5, answers=case == "divergence")
+    assert main.main(["eval", case, file, "--model", model, "--output", output, *arguments]) == 0
+print(json.dumps({"before": before, "parts": parts, "peak": memory.peak()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("generate", {"batch": 1, "shared": False}),
+        ("generate", {"batch": 8, "shared": True}),
+        ("generate", {"batch": 8, "shared": False}),
+        ("logits", {"prompt": 2000}),
+        ("divergence", {"batch": 4, "prompt": 256, "new": 128}),
+        ("perplexity", {"batch": 4, "prompt": 512, "new": 256}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_predictions_are_bounds(demo_gguf, tmp_path, case, options):
+    """No process takes more than is predicted, and predictions are at most half as much again, plus Python itself."""
+    words = ("The bridge was built of iron, and the river under it is slow. " * 80).strip()
+    (tmp_path / "texts.txt").write_text(f"{words}\n" * 4, encoding="utf-8")
+    lines = [json.dumps({"text": f"Text {number}. {words}"}) for number in range(4)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # Programs are what users' are: the other tests compile for eight devices, and with less effort.
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    arguments = [str(demo_gguf), case, json.dumps(options), str(tmp_path / "texts"), str(tmp_path / "output")]
+    ran = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout.splitlines()[-1])
+    predicted = found["before"] + sum(found["parts"].values())
+    print(f"{case} {options}: {found['peak'] / 1e6:,.0f} MB, predicted {predicted / 1e6:,.0f} MB: {found['parts']}")
+    assert found["peak"] <= predicted <= 1.5 * found["peak"] + found["before"]

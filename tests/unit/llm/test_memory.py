@@ -1,0 +1,249 @@
+"""What work with a model is predicted to need, against the arrays and programs of tiny models; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import griffin_jax as gj
+from griffin_jax.checkpoints import loading
+from griffin_jax.cli import evaluate, main, options, prior
+from griffin_jax.evaluation.lm_eval import GriffinLM
+from griffin_jax.generation import jitted
+from griffin_jax.griffin.masked import mask
+from griffin_jax.llm.memory import Needs, fitting, needs_of
+from griffin_jax.model.assembly import random_model
+from griffin_jax.utils import memory
+
+CONFIG = gj.ModelConfig(
+    family="llama", vocab_size=300, width=64, ff_width=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+    max_positions=4096,
+)  # fmt: skip
+HALF = [128, 128]
+WIDE = dataclasses.replace(CONFIG, width=256, ff_width=1024)
+"""Whose kept neurons take more than reading a short prompt."""
+
+
+@pytest.fixture(scope="module")
+def model() -> gj.Transformer:
+    return random_model(CONFIG)
+
+
+def nbytes(tree: object) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def prompts(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.ones((batch, length), jnp.int32), jnp.full((batch,), length)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_arrays_are_counted_as_they_are(model, shared):
+    state = jitted.prefill(model, *prompts(3, 32), max_new_tokens=16, rows=8)
+    experts = gj.select(state.statistics, gj.GriffinConfig(0.5, shared=shared))
+    needs = Needs(CONFIG, 4)
+    parts = needs.generation(3, 32, 16, HALF, shared=shared, rows=8, repeated=True)
+    assert parts["weights"] == nbytes(model)
+    assert parts["kept neurons"] == gj.prune(model, experts).ff_bytes
+    assert parts["cache"] == 2 * (nbytes(state.cache.keys) + nbytes(state.cache.values))
+    assert parts["statistics"] == nbytes(state.statistics.squares)
+    assert parts["rows of the refit"] == nbytes(state.rows)
+    loaded = needs_of(model).generation(3, 32, 16, HALF, shared=shared, rows=8, repeated=True)
+    assert loaded == {name: size for name, size in parts.items() if name not in ("weights", "tokenizer")}
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 32), (4, 32), (1, 1024), (3, 512), (1, 2048)])
+def test_reading_takes_no_more_than_predicted(batch, length):
+    """Of XLA's own figures for the program; of what little is held the tiny model's other arrays are the most."""
+    needs = Needs(CONFIG, 4, loaded=True)
+    abstract = jax.eval_shape(lambda: random_model(CONFIG))
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    analysis = jitted.prefill.lower(abstract, *tokens, max_new_tokens=16, rows=8).compile().memory_analysis()
+    assert analysis is not None
+    parts = needs.generation(batch, length, 16, HALF, shared=True, rows=8)
+    found = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    predicted = sum(parts.values()) - parts["compiled programs"]
+    assert found <= predicted + 200_000
+    assert predicted <= 2.5 * found + 1_000_000
+
+
+@pytest.mark.usefixtures("shapes_for_arrays")
+def test_scoring_with_masks_needs_no_kept_rows(model):
+    needs = Needs(CONFIG, 4, loaded=True)
+    state = jitted.prefill(model, *prompts(8, 64), max_new_tokens=32)
+    masked = mask(model, gj.select(state.statistics, gj.GriffinConfig(0.5)))
+    analysis = jitted.teacher_force.lower(masked, state, *prompts(8, 32)).compile().memory_analysis()
+    assert analysis is not None
+    parts = needs.scoring(8, 64, 32, 2)
+    held = nbytes(state.cache) + nbytes(state.statistics)
+    predicted = sum(parts.values()) - parts["compiled programs"]
+    assert analysis.temp_size_in_bytes + held <= predicted
+    assert "kept neurons" not in parts
+    more = needs.scoring(8, 64, 32, 2, rows=64, calibration=256)
+    assert more["solutions of the refit"] == 4 * 2 * 8 * (64 + 256) * 64
+
+
+def test_needs_grow_with_the_work():
+    needs = Needs(WIDE, 4)
+
+    def total(batch: int = 2, prompt: int = 64, new: int = 32, **more: object) -> int:
+        return sum(needs.generation(batch, prompt, new, [512, 512], **more).values())
+
+    assert total() < total(batch=64) < total(batch=64, prompt=1024) < total(batch=64, prompt=4000)
+    assert total(new=500, shared=True) < total(new=500)
+    assert total(repeated=True, shared=True) < total(repeated=True)
+    assert total(repeated=True, in_place=True) < total(repeated=True, shared=True)
+    assert total(rows=256) > total()
+    # Scores of the two parts are joined.
+    assert needs.logits(1, 4000, 2000)["logits"] == 2 * needs.logits(1, 4000, 4000)["logits"]
+    narrow = Needs(WIDE, 2, platform="gpu")
+    assert narrow.generation(1, 1, 1)["weights"] * 2 == needs.generation(1, 1, 1)["weights"]
+    assert "compiled programs" not in narrow.generation(1, 1, 1)
+
+
+def test_devices_have_their_share():
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"))
+    whole, part = (Needs(CONFIG, 2, on, "gpu").generation(8, 512, 128, HALF) for on in (None, mesh))
+    assert part["cache"] * 4 == whole["cache"]
+    assert part["weights"] < 0.6 * whole["weights"]
+    # Devices that are one processor's have one memory.
+    assert Needs(CONFIG, 4, mesh).generation(8, 512, 128, HALF)["cache"] == 2 * whole["cache"]
+
+
+def test_the_largest_batch_that_fits():
+    needed = {size: {"cache": size * 10**9} for size in (1, 2, 4)}
+    assert fitting(needed, None, "")[0] == 4
+    chosen, line = fitting(needed, 3 * 10**9, "")
+    assert chosen == 2
+    assert line == (
+        "batches of 2, which need at most about 2.0 GB of memory, and 3.0 GB are free; of 4 they would need 4.0 GB"
+    )
+    assert fitting(needed, 10**10, "", wanted=1) == (
+        1, "batches of 1, which need at most about 1.0 GB of memory, and 10.0 GB are free"
+    )  # fmt: skip
+    for wrong in ({"available": 9 * 10**8}, {"available": 3 * 10**9, "wanted": 4}):
+        with pytest.raises(MemoryError, match=r"^about \d\.0 GB are needed \(cache \d\.0\), .* are free; hurry$"):
+            fitting(needed, advice="hurry", **wrong)
+
+
+class TestLLM:
+    def test_answers_that_do_not_fit_are_refused_before_anything_is_computed(self, tiny, monkeypatch):
+        monkeypatch.setattr(memory, "free", lambda devices: 1000)
+        monkeypatch.setattr(jitted, "prefill", lambda *_, **__: pytest.fail("computed"))
+        with pytest.raises(MemoryError) as error:
+            tiny.llm.generate([[5, 6, 7], [8, 9]], max_new_tokens=4)
+        assert str(error.value).endswith(
+            "take fewer prompts at a time, let them share their neurons (shared=True), shorten prompts or answers or"
+            " load a narrower dtype"
+        )
+        assert "\n" not in str(error.value)
+        with pytest.raises(MemoryError, match="load the model with in_place=True, shorten prompts"):
+            tiny.llm.generate([5, 6, 7], max_new_tokens=4)
+
+    def test_logits(self, tiny, monkeypatch):
+        monkeypatch.setattr(memory, "free", lambda devices: 1000)
+        with pytest.raises(MemoryError, match="are free; take fewer or shorter sequences"):
+            tiny.llm.logits([[5, 6, 7]], prompt_length=2)
+
+    def test_weights_that_do_not_fit_are_not_loaded(self, tiny, monkeypatch):
+        monkeypatch.setattr(memory, "free", lambda devices: 1000)
+        monkeypatch.setattr(loading, "assemble", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(MemoryError, match=r"\(weights .* are free; take a narrower dtype"):
+            gj.load(tiny.folder)
+
+    def test_what_fits_is_answered(self, tiny, monkeypatch):
+        needs = needs_of(tiny.llm.model).generation(1, 3, 4, [24] * 3)
+        monkeypatch.setattr(memory, "free", lambda devices: sum(needs.values()))
+        assert len(tiny.llm.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).tokens[0]) == 4
+
+
+class TestCommands:
+    @pytest.fixture
+    def texts(self, tmp_path):
+        file = tmp_path / "texts.jsonl"
+        words = "The bridge was built of iron, and the river under it is slow. " * 4
+        file.write_text("".join(json.dumps({"text": f"{n} {words}"}) + "\n" for n in range(3)), encoding="utf-8")
+        return file
+
+    def arguments(self, worded, texts, tmp_path, *more: str) -> list[str]:
+        lengths = ["--prompt-tokens", "24", "--new-tokens", "8", "--no-baselines"]
+        return ["eval", "divergence", str(texts), "--model", str(worded.folder), *lengths,
+                "--output", str(tmp_path / "output"), *more]  # fmt: skip
+
+    def test_an_evaluation_takes_the_batch_that_fits(self, worded, texts, tmp_path, monkeypatch, capsys):
+        needs = Needs(worded.llm.config, 4)
+        two, four = (sum(needs.scoring(batch, 24, 8, 2, answers=True).values()) for batch in (2, 4))
+        assert two < four
+        sizes = []
+        divergence = evaluate.tasks.divergence
+        monkeypatch.setattr(
+            evaluate.tasks, "divergence", lambda *args, **more: sizes.append(more["size"]) or divergence(*args, **more)
+        )
+        monkeypatch.setattr(options.memory, "free", lambda devices: (two + four) // 2)
+        assert main.main(self.arguments(worded, texts, tmp_path)) == 0
+        assert sizes == [2]
+        assert "batches of 2, which need at most about " in capsys.readouterr().err
+
+    def test_a_batch_that_does_not_fit_is_refused_before_loading(self, worded, texts, tmp_path, monkeypatch, capsys):
+        needs = Needs(worded.llm.config, 4)
+        four = sum(needs.scoring(4, 24, 8, 2, answers=True).values())
+        monkeypatch.setattr(options.memory, "free", lambda devices: four - 1)
+        monkeypatch.setattr(evaluate, "load_reader", lambda *_: pytest.fail("loaded"))
+        assert main.main(self.arguments(worded, texts, tmp_path, "--batch", "4")) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("griffin-jax eval: about ")
+        assert err.endswith("free; take a smaller --batch, a narrower --dtype or shorter texts\n")
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("command", ["prior", "flocking"])
+    def test_others_are_refused_before_loading(self, worded, texts, tmp_path, monkeypatch, capsys, command):
+        monkeypatch.setattr(options.memory, "free", lambda devices: 1000)
+        monkeypatch.setattr(prior, "load", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(options, "load", lambda *_: pytest.fail("loaded"))
+        wanted = [command, *(["--self-generated", "2"] if command == "prior" else [str(texts)])]
+        output = str(tmp_path / ("prior" if command == "prior" else "folder"))
+        assert main.main([*wanted, "--model", str(worded.folder), "--output", output]) == 2
+        assert "are free; take " in capsys.readouterr().err
+
+    def test_the_harness(self, worded, monkeypatch):
+        monkeypatch.setattr(memory, "free", lambda devices: None)
+        assert GriffinLM(worded.llm, batch_size="auto").batch_size == 8
+        assert GriffinLM(worded.llm, batch_size=3).batch_size == 3
+        monkeypatch.setattr(memory, "free", lambda devices: 1000)
+        with pytest.raises(MemoryError, match="take a smaller batch_size"):
+            GriffinLM(str(worded.folder))
+
+    def test_info_says_what_answers_need(self, worded, capsys):
+        assert main.main(["info", "--model", str(worded.folder), "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        kept = [worded.llm.config.ff_width // 2] * worded.llm.config.num_layers
+        room = min(640, worded.llm.config.max_positions)
+        new = min(128, room // 2)
+        assert facts["memory"]["batch 8, shared"] == Needs(worded.llm.config, 4).generation(
+            8, room - new, new, kept, shared=True
+        )
+        assert main.main(["info", "--model", str(worded.folder)]) == 0
+        assert "memory in float32, at most, for prompts of" in capsys.readouterr().out
+
+    def test_a_conversion(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr(memory, "free_of_host", lambda: 1000)
+        with pytest.raises(MemoryError, match=r"\(the largest tensor .* convert on a machine with more"):
+            gj.convert(tiny.folder, tmp_path / "converted", progress=False)
+        assert not (tmp_path / "converted").exists()
+
+
+def test_a_batch_of_one_and_shared_neurons_need_one_set():
+    needs = Needs(WIDE, 4, loaded=True)
+    one = needs.generation(1, 32, 16, [512, 512], repeated=True)
+    shared = needs.generation(8, 32, 16, [512, 512], shared=True, repeated=True)
+    assert one["kept neurons"] == shared["kept neurons"] == 4 * 1024 * 3 * 256
+    assert "kept neurons, transposed" not in one | shared
+    own = needs.generation(8, 32, 16, [512, 512], repeated=True)
+    assert own["kept neurons"] == 8 * one["kept neurons"]
+    assert own["kept neurons, transposed"] == own["kept neurons"] * 2 // 3
+    plain = dataclasses.replace(WIDE, gated=False)
+    assert "kept neurons, transposed" not in Needs(plain, 4, loaded=True).generation(8, 32, 16, [512, 512])
