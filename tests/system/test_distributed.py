@@ -80,6 +80,7 @@ def test_generate(capfd, folder, mesh, source):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_evaluation(capfd, folder):
     arguments = ["eval", "divergence", str(folder / "texts.jsonl"), "--model", str(folder), "--mesh", "data=2"]
     arguments += ["--prompt-tokens", "12", "--new-tokens", "8"]
@@ -96,7 +97,8 @@ def test_evaluation(capfd, folder):
         assert "holds scores of other settings (seed was 0, is 1)" in err
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_ends_the_other(folder, killed):
     at = coordinator()
     dies = start(at, killed, "-c", DIES)

@@ -343,6 +343,7 @@ def test_random_weights_are_made_where_they_lie(shape, kv_heads):
 
 
 class TestBench:
+    @pytest.mark.slow
     def test_bytes_are_those_of_each_device(self, capfd, monkeypatch):
         monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
         for module in (bench, named):

@@ -232,6 +232,7 @@ def test_text_files_and_chosen_pictures(worded, texts, tmp_path, capsys):
         assert {name: maps[name].shape for name in maps} == {"text 3, layer 2": (25, 48)}
 
 
+@pytest.mark.slow
 def test_devices_find_what_one_does(worded, texts, tmp_path, capsys):
     file = tmp_path / "texts.jsonl"
     file.write_text("\n".join(json.dumps({"text": text}) for text in written(texts)))

@@ -80,12 +80,14 @@ class TestBeyond:
         assert all(beyond.pruned.memory.values())
         assert "all memory, speculative" in table("all", beyond)
 
+    @pytest.mark.slow
     def test_decoding_is_the_same_program(self, beyond, alike):
         for compiled, plain in ((beyond.dense, alike.dense), (beyond.pruned, alike.pruned)):
             assert compiled.kernels_per_step == plain.kernels_per_step
             assert compiled.ff_copies_per_step == compiled.cache_copies_per_step == ()
             assert compiled.weights == plain.weights
 
+    @pytest.mark.slow
     def test_rows_are_held_while_pruning(self, beyond, alike):
         """256 of the prompt and 384 of general text, and systems of 640 equations."""
         more = beyond.pruned.memory["prune"] - alike.pruned.memory["prune"]
@@ -210,6 +212,7 @@ class TestDevices:
         shown = table("Qwen", report)
         assert "Attention and the cache are not divided: 8 devices cannot share the key/value heads evenly." in shown
 
+    @pytest.mark.slow
     def test_heads_that_are_fewer_than_devices(self, cuda):
         config = dataclasses.replace(named("Llama-3-70B", layers=1), num_kv_heads=2)
         report = compile_for("h100", config, devices=8, prompt=16, new=16)
@@ -254,6 +257,7 @@ class TestSizes:
         assert report.dense.fits
         assert report.pruned.fits
 
+    @pytest.mark.slow
     def test_each_sequence_has_matrices_of_its_own(self, odd):
         own = compile_for("h100", named("SmolLM2-135M", layers=1), prompt=16, new=16, batch=4)
         rows = 768 * 3 * 576 * 2

@@ -463,7 +463,7 @@ def test_llama_cpp_reads_the_same_weights(plain, monkeypatch, tmp_path):
     assert skipped["llama.cpp"].startswith("it reads GGUF files")
 
 
-@pytest.mark.parametrize("options", first_and_slow(1, (), ("--dtype", "float32"), ("--stored", "float32")))
+@pytest.mark.parametrize("options", first_and_slow(0, (), ("--dtype", "float32"), ("--stored", "float32")))
 def test_memory_of_a_conversion(monkeypatch, capsys, tmp_path, options):
     arguments = ("--gigabytes", "0.002", "--shards", "3", "--folder", str(tmp_path), *options)
     code, out, _ = run(monkeypatch, capsys, "memory", *arguments)

@@ -347,6 +347,7 @@ class TestBeyond:
         del best["ignore_eos"]
         assert answers == model.llm.generate([tokens for _, tokens in given], **best).texts
 
+    @pytest.mark.slow
     def test_devices_answer_as_one_does(self, model, prior):
         """Scores, windows and answers, each sequence with neurons of its own."""
         options = {"quality": "best", "prior": str(prior), "round_to": 2, "batch_size": 2, "max_length": 64}

@@ -15,7 +15,7 @@ from griffin_jax.llm.request import Request
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return TinyLlama.build(tmp_path_factory.mktemp("tiny"), mlp_bias=True, num_hidden_layers=8).folder
+    return TinyLlama.build(tmp_path_factory.mktemp("tiny"), mlp_bias=True, num_hidden_layers=3).folder
 
 
 def live_bytes() -> int:
@@ -25,7 +25,7 @@ def live_bytes() -> int:
 
 def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
     usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
-    for density in (0.5, 0.25, [0.5] * 4 + [1.0] * 4, 1.0, 0.5):
+    for density in (0.5, [0.25] * 2 + [1.0], 1.0, 0.5):
         prompt = rng.integers(3, 101, 30).tolist()
         options = {"density": density, "max_new_tokens": 12, "ignore_eos": True}
         expected, got = usual.generate([prompt], **options), single.generate([prompt], **options)
@@ -33,7 +33,7 @@ def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
         assert got.kept == expected.kept
         for mine, theirs in zip(got.experts or (), expected.experts or (), strict=True):
             np.testing.assert_array_equal(mine, theirs)
-    np.testing.assert_array_equal(single.experts([prompt])[3], usual.experts([prompt])[3])
+    np.testing.assert_array_equal(single.experts([prompt])[2], usual.experts([prompt])[2])
 
 
 def test_a_batch_shares_its_experts(folder, rng):

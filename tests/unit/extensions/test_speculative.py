@@ -144,8 +144,11 @@ class TestDistribution:
 
     @pytest.mark.parametrize(
         ("sampler", "drafts"),
-        [(gj.Sample(), 1), (gj.Sample(1.5, top_k=4), 3), (gj.Sample(0.8, top_p=0.9, min_p=0.05), 2)],
-        ids=["plain", "top-k", "top-p"],
+        [
+            pytest.param(gj.Sample(1.5, top_k=4), 3, id="top-k"),
+            pytest.param(gj.Sample(), 1, id="plain", marks=pytest.mark.slow),
+            pytest.param(gj.Sample(0.8, top_p=0.9, min_p=0.05), 2, id="top-p", marks=pytest.mark.slow),
+        ],
     )
     def test_is_the_dense_models(self, model, sampler, drafts):
         values, accepted = self.fits(model, sampler, drafts)

@@ -216,6 +216,7 @@ class TestCommand:
         fixed = ["eval", "divergence", file, "--model", worded.folder, "--prompt-tokens", 40, "--new-tokens", 8]
         return [*map(str, fixed), "--output", str(tmp_path / "out")]
 
+    @pytest.mark.slow
     def test_ablation_in_one_command(self, worded, arguments, tmp_path, capsys):
         measure(worded.llm.model, TEXTS, size=4, rows=20, quiet=True).save(tmp_path / "p")
         methods = [f"topk{steps}" for steps in STEPS]
