@@ -9,7 +9,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import numpy as np
 
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
+from griffin_jax.checkpoints.schema.family import is_ignored, rules_by_path
+from griffin_jax.checkpoints.schema.layouts import sizes_of
 from griffin_jax.checkpoints.sources import (
     FLOATS,
     PICKLE_HELP,
@@ -54,6 +56,12 @@ def has_safetensors(folder: Path) -> bool:
     return _SAFETENSORS.is_in(folder)
 
 
+WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+"""What torch's DataParallel, compile, FSDP and checkpointing put into the names of tensors."""
+
+ADAPTER = "base_model.model."
+
+
 class HuggingFaceFolder(Reader):
     """A folder with config.json and safetensors files, or PyTorch's if they are allowed.
 
@@ -85,18 +93,19 @@ class HuggingFaceFolder(Reader):
         if listed:
             self._check_index(listed)
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
-        # In checkpoints of the bare model, as AutoModel saves it, names lack the prefix of the part in the whole.
-        prefix = self.family.prefix
-        self._prefix = "" if any(name.startswith(prefix) for name in self.tensors) else prefix
-        self.tensors = {
-            name if name in self.copies else self._prefix + name: tensor for name, tensor in self.tensors.items()
-        }
+        self._stored = self._names_in_family()
+        self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
+        if any(name.startswith(ADAPTER) for name in self.tensors):
+            self.problems.append(
+                f"names that begin with {ADAPTER} are those of an adapter of PEFT; merge it into its model with"
+                " merge_and_unload(), and save that"
+            )
 
     def read(self, name: str) -> np.ndarray:
         return self.read_rows(name, 0, None)
 
     def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
-        info, name = self.tensors[name], name.removeprefix(self._prefix)
+        info, name = self.tensors[name], self._stored[name]
         file = self._files[name]
         if pickle := self._pickles.get(file):
             for other in self._pickles.values():
@@ -132,7 +141,35 @@ class HuggingFaceFolder(Reader):
             if allow_pickle:
                 return _PICKLE
             raise FileNotFoundError(f"{self._folder}: has no safetensors. {PICKLE_HELP}")
-        raise FileNotFoundError(f"{self._folder}: has neither {_SAFETENSORS.single} nor {_SAFETENSORS.index}")
+        missing = f"{self._folder}: has neither {_SAFETENSORS.single} nor {_SAFETENSORS.index}"
+        if files := sorted(self._folder.glob("*.gguf")):
+            missing += f"; did you mean {files[0]}?"
+        raise FileNotFoundError(missing)
+
+    def _names_in_family(self) -> dict[str, str]:
+        """The stored name of every tensor, by its name in the family.
+
+        In checkpoints of the bare model, as AutoModel saves it, names lack the prefix of the part in the whole; torch's
+        wrappers leave names of their own in them. What is taken away or added is what gives the most names that the
+        family has. Names that it does not have then either stay as they are stored.
+        """
+        sizes = sizes_of(self.config)
+        known = {name for rule in rules_by_path(self.rules, self.config).values() for name in rule.tensors(sizes)}
+
+        def bare(name: str) -> str:
+            return WRAPPERS.sub("", name)
+
+        def whole(name: str) -> str:
+            return name if name in self.copies else self.family.prefix + name
+
+        ways: list[Callable[[str], str]] = [str, whole, bare, lambda name: whole(bare(name))]
+        found = [{way(name): name for name in self.tensors} for way in ways]
+        best = max(found, key=lambda names: len(known & names.keys()))
+
+        def belongs(name: str) -> bool:
+            return name in known or name in self.copies or is_ignored(name, self.ignored)
+
+        return {name if belongs(name) else stored: stored for name, stored in best.items()}
 
     def _shards(self) -> dict[str, Path]:
         """The file of every tensor according to the index; empty if all are in one file."""
@@ -177,7 +214,7 @@ class HuggingFaceFolder(Reader):
             if name in self._files and self._files[name] != file
         ]
         self.problems += listed_names("not where the index says", misplaced)
-        self.problems += listed_names("in the index but in no file", sorted(listed.keys() - self._files.keys()))
+        # An index may list a tensor that is tied to another and was not written. If it is needed, it is missing.
         self.problems += listed_names("in a file but not in the index", sorted(self._files.keys() - listed.keys()))
 
 

@@ -49,8 +49,9 @@ def read_fields(
 
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "llama"` describes."""
-    attributes.require(*SIZES, "rms_norm_eps")
-    fields = read_fields(attributes, "llama", bos_token_id=1, eos_token_id=2)
+    attributes.require(*(name for name in SIZES if name != "max_position_embeddings"), "rms_norm_eps")
+    # Checkpoints of transformers before 4.28 do not say how long the context is.
+    fields = read_fields(attributes, "llama", max_position_embeddings=2048, bos_token_id=1, eos_token_id=2)
     return ModelConfig(
         **fields,
         rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),

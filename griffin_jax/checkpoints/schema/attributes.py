@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from griffin_jax.checkpoints.schema.relevance import read_by_transformers
 from griffin_jax.model.config import Activation
 from griffin_jax.utils.transformers_import import import_transformers
 
@@ -47,7 +49,6 @@ EXPECTED_ATTRIBUTES: dict[str, object] = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
     "pruned_heads": {},
-    "rope_interleaved": False,
     "tie_encoder_decoder": False,
 }
 """Attributes that are harmless at exactly this value."""
@@ -134,9 +135,12 @@ class Attributes:
 def check_attributes(attributes: Attributes, model_type: str) -> None:
     """The config guard: no attribute that could change the model may go unread.
 
+    Attributes that transformers' code for the model type does not read either change nothing; a `UserWarning` names
+    them.
+
     Raises:
         ValueError: there are attributes that were not read, are not knowingly ignored, and differ from the default of
-            transformers' configuration class; the message lists them with their values.
+            transformers' configuration class, although its code reads them; the message lists them with their values.
     """
     rest = {
         name: value
@@ -146,12 +150,33 @@ def check_attributes(attributes: Attributes, model_type: str) -> None:
     if rest:
         defaults = _transformers_defaults(model_type)
         rest = {name: value for name, value in rest.items() if name not in defaults or defaults[name] != value}
-    if rest:
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(rest.items()))
+    read = read_by_transformers(model_type) if rest else None
+    warn_of_unread(attributes.where, rest, None if read is None else read | EXPECTED_ATTRIBUTES.keys())
+
+
+def warn_of_unread(where: str, rest: Mapping[str, Any], read: Collection[str] | None) -> None:
+    """Warn of attributes that no code reads.
+
+    Args:
+        where: name of the file, for messages.
+        rest: attributes that were given but not taken.
+        read: names that transformers reads; None if that is not known, and any of them might be read.
+
+    Raises:
+        ValueError: transformers reads some of them, so they may change what the model computes.
+    """
+    if unknown := {name: value for name, value in rest.items() if read is None or name in read}:
         raise ValueError(
-            f"{attributes.where}: griffin_jax does not know what to do with {listed}. These may change what the model "
+            f"{where}: griffin_jax does not know what to do with {_listed(unknown)}. These may change what the model "
             "computes, so it is not loaded"
         )
+    if rest:
+        message = f"{where}: {_listed(rest)} changes nothing here, and nothing in transformers"
+        warnings.warn(message, stacklevel=2)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
 
 
 @functools.cache

@@ -95,7 +95,19 @@ class Family:
         except ValueError as error:
             raise error if where in str(error) else ValueError(f"{where}: {error}") from error
         check_attributes(attributes, self.model_type)
-        return config
+        return dataclasses.replace(config, max_positions=extended_positions(config))
+
+
+def extended_positions(config: ModelConfig) -> int:
+    """The context of a model, in tokens, which a scaled rotary embedding makes longer than a configuration may say.
+
+    Many that scale by a factor leave `max_position_embeddings` at the length that the model was trained with.
+    """
+    rotary = config.rotary
+    # Gemma 3 counts the longer context already, and so does a LongRoPE, whose factor follows from both lengths.
+    if rotary is None or config.local_rotary is not None or rotary.kind not in ("linear", "yarn", "llama3"):
+        return config.max_positions
+    return max(config.max_positions, int(rotary.factor * (rotary.original_positions or config.max_positions)))
 
 
 def rules_by_path(rules: Rules, config: ModelConfig) -> dict[str, TensorRule]:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from griffin_jax.checkpoints.schema.attributes import Attributes
+from griffin_jax.checkpoints.schema.attributes import Attributes, warn_of_unread
+from griffin_jax.checkpoints.schema.relevance import read_of_rope_parameters
 from griffin_jax.model.config import Rotary
 
 
@@ -129,8 +130,7 @@ def rotary_of(
     else:
         raise ValueError(f"{rope.where}: kind {kind!r}; supported are default, linear, dynamic, llama3, yarn, longrope")
     if rest := rope.rest():
-        listed = ", ".join(f"{name}={value!r}" for name, value in sorted(rest.items()))
-        raise ValueError(f"{rope.where}: kind {kind!r} does not use {listed}")
+        warn_of_unread(f"{rope.where} of kind {kind!r}", rest, read_of_rope_parameters())
     return rotary
 
 

@@ -111,13 +111,67 @@ def test_rotary_parameters_that_are_refused(changes, message):
         read(**changes)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        (
+            {
+                "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            256,
+        ),
+        # Beyond the context it changes with the length of the text.
+        ({"rope_type": "dynamic", "factor": 4.0}, 64),
+    ],
+)  # fmt: skip
+def test_scaling_extends_the_context(scaling, positions):
+    assert read(rope_scaling=scaling).max_positions == positions
+
+
 # ---- the guard ----
 
 
 def test_unknown_attributes_are_listed_together():
-    with pytest.raises(ValueError, match=r"config\.json: .*clip_qkv=8, sliding_window=512") as error:
-        read(sliding_window=512, clip_qkv=8, use_cache=True)
+    with pytest.raises(ValueError, match=r"config\.json: .*layer_types=\['x'\], sliding_window=512") as error:
+        read(sliding_window=512, layer_types=["x"], use_cache=True, never_heard_of=1)
     assert "use_cache" not in str(error.value)
+    assert "never_heard_of" not in str(error.value)
+
+
+def test_attributes_that_no_code_reads_are_warned_of():
+    with pytest.warns(UserWarning, match=r"^config\.json: never_heard_of=1, rope_interleaved=True changes nothing"):
+        assert read(never_heard_of=1, rope_interleaved=True) == read()
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    with pytest.warns(UserWarning, match="rotary embedding of kind 'yarn': finetuned=True changes nothing"):
+        assert read(rope_scaling={**scaling, "finetuned": True}) == read(rope_scaling=scaling)
+
+
+def test_where_the_code_is_not_known_every_attribute_counts(monkeypatch):
+    from griffin_jax.checkpoints.schema import attributes
+
+    monkeypatch.setattr(attributes, "read_by_transformers", lambda model_type: None)
+    with pytest.raises(ValueError, match="never_heard_of=1"):
+        read(never_heard_of=1)
+
+
+@pytest.mark.parametrize("name", ["scores_scale", "position_shift"])
+def test_attributes_that_transformers_reads_are_found(monkeypatch, tmp_path, name):
+    """In a model's own module, its configuration or a shared module: as an attribute, a string or an argument."""
+    from griffin_jax.checkpoints.schema import relevance
+
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "modeling_rope_utils.py").write_text("def f(config):\n    return config.position_shift\n")
+    (tmp_path / "models/llama/modeling_llama.py").write_text("class A:\n    s = getattr(c, 'scores_scale', 1)\n")
+    (tmp_path / "models/llama/convert_llama.py").write_text("config.never_heard_of\n")
+    monkeypatch.setattr(relevance, "_source_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match=f"{name}=1\\. These may change"):
+        read(**{name: 1})
+    with pytest.warns(UserWarning, match="never_heard_of=1 changes nothing"):
+        read(never_heard_of=1)
 
 
 def test_attributes_without_influence_are_accepted():
@@ -125,14 +179,12 @@ def test_attributes_without_influence_are_accepted():
     assert plain == read(
         torch_dtype="float16", dtype="bfloat16", use_cache=False, transformers_version="4.40.1",
         architectures=["LlamaForCausalLM"], initializer_range=0.04, attention_dropout=0.1, pretraining_tp=2,
-        pad_token_id=0, _name_or_path="x", is_llama_config=True, rope_interleaved=False, temperature=0.6,
+        pad_token_id=0, _name_or_path="x", is_llama_config=True, temperature=0.6,
         output_hidden_states=True, pruned_heads={}, is_encoder_decoder=False,
     )  # fmt: skip
 
 
 def test_attributes_that_are_harmless_at_one_value_only():
-    with pytest.raises(ValueError, match="rope_interleaved=True"):
-        read(rope_interleaved=True)
     with pytest.raises(ValueError, match="pruned_heads"):
         read(pruned_heads={"0": [1]})
 
@@ -141,6 +193,7 @@ def test_the_default_of_transformers_is_accepted(monkeypatch):
     from griffin_jax.checkpoints.schema import attributes
 
     monkeypatch.setattr(attributes, "_transformers_defaults", lambda model_type: {"novelty": 3})
+    monkeypatch.setattr(attributes, "read_by_transformers", lambda model_type: frozenset({"novelty"}))
     assert read(novelty=3) == read()
     with pytest.raises(ValueError, match="novelty=4"):
         read(novelty=4)

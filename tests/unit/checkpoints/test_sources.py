@@ -186,8 +186,56 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path, weights):
     values["weight_map"]["model.extra"] = values["weight_map"].pop(EMBEDDING)
     index.write_text(json.dumps(values))
     message = refusal(tmp_path)
-    assert "1 in the index but in no file: model.extra" in message
     assert f"1 in a file but not in the index: {EMBEDDING}" in message
+
+
+def test_an_index_that_lists_too_much(tmp_path):
+    """Of a tied model it may list the head, which no file holds; a tensor that is needed is missing."""
+    weights = checkpoints.tensors(tied=True)
+    config = checkpoints.config(tie_word_embeddings=True)
+    index = checkpoints.write(tmp_path, weights, shards=2, config=config) / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    values["weight_map"]["lm_head.weight"] = values["weight_map"][EMBEDDING]
+    index.write_text(json.dumps(values))
+    load_model(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(checkpoints.config()))
+    assert "1 missing: lm_head.weight" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod._checkpoint_wrapped_module."),
+        lambda name: f"_orig_mod.{name.removeprefix('model.')}",
+    ],
+)
+def test_names_of_torch_wrappers(tmp_path, weights, rename):
+    checkpoints.write(tmp_path / "plain", weights)
+    checkpoints.write(tmp_path / "wrapped", {rename(name): array for name, array in weights.items()})
+    plain, wrapped = (load_model(tmp_path / name)[0] for name in ("plain", "wrapped"))
+    np.testing.assert_array_equal(checkpoints.logits(wrapped, [3, 4, 5]), checkpoints.logits(plain, [3, 4, 5]))
+
+
+def test_unexpected_names_are_those_in_the_file(tmp_path, weights):
+    checkpoints.write(tmp_path, {f"base_model.model.{name}": array for name, array in weights.items()})
+    message = refusal(tmp_path)
+    assert "unexpected: base_model.model.lm_head.weight" in message
+    assert "merge it into its model with merge_and_unload(), and save that" in message
+    assert "model.base_model" not in message
+    checkpoints.write(tmp_path, {**weights, "extra.weight": weights[DOWN]})
+    assert "1 unexpected: extra.weight;" in refusal(tmp_path) + ";"
+
+
+def test_a_gguf_file_next_to_config_json(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(checkpoints.config()))
+    (tmp_path / "model.Q4_K_M.gguf").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"has neither model\.safetensors nor .*; did you mean .*Q4_K_M\.gguf\?"
+    ):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize(
