@@ -56,6 +56,11 @@ def has_safetensors(folder: Path) -> bool:
     return _SAFETENSORS.is_in(folder)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights in any format that is read, allowed or not."""
+    return _SAFETENSORS.is_in(folder) or _PICKLE.is_in(folder)
+
+
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 """What torch's DataParallel, compile, FSDP and checkpointing put into the names of tensors."""
 

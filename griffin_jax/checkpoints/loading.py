@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from griffin_jax.checkpoints import demo, native, verification
 from griffin_jax.checkpoints.gguf import GgufFile
-from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, read_hf_config
+from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, has_weights, read_hf_config
 from griffin_jax.checkpoints.native import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source
@@ -104,6 +104,31 @@ def open_source(source: str | Path, allow_pickle: bool = False) -> Source:
     raise FileNotFoundError(f"there is no model {name!r}; give {SOURCES}")
 
 
+def describe(source: str | Path, allow_pickle: bool = False) -> tuple[ModelConfig, Source | None]:
+    """The architecture of a model, whose weights need not be there: a config.json is enough.
+
+    Args:
+        source: see `open_source`; also a config.json file, or a folder with one. Of a Hugging Face repository only the
+            small files are downloaded.
+        allow_pickle: see `open_source`.
+
+    Returns:
+        The architecture, and the opened source; None if only its configuration was read.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is not a supported model, or its files are malformed.
+    """
+    path = Path(os.path.expanduser(source))
+    folder = path.parent if path.name == "config.json" and path.is_file() else path
+    if not path.exists() and HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
+        folder = _from_hub(str(source), allow_pickle, weights=False)
+    if (folder / "config.json").is_file() and not (folder / MANIFEST).exists() and not has_weights(folder):
+        return read_hf_config(folder)[1], None
+    opened = open_source(source, allow_pickle)
+    return opened.config, opened
+
+
 def _open_folder(folder: Path, allow_pickle: bool) -> Source:
     if (folder / MANIFEST).exists() or any(folder.glob(f"{PARAMETERS}*")):
         return NativeCheckpoint(folder)
@@ -112,13 +137,16 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Source:
     return FamilySource(HuggingFaceFolder(folder, allow_pickle))
 
 
-def _from_hub(name: str, allow_pickle: bool) -> Path:
+def _from_hub(name: str, allow_pickle: bool, weights: bool = True) -> Path:
     """The local copy of a repository; the configuration comes first, so that no unsupported model is downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        read_hf_config(Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+        read_hf_config(folder)
+        if not weights:
+            return folder
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
         if has_safetensors(folder):
             return folder

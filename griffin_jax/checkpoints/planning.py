@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 
 from griffin_jax.checkpoints.sources import FLOATS, Origin, Source
-from griffin_jax.utils.messages import shortened
+from griffin_jax.utils.messages import GriffinWarning, shortened
 
 LISTED = 20
 """Number of ignored tensors that a table names, at most."""
 
 
-class NarrowingWarning(UserWarning):
+class NarrowingWarning(GriffinWarning):
     """Warns that weights are cast to a dtype that cannot hold them as they are stored."""
 
 

@@ -36,6 +36,9 @@ COMMANDS = {
 }
 """The module of each command, and what it does."""
 
+CACHED = ("generate", "eval", "flocking", "prior")
+"""Commands that keep the programs they compile, for the next time."""
+
 UNPARSED = ("lm-eval",)
 """Commands whose arguments are another program's, `--help` too; argparse has no way to leave options alone."""
 
@@ -71,6 +74,11 @@ def parser_of(name: str) -> Parser:
     )
     parser.set_defaults(command=name)
     module.add_arguments(parser)
+    if name in CACHED:
+        parser.add_argument(
+            "--no-compilation-cache", action="store_true",
+            help="compile anew, and keep no compiled programs in the user's cache folder",
+        )  # fmt: skip
     return parser
 
 
@@ -90,7 +98,10 @@ def _overview() -> Parser:
 
 def _run(module: ModuleType, options: argparse.Namespace) -> int | None:
     from griffin_jax.parallel import distributed
+    from griffin_jax.utils import compilation_cache
 
+    if options.command in CACHED and not options.no_compilation_cache:
+        compilation_cache.enable()
     with distributed.joined(getattr(options, "distributed", None)):
         return module.run(options)
 
@@ -100,10 +111,10 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
     Warnings of this package, such as that weights lose something, become one line on stderr, too.
     """
-    from griffin_jax.checkpoints.planning import NarrowingWarning
     from griffin_jax.utils.deprecation import GriffinDeprecationWarning
+    from griffin_jax.utils.messages import GriffinWarning
 
-    ours = (NarrowingWarning, GriffinDeprecationWarning)
+    ours = (GriffinWarning, GriffinDeprecationWarning)
     try:
         with warnings.catch_warnings():
             for category in ours:

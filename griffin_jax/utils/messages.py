@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+class GriffinWarning(UserWarning):
+    """Something about a model or its files that whoever uses it should know, although it works."""
+
+
 def brief(error: BaseException) -> str:
     """An error of another package: its type and the beginning of its first line."""
     lines = str(error).strip().splitlines()

@@ -9,6 +9,7 @@ from typing import Any
 
 from griffin_jax.checkpoints.schema.relevance import read_by_transformers
 from griffin_jax.model.config import Activation
+from griffin_jax.utils.messages import GriffinWarning
 from griffin_jax.utils.transformers_import import import_transformers
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -135,7 +136,7 @@ class Attributes:
 def check_attributes(attributes: Attributes, model_type: str) -> None:
     """The config guard: no attribute that could change the model may go unread.
 
-    Attributes that transformers' code for the model type does not read either change nothing; a `UserWarning` names
+    Attributes that transformers' code for the model type does not read either change nothing; a `GriffinWarning` names
     them.
 
     Raises:
@@ -172,7 +173,7 @@ def warn_of_unread(where: str, rest: Mapping[str, Any], read: Collection[str] | 
         )
     if rest:
         message = f"{where}: {_listed(rest)} changes nothing here, and nothing in transformers"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, GriffinWarning, stacklevel=2)
 
 
 def _listed(values: Mapping[str, Any]) -> str:
