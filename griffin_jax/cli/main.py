@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | ...`.
+"""The command line: `griffin-jax generate | chat | convert | info | families | compile | bench | eval | ...`.
 
 A command is a module with `DESCRIPTION`, `add_arguments` and `run`. It is imported when it is asked for: `--help` and
 `--version` load no JAX.
@@ -24,6 +24,7 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "generate": ("generate", "answer a prompt with a pruned (or dense) model"),
+    "chat": ("chat", "talk to a model, whose neurons are chosen anew at each turn"),
     "convert": ("convert", "write a checkpoint in the native format"),
     "info": ("info", "describe a model without loading its weights"),
     "families": ("families", "list the model families that are supported, and what is refused"),
@@ -36,7 +37,7 @@ COMMANDS = {
 }
 """The module of each command, and what it does."""
 
-CACHED = ("generate", "eval", "flocking", "prior")
+CACHED = ("generate", "chat", "eval", "flocking", "prior")
 """Commands that keep the programs they compile, for the next time."""
 
 UNPARSED = ("lm-eval",)

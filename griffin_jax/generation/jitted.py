@@ -11,8 +11,8 @@ import functools
 import jax
 from jax import Array
 
+from griffin_jax.generation import conversation, scoring
 from griffin_jax.generation import decode as decoding
-from griffin_jax.generation import scoring
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.prefill import prefill as _prefill
 from griffin_jax.generation.sampling import Greedy, Sampler
@@ -28,6 +28,10 @@ extend = jax.jit(scoring.extend)
 losses = jax.jit(scoring.losses)
 compare = jax.jit(scoring.compare)
 teacher_forced = jax.jit(scoring.teacher_forced, static_argnames=("prompt_length", "config"))
+start = jax.jit(conversation.start, static_argnames=("slots", "rows"))
+read_more = jax.jit(conversation.read_more, donate_argnames=("read",))
+cut = jax.jit(conversation.cut, donate_argnames=("cache",))
+with_room = jax.jit(conversation.with_room, static_argnames=("slots",))
 
 
 def init_decode(

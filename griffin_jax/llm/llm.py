@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.memory import free_for, needs_of
 from griffin_jax.llm.request import Request, signature
 from griffin_jax.llm.results import Generation
+from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
@@ -40,6 +41,9 @@ from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import renamed_arguments
 from griffin_jax.utils.timing import Stopwatch
 
+if TYPE_CHECKING:
+    from griffin_jax.llm.chat import Chat
+
 STREAM_CHUNK = 8
 """Tokens decoded between two looks at the text, when it is streamed or stop strings are given."""
 
@@ -48,7 +52,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A request next to the model and the prompts that it is for.
 
     Attributes:
@@ -86,6 +90,18 @@ class _Plan:
     def new(self) -> int:
         """Tokens of the longest answer."""
         return self.request.generation.max_new_tokens
+
+
+class Reader(Protocol):
+    """Reads prompts in another way than `prefill`, and goes on with the cache after an answer."""
+
+    def read(self, plan: Plan) -> Prefilled:
+        """What `prefill` would give for the sequences of a plan; its cache is used up."""
+        ...
+
+    def give_back(self, cache: KVCache) -> None:
+        """Takes the cache over again, with an answer in it; its arrays are deleted if the answer was interrupted."""
+        ...
 
 
 @dataclasses.dataclass
@@ -284,9 +300,35 @@ class LLM:
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
         )
 
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """A conversation, of which every turn reads only what is new.
+
+        Args:
+            system: what the model is told before the first turn.
+            **options: those of `generate`, for every turn that does not change them.
+
+        Raises:
+            TypeError: there is no such option.
+            ValueError: the model has no chat template, or an option is outside its range.
+        """
+        from griffin_jax.llm.chat import Chat
+
+        return Chat(self, system, **options)
+
+    def answering(
+        self, prompts: Sequence[Prompt], request: Request, reader: Reader
+    ) -> Generator[tuple[Generation | None, list[str]]]:
+        """Yields new text per row as it is written, and last the generation; prompts are read by `reader`."""
+        return self._run(prompts, request, stream=True, reader=reader)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether every neuron is held once, so that rows of weights move from answer to answer."""
+        return self._in_place is not None
+
     def _run(
-        self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool
-    ) -> Iterator[tuple[Generation | None, list[str]]]:
+        self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool, reader: Reader | None = None
+    ) -> Generator[tuple[Generation | None, list[str]]]:
         """Yields new text per row, with the generation once it is complete."""
         if self._busy:
             raise RuntimeError(
@@ -294,11 +336,11 @@ class LLM:
             )
         self._busy = self._in_place is not None
         try:
-            yield from self._answer(self._plan(prompts, request, stream), stream)
+            yield from self._answer(self._plan(prompts, request, stream), stream, reader)
         finally:
             self._busy = False
 
-    def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> _Plan:
+    def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
         extensions, generation, experts = request.extensions, request.generation, request.experts
         pruner = self._pruner(request)
@@ -319,7 +361,7 @@ class LLM:
             raise ValueError(
                 "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
-        plan = _Plan(
+        plan = Plan(
             request=request,
             pruner=pruner,
             sequences=sequences,
@@ -335,7 +377,7 @@ class LLM:
         self._check_memory(plan)
         return plan
 
-    def _check_memory(self, plan: _Plan) -> None:
+    def _check_memory(self, plan: Plan) -> None:
         """Raise `MemoryError` unless the answers can be written with what is free."""
         batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
         shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
@@ -360,12 +402,14 @@ class LLM:
         advice += ["shorten prompts or answers", "load a narrower dtype"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
 
-    def _answer(self, plan: _Plan, stream: bool) -> Iterator[tuple[Generation | None, list[str]]]:
+    def _answer(
+        self, plan: Plan, stream: bool, reader: Reader | None = None
+    ) -> Iterator[tuple[Generation | None, list[str]]]:
         """The way of the data: prefill -> select -> prune -> decode."""
         watch = Stopwatch()
         sampler, experts = plan.request.generation.sampler, plan.request.experts
         with watch.phase("prefill"):
-            prefilled = jax.block_until_ready(self._prefill(plan))
+            prefilled = jax.block_until_ready(self._prefill(plan) if reader is None else reader.read(plan))
         with watch.phase("select"):
             if plan.selects:
                 experts = jax.block_until_ready(self._select(plan.pruner, prefilled.statistics, plan.seed))
@@ -384,19 +428,23 @@ class LLM:
             written = to_host((state.tokens, state.done))
         # What decoding has taken over must not be held here, too.
         del prefilled, state, model, experts, statistics, rows
-        answers = text.update(*written)
-        while decoding.until < plan.new and not all(text.ended):
-            if stream:
-                yield None, text.pieces()
-            if any(text.stopped):
-                ended = decoding.state.done | np.asarray(text.stopped)
-                decoding.state = dataclasses.replace(decoding.state, done=ended)
-            answers = text.update(*self._write_more(plan, decoding, watch))
+        try:
+            answers = text.update(*written)
+            while decoding.until < plan.new and not all(text.ended):
+                if stream:
+                    yield None, text.pieces()
+                if any(text.stopped):
+                    ended = decoding.state.done | np.asarray(text.stopped)
+                    decoding.state = dataclasses.replace(decoding.state, done=ended)
+                answers = text.update(*self._write_more(plan, decoding, watch))
+        finally:
+            if reader is not None:
+                reader.give_back(decoding.state.cache)
         if decoding.experts is not None:
             self._give_back(decoding.model)
         yield self._generation(plan, decoding, text, answers, watch), text.pieces(last=True)
 
-    def _prefill(self, plan: _Plan) -> Prefilled:
+    def _prefill(self, plan: Plan) -> Prefilled:
         tokens, lengths = pad(plan.sequences, bucket(max(map(len, plan.sequences))))
         # A round of drafts may write more than was asked for.
         slots = bucket(plan.new + plan.drafts)
@@ -411,7 +459,7 @@ class LLM:
         )
 
     def _write_more(
-        self, plan: _Plan, decoding: _Decoding, watch: Stopwatch
+        self, plan: Plan, decoding: _Decoding, watch: Stopwatch
     ) -> tuple[Int[np.ndarray, "b n"], np.ndarray]:
         """The next tokens of every row; returns all tokens so far, and which rows have ended."""
         options: dict[str, Any] = {"sampler": plan.request.generation.sampler, "eos": plan.eos}
@@ -436,7 +484,7 @@ class LLM:
             return to_host((decoding.state.tokens, decoding.state.done))
 
     def _refresh(
-        self, plan: _Plan, decoding: _Decoding, options: Mapping[str, Any]
+        self, plan: Plan, decoding: _Decoding, options: Mapping[str, Any]
     ) -> tuple[Int[np.ndarray, "b n"], np.ndarray]:
         assert plan.every is not None
         decoding.until, decoding.refreshes = decoding.until + 1, decoding.refreshes + 1
@@ -453,7 +501,7 @@ class LLM:
         return written
 
     def _generation(
-        self, plan: _Plan, decoding: _Decoding, text: GrowingText, answers: list[list[int]], watch: Stopwatch
+        self, plan: Plan, decoding: _Decoding, text: GrowingText, answers: list[list[int]], watch: Stopwatch
     ) -> Generation:
         decoded = sum(map(len, answers)) - len(answers)
         writing = watch.seconds["decode"] + watch.seconds.get("refresh", 0.0)
