@@ -407,9 +407,9 @@ class NativeCheckpoint(Source):
         path = self._folder / MANIFEST
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder} is not a folder")
-        if not path.is_file() or not (self._folder / PARAMETERS).is_dir():
+        if not path.is_file():
             raise ValueError(
-                f"{self._folder}: incomplete, its conversion was interrupted; delete it and convert the model again"
+                f"{self._folder}: has no {MANIFEST}, which a conversion writes last; convert the model to another folder"
             )
         manifest = read_json(path)
         if manifest.get("format") != FORMAT:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.utils.messages import brief
 from griffin_jax.utils.transformers_import import import_transformers
 
 if TYPE_CHECKING:
@@ -176,9 +177,10 @@ class Tokenizer:
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
-            tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
+            # Without the argument, transformers asks on stdin whether to run code that lies in the folder.
+            tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ValueError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{folder}: the tokenizer cannot be read ({brief(error)})") from error
         finally:
             transformers.logging.set_verbosity(verbosity)
         return cls(tokenizer)

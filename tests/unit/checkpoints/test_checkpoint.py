@@ -292,9 +292,9 @@ def test_absurd_sizes_are_refused_before_anything_is_made_of_that_size(native, f
         load(native)
 
 
-def test_folders_without_a_manifest_are_incomplete(native):
+def test_folders_without_a_manifest_are_no_models(native):
     (native / MANIFEST).unlink()
-    with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"griffin_jax\.json, which a conversion writes last"):
         load_model(native)
 
 
@@ -398,10 +398,10 @@ def test_a_conversion_that_is_killed_in_the_middle(hf_folder, tmp_path, how):
         assert left_behind(tmp_path) == []
         return
     (partial,) = [path for path in tmp_path.iterdir() if path.name.startswith(".native.partial-")]
-    with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"griffin_jax\.json, which a conversion writes last"):
         load_model(partial)
     partial.rename(output)
-    with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"griffin_jax\.json, which a conversion writes last"):
         load_model(output)
 
 
