@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from griffin_jax.checkpoints.loading import ConversionReport, convert, load_model, open_source, plan, verify
     from griffin_jax.checkpoints.native import save
-    from griffin_jax.checkpoints.planning import NarrowingWarning, Plan
+    from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, UncheckedWarning
     from griffin_jax.checkpoints.verification import Verification, VerificationError
     from griffin_jax.extensions.config import Extensions
     from griffin_jax.extensions.in_place import InPlace
@@ -42,7 +42,7 @@ __version__ = "0.2.0"
 _NAMES = {
     "checkpoints.loading": "ConversionReport convert load_model open_source plan verify",
     "checkpoints.native": "save",
-    "checkpoints.planning": "NarrowingWarning Plan",
+    "checkpoints.planning": "NarrowingWarning Plan UncheckedWarning",
     "checkpoints.verification": "Verification VerificationError",
     "extensions.config": "Extensions",
     "extensions.in_place": "InPlace",

@@ -22,6 +22,10 @@ class NarrowingWarning(UserWarning):
     """Warns that weights are cast to a dtype that cannot hold them as they are stored."""
 
 
+class UncheckedWarning(UserWarning):
+    """Warns that stored weights have no checksums, because an earlier version wrote them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One parameter of a plan.

@@ -100,10 +100,10 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
     Warnings of this package, such as that weights lose something, become one line on stderr, too.
     """
-    from griffin_jax.checkpoints.planning import NarrowingWarning
+    from griffin_jax.checkpoints.planning import NarrowingWarning, UncheckedWarning
     from griffin_jax.utils.deprecation import GriffinDeprecationWarning
 
-    ours = (NarrowingWarning, GriffinDeprecationWarning)
+    ours = (NarrowingWarning, UncheckedWarning, GriffinDeprecationWarning)
     try:
         with warnings.catch_warnings():
             for category in ours:
