@@ -16,6 +16,7 @@ from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
+from griffin_jax.utils.messages import brief
 
 # ---- GGUF files ----
 
@@ -56,6 +57,8 @@ class GgufFile(Reader):
             self.config = self._read_config(gguf)
         except ValueError as error:
             raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
 
     def read(self, name: str) -> np.ndarray:

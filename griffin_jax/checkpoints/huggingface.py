@@ -191,8 +191,8 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: is not a model: it has neither the config.json of a Hugging Face checkpoint nor "
-            "griffin_jax.json, which a conversion writes last"
+            f"{folder}: has no config.json, as Hugging Face checkpoints have, and no griffin_jax.json, which a "
+            "conversion writes last"
         )
     values = read_json(path)
     family = family_of(values.get("model_type"), str(path))
