@@ -135,6 +135,8 @@ _GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7:
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_NESTING = 8
 """Depth of arrays of arrays, at most; real files have none at all."""
+MOST_ALIGNMENT = 1 << 31
+"""The largest power of two that `general.alignment`, of 32 bits, can hold."""
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
@@ -177,13 +179,21 @@ class _GgufHeader:
             metadata[key] = self._value(self._scalar("<I"))
         infos = [self._tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
+        whole = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not whole or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment!r:.100}, not a power of two up to {MOST_ALIGNMENT}")
         data = -(-self._at // alignment) * alignment
         tensors: dict[str, _GgufTensor] = {}
+        # As llama.cpp demands it: one tensor after the other, without gaps but for the alignment.
+        expected = 0
         for name, tensor in infos:
             if name in tensors:
                 raise ValueError(f"duplicate tensor {name}")
+            if tensor.start != expected:
+                raise ValueError(
+                    f"tensor {name} begins at {tensor.start}, not at {expected}, where the one before ends"
+                )
+            expected += -(-tensor.size // alignment) * alignment
             tensors[name] = dataclasses.replace(tensor, start=data + tensor.start)
             if tensors[name].start + tensor.size > len(self._buffer):
                 raise ValueError(f"truncated: tensor {name} goes beyond the end of the file")

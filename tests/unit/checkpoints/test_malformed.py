@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import struct
 from typing import Any
 
 import checkpoints
@@ -105,4 +106,41 @@ def test_layers_without_end(tmp_path, layers):
     config = checkpoints.config(num_hidden_layers=min(layers, 2**32 - 1))
     file = write_gguf(tmp_path / "x.gguf", checkpoints.tensors(), config)
     with pytest.raises(ValueError, match="block_count"):
+        open_source(file)
+
+
+# ---- GGUF: what llama.cpp refuses, too ----
+
+
+def offset_field(raw: bytes, name: bytes, axes: int) -> int:
+    """Where the header says where a tensor begins."""
+    return raw.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 8 * axes + 4
+
+
+@pytest.mark.parametrize("change", ["shifted", "overlapping", "swapped", "gap"])
+def test_offsets_are_those_that_llama_cpp_demands(tmp_path, change):
+    raw = write_gguf(tmp_path / "x.gguf", checkpoints.tensors()).read_bytes()
+    gate, up = (offset_field(raw, b"blk.1.ffn_%s.weight" % name, 2) for name in (b"gate", b"up"))
+    places = {at: struct.unpack_from("<Q", raw, at)[0] for at in (gate, up)}
+    new = {
+        "shifted": {gate: places[gate] + 4},
+        "overlapping": {up: places[gate]},
+        "swapped": {gate: places[up], up: places[gate]},
+        "gap": {gate: places[gate] + 32},
+    }[change]
+    damaged = bytearray(raw)
+    for at, place in new.items():
+        struct.pack_into("<Q", damaged, at, place)
+    (tmp_path / "x.gguf").write_bytes(damaged)
+    with pytest.raises(
+        ValueError, match=r"x\.gguf: not a readable GGUF file \(tensor blk\.1\.ffn_\w+\.weight begins at"
+    ):
+        open_source(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("alignment", [0, 3, 24, 48])
+def test_alignments_are_powers_of_two(tmp_path, alignment):
+    extra = [lambda writer: writer.add_uint32("general.alignment", alignment)]
+    file = write_gguf(tmp_path / "x.gguf", checkpoints.tensors(), extra=extra)
+    with pytest.raises(ValueError, match=f"general.alignment is {alignment}, not a power of two"):
         open_source(file)
