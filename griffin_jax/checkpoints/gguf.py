@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import brief
+from griffin_jax.utils.messages import brief, is_panic
 
 # ---- GGUF files ----
 
@@ -82,7 +83,7 @@ class GgufFile(Reader):
         return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
+        return read_gguf_tokenizer(self.metadata, self.name) if "tokenizer.ggml.model" in self.metadata else None
 
     def _read_config(self, gguf: GgufFamily) -> ModelConfig:
         prefix = f"{self.metadata['general.architecture']}."
@@ -115,6 +116,22 @@ class GgufFile(Reader):
         if tensor.dtype in FLOATS:
             return raw.view(FLOATS[tensor.dtype]).reshape(tensor.shape)
         return _dequantise(raw, tensor.dtype, tensor.shape)
+
+
+def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata.
+
+    Raises:
+        ValueError: its fields are missing, malformed or not supported; the message begins with `where`.
+    """
+    try:
+        return Tokenizer.from_gguf(metadata)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except BaseException as error:
+        if not isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError) and not is_panic(error):
+            raise
+        raise ValueError(f"{where}: malformed, its tokenizer's fields do not go together ({brief(error)})") from error
 
 
 def _dequantise(raw: np.ndarray, dtype: str, shape: tuple[int, ...], step: int = 1 << 22) -> np.ndarray:

@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,6 +50,7 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 from griffin_jax.utils.messages import brief
+from griffin_jax.utils.wholefile import hidden_folder, sweep
 
 FORMAT, VERSION = "griffin_jax", 2
 UNCHECKED_VERSION = 1
@@ -144,6 +144,8 @@ def write(
     if tokenizer is not None:
         check_fits(tokenizer, config)
     check_free(folder)
+    # Before the room is looked at, since they take some.
+    sweep(folder)
     _check_space(folder, sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize)
     with _appearing(folder) as partial:
         _write_parameters(partial / PARAMETERS, shapes, dtype, read)
@@ -209,18 +211,13 @@ def _is_inside(folder: Path, name: object) -> bool:
 def _appearing(folder: Path) -> Iterator[Path]:
     """A hidden folder that is renamed to `folder` at the end of the block, and removed if that fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    partial.mkdir()
-    try:
+    with hidden_folder(folder) as partial:
         yield partial
         for path in (*partial.rglob("*"), partial):
             _flush(path)
         check_free(folder)
         partial.rename(folder)
         _flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 def brief(error: BaseException) -> str:
     """An error of another package: its type and the beginning of its first line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[0].encode(errors='replace').decode()[:300]}" if lines else type(error).__name__
+    )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust, which pyo3 does not count among the exceptions."""
+    return type(error).__name__ == "PanicException"
 
 
 def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
