@@ -17,7 +17,7 @@ from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import brief, is_panic
+from griffin_jax.utils.messages import brief, is_panic, printable
 
 # ---- GGUF files ----
 
@@ -173,7 +173,7 @@ def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]
         try:
             return _GgufHeader(buffer).parse()
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: not a readable GGUF file ({error})") from error
+            raise ValueError(f"{file}: not a readable GGUF file ({printable(str(error))[:500]})") from error
 
 
 class _GgufHeader:

@@ -33,7 +33,7 @@ from griffin_jax.checkpoints.schema.layouts import Factor, Rules, sizes_of
 from griffin_jax.model.assembly import parameter_shapes
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import shortened
+from griffin_jax.utils.messages import printable, shortened
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
@@ -379,7 +379,7 @@ def _in_steps(array: np.ndarray, step: int) -> Iterator[np.ndarray]:
 def listed_names(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{len(names)} {kind}: {shortened(names, LISTED)}"]
+    return [f"{len(names)} {kind}: {printable(shortened(names, LISTED))}"]
 
 
 def is_supported(dtype: str) -> bool:

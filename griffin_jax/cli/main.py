@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from griffin_jax import __version__
+from griffin_jax.utils.messages import printable
 
 PROGRAM = "griffin-jax"
 BAD_INPUT = 2
@@ -146,7 +147,7 @@ def _unwound(name: str, command: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         _silence_stdout()
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"{name}: {message}", file=sys.stderr)
         return BAD_INPUT
 

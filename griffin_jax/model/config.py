@@ -63,8 +63,12 @@ def _described(kind: Any) -> str:
         return " or ".join(map(_described, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"several, each {_described(get_args(kind)[0])}"
-    names = {int: "a whole number of at most 2^31 - 1", float: "a finite number", types.NoneType: "None"}
-    return names.get(kind, kind.__name__)
+    names: dict[Any, str] = {
+        int: "a whole number of at most 2^31 - 1",
+        float: "a finite number",
+        types.NoneType: "None",
+    }
+    return names[kind] if kind in names else str(kind.__name__)
 
 
 @dataclasses.dataclass(frozen=True)

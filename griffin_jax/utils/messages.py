@@ -18,6 +18,13 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+def printable(text: str) -> str:
+    """A text from a file in one line that changes no terminal: what is not printable is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
+
+
 def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
     """The first `limit` names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
