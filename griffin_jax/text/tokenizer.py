@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.bounded import bounded_templates
 from griffin_jax.utils.messages import brief, is_panic
 from griffin_jax.utils.transformers_import import import_transformers
 
@@ -152,7 +153,8 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template, so the model was not trained to chat; use encode()")
         try:
-            return self._tokenizer.apply_chat_template(list(messages), **arguments)
+            with bounded_templates():
+                return self._tokenizer.apply_chat_template(list(messages), **arguments)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from griffin_jax.utils import wholefile
+from griffin_jax.utils.arrayfile import load_arrays
 from griffin_jax.utils.wholefile import replacing, write_text
 
 
@@ -90,3 +91,11 @@ def test_arrays_are_saved_without_traces(tmp_path, monkeypatch):
     arrayfile.save_arrays(tmp_path / "a", "test 1", {"x": np.arange(3)}, {})
     assert len(seen) == 1
     assert arrayfile.load_arrays(tmp_path / "a", "test 1")[0]["x"].tolist() == [0, 1, 2]
+
+
+def test_arrays_of_dtypes_that_numpy_lacks(tmp_path):
+    header = b'{"__metadata__":{"format":"test 1"},"x":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}'
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(ValueError, match=r"a is damaged: ") as error:
+        load_arrays(tmp_path / "a", "test 1")
+    assert len(str(error.value).splitlines()) == 1
