@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import checkpoints
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -96,3 +99,53 @@ def test_what_is_killed_is_swept_by_the_next(tmp_path):
     assert (tmp_path / left).exists()
     convert(source, tmp_path / "native", progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native", "other"]
+
+
+SLOWED = """
+import sys, time
+from griffin_jax.checkpoints import sources
+from griffin_jax.cli.main import main
+read = sources.FamilySource.read
+def slow(self, path, dtype):
+    print(path, flush=True)
+    time.sleep(0.05)
+    return read(self, path, dtype)
+sources.FamilySource.read = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at processes as Linux does")
+def test_fifty_kills_leave_nothing_after_the_next_run(tmp_path):
+    from griffin_jax.checkpoints.loading import convert
+
+    source = checkpoints.write(tmp_path / "hf")
+    output = tmp_path / "native"
+    random = np.random.default_rng(0)
+    seen = 0
+    for _ in range(50):
+        with subprocess.Popen(
+            [sys.executable, "-c", SLOWED, "convert", source, output],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(float(random.uniform(0, 1.5)))
+            process.send_signal(
+                [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGHUP][int(random.integers(4))]
+            )
+        names = {path.name for path in tmp_path.iterdir()} - {"hf", "native"}
+        assert all(name.startswith(".native.partial-") for name in names)
+        assert len(names) <= 1
+        seen += len(names)
+        if output.exists():
+            # It appears whole or not at all.
+            convert(output, tmp_path / "copy", progress=False)
+            shutil.rmtree(tmp_path / "copy")
+            shutil.rmtree(output)
+    convert(source, output, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
+    assert seen > 10
