@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
+from griffin_jax.utils.messages import brief, is_panic, printable
 
 # ---- GGUF files ----
 
@@ -56,6 +58,8 @@ class GgufFile(Reader):
             self.config = self._read_config(gguf)
         except ValueError as error:
             raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
 
     def read(self, name: str) -> np.ndarray:
@@ -79,7 +83,7 @@ class GgufFile(Reader):
         return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
+        return read_gguf_tokenizer(self.metadata, self.name) if "tokenizer.ggml.model" in self.metadata else None
 
     def _read_config(self, gguf: GgufFamily) -> ModelConfig:
         prefix = f"{self.metadata['general.architecture']}."
@@ -114,6 +118,22 @@ class GgufFile(Reader):
         return _dequantise(raw, tensor.dtype, tensor.shape)
 
 
+def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata.
+
+    Raises:
+        ValueError: its fields are missing, malformed or not supported; the message begins with `where`.
+    """
+    try:
+        return Tokenizer.from_gguf(metadata)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except BaseException as error:
+        if not isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError) and not is_panic(error):
+            raise
+        raise ValueError(f"{where}: malformed, its tokenizer's fields do not go together ({brief(error)})") from error
+
+
 def _dequantise(raw: np.ndarray, dtype: str, shape: tuple[int, ...], step: int = 1 << 22) -> np.ndarray:
     """float32 values of a quantised tensor, computed in steps, since the formulas need several arrays of that size."""
     from gguf import GGMLQuantizationType
@@ -132,6 +152,8 @@ _GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7:
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_NESTING = 8
 """Depth of arrays of arrays, at most; real files have none at all."""
+MOST_ALIGNMENT = 1 << 31
+"""The largest power of two that `general.alignment`, of 32 bits, can hold."""
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
@@ -151,7 +173,7 @@ def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]
         try:
             return _GgufHeader(buffer).parse()
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: not a readable GGUF file ({error})") from error
+            raise ValueError(f"{file}: not a readable GGUF file ({printable(str(error))[:500]})") from error
 
 
 class _GgufHeader:
@@ -174,13 +196,21 @@ class _GgufHeader:
             metadata[key] = self._value(self._scalar("<I"))
         infos = [self._tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
+        whole = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not whole or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment!r:.100}, not a power of two up to {MOST_ALIGNMENT}")
         data = -(-self._at // alignment) * alignment
         tensors: dict[str, _GgufTensor] = {}
+        # As llama.cpp demands it: one tensor after the other, without gaps but for the alignment.
+        expected = 0
         for name, tensor in infos:
             if name in tensors:
                 raise ValueError(f"duplicate tensor {name}")
+            if tensor.start != expected:
+                raise ValueError(
+                    f"tensor {name} begins at {tensor.start}, not at {expected}, where the one before ends"
+                )
+            expected += -(-tensor.size // alignment) * alignment
             tensors[name] = dataclasses.replace(tensor, start=data + tensor.start)
             if tensors[name].start + tensor.size > len(self._buffer):
                 raise ValueError(f"truncated: tensor {name} goes beyond the end of the file")

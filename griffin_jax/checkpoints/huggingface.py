@@ -232,7 +232,10 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint")
+        raise FileNotFoundError(
+            f"{folder}: has no config.json, as Hugging Face checkpoints have, and no griffin_jax.json, which a "
+            "conversion writes last"
+        )
     values = read_json(path)
     family = family_of(values.get("model_type"), str(path))
     generation = folder / "generation_config.json"

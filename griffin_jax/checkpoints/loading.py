@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding
 from griffin_jax.checkpoints import demo, native, verification
 from griffin_jax.checkpoints.gguf import GgufFile
 from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, has_weights, read_hf_config
-from griffin_jax.checkpoints.native import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
+from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source
 from griffin_jax.checkpoints.verification import Verification, VerificationError
@@ -130,7 +130,8 @@ def describe(source: str | Path, allow_pickle: bool = False) -> tuple[ModelConfi
 
 
 def _open_folder(folder: Path, allow_pickle: bool) -> Source:
-    if (folder / MANIFEST).exists() or any(folder.glob(f"{PARAMETERS}*")):
+    # By nothing else: other formats have files with names like those of ours, such as Mistral's params.json.
+    if (folder / MANIFEST).exists():
         return NativeCheckpoint(folder)
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise ValueError(f"{folder}: has no config.json; did you mean {files[0]}?")

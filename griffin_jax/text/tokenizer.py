@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.bounded import bounded_templates
+from griffin_jax.utils.messages import brief, is_panic
 from griffin_jax.utils.transformers_import import import_transformers
 
 if TYPE_CHECKING:
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of a tokenizer; a folder with any of them has one."""
+
+LONGEST_TOKEN = 1024
+"""Characters that a token of a SentencePiece vocabulary may have; those of real ones have some dozens."""
 
 CONTROL, USER_DEFINED = 3, 4
 """Values of `tokenizer.ggml.token_type`: tokens that are never part of a text, and tokens matched whole in a text."""
@@ -148,7 +153,8 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template, so the model was not trained to chat; use encode()")
         try:
-            return self._tokenizer.apply_chat_template(list(messages), **arguments)
+            with bounded_templates():
+                return self._tokenizer.apply_chat_template(list(messages), **arguments)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
 
@@ -176,9 +182,12 @@ class Tokenizer:
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
-            tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:
-            raise ValueError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
+            # Without the argument, transformers asks on stdin whether to run code that lies in the folder.
+            tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise ValueError(f"{folder}: the tokenizer cannot be read ({brief(error)})") from error
         finally:
             transformers.logging.set_verbosity(verbosity)
         return cls(tokenizer)
@@ -286,14 +295,19 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], special: Mapp
 def _bpe(build: Any, vocabulary: dict[str, int], merges: list[tuple[str, ...]], **arguments: Any) -> Any:
     try:
         return build(vocab=vocabulary, merges=merges, **arguments)
-    except Exception as error:
-        raise ValueError(f"the GGUF file's vocabulary and merges contradict each other: {error}") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise ValueError(f"the GGUF file's vocabulary and merges contradict each other ({brief(error)})") from error
 
 
 def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, ...]]:
     """The merges of a SentencePiece vocabulary: every way to put a token together, best score first."""
     if len(scores) != len(tokens):
         raise ValueError(f"the GGUF file has {len(tokens)} tokens, but {len(scores)} scores")
+    # Each is cut at every place, which takes memory that grows with the square of its length.
+    if (longest := max(map(len, tokens))) > LONGEST_TOKEN:
+        raise ValueError(f"the GGUF file has a token of {longest} characters; at most {LONGEST_TOKEN} are allowed")
     index = {token: number for number, token in enumerate(tokens)}
     merges = []
     for token, number in index.items():

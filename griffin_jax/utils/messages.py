@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class GriffinWarning(UserWarning):
+class CheckpointWarning(UserWarning):
     """Something about a model or its files that whoever uses it should know, although it works."""
 
 
 def brief(error: BaseException) -> str:
     """An error of another package: its type and the beginning of its first line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[0].encode(errors='replace').decode()[:300]}" if lines else type(error).__name__
+    )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust, which pyo3 does not count among the exceptions."""
+    return type(error).__name__ == "PanicException"
+
+
+def printable(text: str) -> str:
+    """A text from a file in one line that changes no terminal: what is not printable is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:

@@ -222,14 +222,14 @@ def test_missing_attributes_are_listed_together():
         ({"hidden_size": "16"}, "hidden_size must be int, got '16'"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be int"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be int"),
-        ({"num_hidden_layers": 0}, r"config\.json: num_layers must be a whole number"),
+        ({"num_hidden_layers": 0}, r"config\.json: num_hidden_layers must be a whole number from 1 to 65536"),
         ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 16 is not a multiple"),
         ({"num_key_value_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh'; supported are silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be bool"),
         ({"eos_token_id": ["x"]}, "eos_token_id must be whole numbers"),
         ({"eos_token_id": 32}, "special token 32 is outside the vocabulary"),
-        ({"rms_norm_eps": float("nan")}, "norm_eps must be positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite in float32"),
     ],
 )
 def test_attributes_out_of_range(changes, message):
