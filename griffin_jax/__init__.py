@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from griffin_jax.model.feed_forward import FeedForward
     from griffin_jax.model.transformer import Transformer
     from griffin_jax.text.tokenizer import Tokenizer
+    from griffin_jax.utils.messages import CheckpointWarning
 
 __version__ = "0.2.0"
 
@@ -67,6 +68,7 @@ _NAMES = {
     "model.feed_forward": "FeedForward",
     "model.transformer": "Transformer",
     "text.tokenizer": "Tokenizer",
+    "utils.messages": "CheckpointWarning",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,12 @@ from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.gguf_tokenizer import UnknownTokenizerError, end_tokens
 from griffin_jax.text.tokenizer import Tokenizer
+from griffin_jax.utils.messages import CheckpointWarning
+
+NO_TOKENIZER = (None, "none", "no_vocab")
+"""Values of `tokenizer.ggml.model` of files that have none."""
 
 # ---- GGUF files ----
 
@@ -79,7 +85,17 @@ class GgufFile(Reader):
         return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
+        if self.metadata.get("tokenizer.ggml.model") in NO_TOKENIZER:
+            return None
+        try:
+            return Tokenizer.from_gguf(self.metadata)
+        except UnknownTokenizerError as error:
+            warnings.warn(
+                f"{self.name}: {error}. It is read without its tokenizer: prompts must be token ids",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _read_config(self, gguf: GgufFamily) -> ModelConfig:
         prefix = f"{self.metadata['general.architecture']}."
@@ -94,12 +110,16 @@ class GgufFile(Reader):
             listed = ", ".join(f"{prefix}{name}={value!r}" for name, value in sorted(rest.items()))
             raise ValueError(f"{self.name}: griffin_jax does not know what to do with {listed}")
         tokens = Attributes(self.metadata, self.name)
-        ends = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
+        if "tokenizer.ggml.tokens" in self.metadata:
+            ends = end_tokens(self.metadata)
+        else:
+            named = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
+            ends = [token for token in named if token is not None]
         values |= {
             "vocab_size": vocabulary,
             "tie_word_embeddings": "output.weight" not in self.shapes,
             "bos_token_id": tokens.take("tokenizer.ggml.bos_token_id", int),
-            "eos_token_id": [token for token in ends if token is not None],
+            "eos_token_id": ends,
         }
         return self.family.model_config(values, self.name)
 

@@ -102,8 +102,11 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
     """
     from griffin_jax.checkpoints.planning import NarrowingWarning
     from griffin_jax.utils.deprecation import GriffinDeprecationWarning
+    from griffin_jax.utils.messages import CheckpointWarning
 
-    ours = (NarrowingWarning, GriffinDeprecationWarning)
+    ours = (NarrowingWarning, GriffinDeprecationWarning, CheckpointWarning)
+    # A command may open a checkpoint more than once.
+    shown: set[str] = set()
     try:
         with warnings.catch_warnings():
             for category in ours:
@@ -112,6 +115,9 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
             def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
                 if issubclass(category, ours):
+                    if str(message) in shown:
+                        return
+                    shown.add(str(message))
                     print(f"{name}: warning: {message}", file=sys.stderr)
                 else:
                     usual(message, category, *rest, **more)

@@ -15,3 +15,7 @@ def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
     """The first `limit` names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more
+
+
+class CheckpointWarning(UserWarning):
+    """Warns of something in a checkpoint that is left out, or that may be wrong with it."""

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from gguf_vocabularies import byte_level, names, sentencepiece
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
+import griffin_jax
 from griffin_jax.checkpoints.gguf import read_gguf_header
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
+from griffin_jax.utils.messages import CheckpointWarning
 
 ROOT = Path(__file__).parents[3]
 TEXTS = [
@@ -28,45 +31,6 @@ TEXTS = [
     "<|im_start|>user\nhi<|im_end|>\n",
     "",
 ]
-BYTES = {byte: letter for letter, byte in zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True)}
-
-
-def byte_level(tokens=("h", "i", "hi", "Ġ", "Ġhi"), merges=("h i", "Ġ hi"), **changes):
-    """Metadata of a small byte-level vocabulary."""
-    alphabet = [letter for letter in BYTES.values() if letter not in tokens]
-    vocabulary = ["<|end|>", "<think>", *tokens, *alphabet]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": vocabulary,
-        "tokenizer.ggml.token_type": [3, 4] + [1] * (len(vocabulary) - 2),
-        "tokenizer.ggml.merges": list(merges),
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 0,
-    }
-    metadata.update({f"tokenizer.{name.replace('__', '.')}": value for name, value in changes.items()})
-    return {name: value for name, value in metadata.items() if value is not None}
-
-
-def sentencepiece(**changes):
-    """Metadata of a small SentencePiece vocabulary, with scores and no merges."""
-    pieces = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello", "▁he"]
-    vocabulary = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *pieces]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": vocabulary,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(index) for index in range(len(pieces))],
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    metadata.update({f"tokenizer.{name.replace('__', '.')}": value for name, value in changes.items()})
-    return {name: value for name, value in metadata.items() if value is not None}
-
-
-def names(tokenizer: Tokenizer, metadata, text: str) -> list[str]:
-    return [metadata["tokenizer.ggml.tokens"][token] for token in tokenizer.encode(text)]
 
 
 # ---- the demo model's ----
@@ -175,18 +139,6 @@ def test_sentencepiece_vocabulary(tmp_path):
         assert back.encode(text) == tokenizer.encode(text)
 
 
-def test_sentencepiece_agrees_with_transformers(tmp_path):
-    from checkpoints_gguf import write_gguf
-    from transformers import AutoTokenizer
-
-    metadata = sentencepiece()
-    file = write_gguf(tmp_path / "x.gguf", checkpoints.tensors(), metadata=metadata)
-    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
-    tokenizer = Tokenizer.from_gguf(read_gguf_header(file)[0])
-    for text in ("hello hell", "hello", " hello  he\nll", "é</s>hello", ""):
-        assert tokenizer.encode(text) == reference.encode(text)
-
-
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -196,7 +148,6 @@ def test_sentencepiece_agrees_with_transformers(tmp_path):
         (byte_level(ggml__merges=None), "incomplete"),
         (byte_level(ggml__merges=["no such"]), "contradict each other"),
         (byte_level(ggml__merges=["one"]), "contradict each other"),
-        (byte_level(ggml__eos_token_id=100_000), "eos_token_id is 100000, outside"),
         (byte_level(ggml__token_type=[1]), "1 token types"),
         (sentencepiece(ggml__scores=None), "incomplete"),
         (sentencepiece(ggml__scores=[0.0]), "but 1 scores"),
@@ -254,6 +205,30 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
     assert not (tmp_path / "native").exists()
     config = open_source(checkpoints.write(tmp_path / "other")).config
     check_fits(Tokenizer.from_folder(folder), dataclasses.replace(config, vocab_size=33))
+
+
+def test_added_tokens_beyond_the_embedding(tmp_path):
+    """Chat models whose added_tokens.json has one token for padding more than the model has rows."""
+    folder = checkpoints.write(tmp_path / "hf")
+    save_tokenizer(folder, checkpoints.VOCABULARY)
+    reader = PreTrainedTokenizerFast.from_pretrained(folder)
+    reader.add_special_tokens({"pad_token": "<pad>"})
+    reader.chat_template = "{{ messages[0]['content'] }}"
+    reader.save_pretrained(folder)
+    with pytest.warns(
+        CheckpointWarning, match="32 tokens and no embedding for <pad> of its tokenizer; texts with them"
+    ):
+        llm = griffin_jax.load(folder)
+    assert llm.tokenizer is not None
+    for chat in (False, True):
+        with pytest.raises(ValueError, match=r"the text has the token '<pad>' of id 32, .* vocabulary is \[0, 31\]"):
+            llm.generate("<pad>", chat=chat, max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 0 has token 32"):
+        llm.generate([1, 32], max_new_tokens=1)
+    with pytest.warns(CheckpointWarning):
+        report = convert(folder, tmp_path / "native", progress=False)
+    with pytest.warns(CheckpointWarning, match="no embedding for <pad>"):
+        assert load_model(report.path)[1] is not None
 
 
 def test_a_malformed_tokenizer(tmp_path):
