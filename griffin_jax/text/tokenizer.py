@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,17 @@ class Tokenizer:
     def added(self) -> set[str]:
         """The tokens next to the vocabulary that texts are made of."""
         return set(self._tokenizer.added_tokens_encoder)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The tokens that are no text, such as the one that ends an answer."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return tuple(sorted({str(token.content) for token in added if token.special}))
+
+    def without_special(self, text: str) -> str:
+        """A text without the special tokens in it."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.sub("|".join(map(re.escape, longest_first)), "", text) if longest_first else text
 
     @property
     def eos_token_id(self) -> int | None:
