@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -161,6 +162,7 @@ class Tokenizer:
         """The tokenizer in a folder, such as a Hugging Face checkpoint.
 
         Raises:
+            ImportError: its files are of a kind that another package reads, and that is not installed.
             ValueError: its files are missing or malformed.
         """
         transformers = import_transformers()
@@ -168,6 +170,8 @@ class Tokenizer:
         # would; that one knows how to build a tokenizer from older files.
         exact = (Path(folder) / "tokenizer.json").is_file()
         reader = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
+        if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            _check_readable(Path(folder) / "tokenizer.model")
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
@@ -190,6 +194,34 @@ class Tokenizer:
             ValueError: it is incomplete.
         """
         return cls(read_tokenizer(metadata))
+
+
+def _check_readable(file: Path) -> None:
+    """Raise unless this is a tokenizer.model, and the package that reads it is there; transformers' errors mislead.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: the file is of neither kind.
+    """
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/=]+ [0-9]+\n", content):
+        if importlib.util.find_spec("tiktoken") is None:
+            raise ImportError(f"{file}: is a vocabulary of tiktoken, which is not installed: pip install tiktoken")
+        return
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ImportError(
+            f"{file}: is read with sentencepiece, which is not installed: pip install sentencepiece"
+        ) from error
+    try:
+        found = content and SentencePieceProcessor(model_proto=content).get_piece_size()
+    except (RuntimeError, OSError, ValueError, TypeError):
+        found = 0
+    if not found:
+        raise ValueError(f"{file}: the tokenizer cannot be read (it is no SentencePiece model)")
 
 
 def _unicode(text: str) -> str:

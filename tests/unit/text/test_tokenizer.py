@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
@@ -238,6 +241,54 @@ def test_a_malformed_tokenizer(tmp_path):
         with pytest.raises(ValueError, match="the tokenizer cannot be read") as error:
             load_model(folder)
         assert str(folder) in str(error.value)
+
+
+def save_sentencepiece(folder: Path, **options: Any) -> Any:
+    """A tokenizer.model and nothing else, and the SentencePiece that reads it."""
+    import sentencepiece
+
+    texts = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(100)]
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=content, hard_vocab_limit=False, minloglevel=2, **options
+    )
+    (folder / "tokenizer.model").write_bytes(content.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
+
+
+@pytest.mark.parametrize("kind", [{"model_type": "bpe", "byte_fallback": True}, {"model_type": "unigram"}])
+def test_only_a_tokenizer_model(kind, tmp_path):
+    folder = checkpoints.write(tmp_path / "hf", config=checkpoints.CONFIG | {"vocab_size": 400})
+    reference = save_sentencepiece(folder, vocab_size=300 if "byte_fallback" in kind else 60, **kind)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.size == reference.get_piece_size()
+    for text in ("the lazy fox", "over the dog number 12"):
+        assert tokenizer.encode(text, special=False) == reference.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "absent", "message"),
+    [
+        (None, "sentencepiece", r"tokenizer\.model: is read with sentencepiece, .*: pip install sentencepiece$"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken", r"tokenizer\.model: is a vocabulary of tiktoken, .*: pip install tiktoken$"),
+        (b"", "", r"the tokenizer cannot be read \(it is no SentencePiece model\)$"),
+        (b"garbage", "", r"the tokenizer cannot be read \(it is no SentencePiece model\)$"),
+    ],
+)
+def test_a_tokenizer_model_that_cannot_be_read(content, absent, message, tmp_path, monkeypatch):
+    if content is None:
+        save_sentencepiece(tmp_path, vocab_size=60)
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    if absent:
+        find = importlib.util.find_spec
+        monkeypatch.setitem(sys.modules, absent, None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: (name != absent and find(name, *rest)) or None
+        )
+    with pytest.raises(ImportError if absent else ValueError, match=message):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_neither_pytorch_nor_chatter(tmp_path):
