@@ -209,6 +209,9 @@ def test_sentencepiece_tokens(pieces, changes, name, tmp_path):
     metadata = chat_vocabulary(**{"ggml__add_bos_token": False} | changes) | {"general.name": name}
     tokenizer = Tokenizer.from_gguf(metadata)
     assert {text: " ".join(names(tokenizer, metadata, text)) for text in pieces} == pieces
+    tokenizer.save(tmp_path)
+    saved = Tokenizer.from_folder(tmp_path)
+    assert {text: " ".join(names(saved, metadata, text)) for text in pieces} == pieces
     peer = LlamaCpp(file_of(metadata, tmp_path / "x.gguf"))
     assert {text: tokenizer.encode(text) for text in pieces} == {text: peer.encode(text) for text in pieces}
     peer.close()
