@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.gguf_tokenizer import UnknownTokenizerError, end_tokens
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import brief, is_panic, printable
+from griffin_jax.utils.messages import CheckpointWarning, brief, is_panic, printable
+
+NO_TOKENIZER = (None, "none", "no_vocab")
+"""Values of `tokenizer.ggml.model` of files that have none."""
 
 # ---- GGUF files ----
 
@@ -83,7 +88,17 @@ class GgufFile(Reader):
         return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
-        return read_gguf_tokenizer(self.metadata, self.name) if "tokenizer.ggml.model" in self.metadata else None
+        if self.metadata.get("tokenizer.ggml.model") in NO_TOKENIZER:
+            return None
+        try:
+            return read_gguf_tokenizer(self.metadata, self.name)
+        except UnknownTokenizerError as error:
+            warnings.warn(
+                f"{error}. It is read without its tokenizer: prompts must be token ids",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _read_config(self, gguf: GgufFamily) -> ModelConfig:
         prefix = f"{self.metadata['general.architecture']}."
@@ -98,12 +113,16 @@ class GgufFile(Reader):
             listed = ", ".join(f"{prefix}{name}={value!r}" for name, value in sorted(rest.items()))
             raise ValueError(f"{self.name}: griffin_jax does not know what to do with {listed}")
         tokens = Attributes(self.metadata, self.name)
-        ends = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
+        if "tokenizer.ggml.tokens" in self.metadata:
+            ends = end_tokens(self.metadata)
+        else:
+            named = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
+            ends = [token for token in named if token is not None]
         values |= {
             "vocab_size": vocabulary,
             "tie_word_embeddings": "output.weight" not in self.shapes,
             "bos_token_id": tokens.take("tokenizer.ggml.bos_token_id", int),
-            "eos_token_id": [token for token in ends if token is not None],
+            "eos_token_id": ends,
         }
         return self.family.model_config(values, self.name)
 
@@ -122,10 +141,13 @@ def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata.
 
     Raises:
-        ValueError: its fields are missing, malformed or not supported; the message begins with `where`.
+        UnknownTokenizerError: it is of a kind that is not supported.
+        ValueError: its fields are missing or malformed. All messages begin with `where`.
     """
     try:
         return Tokenizer.from_gguf(metadata)
+    except UnknownTokenizerError as error:
+        raise UnknownTokenizerError(f"{where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except BaseException as error:

@@ -45,6 +45,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, checked_mesh
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 from griffin_jax.utils import memory
+from griffin_jax.utils.messages import CheckpointWarning, shortened
 
 __all__ = [
     "ConversionReport",
@@ -293,6 +294,14 @@ def _fitting_tokenizer(source: Source) -> Tokenizer | None:
             check_fits(tokenizer, source.config)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
+        if beyond := tokenizer.beyond(source.config.vocab_size):
+            warnings.warn(
+                f"{source.name}: the model has {source.config.vocab_size} tokens and no embedding for"
+                f" {shortened(beyond, 5)} of its tokenizer; texts with them are refused",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+            tokenizer = tokenizer.within(source.config.vocab_size)
     return tokenizer
 
 

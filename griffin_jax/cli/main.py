@@ -118,6 +118,8 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
     from griffin_jax.utils.messages import CheckpointWarning
 
     ours = (CheckpointWarning, GriffinDeprecationWarning)
+    # A command may open a checkpoint more than once.
+    shown: set[str] = set()
 
     def warned() -> int | None:
         with warnings.catch_warnings():
@@ -127,6 +129,9 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
             def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
                 if issubclass(category, ours):
+                    if str(message) in shown:
+                        return
+                    shown.add(str(message))
                     print(f"{name}: warning: {message}", file=sys.stderr)
                 else:
                     usual(message, category, *rest, **more)

@@ -30,7 +30,7 @@ from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
-from griffin_jax.text.growing import find_stop
+from griffin_jax.text.stops import StopStrings
 
 REAL, OWN = "real", "own"
 """Continuations: what really follows, and what the dense model itself would write."""
@@ -142,12 +142,14 @@ def summarize(
     assert llm.tokenizer is not None
     model, tokenizer, eos = llm.model, llm.tokenizer, llm.config.eos_token_ids
 
+    strings = StopStrings(tokenizer, stop)
+
     def cut(tokens: Sequence[int]) -> str:
-        text = tokenizer.decode(tokens)
-        return text[: find_stop(text, stop)]
+        text = strings.cut(tokens)
+        return tokenizer.decode(tokens) if text is None else text
 
     def ended(tokens: Sequence[int]) -> bool:
-        return find_stop(tokenizer.decode(tokens), stop) is not None
+        return strings.cut(tokens) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))

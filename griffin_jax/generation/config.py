@@ -25,8 +25,9 @@ class GenerationConfig:
         min_p: draw from tokens of at least this share of the largest probability.
         seed: of all randomness, of the neurons that are drawn, too; the same seed gives the same answers. One for the
             whole batch, or one for each prompt, whose answer then does not depend on its batch.
-        stop: an answer ends before the first of these strings. They are looked for in the text, which has no special
-            tokens.
+        stop: an answer ends before the first of these strings. One with a special token in it is looked for in the
+            text with special tokens, as `stop_strings` of transformers are.
+        stop_token_ids: tokens that end an answer as the model's own do, also with `ignore_eos`.
         ignore_eos: go on after the end-of-text token.
         chat: strings are a user's message; the tokenizer's chat template is put around them.
 
@@ -43,6 +44,9 @@ class GenerationConfig:
     )
     seed: int | Sequence[int] = option(0, "the same seed gives the same answer", type=int)
     stop: str | Sequence[str] = option((), "end before this text; may be repeated", action="append", metavar="TEXT")
+    stop_token_ids: int | Sequence[int] = option(
+        (), "end after this token, too; may be repeated", action="append", type=int, metavar="ID"
+    )
     ignore_eos: bool = option(False, "go on after the end-of-text token")
     chat: bool = option(False, "the prompt is a user's message to a chat model")
 
@@ -52,6 +56,11 @@ class GenerationConfig:
         if any(not isinstance(stop, str) or not stop for stop in stops):
             raise ValueError(f"stop strings must not be empty, got {list(stops)}")
         object.__setattr__(self, "stop", stops)
+        given = self.stop_token_ids
+        ids = tuple(given) if isinstance(given, Sequence | np.ndarray) else () if given is None else (given,)
+        for token in ids:
+            check_whole("stop_token_ids", token, 0)
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, ids)))
         if isinstance(self.seed, Sequence | np.ndarray) and not isinstance(self.seed, str):
             object.__setattr__(self, "seed", tuple(self.seed))
         for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):

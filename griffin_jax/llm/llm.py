@@ -20,6 +20,7 @@ from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
+from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.generation.decode import DecodeState
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
@@ -183,8 +184,8 @@ class LLM:
             **options: the fields of `GriffinConfig` (density, method, shared, round_to, groups), of `Extensions`
                 (quality, prior, prior_weight, budgets, refit, ridge, calibration, calibration_weight, refresh_every,
                 speculative) and of `GenerationConfig` (max_new_tokens, temperature, top_k, top_p, min_p, seed, stop,
-                ignore_eos, chat), which say what they mean; or whole objects of these as `griffin`, `extensions` and
-                `generation`, whose values single options replace.
+                stop_token_ids, ignore_eos, chat), which say what they mean; or whole objects of these as `griffin`,
+                `extensions` and `generation`, whose values single options replace.
 
         Returns:
             The answers in the order of the prompts, and how they came about.
@@ -367,7 +368,7 @@ class LLM:
             sequences=sequences,
             dense=dense,
             kept=kept,
-            eos=() if generation.ignore_eos else self.config.eos_token_ids,
+            eos=self._ends(generation),
             drafts=0 if dense else extensions.drafts,
             every=None if dense else extensions.refresh_every,
             rows=0 if dense else pruner.rows_of_each(len(sequences), experts),
@@ -376,6 +377,14 @@ class LLM:
         )
         self._check_memory(plan)
         return plan
+
+    def _ends(self, generation: GenerationConfig) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        more = cast("tuple[int, ...]", generation.stop_token_ids)
+        if unknown := [token for token in more if token >= self.config.vocab_size]:
+            raise ValueError(f"stop_token_ids has {unknown[0]}; the vocabulary is [0, {self.config.vocab_size - 1}]")
+        own = () if generation.ignore_eos else self.config.eos_token_ids
+        return tuple(dict.fromkeys((*own, *more)))
 
     def _check_memory(self, plan: Plan) -> None:
         """Raise `MemoryError` unless the answers can be written with what is free."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from jaxtyping import Bool, Int
 
+from griffin_jax.text.stops import StopStrings
 from griffin_jax.text.tokenizer import Tokenizer
 
 
@@ -15,6 +14,7 @@ class GrowingText:
 
     def __init__(self, tokenizer: Tokenizer | None, batch: int, stops: tuple[str, ...]):
         self._tokenizer, self._stops = tokenizer, stops
+        self._strings = StopStrings(tokenizer, stops) if tokenizer is not None and stops else None
         self._rows: list[list[int]] = [[] for _ in range(batch)]
         self._texts = [""] * batch
         self._given = [0] * batch
@@ -37,20 +37,21 @@ class GrowingText:
     def _cut(self, index: int) -> None:
         """Ends a row before the first stop string, and its tokens with the one that completed it."""
         assert self._tokenizer is not None
+        assert self._strings is not None
         row = self._rows[index]
-        text = self._tokenizer.decode(row)
-        at = find_stop(text, self._stops)
-        if at is not None:
+        text = self._strings.cut(row)
+        if text is None:
+            text = self._tokenizer.decode(row)
+        else:
             self.stopped[index] = True
             low, high = 1, len(row)
             while low < high:
                 middle = (low + high) // 2
-                if find_stop(self._tokenizer.decode(row[:middle]), self._stops) is None:
+                if self._strings.cut(row[:middle]) is None:
                     low = middle + 1
                 else:
                     high = middle
             self._rows[index] = row[:low]
-            text = text[:at]
         self._texts[index] = text
 
     def texts(self) -> list[str]:
@@ -69,12 +70,6 @@ class GrowingText:
             pieces.append(text[self._given[index] : end])
             self._given[index] = max(self._given[index], end)
         return pieces
-
-
-def find_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return min(found, default=None)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-class CheckpointWarning(UserWarning):
-    """Something about a model or its files that whoever uses it should know, although it works."""
-
-
 def brief(error: BaseException) -> str:
     """An error of another package: its type and the beginning of its first line."""
     lines = str(error).strip().splitlines()
@@ -33,3 +29,7 @@ def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
     """The first `limit` names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more
+
+
+class CheckpointWarning(UserWarning):
+    """Warns of something in a checkpoint that is left out, or that may be wrong with it."""

@@ -153,8 +153,8 @@ class Attributes:
 def check_attributes(attributes: Attributes, model_type: str) -> None:
     """The config guard: no attribute that could change the model may go unread.
 
-    Attributes that transformers' code for the model type does not read either change nothing; a `CheckpointWarning` names
-    them.
+    Attributes that transformers' code for the model type does not read either change nothing; a `CheckpointWarning`
+    names them.
 
     Raises:
         ValueError: there are attributes that were not read, are not knowingly ignored, and differ from the default of
@@ -238,7 +238,7 @@ def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
         "head_dim": attributes.take("head_dim", int, default=defaults.get("head_dim"))
         or whole_heads(attributes, width, heads),
         "max_positions": positions,
-        **read_special_tokens(attributes, **defaults),
+        **read_special_tokens(attributes, vocabulary, **defaults),
     }
 
 
@@ -253,11 +253,31 @@ def whole_heads(attributes: Attributes, width: int, heads: int) -> int:
     return width // heads
 
 
-def read_special_tokens(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
-    """The first token of a text and the tokens that end an answer, as fields of `ModelConfig`."""
+def read_special_tokens(attributes: Attributes, vocabulary: int, **defaults: Any) -> dict[str, Any]:
+    """The first token of a text and the tokens that end an answer, as fields of `ModelConfig`.
+
+    Args:
+        attributes: attributes of the configuration.
+        vocabulary: number of tokens that the model knows.
+        defaults: defaults of attributes that the family's configurations may leave out.
+
+    Warns:
+        CheckpointWarning: a token is outside the vocabulary. No answer can have it, so it is left out.
+    """
+    bos = _special_token(attributes, "bos_token_id", defaults)
+    eos = read_eos(attributes, defaults.get("eos_token_id"))
+    for name, tokens in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", eos)):
+        if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+            effect = "no answer ends with it" if name == "eos_token_id" else "no text begins with it"
+            warnings.warn(
+                f"{attributes.where}: {name} {', '.join(map(str, outside))} is outside the vocabulary of {vocabulary},"
+                f" so {effect}",
+                CheckpointWarning,
+                stacklevel=2,
+            )
     return {
-        "bos_token_id": _special_token(attributes, "bos_token_id", defaults),
-        "eos_token_ids": read_eos(attributes, defaults.get("eos_token_id")),
+        "bos_token_id": bos if bos is not None and 0 <= bos < vocabulary else None,
+        "eos_token_ids": tuple(token for token in eos if 0 <= token < vocabulary),
     }
 
 

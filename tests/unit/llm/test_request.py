@@ -97,11 +97,14 @@ class TestFlags:
     def test_every_kind_of_flag(self, parser):
         flags = "--density 0.5,0.25 --method sample --shared --round-to 8 --groups 2 --refit --speculative 3"
         flags += " --prior-weight 0.25 --temperature 0.5 --top-k 7 --stop a --stop b --ignore-eos --seed 9"
+        flags += " --stop-token-ids 3"
         options = parser.parse_args(flags.split())
         assert read_options(options, GriffinConfig) == GriffinConfig((0.5, 0.25), "sample", True, 8, 2)
         extensions = read_options(options, Extensions)
         assert (extensions.refit, extensions.speculative, extensions.prior_weight) == (True, 3, 0.25)
-        generation = GenerationConfig(temperature=0.5, top_k=7, stop=("a", "b"), ignore_eos=True, seed=9)
+        generation = GenerationConfig(
+            temperature=0.5, top_k=7, stop=("a", "b"), stop_token_ids=(3,), ignore_eos=True, seed=9
+        )
         assert read_options(options, GenerationConfig) == generation
 
     def test_flags_of_the_version_before_warn(self, parser):

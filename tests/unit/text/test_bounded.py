@@ -10,7 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from griffin_jax.text import bounded
-from griffin_jax.text.tokenizer import LONGEST_TOKEN, Tokenizer
+from griffin_jax.text.gguf_tokenizer import LONGEST_TOKEN
+from griffin_jax.text.tokenizer import Tokenizer
 
 
 def with_template(template: str) -> Tokenizer:
