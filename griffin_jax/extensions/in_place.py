@@ -8,7 +8,6 @@ successor. That takes memory for one more matrix.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +20,7 @@ from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
 from griffin_jax.model.ops import take_rows
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils import programs
 
 
 class InPlace:
@@ -96,7 +96,7 @@ def _put(ff: FeedForward, kept: dict[str, Array], rest: dict[str, Array] | None)
         setattr(ff, name, nnx.Param(array))
 
 
-@jax.jit
+@programs.jit
 def _places(
     order: Int[Array, "f"], indices: Int[Array, "k"]
 ) -> tuple[Int[Array, "k"], Int[Array, "rest"], Int[Array, "f"]]:
@@ -107,7 +107,7 @@ def _places(
     return chosen, others, jnp.concatenate([order[chosen], order[others]])
 
 
-@functools.partial(jax.jit, static_argnames="name")
+@programs.jit(static_argnames="name")
 def _regroup(
     name: str, groups: Sequence[Array], chosen: Int[Array, "k"], others: Int[Array, "rest"]
 ) -> tuple[Array, Array]:
@@ -130,6 +130,6 @@ def _inverse(order: Int[Array, "f"]) -> Int[Array, "f"]:
     return jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
 
 
-@jax.jit
+@programs.jit
 def _inverse_take(squares: Array, order: Int[Array, "f"]) -> Array:
     return squares[:, _inverse(order)]

@@ -517,7 +517,7 @@ class LLM:
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
         sequences: list[list[int]] = []
         for index, prompt in enumerate(_as_batch(prompts)):
-            if not isinstance(prompt, str | Sequence | np.ndarray):
+            if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
                 raise ValueError(f"prompt {index} is {prompt!r}; give text, token ids or a list of chat messages")
             if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
                 if self.tokenizer is None:
@@ -589,7 +589,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
         raise ValueError("a chat is a list of messages; put the message into a list")
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts are {prompts!r}; give text, token ids, chat messages, or a list of these")
-    alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | float | np.number | Mapping))
+    numbers = int | float | np.number | Mapping
+    alone = isinstance(prompts, str | bytes | bytearray) or (len(prompts) and isinstance(prompts[0], numbers))
     batch = cast("Sequence[Prompt]", [prompts] if alone else prompts)
     return [np.asarray(p).tolist() if isinstance(p, jax.Array | np.ndarray) else p for p in batch]
 
