@@ -319,6 +319,9 @@ class LLM:
             raise ValueError(
                 "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
+        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
+        most = bucket(max(map(len, sequences)))
+        most += generation.max_new_tokens if extensions.refresh_every else 0
         plan = _Plan(
             request=request,
             pruner=pruner,
@@ -326,12 +329,15 @@ class LLM:
             dense=dense,
             kept=kept,
             eos=() if generation.ignore_eos else self.config.eos_token_ids,
-            drafts=0 if dense else extensions.drafts,
+            # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
+            drafts=0 if dense else min(extensions.drafts, generation.max_new_tokens - 1),
             every=None if dense else extensions.refresh_every,
-            rows=0 if dense else pruner.rows_of_each(len(sequences), experts),
+            rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
+        if self._spare is not None and self._spare.neurons != kept:
+            self._spare = None
         self._check_memory(plan)
         return plan
 
@@ -350,6 +356,7 @@ class LLM:
             rows=plan.rows,
             calibration=prior.rows[0].shape[0] if prior is not None and prior.rows and plan.rows else 0,
             refresh=plan.every is not None,
+            drafts=plan.drafts,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
         )
@@ -510,8 +517,13 @@ class LLM:
         return pruner.prune(self.model, experts, rows, reuse=reuse)
 
     def _give_back(self, pruned: Transformer) -> None:
-        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""
-        if self._in_place is None and next(iter(pruned.embedding[...].devices())).platform == "cpu":
+        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
+
+        Only one set of them, at most: that is less than the model, and those of a batch would be several times that,
+        held for nothing until as large a batch comes.
+        """
+        on_cpu = next(iter(pruned.embedding[...].devices())).platform == "cpu"
+        if self._in_place is None and on_cpu and not any(layer.ff.per_sequence for layer in pruned.layers):
             self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
