@@ -230,7 +230,8 @@ class LLM:
         self._check_in_place(pruner.config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
         statistics = jitted.prefill(self.model, tokens, lengths, max_new_tokens=0).statistics
-        return self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        chosen = self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        return dataclasses.replace(chosen, model=None if self._in_place else self._own_fingerprint())
 
     def logits(
         self,
@@ -280,6 +281,8 @@ class LLM:
         seed = request.generation.seeds(len(rows))
         parts = needs_of(self.model).logits(len(rows), len(rows[0]), prompt_length)
         memory.check(parts, free_for(self.model), "take fewer or shorter sequences")
+        if experts is not None:
+            experts = dataclasses.replace(experts, model=None)
         return jitted.teacher_forced(
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
         )
@@ -391,14 +394,15 @@ class LLM:
             written = to_host((state.tokens, state.done))
         # What decoding has taken over must not be held here, too.
         del prefilled, state, model, experts, statistics, rows
-        answers = text.update(*written)
+        answers = text.update(*written, last=decoding.until >= plan.new)
         while decoding.until < plan.new and not all(text.ended):
             if stream:
                 yield None, text.pieces()
             if any(text.stopped):
                 ended = decoding.state.done | np.asarray(text.stopped)
                 decoding.state = dataclasses.replace(decoding.state, done=ended)
-            answers = text.update(*self._write_more(plan, decoding, watch))
+            written = self._write_more(plan, decoding, watch)
+            answers = text.update(*written, last=decoding.until >= plan.new)
         if decoding.experts is not None:
             self._give_back(decoding.model)
         yield self._generation(plan, decoding, text, answers, watch), text.pieces(last=True)
@@ -488,10 +492,14 @@ class LLM:
         if extensions.prior is not None:
             if self._in_place is not None:
                 raise ValueError("with in_place the rows of weights move, so a prior cannot be known to be theirs")
-            if self._fingerprint is None:
-                self._fingerprint = fingerprint(self.model)
-            extensions.prior.check(self._fingerprint)
+            extensions.prior.check(self._own_fingerprint())
         return Pruner.of(config, extensions)
+
+    def _own_fingerprint(self) -> str:
+        """The model's; it takes one reading of the weights, once."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._model)
+        return self._fingerprint
 
     def _grouped(self, config: GriffinConfig) -> GriffinConfig:
         """The config with as many groups as devices share the model, unless it says how many."""
@@ -510,6 +518,8 @@ class LLM:
         self, pruner: Pruner, experts: ExpertNeurons, rows: Rows, reuse: Transformer | None = None
     ) -> Transformer:
         """The pruned model, its kept rows refitted to `rows` if there are any."""
+        # Static, so that others would compile the same once more.
+        experts = dataclasses.replace(experts, model=None)
         if self._in_place is not None:
             return self._in_place.prune(experts)
         if reuse is None:
@@ -577,6 +587,12 @@ class LLM:
             )
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
+        # With in_place the rows have moved, and what they were is not known any more.
+        if experts.model is not None and self._in_place is None and experts.model != self._own_fingerprint():
+            raise ValueError(
+                f"these experts are of another model (fingerprint {experts.model}, this one has"
+                f" {self._own_fingerprint()}); choose them with this one's LLM.experts"
+            )
 
     def _check_in_place(self, config: GriffinConfig, batch: int) -> None:
         if self._in_place is None:
