@@ -31,6 +31,7 @@ from griffin_jax.model.cache import KVCache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 from griffin_jax.text.stops import StopStrings
+from griffin_jax.utils import programs
 
 REAL, OWN = "real", "own"
 """Continuations: what really follows, and what the dense model itself would write."""
@@ -213,6 +214,6 @@ def generate(
         answer = jitted.decode(model, answer, np.int32(until), eos=eos)
 
 
-@jax.jit
+@programs.jit
 def _copy(cache: KVCache) -> KVCache:
     return jax.tree.map(jnp.copy, cache)

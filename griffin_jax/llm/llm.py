@@ -247,7 +247,8 @@ class LLM:
         self._check_in_place(pruner.config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
         statistics = jitted.prefill(self.model, tokens, lengths, max_new_tokens=0).statistics
-        return self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        chosen = self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        return dataclasses.replace(chosen, model=None if self._in_place else self._own_fingerprint())
 
     def logits(
         self,
@@ -297,6 +298,8 @@ class LLM:
         seed = request.generation.seeds(len(rows))
         parts = needs_of(self.model).logits(len(rows), len(rows[0]), prompt_length)
         memory.check(parts, free_for(self.model), "take fewer or shorter sequences")
+        if experts is not None:
+            experts = dataclasses.replace(experts, model=None)
         return jitted.teacher_forced(
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
         )
@@ -362,6 +365,9 @@ class LLM:
             raise ValueError(
                 "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
+        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
+        most = bucket(max(map(len, sequences)))
+        most += generation.max_new_tokens if extensions.refresh_every else 0
         plan = Plan(
             request=request,
             pruner=pruner,
@@ -369,12 +375,15 @@ class LLM:
             dense=dense,
             kept=kept,
             eos=self._ends(generation),
-            drafts=0 if dense else extensions.drafts,
+            # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
+            drafts=0 if dense else min(extensions.drafts, generation.max_new_tokens - 1),
             every=None if dense else extensions.refresh_every,
-            rows=0 if dense else pruner.rows_of_each(len(sequences), experts),
+            rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
+        if self._spare is not None and self._spare.neurons != kept:
+            self._spare = None
         self._check_memory(plan)
         return plan
 
@@ -401,6 +410,7 @@ class LLM:
             rows=plan.rows,
             calibration=prior.rows[0].shape[0] if prior is not None and prior.rows and plan.rows else 0,
             refresh=plan.every is not None,
+            drafts=plan.drafts,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
         )
@@ -438,14 +448,15 @@ class LLM:
         # What decoding has taken over must not be held here, too.
         del prefilled, state, model, experts, statistics, rows
         try:
-            answers = text.update(*written)
+            answers = text.update(*written, last=decoding.until >= plan.new)
             while decoding.until < plan.new and not all(text.ended):
                 if stream:
                     yield None, text.pieces()
                 if any(text.stopped):
                     ended = decoding.state.done | np.asarray(text.stopped)
                     decoding.state = dataclasses.replace(decoding.state, done=ended)
-                answers = text.update(*self._write_more(plan, decoding, watch))
+                written = self._write_more(plan, decoding, watch)
+                answers = text.update(*written, last=decoding.until >= plan.new)
         finally:
             if reader is not None:
                 reader.give_back(decoding.state.cache)
@@ -538,10 +549,14 @@ class LLM:
         if extensions.prior is not None:
             if self._in_place is not None:
                 raise ValueError("with in_place the rows of weights move, so a prior cannot be known to be theirs")
-            if self._fingerprint is None:
-                self._fingerprint = fingerprint(self.model)
-            extensions.prior.check(self._fingerprint)
+            extensions.prior.check(self._own_fingerprint())
         return Pruner.of(config, extensions)
+
+    def _own_fingerprint(self) -> str:
+        """The model's; it takes one reading of the weights, once."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._model)
+        return self._fingerprint
 
     def _grouped(self, config: GriffinConfig) -> GriffinConfig:
         """The config with as many groups as devices share the model, unless it says how many."""
@@ -560,6 +575,8 @@ class LLM:
         self, pruner: Pruner, experts: ExpertNeurons, rows: Rows, reuse: Transformer | None = None
     ) -> Transformer:
         """The pruned model, its kept rows refitted to `rows` if there are any."""
+        # Static, so that others would compile the same once more.
+        experts = dataclasses.replace(experts, model=None)
         if self._in_place is not None:
             return self._in_place.prune(experts)
         if reuse is None:
@@ -567,14 +584,19 @@ class LLM:
         return pruner.prune(self.model, experts, rows, reuse=reuse)
 
     def _give_back(self, pruned: Transformer) -> None:
-        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""
-        if self._in_place is None and next(iter(pruned.embedding[...].devices())).platform == "cpu":
+        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
+
+        Only one set of them, at most: that is less than the model, and those of a batch would be several times that,
+        held for nothing until as large a batch comes.
+        """
+        on_cpu = next(iter(pruned.embedding[...].devices())).platform == "cpu"
+        if self._in_place is None and on_cpu and not any(layer.ff.per_sequence for layer in pruned.layers):
             self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
         sequences: list[list[int]] = []
         for index, prompt in enumerate(_as_batch(prompts)):
-            if not isinstance(prompt, str | Sequence | np.ndarray):
+            if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
                 raise ValueError(f"prompt {index} is {prompt!r}; give text, token ids or a list of chat messages")
             if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
                 if self.tokenizer is None:
@@ -622,6 +644,12 @@ class LLM:
             )
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
+        # With in_place the rows have moved, and what they were is not known any more.
+        if experts.model is not None and self._in_place is None and experts.model != self._own_fingerprint():
+            raise ValueError(
+                f"these experts are of another model (fingerprint {experts.model}, this one has"
+                f" {self._own_fingerprint()}); choose them with this one's LLM.experts"
+            )
 
     def _check_in_place(self, config: GriffinConfig, batch: int) -> None:
         if self._in_place is None:
@@ -646,7 +674,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
         raise ValueError("a chat is a list of messages; put the message into a list")
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts are {prompts!r}; give text, token ids, chat messages, or a list of these")
-    alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | float | np.number | Mapping))
+    numbers = int | float | np.number | Mapping
+    alone = isinstance(prompts, str | bytes | bytearray) or (len(prompts) and isinstance(prompts[0], numbers))
     batch = cast("Sequence[Prompt]", [prompts] if alone else prompts)
     return [np.asarray(p).tolist() if isinstance(p, jax.Array | np.ndarray) else p for p in batch]
 

@@ -62,6 +62,15 @@ class Tokenizer:
         """The token that a text begins with, if the tokenizer has one, whether or not `encode` puts it there."""
         return self._tokenizer.bos_token_id
 
+    @functools.cached_property
+    def unsettling(self) -> frozenset[int]:
+        """Tokens after which the text before may still change: single bytes, of which a vocabulary without characters
+        for them makes some, and what `decode` leaves out."""
+        byte = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+        found = {token for name, token in self._tokenizer.get_vocab().items() if byte.fullmatch(name)}
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(found | {token for token, what in added if what.special} | {*self._tokenizer.all_special_ids})
+
     @property
     def chat_template(self) -> str | dict[str, str] | None:
         """The Jinja template of chats, or several by name; None if the model was not trained to chat."""
