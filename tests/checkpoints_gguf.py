@@ -50,6 +50,8 @@ def write_gguf(
         leave_out: fields to leave out, each by a part of the name of the method that would add it.
     """
     recipe = RECIPES[config["model_type"]]
+    # Of models that read more than text, the converter writes the text model.
+    config = {**config, **config.get("text_config", {})}
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[recipe.architecture])
     fields = {
         "file_type": gguf.LlamaFileType["ALL_F32" if quantise is None else f"MOSTLY_{quantise.name}"],
@@ -205,6 +207,16 @@ def llama_fields(config: Config) -> Fields:
     return smollm3_fields({**config, "head_dim": head_dim_of(config)})
 
 
+def mistral3_fields(config: Config) -> Fields:
+    fields, rope = llama_fields(config), rope_of(config)
+    if config["model_type"] == "ministral3":
+        fields |= {
+            "rope_scaling_yarn_log_mul": rope["mscale_all_dim"],
+            "attn_temperature_scale": rope["llama_4_scaling_beta"],
+        }
+    return fields
+
+
 def granite_fields(config: Config) -> Fields:
     return smollm3_fields({**config, "head_dim": None}) | {
         "attention_scale": config.get("attention_multiplier"),
@@ -345,6 +357,21 @@ def gemma3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.n
         yield name, array + array.dtype.type(1) if name.endswith("norm.weight") else array
 
 
+def text_tensors(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
+    """Those of the text model, as it has them by itself."""
+    for name, array in tensors:
+        if "vision_tower" not in name and "multi_modal_projector" not in name:
+            yield name.replace("language_model.", ""), array
+
+
+def gemma3_text_part(tensors: Tensors, config: Config) -> Tensors:
+    return gemma3_tensors(text_tensors(tensors), config)
+
+
+def mistral3_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return llama_tensors(text_tensors(tensors), config)
+
+
 def gemma_tensors(tensors: Tensors, config: Config) -> Tensors:
     return gemma3_tensors([(name, array) for name, array in tensors if name != "lm_head.weight"], config)
 
@@ -409,6 +436,8 @@ class Recipe:
 RECIPES = {
     "llama": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
     "mistral": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "mistral3": Recipe(gguf.MODEL_ARCH.MISTRAL3, mistral3_fields, mistral3_tensors),
+    "ministral3": Recipe(gguf.MODEL_ARCH.MISTRAL3, mistral3_fields, mistral3_tensors),
     "smollm3": Recipe(gguf.MODEL_ARCH.SMOLLM3, smollm3_fields, llama_tensors),
     "granite": Recipe(gguf.MODEL_ARCH.GRANITE, granite_fields, llama_tensors),
     "qwen2": Recipe(gguf.MODEL_ARCH.QWEN2, standard_fields),
@@ -417,6 +446,7 @@ RECIPES = {
     "gemma": Recipe(gguf.MODEL_ARCH.GEMMA, gemma_fields, gemma_tensors),
     "gemma2": Recipe(gguf.MODEL_ARCH.GEMMA2, gemma2_fields, gemma_tensors),
     "gemma3_text": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_tensors),
+    "gemma3": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_text_part),
     "phi3": Recipe(gguf.MODEL_ARCH.PHI3, phi3_fields, phi3_tensors),
     "stablelm": Recipe(gguf.MODEL_ARCH.STABLELM, stablelm_fields, stablelm_tensors),
     "falcon": Recipe(gguf.MODEL_ARCH.FALCON, falcon_fields, falcon_tensors),

@@ -56,6 +56,8 @@ class Attention(nnx.Module):
         if at.angles is not None:
             query = rotate(query, *at.angles, self.interleaved)
             key = rotate(key, *at.angles, self.interleaved)
+        if at.growth is not None:
+            query = query * at.growth.astype(query.dtype)
 
         b, n, t, h = query.shape
         g = key.shape[1]

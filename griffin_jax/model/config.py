@@ -40,6 +40,8 @@ class Rotary:
         short_factors: `longrope`'s divisors of the frequencies, one for each pair of dimensions, for
             texts of at most `original_positions` tokens.
         long_factors: the same for longer texts.
+        query_growth: queries at position p are multiplied by 1 + query_growth ln(1 + floor(p / original_positions))
+            after they turned (Llama 4, Ministral 3).
 
     Raises:
         ValueError: a value is outside its range, or does not belong to the kind.
@@ -59,6 +61,7 @@ class Rotary:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    query_growth: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("rotary kind", self.kind, get_args(RotaryKind))
@@ -68,6 +71,11 @@ class Rotary:
             raise ValueError(f"rotary dims must be even and at least 2, got {self.dims}")
         if self.kind in ("llama3", "yarn", "longrope") and self.original_positions < 1:
             raise ValueError(f"rotary kind {self.kind!r} needs original_positions, the context of the unscaled model")
+        if self.query_growth < 0 or (self.query_growth and self.original_positions < 1):
+            raise ValueError(
+                f"rotary query_growth must be at least 0, and needs original_positions, got {self.query_growth} and "
+                f"{self.original_positions}"
+            )
         for name in ("short_factors", "long_factors"):
             factors = tuple(getattr(self, name))
             object.__setattr__(self, name, factors)

@@ -28,9 +28,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "minimax", "llama4", "llama4_text",
         "qwen2moe", "qwen3moe", "deepseek2", "gpt-oss",
     ),
-    "it reads more than text; of Gemma 3 the text models (gemma3_text) are supported": (
-        "gemma3", "gemma3n", "mllama", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
-        "mistral3", "phi4_multimodal", "qwen2vl", "qwen3vl",
+    "it reads more than text, and of such models only gemma3 and mistral3 are supported": (
+        "gemma3n", "mllama", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "paligemma",
+        "phi4_multimodal", "qwen2vl", "qwen3vl",
     ),
     "it is an encoder with a decoder, and only decoders are supported": ("t5", "mt5", "bart", "pegasus", "t5gemma"),
     "it has layers without attention, and only transformers are supported": (

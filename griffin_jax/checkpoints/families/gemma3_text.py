@@ -15,13 +15,16 @@ from griffin_jax.checkpoints.schema.rotary import rotary_of
 from griffin_jax.model.config import ModelConfig, Rotary
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+SIZES = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131_072,
+}  # fmt: skip
+"""Default sizes, of which Gemma 3 4B to 27B leave out some."""
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "gemma3_text"` describes."""
-    fields = read_fields(
-        attributes, "gemma3_text", num_key_value_heads=4, activation_name="hidden_activation", **DEFAULTS
-    )
+    fields = read_fields(attributes, "gemma3_text", activation_name="hidden_activation", **SIZES, **DEFAULTS)
     attributes.take("hidden_act", str)  # its modules read hidden_activation only
     window = attributes.take("sliding_window", int, default=None if attributes.is_null("sliding_window") else 4096)
     pattern = attributes.take("sliding_window_pattern", int, default=6)
