@@ -161,7 +161,7 @@ def size_fields(config: Config) -> Fields:
         "head_count": heads_of(config),
         "head_count_kv": config.get("num_key_value_heads"),
         "layer_norm_rms_eps": config.get("rms_norm_eps"),
-        "layer_norm_eps": first(config, "layer_norm_eps", "layer_norm_epsilon"),
+        "layer_norm_eps": first(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     }
 
 
@@ -215,6 +215,33 @@ def mistral3_fields(config: Config) -> Fields:
             "attn_temperature_scale": rope["llama_4_scaling_beta"],
         }
     return fields
+
+
+def olmo_fields(config: Config) -> Fields:
+    return standard_fields(config) | {"layer_norm_eps": 1e-5, "clamp_kqv": config.get("clip_qkv")}
+
+
+def olmo3_fields(config: Config) -> Fields:
+    return standard_fields(config) | {
+        "sliding_window": config["sliding_window"],
+        "sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+    }
+
+
+def partial_rotary_fields(config: Config) -> Fields:
+    turning = int(rope_of(config).get("partial_rotary_factor", 0.5) * head_dim_of(config))
+    return standard_fields(config) | {"rope_dimension_count": turning}
+
+
+def nemotron_fields(config: Config) -> Fields:
+    rope = rope_of(config)
+    return standard_fields(config) | {
+        "vocab_size": config["vocab_size"],
+        "layer_norm_eps": config["norm_eps"],
+        "rope_dimension_count": int(rope["partial_rotary_factor"] * width_of(config)) // heads_of(config),
+        "rope_scaling_type": gguf.RopeScalingType.LINEAR if "factor" in rope else gguf.RopeScalingType.NONE,
+        "rope_scaling_factor": rope.get("factor"),
+    }
 
 
 def granite_fields(config: Config) -> Fields:
@@ -443,6 +470,13 @@ RECIPES = {
     "qwen2": Recipe(gguf.MODEL_ARCH.QWEN2, standard_fields),
     "qwen3": Recipe(gguf.MODEL_ARCH.QWEN3, standard_fields),
     "olmo2": Recipe(gguf.MODEL_ARCH.OLMO2, standard_fields),
+    "olmo": Recipe(gguf.MODEL_ARCH.OLMO, olmo_fields, llama_tensors),
+    "olmo3": Recipe(gguf.MODEL_ARCH.OLMO2, olmo3_fields),
+    "glm4": Recipe(gguf.MODEL_ARCH.GLM4, partial_rotary_fields),
+    "starcoder2": Recipe(gguf.MODEL_ARCH.STARCODER2, standard_fields),
+    "seed_oss": Recipe(gguf.MODEL_ARCH.SEED_OSS, standard_fields),
+    "arcee": Recipe(gguf.MODEL_ARCH.ARCEE, llama_fields, llama_tensors),
+    "nemotron": Recipe(gguf.MODEL_ARCH.NEMOTRON, nemotron_fields, gemma3_tensors),
     "gemma": Recipe(gguf.MODEL_ARCH.GEMMA, gemma_fields, gemma_tensors),
     "gemma2": Recipe(gguf.MODEL_ARCH.GEMMA2, gemma2_fields, gemma_tensors),
     "gemma3_text": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_tensors),

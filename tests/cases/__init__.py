@@ -58,7 +58,7 @@ def all_cases() -> dict[str, Cases]:
 
 TOKENWISE = frozenset({
     "family", "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
-    "kv_copies", "activation", "norm", "norm_eps", "norm_bias", "norm_plus_one", "final_norm", "shared_norm",
+    "kv_copies", "activation", "norm", "norm_eps", "norm_scale", "head_norm_after_rotary", "norm_bias", "norm_plus_one", "final_norm", "shared_norm",
     "attention_scale", "qkv_clip", "embedding_width", "embedding_scale", "embedding_norm", "residual_scale",
     "logit_scale", "logit_softcap", "tied_head", "head_bias", "attention_bias", "attention_out_bias", "bos_token_id",
     "eos_token_ids",
@@ -106,7 +106,7 @@ def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, se
     model = kind.from_config(config, attn_implementation=attention).eval()
     # About the gain of one for each matrix: with larger weights the attention of a random model is a maximum rather
     # than a mean, and which key wins hangs on the last bit.
-    center = 0.0 if model_type.startswith("gemma") else 1.0
+    center = 0.0 if model_type.startswith(("gemma", "nemotron")) else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or name.endswith("bias"):

@@ -32,7 +32,10 @@ def read_config(attributes: Attributes) -> ModelConfig:
     if pattern < 1:
         raise ValueError(f"{attributes.where}: sliding_window_pattern must be at least 1, got {pattern}")
     windowed = read_layer_types(attributes, [(layer + 1) % pattern != 0 for layer in range(fields["num_layers"])])
-    rotary, local = _read_rotaries(attributes, fields["max_positions"], fields["head_dim"])
+    local_theta = attributes.take("rope_local_base_freq", float, default=LOCAL_THETA)
+    rotary, local = read_rotaries(
+        attributes, fields["max_positions"], fields["head_dim"], theta=GLOBAL_THETA, local_theta=local_theta
+    )
     windows = windows_of(window, windowed)
     return ModelConfig(
         **fields,
@@ -47,10 +50,22 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
-def _read_rotaries(attributes: Attributes, max_positions: int, head_dim: int) -> tuple[Rotary, Rotary]:
-    """The rotary embeddings of layers without and with a window."""
-    theta = attributes.take("rope_theta", float, default=GLOBAL_THETA)
-    local_theta = attributes.take("rope_local_base_freq", float, default=LOCAL_THETA)
+def read_rotaries(
+    attributes: Attributes, max_positions: int, head_dim: int, *, theta: float, local_theta: float
+) -> tuple[Rotary, Rotary]:
+    """The rotary embeddings of layers without and with a window; only the former are ever scaled by `rope_scaling`.
+
+    Args:
+        attributes: attributes of the configuration.
+        max_positions: the context, in tokens.
+        head_dim: H, the size of a head.
+        theta: default base of layers without a window.
+        local_theta: default base of layers with a window.
+
+    Raises:
+        ValueError: a kind is not supported, or an attribute is missing or not understood.
+    """
+    theta = attributes.take("rope_theta", float, default=theta)
     scaling = attributes.take("rope_scaling", dict, default={})
     parameters = attributes.take("rope_parameters", dict, default={})
     if unknown := parameters.keys() - {"full_attention", "sliding_attention"}:

@@ -41,7 +41,8 @@ class GgufFamily:
     Attributes:
         architectures: values of `general.architecture`, each also the prefix of the family's metadata.
         read_config: function of the metadata (without the prefix) and the file's tensors that gives a configuration
-            in Hugging Face's terms. The reader adds token ids, the vocabulary's size and whether the head is tied.
+            in Hugging Face's terms. The reader adds token ids, the vocabulary's size and whether the head is tied. Its
+            `model_type` says which family it is, if several share the architecture.
         rules: rules that say which tensor goes where, by the names in GGUF files.
         ignored: regular expressions of tensors that are read in another way or not needed.
     """
