@@ -244,6 +244,46 @@ def nemotron_fields(config: Config) -> Fields:
     }
 
 
+def cohere_fields(config: Config) -> Fields:
+    return standard_fields(config) | {
+        "logit_scale": config["logit_scale"],
+        "rope_scaling_type": gguf.RopeScalingType.NONE,
+    }
+
+
+def cohere2_fields(config: Config) -> Fields:
+    return cohere_fields(config) | {
+        "sliding_window": config["sliding_window"],
+        "vocab_size": config["vocab_size"],
+        "rope_dimension_count": head_dim_of(config),
+    }
+
+
+def phi_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "feed_forward_length": 4 * width_of(config),
+        "head_count_kv": heads_of(config),
+        "rope_dimension_count": int(rope_of(config)["partial_rotary_factor"] * width_of(config)) // heads_of(config),
+        "add_bos_token": False,
+    }
+
+
+def starcoder_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "context_length": config["n_positions"],
+        "feed_forward_length": 4 * width_of(config),
+        "head_count_kv": 1,
+    }
+
+
+def exaone4_fields(config: Config) -> Fields:
+    fields = standard_fields(config) | {"vocab_size": config["vocab_size"]}
+    if config.get("sliding_window") is not None:
+        fields["sliding_window"] = config["sliding_window"]
+        fields["sliding_window_pattern"] = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return fields
+
+
 def granite_fields(config: Config) -> Fields:
     return smollm3_fields({**config, "head_dim": None}) | {
         "attention_scale": config.get("attention_multiplier"),
@@ -477,6 +517,13 @@ RECIPES = {
     "seed_oss": Recipe(gguf.MODEL_ARCH.SEED_OSS, standard_fields),
     "arcee": Recipe(gguf.MODEL_ARCH.ARCEE, llama_fields, llama_tensors),
     "nemotron": Recipe(gguf.MODEL_ARCH.NEMOTRON, nemotron_fields, gemma3_tensors),
+    "cohere": Recipe(gguf.MODEL_ARCH.COMMAND_R, cohere_fields),
+    "cohere2": Recipe(gguf.MODEL_ARCH.COHERE2, cohere2_fields),
+    "phi": Recipe(gguf.MODEL_ARCH.PHI2, phi_fields),
+    "gpt_bigcode": Recipe(gguf.MODEL_ARCH.STARCODER, starcoder_fields),
+    "ernie4_5": Recipe(gguf.MODEL_ARCH.ERNIE4_5, standard_fields),
+    "hunyuan_v1_dense": Recipe(gguf.MODEL_ARCH.HUNYUAN_DENSE, standard_fields),
+    "exaone4": Recipe(gguf.MODEL_ARCH.EXAONE4, exaone4_fields),
     "gemma": Recipe(gguf.MODEL_ARCH.GEMMA, gemma_fields, gemma_tensors),
     "gemma2": Recipe(gguf.MODEL_ARCH.GEMMA2, gemma2_fields, gemma_tensors),
     "gemma3_text": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_tensors),

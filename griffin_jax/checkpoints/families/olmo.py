@@ -17,7 +17,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "olmo"` describes."""
     fields = read_fields(attributes, "olmo", norm_eps=EPS, max_position_embeddings=2048, eos_token_id=50_279)
     return ModelConfig(
-        **fields | {"norm_eps": EPS},
+        **{**fields, "norm_eps": EPS},
         norm="layer",
         norm_scale=False,
         rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),

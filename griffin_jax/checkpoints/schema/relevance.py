@@ -28,12 +28,22 @@ def read_by_transformers(model_type: str) -> frozenset[str] | None:
     folder = _source_folder()
     if folder is None:
         return None
-    family = folder / "models" / _module_of(model_type)
-    # Files that write checkpoints anew, or prepare text and images, are not part of the model.
-    files = [*family.glob("modeling_*.py"), *family.glob("configuration_*.py")]
+    files = _files_of(folder, model_type)
     if not any(file.name.startswith("modeling_") for file in files):
         return None
     return frozenset().union(*map(_names_in, [*files, *(folder / f"{name}.py" for name in SHARED)]))
+
+
+def _files_of(folder: Path, model_type: str) -> list[Path]:
+    """The source of a model and its configuration; of a configuration that another type's model is for, of both."""
+    kinds = import_transformers().models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    alike = [other for other, name in kinds.items() if name == kinds.get(model_type)]
+    modules = [folder / "models" / _module_of(kind) for kind in dict.fromkeys([model_type, *alike])]
+    # Files that write checkpoints anew, or prepare text and images, are not part of the model.
+    own = [*modules[0].glob("modeling_*.py"), *modules[0].glob("configuration_*.py")]
+    if any(file.name.startswith("modeling_") for file in own):
+        return own
+    return own + [file for module in modules[1:] for file in module.glob("modeling_*.py")]
 
 
 def read_of_rope_parameters() -> frozenset[str] | None:
