@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from griffin_jax.utils.options import check_choice
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "xielu"]
 RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
@@ -123,7 +123,8 @@ class ModelConfig:
         head_dim: H, the size of a head.
         max_positions: the context, in tokens: prompt and answer together.
         activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
-            tanh approximation; `relu_squared` is max(x, 0)^2 (Nemotron).
+            tanh approximation; `relu_squared` is max(x, 0)^2 (Nemotron); `xielu` (arXiv 2411.13010,
+            Apertus) has two numbers of its own in each layer.
         gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
         norm: `rms` (RMSNorm) or `layer` (LayerNorm).
         norm_eps: what norms add to the mean square or the variance.

@@ -107,7 +107,7 @@ def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, se
     model = kind.from_config(config, attn_implementation=attention).eval()
     # About the gain of one for each matrix: with larger weights the attention of a random model is a maximum rather
     # than a mean, and which key wins hangs on the last bit.
-    center = 0.0 if model_type.startswith(("gemma", "nemotron")) else 1.0
+    center = 0.0 if model_type.startswith(("gemma", "nemotron", "vaultgemma")) else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or name.endswith("bias"):

@@ -70,6 +70,7 @@ class Family:
         renamed: regular expressions with their replacements, applied to the stored names of tensors in this order; for
             models whose text model is a part of a larger one.
         leaves_out: what the models read or write besides text, which is left out here; empty if nothing is.
+        constants: regular expressions of ignored tensors that hold a number, each with that number.
         unsaid_tie: whether a configuration that does not say if the head is tied leaves it to the stored tensors.
     """
 
@@ -84,6 +85,7 @@ class Family:
     also_gguf: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     leaves_out: str = ""
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
     unsaid_tie: bool = False
 
     def name_of(self, stored: str) -> str:

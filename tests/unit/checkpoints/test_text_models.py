@@ -1,4 +1,4 @@
-"""The text models of models that read images, too."""
+"""Checkpoints whose tensors have other names: text models of models that read images, too, and EXAONE 3."""
 
 from __future__ import annotations
 
@@ -69,3 +69,48 @@ def test_the_end_of_an_answer_is_that_of_the_whole(tmp_path):
     folder = write_whole(tmp_path / "whole", "since then", eos_token_id=[5, 7])
     with pytest.warns(UserWarning, match="without images"):
         assert open_source(folder).config.eos_token_ids == (5, 7)
+
+
+EXAONE = {
+    "model.embed_tokens.": "transformer.wte.", "model.norm.": "transformer.ln_f.", "model.layers.": "transformer.h.",
+    "self_attn.o_proj": "attn.attention.out_proj", "self_attn.": "attn.attention.", "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2", "mlp.gate_proj": "mlp.c_fc_0", "mlp.up_proj": "mlp.c_fc_1",
+    "mlp.down_proj": "mlp.c_proj",
+}  # fmt: skip
+"""Names that EXAONE 3 was published with, by Llama's."""
+
+
+def test_exaone_is_llama_with_other_names(tmp_path):
+    named = {}
+    for name, array in checkpoints.tensors().items():
+        for llama, exaone in EXAONE.items():
+            name = name.replace(llama, exaone)
+        named[name] = array
+    other = {
+        "num_layers": 2, "num_hidden_layers": None, "layer_norm_epsilon": 1e-5, "rms_norm_eps": None,
+        "activation_function": "silu", "hidden_act": None, "rope_theta": 10_000.0,
+    }  # fmt: skip
+    config = checkpoints.config(model_type="exaone", **other)
+    exaone, _ = load_model(checkpoints.write(tmp_path / "exaone", named, config=config), "float32")
+    llama, _ = load_model(checkpoints.write(tmp_path / "llama"), "float32")
+    expected = checkpoints.logits(llama, [3, 4, 5])
+    np.testing.assert_array_equal(checkpoints.logits(exaone, [3, 4, 5]), expected)
+
+
+def test_constants_that_are_stored_are_compared(tmp_path):
+    """Apertus stores two numbers of its activation that were not trained."""
+    weights = checkpoints.tensors()
+    for layer in range(checkpoints.LAYERS):
+        prefix = f"model.layers.{layer}."
+        del weights[prefix + "mlp.gate_proj.weight"]
+        weights[prefix + "attention_layernorm.weight"] = weights.pop(prefix + "input_layernorm.weight")
+        weights[prefix + "feedforward_layernorm.weight"] = weights.pop(prefix + "post_attention_layernorm.weight")
+        for name in ("q_norm", "k_norm"):
+            weights[f"{prefix}self_attn.{name}.weight"] = np.ones(checkpoints.HEAD_DIM, np.float32)
+        for name, value in (("alpha_p", [0.3]), ("alpha_n", [0.4]), ("beta", 0.5), ("eps", -1e-6)):
+            weights[f"{prefix}mlp.act_fn.{name}"] = np.asarray(value, np.float32)
+    config = checkpoints.config(model_type="apertus", hidden_act="xielu")
+    assert open_source(checkpoints.write(tmp_path / "right", weights, config=config)).config.activation == "xielu"
+    weights["model.layers.1.mlp.act_fn.beta"] = np.asarray(0.25, np.float32)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.beta is 0\.25, and only 0\.5 is supported"):
+        open_source(checkpoints.write(tmp_path / "wrong", weights, config=config))
