@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from griffin_jax.checkpoints.loading import ConversionReport, convert, load_model, open_source, plan, verify
     from griffin_jax.checkpoints.native import save
-    from griffin_jax.checkpoints.planning import NarrowingWarning, Plan
+    from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, UncheckedWarning
     from griffin_jax.checkpoints.verification import Verification, VerificationError
     from griffin_jax.extensions.config import Extensions
     from griffin_jax.extensions.in_place import InPlace
@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     from griffin_jax.model.feed_forward import FeedForward
     from griffin_jax.model.transformer import Transformer
     from griffin_jax.text.tokenizer import Tokenizer
+    from griffin_jax.utils.messages import CheckpointWarning
 
 __version__ = "0.2.0"
 
 _NAMES = {
     "checkpoints.loading": "ConversionReport convert load_model open_source plan verify",
     "checkpoints.native": "save",
-    "checkpoints.planning": "NarrowingWarning Plan",
+    "checkpoints.planning": "NarrowingWarning Plan UncheckedWarning",
     "checkpoints.verification": "Verification VerificationError",
     "extensions.config": "Extensions",
     "extensions.in_place": "InPlace",
@@ -67,6 +68,7 @@ _NAMES = {
     "model.feed_forward": "FeedForward",
     "model.transformer": "Transformer",
     "text.tokenizer": "Tokenizer",
+    "utils.messages": "CheckpointWarning",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,8 @@ import numpy as np
 import pytest
 from reference import TinyLlama, load_torch, tiny_tokenizer
 from xdist.scheduler import LoadScopeScheduling
+
+from griffin_jax.utils import programs as kept_programs
 
 if importlib.util.find_spec("torch") is None:
     # Pickle files are torch's, and lm-evaluation-harness imports it. Other tests of it are skipped one by one.
@@ -99,7 +102,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndVari
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_other_files_are_dropped() -> Iterator[None]:
     """Linux allows a process 65,530 memory maps, and the compiled programs of all tests together take more."""
+    # Without a limit within a file: a test that warns would fail.
+    kept_programs.MAX_PROGRAMS = sys.maxsize
     yield
+    kept_programs.clear()
     jax.clear_caches()
 
 

@@ -15,7 +15,6 @@ next to what sets of neurons chosen at random would have.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +36,7 @@ from griffin_jax.griffin.statistic import Statistics, relative_activations, toke
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import EMPTY, empty_cache
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils import programs
 
 SHOWN = 512
 """Tokens and neurons of a heat map of relative activations, as in the paper."""
@@ -81,13 +81,13 @@ def expert_masks(squares: Float[Array, "*b f"], config: GriffinConfig) -> Bool[A
     return select(statistics, config).masks()[0].reshape(squares.shape)
 
 
-@functools.partial(jax.jit, static_argnames="configs")
+@programs.jit(static_argnames="configs")
 def similarity(squares: Float[Array, "n f"], configs: tuple[GriffinConfig, ...]) -> Float[Array, "densities"]:
     """Mean Jaccard similarity of the experts of different texts in one layer, for each of `configs`."""
     return jnp.stack([mean_of_pairs(jaccard_of_pairs(expert_masks(squares, config))) for config in configs])
 
 
-@functools.partial(jax.jit, static_argnames="configs")
+@programs.jit(static_argnames="configs")
 def similarities(
     first: Float[Array, "layers *#b f"], second: Float[Array, "layers *#b f"], configs: tuple[GriffinConfig, ...]
 ) -> Float[Array, "densities layers ..."]:
@@ -100,7 +100,7 @@ def similarities(
     return jax.lax.map(of_layer, (first, second)).swapaxes(0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "neurons"))
+@programs.jit(static_argnames=("layers", "neurons"))
 def activations(
     model: Transformer,
     tokens: Int[Array, "b t"],
@@ -132,7 +132,7 @@ def activations(
     return tuple(seen[layer] for layer in layers)
 
 
-@functools.partial(jax.jit, static_argnames="window")
+@programs.jit(static_argnames="window")
 def window_statistics(
     model: Transformer, prefilled: Prefilled, answers: Int[Array, "b r"], window: int
 ) -> Float[Array, "layers b windows f"]:

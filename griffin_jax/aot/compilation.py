@@ -314,7 +314,8 @@ def child_environment(compiler: Path | None) -> dict[str, str]:
 def _in_child(task: dict[str, Any], compiler: Path | None) -> dict[str, Any]:
     """Runs `_child` in a new process."""
     result = subprocess.run(
-        [sys.executable, "-c", "from griffin_jax.aot.compilation import _child; _child()"],
+        # -P: nothing is imported from the current folder, unless this process does so, too.
+        [sys.executable, "-P", "-c", "from griffin_jax.aot.compilation import _child; _child()"],
         input=json.dumps(task), capture_output=True, text=True, env=child_environment(compiler), check=False,
     )  # fmt: skip
     lines = result.stdout.splitlines()

@@ -12,12 +12,12 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from griffin_jax.utils.download import cache_folder, run_pip
+from griffin_jax.utils.wholefile import hidden_folder
 
 Platform = Literal["cuda", "tpu"]
 MODULES: dict[Platform, tuple[str, ...]] = {
@@ -74,8 +74,8 @@ def fetch(platform: Platform, notice: Callable[[str], None] = lambda line: None)
     notice(f"fetching XLA's compiler for {platform} once ({MEGABYTES[platform]} MB): {' '.join(wanted)}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as temporary:
-            whole = Path(temporary) / "whole"
+        with hidden_folder(target) as temporary:
+            whole = temporary / "whole"
             if reason := run_pip("install", "--no-compile", "--target", str(whole), *wanted):
                 raise RuntimeError(_help(platform, reason))
             try:

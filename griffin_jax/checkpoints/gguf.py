@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import struct
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,12 @@ from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.gguf_tokenizer import UnknownTokenizerError, end_tokens
 from griffin_jax.text.tokenizer import Tokenizer
+from griffin_jax.utils.messages import CheckpointWarning, brief, is_panic, printable
+
+NO_TOKENIZER = (None, "none", "no_vocab")
+"""Values of `tokenizer.ggml.model` of files that have none."""
 
 # ---- GGUF files ----
 
@@ -56,6 +63,8 @@ class GgufFile(Reader):
             self.config = self._read_config(gguf)
         except ValueError as error:
             raise error if self.name in str(error) else ValueError(f"{file}: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
 
     def read(self, name: str) -> np.ndarray:
@@ -79,7 +88,17 @@ class GgufFile(Reader):
         return {"pretrained_model_name_or_path": str(self._file.parent), "gguf_file": self._file.name}
 
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.from_gguf(self.metadata) if "tokenizer.ggml.model" in self.metadata else None
+        if self.metadata.get("tokenizer.ggml.model") in NO_TOKENIZER:
+            return None
+        try:
+            return read_gguf_tokenizer(self.metadata, self.name)
+        except UnknownTokenizerError as error:
+            warnings.warn(
+                f"{error}. It is read without its tokenizer: prompts must be token ids",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+            return None
 
     def _read_config(self, gguf: GgufFamily) -> ModelConfig:
         prefix = f"{self.metadata['general.architecture']}."
@@ -95,12 +114,16 @@ class GgufFile(Reader):
             listed = ", ".join(f"{prefix}{name}={value!r}" for name, value in sorted(rest.items()))
             raise ValueError(f"{self.name}: griffin_jax does not know what to do with {listed}")
         tokens = Attributes(self.metadata, self.name)
-        ends = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot")]
+        if "tokenizer.ggml.tokens" in self.metadata:
+            ends = end_tokens(self.metadata)
+        else:
+            named = [tokens.take(f"tokenizer.ggml.{name}_token_id", int) for name in ("eos", "eot", "eom")]
+            ends = [token for token in named if token is not None]
         values |= {
             "vocab_size": vocabulary,
             "tie_word_embeddings": "output.weight" not in self.shapes,
             "bos_token_id": tokens.take("tokenizer.ggml.bos_token_id", int),
-            "eos_token_id": [token for token in ends if token is not None],
+            "eos_token_id": ends,
         }
         return self.family.model_config(values, self.name)
 
@@ -113,6 +136,25 @@ class GgufFile(Reader):
         if tensor.dtype in FLOATS:
             return raw.view(FLOATS[tensor.dtype]).reshape(tensor.shape)
         return _dequantise(raw, tensor.dtype, tensor.shape)
+
+
+def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:
+    """The tokenizer in a GGUF file's metadata.
+
+    Raises:
+        UnknownTokenizerError: it is of a kind that is not supported.
+        ValueError: its fields are missing or malformed. All messages begin with `where`.
+    """
+    try:
+        return Tokenizer.from_gguf(metadata)
+    except UnknownTokenizerError as error:
+        raise UnknownTokenizerError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    except BaseException as error:
+        if not isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError) and not is_panic(error):
+            raise
+        raise ValueError(f"{where}: malformed, its tokenizer's fields do not go together ({brief(error)})") from error
 
 
 def _dequantise(raw: np.ndarray, dtype: str, shape: tuple[int, ...], step: int = 1 << 22) -> np.ndarray:
@@ -133,6 +175,8 @@ _GGUF_SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7:
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
 _GGUF_NESTING = 8
 """Depth of arrays of arrays, at most; real files have none at all."""
+MOST_ALIGNMENT = 1 << 31
+"""The largest power of two that `general.alignment`, of 32 bits, can hold."""
 
 
 def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]]:
@@ -152,7 +196,7 @@ def read_gguf_header(file: Path) -> tuple[dict[str, Any], dict[str, _GgufTensor]
         try:
             return _GgufHeader(buffer).parse()
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: not a readable GGUF file ({error})") from error
+            raise ValueError(f"{file}: not a readable GGUF file ({printable(str(error))[:500]})") from error
 
 
 class _GgufHeader:
@@ -175,13 +219,21 @@ class _GgufHeader:
             metadata[key] = self._value(self._scalar("<I"))
         infos = [self._tensor() for _ in range(num_tensors)]
         alignment = metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
+        whole = isinstance(alignment, int) and not isinstance(alignment, bool)
+        if not whole or not 1 <= alignment <= MOST_ALIGNMENT or alignment & (alignment - 1):
+            raise ValueError(f"general.alignment is {alignment!r:.100}, not a power of two up to {MOST_ALIGNMENT}")
         data = -(-self._at // alignment) * alignment
         tensors: dict[str, _GgufTensor] = {}
+        # As llama.cpp demands it: one tensor after the other, without gaps but for the alignment.
+        expected = 0
         for name, tensor in infos:
             if name in tensors:
                 raise ValueError(f"duplicate tensor {name}")
+            if tensor.start != expected:
+                raise ValueError(
+                    f"tensor {name} begins at {tensor.start}, not at {expected}, where the one before ends"
+                )
+            expected += -(-tensor.size // alignment) * alignment
             tensors[name] = dataclasses.replace(tensor, start=data + tensor.start)
             if tensors[name].start + tensor.size > len(self._buffer):
                 raise ValueError(f"truncated: tensor {name} goes beyond the end of the file")

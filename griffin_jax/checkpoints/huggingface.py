@@ -57,6 +57,11 @@ def has_safetensors(folder: Path) -> bool:
     return _SAFETENSORS.is_in(folder)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder has weights in any format that is read, allowed or not."""
+    return _SAFETENSORS.is_in(folder) or _PICKLE.is_in(folder)
+
+
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 """What torch's DataParallel, compile, FSDP and checkpointing put into the names of tensors."""
 
@@ -236,7 +241,10 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: has no config.json, so it is not a Hugging Face checkpoint")
+        raise FileNotFoundError(
+            f"{folder}: has no config.json, as Hugging Face checkpoints have, and no griffin_jax.json, which a "
+            "conversion writes last"
+        )
     values = read_json(path)
     family = family_of(values.get("model_type"), str(path))
     generation = folder / "generation_config.json"

@@ -32,8 +32,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from griffin_jax.checkpoints import demo, native, verification
 from griffin_jax.checkpoints.gguf import GgufFile
-from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, read_hf_config
-from griffin_jax.checkpoints.native import DTYPES, MANIFEST, PARAMETERS, NativeCheckpoint
+from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, has_weights, read_hf_config
+from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source
 from griffin_jax.checkpoints.verification import Verification, VerificationError
@@ -45,6 +45,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, checked_mesh
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 from griffin_jax.utils import memory
+from griffin_jax.utils.messages import CheckpointWarning, shortened
 
 __all__ = [
     "ConversionReport",
@@ -104,21 +105,50 @@ def open_source(source: str | Path, allow_pickle: bool = False) -> Source:
     raise FileNotFoundError(f"there is no model {name!r}; give {SOURCES}")
 
 
+def describe(source: str | Path, allow_pickle: bool = False) -> tuple[ModelConfig, Source | None]:
+    """The architecture of a model, whose weights need not be there: a config.json is enough.
+
+    Args:
+        source: see `open_source`; also a config.json file, or a folder with one. Of a Hugging Face repository only the
+            small files are downloaded.
+        allow_pickle: see `open_source`.
+
+    Returns:
+        The architecture, and the opened source; None if only its configuration was read.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: it is not a supported model, or its files are malformed.
+    """
+    path = Path(os.path.expanduser(source))
+    folder = path.parent if path.name == "config.json" and path.is_file() else path
+    if not path.exists() and HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
+        folder = _from_hub(str(source), allow_pickle, weights=False)
+    if (folder / "config.json").is_file() and not (folder / MANIFEST).exists() and not has_weights(folder):
+        return read_hf_config(folder)[1], None
+    opened = open_source(source, allow_pickle)
+    return opened.config, opened
+
+
 def _open_folder(folder: Path, allow_pickle: bool) -> Source:
-    if (folder / MANIFEST).exists() or any(folder.glob(f"{PARAMETERS}*")):
+    # By nothing else: other formats have files with names like those of ours, such as Mistral's params.json.
+    if (folder / MANIFEST).exists():
         return NativeCheckpoint(folder)
     if not (folder / "config.json").exists() and (files := sorted(folder.glob("*.gguf"))):
         raise ValueError(f"{folder}: has no config.json; did you mean {files[0]}?")
     return FamilySource(HuggingFaceFolder(folder, allow_pickle))
 
 
-def _from_hub(name: str, allow_pickle: bool) -> Path:
+def _from_hub(name: str, allow_pickle: bool, weights: bool = True) -> Path:
     """The local copy of a repository; the configuration comes first, so that no unsupported model is downloaded."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        read_hf_config(Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES))
+        read_hf_config(folder)
+        if not weights:
+            return folder
         folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
         if has_safetensors(folder):
             return folder
@@ -264,6 +294,14 @@ def _fitting_tokenizer(source: Source) -> Tokenizer | None:
             check_fits(tokenizer, source.config)
         except ValueError as error:
             raise ValueError(f"{source.name}: {error}") from error
+        if beyond := tokenizer.beyond(source.config.vocab_size):
+            warnings.warn(
+                f"{source.name}: the model has {source.config.vocab_size} tokens and no embedding for"
+                f" {shortened(beyond, 5)} of its tokenizer; texts with them are refused",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+            tokenizer = tokenizer.within(source.config.vocab_size)
     return tokenizer
 
 

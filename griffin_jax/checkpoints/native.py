@@ -1,7 +1,8 @@
 """The native format: a folder that loads fast and in which nothing is missing.
 
     griffin_jax.json   format, version, dtype, source with its hashes, and `ModelConfig`; written last
-    params/            the parameters, one Orbax checkpoint; the tree of the module, with text keys
+    params/            the parameters, one Orbax checkpoint; the tree of the module, with text keys; arrays in pieces of
+                       their own checksums (Zarr 3 with crc32c)
     tokenizer/         files of the tokenizer, if the model has one
 
 A folder appears whole or not at all: it is written under a hidden name next to its place, flushed to the disk, and then
@@ -10,6 +11,7 @@ renamed.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import errno
@@ -19,12 +21,12 @@ import logging
 import math
 import os
 import re
-import secrets
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +35,37 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
 
-from griffin_jax.checkpoints.sources import FLOATS, Origin, Source, check_finite, check_plausible, read_json
+from griffin_jax.checkpoints.planning import UncheckedWarning
+from griffin_jax.checkpoints.sources import (
+    FLOATS,
+    Origin,
+    Source,
+    check_finite,
+    check_plausible,
+    is_finite_on_devices,
+    read_json,
+)
 from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_shapes
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 from griffin_jax.utils.messages import brief
+from griffin_jax.utils.wholefile import hidden_folder, sweep
 
-FORMAT, VERSION = "griffin_jax", 1
+FORMAT, VERSION = "griffin_jax", 2
+UNCHECKED_VERSION = 1
+"""The version without checksums of the weights, which is still read."""
 MANIFEST, PARAMETERS, TOKENIZER = "griffin_jax.json", "params", "tokenizer"
 DTYPES = ("float32", "bfloat16", "float16")
 CHUNK_BYTES = 64 << 20
 """Size of the pieces that arrays are stored in, at most, so that writing one needs little further memory."""
 HASHED_BYTES = 1 << 20
-"""Size up to which files are checked by their content; larger ones are checked by their size."""
+"""Size up to which files of the parameters have a sha256; what is in larger ones has checksums of its own."""
+SEAL = "sha256_of_the_rest"
+"""Field of the manifest."""
+CODECS = ({"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"})
+"""How pieces of arrays are stored. TensorStore compares the checksum of a piece whenever it reads it, also where a
+device reads only its part; CRC-32C, because processors have an instruction for it."""
 BATCH_BYTES = 256 << 20
 """Size up to which arrays are written together, because every write is flushed to the disk, which takes time."""
 
@@ -125,6 +144,8 @@ def write(
     if tokenizer is not None:
         check_fits(tokenizer, config)
     check_free(folder)
+    # Before the room is looked at, since they take some.
+    sweep(folder)
     _check_space(folder, sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize)
     with _appearing(folder) as partial:
         _write_parameters(partial / PARAMETERS, shapes, dtype, read)
@@ -138,7 +159,7 @@ def write(
             "files": _fingerprints(partial, _files_in(partial)),
             "config": config.to_json(),
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (partial / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n")
 
 
 def _check_space(folder: Path, size: int) -> None:
@@ -154,39 +175,49 @@ def _files_in(folder: Path) -> list[str]:
 
 
 def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The size of each file and, if it is small, its sha256; "missing" if there is no such file.
+    """The size of each file and, unless it is a large one of the parameters, its sha256; "missing" if there is none.
 
-    The small files say where everything is. Hashing the weights as well would take as long as loading them.
+    The small files of the parameters say where everything is. The large ones hold pieces that have checksums.
     """
     found = {}
     for name in names:
-        file = folder / name
-        if not file.is_file():
+        try:
+            with (folder / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                found[name] = f"{size} bytes"
+                if size <= HASHED_BYTES or not name.startswith(f"{PARAMETERS}/"):
+                    found[name] += f", sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             found[name] = "missing"
-            continue
-        size = file.stat().st_size
-        found[name] = f"{size} bytes"
-        if size <= HASHED_BYTES:
-            found[name] += f", sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}"
     return found
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with a sha256 of everything else that it holds."""
+    rest = {name: value for name, value in manifest.items() if name != SEAL}
+    return {**rest, SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def _is_inside(folder: Path, name: object) -> bool:
+    """Whether a name in a manifest is that of a file in the folder, wherever links lead."""
+    if not isinstance(name, str) or re.search(r"[\\:\x00-\x1f]", name) or name.startswith("/"):
+        return False
+    if ".." in name.split("/"):
+        return False
+    return (folder / name).resolve().is_relative_to(folder.resolve())
 
 
 @contextlib.contextmanager
 def _appearing(folder: Path) -> Iterator[Path]:
     """A hidden folder that is renamed to `folder` at the end of the block, and removed if that fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    partial.mkdir()
-    try:
+    with hidden_folder(folder) as partial:
         yield partial
         for path in (*partial.rglob("*"), partial):
             _flush(path)
         check_free(folder)
         partial.rename(folder)
         _flush(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _flush(path: Path) -> None:
@@ -237,6 +268,7 @@ class _Batches(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
         # Orbax abandons the other writes of a batch when one fails, and they print tracebacks when they end.
+        tspec["metadata"]["codecs"] = list(CODECS)
         try:
             store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
             chunk = [size or 1 for size in store.chunk_layout.write_chunk.shape or value.shape]
@@ -244,6 +276,21 @@ class _Batches(ocp.type_handlers.NumpyHandler):
                 await store[part].write(value[part], can_reference_source_data_indefinitely=True)
         except Exception as error:
             self._failures.append(error)
+
+
+class _ToTheEnd(ocp.type_handlers.ArrayHandler):
+    """Reads arrays, and when one cannot be read waits for the others.
+
+    Orbax abandons them, and TensorStore prints a traceback for each that ends after the event loop is closed.
+    """
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        before = asyncio.all_tasks()
+        try:
+            return await super().deserialize(infos, args)
+        except Exception:
+            await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
+            raise
 
 
 def _parts(shape: Sequence[int], chunk: Sequence[int], itemsize: int) -> Iterator[tuple[slice, ...]]:
@@ -295,7 +342,7 @@ def _write_parameters(
         (_Unread, _Batches()), (jax.Array, ocp.type_handlers.ArrayHandler())
     )
     # Weights hardly compress, and unpacking them would be most of the time of loading.
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False, use_zarr3=True)
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder.absolute(), args=ocp.args.PyTreeSave(tree, save_args=save_args))
@@ -343,6 +390,9 @@ class NativeCheckpoint(Source):
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it is incomplete, malformed or of a newer version.
+
+    Warns:
+        UncheckedWarning: it is of the version without checksums of the weights.
     """
 
     def __init__(self, folder: str | Path):
@@ -357,7 +407,10 @@ class NativeCheckpoint(Source):
         source = manifest.get("source")
         source = source if isinstance(source, dict) else {"name": source}
         self.converted_from = str(source.get("name"))
-        self.hashes: dict[str, str] = dict(source.get("sha256") or {})
+        hashes = source.get("sha256") or {}
+        if not isinstance(hashes, dict) or not all(isinstance(digest, str) for digest in hashes.values()):
+            raise ValueError(f"{self._folder / MANIFEST}: the sha256 of the source's files must be texts by name")
+        self.hashes: dict[str, str] = hashes
         self.files = [self._folder / MANIFEST, *(self._folder / name for name in manifest["files"])]
         self.ignored = []
         stored = self._stored_shapes()
@@ -390,14 +443,22 @@ class NativeCheckpoint(Source):
             for path, shape in self.shapes.items():
                 stored = _leaf(self._restore({path: shape}, self.dtype, shardings), path)
                 array = stored.astype(dtype)
-                if not jnp.isfinite(array).all():
-                    largest = float(jnp.abs(stored).max())
-                    raise ValueError(f"{self.name}: {path}: values up to {largest:.3g} do not fit into {dtype}")
+                if not is_finite_on_devices(array):
+                    self._refuse(path, stored, dtype)
                 yield path, array
             return
         tree = self._restore(self.shapes, dtype, shardings)
         for path in self.shapes:
-            yield path, _leaf(tree, path)
+            array = _leaf(tree, path)
+            if not is_finite_on_devices(array):
+                self._refuse(path, array, dtype)
+            yield path, array
+
+    def _refuse(self, path: str, stored: jax.Array, dtype: np.dtype) -> NoReturn:
+        if is_finite_on_devices(stored):
+            largest = float(jnp.abs(stored).max())
+            raise ValueError(f"{self.name}: {path}: values up to {largest:.3g} do not fit into {dtype}")
+        raise ValueError(f"{self.name}: {path}: holds NaN or infinite values; convert the model again")
 
     def tokenizer(self) -> Tokenizer | None:
         folder = self._folder / TOKENIZER
@@ -407,25 +468,43 @@ class NativeCheckpoint(Source):
         path = self._folder / MANIFEST
         if not self._folder.is_dir():
             raise FileNotFoundError(f"{self._folder} is not a folder")
-        if not path.is_file() or not (self._folder / PARAMETERS).is_dir():
+        if not path.is_file():
             raise ValueError(
-                f"{self._folder}: incomplete, its conversion was interrupted; delete it and convert the model again"
+                f"{self._folder}: has no {MANIFEST}, which a conversion writes last; convert the model again"
             )
         manifest = read_json(path)
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
-        if manifest.get("version") != VERSION:
+        version = manifest.get("version")
+        if isinstance(version, bool) or version not in (UNCHECKED_VERSION, VERSION):
             raise ValueError(
-                f"{path}: version {manifest.get('version')!r} of the format; this griffin_jax reads version {VERSION}. "
-                "Update griffin_jax, or convert the model again"
+                f"{path}: version {version!r} of the format; this griffin_jax reads versions {UNCHECKED_VERSION} and "
+                f"{VERSION}. Update griffin_jax, or convert the model again"
             )
+        if version == UNCHECKED_VERSION:
+            warnings.warn(
+                f"{self._folder}: written by griffin_jax 0.2.0 or earlier, without checksums of the weights: of files "
+                "over 1 MiB only the sizes are compared, and values must be finite; convert the model again to have "
+                "all bits checked",
+                UncheckedWarning,
+                stacklevel=2,
+            )
+        if version == VERSION and sealed(manifest) != manifest:
+            raise ValueError(f"{path}: damaged or edited, {SEAL} is that of other contents; convert the model again")
         if manifest.get("dtype") not in DTYPES:
             raise ValueError(f"{path}: dtype is {manifest.get('dtype')!r}; possible are {', '.join(DTYPES)}")
         if not isinstance(manifest.get("config"), dict):
             raise ValueError(f"{path}: has no config")
         if not isinstance(manifest.get("files"), dict):
             raise ValueError(f"{path}: has no files")
+        if strange := [name for name in manifest["files"] if not _is_inside(self._folder, name)]:
+            raise ValueError(f"{path}: {strange[0]!r:.200} is not the name of a file in the folder")
         found = _fingerprints(self._folder, manifest["files"])
+        if version == UNCHECKED_VERSION:
+            # It has no sha256 of any large file.
+            for name, known in manifest["files"].items():
+                if isinstance(known, str) and "sha256" not in known:
+                    found[name] = found[name].partition(",")[0]
         if wrong := [name for name in found if found[name] != manifest["files"][name]]:
             listed = "; ".join(f"{name}: {found[name]}, not {manifest['files'][name]}" for name in wrong[:3])
             raise ValueError(f"{self._folder}: damaged files: {listed}; convert the model again")
@@ -439,9 +518,9 @@ class NativeCheckpoint(Source):
         return {dotted(path): tuple(leaf.shape) for path, leaf in tree.items()}
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[tuple[ocp.Checkpointer, Path]]:
+    def _opened(self, **options: Any) -> Iterator[tuple[ocp.Checkpointer, Path]]:
         try:
-            with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
                 yield checkpointer, (self._folder / PARAMETERS).absolute()
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
@@ -470,7 +549,8 @@ class NativeCheckpoint(Source):
             }
         )
         arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
-        with self._opened() as (checkpointer, folder):
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ToTheEnd()))
+        with self._opened(type_handler_registry=registry) as (checkpointer, folder):
             return checkpointer.restore(folder, args=arguments)
 
 

@@ -12,14 +12,18 @@ import ml_dtypes
 import numpy as np
 
 from griffin_jax.checkpoints.sources import FLOATS, Origin, Source
-from griffin_jax.utils.messages import shortened
+from griffin_jax.utils.messages import CheckpointWarning, shortened
 
 LISTED = 20
 """Number of ignored tensors that a table names, at most."""
 
 
-class NarrowingWarning(UserWarning):
+class NarrowingWarning(CheckpointWarning):
     """Warns that weights are cast to a dtype that cannot hold them as they are stored."""
+
+
+class UncheckedWarning(CheckpointWarning):
+    """Warns that stored weights have no checksums, because an earlier version wrote them."""
 
 
 @dataclasses.dataclass(frozen=True)

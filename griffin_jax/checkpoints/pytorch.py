@@ -9,6 +9,9 @@ refuses all others. Archives are checked before torch gets them, so that a small
 
 from __future__ import annotations
 
+import contextlib
+import io
+import pickletools
 import re
 import warnings
 import zipfile
@@ -16,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -73,6 +76,7 @@ class PickleFile:
         self._file = file
         self._torch = import_torch(f"{file}: reading PyTorch's pickle format")
         self._mapped = _is_archive(file)
+        _check_pickles(file, self._mapped)
         self._kept: dict[str, Any] | None = None
         entries = self._entries()
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -182,12 +186,68 @@ def _is_archive(file: Path) -> bool:
         else:
             continue
         raise ValueError(f"{file}: not an archive that torch.save writes: {reason}")
+    for entry in entries:
+        if entry.compress_size != entry.file_size:
+            raise ValueError(
+                f"{file}: not an archive that torch.save writes: {entry.filename} claims {entry.file_size:,} bytes and "
+                f"has {entry.compress_size:,}"
+            )
     total = sum(entry.file_size for entry in entries)
     if total > size:
         raise ValueError(
             f"{file}: not an archive that torch.save writes: its entries claim {total:,} bytes, the file has {size:,}"
         )
+    _check_members(file)
     return True
+
+
+LEGACY_PICKLES = 5
+"""That a file from before PyTorch 1.6 begins with."""
+
+
+def _check_pickles(file: Path, archive: bool) -> None:
+    """Raise `ValueError` where a pickle would make a `bytearray`, which torch allows, and which may be of any size."""
+    if archive:
+        with zipfile.ZipFile(file) as opened:
+            for name in opened.namelist():
+                if name.endswith(".pkl"):
+                    _check_pickle(file, io.BytesIO(opened.read(name)))
+        return
+    with file.open("rb") as opened:
+        for _ in range(LEGACY_PICKLES):
+            _check_pickle(file, opened)
+
+
+def _check_pickle(file: Path, opened: IO[bytes]) -> None:
+    if _makes_bytes(opened):
+        raise ValueError(
+            f"{file}: is not only weights: it asks for bytearray, so it is refused and nothing of it was run"
+        )
+
+
+def _makes_bytes(pickle: IO[bytes]) -> bool:
+    texts = set()
+    # What is malformed torch refuses, with a better reason.
+    with contextlib.suppress(Exception):
+        for code, argument, _ in pickletools.genops(pickle):
+            if isinstance(argument, str):
+                texts.add(argument)
+            if code.name == "GLOBAL" and str(argument).endswith("bytearray"):
+                return True
+            if code.name == "STACK_GLOBAL" and "bytearray" in texts:
+                return True
+    return False
+
+
+def _check_members(file: Path) -> None:
+    """Raise `ValueError` unless every member has its CRC-32, which torch does not look at."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            wrong = archive.testzip()
+    except Exception as error:
+        raise ValueError(f"{file}: damaged, not a readable zip archive ({brief(error)})") from error
+    if wrong is not None:
+        raise ValueError(f"{file}: damaged, the CRC-32 of {wrong} is not that of its contents")
 
 
 def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.ndarray]) -> list[np.ndarray]:

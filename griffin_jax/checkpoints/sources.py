@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -32,7 +33,7 @@ from griffin_jax.checkpoints.schema.layouts import Factor, Rules, sizes_of
 from griffin_jax.model.assembly import parameter_shapes
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import shortened
+from griffin_jax.utils.messages import printable, shortened
 
 FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
@@ -347,17 +348,43 @@ def check_finite(array: np.ndarray, stored: np.ndarray, what: str) -> None:
     raise ValueError(f"{what}: holds NaN or infinite values")
 
 
-def _is_finite(array: np.ndarray, step: int = 1 << 22) -> bool:
+def is_finite_on_devices(array: jax.Array) -> bool:
+    """Whether an array of JAX holds finite values only; of several processes, each looks at what it has."""
+    if all(device.platform == "cpu" for device in array.sharding.device_set):
+        # Where they lie, without a program for every shape.
+        return all(_is_finite(np.asarray(shard.data)) for shard in array.addressable_shards)
+    return all(bool(_all_finite(shard.data)) for shard in array.addressable_shards)
+
+
+@jax.jit
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()
+
+
+_EXPONENTS = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
+"""The bits of the exponent, which are all set in NaN and infinities only."""
+
+
+def _is_finite(array: np.ndarray, step: int = 1 << 20) -> bool:
+    if (exponent := _EXPONENTS.get(array.dtype.name)) is not None:
+        # NumPy's own test would convert every value of 16 bits.
+        array = np.ascontiguousarray(array).view(np.uint16)
+        return all(((part & exponent) != exponent).all() for part in _in_steps(array, step))
+    return all(bool(np.isfinite(part).all()) for part in _in_steps(array, step))
+
+
+def _in_steps(array: np.ndarray, step: int) -> Iterator[np.ndarray]:
     # In steps, because the mask of a whole embedding would be one more array of its size.
     rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
     step = max(1, step // max(rows.shape[1], 1))
-    return all(bool(np.isfinite(rows[start : start + step]).all()) for start in range(0, len(rows), step))
+    for start in range(0, len(rows), step):
+        yield rows[start : start + step]
 
 
 def listed_names(kind: str, names: list[str]) -> list[str]:
     if not names:
         return []
-    return [f"{len(names)} {kind}: {shortened(names, LISTED)}"]
+    return [f"{len(names)} {kind}: {printable(shortened(names, LISTED))}"]
 
 
 def is_supported(dtype: str) -> bool:

@@ -67,7 +67,7 @@ from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.memory import Needs, Parts, needs_of
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.distributed import is_first
-from griffin_jax.utils.options import check_whole
+from griffin_jax.utils.options import whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
@@ -356,7 +356,7 @@ def _extensions(options: argparse.Namespace, variants: Sequence[Variant]) -> Ext
     """What the variants' steps take, checked before the model is loaded."""
     check_fusion("topk", options.prior_weight)
     for name, value in (("--rows", options.rows), ("--refresh-every", options.refresh_every)):
-        check_whole(name, value, 1)
+        whole(name, value, 1)
     if options.task == "summarize" and _has(variants, REFRESH):
         raise ValueError(f"+{REFRESH} scores continuations that are given: evaluate divergence or perplexity")
     prior = None

@@ -8,18 +8,19 @@ import math
 
 import jax
 
-from griffin_jax.checkpoints.loading import default_dtype, open_source
+from griffin_jax.checkpoints.loading import default_dtype, describe
 from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.cli.options import add_model_argument, add_options
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.memory import Needs
-from griffin_jax.model.assembly import NEURON_MAJOR
+from griffin_jax.model.assembly import NEURON_MAJOR, parameter_shapes
 from griffin_jax.utils import memory
 
 PROMPT, NEW = 512, 128
 """Tokens of the prompts and answers whose memory is told."""
 
-DESCRIPTION = "Describes a model, and what is left of it at a density, without loading its weights."
+DESCRIPTION = """Describes a model, and what is left of it at a density, without loading its weights. They need not be
+there: a config.json is enough."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints what a model is, from its files' headers."""
-    source = open_source(options.model, options.allow_pickle)
-    config = source.config
+    config, source = describe(options.model, options.allow_pickle)
+    shapes = parameter_shapes(config)
     kept = GriffinConfig(options.density).kept([config.ff_width] * config.num_layers)
-    total = sum(math.prod(shape) for shape in source.shapes.values())
+    total = sum(math.prod(shape) for shape in shapes.values())
     neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
-    ff = sum(math.prod(shape) for path, shape in source.shapes.items() if path.endswith(neuron_major))
+    ff = sum(math.prod(shape) for path, shape in shapes.items() if path.endswith(neuron_major))
     active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
     dtype = default_dtype()
     needs = Needs(config, dtype.itemsize, platform=jax.default_backend())

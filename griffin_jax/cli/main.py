@@ -1,4 +1,4 @@
-"""The command line: `griffin-jax generate | convert | info | families | compile | bench | eval | ...`.
+"""The command line: `griffin-jax generate | chat | convert | info | families | compile | bench | eval | ...`.
 
 A command is a module with `DESCRIPTION`, `add_arguments` and `run`. It is imported when it is asked for: `--help` and
 `--version` load no JAX.
@@ -7,16 +7,20 @@ A command is a module with `DESCRIPTION`, `add_arguments` and `run`. It is impor
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from griffin_jax import __version__
+from griffin_jax.utils.messages import printable
 
 PROGRAM = "griffin-jax"
 BAD_INPUT = 2
@@ -24,6 +28,7 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "generate": ("generate", "answer a prompt with a pruned (or dense) model"),
+    "chat": ("chat", "talk to a model, whose neurons are chosen anew at each turn"),
     "convert": ("convert", "write a checkpoint in the native format"),
     "info": ("info", "describe a model without loading its weights"),
     "families": ("families", "list the model families that are supported, and what is refused"),
@@ -35,6 +40,9 @@ COMMANDS = {
     "lm-eval": ("lm_eval", "lm-evaluation-harness with the model griffin_jax; takes its arguments"),
 }
 """The module of each command, and what it does."""
+
+CACHED = ("generate", "chat", "eval", "flocking", "prior")
+"""Commands that keep the programs they compile, for the next time."""
 
 UNPARSED = ("lm-eval",)
 """Commands whose arguments are another program's, `--help` too; argparse has no way to leave options alone."""
@@ -51,14 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, or 2 with one line on stderr for bad input."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or arguments[0] not in COMMANDS:
-        _overview().parse_args(arguments)
+        return _unwound(PROGRAM, lambda: _overview().parse_args(arguments) and None)
     name, *rest = arguments
     program = f"{PROGRAM} {name}"
     if name in UNPARSED:
         return guarded(program, lambda: _module(name).run(rest))
-    module = _module(name)
-    options = parser_of(name).parse_args(rest)
-    return guarded(program, lambda: _run(module, options))
+    return guarded(program, lambda: _run(_module(name), parser_of(name).parse_args(rest)))
 
 
 def parser_of(name: str) -> Parser:
@@ -71,6 +77,11 @@ def parser_of(name: str) -> Parser:
     )
     parser.set_defaults(command=name)
     module.add_arguments(parser)
+    if name in CACHED:
+        parser.add_argument(
+            "--no-compilation-cache", action="store_true",
+            help="compile anew, and keep no compiled programs in the user's cache folder",
+        )  # fmt: skip
     return parser
 
 
@@ -90,7 +101,10 @@ def _overview() -> Parser:
 
 def _run(module: ModuleType, options: argparse.Namespace) -> int | None:
     from griffin_jax.parallel import distributed
+    from griffin_jax.utils import compilation_cache
 
+    if options.command in CACHED and not options.no_compilation_cache:
+        compilation_cache.enable()
     with distributed.joined(getattr(options, "distributed", None)):
         return module.run(options)
 
@@ -100,11 +114,14 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
     Warnings of this package, such as that weights lose something, become one line on stderr, too.
     """
-    from griffin_jax.checkpoints.planning import NarrowingWarning
     from griffin_jax.utils.deprecation import GriffinDeprecationWarning
+    from griffin_jax.utils.messages import CheckpointWarning
 
-    ours = (NarrowingWarning, GriffinDeprecationWarning)
-    try:
+    ours = (CheckpointWarning, GriffinDeprecationWarning)
+    # A command may open a checkpoint more than once.
+    shown: set[str] = set()
+
+    def warned() -> int | None:
         with warnings.catch_warnings():
             for category in ours:
                 warnings.simplefilter("always", category)
@@ -112,25 +129,85 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
             def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
                 if issubclass(category, ours):
+                    if str(message) in shown:
+                        return
+                    shown.add(str(message))
                     print(f"{name}: warning: {message}", file=sys.stderr)
                 else:
                     usual(message, category, *rest, **more)
 
             warnings.showwarning = show
-            code = command() or 0
-        sys.stdout.flush()
-        return code
+            return command()
+
+    return _unwound(name, warned)
+
+
+def _unwound(name: str, command: Callable[[], int | None]) -> int:
+    """Runs something that prints; however it ends, what was begun is undone, and errors are one line."""
+    try:
+        with _ending_as_by_the_keyboard():
+            try:
+                return command() or 0
+            finally:
+                # Also where argparse ends the program after its help.
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has what it wanted; without this Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has what it wanted.
+        _silence_stdout()
         return 0
+    except _Terminated as error:
+        print(f"{name}: terminated", file=sys.stderr)
+        return 128 + error.number
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        _silence_stdout()
+        message = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"{name}: {message}", file=sys.stderr)
         return BAD_INPUT
+
+
+class _Terminated(KeyboardInterrupt):
+    """Raised where a signal asks the program to end."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextlib.contextmanager
+def _ending_as_by_the_keyboard() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that it removes what it has written half."""
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # Somebody else's handlers stay, and so does nohup.
+    ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise _Terminated(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _silence_stdout() -> None:
+    """Drop what could not be written, which Python would try once more, and complain about, when it ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -28,6 +27,7 @@ from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
+from griffin_jax.utils import programs
 
 METRICS = (Metric("overlap", "overlap", 3), *FORCED)
 """Columns of the tables. `overlap` is the share of a text's experts among the best of all, a mean over layers."""
@@ -95,7 +95,7 @@ def compare_groups(
     return evaluate(items, score, journal, size=size, seed=seed)
 
 
-@jax.jit
+@programs.jit
 def _overlap(experts: ExpertNeurons, best: ExpertNeurons) -> Float[Array, "b"]:
     """The share of experts that are among the best, a mean over layers."""
     shares = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin_jax.parallel.distributed import check_same, from_first
+from griffin_jax.utils.wholefile import write_text
 
 FILE = "scores.jsonl"
 
@@ -38,9 +39,7 @@ class Journal:
             self.scores = {line["text"]: line["scores"] for line in lines[1:]}
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps({"settings": wanted}) + "\n", encoding="utf-8")
-        partial.replace(self._file)
+        write_text(self._file, json.dumps({"settings": wanted}) + "\n")
 
     def add(self, scores: Mapping[str, Any]) -> None:
         """Writes down the scores of some texts: name -> anything that JSON holds. On disk when it returns."""
@@ -61,9 +60,13 @@ class Journal:
                 file.truncate(len(whole))
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            if (lines and "settings" not in lines[0]) or any({"text", "scores"} - line.keys() for line in lines[1:]):
+            if (lines and not isinstance(lines[0]["settings"], dict)) or any(
+                {"text", "scores"} - line.keys() for line in lines[1:]
+            ):
                 raise ValueError("it is another kind of file")
-        except (ValueError, AttributeError, TypeError) as error:
+            if not all(isinstance(line["text"], str) for line in lines[1:]):
+                raise ValueError("names of texts must be texts")
+        except (ValueError, AttributeError, LookupError, RecursionError, TypeError) as error:
             raise ValueError(f"{self._file} is damaged ({error}); give --overwrite or another --output") from error
         return lines
 

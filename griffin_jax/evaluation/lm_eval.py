@@ -62,7 +62,9 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 UNSAID = "cuda:0"
 """The device of a command that says nothing of it."""
 
-GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams")
+GENERATION = (
+    "until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams", "stop_token_ids",
+)  # fmt: skip
 """The generation arguments of tasks that are understood; of `num_beams` only 1."""
 
 logger = logging.getLogger(__name__)
@@ -187,7 +189,8 @@ class GriffinLM(TemplateLM):
             raise ValueError(
                 f"max_length must be in [2, {config.max_positions}], the model's context; got {max_length!r}"
             )
-        ids = (prefix_token_id, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        own = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        ids = (prefix_token_id, *(token for token in own if token is not None and token < config.vocab_size))
         prefix = next((token for token in ids if token is not None), None)
         if prefix is None:
             raise ValueError("the tokenizer has no token that begins or ends a text; give prefix_token_id")
@@ -399,10 +402,11 @@ class GriffinLM(TemplateLM):
         generation = self._llm.generate(
             prompts, griffin=griffin, extensions=extensions, max_new_tokens=new, seed=seed, **options
         )
-        for tokens in generation.tokens:
+        for text, tokens in zip(generation.texts, generation.tokens, strict=True):
             # The model's configuration may name other ends of an answer than the tokenizer does.
-            end = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else len(tokens)
-            yield postprocess_generated_text(self.tokenizer.decode(tokens[:end]), list(options["stop"]), None)
+            if self.eot_token_id in tokens:
+                text = self.tokenizer.decode(tokens[: tokens.index(self.eot_token_id)])
+            yield postprocess_generated_text(text, list(options["stop"]), None)
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
         """The longest answer, and options of `LLM.generate`, from a task's generation arguments."""
@@ -418,6 +422,8 @@ class GriffinLM(TemplateLM):
                 f" those it writes; got {new}. Give --gen_kwargs max_gen_toks=..."
             )
         options: dict[str, Any] = {"stop": [stop for stop in given["until"] if stop]}
+        if given.get("stop_token_ids"):
+            options["stop_token_ids"] = given["stop_token_ids"]
         if given["do_sample"]:
             # Values that other libraries have for "off".
             off = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}

@@ -30,7 +30,8 @@ from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
-from griffin_jax.text.growing import find_stop
+from griffin_jax.text.stops import StopStrings
+from griffin_jax.utils import programs
 
 REAL, OWN = "real", "own"
 """Continuations: what really follows, and what the dense model itself would write."""
@@ -142,12 +143,14 @@ def summarize(
     assert llm.tokenizer is not None
     model, tokenizer, eos = llm.model, llm.tokenizer, llm.config.eos_token_ids
 
+    strings = StopStrings(tokenizer, stop)
+
     def cut(tokens: Sequence[int]) -> str:
-        text = tokenizer.decode(tokens)
-        return text[: find_stop(text, stop)]
+        text = strings.cut(tokens)
+        return tokenizer.decode(tokens) if text is None else text
 
     def ended(tokens: Sequence[int]) -> bool:
-        return find_stop(tokenizer.decode(tokens), stop) is not None
+        return strings.cut(tokens) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))
@@ -211,6 +214,6 @@ def generate(
         answer = jitted.decode(model, answer, np.int32(until), eos=eos)
 
 
-@jax.jit
+@programs.jit
 def _copy(cache: KVCache) -> KVCache:
     return jax.tree.map(jnp.copy, cache)

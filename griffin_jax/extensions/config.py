@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion
+from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion, check_weight
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
 from griffin_jax.extensions.speculative import DEFAULT_DRAFTS
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.utils.options import check_whole, count_or, option
+from griffin_jax.utils.options import count_or, flag, option, plain, whole
 
 Quality = Literal["griffin", "best"]
 
@@ -90,18 +90,24 @@ class Extensions:
 
     def __post_init__(self) -> None:
         check_quality(self.quality)
+        for name in ("budgets", "calibration"):
+            object.__setattr__(self, name, flag(name, getattr(self, name)))
         if self.quality == "best":
             object.__setattr__(self, "budgets", True)
             object.__setattr__(self, "refit", self.refit or True)
         if self.budgets and self.prior is None:
             raise ValueError('quality="best" and budgets need a prior, which griffin-jax prior measures for a model')
         for name, what in (("refit", "rows"), ("speculative", "drafts")):
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if not isinstance(value, bool):
-                check_whole(name, value, 0, also="True, False or ", of=what)
-        check_ridge(self.ridge, self.calibration_weight)
+                value = whole(name, value, 0, also="True, False or ", of=what)
+            object.__setattr__(self, name, value)
+        ridge, weight = check_ridge(self.ridge, self.calibration_weight)
+        object.__setattr__(self, "ridge", ridge)
+        object.__setattr__(self, "calibration_weight", weight)
+        object.__setattr__(self, "prior_weight", check_weight(self.prior_weight))
         if self.refresh_every is not None:
-            check_whole("refresh_every", self.refresh_every, 1, of="tokens")
+            object.__setattr__(self, "refresh_every", whole("refresh_every", self.refresh_every, 1, of="tokens"))
             if self.speculative:
                 raise ValueError(
                     "speculative decoding needs no refresh, its cache is the full model's: refresh_every=None"

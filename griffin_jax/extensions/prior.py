@@ -27,6 +27,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from jaxtyping import Array, Float
 from griffin_jax.griffin.config import GriffinConfig, Method, density_that_keeps
 from griffin_jax.griffin.select import check_fusible
 from griffin_jax.utils.arrayfile import load_arrays, save_arrays
+from griffin_jax.utils.options import number
 
 PRIOR_FORMAT = "griffin_jax prior 2"
 
@@ -119,7 +121,7 @@ class Prior:
         Raises:
             ValueError: the weight is outside its range.
         """
-        _check_weight(weight)
+        check_weight(weight)
         return Fusion(self.squares, weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -207,13 +209,16 @@ class Fusion:
 def check_fusion(method: Method, weight: object) -> None:
     """Raise `ValueError` unless statistics can be fused with a prior for this method with this weight."""
     check_fusible(method)
-    _check_weight(weight)
+    check_weight(weight)
 
 
-def _check_weight(weight: object) -> None:
-    # Inside of jit the weight is traced, and has been checked before.
-    if not isinstance(weight, jax.Array) and not (isinstance(weight, int | float) and 0 <= weight <= 1):
-        raise ValueError(f"prior_weight must be in [0, 1], got {weight!r}")
+def check_weight(weight: object) -> Any:
+    """The weight of a prior as a Python number; inside of jit it is traced, and was checked before.
+
+    Raises:
+        ValueError: it is outside [0, 1].
+    """
+    return number("prior_weight", weight, "in [0, 1]", lambda weight: 0 <= weight <= 1)
 
 
 def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:

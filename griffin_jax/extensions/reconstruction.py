@@ -17,9 +17,8 @@ as in GRIFFIN's statistic. The shapes of the pruned model do not change, so deco
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,8 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax.model.feed_forward import LowRank
 from griffin_jax.model.ops import float32_product, solve_positive_definite
 from griffin_jax.parallel.mesh import mesh_of
+from griffin_jax.utils import programs
+from griffin_jax.utils.options import number
 
 DEFAULT_ROWS = 256
 """Number of tokens of a prompt that a reconstruction is fitted to, at most."""
@@ -42,13 +43,18 @@ LEAST_RIDGE = 1e-3
 """Smallest ridge: with a smaller one, float32 could not solve systems of a few thousand tokens."""
 
 
-def check_ridge(ridge: object, weight: object) -> None:
-    """Raise `ValueError` unless a fit can have this ridge and this weight of calibration rows."""
-    # Inside of jit they are traced and have been checked.
-    if isinstance(ridge, int | float) and not LEAST_RIDGE <= ridge < math.inf:
-        raise ValueError(f"ridge must be at least {LEAST_RIDGE} and finite, got {ridge}")
-    if isinstance(weight, int | float) and not 0 <= weight < math.inf:
-        raise ValueError(f"weight of calibration rows must be at least 0 and finite, got {weight}")
+def check_ridge(ridge: object, weight: object) -> tuple[Any, Any]:
+    """The ridge and the weight of calibration rows of a fit as Python numbers.
+
+    Inside of jit they are traced, and were checked before.
+
+    Raises:
+        ValueError: a fit cannot have them.
+    """
+    return (
+        number("ridge", ridge, f"at least {LEAST_RIDGE} and finite", lambda ridge: ridge >= LEAST_RIDGE),
+        number("weight of calibration rows", weight, "at least 0 and finite", lambda weight: weight >= 0),
+    )
 
 
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
@@ -200,13 +206,13 @@ def _with_ridge(
 ) -> Float[Array, "b s s"]:
     """A A^T + mu I. The prompt's rows are the first; `prompt` tells which of them are no padding."""
     squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
-    mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1)
+    mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1).astype(squares.dtype)
     # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
     mu = jnp.where(mean > 0, ridge * mean, 1.0)
-    return system + mu[:, None, None] * jnp.eye(system.shape[-1])
+    return system + mu[:, None, None] * jnp.eye(system.shape[-1], dtype=system.dtype)
 
 
-@functools.partial(jax.jit, static_argnames="on_mesh")
+@programs.jit(static_argnames="on_mesh")
 def _solution(
     rows: Float[Array, "*b s f"],
     calibration: Float[Array, "c f"] | None,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.model.cache import EMPTY, empty_cache
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils import programs
 
 HORIZON = 128
 """Number of tokens of a text that stand for an answer, at most."""
@@ -63,7 +64,7 @@ def sensitivity(
     return tuple(jnp.asarray(total / count, jnp.float32) for total in sums)
 
 
-@jax.jit
+@programs.jit
 def squared_gradients(
     model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], key: Key[Array, ""]
 ) -> tuple[Float[Array, "_f"], ...]:

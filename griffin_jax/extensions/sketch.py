@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from griffin_jax.parallel.mesh import to_host
+from griffin_jax.utils import programs
 
 PASSES = 2
 """Number of times that the texts are read."""
@@ -55,7 +56,7 @@ def _orthonormal(columns: Float[np.ndarray, "f q"]) -> Float[Array, "f q"]:
     return jnp.asarray(np.linalg.qr(columns.astype(np.float64))[0], jnp.float32)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@programs.jit(donate_argnames="products")
 def add_products(
     products: Bases, bases: Bases, rows: tuple[Float[Array, "b t _f"], ...], counted: Bool[Array, "b"]
 ) -> Bases:

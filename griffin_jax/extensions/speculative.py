@@ -129,9 +129,10 @@ def _round(
     x, cache, _ = model(jnp.concatenate([newest, drafted], axis=1), positions, cache)
     p = sampler.distribution(model.logits(x))
 
-    chance = jax.vmap(jax.vmap(jax.random.uniform))(to_accept[:drafts]).T
-    accepted = jnp.cumprod(accept(chance, *(_of(drafted, x) for x in (p[:, :drafts], q))), axis=1)
-    first = jnp.sum(accepted, axis=1)
+    chance = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(to_accept[:drafts]).T
+    accepted = accept(chance, *(_of(drafted, x) for x in (p[:, :drafts], q)))
+    accepted = jnp.cumprod(accepted, axis=1, dtype=jnp.int32)
+    first = jnp.sum(accepted, axis=1, dtype=jnp.int32)
     # After the last draft there is no other, which is the same as one that had no probability.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
     p_first, q_first = (jnp.take_along_axis(x, first[:, None, None], axis=1)[:, 0] for x in (p, q))
@@ -141,7 +142,7 @@ def _round(
     tokens = jnp.where(place < first[:, None], jnp.pad(drafted, ((0, 0), (0, 1))), corrected[:, None].astype(jnp.int32))
     ends = jnp.isin(tokens, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(tokens, bool)
     ends &= place <= first[:, None]
-    ended = jnp.cumsum(ends, axis=1)
+    ended = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
     # A row that has ended does not hold the others up.
     reach = jnp.where(state.done | (ended[:, -1] > 0), drafts + 1, first + 1)
     taken = jnp.min(reach)
@@ -153,7 +154,9 @@ def _round(
     )
     state = dataclasses.replace(
         state,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, jnp.where(is_taken, tokens, EMPTY), (0, state.count)),
+        tokens=jax.lax.dynamic_update_slice_in_dim(
+            state.tokens, jnp.where(is_taken, tokens, EMPTY), state.count, axis=1
+        ),
         count=state.count + taken,
         done=state.done | jnp.any(ends & is_taken, axis=1),
         cache=cache.without_last(drafts + 1 - taken),

@@ -69,7 +69,7 @@ def init_decode(
         done=jnp.zeros((batch,), bool),
         lengths=prefilled.statistics.tokens,
         cache=prefilled.cache,
-        key=jax.vmap(jax.random.key)(seed) if jnp.ndim(seed) else jax.random.key(seed),
+        key=keys_of(seed),
     )
     return append_token(state, prefilled.logits, prefilled.cache, sampler, eos)
 
@@ -111,12 +111,18 @@ def decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
+def keys_of(seed: int | Int[Array, "*b"]) -> Key[Array, "*b"]:
+    """The random key of a seed, or of each of several; the same whether JAX has 64-bit integers or not."""
+    seed = jnp.asarray(seed, jnp.int32)
+    return jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
+
+
 def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, "b"]:
     """The keys that the tokens of a column are drawn with, one for each row."""
     if state.key.ndim:
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, column)
     key = jax.random.fold_in(state.key, column)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(state.done.shape[0]))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(state.done.shape[0], dtype=jnp.int32))
 
 
 def append_token(
@@ -127,7 +133,7 @@ def append_token(
     ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(state.done)
     return dataclasses.replace(
         state,
-        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.count)),
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, axis=1),
         count=state.count + 1,
         done=state.done | ended,
         cache=cache,

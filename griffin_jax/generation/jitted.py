@@ -1,33 +1,36 @@
 """The steps of prefill -> select -> decode, and of scoring, compiled.
 
-These are the same functions under `jax.jit`, with the right arguments static and donated. `prune` is not among them:
+These are the same functions under `griffin_jax.utils.programs.jit`, which is `jax.jit` with a bounded number of
+programs, with the right arguments static and donated. `prune` is not among them:
 its gather is jitted inside, and jit would copy the arrays that it passes through.
 """
 
 from __future__ import annotations
 
-import functools
-
-import jax
 from jax import Array
 
+from griffin_jax.generation import conversation, scoring
 from griffin_jax.generation import decode as decoding
-from griffin_jax.generation import scoring
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.prefill import prefill as _prefill
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.griffin.select import select as _select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import KVCache
+from griffin_jax.utils import programs
 
-prefill = jax.jit(_prefill, static_argnames=("max_new_tokens", "chunk", "collect", "rows"))
-select = jax.jit(_select, static_argnames=("config",))
-decode = jax.jit(decoding.decode, static_argnames=("eos",), donate_argnames=("state",))
-teacher_force = jax.jit(scoring.teacher_force, static_argnames=("collect",))
-extend = jax.jit(scoring.extend)
-losses = jax.jit(scoring.losses)
-compare = jax.jit(scoring.compare)
-teacher_forced = jax.jit(scoring.teacher_forced, static_argnames=("prompt_length", "config"))
+prefill = programs.jit(_prefill, static_argnames=("max_new_tokens", "chunk", "collect", "rows"))
+select = programs.jit(_select, static_argnames=("config",))
+decode = programs.jit(decoding.decode, static_argnames=("eos",), donate_argnames=("state",))
+teacher_force = programs.jit(scoring.teacher_force, static_argnames=("collect",))
+extend = programs.jit(scoring.extend)
+losses = programs.jit(scoring.losses)
+compare = programs.jit(scoring.compare)
+teacher_forced = programs.jit(scoring.teacher_forced, static_argnames=("prompt_length", "config"))
+start = programs.jit(conversation.start, static_argnames=("slots", "rows"))
+read_more = programs.jit(conversation.read_more, donate_argnames=("read",))
+cut = programs.jit(conversation.cut, donate_argnames=("cache",))
+with_room = programs.jit(conversation.with_room, static_argnames=("slots",))
 
 
 def init_decode(
@@ -38,7 +41,7 @@ def init_decode(
     return _init_decode(*parts, max_new_tokens=prefilled.max_new_tokens, sampler=sampler, eos=eos, seed=seed)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "eos"), donate_argnames=("cache",))
+@programs.jit(static_argnames=("max_new_tokens", "eos"), donate_argnames=("cache",))
 def _init_decode(
     cache: KVCache,
     logits: Array,

@@ -1,17 +1,25 @@
 """Samplers: how the next token is drawn from the logits.
 
 They are pytrees. Which filters are on is static, but their values are not, so that another temperature compiles
-nothing.
+nothing. Of `top_k` the next of a few numbers is static, which says how many tokens are sorted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
+
+from griffin_jax.utils.options import number, whole
+
+LEAST_SORTED = 64
+"""The `top_k` up to which one program serves them all; the next ones serve four times as many each."""
 
 
 @jax.tree_util.register_dataclass
@@ -25,10 +33,10 @@ class Greedy:
 
     def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
         """The probability with which each token is taken, float32: 1 or 0."""
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1])
+        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Draws from the tempered distribution after filters, which are applied in the order of the attributes.
@@ -45,25 +53,40 @@ class Sample:
     """
 
     temperature: float = 1.0
-    top_k: int | None = dataclasses.field(default=None, metadata={"static": True})
+    top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
 
-    def __post_init__(self) -> None:
-        def check(name: str, allowed: str, valid: bool) -> None:
-            if not valid:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+    _sorted: ClassVar[int | None] = None
 
-        if self.top_k is not None:
-            whole = isinstance(self.top_k, int | np.integer) and not isinstance(self.top_k, bool)
-            check("top_k", "a whole number of at least 1", whole and self.top_k >= 1)
-        # Under jit the values are tracers, which cannot be compared.
-        if isinstance(self.temperature, float | int):
-            check("temperature", "a finite number above 0", 0 < self.temperature < float("inf"))
-        if isinstance(self.top_p, float | int):
-            check("top_p", "in (0, 1]", 0 < self.top_p <= 1)
-        if isinstance(self.min_p, float | int):
-            check("min_p", "in [0, 1]", 0 <= self.min_p <= 1)
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("temperature", number("temperature", self.temperature, "a finite number above 0", lambda t: t > 0))
+        if self.top_p is not None:
+            put("top_p", number("top_p", self.top_p, "in (0, 1]", lambda p: 0 < p <= 1))
+        if self.min_p is not None:
+            put("min_p", number("min_p", self.min_p, "in [0, 1]", lambda p: 0 <= p <= 1))
+        sorted_tokens = None
+        if self.top_k is not None and not isinstance(self.top_k, Tracer):
+            put("top_k", min(whole("top_k", self.top_k, 1), np.iinfo(np.int32).max))
+            sorted_tokens = next(n for power in range(20) if (n := LEAST_SORTED * 4**power) >= self.top_k)
+        put("_sorted", sorted_tokens)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], int | None]:
+        """The values, which are traced under jit, and how many tokens are sorted, which is static."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), self._sorted
+
+    @classmethod
+    def tree_unflatten(cls, sorted_tokens: int | None, values: Sequence[Any]) -> Sample:
+        """The inverse; the values may be anything, and are not checked."""
+        found = object.__new__(cls)
+        for field, value in zip(dataclasses.fields(cls), values, strict=True):
+            object.__setattr__(found, field.name, value)
+        object.__setattr__(found, "_sorted", sorted_tokens)
+        return found
 
     def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, "b"]) -> Int[Array, "b"]:
         logits = self.filter(logits)
@@ -77,8 +100,11 @@ class Sample:
         """Tempered logits, with -inf where a filter removes the token."""
         # Relative to the largest, so that no temperature makes two logits overflow to the same infinity.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            smallest = jax.lax.top_k(logits, self.top_k)[0][..., -1:]
+        if self.top_k is not None:
+            vocabulary = logits.shape[-1]
+            largest = jax.lax.top_k(logits, min(self._sorted or vocabulary, vocabulary))[0]
+            last = jnp.minimum(jnp.asarray(self.top_k, jnp.int32), vocabulary) - 1
+            smallest = jnp.take(largest, last[None], axis=-1, mode="clip")
             logits = jnp.where(logits < smallest, -jnp.inf, logits)
         if self.top_p is not None:
             ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -105,6 +131,7 @@ def sampler(
     Raises:
         ValueError: a value is outside its range, or a filter is given with a temperature of 0.
     """
+    temperature = number("temperature", temperature, "a finite number of at least 0", lambda t: t >= 0)
     if temperature == 0:
         filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
         if given := [name for name, value in filters.items() if value is not None]:

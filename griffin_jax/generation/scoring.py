@@ -257,7 +257,7 @@ def teacher_forced(
     if prompt_length == length:
         return logits
     if experts is None:
-        statistics = Statistics(squares, jnp.full((batch,), prompt_length))
+        statistics = Statistics(squares, jnp.full((batch,), prompt_length, jnp.int32))
         experts = select(statistics, config, model=model, seed=seed)
     rest, _, _ = mask(model, experts)(tokens[:, prompt_length:], positions[:, prompt_length:], cache)
     return jnp.concatenate([logits, model.logits(rest)], axis=1)

@@ -6,12 +6,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
+import jax
 import numpy as np
 
 from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
-from griffin_jax.utils.options import check_choice, check_whole, option
+from griffin_jax.utils.options import check_choice, flag, number, option, plain, whole
 
 Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 
@@ -31,7 +32,7 @@ def kept_neurons(ff_width: int, density: float, round_to: int = 1) -> int:
     Raises:
         ValueError: `density` is outside (0, 1], `round_to` is below 1, or k would be 0.
     """
-    check_density(density)
+    density = as_density(density)
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")
     k = math.floor(ff_width * Fraction(repr(float(density))))
@@ -51,8 +52,16 @@ def density_that_keeps(k: int, ff_width: int) -> float:
 
 def check_density(density: object) -> None:
     """Raise `ValueError` unless `density` is a number in (0, 1]."""
-    if not isinstance(density, float | int | np.floating) or isinstance(density, bool) or not 0 < density <= 1:
-        raise ValueError(f"density must be in (0, 1], got {density!r}")
+    as_density(density)
+
+
+def as_density(density: object) -> float:
+    """The Python number of a density.
+
+    Raises:
+        ValueError: it is no number in (0, 1].
+    """
+    return number("density", density, "in (0, 1]", lambda density: 0 < density <= 1)
 
 
 def parse_density(text: str) -> float | tuple[float, ...]:
@@ -109,14 +118,15 @@ class GriffinConfig:
     shards = renamed_attribute("groups")
 
     def __post_init__(self) -> None:
-        if isinstance(self.density, Sequence | np.ndarray) and not isinstance(self.density, str):
-            object.__setattr__(self, "density", tuple(self.density))
-        for density in self.density if isinstance(self.density, Sequence) else (self.density,):
-            check_density(density)
+        density: Any = plain(self.density)
+        each = isinstance(density, Sequence | np.ndarray | jax.Array) and not isinstance(density, str | bytes)
+        found = tuple(map(as_density, cast(Any, density))) if each else as_density(density)
+        object.__setattr__(self, "density", found)
         check_choice("method", self.method, get_args(Method))
-        check_whole("round_to", self.round_to, 1)
+        object.__setattr__(self, "shared", flag("shared", self.shared))
+        object.__setattr__(self, "round_to", whole("round_to", self.round_to, 1))
         if self.groups is not None:
-            check_whole("groups", self.groups, 1)
+            object.__setattr__(self, "groups", whole("groups", self.groups, 1))
 
     @property
     def group_count(self) -> int:

@@ -25,6 +25,7 @@ from griffin_jax.model.feed_forward import LowRank, Mask
 from griffin_jax.model.sharding import dotted, parameter_spec
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of
+from griffin_jax.utils import programs
 
 
 @runtime_checkable
@@ -80,7 +81,7 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
     return masked
 
 
-@jax.jit
+@programs.jit
 def _masks(experts: ExpertNeurons) -> tuple[Bool[Array, "*b _f"], ...]:
     return tuple(m[0] if m.ndim == 2 and m.shape[0] == 1 else m for m in experts.masks())
 

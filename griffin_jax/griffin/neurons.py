@@ -35,11 +35,14 @@ class ExpertNeurons:
         neurons: F of every layer of the model that they were selected for.
         groups: number of equal ranges of a layer's neurons that have equally many of the kept ones, see
             `GriffinConfig`.
+        model: fingerprint of that model, where it is known, as of what `LLM.experts` gives; an `LLM` refuses those of
+            another one. None where it is not.
     """
 
     indices: tuple[Int[Array, "*b _k"], ...]
     neurons: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     groups: int = dataclasses.field(default=1, metadata={"static": True})
+    model: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     shards = renamed_attribute("groups")
 
@@ -139,6 +142,8 @@ class ExpertNeurons:
         """
         arrays = {f"layers.{layer}": indices for layer, indices in enumerate(to_host(self.indices))}
         metadata = {"neurons": " ".join(map(str, self.neurons)), "groups": str(self.groups)}
+        if self.model is not None:
+            metadata["model"] = self.model
         if jax.process_index() == 0:
             save_arrays(path, EXPERTS_FORMAT, arrays, metadata)
 
@@ -159,9 +164,10 @@ class ExpertNeurons:
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         try:
-            return cls.from_indices(indices, neurons, groups)
+            found = cls.from_indices(indices, neurons, groups)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        return dataclasses.replace(found, model=metadata.get("model"))
 
 
 def check_experts(experts: ExpertNeurons, model: Transformer) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -20,6 +20,7 @@ from griffin_jax.model.ops import take_rows
 from griffin_jax.model.sharding import check_mesh, parameter_spec
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
+from griffin_jax.utils import programs
 from griffin_jax.utils.deprecation import renamed_arguments
 
 
@@ -119,17 +120,27 @@ def _gather_into(
 ) -> list[dict[str, nnx.Param]]:
     if reuse is None or any(isinstance(index, Tracer) for index in experts):
         return _gather(rows, experts, refit, config)
-    gather = functools.partial(_gather, config=config)
-    old, new = _neuron_rows(reuse), jax.eval_shape(gather, rows, experts, refit)
+    old = _neuron_rows(reuse)
     if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
         raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
-    if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != [(a.shape, a.dtype) for a in jax.tree.leaves(new)]:
-        return gather(rows, experts, refit)
+    if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != _kept_shapes(rows, experts):
+        return _gather(rows, experts, refit, config)
     return _overwrite(rows, experts, refit, config, old)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _gather(
+def _kept_shapes(rows: list[dict[str, nnx.Param]], experts: ExpertNeurons) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every array of kept rows, in the order of the pytree's leaves."""
+
+    def kept(name: str, weight: nnx.Param, index: Array) -> jax.ShapeDtypeStruct:
+        axis, own = NEURON_AXES[name], index.shape[1:] if index.shape[:-1] == (1,) else index.shape
+        array = weight[...]
+        return jax.ShapeDtypeStruct((*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype)
+
+    found = [{name: kept(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, experts, strict=True)]
+    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(found)]
+
+
+def _gathered(
     rows: list[dict[str, nnx.Param]], experts: ExpertNeurons, refit: Refit | None, config: ModelConfig
 ) -> list[dict[str, nnx.Param]]:
     def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
@@ -184,7 +195,10 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
     )(weight, indices)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="old", keep_unused=True)
+_gather = programs.jit(_gathered, static_argnames="config")
+
+
+@programs.jit(static_argnames="config", donate_argnames="old", keep_unused=True)
 def _overwrite(
     rows: list[dict[str, nnx.Param]],
     experts: ExpertNeurons,
@@ -192,6 +206,6 @@ def _overwrite(
     config: ModelConfig,
     old: list[dict[str, nnx.Param]],
 ) -> list[dict[str, nnx.Param]]:
-    """`_gather` into the memory of `old`."""
+    """`_gathered` into the memory of `old`."""
     del old
-    return _gather(rows, experts, refit, config)
+    return _gathered(rows, experts, refit, config)

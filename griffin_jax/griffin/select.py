@@ -103,7 +103,8 @@ def select(
         check_fusible(config.method)
         scores = fuse(scores)
 
-    keys = jax.vmap(jax.random.key)(seed) if jnp.ndim(seed) else jax.random.key(seed)
+    seed = jnp.asarray(seed, jnp.int32)
+    keys = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
     if keys.ndim and config.shared and config.method in DRAWING:
         raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
     indices = []
@@ -127,9 +128,11 @@ def _rank(
     if method not in DRAWING:
         return score
     if key.ndim:
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, layer), score.shape[1:]))(key)
+        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, layer), score.shape[1:], jnp.float32))(
+            key
+        )
     else:
-        noise = jax.random.gumbel(jax.random.fold_in(key, layer), score.shape)
+        noise = jax.random.gumbel(jax.random.fold_in(key, layer), score.shape, jnp.float32)
     if method == "random":
         return noise
     draw = jnp.log(score) + noise

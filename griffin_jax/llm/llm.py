@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
+from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.generation.decode import DecodeState
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
@@ -30,6 +31,7 @@ from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.memory import free_for, needs_of
 from griffin_jax.llm.request import Request, signature
 from griffin_jax.llm.results import Generation
+from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
@@ -40,6 +42,9 @@ from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import renamed_arguments
 from griffin_jax.utils.timing import Stopwatch
 
+if TYPE_CHECKING:
+    from griffin_jax.llm.chat import Chat
+
 STREAM_CHUNK = 8
 """Tokens decoded between two looks at the text, when it is streamed or stop strings are given."""
 
@@ -48,7 +53,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A request next to the model and the prompts that it is for.
 
     Attributes:
@@ -86,6 +91,18 @@ class _Plan:
     def new(self) -> int:
         """Tokens of the longest answer."""
         return self.request.generation.max_new_tokens
+
+
+class Reader(Protocol):
+    """Reads prompts in another way than `prefill`, and goes on with the cache after an answer."""
+
+    def read(self, plan: Plan) -> Prefilled:
+        """What `prefill` would give for the sequences of a plan; its cache is used up."""
+        ...
+
+    def give_back(self, cache: KVCache) -> None:
+        """Takes the cache over again, with an answer in it; its arrays are deleted if the answer was interrupted."""
+        ...
 
 
 @dataclasses.dataclass
@@ -167,8 +184,8 @@ class LLM:
             **options: the fields of `GriffinConfig` (density, method, shared, round_to, groups), of `Extensions`
                 (quality, prior, prior_weight, budgets, refit, ridge, calibration, calibration_weight, refresh_every,
                 speculative) and of `GenerationConfig` (max_new_tokens, temperature, top_k, top_p, min_p, seed, stop,
-                ignore_eos, chat), which say what they mean; or whole objects of these as `griffin`, `extensions` and
-                `generation`, whose values single options replace.
+                stop_token_ids, ignore_eos, chat), which say what they mean; or whole objects of these as `griffin`,
+                `extensions` and `generation`, whose values single options replace.
 
         Returns:
             The answers in the order of the prompts, and how they came about.
@@ -230,7 +247,8 @@ class LLM:
         self._check_in_place(pruner.config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
         statistics = jitted.prefill(self.model, tokens, lengths, max_new_tokens=0).statistics
-        return self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        chosen = self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        return dataclasses.replace(chosen, model=None if self._in_place else self._own_fingerprint())
 
     def logits(
         self,
@@ -280,13 +298,41 @@ class LLM:
         seed = request.generation.seeds(len(rows))
         parts = needs_of(self.model).logits(len(rows), len(rows[0]), prompt_length)
         memory.check(parts, free_for(self.model), "take fewer or shorter sequences")
+        if experts is not None:
+            experts = dataclasses.replace(experts, model=None)
         return jitted.teacher_forced(
             self.model, jnp.asarray(rows, jnp.int32), prompt_length, config, experts=experts, seed=seed
         )
 
+    def chat(self, system: str | None = None, **options: Any) -> Chat:
+        """A conversation, of which every turn reads only what is new.
+
+        Args:
+            system: what the model is told before the first turn.
+            **options: those of `generate`, for every turn that does not change them.
+
+        Raises:
+            TypeError: there is no such option.
+            ValueError: the model has no chat template, or an option is outside its range.
+        """
+        from griffin_jax.llm.chat import Chat
+
+        return Chat(self, system, **options)
+
+    def answering(
+        self, prompts: Sequence[Prompt], request: Request, reader: Reader
+    ) -> Generator[tuple[Generation | None, list[str]]]:
+        """Yields new text per row as it is written, and last the generation; prompts are read by `reader`."""
+        return self._run(prompts, request, stream=True, reader=reader)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether every neuron is held once, so that rows of weights move from answer to answer."""
+        return self._in_place is not None
+
     def _run(
-        self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool
-    ) -> Iterator[tuple[Generation | None, list[str]]]:
+        self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool, reader: Reader | None = None
+    ) -> Generator[tuple[Generation | None, list[str]]]:
         """Yields new text per row, with the generation once it is complete."""
         if self._busy:
             raise RuntimeError(
@@ -294,11 +340,11 @@ class LLM:
             )
         self._busy = self._in_place is not None
         try:
-            yield from self._answer(self._plan(prompts, request, stream), stream)
+            yield from self._answer(self._plan(prompts, request, stream), stream, reader)
         finally:
             self._busy = False
 
-    def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> _Plan:
+    def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
         extensions, generation, experts = request.extensions, request.generation, request.experts
         pruner = self._pruner(request)
@@ -319,23 +365,37 @@ class LLM:
             raise ValueError(
                 "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
-        plan = _Plan(
+        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
+        most = bucket(max(map(len, sequences)))
+        most += generation.max_new_tokens if extensions.refresh_every else 0
+        plan = Plan(
             request=request,
             pruner=pruner,
             sequences=sequences,
             dense=dense,
             kept=kept,
-            eos=() if generation.ignore_eos else self.config.eos_token_ids,
-            drafts=0 if dense else extensions.drafts,
+            eos=self._ends(generation),
+            # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
+            drafts=0 if dense else min(extensions.drafts, generation.max_new_tokens - 1),
             every=None if dense else extensions.refresh_every,
-            rows=0 if dense else pruner.rows_of_each(len(sequences), experts),
+            rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
+        if self._spare is not None and self._spare.neurons != kept:
+            self._spare = None
         self._check_memory(plan)
         return plan
 
-    def _check_memory(self, plan: _Plan) -> None:
+    def _ends(self, generation: GenerationConfig) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        more = cast("tuple[int, ...]", generation.stop_token_ids)
+        if unknown := [token for token in more if token >= self.config.vocab_size]:
+            raise ValueError(f"stop_token_ids has {unknown[0]}; the vocabulary is [0, {self.config.vocab_size - 1}]")
+        own = () if generation.ignore_eos else self.config.eos_token_ids
+        return tuple(dict.fromkeys((*own, *more)))
+
+    def _check_memory(self, plan: Plan) -> None:
         """Raise `MemoryError` unless the answers can be written with what is free."""
         batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
         shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
@@ -350,6 +410,7 @@ class LLM:
             rows=plan.rows,
             calibration=prior.rows[0].shape[0] if prior is not None and prior.rows and plan.rows else 0,
             refresh=plan.every is not None,
+            drafts=plan.drafts,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
         )
@@ -360,12 +421,14 @@ class LLM:
         advice += ["shorten prompts or answers", "load a narrower dtype"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
 
-    def _answer(self, plan: _Plan, stream: bool) -> Iterator[tuple[Generation | None, list[str]]]:
+    def _answer(
+        self, plan: Plan, stream: bool, reader: Reader | None = None
+    ) -> Iterator[tuple[Generation | None, list[str]]]:
         """The way of the data: prefill -> select -> prune -> decode."""
         watch = Stopwatch()
         sampler, experts = plan.request.generation.sampler, plan.request.experts
         with watch.phase("prefill"):
-            prefilled = jax.block_until_ready(self._prefill(plan))
+            prefilled = jax.block_until_ready(self._prefill(plan) if reader is None else reader.read(plan))
         with watch.phase("select"):
             if plan.selects:
                 experts = jax.block_until_ready(self._select(plan.pruner, prefilled.statistics, plan.seed))
@@ -384,19 +447,24 @@ class LLM:
             written = to_host((state.tokens, state.done))
         # What decoding has taken over must not be held here, too.
         del prefilled, state, model, experts, statistics, rows
-        answers = text.update(*written)
-        while decoding.until < plan.new and not all(text.ended):
-            if stream:
-                yield None, text.pieces()
-            if any(text.stopped):
-                ended = decoding.state.done | np.asarray(text.stopped)
-                decoding.state = dataclasses.replace(decoding.state, done=ended)
-            answers = text.update(*self._write_more(plan, decoding, watch))
+        try:
+            answers = text.update(*written, last=decoding.until >= plan.new)
+            while decoding.until < plan.new and not all(text.ended):
+                if stream:
+                    yield None, text.pieces()
+                if any(text.stopped):
+                    ended = decoding.state.done | np.asarray(text.stopped)
+                    decoding.state = dataclasses.replace(decoding.state, done=ended)
+                written = self._write_more(plan, decoding, watch)
+                answers = text.update(*written, last=decoding.until >= plan.new)
+        finally:
+            if reader is not None:
+                reader.give_back(decoding.state.cache)
         if decoding.experts is not None:
             self._give_back(decoding.model)
         yield self._generation(plan, decoding, text, answers, watch), text.pieces(last=True)
 
-    def _prefill(self, plan: _Plan) -> Prefilled:
+    def _prefill(self, plan: Plan) -> Prefilled:
         tokens, lengths = pad(plan.sequences, bucket(max(map(len, plan.sequences))))
         # A round of drafts may write more than was asked for.
         slots = bucket(plan.new + plan.drafts)
@@ -411,7 +479,7 @@ class LLM:
         )
 
     def _write_more(
-        self, plan: _Plan, decoding: _Decoding, watch: Stopwatch
+        self, plan: Plan, decoding: _Decoding, watch: Stopwatch
     ) -> tuple[Int[np.ndarray, "b n"], np.ndarray]:
         """The next tokens of every row; returns all tokens so far, and which rows have ended."""
         options: dict[str, Any] = {"sampler": plan.request.generation.sampler, "eos": plan.eos}
@@ -436,7 +504,7 @@ class LLM:
             return to_host((decoding.state.tokens, decoding.state.done))
 
     def _refresh(
-        self, plan: _Plan, decoding: _Decoding, options: Mapping[str, Any]
+        self, plan: Plan, decoding: _Decoding, options: Mapping[str, Any]
     ) -> tuple[Int[np.ndarray, "b n"], np.ndarray]:
         assert plan.every is not None
         decoding.until, decoding.refreshes = decoding.until + 1, decoding.refreshes + 1
@@ -453,7 +521,7 @@ class LLM:
         return written
 
     def _generation(
-        self, plan: _Plan, decoding: _Decoding, text: GrowingText, answers: list[list[int]], watch: Stopwatch
+        self, plan: Plan, decoding: _Decoding, text: GrowingText, answers: list[list[int]], watch: Stopwatch
     ) -> Generation:
         decoded = sum(map(len, answers)) - len(answers)
         writing = watch.seconds["decode"] + watch.seconds.get("refresh", 0.0)
@@ -481,10 +549,14 @@ class LLM:
         if extensions.prior is not None:
             if self._in_place is not None:
                 raise ValueError("with in_place the rows of weights move, so a prior cannot be known to be theirs")
-            if self._fingerprint is None:
-                self._fingerprint = fingerprint(self.model)
-            extensions.prior.check(self._fingerprint)
+            extensions.prior.check(self._own_fingerprint())
         return Pruner.of(config, extensions)
+
+    def _own_fingerprint(self) -> str:
+        """The model's; it takes one reading of the weights, once."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._model)
+        return self._fingerprint
 
     def _grouped(self, config: GriffinConfig) -> GriffinConfig:
         """The config with as many groups as devices share the model, unless it says how many."""
@@ -503,6 +575,8 @@ class LLM:
         self, pruner: Pruner, experts: ExpertNeurons, rows: Rows, reuse: Transformer | None = None
     ) -> Transformer:
         """The pruned model, its kept rows refitted to `rows` if there are any."""
+        # Static, so that others would compile the same once more.
+        experts = dataclasses.replace(experts, model=None)
         if self._in_place is not None:
             return self._in_place.prune(experts)
         if reuse is None:
@@ -510,14 +584,19 @@ class LLM:
         return pruner.prune(self.model, experts, rows, reuse=reuse)
 
     def _give_back(self, pruned: Transformer) -> None:
-        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow."""
-        if self._in_place is None and next(iter(pruned.embedding[...].devices())).platform == "cpu":
+        """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
+
+        Only one set of them, at most: that is less than the model, and those of a batch would be several times that,
+        held for nothing until as large a batch comes.
+        """
+        on_cpu = next(iter(pruned.embedding[...].devices())).platform == "cpu"
+        if self._in_place is None and on_cpu and not any(layer.ff.per_sequence for layer in pruned.layers):
             self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
         sequences: list[list[int]] = []
         for index, prompt in enumerate(_as_batch(prompts)):
-            if not isinstance(prompt, str | Sequence | np.ndarray):
+            if not isinstance(prompt, str | Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
                 raise ValueError(f"prompt {index} is {prompt!r}; give text, token ids or a list of chat messages")
             if isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping)):
                 if self.tokenizer is None:
@@ -565,6 +644,12 @@ class LLM:
             )
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
+        # With in_place the rows have moved, and what they were is not known any more.
+        if experts.model is not None and self._in_place is None and experts.model != self._own_fingerprint():
+            raise ValueError(
+                f"these experts are of another model (fingerprint {experts.model}, this one has"
+                f" {self._own_fingerprint()}); choose them with this one's LLM.experts"
+            )
 
     def _check_in_place(self, config: GriffinConfig, batch: int) -> None:
         if self._in_place is None:
@@ -589,7 +674,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
         raise ValueError("a chat is a list of messages; put the message into a list")
     if not isinstance(prompts, Sequence):
         raise ValueError(f"prompts are {prompts!r}; give text, token ids, chat messages, or a list of these")
-    alone = isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | float | np.number | Mapping))
+    numbers = int | float | np.number | Mapping
+    alone = isinstance(prompts, str | bytes | bytearray) or (len(prompts) and isinstance(prompts[0], numbers))
     batch = cast("Sequence[Prompt]", [prompts] if alone else prompts)
     return [np.asarray(p).tolist() if isinstance(p, jax.Array | np.ndarray) else p for p in batch]
 

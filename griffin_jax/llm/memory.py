@@ -148,6 +148,7 @@ class Needs:
         rows: int = 0,
         calibration: int = 0,
         refresh: bool = False,
+        drafts: int = 0,
         in_place: bool = False,
         spare: int = 0,
         repeated: bool = False,
@@ -164,6 +165,7 @@ class Needs:
             rows: tokens of each prompt that kept neurons are refitted to.
             calibration: rows of general text that they are fitted to, too.
             refresh: whether the full model reads the answer from time to time.
+            drafts: tokens that are drafted for each pass of the full model.
             in_place: whether every neuron is held once.
             spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
             repeated: whether the same is done again and again: the kept rows of the answer before are there while the
@@ -181,7 +183,8 @@ class Needs:
             **held,
             "rows of the refit": held["rows of the refit"] if refresh or repeated else 0,
             "kept neurons": neurons,
-            "decoding": 4 * self._logits(own),
+            # Of each draft, logits and the distributions of both models, as they are and as they are sorted.
+            "decoding": 4 * self._logits(own) + 8 * self._logits(own * drafts),
         }
         sets = 1 if shared or batch == 1 else own
         if kept is not None and not in_place and sets > 1 and c.gated and self._on_cpu:

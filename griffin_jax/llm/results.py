@@ -17,7 +17,7 @@ class Generation:
             model has no tokenizer.
         tokens: their token ids, up to and with the one that ended them.
         prompt_tokens: length of every prompt, in tokens.
-        finished: why each answer ended: `eos`, `stop` (a stop string) or `length`.
+        finished: why each answer ended: `eos` (a token that ends answers), `stop` (a stop string) or `length`.
         kept: kept neurons of each layer.
         experts: which neurons those were, with refreshes the last ones; None if nothing was pruned.
         seconds: of `compile`, `prefill`, `select`, `prune`, `decode` and, if there were any, of all that was done

@@ -75,8 +75,8 @@ class Attention(nnx.Module):
         mixed = jnp.concatenate(blocks, axis=3)
 
         key, value = ordered_after(mixed[:, :, 0], key, value)
-        cached_keys = jax.lax.dynamic_update_slice(cached_keys, key.swapaxes(2, 3), (0, 0, 0, cursor))
-        cached_values = jax.lax.dynamic_update_slice(cached_values, value, (0, 0, cursor, 0))
+        cached_keys = jax.lax.dynamic_update_slice_in_dim(cached_keys, key.swapaxes(2, 3), cursor, axis=3)
+        cached_values = jax.lax.dynamic_update_slice_in_dim(cached_values, value, cursor, axis=2)
 
         mixed = mixed.reshape(b, n, t, h).swapaxes(1, 2).reshape(b, t, n * h)
         out = matmul(mixed, self.out[...].reshape(n * h, -1))

@@ -6,8 +6,12 @@ All are frozen and hashable, so that they can be static arguments of `jax.jit`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from griffin_jax.utils.options import check_choice
 
@@ -16,6 +20,55 @@ RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
 HeadNorm = Literal["none", "shared", "own", "joint"]
+
+
+LARGEST_SIZE = 2**31 - 1
+"""Of anything that is counted: positions and indices are int32."""
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+MOST_LAYERS = 1 << 16
+"""That a model may have; far more than any has."""
+
+
+def check_types(instance: Any) -> None:
+    """Raise `ValueError` unless every field of a dataclass holds what its annotation says, and numbers are finite.
+
+    Numbers must also be those of float32 or int32, in which they are used.
+    """
+    for name, kind in _kinds(type(instance)).items():
+        value = getattr(instance, name)
+        if not _fits(value, kind):
+            raise ValueError(f"{name} must be {_described(kind)}, got {value!r:.100}")
+
+
+@functools.cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not Literal}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(kind)[0]) for item in value)
+    if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | kind)):
+        return False
+    if kind is int:
+        return -LARGEST_SIZE <= value <= LARGEST_SIZE
+    # Not so of NaN.
+    return -LARGEST_FLOAT <= value <= LARGEST_FLOAT if kind is float else isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        return " or ".join(map(_described, get_args(kind)))
+    if get_origin(kind) is tuple:
+        return f"several, each {_described(get_args(kind)[0])}"
+    names: dict[Any, str] = {
+        int: "a whole number of at most 2^31 - 1",
+        float: "a finite number",
+        types.NoneType: "None",
+    }
+    return names[kind] if kind in names else str(kind.__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +118,20 @@ class Rotary:
 
     def __post_init__(self) -> None:
         check_choice("rotary kind", self.kind, get_args(RotaryKind))
+        for name in ("short_factors", "long_factors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types(self)
         if self.theta <= 0 or self.factor <= 0:
             raise ValueError(f"rotary theta and factor must be positive, got {self.theta} and {self.factor}")
+        for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"rotary {name} must be positive, got {getattr(self, name)}")
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise ValueError(
+                f"rotary low_freq_factor and high_freq_factor must differ, both are {self.low_freq_factor}"
+            )
+        if self.kind == "yarn" and self.theta == 1:
+            raise ValueError("rotary theta must not be 1 where the kind is 'yarn'")
         if self.dims is not None and (self.dims < 2 or self.dims % 2):
             raise ValueError(f"rotary dims must be even and at least 2, got {self.dims}")
         if self.kind in ("llama3", "yarn", "longrope") and self.original_positions < 1:
@@ -77,8 +142,7 @@ class Rotary:
                 f"{self.original_positions}"
             )
         for name in ("short_factors", "long_factors"):
-            factors = tuple(getattr(self, name))
-            object.__setattr__(self, name, factors)
+            factors = getattr(self, name)
             if (self.kind == "longrope") != bool(factors):
                 raise ValueError(f"{name} belong to rotary kind 'longrope' and to no other; kind is {self.kind!r}")
             if not all(factor > 0 for factor in factors):
@@ -104,6 +168,7 @@ class Alibi:
     rounded: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not self.max_bias > 0:
             raise ValueError(f"alibi max_bias must be positive, got {self.max_bias}")
 
@@ -227,7 +292,8 @@ class ModelConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r:.100}")
+        check_types(self)
         if self.num_heads % self.kv_heads:
             groups = f"num_kv_heads {self.num_kv_heads}" + (f" x {self.kv_copies}" if self.kv_copies > 1 else "")
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of {groups}")

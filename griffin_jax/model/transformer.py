@@ -170,7 +170,7 @@ class Transformer(nnx.Module):
             keys.append(layer_keys)
             values.append(layer_values)
             observed.append(seen)
-        written = jax.lax.dynamic_update_slice(cache.positions, positions, (0, cache.cursor))
+        written = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.cursor, axis=1)
         cache = dataclasses.replace(
             cache,
             keys=tuple(keys),

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.text.bounded import bounded_templates
+from griffin_jax.text.gguf_tokenizer import read_tokenizer
+from griffin_jax.utils.messages import is_panic
 from griffin_jax.utils.transformers_import import import_transformers
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer as Backend
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of a tokenizer; a folder with any of them has one."""
-
-CONTROL, USER_DEFINED = 3, 4
-"""Values of `tokenizer.ggml.token_type`: tokens that are never part of a text, and tokens matched whole in a text."""
-
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pretokenizer:
-    """How a byte-level vocabulary cuts a text into words before it merges bytes.
-
-    Attributes:
-        split: regular expression of words.
-        digits: whether every digit is first made a word of its own.
-        whole_words: whether a word that is a token is taken whole, and not merged from bytes.
-        nfc: whether texts are first composed to Unicode's form C.
-        bos: whether texts begin with the first token (BOS) unless the file says otherwise.
-    """
-
-    split: str
-    digits: bool = False
-    whole_words: bool = False
-    nfc: bool = False
-    bos: bool = False
-
-
-_LLAMA3 = _Pretokenizer(LLAMA3_SPLIT, whole_words=True, bos=True)
-PRETOKENIZERS: dict[str, _Pretokenizer] = {
-    "default": _Pretokenizer(GPT2_SPLIT),
-    "gpt-2": _Pretokenizer(GPT2_SPLIT),
-    "llama-bpe": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama3": _LLAMA3,
-    "qwen2": _Pretokenizer(QWEN2_SPLIT, nfc=True),
-    "smollm": _Pretokenizer(GPT2_SPLIT, digits=True),
-}
-"""How texts are cut into words, by the `tokenizer.ggml.pre` of GGUF files."""
 
 
 class Tokenizer:
@@ -64,15 +24,33 @@ class Tokenizer:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
+        vocabulary: rows of the model's embedding; a text with a token beyond them is refused. None for no limit.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, vocabulary: int | None = None):
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
 
     @property
     def size(self) -> int:
         """The largest token id plus one: how many rows of the embedding it needs."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    @property
+    def added(self) -> set[str]:
+        """The tokens next to the vocabulary that texts are made of."""
+        return set(self._tokenizer.added_tokens_encoder)
+
+    @functools.cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The tokens that are no text, such as the one that ends an answer."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return tuple(sorted({str(token.content) for token in added if token.special}))
+
+    def without_special(self, text: str) -> str:
+        """A text without the special tokens in it."""
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.sub("|".join(map(re.escape, longest_first)), "", text) if longest_first else text
 
     @property
     def eos_token_id(self) -> int | None:
@@ -83,6 +61,15 @@ class Tokenizer:
     def bos_token_id(self) -> int | None:
         """The token that a text begins with, if the tokenizer has one, whether or not `encode` puts it there."""
         return self._tokenizer.bos_token_id
+
+    @functools.cached_property
+    def unsettling(self) -> frozenset[int]:
+        """Tokens after which the text before may still change: single bytes, of which a vocabulary without characters
+        for them makes some, and what `decode` leaves out."""
+        byte = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+        found = {token for name, token in self._tokenizer.get_vocab().items() if byte.fullmatch(name)}
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(found | {token for token, what in added if what.special} | {*self._tokenizer.all_special_ids})
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -97,9 +84,10 @@ class Tokenizer:
             special: whether to begin with the first token (BOS), where the model was trained so.
 
         Raises:
-            ValueError: the text has a lone surrogate, so it is not Unicode.
+            ValueError: the text has a lone surrogate, so it is not Unicode, or a token that the model has no embedding
+                for.
         """
-        return self._tokenizer.encode(_unicode(text), add_special_tokens=special)
+        return self._known(self._tokenizer.encode(_unicode(text), add_special_tokens=special))
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids.
@@ -119,11 +107,12 @@ class Tokenizer:
             messages: what the user says, or a list of `{"role": ..., "content": ...}`.
 
         Raises:
-            ValueError: there is no chat template, or it rejects the messages.
+            ValueError: there is no chat template, it rejects the messages, or they have a token that the model has no
+                embedding for.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": _unicode(messages)}]
-        return self._apply_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return self._known(self._apply_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
 
     def chat_text(self, messages: Sequence[Mapping[str, str]], *, begin_answer: bool = True, **arguments: Any) -> str:
         """The text of a conversation, special tokens included.
@@ -148,9 +137,28 @@ class Tokenizer:
         if not self._tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template, so the model was not trained to chat; use encode()")
         try:
-            return self._tokenizer.apply_chat_template(list(messages), **arguments)
+            with bounded_templates():
+                return self._tokenizer.apply_chat_template(list(messages), **arguments)
         except Exception as error:
             raise ValueError(f"the chat template rejects these messages: {error}") from error
+
+    def beyond(self, vocabulary: int) -> list[str]:
+        """The tokens that a model with so many has no embedding for."""
+        return sorted(token for token, index in self._tokenizer.get_vocab().items() if index >= vocabulary)
+
+    def within(self, vocabulary: int) -> Tokenizer:
+        """This tokenizer for a model with so many tokens: it refuses texts that have others."""
+        return Tokenizer(self._tokenizer, vocabulary)
+
+    def _known(self, tokens: list[int]) -> list[int]:
+        for token in tokens:
+            if self._vocabulary is not None and token >= self._vocabulary:
+                name = self._tokenizer.convert_ids_to_tokens(token)
+                raise ValueError(
+                    f"the text has the token {name!r} of id {token}, and the model has no embedding for it: its"
+                    f" vocabulary is [0, {self._vocabulary - 1}]; leave it out"
+                )
+        return tokens
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files; `from_folder` reads them."""
@@ -166,6 +174,7 @@ class Tokenizer:
         """The tokenizer in a folder, such as a Hugging Face checkpoint.
 
         Raises:
+            ImportError: its files are of a kind that another package reads, and that is not installed.
             ValueError: its files are missing or malformed.
         """
         transformers = import_transformers()
@@ -173,12 +182,17 @@ class Tokenizer:
         # would; that one knows how to build a tokenizer from older files.
         exact = (Path(folder) / "tokenizer.json").is_file()
         reader = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
+        if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            _check_readable(Path(folder) / "tokenizer.model")
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
-            tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:
-            raise ValueError(f"{folder}: the tokenizer cannot be read ({type(error).__name__}: {error})") from error
+            # Without the argument, transformers asks on stdin whether to run code that lies in the folder.
+            tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise ValueError(f"{folder}: the tokenizer cannot be read ({brief(error)})") from error
         finally:
             transformers.logging.set_verbosity(verbosity)
         return cls(tokenizer)
@@ -191,40 +205,38 @@ class Tokenizer:
             metadata: values by key, from `griffin_jax.checkpoints.sources.read_gguf_header`.
 
         Raises:
-            ValueError: the vocabulary is incomplete, or of a kind that is not supported.
+            UnknownTokenizerError: the vocabulary is of a kind that is not supported.
+            ValueError: it is incomplete.
         """
-        kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list) or not tokens:
-            raise ValueError("the GGUF file has no tokenizer.ggml.tokens")
-        names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-        special = {}
-        for name, key in names.items():
-            token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if token is None:
-                continue
-            if not 0 <= token < len(tokens):
-                raise ValueError(f"tokenizer.ggml.{key}_token_id is {token}, outside the {len(tokens)} tokens")
-            special[name] = tokens[token]
-        try:
-            if kind == "gpt2":
-                backend, bos = _byte_level(metadata, tokens)
-            elif kind == "llama":
-                backend, bos = _sentencepiece(metadata, tokens, special)
-            else:
-                raise ValueError(f"tokenizer.ggml.model is {kind!r}; supported are gpt2 and llama")
-        except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"the GGUF file's tokenizer is incomplete ({type(error).__name__}: {error})") from error
-        _add_special(backend, metadata, tokens)
-        if metadata.get("tokenizer.ggml.add_bos_token", bos) and "bos_token" in special:
-            _begin_with(backend, special["bos_token"])
-        return cls(
-            import_transformers().PreTrainedTokenizerFast(
-                tokenizer_object=backend,
-                chat_template=metadata.get("tokenizer.chat_template"),
-                clean_up_tokenization_spaces=False,
-                **special,
-            )
-        )
+        return cls(read_tokenizer(metadata))
+
+
+def _check_readable(file: Path) -> None:
+    """Raise unless this is a tokenizer.model, and the package that reads it is there; transformers' errors mislead.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: the file is of neither kind.
+    """
+    if not file.is_file():
+        return
+    content = file.read_bytes()
+    if re.match(rb"[A-Za-z0-9+/=]+ [0-9]+\n", content):
+        if importlib.util.find_spec("tiktoken") is None:
+            raise ImportError(f"{file}: is a vocabulary of tiktoken, which is not installed: pip install tiktoken")
+        return
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ImportError(
+            f"{file}: is read with sentencepiece, which is not installed: pip install sentencepiece"
+        ) from error
+    try:
+        found = content and SentencePieceProcessor(model_proto=content).get_piece_size()
+    except (RuntimeError, OSError, ValueError, TypeError):
+        found = 0
+    if not found:
+        raise ValueError(f"{file}: the tokenizer cannot be read (it is no SentencePiece model)")
 
 
 def _unicode(text: str) -> str:
@@ -237,95 +249,12 @@ def _unicode(text: str) -> str:
 
 
 def check_fits(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """Raise `ValueError` if the tokenizer has tokens that the model has no embedding for."""
-    if tokenizer.size > config.vocab_size:
+    """Raise `ValueError` if the tokenizer's vocabulary is larger than the model's.
+
+    Tokens that were added to it, such as one for padding, may lie beyond the embedding: no text needs them.
+    """
+    if set(tokenizer.beyond(config.vocab_size)) - tokenizer.added:
         raise ValueError(
             f"the tokenizer has {tokenizer.size} tokens, but the model's vocabulary only {config.vocab_size}; they do "
             "not belong together"
         )
-
-
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> tuple[Backend, bool]:
-    """Byte-level BPE, and whether its texts begin with the first token by default."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRETOKENIZERS:
-        raise ValueError(f"tokenizer.ggml.pre is {name!r}; supported are {', '.join(PRETOKENIZERS)}")
-    kind = PRETOKENIZERS[name]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    backend = Tokenizer(_bpe(models.BPE, vocabulary, merges, ignore_merges=kind.whole_words))
-    steps = [
-        *([pre_tokenizers.Digits(individual_digits=True)] if kind.digits else []),
-        pre_tokenizers.Split(Regex(kind.split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    if kind.nfc:
-        backend.normalizer = normalizers.NFC()
-    return backend, kind.bos
-
-
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], special: Mapping[str, str]) -> tuple[Backend, bool]:
-    """SentencePiece BPE with a fall-back to bytes, and whether its texts begin with the first token by default."""
-    merges = (
-        [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-        if "tokenizer.ggml.merges" in metadata
-        else _merges_of_scores(tokens, metadata["tokenizer.ggml.scores"])
-    )
-    build = import_transformers().LlamaTokenizer
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    named = {name: token for name, token in special.items() if name != "pad_token"}
-    add_prefix_space = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    tokenizer = _bpe(build, vocabulary, merges, add_prefix_space=add_prefix_space, **named)
-    return tokenizer.backend_tokenizer, True
-
-
-def _bpe(build: Any, vocabulary: dict[str, int], merges: list[tuple[str, ...]], **arguments: Any) -> Any:
-    try:
-        return build(vocab=vocabulary, merges=merges, **arguments)
-    except Exception as error:
-        raise ValueError(f"the GGUF file's vocabulary and merges contradict each other: {error}") from error
-
-
-def _merges_of_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, ...]]:
-    """The merges of a SentencePiece vocabulary: every way to put a token together, best score first."""
-    if len(scores) != len(tokens):
-        raise ValueError(f"the GGUF file has {len(tokens)} tokens, but {len(scores)} scores")
-    index = {token: number for number, token in enumerate(tokens)}
-    merges = []
-    for token, number in index.items():
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(left, right) for left, right in halves if left in index and right in index]
-        known.sort(key=lambda pair: (index[pair[0]], index[pair[1]]))
-        merges += [(scores[number], pair) for pair in known]
-    merges.sort(key=lambda merge: (merge[0], len(merge[1][0]), len(merge[1][1])), reverse=True)
-    return [pair for _, pair in merges]
-
-
-def _add_special(backend: Backend, metadata: Mapping[str, Any], tokens: list[str]) -> None:
-    """Declare the tokens that merges must not touch."""
-    from tokenizers import AddedToken
-
-    kinds = metadata.get("tokenizer.ggml.token_type") or []
-    if len(kinds) not in (0, len(tokens)):
-        raise ValueError(f"the GGUF file has {len(tokens)} tokens, but {len(kinds)} token types")
-    by_kind = {
-        kind: [
-            AddedToken(token, normalized=False) for token, found in zip(tokens, kinds, strict=False) if found == kind
-        ]
-        for kind in (CONTROL, USER_DEFINED)
-    }
-    backend.add_special_tokens(by_kind[CONTROL])
-    backend.add_tokens(by_kind[USER_DEFINED])
-
-
-def _begin_with(backend: Backend, token: str) -> None:
-    """Let every text begin with a token."""
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=[token, "$A"], pair=[token, "$A", token, "$B"], special_tokens=[(token, backend.token_to_id(token))]
-    )

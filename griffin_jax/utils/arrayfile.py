@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from griffin_jax.utils.messages import brief
 from griffin_jax.utils.wholefile import replacing
 
 
@@ -32,7 +33,8 @@ def save_arrays(
     """
     try:
         with replacing(path) as partial:
-            save_file(dict(arrays), partial, {"format": file_format, **metadata})
+            # In memory first, as these files are small: the library's own way to a file may leave a temporary one.
+            partial.write_bytes(save(dict(arrays), {"format": file_format, **metadata}))
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
@@ -53,5 +55,6 @@ def load_arrays(path: str | os.PathLike[str], file_format: str) -> tuple[dict[st
                 raise ValueError(f"{path} is not a file of {file_format!r}: its format is {metadata.get('format')!r}")
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, metadata
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except (SafetensorError, AttributeError, LookupError, TypeError) as error:
+        # The last three come from dtypes that NumPy lacks, such as those of 8 bits.
+        raise ValueError(f"{path} is damaged: {brief(error)}") from error

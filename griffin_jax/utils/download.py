@@ -23,7 +23,8 @@ def run_pip(command: str, *arguments: str) -> str | None:
     Returns:
         None if it worked, else the reason in one line.
     """
-    whole = [sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # -P: without it Python would look for pip, and for all that pip imports, in the current folder first.
+    whole = [sys.executable, "-P", "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
     whole += ["--only-binary", ":all:", *arguments]
     done = subprocess.run(whole, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode == 0:

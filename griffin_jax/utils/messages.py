@@ -8,10 +8,28 @@ from collections.abc import Sequence
 def brief(error: BaseException) -> str:
     """An error of another package: its type and the beginning of its first line."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return (
+        f"{type(error).__name__}: {lines[0].encode(errors='replace').decode()[:300]}" if lines else type(error).__name__
+    )
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an error is a panic of a library in Rust, which pyo3 does not count among the exceptions."""
+    return type(error).__name__ == "PanicException"
+
+
+def printable(text: str) -> str:
+    """A text from a file in one line that changes no terminal: what is not printable is escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
     """The first `limit` names, and how many more there are."""
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return separator.join(names[:limit]) + more
+
+
+class CheckpointWarning(UserWarning):
+    """Warns of something in a checkpoint that is left out, or that may be wrong with it."""

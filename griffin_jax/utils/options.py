@@ -10,9 +10,13 @@ Checks and help texts belong to the field, so that Python and every command have
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def option(default: Any, help: str, **flag: Any) -> Any:
@@ -38,8 +42,20 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
-def check_whole(name: str, value: object, least: int, *, also: str = "", of: str = "") -> None:
-    """Raise `ValueError` unless the value is a whole number, NumPy's included, that is large enough.
+def plain(value: Any) -> Any:
+    """The Python number of a scalar of NumPy or JAX; anything else as it is.
+
+    Tracers stay as they are: their values are not known, and were checked outside.
+    """
+    if isinstance(value, Tracer):
+        return value
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray | jax.Array) and value.ndim == 0):
+        return value.item()
+    return value
+
+
+def whole(name: str, value: Any, least: int, *, also: str = "", of: str = "") -> int:
+    """The Python integer of a whole number, NumPy's and JAX's included, that is large enough.
 
     Args:
         name: of the option, for the message.
@@ -47,10 +63,47 @@ def check_whole(name: str, value: object, least: int, *, also: str = "", of: str
         least: the smallest that is allowed.
         also: what else would be allowed, for the message.
         of: what is counted, for the message.
+
+    Raises:
+        ValueError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
         counted = f" of {of}" if of else ""
         raise ValueError(f"{name} must be {also}a whole number{counted} of at least {least}, got {value!r}")
+    return found
+
+
+def number(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) -> Any:
+    """The Python number of a finite number, NumPy's and JAX's included, that is allowed; a tracer as it is.
+
+    Args:
+        name: of the option, for the message.
+        value: to check.
+        allowed: what is allowed, for the message, as in "in [0, 1]".
+        valid: whether a finite number is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = plain(value)
+    if isinstance(found, Tracer):
+        return found
+    if isinstance(found, bool) or not isinstance(found, float | int) or not math.isfinite(found) or not valid(found):
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return found
+
+
+def flag(name: str, value: Any) -> bool:
+    """The Python bool of a truth value, NumPy's and JAX's included.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = plain(value)
+    if not isinstance(found, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return found
 
 
 def count_or(value: object, default: int) -> int:

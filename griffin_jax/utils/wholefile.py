@@ -1,11 +1,27 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all.
+
+What is being written has a hidden name of its own next to its place. Nobody can guess the name, so nobody can have put
+a link there. The name says which process writes it. If the process is killed, whoever writes to the same place next
+removes what it left.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import platform
+import re
+import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+PARTIAL = re.compile(r"\.partial-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{16}")
+"""The end of a hidden name: a hash of the machine's name, the process, when it began, and what nobody can guess."""
+
+STATE, START = 0, 19
+"""Fields of Linux's `/proc/PID/stat` after the name of the program."""
 
 
 @contextlib.contextmanager
@@ -16,7 +32,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the file cannot take the place of `path`.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    sweep(path)
+    partial = hidden(path)
+    # It fails if there is anything of that name, be it a link.
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial
         os.replace(partial, path)
@@ -32,3 +51,68 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def hidden_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder next to `path`, for what is to be moved to `path` when it is whole; removed at the end of the block.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    path = Path(path)
+    sweep(path)
+    partial = hidden(path)
+    partial.mkdir()
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def hidden(path: Path) -> Path:
+    """A new hidden name next to `path`."""
+    pid = os.getpid()
+    return path.with_name(f".{path.name}.partial-{_host()}-{pid}-{_start(pid) or 0}-{secrets.token_hex(8)}")
+
+
+def sweep(path: Path) -> None:
+    """Remove what processes that are gone have left of writing `path`; what runs, or ran elsewhere, keeps its files."""
+    prefix = f".{path.name}"
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path.parent):
+            found = PARTIAL.fullmatch(entry.name, len(prefix)) if entry.name.startswith(prefix) else None
+            if found is None or found["host"] != _host() or not _is_gone(int(found["pid"]), int(found["start"])):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+def _host() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _start(pid: int) -> int | None:
+    """When a process began, in the clock ticks of Linux; None if it has ended, or nothing says so."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[STATE] in "ZX" else int(fields[START])
+
+
+def _is_gone(pid: int, start: int) -> bool:
+    """Whether a process has ended; its number may be another's by now."""
+    if os.path.exists("/proc/self/stat"):
+        return _start(pid) != start
+    if os.name == "nt":  # where there is no way to ask that is free of side effects
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False

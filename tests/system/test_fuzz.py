@@ -30,3 +30,27 @@ def test_damaged_checkpoints(tmp_path, kind, cases, refusals):
     found, refused = map(int, done.stdout.split())
     assert found >= cases
     assert refused >= refusals
+
+
+MUTATIONS = FUZZING.with_name("mutations.py")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory as Linux does")
+@pytest.mark.parametrize(
+    ("cases", "seed"), [(300, 0), pytest.param(10_000, 1, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_mutated_files_of_every_kind(tmp_path, cases, seed):
+    done = subprocess.run(
+        [sys.executable, str(MUTATIONS), str(tmp_path), str(cases), str(seed)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(FUZZING.parents[1]), str(FUZZING.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # Rust's libraries print, too.
+    found, refused, failures = map(int, done.stdout.splitlines()[-1].split())
+    assert failures == 0, done.stderr[-4000:]
+    assert found == cases
+    assert refused > cases // 2

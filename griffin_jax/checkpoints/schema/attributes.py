@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from griffin_jax.checkpoints.schema.relevance import read_by_transformers
-from griffin_jax.model.config import Activation
+from griffin_jax.model.config import LARGEST_FLOAT, LARGEST_SIZE, MOST_LAYERS, Activation
+from griffin_jax.utils.messages import CheckpointWarning
 from griffin_jax.utils.transformers_import import import_transformers
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -83,17 +84,34 @@ class Attributes:
             default: value where the attribute is not given.
 
         Raises:
-            ValueError: the value is of another type.
+            ValueError: the value is of another type, or a number that is not finite in float32 or int32.
         """
         self._taken.add(name)
         value = self._values.get(name, default)
         if value is None or value is default:
             return default
+        if isinstance(value, int | float) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+            raise ValueError(f"{self.where}: {name} must be finite in float32, got {value!r:.100}")
         if float in kinds and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
+        if isinstance(value, int) and not -LARGEST_SIZE <= value <= LARGEST_SIZE:
+            raise ValueError(f"{self.where}: {name} must be at most 2^31 - 1, got {value!r:.100}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{self.where}: {name} must be {wanted}, got {value!r}")
+            raise ValueError(f"{self.where}: {name} must be {wanted}, got {value!r:.200}")
+        return value
+
+    def count(self, name: str, default: int | None = None, most: int = LARGEST_SIZE) -> int:
+        """A whole number of at least 1, checked before anything is divided by it or made as often.
+
+        Raises:
+            ValueError: it is missing, of another type or out of range.
+        """
+        value = self.take(name, int, default=default)
+        if value is None:
+            self.require(name)
+        if value is None or isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(f"{self.where}: {name} must be a whole number from 1 to {most}, got {value!r:.100}")
         return value
 
     def ignore(self, *names: str) -> None:
@@ -136,8 +154,8 @@ class Attributes:
 def check_attributes(attributes: Attributes, model_type: str) -> None:
     """The config guard: no attribute that could change the model may go unread.
 
-    Attributes that transformers' code for the model type does not read either change nothing; a `UserWarning` names
-    them.
+    Attributes that transformers' code for the model type does not read either change nothing; a `CheckpointWarning`
+    names them.
 
     Raises:
         ValueError: there are attributes that were not read, are not knowingly ignored, and differ from the default of
@@ -173,7 +191,7 @@ def warn_of_unread(where: str, rest: Mapping[str, Any], read: Collection[str] | 
         )
     if rest:
         message = f"{where}: {_listed(rest)} changes nothing here, and nothing in transformers"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
 
 
 def _listed(values: Mapping[str, Any]) -> str:
@@ -208,7 +226,8 @@ def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
     """
     attributes.require(*(name for name in SIZES if name not in defaults))
     vocabulary, width, ff_width, layers, heads, positions = (
-        attributes.take(name, int, default=defaults.get(name)) for name in SIZES
+        attributes.count(name, defaults.get(name), MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE)
+        for name in SIZES
     )
     return {
         "vocab_size": vocabulary,
@@ -220,7 +239,7 @@ def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
         "head_dim": attributes.take("head_dim", int, default=defaults.get("head_dim"))
         or whole_heads(attributes, width, heads),
         "max_positions": positions,
-        **read_special_tokens(attributes, **defaults),
+        **read_special_tokens(attributes, vocabulary, **defaults),
     }
 
 
@@ -235,11 +254,31 @@ def whole_heads(attributes: Attributes, width: int, heads: int) -> int:
     return width // heads
 
 
-def read_special_tokens(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
-    """The first token of a text and the tokens that end an answer, as fields of `ModelConfig`."""
+def read_special_tokens(attributes: Attributes, vocabulary: int, **defaults: Any) -> dict[str, Any]:
+    """The first token of a text and the tokens that end an answer, as fields of `ModelConfig`.
+
+    Args:
+        attributes: attributes of the configuration.
+        vocabulary: number of tokens that the model knows.
+        defaults: defaults of attributes that the family's configurations may leave out.
+
+    Warns:
+        CheckpointWarning: a token is outside the vocabulary. No answer can have it, so it is left out.
+    """
+    bos = _special_token(attributes, "bos_token_id", defaults)
+    eos = read_eos(attributes, defaults.get("eos_token_id"))
+    for name, tokens in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", eos)):
+        if outside := [token for token in tokens if not 0 <= token < vocabulary]:
+            effect = "no answer ends with it" if name == "eos_token_id" else "no text begins with it"
+            warnings.warn(
+                f"{attributes.where}: {name} {', '.join(map(str, outside))} is outside the vocabulary of {vocabulary},"
+                f" so {effect}",
+                CheckpointWarning,
+                stacklevel=2,
+            )
     return {
-        "bos_token_id": _special_token(attributes, "bos_token_id", defaults),
-        "eos_token_ids": read_eos(attributes, defaults.get("eos_token_id")),
+        "bos_token_id": bos if bos is not None and 0 <= bos < vocabulary else None,
+        "eos_token_ids": tuple(token for token in eos if 0 <= token < vocabulary),
     }
 
 
@@ -260,10 +299,10 @@ def read_layer_types(attributes: Attributes, default: Sequence[bool]) -> list[bo
     types = attributes.take("layer_types", list)
     if types is None:
         return list(default)
-    if len(types) != len(default) or not set(types) <= {"sliding_attention", "full_attention"}:
+    if len(types) != len(default) or any(kind not in ("sliding_attention", "full_attention") for kind in types):
         raise ValueError(
             f"{attributes.where}: layer_types must be {len(default)} times 'sliding_attention' or 'full_attention', "
-            f"got {types!r}"
+            f"got {types!r:.200}"
         )
     return [kind == "sliding_attention" for kind in types]
 
@@ -281,9 +320,9 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     attributes.require(
         "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length", *required
     )
-    width = attributes.take("embedding_length", int)
-    heads = attributes.take("attention.head_count", int)
-    head_dim = attributes.take("attention.key_length", int, default=width // max(heads, 1))
+    width = attributes.count("embedding_length")
+    heads = attributes.count("attention.head_count")
+    head_dim = attributes.count("attention.key_length", width // heads)
     value_dim = attributes.take("attention.value_length", int, default=head_dim)
     if value_dim != head_dim:
         raise ValueError(f"{attributes.where}: attention.value_length is {value_dim}, but keys have {head_dim}")
@@ -294,7 +333,7 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": attributes.take("feed_forward_length", int),
-        "num_hidden_layers": attributes.take("block_count", int),
+        "num_hidden_layers": attributes.count("block_count", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": attributes.take("attention.head_count_kv", int, default=heads),
         "head_dim": head_dim,

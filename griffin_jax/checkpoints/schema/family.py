@@ -19,6 +19,7 @@ import numpy as np
 from griffin_jax.checkpoints.schema.attributes import Attributes, check_attributes
 from griffin_jax.checkpoints.schema.layouts import Rules, TensorRule
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.utils.messages import brief
 
 
 class StoredTensors(Protocol):
@@ -109,6 +110,8 @@ class Family:
             config = self.read_config(attributes)
         except ValueError as error:
             raise error if where in str(error) else ValueError(f"{where}: {error}") from error
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+            raise ValueError(f"{where}: malformed, its values do not go together ({brief(error)})") from error
         check_attributes(attributes, self.model_type)
         return dataclasses.replace(config, max_positions=extended_positions(config))
 

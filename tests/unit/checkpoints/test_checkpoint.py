@@ -22,7 +22,7 @@ from flax import nnx
 
 from griffin_jax.checkpoints import native as checkpoint
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
-from griffin_jax.checkpoints.native import MANIFEST, load, save
+from griffin_jax.checkpoints.native import MANIFEST, load, save, sealed
 from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.model.assembly import assemble, disassemble, parameter_shapes
 from griffin_jax.model.transformer import Transformer
@@ -220,7 +220,7 @@ def test_nan_in_a_model_in_memory(native, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2 of the format; this griffin_jax reads version 1"),
+        ({"version": 3}, "version 3 of the format; this griffin_jax reads versions 1 and 2"),
         ({"version": None}, "version None"),
         ({"format": "other"}, "format is 'other'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
@@ -231,7 +231,7 @@ def test_nan_in_a_model_in_memory(native, tmp_path):
 )
 def test_manifests_that_are_refused(native, change, message):
     manifest = json.loads((native / MANIFEST).read_text())
-    (native / MANIFEST).write_text(json.dumps(manifest | change))
+    (native / MANIFEST).write_text(json.dumps(sealed(manifest | change)))
     with pytest.raises(ValueError, match=message) as error:
         open_source(native)
     assert str(native) in str(error.value)
@@ -276,7 +276,7 @@ def test_changed_files(native):
 def test_parameters_of_another_model(native, field, change, message):
     manifest = json.loads((native / MANIFEST).read_text())
     manifest["config"][field] += change
-    (native / MANIFEST).write_text(json.dumps(manifest))
+    (native / MANIFEST).write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ValueError, match="not those of its config; they differ in .*" + message):
         load(native)
 
@@ -287,14 +287,14 @@ def test_parameters_of_another_model(native, field, change, message):
 def test_absurd_sizes_are_refused_before_anything_is_made_of_that_size(native, field, message):
     manifest = json.loads((native / MANIFEST).read_text())
     manifest["config"][field] = 10**9
-    (native / MANIFEST).write_text(json.dumps(manifest))
+    (native / MANIFEST).write_text(json.dumps(sealed(manifest)))
     with pytest.raises(ValueError, match=message):
         load(native)
 
 
-def test_folders_without_a_manifest_are_incomplete(native):
+def test_folders_without_a_manifest_are_no_models(native):
     (native / MANIFEST).unlink()
-    with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"griffin_jax\.json, which a conversion writes last"):
         load_model(native)
 
 
@@ -398,10 +398,10 @@ def test_a_conversion_that_is_killed_in_the_middle(hf_folder, tmp_path, how):
         assert left_behind(tmp_path) == []
         return
     (partial,) = [path for path in tmp_path.iterdir() if path.name.startswith(".native.partial-")]
-    with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"griffin_jax\.json, which a conversion writes last"):
         load_model(partial)
     partial.rename(output)
-    with pytest.raises(ValueError, match="incomplete, its conversion was interrupted"):
+    with pytest.raises(FileNotFoundError, match=r"griffin_jax\.json, which a conversion writes last"):
         load_model(output)
 
 

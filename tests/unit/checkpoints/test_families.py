@@ -15,6 +15,7 @@ from griffin_jax.checkpoints.loading import load_model
 from griffin_jax.checkpoints.schema.relevance import causal_models
 from griffin_jax.model.config import Rotary
 from griffin_jax.model.positions import rotary_frequencies
+from griffin_jax.utils.messages import CheckpointWarning
 
 
 def read(**changes):
@@ -224,19 +225,29 @@ def test_missing_attributes_are_listed_together():
         ({"hidden_size": "16"}, "hidden_size must be int, got '16'"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be int"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be int"),
-        ({"num_hidden_layers": 0}, r"config\.json: num_layers must be a whole number"),
+        ({"num_hidden_layers": 0}, r"config\.json: num_hidden_layers must be a whole number from 1 to 65536"),
         ({"num_attention_heads": 5, "head_dim": None}, "hidden_size 16 is not a multiple"),
         ({"num_key_value_heads": 3}, "not a multiple of num_kv_heads 3"),
         ({"hidden_act": "tanh"}, "hidden_act is 'tanh'; supported are silu"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be bool"),
         ({"eos_token_id": ["x"]}, "eos_token_id must be whole numbers"),
-        ({"eos_token_id": 32}, "special token 32 is outside the vocabulary"),
-        ({"rms_norm_eps": float("nan")}, "norm_eps must be positive"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite in float32"),
     ],
 )
 def test_attributes_out_of_range(changes, message):
     with pytest.raises(ValueError, match=message):
         read(**changes)
+
+
+@pytest.mark.parametrize("eos", [32, [3, 32], -1, 52_000])
+def test_special_tokens_outside_the_vocabulary_never_fire(eos):
+    with pytest.warns(
+        CheckpointWarning, match=r"eos_token_id -?\d+ is outside the vocabulary of 32, so no answer ends"
+    ):
+        config = read(eos_token_id=eos)
+    assert config.eos_token_ids == ((3,) if isinstance(eos, list) else ())
+    with pytest.warns(CheckpointWarning, match="bos_token_id 32 is outside the vocabulary of 32, so no text begins"):
+        assert read(bos_token_id=32).bos_token_id is None
 
 
 def test_unknown_families_name_the_known_ones():

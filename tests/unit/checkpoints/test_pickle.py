@@ -335,3 +335,50 @@ def test_an_index_of_pickles_names_pickles(tmp_path):
     index.write_text(index.read_text().replace(first, "renamed.safetensors"))
     with pytest.raises(ValueError, match=r"'renamed\.safetensors' is not the name of a \.bin file in the folder"):
         open_source(folder, allow_pickle=True)
+
+
+# ---- what torch would not notice ----
+
+
+def test_a_changed_member_is_noticed(tmp_path):
+    file = write(tmp_path / "bin") / "pytorch_model.bin"
+    content = bytearray(file.read_bytes())
+    values = checkpoints.tensors()[DOWN].tobytes()
+    content[content.index(values) + 9] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: damaged, the CRC-32 of .*data/\d+ is not that of"):
+        open_source(file.parent, allow_pickle=True)
+
+
+def test_a_member_that_claims_more_than_it_has(tmp_path):
+    file = write(tmp_path / "bin") / "pytorch_model.bin"
+    with zipfile.ZipFile(file) as archive:
+        entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content = file.read_bytes()
+    at = content.rindex(entry.filename.encode()) - 46  # its entry in the central directory
+    assert content[at : at + 4] == b"PK\1\2"
+    size = (entry.file_size + 64).to_bytes(4, "little")
+    file.write_bytes(content[: at + 24] + size + content[at + 28 :])
+    with pytest.raises(ValueError, match=r"not an archive that torch\.save writes: .* claims"):
+        open_source(file.parent, allow_pickle=True)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_small_files_that_make_large_ones(tmp_path, monkeypatch, protocol, zipped):
+    class Bomb:
+        def __reduce__(self):
+            return bytearray, (1 << 40,)
+
+    folder = write(tmp_path / "bin")
+    bomb = pickle.dumps({"x": Bomb()}, protocol)
+    if zipped:
+        with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
+            archive.writestr("archive/data.pkl", bomb)
+            archive.writestr("archive/version", "3")
+    else:
+        (folder / "pytorch_model.bin").write_bytes(bomb)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ValueError, match="asks for bytearray") as error:
+        open_source(folder, allow_pickle=True)
+    assert len(str(error.value).splitlines()) == 1

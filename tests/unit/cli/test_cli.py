@@ -119,6 +119,25 @@ class TestInfo:
         pruned = gj.prune(worded.llm.model, experts)
         assert facts["active_parameters"] == sum(leaf.size for leaf in jax.tree.leaves(pruned))
 
+    def test_a_config_is_enough(self, capfd, model, tmp_path):
+        _, expected, _ = run(capfd, "info", "--model", model, "--json")
+        (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
+        for name in (tmp_path, tmp_path / "config.json"):
+            code, out, _ = run(capfd, "info", "--model", str(name), "--json")
+            assert code == 0
+            assert {**json.loads(out), "model": model} == json.loads(expected)
+        code, _, err = run(capfd, "generate", "--model", str(tmp_path), "--prompt", "x")
+        assert code == 2
+        assert "has neither model.safetensors" in err
+
+    def test_warnings_are_one_line(self, capfd, model, tmp_path):
+        values = json.loads((Path(model) / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**values, "never_heard_of": 1}))
+        _, _, err = run(capfd, "info", "--model", str(tmp_path))
+        assert err.startswith("griffin-jax info: warning: ")
+        assert "never_heard_of=1 changes nothing here" in err
+        assert err.count("\n") == 1
+
     def test_for_people(self, capfd, demo_gguf):
         _, out, _ = run(capfd, "info", "--model", str(demo_gguf))
         assert "30 layers, width 576, context 8,192 tokens" in out

@@ -240,6 +240,22 @@ class TestGeneration:
             prompt = context or [1]
             assert [text] == model.llm.generate([prompt], max_new_tokens=9, density=0.5, stop="a").texts
 
+    def test_answers_end_at_special_tokens(self, model):
+        """As chat models' turns do, whose tasks have `until: ["<|im_end|>"]`."""
+        free = model.llm.generate([CONTEXTS[0]], max_new_tokens=9, density=1.0, ignore_eos=True).tokens[0]
+        content = json.loads((model.folder / "tokenizer.json").read_text())
+        names = content["model"]["vocab"]
+        content["model"]["vocab"] = {
+            ("<|im_end|>" if index == free[4] else name): index for name, index in names.items()
+        }
+        reader = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+        reader.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+        tokenizer = gj.Tokenizer(reader)
+        lm = GriffinLM(gj.LLM(model.llm.model, tokenizer), density=1.0, prefix_token_id=1)
+        expected = tokenizer.decode(free[: free.index(free[4])])
+        assert self.answers(lm, CONTEXTS[0], max_gen_toks=9, until=["<|im_end|>"]) == [expected]
+        assert self.answers(lm, CONTEXTS[0], max_gen_toks=9, stop_token_ids=[free[4]]) == [expected]
+
     def test_requests_of_other_options_are_batches_of_their_own(self, model):
         lm = GriffinLM(model.llm, density=0.5, batch_size=4)
         pairs = [(text, {"max_gen_toks": 3 + index % 2}) for index, text in enumerate(CONTEXTS[:3])]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+from types import FrameType
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from reference import TinyLlama
 
 import griffin_jax as gj
+from griffin_jax.extensions import in_place
 from griffin_jax.llm.request import Request
 
 
@@ -92,3 +96,70 @@ def test_what_cannot_be_done_with_one_copy(folder):
         llm.generate([[5, 6, 7]])
     first.close()
     assert llm.generate([[5, 6, 7]], max_new_tokens=2).tokens[0]
+
+
+def run(llm: gj.LLM, density: float) -> Any:
+    return llm.generate([5, 6, 7], density=density, max_new_tokens=4, ignore_eos=True).tokens
+
+
+def interrupted(llm: gj.LLM, density: float, line: int, error: type[BaseException]) -> bool:
+    """An answer in which this error comes before the line with this number that `in_place` runs; whether it came."""
+    left = line
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != in_place.__file__:
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise error
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run(llm, density)
+    except error:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_a_prune_may_end_early_anywhere(tmp_path):
+    folder = TinyLlama.build(tmp_path, num_hidden_layers=2).folder
+    usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
+    expected = {density: run(usual, density) for density in (0.25, 0.5, 1.0)}
+    assert {density: run(single, density) for density in expected} == expected
+    weights = live_bytes()
+    errors, line = (KeyboardInterrupt, MemoryError), 0
+    while interrupted(single, 0.5 if line % 2 else 0.25, line, errors[line % 2]):
+        line += 3
+        density = (0.25, 0.5, 1.0)[line // 3 % 3]
+        assert run(single, density) == expected[density], line
+    assert line > 60
+    gc.collect()
+    assert live_bytes() <= 1.02 * weights
+
+
+def test_what_cannot_be_finished_is_refused(tmp_path, monkeypatch):
+    single = gj.load(TinyLlama.build(tmp_path, num_hidden_layers=2).folder, "float32", in_place=True)
+    expected, regroup, calls = run(single, 0.5), in_place._regroup, 0
+
+    def out_of_memory(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise MemoryError("no memory\nat all")
+        return regroup(*arguments)
+
+    monkeypatch.setattr(in_place, "_regroup", out_of_memory)
+    with pytest.raises(MemoryError):
+        run(single, 0.25)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"ended early, and cannot be finished now \(no memory\); free memory"):
+            run(single, 0.5)
+    monkeypatch.undo()
+    assert run(single, 0.5) == expected

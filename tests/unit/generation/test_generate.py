@@ -395,6 +395,23 @@ class TestRefusals:
             gj.prefill(tiny.llm.model, tokens, jnp.ones((2,), jnp.int32), max_new_tokens=4)
 
 
+class TestEnds:
+    def test_stop_tokens_end_answers_as_the_models_own_do(self, tiny):
+        free = tiny.llm.generate(PROMPTS, max_new_tokens=12, ignore_eos=True).tokens
+        end = free[0][5]
+        for options in ({"stop_token_ids": [end]}, {"stop_token_ids": end, "ignore_eos": True}):
+            out = tiny.llm.generate(PROMPTS, max_new_tokens=12, **options)
+            for row, whole, finished in zip(out.tokens, free, out.finished, strict=True):
+                assert row == whole[: whole.index(end) + 1 if end in whole else None]
+                assert finished == ("eos" if end in whole else "length")
+
+    def test_stop_tokens_are_checked(self, tiny):
+        with pytest.raises(ValueError, match=r"stop_token_ids has 999999; the vocabulary is \[0, "):
+            tiny.llm.generate(PROMPTS, max_new_tokens=1, stop_token_ids=[999_999])
+        with pytest.raises(ValueError, match="stop_token_ids must be a whole number of at least 0, got -1"):
+            gj.GenerationConfig(stop_token_ids=[-1])
+
+
 class TestText:
     def test_stop_string_cuts_text_and_tokens(self, worded):
         free = worded.llm.generate(PASSAGES[1], max_new_tokens=24, density=1.0)

@@ -14,6 +14,7 @@ from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.request import GROUPS, OPTIONS, RENAMED, Request
+from griffin_jax.model.assembly import random_model
 from griffin_jax.utils.deprecation import GriffinDeprecationWarning
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 60, 61]]
@@ -97,11 +98,14 @@ class TestFlags:
     def test_every_kind_of_flag(self, parser):
         flags = "--density 0.5,0.25 --method sample --shared --round-to 8 --groups 2 --refit --speculative 3"
         flags += " --prior-weight 0.25 --temperature 0.5 --top-k 7 --stop a --stop b --ignore-eos --seed 9"
+        flags += " --stop-token-ids 3"
         options = parser.parse_args(flags.split())
         assert read_options(options, GriffinConfig) == GriffinConfig((0.5, 0.25), "sample", True, 8, 2)
         extensions = read_options(options, Extensions)
         assert (extensions.refit, extensions.speculative, extensions.prior_weight) == (True, 3, 0.25)
-        generation = GenerationConfig(temperature=0.5, top_k=7, stop=("a", "b"), ignore_eos=True, seed=9)
+        generation = GenerationConfig(
+            temperature=0.5, top_k=7, stop=("a", "b"), stop_token_ids=(3,), ignore_eos=True, seed=9
+        )
         assert read_options(options, GenerationConfig) == generation
 
     def test_flags_of_the_version_before_warn(self, parser):
@@ -156,3 +160,33 @@ class TestSeed:
         statistics = gj.Statistics((jnp.asarray(rng.random((2, 8)), jnp.float32),), jnp.asarray([1, 2], jnp.int32))
         with pytest.raises(ValueError, match="a seed for each sequence is for neurons of its own"):
             gj.select(statistics, gj.GriffinConfig(0.5, "random", shared=True), seed=jnp.asarray([1, 2]))
+
+
+class TestModelOfExperts:
+    """Neurons of a layer mean nothing in another model, even if it has equally many."""
+
+    def test_those_of_another_model_are_refused(self, tmp_path):
+        config = gj.ModelConfig(
+            family="llama",
+            vocab_size=64,
+            width=16,
+            ff_width=40,
+            num_layers=1,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=8,
+            max_positions=64,
+        )
+        one, other = (gj.LLM(random_model(config, seed=seed)) for seed in (0, 1))
+        experts = one.experts([[5, 6]])
+        experts.save(tmp_path / "experts.safetensors")
+        saved = gj.ExpertNeurons.load(tmp_path / "experts.safetensors")
+        assert saved.model == experts.model is not None
+        for given in (experts, saved):
+            assert one.generate([[5, 6]], experts=given, max_new_tokens=2).tokens
+            with pytest.raises(ValueError, match=f"of another model \\(fingerprint {experts.model}, this one has"):
+                other.generate([[5, 6]], experts=given, max_new_tokens=2)
+        with pytest.raises(ValueError, match="of another model"):
+            other.logits([[5, 6, 7]], prompt_length=2, experts=saved)
+        unknown = gj.ExpertNeurons.from_indices(list(experts), experts.neurons)
+        assert other.generate([[5, 6]], experts=unknown, max_new_tokens=2).tokens

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import pytest
+from gguf_vocabularies import byte_level, names, sentencepiece
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
 
+import griffin_jax
 from griffin_jax.checkpoints.gguf import read_gguf_header
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
+from griffin_jax.utils.messages import CheckpointWarning
 
 ROOT = Path(__file__).parents[3]
 TEXTS = [
@@ -28,45 +34,6 @@ TEXTS = [
     "<|im_start|>user\nhi<|im_end|>\n",
     "",
 ]
-BYTES = {byte: letter for letter, byte in zip(sorted(pre_tokenizers.ByteLevel.alphabet()), range(256), strict=True)}
-
-
-def byte_level(tokens=("h", "i", "hi", "Ġ", "Ġhi"), merges=("h i", "Ġ hi"), **changes):
-    """Metadata of a small byte-level vocabulary."""
-    alphabet = [letter for letter in BYTES.values() if letter not in tokens]
-    vocabulary = ["<|end|>", "<think>", *tokens, *alphabet]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": vocabulary,
-        "tokenizer.ggml.token_type": [3, 4] + [1] * (len(vocabulary) - 2),
-        "tokenizer.ggml.merges": list(merges),
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 0,
-    }
-    metadata.update({f"tokenizer.{name.replace('__', '.')}": value for name, value in changes.items()})
-    return {name: value for name, value in metadata.items() if value is not None}
-
-
-def sentencepiece(**changes):
-    """Metadata of a small SentencePiece vocabulary, with scores and no merges."""
-    pieces = ["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello", "▁he"]
-    vocabulary = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)], *pieces]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": vocabulary,
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(index) for index in range(len(pieces))],
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    metadata.update({f"tokenizer.{name.replace('__', '.')}": value for name, value in changes.items()})
-    return {name: value for name, value in metadata.items() if value is not None}
-
-
-def names(tokenizer: Tokenizer, metadata, text: str) -> list[str]:
-    return [metadata["tokenizer.ggml.tokens"][token] for token in tokenizer.encode(text)]
 
 
 # ---- the demo model's ----
@@ -175,18 +142,6 @@ def test_sentencepiece_vocabulary(tmp_path):
         assert back.encode(text) == tokenizer.encode(text)
 
 
-def test_sentencepiece_agrees_with_transformers(tmp_path):
-    from checkpoints_gguf import write_gguf
-    from transformers import AutoTokenizer
-
-    metadata = sentencepiece()
-    file = write_gguf(tmp_path / "x.gguf", checkpoints.tensors(), metadata=metadata)
-    reference = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
-    tokenizer = Tokenizer.from_gguf(read_gguf_header(file)[0])
-    for text in ("hello hell", "hello", " hello  he\nll", "é</s>hello", ""):
-        assert tokenizer.encode(text) == reference.encode(text)
-
-
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
@@ -196,7 +151,6 @@ def test_sentencepiece_agrees_with_transformers(tmp_path):
         (byte_level(ggml__merges=None), "incomplete"),
         (byte_level(ggml__merges=["no such"]), "contradict each other"),
         (byte_level(ggml__merges=["one"]), "contradict each other"),
-        (byte_level(ggml__eos_token_id=100_000), "eos_token_id is 100000, outside"),
         (byte_level(ggml__token_type=[1]), "1 token types"),
         (sentencepiece(ggml__scores=None), "incomplete"),
         (sentencepiece(ggml__scores=[0.0]), "but 1 scores"),
@@ -256,6 +210,30 @@ def test_a_tokenizer_that_does_not_fit(tmp_path):
     check_fits(Tokenizer.from_folder(folder), dataclasses.replace(config, vocab_size=33))
 
 
+def test_added_tokens_beyond_the_embedding(tmp_path):
+    """Chat models whose added_tokens.json has one token for padding more than the model has rows."""
+    folder = checkpoints.write(tmp_path / "hf")
+    save_tokenizer(folder, checkpoints.VOCABULARY)
+    reader = PreTrainedTokenizerFast.from_pretrained(folder)
+    reader.add_special_tokens({"pad_token": "<pad>"})
+    reader.chat_template = "{{ messages[0]['content'] }}"
+    reader.save_pretrained(folder)
+    with pytest.warns(
+        CheckpointWarning, match="32 tokens and no embedding for <pad> of its tokenizer; texts with them"
+    ):
+        llm = griffin_jax.load(folder)
+    assert llm.tokenizer is not None
+    for chat in (False, True):
+        with pytest.raises(ValueError, match=r"the text has the token '<pad>' of id 32, .* vocabulary is \[0, 31\]"):
+            llm.generate("<pad>", chat=chat, max_new_tokens=1)
+    with pytest.raises(ValueError, match="prompt 0 has token 32"):
+        llm.generate([1, 32], max_new_tokens=1)
+    with pytest.warns(CheckpointWarning):
+        report = convert(folder, tmp_path / "native", progress=False)
+    with pytest.warns(CheckpointWarning, match="no embedding for <pad>"):
+        assert load_model(report.path)[1] is not None
+
+
 def test_a_malformed_tokenizer(tmp_path):
     folder = checkpoints.write(tmp_path / "hf")
     for content in ("", "{", json.dumps({"model": {}})):
@@ -263,6 +241,54 @@ def test_a_malformed_tokenizer(tmp_path):
         with pytest.raises(ValueError, match="the tokenizer cannot be read") as error:
             load_model(folder)
         assert str(folder) in str(error.value)
+
+
+def save_sentencepiece(folder: Path, **options: Any) -> Any:
+    """A tokenizer.model and nothing else, and the SentencePiece that reads it."""
+    import sentencepiece
+
+    texts = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(100)]
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=content, hard_vocab_limit=False, minloglevel=2, **options
+    )
+    (folder / "tokenizer.model").write_bytes(content.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_proto=content.getvalue())
+
+
+@pytest.mark.parametrize("kind", [{"model_type": "bpe", "byte_fallback": True}, {"model_type": "unigram"}])
+def test_only_a_tokenizer_model(kind, tmp_path):
+    folder = checkpoints.write(tmp_path / "hf", config=checkpoints.CONFIG | {"vocab_size": 400})
+    reference = save_sentencepiece(folder, vocab_size=300 if "byte_fallback" in kind else 60, **kind)
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.size == reference.get_piece_size()
+    for text in ("the lazy fox", "over the dog number 12"):
+        assert tokenizer.encode(text, special=False) == reference.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "absent", "message"),
+    [
+        (None, "sentencepiece", r"tokenizer\.model: is read with sentencepiece, .*: pip install sentencepiece$"),
+        (b"IQ== 0\nIg== 1\n", "tiktoken", r"tokenizer\.model: is a vocabulary of tiktoken, .*: pip install tiktoken$"),
+        (b"", "", r"the tokenizer cannot be read \(it is no SentencePiece model\)$"),
+        (b"garbage", "", r"the tokenizer cannot be read \(it is no SentencePiece model\)$"),
+    ],
+)
+def test_a_tokenizer_model_that_cannot_be_read(content, absent, message, tmp_path, monkeypatch):
+    if content is None:
+        save_sentencepiece(tmp_path, vocab_size=60)
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(content)
+    if absent:
+        find = importlib.util.find_spec
+        monkeypatch.setitem(sys.modules, absent, None)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *rest: (name != absent and find(name, *rest)) or None
+        )
+    with pytest.raises(ImportError if absent else ValueError, match=message):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_neither_pytorch_nor_chatter(tmp_path):

@@ -1,0 +1,173 @@
+"""Conversations: each turn is what `generate` answers to all that was said, though little of it is read again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import griffin_jax as gj
+from griffin_jax.llm.chat import Chat
+
+SAID = ("The river is slow.", "And the bridge?", "It was built of iron, a long time ago.")
+
+
+@pytest.fixture
+def llm(worded) -> gj.LLM:
+    return worded.llm
+
+
+def replies(chat: Chat, **options: object) -> list[list[int]]:
+    return [chat.say(text, **options).tokens[0] for text in SAID]
+
+
+def by_generate(llm: gj.LLM, **options: object) -> list[list[int]]:
+    """The same answers by `generate`, which reads the whole conversation each time."""
+    messages: list[dict[str, str]] = []
+    found = []
+    for text in SAID:
+        messages.append({"role": "user", "content": text})
+        out = llm.generate([messages], **options)
+        found.append(out.tokens[0])
+        messages.append({"role": "assistant", "content": out.texts[0]})
+    return found
+
+
+OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"density": 0.5},
+        {"density": 1.0},
+        {"density": 0.25, "refresh_every": 2},
+        {"density": 0.5, "speculative": 2},
+        {"density": 0.5, "temperature": 1.0, "seed": 3},
+    ],
+    ids=["half", "dense", "refreshed", "speculative", "sampled"],
+)
+def test_turns_are_what_generate_answers(llm, options):
+    chat = llm.chat(**OPTIONS, **options)
+    assert replies(chat) == by_generate(llm, **OPTIONS, **options)
+
+
+def test_only_what_is_new_is_read(llm):
+    chat = llm.chat("Be brief.", **OPTIONS)
+    replies(chat)
+    first, second, third = chat.turns
+    assert first.read == first.tokens
+    assert second.read == second.tokens - first.tokens
+    assert third.read == third.tokens - second.tokens
+    assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
+
+
+def test_the_neurons_are_those_of_all_that_was_said(llm):
+    chat = llm.chat(**OPTIONS)
+    replies(chat)
+    experts = llm.experts([chat.messages[:-1]])
+    for got, expected in zip(chat.turns[-1].generation.experts, experts, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_options_may_change_from_turn_to_turn(llm):
+    chat = llm.chat(**OPTIONS)
+    chat.say(SAID[0])
+    dense = chat.say(SAID[1], density=1.0)
+    assert dense.experts is None
+    assert chat.turns[-1].read < chat.turns[-1].tokens
+    # Rows for a refit were not recorded before, so everything is read again.
+    other = llm.chat(**OPTIONS)
+    other.messages = list(chat.messages)
+    assert chat.say(SAID[2], refit=8).tokens == other.say(SAID[2], refit=8).tokens
+    assert chat.turns[-1].read == chat.turns[-1].tokens
+    chat.say(SAID[0], refit=8)
+    assert chat.turns[-1].read < chat.turns[-1].tokens
+
+
+def test_long_turns_are_read_in_parts(llm, monkeypatch):
+    monkeypatch.setattr("griffin_jax.llm.chat.DEFAULT_CHUNK", 16)
+    assert replies(llm.chat(**OPTIONS)) == by_generate(llm, **OPTIONS)
+
+
+def test_an_answer_that_is_interrupted_stays_as_far_as_it_was_written(llm):
+    chat = llm.chat(**{**OPTIONS, "max_new_tokens": 24})
+    stream = chat.stream(SAID[0])
+    piece = next(stream)
+    stream.close()
+    assert chat.messages[-1] == {"role": "assistant", "content": piece}
+    assert chat.turns[-1].generation is None
+    messages = [*chat.messages, {"role": "user", "content": SAID[1]}]
+    assert chat.say(SAID[1]).tokens == llm.generate([messages], **{**OPTIONS, "max_new_tokens": 24}).tokens
+    assert chat.turns[-1].read < chat.turns[-1].tokens
+
+
+@pytest.mark.parametrize("step", ["_select", "_prune", "_write_more"])
+def test_a_failure_at_any_step_leaves_a_chat_that_goes_on(llm, monkeypatch, step):
+    options = {**OPTIONS, "max_new_tokens": 16}
+    chat = llm.chat(**options)
+    chat.say(SAID[0])
+    original, messages = getattr(gj.LLM, step), list(chat.messages)
+
+    def fails(self, *arguments, **more):
+        if step == "_write_more":
+            original(self, *arguments, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gj.LLM, step, fails)
+        with pytest.raises(KeyboardInterrupt):
+            chat.say(SAID[1])
+    assert chat.messages[: len(messages)] == messages
+    messages = [*chat.messages, {"role": "user", "content": SAID[2]}]
+    assert chat.say(SAID[2]).tokens == llm.generate([messages], **options).tokens
+
+
+def test_a_template_that_changes_the_past_is_read_again(llm, monkeypatch):
+    chat = llm.chat(**OPTIONS)
+    chat.say(SAID[0])
+    original = llm.tokenizer.chat
+    monkeypatch.setattr(llm.tokenizer, "chat", lambda messages: original(messages)[1:])
+    prompt = llm.tokenizer.chat([*chat.messages, {"role": "user", "content": SAID[1]}])
+    assert chat.say(SAID[1]).tokens == llm.generate([prompt], **OPTIONS).tokens
+    assert chat.turns[-1].read == chat.turns[-1].tokens
+
+
+def test_in_place(worded):
+    usual, single = worded.llm, gj.load(worded.folder, "float32", in_place=True)
+    assert replies(single.chat(**OPTIONS)) == replies(usual.chat(**OPTIONS))
+
+
+def test_what_is_wrong_leaves_the_conversation_as_it_was(llm, tiny):
+    chat = llm.chat(**OPTIONS)
+    chat.say(SAID[0])
+    messages = list(chat.messages)
+    said = [*messages, {"role": "user", "content": SAID[1]}]
+    with pytest.raises(ValueError, match="is longer than the model's context"):
+        chat.say(SAID[1], max_new_tokens=10**6)
+    with pytest.raises(TypeError, match=r"chat\(\) got unexpected options: densty"):
+        chat.say(SAID[1], densty=0.5)
+    assert chat.messages == messages
+    assert chat.say(SAID[1]).tokens == llm.generate([said], **OPTIONS).tokens
+    with pytest.raises(ValueError, match="no chat template"):
+        gj.LLM(llm.model).chat()
+    with pytest.raises(ValueError, match="density must be"):
+        llm.chat(density=2)
+
+
+def test_saved_and_cleared(llm, tmp_path):
+    chat = llm.chat("Be brief.", **OPTIONS)
+    chat.say(SAID[0])
+    chat.save(tmp_path / "c.json")
+    other = llm.chat(**OPTIONS)
+    other.load(tmp_path / "c.json")
+    assert other.messages == chat.messages
+    assert other.say(SAID[1]).tokens == chat.say(SAID[1]).tokens
+    chat.clear()
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+    assert chat.turns == []
+    for content in ("[]", "{}", "x", json.dumps({"format": "griffin_jax chat 1", "messages": [{"role": 1}]})):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(ValueError, match=r"c\.json: is no saved conversation"):
+            other.load(tmp_path / "c.json")
