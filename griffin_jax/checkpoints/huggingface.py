@@ -31,7 +31,7 @@ from griffin_jax.checkpoints.sources import (
 )
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import brief
+from griffin_jax.utils.messages import CheckpointWarning, brief
 
 # ---- Hugging Face folders ----
 
@@ -103,7 +103,7 @@ class HuggingFaceFolder(Reader):
         self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
         if self.family.leaves_out:
             message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
-            warnings.warn(f"{message} {self.family.leaves_out}", stacklevel=2)
+            warnings.warn(f"{message} {self.family.leaves_out}", CheckpointWarning, stacklevel=2)
         if self.family.unsaid_tie and "tie_word_embeddings" not in read_json(folder / "config.json"):
             self.config = dataclasses.replace(self.config, tied_head="lm_head.weight" not in self.tensors)
         if any(name.startswith(ADAPTER) for name in self.tensors):

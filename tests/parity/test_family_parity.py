@@ -212,6 +212,7 @@ def test_unknown_attributes_are_named(family_folder):
         open_source(family_folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*is outside the vocabulary:UserWarning")
 def test_attributes_left_out_have_the_defaults_of_transformers(family_folder):
     """Or are asked for. A default of ours that differs would be another model."""
     from transformers import AutoConfig
