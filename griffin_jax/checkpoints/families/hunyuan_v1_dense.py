@@ -38,7 +38,8 @@ def _read_rotary(attributes: Attributes, max_positions: int, head_dim: int) -> R
     if not alpha or parameters.get("rope_type", parameters.get("type")) != "dynamic":
         return read_rotary(attributes, max_positions, head_dim)
     attributes.ignore("rope_scaling", "rope_parameters")
-    theta = parameters.get("rope_theta") or attributes.take("rope_theta", float, default=10_000.0)
+    theta = attributes.take("rope_theta", float, default=10_000.0)
+    theta = parameters.get("rope_theta") or theta
     plain = {name: value for name, value in parameters.items() if name not in UNREAD | {"alpha", "rope_theta"}}
     stretched = theta * alpha ** (head_dim / (head_dim - 2))
     return rotary_of(plain, f"{attributes.where}: rotary embedding", max_positions, head_dim, theta=stretched)
