@@ -50,7 +50,8 @@ def _windowed(attributes: Attributes, num_layers: int) -> list[bool]:
     # The same, written out.
     attributes.ignore("attention_layers")
     try:
-        kinds = [kind for kinds, times in types for _ in range(times) for kind in kinds]
+        # More repetitions than layers are too many already, and are not written out.
+        kinds = [kind for kinds, times in types for _ in range(min(times, num_layers + 1)) for kind in kinds]
     except (TypeError, ValueError):
         kinds = []
     if len(kinds) != num_layers or not set(kinds) <= {"global", "local"}:
