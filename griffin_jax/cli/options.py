@@ -221,7 +221,7 @@ def check_batch(options: argparse.Namespace, mesh: Mesh | None = None) -> None:
 def chosen_batch(
     options: argparse.Namespace, needed: Callable[[int], Parts], advice: str, mesh: Mesh | None = None
 ) -> int:
-    """The batch of --batch, or the largest that fits into memory, of which a line on stderr says so.
+    """The batch of --batch, or the largest that fits into memory; a line on stderr says so if that is a smaller one.
 
     Args:
         options: parsed arguments, those of `add_batch_argument` among them.
@@ -240,7 +240,7 @@ def chosen_batch(
     chosen, line = fitting(
         {size: needed(size) for size in candidates}, memory.free(devices), smaller + advice, wanted=options.batch
     )
-    if options.batch is None and len(sizes) > 1 and is_first():
+    if options.batch is None and chosen < sizes[-1] and is_first():
         print(line, file=sys.stderr)
     return chosen
 

@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.extensions.pruner import Pruner
@@ -70,8 +71,8 @@ def refresh(
 def teacher_force_refreshed(
     model: Transformer,
     prefilled: Prefilled,
-    answers: Int[Array, "b r"],
-    lengths: Int[Array, "b"],
+    answers: Int[Array | np.ndarray, "b r"],
+    lengths: Int[Array | np.ndarray, "b"],
     pruner: Pruner,
     width: int,
     *,

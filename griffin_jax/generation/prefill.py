@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
@@ -47,8 +48,8 @@ class Prefilled:
 @renamed_arguments(room="max_new_tokens")
 def prefill(
     model: Transformer,
-    tokens: Int[Array, "b t"],
-    lengths: Int[Array, "b"],
+    tokens: Int[Array | np.ndarray, "b t"],
+    lengths: Int[Array | np.ndarray, "b"],
     *,
     max_new_tokens: int,
     longest: int | Int[Array, "..."] | None = None,
@@ -79,10 +80,11 @@ def prefill(
     chunk = -(-length // chunks)
     padded = chunks * chunk
     mesh = mesh_of(model.embedding[...])
-    tokens, lengths = over_data(mesh, jnp.pad(tokens, ((0, 0), (0, padded - length)))), over_data(mesh, lengths)
+    prompts: Array = over_data(mesh, jnp.pad(jnp.asarray(tokens), ((0, 0), (0, padded - length))))
+    counts: Array = over_data(mesh, jnp.asarray(lengths))
     positions = jnp.arange(padded, dtype=jnp.int32)
-    positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
-    chosen = spread(lengths, rows) if rows else None
+    positions = jnp.where(positions < counts[:, None], positions, EMPTY)
+    chosen = spread(counts, rows) if rows else None
 
     def read(carry: tuple[KVCache, Array, tuple[_Observed, ...]], step: tuple[Array, Array]):
         cache, last, observed = carry
@@ -101,11 +103,11 @@ def prefill(
             read_slots=0 if chunks == 1 else padded,
             observe=observe if collect or rows else None,
         )
-        is_last = (chunk_positions == lengths[:, None] - 1)[..., None]
+        is_last = (chunk_positions == counts[:, None] - 1)[..., None]
         last = last + jnp.sum(jnp.where(is_last, x, 0), axis=1)
         return (cache, last, jax.tree.map(jnp.add, observed, more)), None
 
-    context = jnp.asarray(lengths + (max_new_tokens if longest is None else longest), jnp.int32)
+    context = jnp.asarray(counts + (max_new_tokens if longest is None else longest), jnp.int32)
     carry = (
         empty_cache(model.config, batch, padded + max_new_tokens, model.dtype, context=context),
         jnp.zeros((batch, model.config.width), model.dtype),
@@ -119,12 +121,12 @@ def prefill(
         ),
     )
     if chunks == 1:
-        carry, _ = read(carry, (tokens, positions))
+        carry, _ = read(carry, (prompts, positions))
     else:
-        carry, _ = jax.lax.scan(read, carry, (by_chunk(tokens, chunks), by_chunk(positions, chunks)))
+        carry, _ = jax.lax.scan(read, carry, (by_chunk(prompts, chunks), by_chunk(positions, chunks)))
     cache, last, observed = carry
     squares = tuple(square for square, _ in observed if square is not None)
-    statistics = Statistics(squares, jnp.asarray(lengths, jnp.int32))
+    statistics = Statistics(squares, jnp.asarray(counts, jnp.int32))
     logits = model.logits(last[:, None])[:, 0]
     return Prefilled(
         logits, last, cache, statistics, max_new_tokens, tuple(row for _, row in observed if row is not None)

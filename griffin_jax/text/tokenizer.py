@@ -12,7 +12,7 @@ from typing import Any
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.bounded import bounded_templates
 from griffin_jax.text.gguf_tokenizer import read_tokenizer
-from griffin_jax.utils.messages import is_panic
+from griffin_jax.utils.messages import brief, is_panic
 from griffin_jax.utils.transformers_import import import_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")

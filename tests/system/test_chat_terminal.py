@@ -47,7 +47,7 @@ def test_a_conversation(worded, tmp_path):
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (40, 120))
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, "--model", str(worded.folder), "--max-new-tokens", "32"],
+        [sys.executable, "-c", SLOWLY, "--model", str(worded.folder), "--max-new-tokens", "24"],
         stdin=theirs, stdout=theirs, stderr=theirs, env=environment(tmp_path), start_new_session=True,
     )  # fmt: skip
     os.close(theirs)

@@ -18,11 +18,12 @@ class Counted:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer, self.count = tokenizer, 0
-        self.unsettling = tokenizer.unsettling
+        self.unsettling, self.special_tokens = tokenizer.unsettling, tokenizer.special_tokens
+        self.without_special = tokenizer.without_special
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         self.count += len(tokens)
-        return self._tokenizer.decode(tokens)
+        return self._tokenizer.decode(tokens, skip_special)
 
 
 @pytest.fixture(scope="module", params=["byte_level", "sentencepiece", "without a space before", "demo"])
