@@ -50,6 +50,8 @@ def write_gguf(
         leave_out: fields to leave out, each by a part of the name of the method that would add it.
     """
     recipe = RECIPES[config["model_type"]]
+    # Of models that read more than text, the converter writes the text model.
+    config = {**config, **config.get("text_config", {})}
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[recipe.architecture])
     fields = {
         "file_type": gguf.LlamaFileType["ALL_F32" if quantise is None else f"MOSTLY_{quantise.name}"],
@@ -159,7 +161,7 @@ def size_fields(config: Config) -> Fields:
         "head_count": heads_of(config),
         "head_count_kv": config.get("num_key_value_heads"),
         "layer_norm_rms_eps": config.get("rms_norm_eps"),
-        "layer_norm_eps": first(config, "layer_norm_eps", "layer_norm_epsilon"),
+        "layer_norm_eps": first(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     }
 
 
@@ -203,6 +205,83 @@ def smollm3_fields(config: Config) -> Fields:
 def llama_fields(config: Config) -> Fields:
     """The converter reads config.json with transformers, which fills in `head_dim`. Mistral's window is not written."""
     return smollm3_fields({**config, "head_dim": head_dim_of(config)})
+
+
+def mistral3_fields(config: Config) -> Fields:
+    fields, rope = llama_fields(config), rope_of(config)
+    if config["model_type"] == "ministral3":
+        fields |= {
+            "rope_scaling_yarn_log_mul": rope["mscale_all_dim"],
+            "attn_temperature_scale": rope["llama_4_scaling_beta"],
+        }
+    return fields
+
+
+def olmo_fields(config: Config) -> Fields:
+    return standard_fields(config) | {"layer_norm_eps": 1e-5, "clamp_kqv": config.get("clip_qkv")}
+
+
+def olmo3_fields(config: Config) -> Fields:
+    return standard_fields(config) | {
+        "sliding_window": config["sliding_window"],
+        "sliding_window_pattern": [kind == "sliding_attention" for kind in config["layer_types"]],
+    }
+
+
+def partial_rotary_fields(config: Config) -> Fields:
+    turning = int(rope_of(config).get("partial_rotary_factor", 0.5) * head_dim_of(config))
+    return standard_fields(config) | {"rope_dimension_count": turning}
+
+
+def nemotron_fields(config: Config) -> Fields:
+    rope = rope_of(config)
+    return standard_fields(config) | {
+        "vocab_size": config["vocab_size"],
+        "layer_norm_eps": config["norm_eps"],
+        "rope_dimension_count": int(rope["partial_rotary_factor"] * width_of(config)) // heads_of(config),
+        "rope_scaling_type": gguf.RopeScalingType.LINEAR if "factor" in rope else gguf.RopeScalingType.NONE,
+        "rope_scaling_factor": rope.get("factor"),
+    }
+
+
+def cohere_fields(config: Config) -> Fields:
+    return standard_fields(config) | {
+        "logit_scale": config["logit_scale"],
+        "rope_scaling_type": gguf.RopeScalingType.NONE,
+    }
+
+
+def cohere2_fields(config: Config) -> Fields:
+    return cohere_fields(config) | {
+        "sliding_window": config["sliding_window"],
+        "vocab_size": config["vocab_size"],
+        "rope_dimension_count": head_dim_of(config),
+    }
+
+
+def phi_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "feed_forward_length": 4 * width_of(config),
+        "head_count_kv": heads_of(config),
+        "rope_dimension_count": int(rope_of(config)["partial_rotary_factor"] * width_of(config)) // heads_of(config),
+        "add_bos_token": False,
+    }
+
+
+def starcoder_fields(config: Config) -> Fields:
+    return size_fields(config) | {
+        "context_length": config["n_positions"],
+        "feed_forward_length": 4 * width_of(config),
+        "head_count_kv": 1,
+    }
+
+
+def exaone4_fields(config: Config) -> Fields:
+    fields = standard_fields(config) | {"vocab_size": config["vocab_size"]}
+    if config.get("sliding_window") is not None:
+        fields["sliding_window"] = config["sliding_window"]
+        fields["sliding_window_pattern"] = [kind == "sliding_attention" for kind in config["layer_types"]]
+    return fields
 
 
 def granite_fields(config: Config) -> Fields:
@@ -345,6 +424,21 @@ def gemma3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.n
         yield name, array + array.dtype.type(1) if name.endswith("norm.weight") else array
 
 
+def text_tensors(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
+    """Those of the text model, as it has them by itself."""
+    for name, array in tensors:
+        if "vision_tower" not in name and "multi_modal_projector" not in name:
+            yield name.replace("language_model.", ""), array
+
+
+def gemma3_text_part(tensors: Tensors, config: Config) -> Tensors:
+    return gemma3_tensors(text_tensors(tensors), config)
+
+
+def mistral3_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return llama_tensors(text_tensors(tensors), config)
+
+
 def gemma_tensors(tensors: Tensors, config: Config) -> Tensors:
     return gemma3_tensors([(name, array) for name, array in tensors if name != "lm_head.weight"], config)
 
@@ -409,14 +503,31 @@ class Recipe:
 RECIPES = {
     "llama": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
     "mistral": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "mistral3": Recipe(gguf.MODEL_ARCH.MISTRAL3, mistral3_fields, mistral3_tensors),
+    "ministral3": Recipe(gguf.MODEL_ARCH.MISTRAL3, mistral3_fields, mistral3_tensors),
     "smollm3": Recipe(gguf.MODEL_ARCH.SMOLLM3, smollm3_fields, llama_tensors),
     "granite": Recipe(gguf.MODEL_ARCH.GRANITE, granite_fields, llama_tensors),
     "qwen2": Recipe(gguf.MODEL_ARCH.QWEN2, standard_fields),
     "qwen3": Recipe(gguf.MODEL_ARCH.QWEN3, standard_fields),
     "olmo2": Recipe(gguf.MODEL_ARCH.OLMO2, standard_fields),
+    "olmo": Recipe(gguf.MODEL_ARCH.OLMO, olmo_fields, llama_tensors),
+    "olmo3": Recipe(gguf.MODEL_ARCH.OLMO2, olmo3_fields),
+    "glm4": Recipe(gguf.MODEL_ARCH.GLM4, partial_rotary_fields),
+    "starcoder2": Recipe(gguf.MODEL_ARCH.STARCODER2, standard_fields),
+    "seed_oss": Recipe(gguf.MODEL_ARCH.SEED_OSS, standard_fields),
+    "arcee": Recipe(gguf.MODEL_ARCH.ARCEE, llama_fields, llama_tensors),
+    "nemotron": Recipe(gguf.MODEL_ARCH.NEMOTRON, nemotron_fields, gemma3_tensors),
+    "cohere": Recipe(gguf.MODEL_ARCH.COMMAND_R, cohere_fields),
+    "cohere2": Recipe(gguf.MODEL_ARCH.COHERE2, cohere2_fields),
+    "phi": Recipe(gguf.MODEL_ARCH.PHI2, phi_fields),
+    "gpt_bigcode": Recipe(gguf.MODEL_ARCH.STARCODER, starcoder_fields),
+    "ernie4_5": Recipe(gguf.MODEL_ARCH.ERNIE4_5, standard_fields),
+    "hunyuan_v1_dense": Recipe(gguf.MODEL_ARCH.HUNYUAN_DENSE, standard_fields),
+    "exaone4": Recipe(gguf.MODEL_ARCH.EXAONE4, exaone4_fields),
     "gemma": Recipe(gguf.MODEL_ARCH.GEMMA, gemma_fields, gemma_tensors),
     "gemma2": Recipe(gguf.MODEL_ARCH.GEMMA2, gemma2_fields, gemma_tensors),
     "gemma3_text": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_tensors),
+    "gemma3": Recipe(gguf.MODEL_ARCH.GEMMA3, gemma3_fields, gemma3_text_part),
     "phi3": Recipe(gguf.MODEL_ARCH.PHI3, phi3_fields, phi3_tensors),
     "stablelm": Recipe(gguf.MODEL_ARCH.STABLELM, stablelm_fields, stablelm_tensors),
     "falcon": Recipe(gguf.MODEL_ARCH.FALCON, falcon_fields, falcon_tensors),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from griffin_jax.checkpoints.families import gguf_family_of
+from griffin_jax.checkpoints.families import families, gguf_family_of
 from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.checkpoints.schema.family import GgufFamily
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
@@ -107,6 +107,7 @@ class GgufFile(Reader):
             f"{self.name}: {prefix[:-1]} metadata",
         )
         values = gguf.read_config(attributes, self)
+        self.family = families()[values.pop("model_type", self.family.model_type)]
         embedding = self.shapes.get("token_embd.weight")
         vocabulary = attributes.take("vocab_size", int, default=embedding[0] if embedding else None)
         if rest := attributes.rest():

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import struct
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from griffin_jax.checkpoints.sources import (
 )
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import brief
+from griffin_jax.utils.messages import CheckpointWarning, brief
 
 # ---- Hugging Face folders ----
 
@@ -100,6 +101,11 @@ class HuggingFaceFolder(Reader):
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
         self._stored = self._names_in_family()
         self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
+        if self.family.leaves_out:
+            message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
+            warnings.warn(f"{message} {self.family.leaves_out}", CheckpointWarning, stacklevel=2)
+        if self.family.unsaid_tie and "tie_word_embeddings" not in read_json(folder / "config.json"):
+            self.config = dataclasses.replace(self.config, tied_head="lm_head.weight" not in self.tensors)
         if any(name.startswith(ADAPTER) for name in self.tensors):
             self.problems.append(
                 f"names that begin with {ADAPTER} are those of an adapter of PEFT; merge it into its model with"
@@ -160,14 +166,17 @@ class HuggingFaceFolder(Reader):
         """
         sizes = sizes_of(self.config)
         known = {name for rule in rules_by_path(self.rules, self.config).values() for name in rule.tensors(sizes)}
+        plain = self.family.name_of
 
         def bare(name: str) -> str:
-            return WRAPPERS.sub("", name)
+            return plain(WRAPPERS.sub("", name))
 
         def whole(name: str) -> str:
             return name if name in self.copies else self.family.prefix + name
 
-        ways: list[Callable[[str], str]] = [str, whole, bare, lambda name: whole(bare(name))]
+        ways: list[Callable[[str], str]] = [
+            plain, lambda name: whole(plain(name)), bare, lambda name: whole(bare(name))
+        ]  # fmt: skip
         found = [{way(name): name for name in self.tensors} for way in ways]
         best = max(found, key=lambda names: len(known & names.keys()))
 

@@ -16,7 +16,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -275,9 +275,11 @@ def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             try:
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    **arguments, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-                ).eval()
+                model = (
+                    _auto_class(arguments)
+                    .from_pretrained(**arguments, dtype=torch.float32, trust_remote_code=False, local_files_only=True)
+                    .eval()
+                )
             except MemoryError:
                 raise
             except Exception as error:
@@ -292,3 +294,12 @@ def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.
         settings.set_verbosity(verbosity)
         if bars:
             settings.enable_progress_bar()
+
+
+def _auto_class(arguments: Mapping[str, Any]) -> Any:
+    """The class that loads a model: some with a text model in them are none of transformers' causal models."""
+    transformers = import_transformers()
+    places = {name: arguments[name] for name in ("pretrained_model_name_or_path", "gguf_file") if name in arguments}
+    config = transformers.AutoConfig.from_pretrained(**places, trust_remote_code=False, local_files_only=True)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText

@@ -291,6 +291,11 @@ class FamilySource(Source):
                     problems.append(
                         f"{name} should be the same as {of}, which the configuration ties it to, but is not"
                     )
+            for pattern, constant in reader.family.constants.items():
+                for name in surplus:
+                    # bfloat16 has three digits.
+                    if is_ignored(name, (pattern,)) and not np.allclose(reader.read(name), constant, rtol=1e-2, atol=0):
+                        problems.append(f"{name} is {reader.read(name)}, and only {constant} is supported")
         if problems:
             raise ValueError(
                 f"{self.name}: the tensors are not those of a {reader.family.model_type} model with this "

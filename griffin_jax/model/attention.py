@@ -35,6 +35,7 @@ class Attention(nnx.Module):
         self.out_bias = bias_vector((d,), dtype) if config.attention_out_bias else None
         self.query_norm = head_norm(n, config, dtype)
         self.key_norm = head_norm(g, config, dtype)
+        self.norm_after_rotary = config.head_norm_after_rotary
         self.scale = config.score_scale
         self.softcap = config.attention_softcap
         self.clip = config.qkv_clip
@@ -53,9 +54,15 @@ class Attention(nnx.Module):
         Queries read the first S slots of the cache as it was and this call's own tokens, as far as `at.masks` allows.
         """
         query, key, value = self._projected(x)
+        if not self.norm_after_rotary:
+            query, key = self._normed(query, key)
         if at.angles is not None:
             query = rotate(query, *at.angles, self.interleaved)
             key = rotate(key, *at.angles, self.interleaved)
+        if self.norm_after_rotary:
+            query, key = self._normed(query, key)
+        if at.growth is not None:
+            query = query * at.growth.astype(query.dtype)
 
         b, n, t, h = query.shape
         g = key.shape[1]
@@ -113,7 +120,7 @@ class Attention(nnx.Module):
     def _projected(
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
-        """Queries, keys and values, before rotary embedding."""
+        """Queries, keys and values, before their norms and rotary embedding."""
         weight = self.qkv[...]
         y = linear(x, weight)
         if self.qkv_bias is not None:
@@ -123,6 +130,11 @@ class Attention(nnx.Module):
         b, t, _, _, h = y.shape
         query = y[:, :, :, :-2].reshape(b, t, -1, h).swapaxes(1, 2)
         key, value = y[:, :, :, -2].swapaxes(1, 2), y[:, :, :, -1].swapaxes(1, 2)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
         return query, key, value
+
+    def _normed(
+        self, query: Float[Array, "b n t h"], key: Float[Array, "b g t h"]
+    ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"]]:
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        return self.query_norm(query), self.key_norm(key)

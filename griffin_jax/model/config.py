@@ -15,7 +15,7 @@ import numpy as np
 
 from griffin_jax.utils.options import check_choice
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "xielu"]
 RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
@@ -93,6 +93,8 @@ class Rotary:
         short_factors: `longrope`'s divisors of the frequencies, one for each pair of dimensions, for
             texts of at most `original_positions` tokens.
         long_factors: the same for longer texts.
+        query_growth: queries at position p are multiplied by 1 + query_growth ln(1 + floor(p / original_positions))
+            after they turned (Llama 4, Ministral 3).
 
     Raises:
         ValueError: a value is outside its range, or does not belong to the kind.
@@ -112,6 +114,7 @@ class Rotary:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    query_growth: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("rotary kind", self.kind, get_args(RotaryKind))
@@ -133,6 +136,11 @@ class Rotary:
             raise ValueError(f"rotary dims must be even and at least 2, got {self.dims}")
         if self.kind in ("llama3", "yarn", "longrope") and self.original_positions < 1:
             raise ValueError(f"rotary kind {self.kind!r} needs original_positions, the context of the unscaled model")
+        if self.query_growth < 0 or (self.query_growth and self.original_positions < 1):
+            raise ValueError(
+                f"rotary query_growth must be at least 0, and needs original_positions, got {self.query_growth} and "
+                f"{self.original_positions}"
+            )
         for name in ("short_factors", "long_factors"):
             factors = getattr(self, name)
             if (self.kind == "longrope") != bool(factors):
@@ -180,19 +188,22 @@ class ModelConfig:
         head_dim: H, the size of a head.
         max_positions: the context, in tokens: prompt and answer together.
         activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
-            tanh approximation.
+            tanh approximation; `relu_squared` is max(x, 0)^2 (Nemotron); `xielu` (arXiv 2411.13010,
+            Apertus) has two numbers of its own in each layer.
         gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
         norm: `rms` (RMSNorm) or `layer` (LayerNorm).
         norm_eps: what norms add to the mean square or the variance.
+        norm_scale: whether norms multiply by a scale; those of OLMo 1 do not.
         norm_bias: whether norms have a bias (LayerNorm).
-        norm_plus_one: whether norms multiply by 1 + scale instead of scale (Gemma).
+        norm_plus_one: whether norms multiply by 1 + scale instead of scale (Gemma, Nemotron).
         norm_placement: where a sublayer f, attention or feed-forward, has its norms. `pre`: x + f(norm(x)); `post`:
             norm(x + f(x)) (OPT-350m); `output`: x + norm(f(x)) (OLMo 2); `sandwich`:
             x + norm(f(norm(x))) (Gemma 2).
         final_norm: whether there is a norm before the head.
-        head_norm: norm of queries and keys before rotary embedding. `shared`: each head for itself, one
+        head_norm: norm of queries and keys. `shared`: each head for itself, one
             scale for all (Qwen3); `own`: each head for itself with a scale of its own (StableLM 2);
             `joint`: over all heads together (OLMo 2).
+        head_norm_after_rotary: whether it comes after rotary embedding (HunYuan) instead of before.
         parallel: whether attention and feed-forward read the same x: x + attention(norm(x)) + ff(norm(x)).
         shared_norm: whether parallel layers also share one norm.
         rotary: rotary position embedding; None for none.
@@ -240,11 +251,13 @@ class ModelConfig:
     gated: bool = True
     norm: NormKind = "rms"
     norm_eps: float = 1e-5
+    norm_scale: bool = True
     norm_bias: bool = False
     norm_plus_one: bool = False
     norm_placement: NormPlacement = "pre"
     final_norm: bool = True
     head_norm: HeadNorm = "none"
+    head_norm_after_rotary: bool = False
     parallel: bool = False
     shared_norm: bool = False
     rotary: Rotary | None = Rotary()
@@ -293,6 +306,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")
+        if not self.norm_scale and (self.norm_bias or self.norm_plus_one):
+            raise ValueError("norms without a scale have no bias, and add no one to it")
+        if self.head_norm_after_rotary and self.head_norm == "none":
+            raise ValueError("head_norm_after_rotary needs a head_norm")
         if self.shared_norm and not self.parallel:
             raise ValueError("shared_norm is for parallel attention and feed-forward layers only")
         if self.parallel and self.norm_placement != "pre":

@@ -20,7 +20,26 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
+"""All activations but `xielu`, which takes more than x."""
+
+XIELU_SLOPE = 0.5
+"""The slope of xIELU at 0, beta in its paper, which is not trained."""
+
+
+def xielu(x: Float[Array, "..."], positive: Float[Array, "1"], negative: Float[Array, "1"]) -> Float[Array, "..."]:
+    """Expanded integral of the exponential linear unit (arXiv 2411.13010, equation 12).
+
+    Args:
+        x: input.
+        positive: curvature above 0, before its softplus.
+        negative: curvature below 0, before its softplus.
+    """
+    above, below = jax.nn.softplus(positive), XIELU_SLOPE + jax.nn.softplus(negative)
+    # The other branch must not overflow: its gradient would be NaN, and so would 0 * inf be.
+    curved = jnp.where(x > 0, above * x * x, (jnp.expm1(jnp.minimum(x, 0)) - x) * below)
+    return curved + XIELU_SLOPE * x
 
 
 @jax.tree_util.register_dataclass
@@ -91,6 +110,9 @@ class FeedForward(nnx.Module):
         self.gate_up_bias = bias_vector((a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
         self.activation: Activation = config.activation
+        has_curves = config.activation == "xielu"
+        self.positive_curve = bias_vector((1,), dtype) if has_curves else None
+        self.negative_curve = bias_vector((1,), dtype) if has_curves else None
         self.rest: FeedForward | None = nnx.data(None)
         self.mask: Mask | None = nnx.data(None)
 
@@ -117,8 +139,13 @@ class FeedForward(nnx.Module):
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
-        z = ACTIVATIONS[self.activation](y[:, :, 0])
+        z = self._activated(y[:, :, 0])
         return z * y[:, :, 1] if y.shape[2] == 2 else z
+
+    def _activated(self, y: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
+        if self.positive_curve is None or self.negative_curve is None:
+            return ACTIVATIONS[self.activation](y)
+        return xielu(y, self.positive_curve[...], self.negative_curve[...])
 
     def project(self, z: Float[Array, "b t f"]) -> Float[Array, "b t d"]:
         """The layer's output for given intermediates z."""

@@ -22,7 +22,8 @@ class Norm(nnx.Module):
         self, shape: tuple[int, ...], config: ModelConfig, dtype: DTypeLike, *, bias: bool = False, joint: bool = False
     ):
         self.plus_one = config.norm_plus_one
-        self.scale = nnx.Param(jnp.zeros(shape, dtype) if self.plus_one else jnp.ones(shape, dtype))
+        start = jnp.zeros(shape, dtype) if self.plus_one else jnp.ones(shape, dtype)
+        self.scale = nnx.Param(start) if config.norm_scale else None
         self.bias = bias_vector(shape, dtype) if bias else None
         self.centered = config.norm == "layer"
         self.eps = config.norm_eps
@@ -35,11 +36,13 @@ class Norm(nnx.Module):
         if self.centered:
             x32 = x32 - jnp.mean(x32, axis=axes, keepdims=True)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + self.eps)
-        if self.plus_one:
-            return (normed * (1.0 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        if self.bias is None:
+        if self.scale is None:
+            return normed.astype(x.dtype)
+        if self.bias is None and not self.plus_one:
             return normed.astype(x.dtype) * self.scale[...]
-        return (normed * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        scaled32 = normed * (1.0 + scale if self.plus_one else scale)
+        return (scaled32 if self.bias is None else scaled32 + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def apply_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:

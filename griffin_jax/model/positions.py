@@ -84,6 +84,12 @@ def rotate(
     return jnp.concatenate([turned, x[..., turning:]], axis=-1) if turning < x.shape[-1] else turned
 
 
+def query_growth(positions: Int[Array, "b t"], rotary: Rotary) -> Float[Array, "b 1 t 1"]:
+    """The factor of each query, float32, by which attention stays sharp among very many keys."""
+    lengths = jnp.floor(jnp.maximum(positions, 0).astype(jnp.float32) / rotary.original_positions)
+    return (1.0 + rotary.query_growth * jnp.log(1.0 + lengths))[:, None, :, None]
+
+
 def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
     """The slope by which each head's scores fall with distance, (N,) float32."""
     power = 2 ** math.ceil(math.log2(heads))
@@ -133,11 +139,13 @@ class Positions:
         angles: cosines and sines of the rotary embedding, or None.
         masks: which slots of the cache, and which of this call's tokens, each query may read.
         biases: what is added to the scores of both, or None.
+        growth: factor of the queries, or None.
     """
 
     angles: tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]] | None
     masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t u"]]
     biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t u"]] | None
+    growth: Float[Array, "b 1 t 1"] | None = None
 
     def block(self, start: int, stop: int) -> Positions:
         """The same for queries `start` to `stop` of the call, without its keys after them, which they never read."""
@@ -156,9 +164,13 @@ def layer_positions(
     rotaries = dict.fromkeys(config.layer_rotary(layer) for layer in layers)
     masks = {w: (attention_mask(positions, cached, w), attention_mask(positions, positions, w)) for w in windows}
     angles = {r: None if r is None else rotary_angles(positions, context, r, config.head_dim) for r in rotaries}
+    growths = {r: None if r is None or not r.query_growth else query_growth(positions, r) for r in rotaries}
     biases = None
     if config.alibi is not None:
         keys = (cached, positions)
         first, second = (alibi_bias(positions, k, config.alibi, config.score_scale, config.num_heads) for k in keys)
         biases = (first, second)
-    return [Positions(angles[config.layer_rotary(layer)], masks[config.window(layer)], biases) for layer in layers]
+    return [
+        Positions(angles[rotary], masks[config.window(layer)], biases, growths[rotary])
+        for layer, rotary in ((layer, config.layer_rotary(layer)) for layer in layers)
+    ]

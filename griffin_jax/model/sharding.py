@@ -65,6 +65,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("attention.key_norm.scale", (None,)),  # (H,), likewise
     ("attention.out_bias", (None,)),  # (D,), added to a sum over devices
     ("ff.down_bias", (None,)),  # (D,), likewise
+    ("ff.positive_curve", (None,)),  # (1,), of the activation
+    ("ff.negative_curve", (None,)),  # (1,), likewise
     *((f"{norm}.{part}", (None,)) for norm in NORMS for part in ("scale", "bias")),  # (D,)
     # What checkpoints have for `qkv` and `gate_up`.
     ("attention.query", (HEADS, None, None)),  # (N, H, D)

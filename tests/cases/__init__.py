@@ -26,6 +26,12 @@ LLAMA_LIKE: dict[str, Any] = {
 }  # fmt: skip
 """Sizes by the names that most configurations use."""
 
+VISION: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14, "head_dim": 8,
+}  # fmt: skip
+"""Sizes of an encoder of images, which no text goes through."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cases:
@@ -52,8 +58,9 @@ def all_cases() -> dict[str, Cases]:
 
 TOKENWISE = frozenset({
     "family", "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
-    "kv_copies", "activation", "norm", "norm_eps", "norm_bias", "norm_plus_one", "final_norm", "shared_norm",
-    "attention_scale", "qkv_clip", "embedding_width", "embedding_scale", "embedding_norm", "residual_scale",
+    "kv_copies", "activation", "norm", "norm_eps", "norm_scale", "norm_bias", "norm_plus_one", "final_norm",
+    "head_norm_after_rotary", "shared_norm", "attention_scale",
+    "qkv_clip", "embedding_width", "embedding_scale", "embedding_norm", "residual_scale",
     "logit_scale", "logit_softcap", "tied_head", "head_bias", "attention_bias", "attention_out_bias", "bos_token_id",
     "eos_token_ids",
 })  # fmt: skip
@@ -67,7 +74,9 @@ def structure(config: ModelConfig) -> tuple[Any, ...]:
 
     def kind(rotary: Rotary | None) -> str | None:
         # LongRoPE goes by the length of a text. Others differ in a table of angles.
-        return None if rotary is None else "longrope" if rotary.kind == "longrope" else "rotary"
+        if rotary is None:
+            return None
+        return "longrope" if rotary.kind == "longrope" else "growing" if rotary.query_growth else "rotary"
 
     layers = {(config.window(layer) > 0, layer in config.unrotated_layers) for layer in range(config.num_layers)}
     return (
@@ -89,15 +98,16 @@ def model_config(model_type: str, attributes: Mapping[str, Any]) -> ModelConfig:
 def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, seed: int = 0) -> Any:
     """A random torch model, saved to a folder as transformers does."""
     torch = load_torch()
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **attributes)
     attention = attributes.get("attn_implementation", "eager")
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    kind = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model = kind.from_config(config, attn_implementation=attention).eval()
     # About the gain of one for each matrix: with larger weights the attention of a random model is a maximum rather
     # than a mean, and which key wins hangs on the last bit.
-    center = 0.0 if model_type.startswith("gemma") else 1.0
+    center = 0.0 if model_type.startswith(("gemma", "nemotron", "vaultgemma")) else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 or name.endswith("bias"):

@@ -53,7 +53,8 @@ def query_scalar(values: dict[str, Any], deepest: int) -> int:
     return values["head_dim"]
 
 
-def _norms(prefix: str, *names: str) -> tuple[TensorRule, ...]:
+def norm_rules(prefix: str, *names: str) -> tuple[TensorRule, ...]:
+    """Rules for the norms before and after attention, and before and after the feed-forward layer."""
     paths = ("attention_norm", "attention_out_norm", "ff_norm", "ff_out_norm")
     return tuple(
         TensorRule(prefix + ".{layer}." + name + ".weight", "layers.{layer}." + path + ".scale", "D")
@@ -62,11 +63,11 @@ def _norms(prefix: str, *names: str) -> tuple[TensorRule, ...]:
 
 
 # Of several rules for the same parameter the last one counts: post_attention_layernorm is another norm than Llama's.
-NORMS = _norms(
+NORMS = norm_rules(
     "model.layers",
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
 )  # fmt: skip
-GGUF_NORMS = _norms("blk", "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+GGUF_NORMS = norm_rules("blk", "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 
 FAMILY = Family(
     model_type="gemma2",

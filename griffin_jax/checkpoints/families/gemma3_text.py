@@ -15,13 +15,16 @@ from griffin_jax.checkpoints.schema.rotary import rotary_of
 from griffin_jax.model.config import ModelConfig, Rotary
 
 GLOBAL_THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+SIZES = {
+    "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131_072,
+}  # fmt: skip
+"""Default sizes, of which Gemma 3 4B to 27B leave out some."""
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "gemma3_text"` describes."""
-    fields = read_fields(
-        attributes, "gemma3_text", num_key_value_heads=4, activation_name="hidden_activation", **DEFAULTS
-    )
+    fields = read_fields(attributes, "gemma3_text", activation_name="hidden_activation", **SIZES, **DEFAULTS)
     attributes.take("hidden_act", str)  # its modules read hidden_activation only
     window = attributes.take("sliding_window", int, default=None if attributes.is_null("sliding_window") else 4096)
     pattern = attributes.take("sliding_window_pattern", int, default=6)
@@ -29,7 +32,10 @@ def read_config(attributes: Attributes) -> ModelConfig:
     if pattern < 1:
         raise ValueError(f"{attributes.where}: sliding_window_pattern must be at least 1, got {pattern}")
     windowed = read_layer_types(attributes, [(layer + 1) % pattern != 0 for layer in range(fields["num_layers"])])
-    rotary, local = _read_rotaries(attributes, fields["max_positions"], fields["head_dim"])
+    local_theta = attributes.take("rope_local_base_freq", float, default=LOCAL_THETA)
+    rotary, local = read_rotaries(
+        attributes, fields["max_positions"], fields["head_dim"], theta=GLOBAL_THETA, local_theta=local_theta
+    )
     windows = windows_of(window, windowed)
     return ModelConfig(
         **fields,
@@ -44,10 +50,22 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
-def _read_rotaries(attributes: Attributes, max_positions: int, head_dim: int) -> tuple[Rotary, Rotary]:
-    """The rotary embeddings of layers without and with a window."""
-    theta = attributes.take("rope_theta", float, default=GLOBAL_THETA)
-    local_theta = attributes.take("rope_local_base_freq", float, default=LOCAL_THETA)
+def read_rotaries(
+    attributes: Attributes, max_positions: int, head_dim: int, *, theta: float, local_theta: float
+) -> tuple[Rotary, Rotary]:
+    """The rotary embeddings of layers without and with a window; only the former are ever scaled by `rope_scaling`.
+
+    Args:
+        attributes: attributes of the configuration.
+        max_positions: the context, in tokens.
+        head_dim: H, the size of a head.
+        theta: default base of layers without a window.
+        local_theta: default base of layers with a window.
+
+    Raises:
+        ValueError: a kind is not supported, or an attribute is missing or not understood.
+    """
+    theta = attributes.take("rope_theta", float, default=theta)
     scaling = attributes.take("rope_scaling", dict, default={})
     parameters = attributes.take("rope_parameters", dict, default={})
     if unknown := parameters.keys() - {"full_attention", "sliding_attention"}:

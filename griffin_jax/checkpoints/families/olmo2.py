@@ -25,10 +25,26 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
-    """llama.cpp's metadata in the terms of config.json."""
-    if attributes.take("attention.sliding_window", int):
-        raise ValueError(f"{attributes.where}: this is OLMo 3, which is not supported; OLMo 2 has no windows")
-    return read_gguf_fields(attributes, tensors) | {"attention_bias": "blk.0.attn_q.bias" in tensors.shapes}
+    """llama.cpp's metadata in the terms of config.json. With windows, it is OLMo 3."""
+    values: dict[str, Any] = read_gguf_fields(attributes, tensors)
+    values["attention_bias"] = "blk.0.attn_q.bias" in tensors.shapes
+    window = attributes.take("attention.sliding_window", int)
+    if not window:
+        return values
+    theta, scaling = values.pop("rope_theta"), values.pop("rope_scaling")
+    local_theta = attributes.take("rope.freq_base_swa", float, default=theta)
+    windowed = attributes.take("attention.sliding_window_pattern", list)
+    if windowed is None:
+        windowed = [(layer + 1) % 4 != 0 for layer in range(values["num_hidden_layers"])]
+    return values | {
+        "model_type": "olmo3",
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if has else "full_attention" for has in windowed],
+        "rope_parameters": {
+            "full_attention": {**(scaling or {}), "rope_theta": theta},
+            "sliding_attention": {"rope_theta": local_theta},
+        },
+    }
 
 
 def _head_norms(query: str, key: str) -> tuple[TensorRule, ...]:

@@ -9,6 +9,7 @@ that a transposed or foreign tensor cannot slip through a reshape.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -41,7 +42,8 @@ class GgufFamily:
     Attributes:
         architectures: values of `general.architecture`, each also the prefix of the family's metadata.
         read_config: function of the metadata (without the prefix) and the file's tensors that gives a configuration
-            in Hugging Face's terms. The reader adds token ids, the vocabulary's size and whether the head is tied.
+            in Hugging Face's terms. The reader adds token ids, the vocabulary's size and whether the head is tied. Its
+            `model_type` says which family it is, if several share the architecture.
         rules: rules that say which tensor goes where, by the names in GGUF files.
         ignored: regular expressions of tensors that are read in another way or not needed.
     """
@@ -66,6 +68,11 @@ class Family:
         copies: tensors that may be present although their rule does not apply, each with the one that it must equal.
         gguf: how the family looks in GGUF files, if it is read from them.
         also_gguf: architectures of another family that llama.cpp converts these models to.
+        renamed: regular expressions with their replacements, applied to the stored names of tensors in this order; for
+            models whose text model is a part of a larger one.
+        leaves_out: what the models read or write besides text, which is left out here; empty if nothing is.
+        constants: regular expressions of ignored tensors that hold a number, each with that number.
+        unsaid_tie: whether a configuration that does not say if the head is tied leaves it to the stored tensors.
     """
 
     model_type: str
@@ -77,6 +84,14 @@ class Family:
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     gguf: GgufFamily | None = None
     also_gguf: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    leaves_out: str = ""
+    constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    unsaid_tie: bool = False
+
+    def name_of(self, stored: str) -> str:
+        """The name that a stored tensor has in `rules`."""
+        return functools.reduce(lambda name, pair: re.sub(*pair, name), self.renamed, stored)
 
     def model_config(self, values: Mapping[str, Any], where: str) -> ModelConfig:
         """The architecture that a config.json describes.
@@ -99,6 +114,38 @@ class Family:
             raise ValueError(f"{where}: malformed, its values do not go together ({brief(error)})") from error
         check_attributes(attributes, self.model_type)
         return dataclasses.replace(config, max_positions=extended_positions(config))
+
+
+def read_text_part(
+    attributes: Attributes, family: str, readers: Mapping[str, Callable[[Attributes], ModelConfig]]
+) -> ModelConfig:
+    """The architecture of the text model in a configuration that describes more, from its `text_config`.
+
+    Args:
+        attributes: attributes of the whole.
+        family: name of the module.
+        readers: function that reads the configuration of each model type that the text model may have. Where it does
+            not say its type, it has the first.
+
+    Raises:
+        ValueError: the text model is of another type, or an attribute of it is missing, out of range or not understood.
+    """
+    attributes.require("text_config")
+    values = attributes.take("text_config", dict)
+    where = f"{attributes.where}: text_config"
+    # What answers end with is said of the whole, and so is whether the head is tied.
+    whole = {
+        "bos_token_id": attributes.take("bos_token_id", int),
+        "eos_token_id": attributes.take("eos_token_id", int, list),
+        "tie_word_embeddings": attributes.take("tie_word_embeddings", bool, default=True),
+    }
+    part = Attributes(values | {name: value for name, value in whole.items() if value is not None}, where)
+    kind = part.take("model_type", str, default=next(iter(readers)))
+    if kind not in readers:
+        raise ValueError(f"{where}: model_type is {kind!r}; supported are {', '.join(readers)}")
+    config = readers[kind](part)
+    check_attributes(part, kind)
+    return dataclasses.replace(config, family=family)
 
 
 def extended_positions(config: ModelConfig) -> int:

@@ -99,7 +99,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
     """The sizes that the letters of layouts stand for in a model.
 
     In addition to those of `griffin_jax.model`: C positions of the context, E columns of the embedding, P pairs of
-    dimensions of a head.
+    dimensions of a head, Q query heads of each of four devices.
     """
     return {
         "C": config.max_positions,
@@ -110,6 +110,7 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "H": config.head_dim,
         "N": config.num_heads,
         "P": config.head_dim // 2,
+        "Q": config.num_heads // 4,
         "R": config.num_heads // config.num_kv_heads,
         "V": config.vocab_size,
     }

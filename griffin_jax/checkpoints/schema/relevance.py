@@ -10,13 +10,17 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from griffin_jax.utils.transformers_import import import_transformers
 
 SHARED = ("activations", "cache_utils", "masking_utils", "modeling_layers", "modeling_rope_utils")
 """Modules that compute for models of every family, and are given their configurations."""
+
+
+CAUSAL = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+"""Transformers' name for its list of causal language models."""
 
 
 def read_by_transformers(model_type: str) -> frozenset[str] | None:
@@ -28,12 +32,40 @@ def read_by_transformers(model_type: str) -> frozenset[str] | None:
     folder = _source_folder()
     if folder is None:
         return None
-    family = folder / "models" / _module_of(model_type)
-    # Files that write checkpoints anew, or prepare text and images, are not part of the model.
-    files = [*family.glob("modeling_*.py"), *family.glob("configuration_*.py")]
+    files = _files_of(folder, model_type)
     if not any(file.name.startswith("modeling_") for file in files):
         return None
     return frozenset().union(*map(_names_in, [*files, *(folder / f"{name}.py" for name in SHARED)]))
+
+
+def _files_of(folder: Path, model_type: str) -> list[Path]:
+    """The source of a model and its configuration; of a configuration that another type's model is for, of both."""
+    kinds = causal_models()
+    alike = [other for other, name in kinds.items() if name == kinds.get(model_type)]
+    modules = [folder / "models" / _module_of(kind) for kind in dict.fromkeys([model_type, *alike])]
+    # Files that write checkpoints anew, or prepare text and images, are not part of the model.
+    own = [*modules[0].glob("modeling_*.py"), *modules[0].glob("configuration_*.py")]
+    if any(file.name.startswith("modeling_") for file in own):
+        return own
+    return own + [file for module in modules[1:] for file in module.glob("modeling_*.py")]
+
+
+@functools.cache
+def causal_models() -> Mapping[str, str]:
+    """The class of every causal language model of the installed transformers, by model type; empty without it.
+
+    It is read from the source: the module itself needs PyTorch.
+    """
+    folder = _source_folder()
+    if folder is None:
+        return {}
+    tree = ast.parse((folder / "models" / "auto" / "modeling_auto.py").read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Call):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == CAUSAL for target in targets):
+                return {kind: str(name) for kind, name in ast.literal_eval(node.value.args[0])}
+    return {}
 
 
 def read_of_rope_parameters() -> frozenset[str] | None:

@@ -21,6 +21,7 @@ def read_rotary(
     share: float | None = None,
     original: int | None = None,
     kinds: Mapping[str, str] | None = None,
+    query_growth: str = "",
 ) -> Rotary:
     """Rotary embedding, from `rope_theta` and `rope_scaling` or from transformers 5's `rope_parameters`.
 
@@ -32,6 +33,7 @@ def read_rotary(
         share: the family's default for the share of a head that turns; None if it turns whole heads only.
         original: the family's default for the context of the unscaled model, in tokens; None to look in `rope_scaling`.
         kinds: meanings of all kinds that the family has, by their names there; None for the usual ones.
+        query_growth: the family's name for `Rotary.query_growth`, if it has that.
 
     Raises:
         ValueError: the kind is not supported, or an attribute is missing or not understood.
@@ -56,6 +58,7 @@ def read_rotary(
         share=share,
         original=original,
         kinds=kinds,
+        query_growth=query_growth,
     )
 
 
@@ -69,6 +72,7 @@ def rotary_of(
     share: float | None = None,
     original: int | None = None,
     kinds: Mapping[str, str] | None = None,
+    query_growth: str = "",
 ) -> Rotary:
     """Rotary embedding from the value of `rope_scaling` or `rope_parameters`.
 
@@ -81,6 +85,7 @@ def rotary_of(
         share: share of a head that turns, if `parameters` has none; None if it must be the whole head.
         original: context of the unscaled model, in tokens, which takes precedence over that in `parameters`.
         kinds: meanings of all allowed kinds, by their names; None for the usual ones.
+        query_growth: name of `Rotary.query_growth` in `parameters`, if the family has that.
 
     Raises:
         ValueError: the kind is not supported, or an attribute is missing or not understood.
@@ -129,6 +134,14 @@ def rotary_of(
         rotary = _read_longrope(rope, plain, original or max_positions, max_positions)
     else:
         raise ValueError(f"{rope.where}: kind {kind!r}; supported are default, linear, dynamic, llama3, yarn, longrope")
+    if query_growth:
+        # The context is here, too, and says the same as outside.
+        rope.ignore("max_position_embeddings")
+        growth = rope.take(query_growth, float, default=0.0)
+        context = rope.take("original_max_position_embeddings", int, default=max_positions)
+        rotary = dataclasses.replace(
+            rotary, query_growth=growth, original_positions=context if growth else rotary.original_positions
+        )
     if rest := rope.rest():
         warn_of_unread(f"{rope.where} of kind {kind!r}", rest, read_of_rope_parameters())
     return rotary

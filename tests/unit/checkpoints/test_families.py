@@ -9,8 +9,10 @@ import checkpoints
 import numpy as np
 import pytest
 
+from griffin_jax.checkpoints import families as families_module
 from griffin_jax.checkpoints.families import REFUSED, Layout, families, family_of, gguf_family_of, table
 from griffin_jax.checkpoints.loading import load_model
+from griffin_jax.checkpoints.schema.relevance import causal_models
 from griffin_jax.model.config import Rotary
 from griffin_jax.model.positions import rotary_frequencies
 from griffin_jax.utils.messages import CheckpointWarning
@@ -261,11 +263,23 @@ def test_mixtures_and_others_are_refused_with_the_reason():
         family_of("mixtral", "x")
     with pytest.raises(ValueError, match=r"GGUF architecture 'qwen3moe' is not supported: it is a mixture"):
         gguf_family_of("qwen3moe", "x")
-    with pytest.raises(ValueError, match="gemma3_text"):
-        family_of("gemma3", "x")
+    with pytest.raises(ValueError, match="reads or writes more than text"):
+        family_of("gemma3n", "x")
     refused = [name for names in REFUSED.values() for name in names]
     assert len(refused) == len(set(refused))
     assert not set(refused) & families().keys()
+
+
+def test_every_causal_model_of_transformers_is_run_or_refused_with_a_reason(monkeypatch):
+    """What is in neither list is refused as new, and shows in the table."""
+    kinds = causal_models()
+    assert len(kinds) > 150
+    assert families_module.not_looked_at() == []
+    monkeypatch.setattr(families_module, "causal_models", lambda: {**kinds, "novelty": "NoveltyForCausalLM"})
+    assert "was not looked at yet: `novelty`" in table()
+    with pytest.raises(ValueError, match="x: model_type 'novelty' is not supported: transformers has it, and it was"):
+        family_of("novelty", "x")
+    assert family_of("gpt-sw3", "x") is families()["gpt2"]
 
 
 def test_the_table_in_the_docs_is_that_of_the_code():

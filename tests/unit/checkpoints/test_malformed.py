@@ -40,6 +40,8 @@ def config_or_message(family: Family, values: dict[str, Any]) -> ModelConfig | s
         return str(error)
 
 
+# Some are only warned of: tokens outside the vocabulary, and what nothing reads.
+@pytest.mark.filterwarnings("ignore::griffin_jax.utils.messages.CheckpointWarning")
 @pytest.mark.parametrize("model_type", sorted(families()))
 def test_strange_settings_of_every_family(model_type):
     family = family_of(model_type, "config.json")

@@ -1,0 +1,13 @@
+"""Apertus."""
+
+from __future__ import annotations
+
+from cases import LLAMA_LIKE, Cases
+
+CASES = Cases(
+    config=LLAMA_LIKE,
+    variants={
+        "xielu": {"dtype": "float32"},
+        "squares, biases, tied": {"hidden_act": "relu2", "attention_bias": True, "tie_word_embeddings": True},
+    },
+)

@@ -1,0 +1,7 @@
+"""EXAONE 3."""
+
+from __future__ import annotations
+
+from cases import LLAMA_LIKE, Cases
+
+CASES = Cases(config={**LLAMA_LIKE, "head_dim": 8}, variants={"gqa": {}})
