@@ -9,6 +9,7 @@ import pytest
 
 import griffin_jax as gj
 from griffin_jax.llm.chat import Chat
+from griffin_jax.parallel.mesh import make_mesh
 
 SAID = ("The river is slow.", "And the bridge?", "It was built of iron, a long time ago.")
 
@@ -171,3 +172,8 @@ def test_saved_and_cleared(llm, tmp_path):
         (tmp_path / "c.json").write_text(content)
         with pytest.raises(ValueError, match=r"c\.json: is no saved conversation"):
             other.load(tmp_path / "c.json")
+
+
+def test_on_several_devices(worded):
+    divided = gj.load(worded.folder, "float32", mesh=make_mesh(1, 2))
+    assert replies(divided.chat(groups=1, **OPTIONS)) == replies(worded.llm.chat(**OPTIONS))
