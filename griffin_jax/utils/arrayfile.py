@@ -35,8 +35,9 @@ def save_arrays(
         with replacing(path) as partial:
             # In memory first, as these files are small: the library's own way to a file may leave a temporary one.
             partial.write_bytes(save(dict(arrays), {"format": file_format, **metadata}))
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from error
 
 
 def load_arrays(path: str | os.PathLike[str], file_format: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -19,6 +19,10 @@ import numpy as np
 from jax.core import Tracer
 
 
+STAND_INS = (Tracer, jax.ShapeDtypeStruct, jax.stages.ArgInfo)
+"""What JAX puts into a pytree in place of its numbers, to trace, lower or describe it."""
+
+
 def option(default: Any, help: str, **flag: Any) -> Any:
     """A field of an options class.
 
@@ -75,7 +79,8 @@ def whole(name: str, value: Any, least: int, *, also: str = "", of: str = "") ->
 
 
 def number(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) -> Any:
-    """The Python number of a finite number, NumPy's and JAX's included, that is allowed; a tracer as it is.
+    """The Python number of a finite number, NumPy's and JAX's included, that is allowed; what stands for one in a
+    transformation of JAX as it is.
 
     Args:
         name: of the option, for the message.
@@ -87,7 +92,7 @@ def number(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) 
         ValueError: it is none.
     """
     found = plain(value)
-    if isinstance(found, Tracer):
+    if isinstance(found, STAND_INS) or type(found) is object:
         return found
     if isinstance(found, bool) or not isinstance(found, float | int) or not math.isfinite(found) or not valid(found):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")

@@ -108,12 +108,13 @@ class Family:
         attributes.take("model_type", str)
         try:
             config = self.read_config(attributes)
+            config = dataclasses.replace(config, max_positions=extended_positions(config))
         except ValueError as error:
             raise error if where in str(error) else ValueError(f"{where}: {error}") from error
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
             raise ValueError(f"{where}: malformed, its values do not go together ({brief(error)})") from error
         check_attributes(attributes, self.model_type)
-        return dataclasses.replace(config, max_positions=extended_positions(config))
+        return config
 
 
 def read_text_part(

@@ -206,7 +206,6 @@ REFUSED = [
     ("MPT-7B-StoryWriter", {"attn_config": {"prefix_lm": True}}, "prefix_lm"),
     ("MPT-7B-StoryWriter", {"attn_config": {"attn_uses_sequence_id": True}}, "attn_uses_sequence_id"),
     ("MPT-7B-StoryWriter", {"attn_config": {"attn_type": "grouped_query_attention"}}, "attn_type"),
-    ("MPT-7B-StoryWriter", {"attn_config": {"novelty": 1}}, "attn_config: .*novelty=1"),
     ("StableLM-2-12B", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor"),
 ]
 
