@@ -18,7 +18,6 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-
 STAND_INS = (Tracer, jax.ShapeDtypeStruct, jax.stages.ArgInfo)
 """What JAX puts into a pytree in place of its numbers, to trace, lower or describe it."""
 

@@ -63,7 +63,9 @@ def together(*arguments: str) -> list[tuple[int, str, str]]:
     return [(process.returncode, *output) for process, output in zip(both, outputs, strict=True)]
 
 
-@pytest.mark.parametrize(("mesh", "source"), [("data=2", "."), ("model=2", "native")])
+@pytest.mark.parametrize(
+    ("mesh", "source"), [("model=2", "native"), pytest.param("data=2", ".", marks=pytest.mark.slow)]
+)
 def test_generate(capfd, folder, mesh, source):
     arguments = ["generate", "--model", str(folder / source), "--prompt", "A river", "--prompt", "The lamp is older"]
     arguments += ["--max-new-tokens", "6", "--ignore-eos", "--mesh", mesh]

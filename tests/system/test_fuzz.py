@@ -12,6 +12,7 @@ import pytest
 FUZZING = Path(__file__).parents[1] / "fuzzing.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory as Linux does")
 @pytest.mark.parametrize(
     ("kind", "cases", "refusals"),

@@ -70,7 +70,7 @@ def assert_same(found, expected) -> None:
 
 
 class TestAnswers:
-    @pytest.mark.parametrize("shape", MESHES)
+    @pytest.mark.parametrize("shape", first_and_slow(2, *MESHES))
     def test_dense_and_pruned(self, native, shape):
         llm = gj.load(native.folder, "float32", mesh=make_mesh(*shape))
         for options in ({"density": 1.0}, {}):
@@ -82,7 +82,7 @@ class TestAnswers:
         for options in ({"density": 1.0}, {}):
             assert tokens(llm, **options) == tokens(fewer.llm, **options)
 
-    @pytest.mark.parametrize("shape", MESHES[:2])
+    @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES[:2]))
     def test_experts_of_every_kind(self, native, shape):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(*shape))
         for options in (
@@ -130,6 +130,7 @@ class TestAnswers:
         assert llm.generate(RAGGED, **options).tokens == again.tokens == first.tokens
         assert not compiled
 
+    @pytest.mark.slow
     def test_other_meshes(self, native):
         expected = tokens(native.llm)
         for mesh in (
@@ -143,19 +144,20 @@ class TestAnswers:
 
 
 @pytest.fixture(scope="module")
-def priors(native) -> list[gj.Prior]:
-    """Measured on one device, and on eight."""
+def prior(native) -> gj.Prior:
+    return measured(native.llm)
+
+
+def measured(llm: gj.LLM) -> gj.Prior:
     texts = [list(range(start, start + 24)) for start in range(10, 290, 14)]
-    found = []
-    for llm in (native.llm, gj.load(native.folder, "float32", mesh=make_mesh(2, 4))):
-        prior = measure(llm.model, texts[4:], size=4, rows=40, quiet=True)
-        found.append(with_budgets(llm.model, prior, texts[4:], texts[:4], size=4, quiet=True))
-    return found
+    found = measure(llm.model, texts[4:], size=4, rows=40, quiet=True)
+    return with_budgets(llm.model, found, texts[4:], texts[:4], size=4, quiet=True)
 
 
 class TestBeyondGriffin:
-    def test_a_prior_measured_on_a_mesh(self, priors):
-        one, eight = priors
+    @pytest.mark.slow
+    def test_a_prior_measured_on_a_mesh(self, native, prior):
+        one, eight = prior, measured(gj.load(native.folder, "float32", mesh=make_mesh(2, 4)))
         assert (one.model, one.tokens, one.strength) == (eight.model, eight.tokens, eight.strength)
         for name in ("squares", "sensitivity"):
             for a, b in zip(getattr(one, name), getattr(eight, name), strict=True):
@@ -172,13 +174,12 @@ class TestBeyondGriffin:
         for a, b in zip(one.squares, eight.squares, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
-    def test_answers(self, native, priors):
+    def test_answers(self, native, prior):
         llm = gj.load(native.folder, "float32", mesh=make_mesh(2, 4))
-        prior = {"prior": priors[0]}
         for options in (
-            {**prior, "groups": 8},
-            {**prior, "quality": "best", "round_to": 4, "refresh_every": 3},
-            {**prior, "refit": 16, "shared": True},
+            {"prior": prior, "groups": 8},
+            {"prior": prior, "quality": "best", "round_to": 4, "refresh_every": 3},
+            {"prior": prior, "refit": 16, "shared": True},
             {"speculative": 2, "temperature": 1.0, "seed": 3, "shared": True},
         ):
             assert tokens(llm, **options) == tokens(native.llm, **options), options
@@ -453,6 +454,7 @@ class TestRefusals:
         assert message in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluation(capfd, native, tmp_path):
     """Experts that each sequence selects for itself, baselines, and refitted rows."""
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES))

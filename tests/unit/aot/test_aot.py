@@ -178,6 +178,7 @@ class TestDevices:
         rows = 3 * 3 * 14336 * 8192 * 2
         assert report.pruned.communicated_in_prune == rows
 
+    @pytest.mark.slow
     def test_groups_move_no_rows(self, cuda):
         config = named("Llama-3-70B", layers=1)
         report = compile_for("h100", config, devices=8, prompt=16, new=16, batch=2)
@@ -202,6 +203,7 @@ class TestDevices:
         ]
         assert "Ceilings do not count communication." in "\n".join(lines)
 
+    @pytest.mark.slow
     def test_heads_that_cannot_be_shared(self, cuda):
         report = compile_for("h100", named("Qwen2.5-7B", layers=2), devices=8, batch=2, shared=True, prompt=16, new=16)
         assert report.replicated == ("heads",)

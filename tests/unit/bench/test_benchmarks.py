@@ -174,6 +174,7 @@ def both(plain, prior) -> tuple[list[str], dict]:
     return lines, json.loads(lines[-1])
 
 
+@pytest.mark.slow
 def test_best_quality_stands_beside_plain_griffin(both):
     lines, result = both
     assert [(r["batch"], r["quality"], r["experts"], r["density"]) for r in result["rows"]] == [
@@ -197,6 +198,7 @@ def test_best_quality_stands_beside_plain_griffin(both):
     assert list(report._lines(result["rows"]))[:2] == ["griffin_jax, batch 1", "griffin_jax best, batch 1"]
 
 
+@pytest.mark.slow
 def test_best_quality_is_compared_with_its_own(both):
     _, result = both
     before = json.loads(json.dumps(result))

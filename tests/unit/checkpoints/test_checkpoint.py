@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from flax import nnx
 
 from griffin_jax.checkpoints import native as checkpoint
@@ -347,7 +348,7 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
-@pytest.mark.parametrize("limit", [100, 1000, 2000])
+@pytest.mark.parametrize("limit", first_and_slow(1, 100, 1000, 2000))
 def test_a_disk_that_fills(hf_folder, tmp_path, limit):
     """Files that the operating system does not let grow, as on a full disk: real failures of real writes.
 

@@ -422,6 +422,7 @@ class TestCommands:
         assert "holds scores of other settings (seed was 0, is 3)" in err
         assert run(capsys, *arguments, "--seed", 3, "--overwrite")[0] == 0
 
+    @pytest.mark.slow
     def test_divergence_from_a_reference(self, worded, tmp_path, capsys):
         records = [{"text": passage[:80], "next": passage[80:120]} for passage in PASSAGES]
         file = jsonl(tmp_path / "t.jsonl", *records, {"text": "x" * 300, "next": "x"}, {"text": "x", "next": " "})

@@ -338,6 +338,7 @@ def prior(model, tmp_path_factory) -> Path:
 
 
 class TestBeyond:
+    @pytest.mark.slow
     def test_best_quality_scores_and_writes_what_generate_writes(self, model, prior):
         lm = GriffinLM(model.llm, quality="best", prior=str(prior), batch_size=2)
         best = {"max_new_tokens": 9, "quality": "best", "prior": gj.Prior.load(prior), "ignore_eos": True}

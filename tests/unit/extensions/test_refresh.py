@@ -196,6 +196,7 @@ class TestGenerate:
         with pytest.raises(ValueError, match="regrouped at every refresh"):
             llm.generate(PROMPTS[:1], refresh_every=4)
 
+    @pytest.mark.slow
     def test_command(self, worded, capsys):
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
         assert main([*arguments, "--refresh-every", "5", "--json"]) == 0

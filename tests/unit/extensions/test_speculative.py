@@ -35,7 +35,15 @@ def model(tmp_path_factory) -> gj.Transformer:
 
 
 class TestGreedy:
-    @pytest.mark.parametrize(("drafts", "density"), [(1, 0.5), (2, 0.9), (5, 0.25), (True, 0.7)])
+    @pytest.mark.parametrize(
+        ("drafts", "density"),
+        [
+            (2, 0.9),
+            (5, 0.25),
+            pytest.param(1, 0.5, marks=pytest.mark.slow),
+            pytest.param(True, 0.7, marks=pytest.mark.slow),
+        ],
+    )
     def test_tokens_are_the_dense_models(self, tiny, drafts, density):
         out = generate(tiny.llm, density=density, speculative=drafts)
         assert out.tokens == generate(tiny.llm, density=1.0).tokens

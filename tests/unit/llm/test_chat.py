@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import first_and_slow
 
 import griffin_jax as gj
 from griffin_jax.llm.chat import Chat
@@ -40,14 +41,15 @@ OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {"density": 0.5},
-        {"density": 1.0},
+    first_and_slow(
+        2,
+        {"density": 0.5, "temperature": 1.0, "seed": 3},
         {"density": 0.25, "refresh_every": 2},
         {"density": 0.5, "speculative": 2},
-        {"density": 0.5, "temperature": 1.0, "seed": 3},
-    ],
-    ids=["half", "dense", "refreshed", "speculative", "sampled"],
+        {"density": 0.5},
+        {"density": 1.0},
+    ),
+    ids=["sampled", "refreshed", "speculative", "half", "dense"],
 )
 def test_turns_are_what_generate_answers(llm, options):
     chat = llm.chat(**OPTIONS, **options)
@@ -87,6 +89,7 @@ def test_options_may_change_from_turn_to_turn(llm):
     assert chat.turns[-1].read < chat.turns[-1].tokens
 
 
+@pytest.mark.slow
 def test_long_turns_are_read_in_parts(llm, monkeypatch):
     monkeypatch.setattr("griffin_jax.llm.chat.DEFAULT_CHUNK", 16)
     assert replies(llm.chat(**OPTIONS)) == by_generate(llm, **OPTIONS)
@@ -104,7 +107,7 @@ def test_an_answer_that_is_interrupted_stays_as_far_as_it_was_written(llm):
     assert chat.turns[-1].read < chat.turns[-1].tokens
 
 
-@pytest.mark.parametrize("step", ["_select", "_prune", "_write_more"])
+@pytest.mark.parametrize("step", first_and_slow(1, "_write_more", "_prune", "_select"))
 def test_a_failure_at_any_step_leaves_a_chat_that_goes_on(llm, monkeypatch, step):
     options = {**OPTIONS, "max_new_tokens": 16}
     chat = llm.chat(**options)
