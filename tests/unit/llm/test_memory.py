@@ -12,7 +12,6 @@ import pytest
 import griffin_jax as gj
 from griffin_jax.checkpoints import loading
 from griffin_jax.cli import evaluate, main, options, prior
-from griffin_jax.evaluation.lm_eval import GriffinLM
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.masked import mask
 from griffin_jax.llm.memory import Needs, fitting, needs_of
@@ -210,6 +209,9 @@ class TestCommands:
         assert "are free; take " in capsys.readouterr().err
 
     def test_the_harness(self, worded, monkeypatch):
+        pytest.importorskip("lm_eval")
+        from griffin_jax.evaluation.lm_eval import GriffinLM
+
         monkeypatch.setattr(memory, "free", lambda devices: None)
         assert GriffinLM(worded.llm, batch_size="auto").batch_size == 8
         assert GriffinLM(worded.llm, batch_size=3).batch_size == 3
