@@ -3,83 +3,92 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+from unit.checkpoints.published import PUBLISHED
 
 from griffin_jax.checkpoints.families import families
+from griffin_jax.checkpoints.huggingface import read_hf_config
+from griffin_jax.cli import main
+from griffin_jax.model.assembly import parameter_shapes
+from griffin_jax.model.config import ModelConfig
 
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "gemma-3-4b-it": {
-        "model_type": "gemma3", "boi_token_index": 255999, "eoi_token_index": 256000, "eos_token_id": [1, 106],
-        "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
-        "text_config": {
-            "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
-        },
-        "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
-    },
-    "Olmo-3-7B": {
-        "model_type": "olmo3", "attention_bias": False, "eos_token_id": 100257, "hidden_act": "silu",
-        "hidden_size": 4096, "intermediate_size": 11008, "max_position_embeddings": 65536, "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-06, "rope_theta": 500000,
-        "rope_scaling": {
-            "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
-            "original_max_position_embeddings": 8192, "rope_type": "yarn",
-        },
-        "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 100278,
-    },
-    "starcoder2-3b": {
-        "model_type": "starcoder2", "activation_function": "gelu", "attention_dropout": 0.1, "bos_token_id": 0,
-        "embedding_dropout": 0.1, "eos_token_id": 0, "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072,
-        "intermediate_size": 12288, "layer_norm_epsilon": 1e-05, "max_position_embeddings": 16384,
-        "mlp_type": "default", "norm_epsilon": 1e-05, "norm_type": "layer_norm", "num_attention_heads": 24,
-        "num_hidden_layers": 30, "num_key_value_heads": 2, "residual_dropout": 0.1, "rope_theta": 999999.4420358813,
-        "sliding_window": 4096, "use_bias": True, "vocab_size": 49152,
-    },
-    "Hunyuan-7B": {
-        "model_type": "hunyuan_v1_dense", "attention_bias": False, "attention_head_dim": 128, "bos_token_id": 1,
-        "eod_token_id": 127967, "eos_token_id": 127960, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
-        "intermediate_size": 14336, "max_position_embeddings": 32768, "mlp_bias": False, "num_attention_heads": 32,
-        "num_hidden_layers": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
-        "rope_scaling": {
-            "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-            "type": "dynamic",
-        },
-        "use_qk_norm": True, "vocab_size": 128167,
-    },
-    "EXAONE-4.0-32B": {
-        "model_type": "exaone4", "bos_token_id": 1, "eos_token_id": 361, "head_dim": 128, "hidden_act": "silu",
-        "hidden_size": 5120, "intermediate_size": 27392, "max_position_embeddings": 131072, "num_attention_heads": 40,
-        "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16, "num_hidden_layers": 64,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000,
-        "rope_scaling": {
-            "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
-        "sliding_window": 4096, "sliding_window_pattern": "LLLG", "vocab_size": 102400,
-    },
-}  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::griffin_jax.utils.messages.CheckpointWarning")
+
+EXACTLY = {"SmolLM2-135M": 134_515_008, "gpt2": 124_439_808, "pythia-70m": 70_426_624}
+"""Numbers of parameters that are published to the last one."""
 
 
-@pytest.mark.filterwarnings("ignore:.*changes nothing here:UserWarning")
+def written(folder: Path, values: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def read(folder: Path, name: str) -> ModelConfig:
+    return read_hf_config(written(folder, PUBLISHED[name][1]))[1]
+
+
+def size(shapes: dict[str, tuple[int, ...]], layers: int = 1) -> int:
+    """The parameters of a model with one layer, as if it had more of them."""
+    return sum(math.prod(shape) * (layers if path.startswith("layers.") else 1) for path, shape in shapes.items())
+
+
+def test_every_family_of_the_table_is_among_them():
+    assert {values["model_type"] for _, values in PUBLISHED.values()} == set(families())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_they_are_read_as_transformers_reads_them(name):
-    """What transformers writes out in full is the same model."""
+def test_they_have_the_published_number_of_parameters(name, tmp_path):
+    config, millions = read(tmp_path, name), PUBLISHED[name][0]
+    # All layers have the same shapes, and tracing each of 80 takes most of a second.
+    single = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], unrotated_layers=())
+    parameters = size(parameter_shapes(single), config.num_layers)
+    if millions is not None:
+        assert parameters / 1e6 == pytest.approx(millions, rel=0.015)
+
+
+@pytest.mark.parametrize("name", EXACTLY)
+def test_small_ones_have_it_exactly(name, tmp_path):
+    assert size(parameter_shapes(read(tmp_path, name))) == EXACTLY[name]
+
+
+@pytest.mark.parametrize("name", ["distilgpt2", "pythia-70m", "Ministral-3-3B-Instruct-2512"])
+def test_info_describes_a_config_file_alone(name, tmp_path, capfd):
+    file = written(tmp_path, PUBLISHED[name][1]) / "config.json"
+    assert main.main(["info", "--model", str(file), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["parameters"] / 1e6 == pytest.approx(PUBLISHED[name][0], rel=0.015)
+
+
+def read_alike(values: dict[str, Any]) -> bool:
+    """Whether what transformers writes out in full is the same model."""
     from transformers import AutoConfig
 
-    values = PUBLISHED[name]
     family = families()[values["model_type"]]
     # It puts more into the dictionaries that it is given.
     filled = json.loads(AutoConfig.for_model(**copy.deepcopy(values)).to_json_string())
-    assert family.model_config(values, name) == family.model_config(filled, name)
+    return family.model_config(values, "given") == family.model_config(filled, "filled")
 
 
-@pytest.mark.filterwarnings("ignore:.*changes nothing here:UserWarning")
-def test_what_they_mean():
-    configs = {name: families()[values["model_type"]].model_config(values, name) for name, values in PUBLISHED.items()}
-    gemma, hunyuan, exaone = (configs[name] for name in ("gemma-3-4b-it", "Hunyuan-7B", "EXAONE-4.0-32B"))
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_they_are_read_as_transformers_reads_them(name):
+    assert read_alike(PUBLISHED[name][1])
+
+
+def test_layers_that_are_not_named_are_those_of_transformers():
+    values = dict(PUBLISHED["Olmo-3-1025-7B"][1])
+    del values["layer_types"]
+    assert read_alike(values)
+
+
+def test_what_they_mean(tmp_path):
+    gemma, hunyuan, exaone = (
+        read(tmp_path, name) for name in ("gemma-3-4b-it", "Hunyuan-7B-Instruct", "EXAONE-4.0-32B")
+    )
     assert (gemma.vocab_size, gemma.num_heads, gemma.max_positions) == (262_208, 8, 131_072)
     assert gemma.eos_token_ids == (1, 106)
     assert hunyuan.rotary is not None
