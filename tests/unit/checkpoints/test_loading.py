@@ -21,7 +21,7 @@ from conftest import first_and_slow
 import griffin_jax as gj
 from griffin_jax.checkpoints import loading, sources, verification
 from griffin_jax.checkpoints.loading import convert, load_model, open_source, plan, verify
-from griffin_jax.checkpoints.native import MANIFEST, NativeCheckpoint
+from griffin_jax.checkpoints.native import MANIFEST, NativeCheckpoint, sealed
 from griffin_jax.checkpoints.planning import NarrowingWarning, _ranges
 from griffin_jax.cli.main import main
 
@@ -250,7 +250,7 @@ def test_the_manifest_has_hashes_of_the_source(capfd, tmp_path):
 def test_manifests_without_hashes_can_be_loaded(hf_folder, tmp_path, capfd):
     native = convert(hf_folder, tmp_path / "native", progress=False).path
     manifest = json.loads((native / MANIFEST).read_text())
-    (native / MANIFEST).write_text(json.dumps({**manifest, "source": "somewhere"}))
+    (native / MANIFEST).write_text(json.dumps(sealed({**manifest, "source": "somewhere"})))
     assert (NativeCheckpoint(native).converted_from, NativeCheckpoint(native).hashes) == ("somewhere", {})
     gj.load(native)
     code, out, _ = run(capfd, "info", "--model", native)
