@@ -143,7 +143,8 @@ def test_arrays_are_read_in_batches(hf_folder, tmp_path, monkeypatch):
         model = assemble(opened.config, opened.parameters(np.dtype(dtype)), dtype)
         for name, array in leaves(model).items():
             np.testing.assert_array_equal(array, expected[name].astype(dtype))
-        assert len(batches) > 8 and sum(batches) == len(opened.shapes)
+        assert len(batches) > 8
+        assert sum(batches) == len(opened.shapes)
 
 
 def test_batches_are_bounded():
