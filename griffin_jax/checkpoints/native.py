@@ -50,7 +50,7 @@ from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
-from griffin_jax.utils.messages import brief
+from griffin_jax.utils.messages import brief, is_out_of_memory
 from griffin_jax.utils.wholefile import hidden_folder, sweep
 
 FORMAT, VERSION = "griffin_jax", 2
@@ -528,6 +528,8 @@ class NativeCheckpoint(Source):
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"{self._folder}: damaged, the parameters cannot be read ({brief(error)}); convert the model again"
             ) from error
