@@ -31,7 +31,7 @@ from griffin_jax.checkpoints.sources import (
 )
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.tokenizer import Tokenizer
-from griffin_jax.utils.messages import CheckpointWarning, brief
+from griffin_jax.utils.messages import CheckpointWarning, brief, is_out_of_memory
 
 # ---- Hugging Face folders ----
 
@@ -276,6 +276,8 @@ def _safetensors_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, in
         pairs, data = _raw_header(file)
         starts = {name: data + entry["data_offsets"][0] for name, entry in pairs if name in tensors}
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file}: not a readable safetensors file ({brief(error)})") from error
     return tensors, starts, [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 

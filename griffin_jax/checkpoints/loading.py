@@ -35,7 +35,7 @@ from griffin_jax.checkpoints.gguf import GgufFile
 from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, has_weights, read_hf_config
 from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
-from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source
+from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source, loading_bytes
 from griffin_jax.checkpoints.verification import Verification, VerificationError
 from griffin_jax.model.assembly import assemble
 from griffin_jax.model.config import ModelConfig
@@ -246,11 +246,12 @@ def load_model(
 
 def _check_memory(config: ModelConfig, itemsize: int, mesh: Mesh | None) -> None:
     """Raise `MemoryError` unless the weights fit into what is free on each device."""
-    sizes = [math.prod(shape) for shape in local_shapes(config, axis_size(mesh, MODEL_AXIS)).values()]
+    counts = [math.prod(shape) for shape in local_shapes(config, axis_size(mesh, MODEL_AXIS)).values()]
     devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
     # Devices that are one processor's have one memory.
     together = len(devices) if devices[0].platform == "cpu" else 1
-    parts = {"weights": sum(sizes) * itemsize * together, "the largest of them, on its way": max(sizes) * 4}
+    parts = {"weights": sum(counts) * itemsize, "those on their way": loading_bytes(counts, itemsize)}
+    parts = {part: size * together for part, size in parts.items()}
     memory.check(parts, memory.free(devices), "take a narrower dtype, or a mesh of more devices")
 
 

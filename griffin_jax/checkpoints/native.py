@@ -40,6 +40,7 @@ from griffin_jax.checkpoints.sources import (
     FLOATS,
     Origin,
     Source,
+    batch_bytes,
     check_finite,
     check_plausible,
     is_finite_on_devices,
@@ -49,7 +50,7 @@ from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
-from griffin_jax.utils.messages import brief
+from griffin_jax.utils.messages import brief, is_out_of_memory
 from griffin_jax.utils.wholefile import hidden_folder, sweep
 
 FORMAT, VERSION = "griffin_jax", 2
@@ -257,7 +258,7 @@ class _Batches(ocp.type_handlers.NumpyHandler):
         args: Sequence[ocp.SaveArgs] | None = None,
     ) -> list[Any]:
         args = args or [ocp.SaveArgs()] * len(values)
-        for batch in _batches([value.nbytes for value in values]):
+        for batch in _batches([value.nbytes for value in values], BATCH_BYTES):
             arrays = [value.read(value.path) for value in values[batch]]
             for written in await super().serialize(arrays, infos[batch], args[batch]):
                 _finish(written)
@@ -321,11 +322,11 @@ def _as_os_error(error: Exception) -> Exception:
     return error
 
 
-def _batches(sizes: Sequence[int]) -> Iterator[slice]:
-    """Slices of consecutive items of at most `BATCH_BYTES` together, or of a single item that is larger."""
+def _batches(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Slices of consecutive items of at most `most` bytes together, or of a single item that is larger."""
     start, total = 0, 0
     for item, size in enumerate(sizes):
-        if item > start and total + size > BATCH_BYTES:
+        if item > start and total + size > most:
             yield slice(start, item)
             start, total = item, 0
         total += size
@@ -434,25 +435,27 @@ class NativeCheckpoint(Source):
     def parameters(
         self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
     ) -> Iterator[tuple[str, Any]]:
-        """Path and weights of all parameters, read together, because Orbax reads many files at a time.
+        """Path and weights of all parameters, read some at a time, because Orbax reads many files at once.
 
-        With shardings, every device reads only its part of each array from the disk.
+        How many is `batch_bytes`. With shardings, every device reads only its part of each array from the disk.
         """
-        if dtype == np.float16 != self.dtype:
-            # Values of wider weights may be too large, which has to be checked.
-            for path, shape in self.shapes.items():
-                stored = _leaf(self._restore({path: shape}, self.dtype, shardings), path)
-                array = stored.astype(dtype)
-                if not is_finite_on_devices(array):
-                    self._refuse(path, stored, dtype)
-                yield path, array
-            return
-        tree = self._restore(self.shapes, dtype, shardings)
-        for path in self.shapes:
-            array = _leaf(tree, path)
-            if not is_finite_on_devices(array):
-                self._refuse(path, array, dtype)
-            yield path, array
+        # Values of wider weights may be too large for float16, which has to be checked.
+        read_as = self.dtype if dtype == np.float16 else dtype
+        paths = list(self.shapes)
+        sizes = [math.prod(self.shapes[path]) * read_as.itemsize for path in paths]
+        for batch in _batches(sizes, batch_bytes(sizes)):
+            tree = self._restore({path: self.shapes[path] for path in paths[batch]}, read_as, shardings)
+            arrays = {path: _leaf(tree, path) for path in paths[batch]}
+            del tree
+            for path in paths[batch]:
+                # What it is assembled into is to be all that keeps it.
+                yield path, self._checked(path, arrays.pop(path), dtype)
+
+    def _checked(self, path: str, stored: jax.Array, dtype: np.dtype) -> jax.Array:
+        array = stored if stored.dtype == dtype else stored.astype(dtype)
+        if not is_finite_on_devices(array):
+            self._refuse(path, stored, dtype)
+        return array
 
     def _refuse(self, path: str, stored: jax.Array, dtype: np.dtype) -> NoReturn:
         if is_finite_on_devices(stored):
@@ -525,6 +528,8 @@ class NativeCheckpoint(Source):
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"{self._folder}: damaged, the parameters cannot be read ({brief(error)}); convert the model again"
             ) from error

@@ -24,7 +24,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from griffin_jax.utils.messages import brief
+from griffin_jax.utils.messages import brief, is_out_of_memory
 from griffin_jax.utils.transformers_import import import_transformers
 
 OLDEST = (2, 10)
@@ -135,6 +135,8 @@ class PickleFile:
         except (MemoryError, FileNotFoundError, PermissionError):
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             # torch's own message advises to load the file without weights_only, or to file an issue.
             message = str(error)
             if wanted := re.search(r"GLOBAL (\S+)", message):
@@ -171,6 +173,8 @@ def _is_archive(file: Path) -> bool:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file}: damaged, not a readable zip archive ({brief(error)})") from error
     size = file.stat().st_size
     names = Counter(entry.filename for entry in entries)
@@ -245,6 +249,8 @@ def _check_members(file: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             wrong = archive.testzip()
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{file}: damaged, not a readable zip archive ({brief(error)})") from error
     if wrong is not None:
         raise ValueError(f"{file}: damaged, the CRC-32 of {wrong} is not that of its contents")
@@ -280,9 +286,9 @@ def reference_logits(name: str, arguments: dict[str, Any], batches: Sequence[np.
                     .from_pretrained(**arguments, dtype=torch.float32, trust_remote_code=False, local_files_only=True)
                     .eval()
                 )
-            except MemoryError:
-                raise
             except Exception as error:
+                if is_out_of_memory(error):
+                    raise
                 raise ValueError(
                     f"{name}: transformers cannot load it, so there is nothing to compare with ({brief(error)})"
                 ) from error

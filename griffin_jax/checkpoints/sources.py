@@ -68,6 +68,33 @@ class Origin:
     dtype: str
 
 
+BATCHES, SMALLEST_BATCH = 16, 32 << 20
+"""Into how many batches the arrays of a native folder are divided for reading, and the size of a batch in any case: an
+array is in memory twice until it is assembled, and every batch takes some time to begin."""
+
+
+def batch_bytes(sizes: Sequence[int]) -> int:
+    """Bytes of weights that are read together from a native folder; an array that is larger is read by itself.
+
+    Args:
+        sizes: bytes of each array.
+    """
+    return max(SMALLEST_BATCH, sum(sizes) // BATCHES)
+
+
+def loading_bytes(counts: Sequence[int], itemsize: int) -> int:
+    """Bytes that loading needs at most next to the weights, on each device.
+
+    Args:
+        counts: how many numbers each array has there.
+        itemsize: bytes of each number in the model; on its way it may have four.
+    """
+    wide = max(4, itemsize)
+    sizes = [count * wide for count in counts]
+    # What is read together, from whatever source, and what one array of it is assembled into or cast to.
+    return min(sum(sizes), max(batch_bytes(sizes), *sizes)) + max(sizes)
+
+
 class Source(abc.ABC):
     """A model that can be loaded or converted.
 

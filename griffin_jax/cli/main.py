@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from griffin_jax import __version__
+from griffin_jax.utils.address_space import check_start
 from griffin_jax.utils.messages import printable
 
 PROGRAM = "griffin-jax"
@@ -62,9 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _unwound(PROGRAM, lambda: _overview().parse_args(arguments) and None)
     name, *rest = arguments
     program = f"{PROGRAM} {name}"
-    if name in UNPARSED:
-        return guarded(program, lambda: _module(name).run(rest))
-    return guarded(program, lambda: _run(_module(name), parser_of(name).parse_args(rest)))
+
+    def command() -> int | None:
+        check_start(_module_name(name))
+        if name in UNPARSED:
+            return _module(name).run(rest)
+        return _run(_module(name), parser_of(name).parse_args(rest))
+
+    return guarded(program, command)
 
 
 def parser_of(name: str) -> Parser:
@@ -86,7 +92,11 @@ def parser_of(name: str) -> Parser:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"griffin_jax.cli.{COMMANDS[name][0]}")
+    return importlib.import_module(_module_name(name))
+
+
+def _module_name(name: str) -> str:
+    return f"griffin_jax.cli.{COMMANDS[name][0]}"
 
 
 def _overview() -> Parser:
@@ -164,7 +174,8 @@ def _unwound(name: str, command: Callable[[], int | None]) -> int:
         return INTERRUPTED
     except (ValueError, OSError, MemoryError, RuntimeError, ImportError) as error:
         _silence_stdout()
-        message = printable(" ".join(str(error).split())) or type(error).__name__
+        unsaid = "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+        message = printable(" ".join(str(error).split())) or unsaid
         print(f"{name}: {message}", file=sys.stderr)
         return BAD_INPUT
 

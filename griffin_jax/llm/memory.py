@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from jax.sharding import AbstractMesh, Mesh
 
+from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
 from griffin_jax.model.attention import QUERY_BLOCK
@@ -83,7 +84,7 @@ class Needs:
             if self.itemsize < 4:
                 # XLA's CPU code multiplies in float32, and makes the weights so before a loop that uses them.
                 held["weights in float32"] = sizes.weights(None) // self.itemsize * 4 + 8 * self._largest()
-        loading = {} if self.loaded else {"loading": 2 * max(4, self.itemsize) * self._largest()}
+        loading = {} if self.loaded else {"loading": loading_bytes(self._counts(), self.itemsize)}
         worst = max(({**held, **phase} for phase in (loading, *phases)), key=lambda parts: sum(parts.values()))
         # Devices that are one processor's have one memory.
         together = self.mesh.size if self.mesh is not None and self._on_cpu else 1
@@ -94,7 +95,11 @@ class Needs:
 
     def _largest(self) -> int:
         """The size, in numbers, of the largest parameter on a device."""
-        return max(map(math.prod, local_shapes(self.config, self._parts).values()))
+        return max(self._counts())
+
+    def _counts(self) -> list[int]:
+        """The sizes, in numbers, of all parameters on a device."""
+        return [math.prod(shape) for shape in local_shapes(self.config, self._parts).values()]
 
     def _logits(self, rows: int) -> int:
         shares = self._parts if divided(self.config, self._parts)[VOCABULARY] else 1

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from griffin_jax.text.pretokenizers import PRETOKENIZERS
-from griffin_jax.utils.messages import CheckpointWarning, brief, is_panic
+from griffin_jax.utils.messages import CheckpointWarning, brief, is_out_of_memory, is_panic
 from griffin_jax.utils.transformers_import import import_transformers
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def _bpe(build: Any, tokens: Sequence[str], merges: list[tuple[str, ...]], **arg
     try:
         return build(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, **arguments)
     except BaseException as error:
-        if not isinstance(error, Exception) and not is_panic(error):
+        if is_out_of_memory(error) or (not isinstance(error, Exception) and not is_panic(error)):
             raise
         raise ValueError(f"the GGUF file's vocabulary and merges contradict each other ({brief(error)})") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.bounded import bounded_templates
 from griffin_jax.text.gguf_tokenizer import read_tokenizer
-from griffin_jax.utils.messages import brief, is_panic
+from griffin_jax.utils.messages import brief, is_out_of_memory, is_panic
 from griffin_jax.utils.transformers_import import import_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -140,6 +140,8 @@ class Tokenizer:
             with bounded_templates():
                 return self._tokenizer.apply_chat_template(list(messages), **arguments)
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"the chat template rejects these messages: {error}") from error
 
     def beyond(self, vocabulary: int) -> list[str]:
@@ -190,7 +192,7 @@ class Tokenizer:
             # Without the argument, transformers asks on stdin whether to run code that lies in the folder.
             tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except BaseException as error:
-            if not isinstance(error, Exception) and not is_panic(error):
+            if is_out_of_memory(error) or (not isinstance(error, Exception) and not is_panic(error)):
                 raise
             raise ValueError(f"{folder}: the tokenizer cannot be read ({brief(error)})") from error
         finally:

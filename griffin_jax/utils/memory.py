@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from griffin_jax.utils.address_space import limit
+
 ROOT = Path("/")
 """The folder that holds `proc` and `sys`."""
 
@@ -81,16 +83,16 @@ def free_of_host(root: Path = ROOT, address_space: int | None = None) -> int | N
 def _limits(root: Path, address_space: int | None) -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, KeyError):
         yield _kilobytes(root / "proc/meminfo", "MemAvailable")
-    for folder, (limit, used, file_pages) in _groups(root):
+    for folder, (most, used, file_pages) in _groups(root):
         # There is no limit where the file is absent or says "max".
         with contextlib.suppress(OSError, ValueError, KeyError):
-            allowed = int((folder / limit).read_text())
+            allowed = int((folder / most).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             yield allowed - int((folder / used).read_text()) + int(stat.get(file_pages, 0))
-    limit = _address_space() if address_space is None else address_space
-    if limit is not None:
+    most = limit() if address_space is None else address_space
+    if most is not None:
         with contextlib.suppress(OSError, ValueError, KeyError):
-            yield limit - _kilobytes(root / "proc/self/status", "VmSize")
+            yield most - _kilobytes(root / "proc/self/status", "VmSize")
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
@@ -110,15 +112,6 @@ def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
             inner = PurePosixPath(path.lstrip("/"))
             for part in (inner, *inner.parents):
                 yield base / part, names
-
-
-def _address_space() -> int | None:
-    try:
-        import resource
-    except ImportError:
-        return None
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return None if limit == resource.RLIM_INFINITY else limit
 
 
 def _status(name: str) -> int | None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+
+OUT_OF_MEMORY = (
+    "can't start new thread", "std::bad_alloc", "RESOURCE_EXHAUSTED", "annot allocate memory", "can't allocate memory",
+)  # fmt: skip
+"""What errors of Python, C++, XLA, the operating system and PyTorch say."""
 
 
 def brief(error: BaseException) -> str:
@@ -16,6 +22,13 @@ def brief(error: BaseException) -> str:
 def is_panic(error: BaseException) -> bool:
     """Whether an error is a panic of a library in Rust, which pyo3 does not count among the exceptions."""
     return type(error).__name__ == "PanicException"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of any package says that memory, or a thread with its stack, cannot be had."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return any(said in str(error) for said in OUT_OF_MEMORY)
 
 
 def printable(text: str) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+
+from griffin_jax.checkpoints import native
+from griffin_jax.model.assembly import parameter_shapes, random_model
+from griffin_jax.model.config import ModelConfig
 
 MEASURE = """
 import json, sys
@@ -73,3 +79,35 @@ def test_predictions_are_bounds(demo_gguf, tmp_path, case, options):
     predicted = found["before"] + sum(found["parts"].values())
     print(f"{case} {options}: {found['peak'] / 1e6:,.0f} MB, predicted {predicted / 1e6:,.0f} MB: {found['parts']}")
     assert found["peak"] <= predicted <= 1.5 * found["peak"] + found["before"]
+
+
+LOAD = """
+import json, sys
+from griffin_jax.checkpoints.loading import load_model
+from griffin_jax.utils import memory
+
+small, large = sys.argv[1:]
+# Libraries and programs are there when it is measured.
+load_model(small, "float32")
+before = memory.resident()
+memory.reset_peak()
+load_model(large, "float32")
+print(json.dumps(memory.peak() - before))
+"""
+
+
+def test_loading_takes_little_more_than_the_weights(tmp_path):
+    """Arrays are read some at a time and dropped when they are assembled, and so are never all in memory twice."""
+    config = ModelConfig("llama", 1000, 512, 1536, 10, 8, 8, 64, 256)
+    native.save(random_model(dataclasses.replace(config, num_layers=1)), tmp_path / "small")
+    native.save(random_model(config), tmp_path / "large")
+    ran = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path / "small"), str(tmp_path / "large")],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    weights = sum(4 * math.prod(shape) for shape in parameter_shapes(config).values())
+    ratio = json.loads(ran.stdout) / weights
+    print(f"{ratio:.2f} times the weights of {weights / 1e6:.0f} MB")
+    assert ratio <= 1.4

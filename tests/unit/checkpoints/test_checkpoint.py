@@ -22,6 +22,7 @@ from conftest import first_and_slow
 from flax import nnx
 
 from griffin_jax.checkpoints import native as checkpoint
+from griffin_jax.checkpoints import sources
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
 from griffin_jax.checkpoints.native import MANIFEST, load, save, sealed
 from griffin_jax.checkpoints.planning import NarrowingWarning
@@ -127,10 +128,29 @@ def test_large_arrays_are_stored_in_pieces(hf_folder, tmp_path, monkeypatch):
         np.testing.assert_array_equal(array, expected[name])
 
 
-def test_batches_are_bounded(monkeypatch):
-    monkeypatch.setattr(checkpoint, "BATCH_BYTES", 10)
+def test_arrays_are_read_in_batches(hf_folder, tmp_path, monkeypatch):
+    path = convert(hf_folder, tmp_path / "native", progress=False).path
+    batches, restore = [], checkpoint.NativeCheckpoint._restore
+    monkeypatch.setattr(sources, "SMALLEST_BATCH", 1)
+    monkeypatch.setattr(
+        checkpoint.NativeCheckpoint,
+        "_restore",
+        lambda self, shapes, *more: batches.append(len(shapes)) or restore(self, shapes, *more),
+    )
+    expected = leaves(load_model(hf_folder, "float32")[0])
+    for dtype in ("float32", "float16"):
+        batches.clear()
+        opened = checkpoint.NativeCheckpoint(path)
+        model = assemble(opened.config, opened.parameters(np.dtype(dtype)), dtype)
+        for name, array in leaves(model).items():
+            np.testing.assert_array_equal(array, expected[name].astype(dtype))
+        assert len(batches) > 8
+        assert sum(batches) == len(opened.shapes)
+
+
+def test_batches_are_bounded():
     sizes = [3, 3, 3, 3, 20, 1, 10]
-    assert list(checkpoint._batches(sizes)) == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6), slice(6, 7)]
+    assert list(checkpoint._batches(sizes, 10)) == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6), slice(6, 7)]
 
 
 @pytest.mark.parametrize(
