@@ -12,7 +12,7 @@ What holds a program in jax 0.10 to 0.12 is the C++ cache of the jitted function
 function below it or to its jaxpr. So every program here has a `jax.jit` of its own, over a function of its own; when
 `clear_cache` is called on it and nothing else refers to it, its memory maps are gone. (An executable from
 `lower().compile()` is held by the jitted function that it came from, just as long.) JAX's caches of what it has traced
-stay; they have a few thousand entries at most.
+stay, have thousands of entries, and cannot be told which to forget; so from time to time all of them are cleared.
 """
 
 from __future__ import annotations
@@ -37,11 +37,16 @@ three are for its density alone."""
 MAX_SHARE_OF_MAPS = 0.5
 """Share of the memory maps that Linux allows a process; where it has more, programs go, too."""
 
+DROPS_UNTIL_CLEARED = 512
+"""Programs that are dropped until JAX's own caches, which hold some of what was traced for each, are cleared by
+`jax.clear_caches`. What is in use then compiles once more, a user's own functions, too."""
+
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 _programs: OrderedDict[Hashable, Any] = OrderedDict()
 _lock = threading.RLock()
 _warned = False
+_dropped = 0
 
 
 def jit(
@@ -167,11 +172,16 @@ def _kind(leaf: Any) -> Hashable:
 
 def _make_room() -> None:
     """Drop the programs that were not used for longest, but never the newest."""
+    global _dropped
     most = _most_maps()
     while len(_programs) > 1 and (len(_programs) > MAX_PROGRAMS or _too_many_maps(most)):
         _warn_once()
         _, program = _programs.popitem(last=False)
         program.clear_cache()
+        _dropped += 1
+    if _dropped >= DROPS_UNTIL_CLEARED:
+        _dropped = 0
+        jax.clear_caches()
 
 
 def _too_many_maps(most: int | None) -> bool:

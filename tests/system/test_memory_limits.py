@@ -111,3 +111,78 @@ def test_loading_takes_little_more_than_the_weights(tmp_path):
     ratio = json.loads(ran.stdout) / weights
     print(f"{ratio:.2f} times the weights of {weights / 1e6:.0f} MB")
     assert ratio <= 1.4
+
+
+resource = pytest.importorskip("resource")
+STARTED = """
+import jax, jax.numpy as jnp
+from griffin_jax.cli import bench, chat, evaluate, flocking, generate, prior
+jax.jit(lambda x: (x @ x).sum())(jnp.ones((8, 8))).block_until_ready()
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")))
+"""
+REQUESTS = """
+import sys
+import griffin_jax as gj
+
+llm = gj.load(sys.argv[1])
+long = [5 + i % 900 for i in range(2000)]
+for prompts, options in [
+    ([long] * 8, {}),
+    ([long[:200]] * 8, {"density": 0.9}),
+    ([long[:400]] * 4, {"refit": 400}),
+    ([long] * 4, {"speculative": 4}),
+    ([long] * 4, {"refresh_every": 8}),
+]:
+    try:
+        llm.generate(prompts, **options)
+    except MemoryError as error:
+        print(error)
+"""
+
+
+def limited(megabytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What Python does with these arguments and this much more address space than JAX needs to start."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = {"capture_output": True, "text": True, "check": False, "env": environment, "input": "Hello\n"}
+    started = subprocess.run([sys.executable, "-c", STARTED], **command)
+    most = (int(started.stdout) << 10) + (megabytes << 20)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    return subprocess.run([sys.executable, *arguments], preexec_fn=limit, **command)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts the address space")
+class TestAddressSpace:
+    """Nothing is killed, aborts or prints a traceback: what does not fit is refused before it is begun."""
+
+    @pytest.mark.parametrize("megabytes", [100, 600, 900])
+    @pytest.mark.parametrize("command", ["generate", "chat", "eval divergence", "prior", "flocking", "bench"])
+    def test_commands_say_so_in_one_line(self, demo_gguf, tmp_path, command, megabytes):
+        (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "It is slow. " * 200}) + "\n", encoding="utf-8")
+        texts, output = str(tmp_path / "texts.jsonl"), ["--output", str(tmp_path / "output")]
+        more = {
+            "generate": ["--prompt", "It is"],
+            "chat": [],
+            "eval divergence": [texts, *output],
+            "prior": ["--text", texts, *output],
+            "flocking": [texts, *output],
+            "bench": ["--prompt", "64", "--new", "16"],
+        }[command]
+        arguments = ["-m", "griffin_jax.cli.main", *command.split(), "--model", str(demo_gguf), *more]
+        ran = limited(megabytes, *arguments)
+        # A chat that has begun goes on after a turn that does not fit.
+        begun = command == "chat" and megabytes == 900
+        assert ran.returncode == (0 if begun else 2), ran.stderr
+        (line,) = (ran.stdout if begun else ran.stderr).splitlines()
+        assert "JAX cannot start in the" in line or " are needed (" in line
+        assert not (ran.stderr if begun else ran.stdout)
+
+    def test_requests_are_refused_by_what_they_need(self, demo_gguf):
+        ran = limited(1200, "-c", REQUESTS, str(demo_gguf))
+        assert ran.returncode == 0, ran.stderr
+        lines = ran.stdout.splitlines()
+        assert len(lines) == 5
+        assert all(line.startswith("about ") and " are needed (" in line for line in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import warnings
@@ -28,6 +29,7 @@ def alone(monkeypatch) -> Iterator[None]:
     """Each test begins without programs, and with its own limit."""
     programs.clear()
     monkeypatch.setattr(programs, "_warned", True)
+    monkeypatch.setattr(programs, "_dropped", 0)
     yield
     programs.clear()
 
@@ -58,6 +60,20 @@ def test_dropped_programs_give_their_memory_maps_back(monkeypatch):
     assert programs.count() == 5
     # Each has about ten.
     assert max(found[10:]) <= max(found[:10]) + 15
+
+
+def test_what_jax_has_traced_goes_with_dropped_programs(monkeypatch):
+    monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(programs, "DROPS_UNTIL_CLEARED", 10)
+    found = {}
+    for k in range(1, 43):
+        power(ones(), k=k)
+        if k in (12, 21, 42):
+            gc.collect()
+            found[k] = len(gc.get_objects())
+    # Cleared when 12, 22, 32 and 42 programs were made.
+    assert found[21] > found[12] + 150
+    assert found[42] < found[12] + 100
 
 
 def test_the_least_recently_used_goes(monkeypatch, compiled):
@@ -117,7 +133,9 @@ def test_inside_of_a_jit_nothing_is_kept():
     assert programs.count() == before
 
 
-def test_threads_drop_what_others_are_using(monkeypatch):
+@pytest.mark.parametrize("drops", [512, 3])
+def test_threads_drop_what_others_are_using(monkeypatch, drops):
+    monkeypatch.setattr(programs, "DROPS_UNTIL_CLEARED", drops)
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
     wanted = [random.Random(0).randrange(1, 6) for _ in range(60)]
     expected = {k: np.asarray(power(ones(), k=k)) for k in range(1, 6)}
