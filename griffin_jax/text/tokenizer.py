@@ -71,17 +71,6 @@ class Tokenizer:
         added = self._tokenizer.added_tokens_decoder.items()
         return frozenset(found | {token for token, what in added if what.special} | {*self._tokenizer.all_special_ids})
 
-    @functools.cached_property
-    def _plain_backend(self) -> Any:
-        """The tokenizer below transformers' own, if that one does nothing else with a text; otherwise None."""
-        plain = import_transformers().PreTrainedTokenizerFast
-        kind = type(self._tokenizer)
-        if not issubclass(kind, plain) or any(
-            getattr(kind, name) is not getattr(plain, name) for name in ("encode", "__call__", "_encode_plus")
-        ):
-            return None
-        return self._tokenizer.backend_tokenizer
-
     @property
     def chat_template(self) -> str | dict[str, str] | None:
         """The Jinja template of chats, or several by name; None if the model was not trained to chat."""
@@ -98,15 +87,7 @@ class Tokenizer:
             ValueError: the text has a lone surrogate, so it is not Unicode, or a token that the model has no embedding
                 for.
         """
-        backend = self._plain_backend
-        if backend is None:
-            return self._known(self._tokenizer.encode(_unicode(text), add_special_tokens=special))
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = self._tokenizer.split_special_tokens
-        # The same as above, without the place of each token in the text, which takes a third of the memory.
-        (encoding,) = backend.encode_batch_fast([_unicode(text)], add_special_tokens=special)
-        return self._known(encoding.ids)
+        return self._known(self._tokenizer.encode(_unicode(text), add_special_tokens=special))
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids.

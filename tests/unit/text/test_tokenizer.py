@@ -59,27 +59,6 @@ def test_ids_are_those_of_transformers(demo, demo_gguf):
     assert (demo.size, demo.eos_token_id) == (len(reference), reference.eos_token_id)
 
 
-def test_only_ids_are_made_of_a_text(demo, monkeypatch):
-    """Offsets, masks and words of a million tokens take more memory than their ids."""
-    fast = demo._tokenizer
-    assert demo._plain_backend is fast.backend_tokenizer
-    expected = [fast.encode(text, add_special_tokens=special) for text in TEXTS for special in (True, False)]
-    # What a tokenizer.json may say of batches changes no text of ours.
-    fast.backend_tokenizer.enable_truncation(3)
-    fast.backend_tokenizer.enable_padding(length=40)
-    monkeypatch.setattr(fast, "_encode_plus", None)
-    assert [demo.encode(text, special) for text in TEXTS for special in (True, False)] == expected
-
-
-def test_a_tokenizer_that_does_more_is_asked_itself(demo):
-    class Shouting(PreTrainedTokenizerFast):
-        def encode(self, text: str, **options: Any) -> list[int]:
-            return super().encode(text.upper(), **options)
-
-    shouting = Tokenizer(Shouting(tokenizer_object=demo._tokenizer.backend_tokenizer))
-    assert shouting.encode("hello") == demo.encode("HELLO") != demo.encode("hello")
-
-
 def test_smollm_splits_digits_before_spaces(demo):
     """As the vocabulary was learned and llama.cpp splits; transformers' reader of GGUF files forgets it."""
     assert [demo.decode([token]) for token in demo.encode("for  2020")] == ["for", "  ", "2", "0", "2", "0"]
