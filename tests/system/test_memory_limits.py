@@ -99,7 +99,7 @@ print(json.dumps(memory.peak() - before))
 def test_loading_takes_little_more_than_the_weights(tmp_path):
     """Arrays are read some at a time and dropped when they are assembled, and so are never all in memory twice.
 
-    How much is read before the last arrays are dropped varies by tens of megabytes, which are much for so small a model:
+    How much is read before the last arrays are dropped varies by tens of megabytes, which is much for so small a model:
     the least of three loads counts.
     """
     config = ModelConfig("llama", 1000, 512, 1536, 10, 8, 8, 64, 256)
