@@ -33,6 +33,7 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, divided, with_kv_copies
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import LAYER_SCOPE
+from griffin_jax.model.weights import Precision, WeightFormat
 
 TPU_VMEM = 1
 """XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
@@ -96,7 +97,8 @@ class Report:
         replicated: what every device has all of, because it cannot be shared evenly: `heads` (attention and the
             cache) or `vocabulary` (embedding and head).
         kv_copies: how often each key/value head is there, so that the devices can share attention.
-        dtype: of weights and cache.
+        dtype: of the computation and the cache.
+        weights: how the matrices are stored.
         batch: sequences.
         prompt: tokens of each.
         new: tokens of each answer.
@@ -119,6 +121,7 @@ class Report:
     replicated: tuple[str, ...]
     kv_copies: int
     dtype: str
+    weights: str
     batch: int
     prompt: int
     new: int
@@ -157,6 +160,7 @@ def compile_for(
     prompt: int = 2048,
     new: int = 128,
     dtype: str = "bfloat16",
+    weights: str | None = None,
     quality: Quality = "griffin",
     refresh_every: int | None = None,
     speculative: int | None = None,
@@ -178,7 +182,8 @@ def compile_for(
         batch: sequences.
         prompt: tokens of each.
         new: tokens of each answer.
-        dtype: of weights and cache.
+        dtype: of the computation and the cache.
+        weights: how the matrices are stored, such as `int8`, see `griffin_jax.model.weights`; in `dtype` if None.
         quality: `best` keeps rows of the prompt, and refits what is kept to them and to as many rows of general text as
             a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
         refresh_every: compile refreshing, too: the pass over this many tokens.
@@ -204,8 +209,10 @@ def compile_for(
         raise ValueError(f"refresh_every is {refresh_every}: an answer of {new} tokens ends before")
     if prompt + new > config.max_positions:
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
-    weights_dtype = parse_dtype(dtype)
-    assert weights_dtype is not None
+    computed_in = parse_dtype(dtype)
+    assert computed_in is not None
+    precision = Precision.of(computed_in, None if weights is None else WeightFormat.parse(weights))
+    precision.weights.check(config.width, config.embedding_width)
     widths = [config.ff_width] * config.num_layers
     kept = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups).kept(widths)
     check_mesh(config, devices, kept)
@@ -228,7 +235,8 @@ def compile_for(
         "rows": DEFAULT_ROWS if quality == "best" else 0,
         "refresh": refresh_every,
         "speculative": speculative,
-        "dtype": weights_dtype.name,
+        "dtype": precision.dtype.name,
+        "weights": str(precision.weights),
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
     found = _in_child(task, compiler)
@@ -236,7 +244,7 @@ def compile_for(
         config,
         batch,
         task["prompt"] + task["max_new_tokens"],
-        weights_dtype.itemsize,
+        precision,
         shared=task["shared"],
         devices=devices,
     )
@@ -275,7 +283,8 @@ def compile_for(
         target=name.lower(), chip=chip, devices=devices,
         replicated=tuple(what for what, shared_out in divided(config, devices).items() if not shared_out),
         kv_copies=config.kv_copies,
-        dtype=weights_dtype.name, batch=batch, prompt=prompt, new=new, slots=sizes.slots, layers=config.num_layers,
+        dtype=precision.dtype.name, weights=str(precision.weights), batch=batch, prompt=prompt, new=new,
+        slots=sizes.slots, layers=config.num_layers,
         parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
@@ -372,7 +381,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
 
     config = ModelConfig.from_json(task["config"])
     batch, max_new_tokens = task["batch"], task["max_new_tokens"]
-    model = divided_model(abstract_model(config, jnp.dtype(task["dtype"])))
+    model = divided_model(abstract_model(config, jnp.dtype(task["dtype"]), WeightFormat.parse(task["weights"])))
     prompt = array((batch, task["prompt"]), jnp.int32), array((batch,), jnp.int32)
     prefill = functools.partial(read_prompt, max_new_tokens=max_new_tokens, rows=task["rows"])
     prefilled = jax.eval_shape(prefill, model, *prompt)

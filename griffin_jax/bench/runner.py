@@ -46,6 +46,7 @@ from griffin_jax.llm.memory import Needs
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 from griffin_jax.utils import memory
 from griffin_jax.utils.timing import Stopwatch
@@ -122,7 +123,7 @@ class Plan:
         source: of the model.
         config: of the model.
         random: whether it gets random weights.
-        dtype: of the weights.
+        precision: how the model computes, and how its matrices are stored.
         densities: descending; 1 is the first.
         cases: in the order in which they are measured.
         shared: what batches of several sequences are measured with.
@@ -138,7 +139,7 @@ class Plan:
     source: str
     config: ModelConfig
     random: bool
-    dtype: jnp.dtype
+    precision: Precision
     densities: tuple[float, ...]
     cases: tuple[Case, ...]
     shared: tuple[bool, ...]
@@ -149,6 +150,11 @@ class Plan:
     mesh: Mesh | None
     repeats: int
     peers: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the computation and of the cache."""
+        return self.precision.dtype
 
     def pruner(self, variant: Variant) -> Pruner:
         """How a row prunes."""
@@ -175,7 +181,7 @@ class Plan:
         """Bytes of a row's parts on each device."""
         parts = axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, case.batch) else 1
         devices, one = axis_size(self.mesh, MODEL_AXIS), shared or case.batch == 1
-        return Sizes(self.config, case.batch // parts, case.slots, self.dtype.itemsize, shared=one, devices=devices)
+        return Sizes(self.config, case.batch // parts, case.slots, self.precision, shared=one, devices=devices)
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:
         """Neurons of every layer; None for the dense model."""
@@ -189,7 +195,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
 
     Devices that are one processor's count as one.
     """
-    needs = Needs(plan.config, plan.dtype.itemsize, plan.mesh, jax.default_backend())
+    needs = Needs(plan.config, plan.precision, plan.mesh, jax.default_backend())
     beside = {
         "measuring the bandwidth": BANDWIDTH_BYTES,
         # PyTorch's and llama.cpp's own copies.
@@ -217,7 +223,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
 
 def check_memory(plan: Plan) -> None:
     """Raise `MemoryError` unless the largest case fits into what is free."""
-    advice = "take a smaller --batch, shorter --lengths, a narrower --dtype or, of random weights, fewer --layers"
+    advice = "take a smaller --batch, shorter --lengths, --weights of fewer bits or, of random weights, fewer --layers"
     memory.check(needed_memory(plan), free_memory(), advice)
 
 
@@ -268,6 +274,7 @@ def measure(
         "layers": plan.config.num_layers,
         "parameters": plan.sizes(plan.cases[0], True).parameters,
         "dtype": plan.dtype.name,
+        "stored_as": str(plan.precision.weights),
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "threads": threads(),

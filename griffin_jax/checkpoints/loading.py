@@ -37,11 +37,12 @@ from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source, loading_bytes
 from griffin_jax.checkpoints.verification import Verification, VerificationError
-from griffin_jax.model.assembly import assemble
+from griffin_jax.model.assembly import assemble, in_format, stored_arrays
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
-from griffin_jax.model.sizes import local_shapes
+from griffin_jax.model.sizes import bytes_of, local_arrays
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, checked_mesh
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 from griffin_jax.utils import memory
@@ -197,13 +198,14 @@ def load_model(
     sharding: ShardingLike | None = None,
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
+    weights: str | WeightFormat | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """A model ready to run, and its tokenizer if it has one.
 
     Args:
         source: see `open_source`.
-        dtype: dtype of the weights: float32, bfloat16 or float16. By default float32 on CPUs, which are
-            several times slower with anything narrower, and bfloat16 on accelerators.
+        dtype: dtype of the computation, of the cache, and of the weights that `weights` is not about: float32,
+            bfloat16 or float16. By default float32 on CPUs and bfloat16 on accelerators.
         sharding: how the parameters are divided among devices: a `jax.sharding.Sharding` for all of them, or
             a function that gives one for a parameter's path (such as `layers.3.ff.gate`) and shape. By
             default they are whole on the default device. From a native folder every device reads its own
@@ -211,18 +213,22 @@ def load_model(
         allow_pickle: see `open_source`.
         mesh: a mesh with the axes `data` and `model`, or one of them, on which the parameters are divided as
             `griffin_jax.model.sharding` says.
+        weights: how the matrices are stored: `int8`, `int8:64` (with a scale for each group of 64), `int4`, `int4:64`,
+            or a dtype, with products computed in `dtype` nevertheless. By default integers stay what they are in a
+            native folder, and everything else is of `dtype`. See `griffin_jax.model.weights`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
         ImportError: pickle files are to be read, and torch is not installed.
-        ValueError: the dtype is not allowed, the model not supported, its files malformed or its
-            weights not finite, the tokenizer does not fit, or a sharding does not divide a parameter; or there are
-            both a mesh and a sharding, the mesh has other axes, or it cannot share the neurons evenly.
+        ValueError: the dtype or the format of weights is not allowed, groups do not divide the rows, the model is not
+            supported, its files are malformed or its weights not finite, the tokenizer does not fit, or a sharding does
+            not divide a parameter; or there are both a mesh and a sharding, the mesh has other axes, or it cannot share
+            the neurons evenly.
 
     Warns:
-        NarrowingWarning: `dtype` is given and is narrower than that of stored weights.
+        NarrowingWarning: `dtype` or a floating dtype of `weights` is given and is narrower than that of stored weights.
     """
-    wanted = parse_dtype(dtype)
+    wanted, stored_as = parse_dtype(dtype), None if weights is None else WeightFormat.parse(weights)
     if mesh is not None and sharding is not None:
         raise ValueError("a mesh says how the parameters are divided: give it or a sharding, not both")
     mesh = None if mesh is None else checked_mesh(mesh)
@@ -233,26 +239,47 @@ def load_model(
         check_mesh(config, devices)
         config = with_kv_copies(config, devices)
         sharding = functools.partial(_sharding_on, mesh, config)
-    if wanted is None:
-        wanted = default_dtype()
-    elif lost := narrowing(opened, wanted):
+    narrow = narrowest(wanted, stored_as)
+    if narrow is not None and opened.weights is None and (lost := narrowing(opened, narrow)):
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
+    precision = precision_of(opened, wanted, stored_as)
     shardings = None if sharding is None else _shardings(sharding, opened.shapes)
     tokenizer = _fitting_tokenizer(opened)
     if sharding is None or mesh is not None:
-        _check_memory(config, wanted.itemsize, mesh)
-    return assemble(config, opened.parameters(wanted, shardings), jnp.dtype(wanted)), tokenizer
+        _check_memory(config, precision, mesh)
+    arrays = opened.parameters(precision, shardings)
+    return assemble(config, arrays, precision.dtype, precision.weights), tokenizer
 
 
-def _check_memory(config: ModelConfig, itemsize: int, mesh: Mesh | None) -> None:
+def precision_of(source: Source, dtype: np.dtype | None, weights: WeightFormat | None) -> Precision:
+    """How a model of this source computes and is stored, where some of it is not said.
+
+    Raises:
+        ValueError: groups do not divide the rows of its matrices.
+    """
+    dtype = default_dtype() if dtype is None else dtype
+    precision = Precision.of(dtype, source.weights if weights is None else weights)
+    precision.weights.check(source.config.width, source.config.embedding_width)
+    return precision
+
+
+def narrowest(dtype: np.dtype | None, weights: WeightFormat | None) -> np.dtype | None:
+    """The floating dtype that somebody wants matrices in, if it is a floating one."""
+    if weights is None:
+        return dtype
+    return None if weights.quantised else np.dtype(jnp.dtype(weights.dtype))
+
+
+def _check_memory(config: ModelConfig, precision: Precision, mesh: Mesh | None) -> None:
     """Raise `MemoryError` unless the weights fit into what is free on each device."""
-    counts = [math.prod(shape) for shape in local_shapes(config, axis_size(mesh, MODEL_AXIS)).values()]
+    arrays = local_arrays(config, axis_size(mesh, MODEL_AXIS), precision).values()
+    counts = [math.prod(array.shape) for array in arrays]
     devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
     # Devices that are one processor's have one memory.
     together = len(devices) if devices[0].platform == "cpu" else 1
-    parts = {"weights": sum(counts) * itemsize, "those on their way": loading_bytes(counts, itemsize)}
+    parts = {"weights": sum(map(bytes_of, arrays)), "those on their way": loading_bytes(counts, precision.itemsize)}
     parts = {part: size * together for part, size in parts.items()}
-    memory.check(parts, memory.free(devices), "take a narrower dtype, or a mesh of more devices")
+    memory.check(parts, memory.free(devices), "take weights of fewer bits, or a mesh of more devices")
 
 
 def default_dtype() -> np.dtype:
@@ -354,17 +381,19 @@ def convert(
     progress: bool = True,
     allow_pickle: bool = False,
     verify: bool = False,
+    weights: str | WeightFormat | None = None,
 ) -> ConversionReport:
     """Write a model in the native format, tensor by tensor.
 
     Args:
         source: see `open_source`.
         output: a folder that does not exist yet. It appears when it is complete.
-        dtype: dtype of the weights: float32, bfloat16 or float16. By default that of most of the source's
-            weights, float32 where they are quantised.
+        dtype: dtype of the weights that `weights` is not about: float32, bfloat16 or float16. By default that of most
+            of the source's weights, float32 where they are quantised.
         progress: whether to show a progress bar on stderr.
         allow_pickle: see `open_source`.
         verify: whether to compare the result with PyTorch, see `verify`.
+        weights: how the matrices are stored: `int8`, `int4`, `bfloat16`, ...; see `load_model`.
 
     Raises:
         FileExistsError: `output` exists.
@@ -383,19 +412,22 @@ def convert(
     start = time.perf_counter()
     folder = native.check_free(output)
     wanted = parse_dtype(dtype)
+    stored_as = None if weights is None else WeightFormat.parse(weights)
     opened = open_source(source, allow_pickle)
-    wanted = opened.dtype if wanted is None else wanted
+    precision = precision_of(opened, opened.dtype if wanted is None else wanted, stored_as)
     if verify:
-        verification.check_verifiable(opened)
-    if lost := narrowing(opened, wanted):
+        verification.check_verifiable(opened, precision.weights)
+    if lost := _lost(opened, precision):
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     tokenizer = _fitting_tokenizer(opened)
-    sizes = {path: int(np.prod(shape)) * wanted.itemsize for path, shape in opened.shapes.items()}
+    arrays = stored_arrays(opened.config, precision)
+    sizes = {path: bytes_of(array) for path, array in arrays.items()}
+    counts = [math.prod(shape) for shape in opened.shapes.values()]
     # As it is stored or in float32, and in the dtype that is wanted.
-    parts = {"the largest tensor": 2 * 4 * max(sizes.values()) // wanted.itemsize}
+    parts = {"the largest tensor": 2 * 4 * max(counts)}
     if verify:
         # PyTorch holds what is stored and what it loads it to, at the same time.
-        parts["the model in PyTorch"] = 2 * 4 * sum(sizes.values()) // wanted.itemsize
+        parts["the model in PyTorch"] = 2 * 4 * sum(counts)
     memory.check(parts, memory.free_of_host(), "convert on a machine with more" + (", or without verify" * verify))
     before = memory.peak()
     total = sum(sizes.values())
@@ -403,17 +435,25 @@ def convert(
         _hashing(opened.files) as hashes,
         tqdm(total=total, unit="B", unit_scale=True, disable=not progress, desc=folder.name, delay=0.5) as bar,
     ):
+        of_matrix: dict[str, np.ndarray] = {}
 
         def read(path: str) -> np.ndarray:
-            array = opened.read(path, wanted)
             bar.update(sizes[path])
-            return array
+            if path in of_matrix:
+                return of_matrix.pop(path)
+            if path in opened.shapes and not jnp.issubdtype(arrays[path].dtype, jnp.integer):
+                return opened.read(path, arrays[path].dtype)
+            # Integers and their scales are made together; whichever is asked for first, the other one comes next.
+            matrix = path if path in opened.shapes else path.removesuffix("_scale").removesuffix("_row")
+            made = in_format([(matrix, opened.read(matrix, np.dtype(np.float32)))], opened.config, precision)
+            of_matrix.update({name: np.asarray(array) for name, array in made})
+            return of_matrix.pop(path)
 
-        native.write(folder, opened.config, opened.shapes, wanted, read, tokenizer, opened.name, hashes)
+        native.write(folder, opened.config, precision, read, tokenizer, opened.name, hashes)
     report = ConversionReport(
         path=folder,
-        dtype=wanted.name,
-        tensors=len(sizes),
+        dtype=str(precision),
+        tensors=len(opened.shapes),
         bytes=total,
         largest_bytes=max(sizes.values()),
         seconds=time.perf_counter() - start,
@@ -428,13 +468,27 @@ def convert(
     return report
 
 
-def plan(source: str | Path, dtype: str | jnp.dtype | None = None, allow_pickle: bool = False) -> Plan:
+def _lost(source: Source, precision: Precision) -> str | None:
+    """What floating dtypes lose of a source; what integers lose is what somebody wants who asks for them."""
+    if precision.weights.quantised:
+        return None
+    narrow = min(precision.dtype, np.dtype(jnp.dtype(precision.weights.dtype)), key=lambda dtype: dtype.itemsize)
+    return narrowing(source, narrow)
+
+
+def plan(
+    source: str | Path,
+    dtype: str | jnp.dtype | None = None,
+    allow_pickle: bool = False,
+    weights: str | WeightFormat | None = None,
+) -> Plan:
     """What `convert` would do: every parameter with the tensor it comes from. Nothing is written.
 
     Args:
         source: see `open_source`.
         dtype: as for `convert`.
         allow_pickle: see `open_source`.
+        weights: as for `convert`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -443,8 +497,11 @@ def plan(source: str | Path, dtype: str | jnp.dtype | None = None, allow_pickle:
             tokenizer does not fit.
     """
     wanted = parse_dtype(dtype)
+    stored_as = None if weights is None else WeightFormat.parse(weights)
     opened = open_source(source, allow_pickle)
-    return plan_of(opened, opened.dtype if wanted is None else wanted, _fitting_tokenizer(opened) is not None)
+    precision = precision_of(opened, opened.dtype if wanted is None else wanted, stored_as)
+    has_tokenizer = _fitting_tokenizer(opened) is not None
+    return plan_of(opened, precision, has_tokenizer, _lost(opened, precision))
 
 
 def verify(source: str | Path, folder: str | Path, allow_pickle: bool = False) -> Verification:

@@ -1,6 +1,7 @@
 """The native format: a folder that loads fast and in which nothing is missing.
 
-    griffin_jax.json   format, version, dtype, source with its hashes, and `ModelConfig`; written last
+    griffin_jax.json   format, version, dtype, weights (if the matrices are stored in another way), source with its
+                       hashes, and `ModelConfig`; written last
     params/            the parameters, one Orbax checkpoint; the tree of the module, with text keys; arrays in pieces of
                        their own checksums (Zarr 3 with crc32c)
     tokenizer/         files of the tokenizer, if the model has one
@@ -34,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from griffin_jax.checkpoints.planning import UncheckedWarning
 from griffin_jax.checkpoints.sources import (
@@ -46,9 +48,13 @@ from griffin_jax.checkpoints.sources import (
     is_finite_on_devices,
     read_json,
 )
-from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_shapes
+from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_shapes, stored_arrays
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sharding import parameter_spec
+from griffin_jax.model.sizes import bytes_of
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat, dequantise
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
 from griffin_jax.utils.messages import brief, is_out_of_memory
 from griffin_jax.utils.wholefile import hidden_folder, sweep
@@ -56,6 +62,8 @@ from griffin_jax.utils.wholefile import hidden_folder, sweep
 FORMAT, VERSION = "griffin_jax", 2
 UNCHECKED_VERSION = 1
 """The version without checksums of the weights, which is still read."""
+INTEGER_VERSION = 3
+"""The version of folders whose matrices are integers with scales."""
 MANIFEST, PARAMETERS, TOKENIZER = "griffin_jax.json", "params", "tokenizer"
 DTYPES = ("float32", "bfloat16", "float16")
 CHUNK_BYTES = 64 << 20
@@ -88,9 +96,10 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
         OSError: the disk is full, or the folder cannot be written.
     """
     folder = check_free(folder)
-    shapes = parameter_shapes(model.config)
+    precision = Precision.of(model.dtype, model.weights)
+    shapes = {path: array.shape for path, array in stored_arrays(model.config, precision).items()}
     arrays = None if model.neurons != (model.config.ff_width,) * len(model.layers) else dict(disassemble(model))
-    if arrays is None or {name: array.shape for name, array in arrays.items()} != shapes:
+    if arrays is None or {path: array.shape for path, array in arrays.items()} != shapes:
         raise ValueError(
             "the model's parameters are not those of its config; a pruned model cannot be saved, save the full one"
         )
@@ -101,7 +110,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
         return array
 
     config = dataclasses.replace(model.config, kv_copies=1)
-    write(folder, config, shapes, np.dtype(model.dtype), read, tokenizer, source="a model in memory")
+    write(folder, config, precision, read, tokenizer, source="a model in memory")
     return folder
 
 
@@ -116,8 +125,7 @@ def check_free(folder: str | Path) -> Path:
 def write(
     folder: Path,
     config: ModelConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    precision: Precision,
     read: Callable[[str], np.ndarray],
     tokenizer: Tokenizer | None,
     source: str,
@@ -128,9 +136,8 @@ def write(
     Args:
         folder: a folder that does not exist yet.
         config: the architecture.
-        shapes: shape of every parameter, by path.
-        dtype: dtype of what `read` returns.
-        read: function that gives a parameter as a contiguous array; called once for each, in order.
+        precision: how the parameters are stored.
+        read: function that gives one of `stored_arrays` as a contiguous array; called once for each, in order.
         tokenizer: tokenizer to save with the model.
         source: where the weights come from, in words.
         hashes: function that gives the sha256 of every file that they come from; called after the weights are written.
@@ -140,22 +147,24 @@ def write(
         ValueError: the dtype or the tokenizer does not fit, or `read` fails.
         OSError: the disk is full, or the folder cannot be written.
     """
-    if dtype.name not in DTYPES:
-        raise ValueError(f"dtype is {dtype.name}; the native format has {', '.join(DTYPES)}")
+    if precision.dtype.name not in DTYPES:
+        raise ValueError(f"dtype is {precision.dtype.name}; the native format has {', '.join(DTYPES)}")
+    arrays = stored_arrays(config, precision)
     if tokenizer is not None:
         check_fits(tokenizer, config)
     check_free(folder)
     # Before the room is looked at, since they take some.
     sweep(folder)
-    _check_space(folder, sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize)
+    _check_space(folder, sum(map(bytes_of, arrays.values())))
     with _appearing(folder) as partial:
-        _write_parameters(partial / PARAMETERS, shapes, dtype, read)
+        _write_parameters(partial / PARAMETERS, arrays, read)
         if tokenizer is not None:
             tokenizer.save(partial / TOKENIZER)
         manifest = {
             "format": FORMAT,
-            "version": VERSION,
-            "dtype": dtype.name,
+            "version": INTEGER_VERSION if precision.weights.quantised else VERSION,
+            "dtype": precision.dtype.name,
+            **({"weights": str(precision.weights)} if has_own_format(precision) else {}),
             "source": {"name": source, "sha256": dict(hashes()) if hashes else {}},
             "files": _fingerprints(partial, _files_in(partial)),
             "config": config.to_json(),
@@ -333,11 +342,42 @@ def _batches(sizes: Sequence[int], most: int) -> Iterator[slice]:
     yield slice(start, len(sizes))
 
 
+def has_own_format(precision: Precision) -> bool:
+    """Whether matrices are stored in another way than everything else."""
+    return precision.weights != WeightFormat(precision.dtype.name)
+
+
+def packed(array: np.ndarray) -> np.ndarray:
+    """Numbers of 4 bits as bytes, of two neighbours in a row each, the first in the low bits; others as they are."""
+    if array.dtype != jnp.int4:
+        return array
+    numbers = array.astype(np.int8).view(np.uint8)
+    return (numbers[..., ::2] & 15) | (numbers[..., 1::2] << 4)
+
+
+def packed_form(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of what `packed` makes of an array."""
+    if array.dtype != jnp.int4:
+        return array
+    return jax.ShapeDtypeStruct((*array.shape[:-1], array.shape[-1] // 2), np.uint8)
+
+
+@jax.jit
+def unpacked(array: jax.Array) -> jax.Array:
+    """The numbers of 4 bits in the bytes that `packed` gives."""
+    pairs = jnp.stack([array << 4, array], axis=-1)
+    numbers = jax.lax.shift_right_arithmetic(jax.lax.bitcast_convert_type(pairs, jnp.int8), jnp.int8(4))
+    return numbers.reshape(*array.shape[:-1], -1).astype(jnp.int4)
+
+
 def _write_parameters(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, read: Callable[[str], np.ndarray]
+    folder: Path, arrays: Mapping[str, jax.ShapeDtypeStruct], read: Callable[[str], np.ndarray]
 ) -> None:
-    sizes = {path: math.prod(shape) * dtype.itemsize for path, shape in shapes.items()}
-    tree = _nested({path: _Unread(path, size, read) for path, size in sizes.items()})
+    def read_packed(path: str) -> np.ndarray:
+        return packed(read(path))
+
+    sizes = {path: bytes_of(array) for path, array in arrays.items()}
+    tree = _nested({path: _Unread(path, size, read_packed) for path, size in sizes.items()})
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     registry = ocp.type_handlers.create_type_handler_registry(
         (_Unread, _Batches()), (jax.Array, ocp.type_handlers.ArrayHandler())
@@ -401,6 +441,7 @@ class NativeCheckpoint(Source):
         self.name = str(folder)
         manifest = self._read_manifest()
         self.dtype = np.dtype(jnp.dtype(manifest["dtype"]))
+        self.precision = Precision.of(self.dtype, manifest["weights"])
         try:
             self.config = ModelConfig.from_json(manifest["config"])
         except ValueError as error:
@@ -417,39 +458,112 @@ class NativeCheckpoint(Source):
         stored = self._stored_shapes()
         check_plausible(self.name, self.config, list(stored.values()))
         self.shapes = parameter_shapes(self.config)
-        if wrong := sorted(stored.items() ^ self.shapes.items()):
+        try:
+            self._arrays = stored_arrays(self.config, self.precision)
+        except ValueError as error:
+            raise ValueError(f"{self._folder / MANIFEST}: {error}") from error
+        expected = {path: packed_form(array).shape for path, array in self._arrays.items()}
+        if wrong := sorted(stored.items() ^ expected.items()):
             listed = ", ".join(dict.fromkeys(f"{path} {shape}" for path, shape in wrong[:8]))
             raise ValueError(f"{self._folder}: the parameters are not those of its config; they differ in {listed}")
 
     def origin(self, path: str) -> Origin:
-        name = next(name for name, dtype in FLOATS.items() if dtype == self.dtype)
+        stored = self._arrays[path].dtype
+        name = next((name for name, dtype in FLOATS.items() if dtype == stored), stored.name)
         return Origin(path, "", self.shapes[path], name)
 
+    @property
+    def weights(self) -> WeightFormat | None:
+        return self.precision.weights if self.precision.weights.quantised else None
+
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
-        stored = np.asarray(_leaf(self._restore({path: self.shapes[path]}, self.dtype), path))
+        kind = self._arrays[path]
+        scale_path = self._scale_of(path)
+        wanted = {path: kind} | ({} if scale_path is None else {scale_path: self._arrays[scale_path]})
+        tree = self._restore(wanted)
+        stored = _leaf(tree, path)
+        if scale_path is not None:
+            stored = dequantise(stored, _leaf(tree, scale_path))
+        stored = np.asarray(stored)
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(stored, dtype)
         check_finite(array, stored, f"{self.name}: {path}")
         return array
 
+    def _scale_of(self, path: str) -> str | None:
+        """The path of the scales of a parameter, if it is stored as integers."""
+        if not jnp.issubdtype(self._arrays[path].dtype, jnp.integer):
+            return None
+        return next(name for name in (f"{path}_scale", f"{path}_row_scale") if name in self._arrays)
+
     def parameters(
-        self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+        self, precision: Precision, shardings: Mapping[str, jax.sharding.Sharding] | None = None
     ) -> Iterator[tuple[str, Any]]:
         """Path and weights of all parameters, read some at a time, because Orbax reads many files at once.
 
         How many is `batch_bytes`. With shardings, every device reads only its part of each array from the disk.
+        Integers come as they are stored, with their scales, if the model is to have them so; else as floating numbers.
         """
+        as_stored = precision.weights == self.precision.weights
+        dtype = precision.dtype if as_stored else precision.read_as
         # Values of wider weights may be too large for float16, which has to be checked.
-        read_as = self.dtype if dtype == np.float16 else dtype
-        paths = list(self.shapes)
-        sizes = [math.prod(self.shapes[path]) * read_as.itemsize for path in paths]
+        read_as = None if dtype == np.float16 else dtype
+        arrays = {
+            path: array
+            if read_as is None or path.endswith("_scale") or jnp.issubdtype(array.dtype, jnp.integer)
+            else jax.ShapeDtypeStruct(array.shape, read_as)
+            for path, array in self._arrays.items()
+        }
+        # A matrix of integers and its scales are read together.
+        groups = [[path, *([scale] if (scale := self._scale_of(path)) else [])] for path in self.shapes]
+        sizes = [sum(bytes_of(arrays[path]) for path in group) for group in groups]
         for batch in _batches(sizes, batch_bytes(sizes)):
-            tree = self._restore({path: self.shapes[path] for path in paths[batch]}, read_as, shardings)
-            arrays = {path: _leaf(tree, path) for path in paths[batch]}
+            found = {path: arrays[path] for group in groups[batch] for path in group}
+            tree = self._restore(found, self._with_scales(shardings, found))
+            read = {path: _leaf(tree, path) for path in found}
             del tree
-            for path in paths[batch]:
+            for path, *scales in groups[batch]:
                 # What it is assembled into is to be all that keeps it.
-                yield path, self._checked(path, arrays.pop(path), dtype)
+                yield from self._as_wanted(path, read, scales, dtype, as_stored)
+
+    def _as_wanted(
+        self, path: str, read: dict[str, jax.Array], scales: Sequence[str], dtype: np.dtype, as_stored: bool
+    ) -> Iterator[tuple[str, jax.Array]]:
+        if not scales:
+            yield path, self._checked(path, read.pop(path), dtype)
+            return
+        (name,) = scales
+        numbers, scale = read.pop(path), read.pop(name)
+        self._checked(name, scale, scale.dtype)
+        if as_stored:
+            yield path, numbers
+            yield name, scale
+            return
+        floating = dequantise(numbers, scale, dtype)
+        yield (
+            path,
+            floating if not isinstance(numbers.sharding, NamedSharding) else jax.device_put(floating, numbers.sharding),
+        )
+
+    def _with_scales(
+        self, shardings: Mapping[str, jax.sharding.Sharding] | None, arrays: Mapping[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.sharding.Sharding] | None:
+        """The shardings of parameters and of their scales, which are whole where a sharding is not by our rules."""
+        if shardings is None:
+            return None
+        found = {}
+        for path, array in arrays.items():
+            if path in shardings:
+                found[path] = shardings[path]
+                continue
+            of = path.removesuffix("_scale").removesuffix("_row")
+            sharding = shardings[of]
+            if isinstance(sharding, NamedSharding):
+                names = set(sharding.mesh.axis_names) <= {DATA_AXIS, MODEL_AXIS}
+                spec = parameter_spec(path, array.shape, self.config, sharding.mesh) if names else PartitionSpec()
+                sharding = NamedSharding(sharding.mesh, spec)
+            found[path] = sharding
+        return found
 
     def _checked(self, path: str, stored: jax.Array, dtype: np.dtype) -> jax.Array:
         array = stored if stored.dtype == dtype else stored.astype(dtype)
@@ -479,10 +593,10 @@ class NativeCheckpoint(Source):
         if manifest.get("format") != FORMAT:
             raise ValueError(f"{path}: format is {manifest.get('format')!r}, not {FORMAT!r}")
         version = manifest.get("version")
-        if isinstance(version, bool) or version not in (UNCHECKED_VERSION, VERSION):
+        if isinstance(version, bool) or version not in (UNCHECKED_VERSION, VERSION, INTEGER_VERSION):
             raise ValueError(
-                f"{path}: version {version!r} of the format; this griffin_jax reads versions {UNCHECKED_VERSION} and "
-                f"{VERSION}. Update griffin_jax, or convert the model again"
+                f"{path}: version {version!r} of the format; this griffin_jax reads versions {UNCHECKED_VERSION} to "
+                f"{INTEGER_VERSION}. Update griffin_jax, or convert the model again"
             )
         if version == UNCHECKED_VERSION:
             warnings.warn(
@@ -492,10 +606,16 @@ class NativeCheckpoint(Source):
                 UncheckedWarning,
                 stacklevel=2,
             )
-        if version == VERSION and sealed(manifest) != manifest:
+        if version != UNCHECKED_VERSION and sealed(manifest) != manifest:
             raise ValueError(f"{path}: damaged or edited, {SEAL} is that of other contents; convert the model again")
         if manifest.get("dtype") not in DTYPES:
             raise ValueError(f"{path}: dtype is {manifest.get('dtype')!r}; possible are {', '.join(DTYPES)}")
+        try:
+            manifest["weights"] = WeightFormat.parse(manifest.get("weights", manifest["dtype"]))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        if manifest["weights"].quantised != (version == INTEGER_VERSION):
+            raise ValueError(f"{path}: weights of {manifest['weights']} in a folder of version {version}")
         if not isinstance(manifest.get("config"), dict):
             raise ValueError(f"{path}: has no config")
         if not isinstance(manifest.get("files"), dict):
@@ -536,27 +656,33 @@ class NativeCheckpoint(Source):
 
     def _restore(
         self,
-        shapes: Mapping[str, tuple[int, ...]],
-        dtype: np.dtype,
+        arrays: Mapping[str, jax.ShapeDtypeStruct],
         shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     ) -> Any:
-        """The tree of these parameters, without shardings as arrays on the default device."""
+        """The tree of these arrays of the checkpoint, without shardings as arrays on the default device."""
         if shardings is None:
             (device,) = jnp.zeros(()).devices()
-            shardings = dict.fromkeys(shapes, jax.sharding.SingleDeviceSharding(device))
-        tree = _nested({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()})
+            shardings = dict.fromkeys(arrays, jax.sharding.SingleDeviceSharding(device))
+        forms = {path: packed_form(array) for path, array in arrays.items()}
+        tree = _nested(forms)
         restore_args = _nested(
             {
                 path: ocp.ArrayRestoreArgs(
-                    restore_type=jax.Array, dtype=dtype, sharding=shardings[path], global_shape=shape
+                    restore_type=jax.Array, dtype=form.dtype, sharding=shardings[path], global_shape=form.shape
                 )
-                for path, shape in shapes.items()
+                for path, form in forms.items()
             }
         )
         arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ToTheEnd()))
         with self._opened(type_handler_registry=registry) as (checkpointer, folder):
-            return checkpointer.restore(folder, args=arguments)
+            found = checkpointer.restore(folder, args=arguments)
+        for path, array in arrays.items():
+            if array.dtype == jnp.int4:
+                *parents, name = path.split(".")
+                node = _leaf(found, ".".join(parents)) if parents else found
+                node[name] = unpacked(node[name])
+        return found
 
 
 def load(folder: str | Path, dtype: jnp.dtype | None = None) -> Transformer:
@@ -564,12 +690,12 @@ def load(folder: str | Path, dtype: jnp.dtype | None = None) -> Transformer:
 
     Args:
         folder: a folder that `save` or a conversion wrote.
-        dtype: dtype of the weights; as stored if None.
+        dtype: dtype of the computation, and of weights that are no integers; as stored if None.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: it is incomplete, malformed or of a newer version.
     """
     source = NativeCheckpoint(folder)
-    wanted = source.dtype if dtype is None else np.dtype(dtype)
-    return assemble(source.config, source.parameters(wanted), jnp.dtype(wanted))
+    precision = source.precision if dtype is None else Precision.of(dtype, source.weights)
+    return assemble(source.config, source.parameters(precision), precision.dtype, precision.weights)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,9 @@ import ml_dtypes
 import numpy as np
 
 from griffin_jax.checkpoints.sources import FLOATS, Origin, Source
+from griffin_jax.model.assembly import stored_arrays
+from griffin_jax.model.sizes import bytes_of
+from griffin_jax.model.weights import Precision
 from griffin_jax.utils.messages import CheckpointWarning, shortened
 
 LISTED = 20
@@ -34,12 +36,14 @@ class Step:
         path: path of the parameter.
         shape: shape of the parameter.
         origin: the tensor that it comes from.
-        bytes: size that it will have.
+        dtype: name of the dtype that it will have.
+        bytes: size that it will have, with its scales.
     """
 
     path: str
     shape: tuple[int, ...]
     origin: Origin
+    dtype: str
     bytes: int
 
 
@@ -49,7 +53,7 @@ class Plan:
 
     Attributes:
         source: name of the source.
-        dtype: name of the dtype that the weights would get.
+        dtype: what the weights would be stored in.
         steps: one step for every parameter.
         ignored: tensors of the source that are knowingly ignored.
         has_tokenizer: whether the source has a tokenizer.
@@ -70,7 +74,7 @@ class Plan:
 
     def __str__(self) -> str:
         header = ("parameter", "shape", "from", "shape", "layout", "dtype", "MB")
-        lines = [*_aligned([header, *_collapsed(self.steps, self.dtype)])]
+        lines = [*_aligned([header, *_collapsed(self.steps)])]
         ignored = f"{len(self.ignored)} ({shortened(self.ignored, LISTED)})" if self.ignored else "none"
         return "\n".join(
             [
@@ -81,13 +85,26 @@ class Plan:
         )
 
 
-def plan_of(source: Source, dtype: np.dtype, has_tokenizer: bool) -> Plan:
-    """The plan of converting an opened source to `dtype`."""
+def plan_of(source: Source, precision: Precision, has_tokenizer: bool, lost: str | None) -> Plan:
+    """The plan of converting an opened source.
+
+    Args:
+        source: what is converted.
+        precision: what it is converted to.
+        has_tokenizer: whether it has a tokenizer.
+        lost: what is lost, in words.
+    """
+    arrays = stored_arrays(source.config, precision)
+
+    def size(path: str) -> int:
+        names = path, f"{path}_scale", f"{path}_row_scale"
+        return sum(bytes_of(arrays[name]) for name in names if name in arrays)
+
     steps = [
-        Step(path, shape, source.origin(path), math.prod(shape) * dtype.itemsize)
+        Step(path, shape, source.origin(path), arrays[path].dtype.name, size(path))
         for path, shape in source.shapes.items()
     ]
-    return Plan(source.name, dtype.name, tuple(steps), tuple(source.ignored), has_tokenizer, narrowing(source, dtype))
+    return Plan(source.name, str(precision), tuple(steps), tuple(source.ignored), has_tokenizer, lost)
 
 
 def narrowing(source: Source, dtype: np.dtype) -> str | None:
@@ -117,7 +134,7 @@ def _loss(stored: str, dtype: np.dtype) -> str | None:
     return " and ".join(losses) or None
 
 
-def _collapsed(steps: Iterable[Step], dtype: str) -> Iterator[tuple[str, ...]]:
+def _collapsed(steps: Iterable[Step]) -> Iterator[tuple[str, ...]]:
     """Rows of the table; those of layers that differ only in their number are made one."""
     groups: dict[tuple[str, ...], tuple[list[int], list[int]]] = {}
     for step in steps:
@@ -127,7 +144,7 @@ def _collapsed(steps: Iterable[Step], dtype: str) -> Iterator[tuple[str, ...]]:
             tensor = re.sub(rf"(?<=\.){layer[1]}(?=\.)", "\0", tensor, count=1)
         origin = step.origin
         layout = origin.layout if "->" in origin.layout else ""
-        row = (path, _shape(step.shape), tensor, _shape(origin.shape), layout, f"{origin.dtype} -> {dtype}")
+        row = (path, _shape(step.shape), tensor, _shape(origin.shape), layout, f"{origin.dtype} -> {step.dtype}")
         layers, sizes = groups.setdefault(row, ([], []))
         layers += [int(layer[1])] if layer else []
         sizes.append(step.bytes)

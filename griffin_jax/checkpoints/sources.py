@@ -32,6 +32,7 @@ from griffin_jax.checkpoints.schema.family import is_ignored, rules_by_path
 from griffin_jax.checkpoints.schema.layouts import Factor, Rules, sizes_of
 from griffin_jax.model.assembly import parameter_shapes
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.text.tokenizer import Tokenizer
 from griffin_jax.utils.messages import printable, shortened
 
@@ -130,15 +131,21 @@ class Source(abc.ABC):
     def origin(self, path: str) -> Origin:
         """Where a parameter comes from."""
 
+    @property
+    def weights(self) -> WeightFormat | None:
+        """How the matrices are stored, if as integers that a model can hold as they are."""
+        return None
+
     def parameters(
-        self, dtype: np.dtype, shardings: Mapping[str, jax.sharding.Sharding] | None = None
+        self, precision: Precision, shardings: Mapping[str, jax.sharding.Sharding] | None = None
     ) -> Iterator[tuple[str, Any]]:
         """Path and weights of all parameters, one after the other.
 
         Args:
-            dtype: dtype of the weights.
+            precision: how they are to be stored. They may come as floating numbers where they are to be integers.
             shardings: sharding of each parameter by path; with them every array is on its devices.
         """
+        dtype = precision.read_as
         for path in self.shapes:
             array = self.read(path, dtype)
             if shardings is not None:

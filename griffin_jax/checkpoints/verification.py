@@ -16,6 +16,7 @@ from griffin_jax.checkpoints.pytorch import import_torch, reference_logits
 from griffin_jax.checkpoints.sources import Source
 from griffin_jax.model.cache import empty_cache
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import WeightFormat
 
 LENGTHS = (1, 9, 40)
 """Lengths of the sequences that are compared, in tokens, as far as the model's context allows."""
@@ -91,13 +92,22 @@ class Verification:
         )
 
 
-def check_verifiable(source: Source) -> None:
+def check_verifiable(source: Source, weights: WeightFormat | None = None) -> None:
     """Refuse what cannot be verified, before anything is converted.
+
+    Args:
+        source: what is converted.
+        weights: how the matrices of the conversion are stored.
 
     Raises:
         ImportError: torch is not installed.
-        ValueError: transformers cannot read the source.
+        ValueError: transformers cannot read the source, or integers are wanted.
     """
+    if weights is not None and weights.quantised:
+        raise ValueError(
+            f"{weights} rounds by design, and PyTorch has the values before: verify a conversion without --weights, and"
+            " measure what the rounding costs with griffin-jax eval"
+        )
     import_torch("verifying a conversion")
     if source.reference() is None:
         raise ValueError(

@@ -19,8 +19,8 @@ import numpy as np
 from griffin_jax.bench import report, runner
 from griffin_jax.bench.runner import EXPERTS, Case, Peer, Plan, Variant, check_memory, measure
 from griffin_jax.checkpoints import demo, loading
-from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.cli.options import (
+    add_dtype_argument,
     add_mesh_argument,
     add_options,
     add_pickle_argument,
@@ -39,6 +39,7 @@ from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import NAMED, named
 from griffin_jax.model.sharding import check_mesh, with_kv_copies
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 from griffin_jax.utils.wholefile import write_text
 
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f" shape: {', '.join(NAMED)} (default: %(default)s)",
     )
     what.add_argument("--layers", type=int, metavar="L", help="only the first L layers, of random weights")
-    what.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
+    add_dtype_argument(what)
     what.add_argument(
         "--density",
         nargs="+",
@@ -167,12 +168,12 @@ def check(options: argparse.Namespace) -> Plan:
             raise ValueError(
                 f"{prompt} + {new} tokens are more than the model's context of {config.max_positions}; see --lengths"
             )
-    dtype = loading.parse_dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    precision = _precision(options, config, random)
     plan = Plan(
         source=options.model,
         config=config,
         random=random,
-        dtype=jnp.dtype(dtype),
+        precision=precision,
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
         cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
         shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
@@ -196,6 +197,17 @@ def check(options: argparse.Namespace) -> Plan:
         )
     check_memory(plan)
     return plan
+
+
+def _precision(options: argparse.Namespace, config: ModelConfig, random: bool) -> Precision:
+    """How the model computes and is stored."""
+    dtype = loading.parse_dtype(options.dtype)
+    weights = None if options.weights is None else WeightFormat.parse(options.weights)
+    if not random:
+        return loading.precision_of(loading.open_source(options.model, options.allow_pickle), dtype, weights)
+    precision = Precision.of(loading.default_dtype() if dtype is None else dtype, weights)
+    precision.weights.check(config.width, config.embedding_width)
+    return precision
 
 
 def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -275,10 +287,14 @@ def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> Non
     before = None if earlier is None else report.read(earlier)
     with contextlib.ExitStack() as stack:
         if plan.random:
-            model = random_model(plan.config, plan.dtype, mesh=plan.mesh)
+            model = random_model(plan.config, plan.dtype, mesh=plan.mesh, weights=plan.precision.weights)
         else:
             model, _ = loading.load_model(
-                options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=plan.mesh
+                options.model,
+                options.dtype,
+                allow_pickle=options.allow_pickle,
+                mesh=plan.mesh,
+                weights=options.weights,
             )
         if plan.prior is not None and not plan.random:
             plan.prior.check(fingerprint(model))

@@ -18,13 +18,13 @@ from griffin_jax.cli.options import (
     add_options,
     chosen_mesh,
     chosen_prior,
+    load_chosen,
     read_options,
 )
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig, parse_density
 from griffin_jax.llm.chat import Chat
-from griffin_jax.llm.llm import load
 from griffin_jax.llm.request import check_options
 from griffin_jax.utils.download import cache_folder
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         "generation": read_options(options, GenerationConfig),
     }
     check_options(**settings)
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=chosen_mesh(options))
+    llm = load_chosen(options, chosen_mesh(options))
     chat = Chat(llm, options.system, **settings)
     terminal = sys.stdin.isatty()
     if terminal:

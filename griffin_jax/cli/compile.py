@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a model's folder or GGUF file, or one of {', '.join(NAMED)} (no weights needed)",
     )
     parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the computation and the cache (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weights", metavar="FORMAT", help="how matrices are stored, such as int8 or int4 (default: in --dtype)"
+    )
     add_options(parser, GriffinConfig, "density", "round_to")
     groups = "as in generate (default: as many as --devices; then pruning moves no rows between these)"
     add_options(parser, GriffinConfig, "groups", help=groups)
@@ -75,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     report = compile_for(
         options.target, config, devices=options.devices, density=options.density, round_to=options.round_to,
         groups=options.groups, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
-        dtype=options.dtype, quality=options.quality, refresh_every=options.refresh_every,
+        dtype=options.dtype, weights=options.weights, quality=options.quality, refresh_every=options.refresh_every,
         speculative=options.speculative, hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:

@@ -10,7 +10,7 @@ from griffin_jax.checkpoints.loading import SOURCES, convert, plan
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.checkpoints.verification import VerificationError
-from griffin_jax.cli.options import add_pickle_argument
+from griffin_jax.cli.options import add_pickle_argument, add_weights_argument
 
 DESCRIPTION = "Writes a checkpoint in the native format, with the config and the tokenizer next to the parameters."
 
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="of the weights; by default that of most of the source's weights, float32 where they are quantised",
     )
+    add_weights_argument(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         if arguments.verify:
             raise ValueError("--verify needs a conversion, and --dry-run makes none; give one of them")
-        planned = plan(source, dtype, allow_pickle)
+        planned = plan(source, dtype, allow_pickle, arguments.weights)
         print(planned)
         if planned.narrowing:
             warnings.warn(planned.narrowing, NarrowingWarning, stacklevel=2)
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         raise ValueError("give OUTPUT, the folder to write, or --dry-run")
     try:
-        print(convert(source, arguments.output, dtype, allow_pickle=allow_pickle, verify=arguments.verify))
+        options = {"allow_pickle": allow_pickle, "verify": arguments.verify, "weights": arguments.weights}
+        print(convert(source, arguments.output, dtype, **options))
     except VerificationError as error:
         print(f"verification failed: {error}. The folder was written and stays, to be looked at", file=sys.stderr)
         return 1

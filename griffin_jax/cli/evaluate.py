@@ -25,8 +25,8 @@ from griffin_jax.cli.options import (
     check_plot,
     chosen_batch,
     chosen_mesh,
+    chosen_needs,
     load_reader,
-    needs_before_loading,
     numbers,
     read_options,
 )
@@ -255,7 +255,7 @@ def run(options: argparse.Namespace) -> None:
     mesh = chosen_mesh(options)
     check_batch(options, mesh)
     wanted, lengths = options.batch, _lengths(options)
-    options.batch = _batch(options, variants, extensions, needs_before_loading(options, mesh), lengths, mesh)
+    options.batch = _batch(options, variants, extensions, chosen_needs(options, mesh), lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
     if extensions.prior is not None:

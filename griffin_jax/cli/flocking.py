@@ -23,8 +23,8 @@ from griffin_jax.cli.options import (
     check_matplotlib,
     chosen_batch,
     chosen_mesh,
+    chosen_needs,
     load_reader,
-    needs_before_loading,
     numbers,
 )
 from griffin_jax.evaluation.batches import Item
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 
     mesh = chosen_mesh(options)
-    needs = needs_before_loading(options, mesh)
+    needs = chosen_needs(options, mesh)
 
     def needed(batch: int) -> Parts:
         return needs.flocking(batch, options.prompt_tokens, options.new_tokens, options.window)

@@ -17,13 +17,14 @@ from griffin_jax.cli.options import (
     add_options,
     chosen_mesh,
     chosen_prior,
+    load_chosen,
     read_options,
 )
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
-from griffin_jax.llm.llm import LLM, Prompt, load
+from griffin_jax.llm.llm import LLM, Prompt
 from griffin_jax.llm.request import check_options
 from griffin_jax.llm.results import Generation
 from griffin_jax.parallel import distributed
@@ -100,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
     same = {name: value for name, value in vars(options).items() if name != "distributed"}
     distributed.check_same("a prompt or an option", (prompts, same))
     start = time.perf_counter()
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
+    llm = load_chosen(options, mesh)
     seconds = {"load": time.perf_counter() - start}
     generation = _streamed(llm, prompts, settings) if options.stream else llm.generate(prompts, **settings)
     seconds |= generation.seconds

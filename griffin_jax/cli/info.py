@@ -8,12 +8,16 @@ import math
 
 import jax
 
-from griffin_jax.checkpoints.loading import default_dtype, describe
+from griffin_jax.checkpoints.loading import default_dtype, describe, parse_dtype, precision_of
 from griffin_jax.checkpoints.native import NativeCheckpoint
-from griffin_jax.cli.options import add_model_argument, add_options
+from griffin_jax.checkpoints.sources import Source
+from griffin_jax.cli.options import add_dtype_argument, add_model_argument, add_options
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import NEURON_MAJOR, parameter_shapes
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.utils import memory
 
 PROMPT, NEW = 512, 128
@@ -27,7 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the command takes."""
     add_model_argument(parser)
     add_options(parser, GriffinConfig, "density")
+    add_dtype_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _precision(options: argparse.Namespace, config: ModelConfig, source: Source | None) -> Precision:
+    """How the model would compute and be stored with these options."""
+    dtype = parse_dtype(options.dtype)
+    weights = None if options.weights is None else WeightFormat.parse(options.weights)
+    if source is not None:
+        return precision_of(source, dtype, weights)
+    precision = Precision.of(default_dtype() if dtype is None else dtype, weights)
+    precision.weights.check(config.width, config.embedding_width)
+    return precision
 
 
 def run(options: argparse.Namespace) -> None:
@@ -39,8 +55,9 @@ def run(options: argparse.Namespace) -> None:
     neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
     ff = sum(math.prod(shape) for path, shape in shapes.items() if path.endswith(neuron_major))
     active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
-    dtype = default_dtype()
-    needs = Needs(config, dtype.itemsize, platform=jax.default_backend())
+    precision = _precision(options, config, source)
+    needs = Needs(config, precision, platform=jax.default_backend())
+    sizes = Sizes(config, 1, 1, precision, shared=True)
     room = min(PROMPT + NEW, config.max_positions)
     lengths = room - min(NEW, room // 2), min(NEW, room // 2)
     memory_needed = {
@@ -55,7 +72,9 @@ def run(options: argparse.Namespace) -> None:
         "density": options.density,
         "kept": kept,
         "active_parameters": active,
-        "dtype": str(dtype),
+        "dtype": precision.dtype.name,
+        "weights": str(precision.weights),
+        "weight_bytes": sizes.weights(None),
         "memory": memory_needed,
     }
     if isinstance(source, NativeCheckpoint):
@@ -72,9 +91,9 @@ def run(options: argparse.Namespace) -> None:
     widths = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
     print(f"  at density {options.density}: {widths} neurons a layer, {active / 1e6:,.1f} M parameters active")
     needed = [f"{name}: {memory.shown(sum(parts.values()))}" for name, parts in memory_needed.items()]
-    print(f"  memory in {dtype}, at most, for prompts of {lengths[0]} tokens and answers of {lengths[1]}:")
-    print(f"    {'; '.join(needed)} (of which weights {memory.shown(total * dtype.itemsize)})")
+    print(f"  memory in {precision}, at most, for prompts of {lengths[0]} tokens and answers of {lengths[1]}:")
+    print(f"    {'; '.join(needed)} (of which weights {memory.shown(sizes.weights(None))})")
     if isinstance(source, NativeCheckpoint):
-        print(f"  weights in {source.dtype.name}, from {source.converted_from}")
+        print(f"  stored in {Precision.of(source.dtype, source.weights)}, from {source.converted_from}")
         for file, digest in source.hashes.items():
             print(f"    sha256 {digest}  {file}")

@@ -16,15 +16,13 @@ import jax
 from jax.sharding import Mesh
 
 from griffin_jax.checkpoints import demo
-from griffin_jax.checkpoints.loading import default_dtype, open_source, parse_dtype
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.griffin.config import parse_density
 from griffin_jax.llm.llm import LLM, load
-from griffin_jax.llm.memory import Needs, Parts, fitting
-from griffin_jax.model.sharding import check_mesh, with_kv_copies
+from griffin_jax.llm.memory import Needs, Parts, fitting, needs_before_loading
 from griffin_jax.parallel.distributed import AUTO, is_first
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, make_mesh, parse_mesh
+from griffin_jax.parallel.mesh import DATA_AXIS, axis_size, make_mesh, parse_mesh
 from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import warn_renamed
 
@@ -138,9 +136,22 @@ def chosen_prior(options: argparse.Namespace) -> Prior | None:
     return Prior.load(options.prior) if options.prior else None
 
 
-def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare --dtype."""
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on CPU, else bfloat16)")
+def add_dtype_argument(parser: Any) -> None:
+    """Declare --dtype and --weights."""
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the computation and the cache (default: float32 on CPU, else bfloat16)"
+    )
+    add_weights_argument(parser)
+
+
+def add_weights_argument(parser: Any) -> None:
+    """Declare --weights."""
+    parser.add_argument(
+        "--weights",
+        metavar="FORMAT",
+        help="how matrices are stored: int8, int8:64 (a scale for each 64 numbers), int4, int4:64, bfloat16, float16 or"
+        " float32 (default: integers as a converted folder has them, everything else in --dtype)",
+    )
 
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
@@ -171,29 +182,34 @@ def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
     return make_mesh(**parse_mesh(options.mesh))
 
 
+def load_chosen(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
+    """The model of these arguments.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    return load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh, weights=options.weights)
+
+
 def load_reader(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
     """The model of these arguments, which reads text, on a mesh or on the default device.
 
     Raises:
         ValueError: it has no tokenizer, or as `load`.
     """
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
+    llm = load_chosen(options, mesh)
     if llm.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts")
     return llm
 
 
-def needs_before_loading(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs:
+def chosen_needs(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs:
     """What work with the model of these arguments needs, from its config alone.
 
     Raises:
         ValueError: as `load`.
     """
-    devices = axis_size(mesh, MODEL_AXIS)
-    config = open_source(options.model, options.allow_pickle).config
-    check_mesh(config, devices)
-    dtype = parse_dtype(options.dtype) or default_dtype()
-    return Needs(with_kv_copies(config, devices), dtype.itemsize, mesh, jax.default_backend())
+    return needs_before_loading(options.model, options.dtype, options.weights, options.allow_pickle, mesh)
 
 
 def add_batch_argument(parser: Any, largest: int, what: str = "texts at a time") -> None:

@@ -15,7 +15,8 @@ from griffin_jax.cli.options import (
     check_output,
     chosen_batch,
     chosen_mesh,
-    needs_before_loading,
+    chosen_needs,
+    load_chosen,
 )
 from griffin_jax.evaluation import general_text
 from griffin_jax.evaluation.general_text import (
@@ -30,7 +31,6 @@ from griffin_jax.evaluation.general_text import (
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
 from griffin_jax.extensions.prior import prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
-from griffin_jax.llm.llm import load
 from griffin_jax.llm.memory import Parts
 
 DESCRIPTION = general_text.__doc__
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
     mesh = chosen_mesh(options)
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {options.batch}")
-    needs = needs_before_loading(options, mesh)
+    needs = chosen_needs(options, mesh)
 
     def needed(batch: int) -> Parts:
         window = min(options.window, needs.config.max_positions)
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         return needs.prior(batch, window, rows=options.rows, sketched=MOST_SKETCHED, budgets=budgets, written=written)
 
     options.batch = chosen_batch(options, needed, "a shorter --window or fewer --rows", mesh)
-    llm = load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh)
+    llm = load_chosen(options, mesh)
     window = min(options.window, llm.config.max_positions)
     if options.text:
         if llm.tokenizer is None:

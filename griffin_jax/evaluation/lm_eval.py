@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 from griffin_jax import __version__
 from griffin_jax.checkpoints import demo
-from griffin_jax.checkpoints.loading import default_dtype, open_source, parse_dtype
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
 from griffin_jax.extensions.prior import Prior
@@ -40,11 +39,10 @@ from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.prune import check_kept
 from griffin_jax.llm.llm import LLM, load
-from griffin_jax.llm.memory import Needs, Parts, fitting, needs_of
+from griffin_jax.llm.memory import Parts, fitting, needs_before_loading, needs_of
 from griffin_jax.llm.request import RENAMED, Request, check_options
 from griffin_jax.model.fingerprint import fingerprint
-from griffin_jax.model.sharding import check_mesh, with_kv_copies
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, make_mesh
+from griffin_jax.parallel.mesh import DATA_AXIS, axis_size, make_mesh
 from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import warn_renamed
 
@@ -91,7 +89,8 @@ class GriffinLM(TemplateLM):
 
     Args:
         path: what `griffin_jax.load` takes, or a model that it has loaded.
-        dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs and bfloat16 on accelerators.
+        dtype: of the computation: float32, bfloat16 or float16. By default float32 on CPUs, bfloat16 on accelerators.
+        weights: how the matrices are stored, such as `int8`, see `griffin_jax.load`.
         prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
         seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for
             scored tokens are drawn with a seed made of this and the tokens they are chosen by, whatever the batch;
@@ -128,6 +127,7 @@ class GriffinLM(TemplateLM):
         path: str | LLM = demo.NAME,
         *,
         dtype: str | None = None,
+        weights: str | None = None,
         prior: str | Prior | None = None,
         seed: int = 0,
         last_token_only: bool = False,
@@ -171,11 +171,17 @@ class GriffinLM(TemplateLM):
         self._template_arguments = dict(chat_template_args or {})
         wanted, largest = _rows(batch_size, max_batch_size)
         _check_device(device)
-        self.batch_size, line = self._fitting_batch(path, dtype, allow_pickle, mesh, wanted, largest, max_length)
+        self.batch_size, line = self._fitting_batch(
+            path, dtype, weights, allow_pickle, mesh, wanted, largest, max_length
+        )
         if wanted is None:
             logger.info(line)
 
-        self._llm = path if isinstance(path, LLM) else load(str(path), dtype, allow_pickle=allow_pickle, mesh=mesh)
+        self._llm = (
+            path
+            if isinstance(path, LLM)
+            else load(str(path), dtype, allow_pickle=allow_pickle, mesh=mesh, weights=weights)
+        )
         if self._llm.tokenizer is None:
             raise ValueError(f"{self._llm.name} has no tokenizer, and the harness's requests are texts")
         if self._prior is not None:
@@ -202,6 +208,7 @@ class GriffinLM(TemplateLM):
         self,
         path: str | LLM,
         dtype: str | None,
+        weights: str | None,
         allow_pickle: bool,
         mesh: Mesh | None,
         wanted: int | None,
@@ -212,11 +219,7 @@ class GriffinLM(TemplateLM):
         if isinstance(path, LLM):
             needs, devices = needs_of(path.model), path.model.embedding[...].devices()
         else:
-            parts = axis_size(mesh, MODEL_AXIS)
-            config = open_source(path, allow_pickle).config
-            check_mesh(config, parts)
-            itemsize = (parse_dtype(dtype) or default_dtype()).itemsize
-            needs = Needs(with_kv_copies(config, parts), itemsize, mesh, jax.default_backend())
+            needs = needs_before_loading(path, dtype, weights, allow_pickle, mesh)
             devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
         length = min(USUAL_LENGTH, needs.config.max_positions)
         # Other lengths are refused once the model's context is known.
@@ -238,7 +241,7 @@ class GriffinLM(TemplateLM):
         sizes = [wanted] if wanted else [1 << power for power in range(largest.bit_length())]
         of_data = axis_size(mesh, DATA_AXIS)
         sizes = [size for size in sizes if size % of_data == 0] or sizes[-1:]
-        advice = "take a smaller batch_size, a narrower dtype or shared=True"
+        advice = "take a smaller batch_size, weights of fewer bits or shared=True"
         return fitting({size: needed(size) for size in sizes}, memory.free(devices), advice, wanted=wanted)
 
     @property
@@ -264,6 +267,7 @@ class GriffinLM(TemplateLM):
             "model_name": self._llm.name,
             "model_num_parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
             "model_dtype": str(model.dtype),
+            "model_weights": str(model.weights),
             **self._pruning(),
             "prior": None if self._prior is None else f"{self._prior.tokens} tokens of text",
             "kept_neurons": list(self._kept),

@@ -103,7 +103,7 @@ def squared_gradients(
     found = []
     for layer, gradient, norm in zip(model.layers, gradients, norms, strict=True):
         # dl/dz = W_down dl/dy, and zbar = z / ||z||.
-        by_neuron = jnp.einsum("btd,fd->btf", gradient, layer.ff.down[...], preferred_element_type=jnp.float32)
+        by_neuron = jnp.einsum("btd,fd->btf", gradient, layer.ff.down_matrix(), preferred_element_type=jnp.float32)
         weight = jnp.where(counted, norm, 0.0)
         found.append(jnp.einsum("bt,btf->f", weight, jnp.square(by_neuron), precision=jax.lax.Precision.HIGHEST))
     return tuple(found)

@@ -73,7 +73,7 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
     kept = _masks(experts)
     masks = [Mask(layer) for layer in kept]
     if refit is not None:
-        changes = refit.low_rank([layer.ff.down[...] for layer in model.layers], kept)
+        changes = refit.low_rank([layer.ff.down_matrix() for layer in model.layers], kept)
         masks = [Mask(layer, change) for layer, change in zip(kept, changes, strict=True)]
     masked: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for layer, one in zip(masked.layers, _placed(masks, model), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -11,14 +12,17 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import NEURON_AXES
+from griffin_jax.model.feed_forward import NEURON_AXES, floating_rows
 from griffin_jax.model.ops import take_rows
+from griffin_jax.model.parameters import array_of
 from griffin_jax.model.sharding import check_mesh, parameter_spec
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import WeightFormat, quantise
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 from griffin_jax.utils import programs
 from griffin_jax.utils.deprecation import renamed_arguments
@@ -97,7 +101,8 @@ def prune(
     check_kept(model, experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    gathered = _gather_into(rows, experts, refit, reuse, model.config)
+    outputs = [layer.ff.down_scale for layer in model.layers] if refit is not None else []
+    gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
     for layer, kept in zip(pruned.layers, gathered, strict=True):
         for name, weight in kept.items():
             setattr(layer.ff, name, weight)
@@ -113,19 +118,22 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
 
 def _gather_into(
     rows: list[dict[str, nnx.Param]],
+    outputs: list[nnx.Param | None],
     experts: ExpertNeurons,
     refit: Refit | None,
     reuse: Transformer | None,
-    config: ModelConfig,
+    model: Transformer,
 ) -> list[dict[str, nnx.Param]]:
+    """The kept rows; and where they are refitted, the scales of their outputs, which were `outputs`."""
+    given = rows, outputs, experts, refit, model.config, model.weights
     if reuse is None or any(isinstance(index, Tracer) for index in experts):
-        return _gather(rows, experts, refit, config)
+        return _gather(*given)
     old = _neuron_rows(reuse)
     if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
         raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
     if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != _kept_shapes(rows, experts):
-        return _gather(rows, experts, refit, config)
-    return _overwrite(rows, experts, refit, config, old)
+        return _gather(*given)
+    return _overwrite(*given, old)
 
 
 def _kept_shapes(rows: list[dict[str, nnx.Param]], experts: ExpertNeurons) -> list[tuple[tuple[int, ...], np.dtype]]:
@@ -141,7 +149,12 @@ def _kept_shapes(rows: list[dict[str, nnx.Param]], experts: ExpertNeurons) -> li
 
 
 def _gathered(
-    rows: list[dict[str, nnx.Param]], experts: ExpertNeurons, refit: Refit | None, config: ModelConfig
+    rows: list[dict[str, nnx.Param]],
+    outputs: list[nnx.Param | None],
+    experts: ExpertNeurons,
+    refit: Refit | None,
+    config: ModelConfig,
+    weights: WeightFormat,
 ) -> list[dict[str, nnx.Param]]:
     def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
         return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.groups), weight)
@@ -153,11 +166,25 @@ def _gathered(
     indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in experts)
     kept = [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
     if refit is not None:
-        changes = refit.changes([layer["down"][...] for layer in rows], indices)
-        for layer, change in zip(kept, changes, strict=True):
-            changed = (layer["down"][...].astype(jnp.float32) + change).astype(layer["down"].dtype)
-            layer["down"] = nnx.Param(changed)
+        wholes = [_down(layer, scale) for layer, scale in zip(rows, outputs, strict=True)]
+        changes = refit.changes(wholes, indices)
+        for layer, scale, change in zip(kept, outputs, changes, strict=True):
+            layer |= _stored_down(_down(layer, scale).astype(jnp.float32) + change, weights, layer["down"].dtype)
     return [{name: place(name, weight) for name, weight in layer.items()} for layer in kept]
+
+
+def _down(layer: dict[str, nnx.Param], scale: nnx.Param | None) -> Float[Array, "... d"]:
+    return floating_rows(layer["down"][...], array_of(scale), array_of(layer.get("down_row_scale")))
+
+
+def _stored_down(matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: DTypeLike) -> dict[str, nnx.Param]:
+    """Rows of a down projection as the model stores its own: integers are rounded anew, with scales for these rows."""
+    if not weights.quantised:
+        return {"down": nnx.Param(matrix.astype(dtype))}
+    own = functools.partial(quantise, format=weights, outputs="last")
+    numbers, scale = jax.vmap(own)(matrix) if matrix.ndim == 3 else own(matrix)
+    name = "down_scale" if weights.group is None else "down_row_scale"
+    return {"down": nnx.Param(numbers), name: nnx.Param(scale)}
 
 
 def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Array:
@@ -183,8 +210,12 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
         taken = take_rows(weight, at, axis)
         if stays:
             return taken
+        # Devices cannot send halves of bytes.
+        taken = taken.astype(jnp.int8) if weight.dtype == jnp.int4 else taken
         own = jnp.expand_dims((at >= 0) & (at < neurons), [*range(axis), *range(axis_after + 1, taken.ndim)])
-        return jax.lax.psum_scatter(jnp.where(own, taken, 0), MODEL_AXIS, scatter_dimension=axis_after, tiled=True)
+        sent = jnp.where(own, taken, 0)
+        summed = jax.lax.psum_scatter(sent, MODEL_AXIS, scatter_dimension=axis_after, tiled=True)
+        return summed.astype(weight.dtype)
 
     before = [None] * axis
     return jax.shard_map(
@@ -195,17 +226,19 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
     )(weight, indices)
 
 
-_gather = programs.jit(_gathered, static_argnames="config")
+_gather = programs.jit(_gathered, static_argnames=("config", "weights"))
 
 
-@programs.jit(static_argnames="config", donate_argnames="old", keep_unused=True)
+@programs.jit(static_argnames=("config", "weights"), donate_argnames="old", keep_unused=True)
 def _overwrite(
     rows: list[dict[str, nnx.Param]],
+    outputs: list[nnx.Param | None],
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,
+    weights: WeightFormat,
     old: list[dict[str, nnx.Param]],
 ) -> list[dict[str, nnx.Param]]:
     """`_gathered` into the memory of `old`."""
     del old
-    return _gathered(rows, experts, refit, config)
+    return _gathered(rows, outputs, experts, refit, config, weights)

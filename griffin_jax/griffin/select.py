@@ -53,7 +53,7 @@ def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
     def score(gate_up: Array) -> Array:
         return jnp.prod(jnp.linalg.norm(gate_up.astype(jnp.float32), axis=-1), axis=0)
 
-    return tuple(score(layer.ff.gate_up[...]) for layer in model.layers)
+    return tuple(score(layer.ff.gate_up_matrix()) for layer in model.layers)
 
 
 @_taking_prior

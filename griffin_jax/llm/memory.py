@@ -1,6 +1,6 @@
 """The memory that work needs at most, predicted from the architecture before anything is loaded or computed.
 
-    needs = Needs(config, jnp.dtype("float32"))
+    needs = Needs(config, Precision.of("float32"))
     needs.generation(batch=8, prompt=512, new=128, kept=kept)    {"weights": ..., "kept neurons": ..., ...}
 
 Each method goes through the phases of its work and gives the parts of the phase that needs most; their sum is an upper
@@ -13,18 +13,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from griffin_jax.checkpoints.loading import open_source, parse_dtype, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
 from griffin_jax.model.attention import QUERY_BLOCK
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.sharding import HEADS, VOCABULARY, divided
-from griffin_jax.model.sizes import Sizes, local_shapes
+from griffin_jax.model.products import BLOCK_ROWS
+from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
+from griffin_jax.model.sizes import Sizes, local_arrays
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 from griffin_jax.utils import memory
 
@@ -45,17 +50,22 @@ class Needs:
 
     Attributes:
         config: the model.
-        itemsize: bytes of a weight, and of a key or value.
+        precision: how the model computes, and how its matrices are stored.
         mesh: what the model is divided among; None for one device.
         platform: `cpu`, or another for an accelerator, whose host is not counted.
         loaded: whether the weights are there already, and so not needed any more.
     """
 
     config: ModelConfig
-    itemsize: int
+    precision: Precision
     mesh: Mesh | AbstractMesh | None = None
     platform: str = "cpu"
     loaded: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of the computation, and so of a key or value."""
+        return self.precision.itemsize
 
     @property
     def _on_cpu(self) -> bool:
@@ -71,7 +81,7 @@ class Needs:
 
     def _sizes(self, batch: int, slots: int, shared: bool) -> Sizes:
         one = shared or batch == 1
-        return Sizes(self.config, self.rows(batch), slots, self.itemsize, shared=one, devices=self._parts)
+        return Sizes(self.config, self.rows(batch), slots, self.precision, shared=one, devices=self._parts)
 
     def _worst(self, *phases: Mapping[str, int], programs: int = 1) -> Parts:
         """The phase that needs most, with what is there in all of them."""
@@ -81,10 +91,10 @@ class Needs:
             held["compiled programs"] = programs * COMPILER_BYTES_PER_LAYER * self.config.num_layers
             if not self.loaded:
                 held["tokenizer"] = TOKENIZER_BYTES * self.config.vocab_size
-            if self.itemsize < 4:
-                # XLA's CPU code multiplies in float32, and makes the weights so before a loop that uses them.
-                held["weights in float32"] = sizes.weights(None) // self.itemsize * 4 + 8 * self._largest()
-        loading = {} if self.loaded else {"loading": loading_bytes(self._counts(), self.itemsize)}
+            if self.precision.weights != WeightFormat("float32"):
+                # Some rows of a matrix at a time are converted in products with many tokens.
+                held["rows in float32"] = 8 * BLOCK_ROWS * max(self.config.width, self.config.ff_width)
+        loading = {} if self.loaded else {"loading": self.loading()}
         worst = max(({**held, **phase} for phase in (loading, *phases)), key=lambda parts: sum(parts.values()))
         # Devices that are one processor's have one memory.
         together = self.mesh.size if self.mesh is not None and self._on_cpu else 1
@@ -93,13 +103,10 @@ class Needs:
         ordered = sorted(worst, key=lambda name: (first.index(name) if name in first else len(first), -worst[name]))
         return {name: worst[name] * (1 if name in once else together) for name in ordered if worst[name]}
 
-    def _largest(self) -> int:
-        """The size, in numbers, of the largest parameter on a device."""
-        return max(self._counts())
-
-    def _counts(self) -> list[int]:
-        """The sizes, in numbers, of all parameters on a device."""
-        return [math.prod(shape) for shape in local_shapes(self.config, self._parts).values()]
+    def loading(self) -> int:
+        """Bytes that loading needs at most next to the weights, on each device."""
+        arrays = local_arrays(self.config, self._parts, self.precision).values()
+        return loading_bytes([math.prod(array.shape) for array in arrays], self.itemsize)
 
     def _logits(self, rows: int) -> int:
         shares = self._parts if divided(self.config, self._parts)[VOCABULARY] else 1
@@ -318,11 +325,32 @@ class Needs:
         return self._worst(*phases, programs=2)
 
 
+def needs_before_loading(
+    source: str | os.PathLike[str],
+    dtype: str | None = None,
+    weights: str | None = None,
+    allow_pickle: bool = False,
+    mesh: Mesh | None = None,
+) -> Needs:
+    """What work with a model needs, from its files' headers alone; arguments are those of `griffin_jax.load`.
+
+    Raises:
+        FileNotFoundError: as `griffin_jax.load`.
+        ValueError: likewise.
+    """
+    parts = axis_size(mesh, MODEL_AXIS)
+    opened = open_source(os.fspath(source), allow_pickle)
+    check_mesh(opened.config, parts)
+    stored_as = None if weights is None else WeightFormat.parse(weights)
+    precision = precision_of(opened, parse_dtype(dtype), stored_as)
+    return Needs(with_kv_copies(opened.config, parts), precision, mesh, jax.default_backend())
+
+
 def needs_of(model: Transformer) -> Needs:
     """What work with a loaded model needs, next to its weights, which are there already."""
     weights = model.embedding[...]
     platform = next(iter(weights.devices())).platform
-    return Needs(model.config, weights.dtype.itemsize, mesh_of(weights), platform, loaded=True)
+    return Needs(model.config, Precision.of(model.dtype, model.weights), mesh_of(weights), platform, loaded=True)
 
 
 def free_for(model: Transformer) -> int | None:

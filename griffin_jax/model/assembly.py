@@ -23,30 +23,83 @@ from jax.typing import ArrayLike, DTypeLike
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Outputs, Precision, WeightFormat, quantise
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 
 NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
 """The parameters of a feed-forward layer that have a row for each neuron, as checkpoints name them."""
 
 
-def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Transformer:
+def abstract_model(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, weights: WeightFormat | None = None
+) -> Transformer:
     """The module tree of a model, with a `jax.ShapeDtypeStruct` in place of every weight."""
-    return nnx.eval_shape(lambda: Transformer(config, dtype))
+    return nnx.eval_shape(lambda: Transformer(config, dtype, weights=weights))
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter of a checkpoint by its path, such as `layers.3.ff.gate`."""
-    return dict(_parameter_shapes(config))
+    """The shape of every parameter of a model by its path, such as `layers.3.ff.gate`."""
+    return {path: array.shape for path, array in stored_arrays(config, Precision.of(jnp.float32)).items()}
+
+
+def stored_arrays(config: ModelConfig, precision: Precision) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array that a checkpoint has, by its path: parameters, and the scales of integers."""
+    return dict(_stored_arrays(config, precision))
 
 
 @functools.lru_cache(maxsize=16)
-def _parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    state = nnx.state(abstract_model(config))
-    shapes = {}
+def _stored_arrays(config: ModelConfig, precision: Precision) -> dict[str, jax.ShapeDtypeStruct]:
+    state = nnx.state(abstract_model(config, precision.dtype, precision.weights))
+    arrays: dict[str, jax.ShapeDtypeStruct] = {}
     for path, variable in nnx.to_flat_state(state):
-        parts = jax.eval_shape(functools.partial(split, dotted(path), config=config), variable.get_value())
-        shapes |= {name: part.shape for name, part in parts.items()}
-    return shapes
+        arrays |= jax.eval_shape(functools.partial(split, dotted(path), config=config), variable.get_value())
+    return arrays
+
+
+PIECE_BYTES = 64 << 20
+"""Size of float32 numbers that are rounded to integers together."""
+
+OUTPUTS_LAST = ("down", "out")
+"""The matrices whose last axis counts the outputs of their product."""
+
+
+def scale_of(path: str, weights: WeightFormat) -> str:
+    """The path of the scales of a matrix of integers in this format."""
+    by_rows = path.rpartition(".")[-1] in OUTPUTS_LAST and weights.group is not None
+    return f"{path}{'_row' if by_rows else ''}_scale"
+
+
+def in_format(
+    arrays: Iterable[tuple[str, ArrayLike]], config: ModelConfig, precision: Precision
+) -> Iterator[tuple[str, ArrayLike]]:
+    """The parameters as they are to be stored: where that is as integers, these and their scales.
+
+    Args:
+        arrays: path and floating numbers of parameters, or integers and scales as they are stored already.
+        config: the architecture.
+        precision: how they are to be stored.
+    """
+    stored = stored_arrays(config, precision)
+    for path, array in arrays:
+        wanted = stored.get(path)
+        kind = jnp.result_type(array)
+        if wanted is None or not jnp.issubdtype(wanted.dtype, jnp.integer) or jnp.issubdtype(kind, jnp.integer):
+            yield path, array
+            continue
+        name = path.rpartition(".")[-1]
+        weights = precision.weights.of_vocabulary() if name in ("embedding", "head") else precision.weights
+        if jnp.shape(array) != wanted.shape:
+            raise ValueError(f"parameter {path!r} has the shape {jnp.shape(array)}, not {wanted.shape}")
+        numbers, scale = _rounded(array, weights, "last" if name in OUTPUTS_LAST else "first")
+        scale_path, sharding = scale_of(path, weights), getattr(array, "sharding", None)
+        # Nothing wide is to be in memory any longer.
+        del array
+        if isinstance(sharding, NamedSharding):
+            spec = parameter_spec(scale_path, scale.shape, config, sharding.mesh)
+            numbers = jax.device_put(numbers, sharding)
+            scale = jax.device_put(scale, NamedSharding(sharding.mesh, spec))
+        yield path, numbers
+        yield scale_path, scale
 
 
 def dotted(path: tuple[object, ...]) -> str:
@@ -57,7 +110,7 @@ def dotted(path: tuple[object, ...]) -> str:
 def parts_of(path: str, config: ModelConfig) -> list[str]:
     """The paths that a module's parameter has in a checkpoint: mostly only its own."""
     layer, _, name = path.rpartition(".")
-    suffix = "_bias" if name.endswith("_bias") else ""
+    suffix = next((suffix for suffix in ("_bias", "_scale") if name.endswith(suffix)), "")
     if name.removesuffix(suffix) == "qkv":
         return [f"{layer}.{part}{suffix}" for part in ("query", "key", "value")]
     if name.removesuffix(suffix) == "gate_up":
@@ -117,25 +170,45 @@ def disassemble(model: Transformer) -> Iterator[tuple[str, jax.Array]]:
         yield from split(dotted(path), variable.get_value(), model.config).items()
 
 
-def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype: DTypeLike) -> Transformer:
+def _rounded(array: ArrayLike, weights: WeightFormat, outputs: Outputs) -> tuple[Any, Any]:
+    """Integers and scales; of a large array of NumPy whose rows have their own scales, some rows at a time."""
+    size = math.prod(jnp.shape(array)[1:]) * 4
+    rows = max(1, PIECE_BYTES // size)
+    if not isinstance(array, np.ndarray) or (outputs == "last" and weights.group is None) or len(array) <= rows:
+        return quantise(jnp.asarray(array), weights, outputs)
+    pieces = [
+        quantise(jnp.asarray(array[start : start + rows]), weights, outputs) for start in range(0, len(array), rows)
+    ]
+    return tuple(np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*pieces, strict=True))
+
+
+def assemble(
+    config: ModelConfig,
+    arrays: Iterable[tuple[str, ArrayLike]],
+    dtype: DTypeLike,
+    weights: WeightFormat | None = None,
+) -> Transformer:
     """The model with these weights.
 
     Args:
         config: the architecture.
         arrays: path and weights of everything in `parameter_shapes`, in any order; consumed one by one, so that a
-            generator needs memory for the model and one more parameter.
-        dtype: dtype of the weights in the model.
+            generator needs memory for the model and one more parameter. Or integers and their scales, for all in
+            `stored_arrays`.
+        dtype: dtype of the computation, and of what `weights` is not about.
+        weights: how the matrices are stored; in `dtype` if None.
 
     Raises:
-        ValueError: a parameter is missing, unknown, given twice or of another shape.
+        ValueError: a parameter is missing, unknown, given twice or of another shape, or the format does not fit.
     """
-    graph, state = nnx.split(abstract_model(config, dtype))
-    shapes = parameter_shapes(config)
+    precision = Precision.of(dtype, weights)
+    graph, state = nnx.split(abstract_model(config, dtype, weights))
+    shapes = {path: array.shape for path, array in stored_arrays(config, precision).items()}
     variables = {dotted(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     parameter_of = {part: path for path in variables for part in parts_of(path, config)}
     waiting: dict[str, dict[str, ArrayLike]] = {path: {} for path in variables}
     filled, seen = [], set()
-    for name, array in arrays:
+    for name, array in in_format(arrays, config, precision):
         if name not in shapes or name in seen:
             raise ValueError(f"parameter {name!r} is {'given twice' if name in seen else 'not part of this model'}")
         if jnp.shape(array) != shapes[name]:
@@ -151,14 +224,18 @@ def assemble(config: ModelConfig, arrays: Iterable[tuple[str, ArrayLike]], dtype
             like = pieces[0 if config.kv_copies > 1 else -1]
             whole = _placed(path, join(path, pieces, config.kv_copies), like)
             key, variable = variables[path]
-            filled.append((key, variable.replace(jnp.asarray(whole, dtype))))
+            filled.append((key, variable.replace(jnp.asarray(whole, variable.get_value().dtype))))
     if missing := shapes.keys() - seen:
         raise ValueError(f"missing parameters: {', '.join(sorted(missing))}")
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
 def random_model(
-    config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0, mesh: Mesh | None = None
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    weights: WeightFormat | None = None,
 ) -> Transformer:
     """A model with random matrices of variance 1 / fan-in: as fast and as large as a trained one, and as finite.
 
@@ -170,6 +247,7 @@ def random_model(
         dtype: dtype of the weights.
         seed: seed of the weights.
         mesh: divide the parameters as `griffin_jax.model.sharding` says; their values stay the same.
+        weights: how the matrices are stored; in `dtype` if None.
 
     Raises:
         ValueError: the mesh cannot share the neurons evenly.
@@ -178,7 +256,7 @@ def random_model(
     check_mesh(config, devices)
     config = with_kv_copies(config, devices)
 
-    def weights() -> Iterator[tuple[str, Array]]:
+    def drawn() -> Iterator[tuple[str, Array]]:
         for number, (path, shape) in enumerate(parameter_shapes(config).items()):
             name = path.rpartition(".")[-1]
             sharding = None if mesh is None else NamedSharding(mesh, parameter_spec(path, shape, config, mesh))
@@ -192,7 +270,7 @@ def random_model(
             start = np.uint32(seed * 100_003 + number)
             yield path, _uniform(start, fan_in**-0.5, shape, jnp.dtype(dtype), sharding)
 
-    return assemble(config, weights(), dtype)
+    return assemble(config, drawn(), dtype, weights)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))

@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.norm import head_norm, softcap
-from griffin_jax.model.ops import linear, matmul, ordered_after
-from griffin_jax.model.parameters import bias_vector, matrix
+from griffin_jax.model.ops import ordered_after
+from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.positions import Positions, rotate
+from griffin_jax.model.products import linear, matmul
+from griffin_jax.model.weights import WeightFormat
 
 QUERY_BLOCK = 256
 """Tokens of a prompt that attend together: scores with tokens after the block are not computed."""
@@ -24,13 +26,17 @@ class Attention(nnx.Module):
     """Causal multi-head attention; N query heads read G key/value heads (MHA, GQA and MQA).
 
     The projections of x are one matrix, (G, R + 2, H, D): each group has its R queries, its key and
-    its value. One product reads weights faster than three do, and devices can share the groups.
+    its value. One product reads weights faster than three do, and devices can share the groups. Matrices of integers
+    have scales: `qkv_scale` for each row, or for groups of it, and `out_scale` for each output, or `out_row_scale` for
+    groups of each row.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
         n, g, h, d = config.num_heads, config.kv_heads, config.head_dim, config.width
-        self.qkv = matrix(rngs, (g, n // g + 2, h, d), fan_in=d, dtype=dtype)
-        self.out = matrix(rngs, (n, h, d), fan_in=n * h, dtype=dtype)
+        qkv = matrix(rngs, (g, n // g + 2, h, d), fan_in=d, weights=weights)
+        self.qkv, self.qkv_scale = qkv.values, qkv.scale
+        out = matrix(rngs, (n, h, d), fan_in=n * h, weights=weights, outputs="last")
+        self.out, self.out_scale, self.out_row_scale = out.values, out.scale, out.row_scale
         self.qkv_bias = bias_vector((g, n // g + 2, h), dtype) if config.attention_bias else None
         self.out_bias = bias_vector((d,), dtype) if config.attention_out_bias else None
         self.query_norm = head_norm(n, config, dtype)
@@ -79,7 +85,8 @@ class Attention(nnx.Module):
         cached_values = jax.lax.dynamic_update_slice_in_dim(cached_values, value, cursor, axis=2)
 
         mixed = mixed.reshape(b, n, t, h).swapaxes(1, 2).reshape(b, t, n * h)
-        out = matmul(mixed, self.out[...].reshape(n * h, -1))
+        row_scale = None if self.out_row_scale is None else self.out_row_scale[...].reshape(n * h, -1)
+        out = matmul(mixed, self.out[...].reshape(n * h, -1), array_of(self.out_scale), row_scale)
         if self.out_bias is not None:
             out = out + self.out_bias[...]
         return out, cached_keys, cached_values
@@ -121,8 +128,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "b t d"]
     ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
         """Queries, keys and values, before their norms and rotary embedding."""
-        weight = self.qkv[...]
-        y = linear(x, weight)
+        y = linear(x, self.qkv[...], array_of(self.qkv_scale))
         if self.qkv_bias is not None:
             y = y + self.qkv_bias[...]
         if self.clip is not None:

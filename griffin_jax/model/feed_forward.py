@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Num
 
 from griffin_jax.model.config import Activation, ModelConfig
-from griffin_jax.model.ops import linear, matmul
-from griffin_jax.model.parameters import bias_vector, matrix
+from griffin_jax.model.parameters import array_of, bias_vector, matrix
+from griffin_jax.model.products import linear, linear_of_each, matmul, matmul_of_each
+from griffin_jax.model.weights import WeightFormat, dequantise
 
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -99,14 +100,20 @@ class FeedForward(nnx.Module):
     gate and up, or (1, F, D) if not gated. `down` is (F, D). After pruning there are K rows instead of F; where each
     sequence of a batch keeps neurons of its own, `gate_up` is (A, B, K, D), with A = 2 or 1, and `down` (B, K, D).
 
+    Matrices of integers have scales (see `griffin_jax.model.weights`): `gate_up_scale` for each row, or for groups of
+    it, (A, F, n); and for `down` either `down_scale` for each output, (D,), or `down_row_scale` for groups of each
+    neuron's row, (F, n).
+
     The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place`.
     Or all rows stay, and a `mask` says which neurons take part; see `griffin_jax.griffin.masked`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
         a, f, d = 2 if config.gated else 1, config.ff_width, config.width
-        self.gate_up = matrix(rngs, (a, f, d), fan_in=d, dtype=dtype)
-        self.down = matrix(rngs, (f, d), fan_in=f, dtype=dtype)
+        gate_up = matrix(rngs, (a, f, d), fan_in=d, weights=weights)
+        self.gate_up, self.gate_up_scale = gate_up.values, gate_up.scale
+        down = matrix(rngs, (f, d), fan_in=f, weights=weights, outputs="last")
+        self.down, self.down_scale, self.down_row_scale = down.values, down.scale, down.row_scale
         self.gate_up_bias = bias_vector((a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
         self.activation: Activation = config.activation
@@ -126,6 +133,14 @@ class FeedForward(nnx.Module):
         """Whether each sequence of a batch has neurons of its own."""
         return self.down.ndim == 3
 
+    def down_matrix(self) -> Float[Array, "... f d"]:
+        """The down projection as floating numbers: itself, or what its integers stand for in float32."""
+        return floating_rows(self.down[...], array_of(self.down_scale), array_of(self.down_row_scale))
+
+    def gate_up_matrix(self) -> Float[Array, "a ... f d"]:
+        """The matrices that multiply x as floating numbers, likewise."""
+        return floating_rows(self.gate_up[...], None, array_of(self.gate_up_scale))
+
     def intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         """z, the input of the down projection: one value for each neuron and token, those of `rest` last, and zero
         where a mask leaves a neuron out."""
@@ -134,8 +149,8 @@ class FeedForward(nnx.Module):
         return z if self.mask is None else self.mask.apply(z)
 
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
-        weight = self.gate_up[...]
-        y = jnp.einsum("btd,abfd->btaf", x, weight) if self.per_sequence else linear(x, weight)
+        product = linear_of_each if self.per_sequence else linear
+        y = product(x, self.gate_up[...], array_of(self.gate_up_scale))
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
@@ -152,7 +167,8 @@ class FeedForward(nnx.Module):
         own = self.down.shape[-2]
         others = None if self.rest is None else self.rest.project(z[..., own:])
         z = z[..., :own]
-        y = jnp.einsum("btf,bfd->btd", z, self.down[...]) if self.per_sequence else matmul(z, self.down[...])
+        product = matmul_of_each if self.per_sequence else matmul
+        y = product(z, self.down[...], array_of(self.down_scale), array_of(self.down_row_scale))
         y = y if others is None else y + others
         y = y if self.mask is None else self.mask.changed(z, y)
         return y if self.down_bias is None else y + self.down_bias[...]
@@ -161,5 +177,20 @@ class FeedForward(nnx.Module):
         return self.project(self.intermediate(x))
 
 
-NEURON_AXES = {"gate_up": 1, "down": 0, "gate_up_bias": 1}
+def floating_rows(
+    weight: Num[Array, "*rows d"], scale: Float[Array, "*b d"] | None, row_scale: Float[Array, "*rows n"] | None
+) -> Float[Array, "*rows d"]:
+    """A matrix as floating numbers, from what is stored of it.
+
+    Args:
+        weight: its numbers, floating or integers.
+        scale: the scale of each output along the last axis, for all sequences or for each its own.
+        row_scale: the scales of groups of each row.
+    """
+    if scale is not None:
+        return weight.astype(jnp.float32) * (scale if scale.ndim == 1 else scale[:, None])
+    return weight if row_scale is None else dequantise(weight, row_scale)
+
+
+NEURON_AXES = {"gate_up": 1, "gate_up_scale": 1, "down": 0, "down_row_scale": 0, "gate_up_bias": 1}
 """The parameters of a feed-forward layer that have a row for each neuron, with the axis that counts neurons."""

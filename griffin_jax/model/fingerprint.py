@@ -47,6 +47,8 @@ def _checksum(leaf: Array, path: str, config: ModelConfig) -> UInt[Array, ""]:
     """A sum modulo 2^32, so that the order of adding up does not matter; odd factors make places count."""
 
     def total(part: Array, first: Array | int) -> UInt[Array, ""]:
+        # Two numbers of 4 bits are one byte, or are not, as XLA likes.
+        part = part.astype(jnp.int8) if part.dtype == jnp.int4 else part
         bits = jax.lax.bitcast_convert_type(part, jnp.dtype(f"uint{8 * part.dtype.itemsize}")).astype(jnp.uint32)
         places = jax.lax.iota(jnp.uint32, bits.size).reshape(bits.shape) + jnp.uint32(first)
         return jnp.sum(bits * (2 * places + 1), dtype=jnp.uint32)

@@ -6,17 +6,15 @@ version and on which platform, and how that was seen, so that the special form c
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
 
 
-def lookup(table: Float[Array, "v e"], tokens: Int[Array, "b t"]) -> Float[Array, "b t e"]:
+def lookup(table: Num[Array, "v e"], tokens: Int[Array, "b t"]) -> Num[Array, "b t e"]:
     """The rows of `table` for these tokens; a single token is looked up twice.
 
     XLA for GPUs (jax 0.10.2) turns a single look-up into a slice, and gathers a table that is divided by its rows on
@@ -25,56 +23,6 @@ def lookup(table: Float[Array, "v e"], tokens: Int[Array, "b t"]) -> Float[Array
     """
     b, t = tokens.shape
     return table[tokens] if b * t > 1 else table[jnp.broadcast_to(tokens, (2, 1))][:1]
-
-
-def linear(x: Float[Array, "b t d"], weight: Float[Array, "*rows d"]) -> Float[Array, "b t *rows"]:
-    """x times every row of `weight`; on CPUs with the leading axes of `weight` merged into one.
-
-    XLA's CPU code (jax 0.10.2) has a fast product of one token with a matrix of two axes that is not transposed in the
-    program; with more axes it is slower. Seen in timings of decoding. On other platforms the axes stay as they are:
-    merging (2, F, D) to (2 F, D), where F is divided among devices, makes XLA gather the matrix on every device at
-    every token. Seen as an all-gather in programs compiled for eight GPUs and for eight CPU devices; hence on a mesh of
-    CPUs each device merges the axes of its own part.
-    """
-    mesh = mesh_of(weight)
-
-    def flat(x: Array, weight: Array) -> Array:
-        y = jnp.einsum("btd,fd->btf", x, weight.reshape(-1, weight.shape[-1]))
-        return y.reshape(*x.shape[:2], *weight.shape[:-1])
-
-    def as_it_is(x: Array, weight: Array) -> Array:
-        return jax.lax.dot_general(x, weight, (((2,), (weight.ndim - 1,)), ((), ())))
-
-    devices, cpu = axis_size(mesh, MODEL_AXIS), flat
-    if devices > 1 and weight.ndim == 3 and weight.shape[1] % devices == 0:
-        cpu = jax.shard_map(
-            flat,
-            mesh=mesh,
-            axis_names={MODEL_AXIS},
-            in_specs=(PartitionSpec(), PartitionSpec(None, MODEL_AXIS)),
-            out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
-        )
-    return jax.lax.platform_dependent(x, weight, cpu=cpu, default=as_it_is)
-
-
-def matmul(x: Float[Array, "b t k"], weight: Float[Array, "k d"]) -> Float[Array, "b t d"]:
-    """x @ weight; for one token on CPUs as a sum of up to four independent parts.
-
-    XLA's CPU code (jax 0.10.2) multiplies a vector by a matrix of a few hundred rows on a single core, which cannot
-    read memory as fast as all cores together; independent parts run on all of them. Seen in timings of decoding with
-    small layers.
-    """
-    b, t, k = x.shape
-    parts = math.gcd(k, 4)
-    if b * t > 1 or parts == 1:
-        return x @ weight
-
-    def split(x: Array, weight: Array) -> Array:
-        x, weight = x.reshape(parts, -1), weight.reshape(parts, k // parts, -1)
-        pieces = jnp.einsum("pk,pkd->pd", x, weight, preferred_element_type=jnp.float32)
-        return pieces.sum(axis=0).reshape(1, 1, -1).astype(x.dtype)
-
-    return jax.lax.platform_dependent(x, weight, cpu=split, default=jnp.matmul)
 
 
 def ordered_after(

@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from griffin_jax.model.weights import FLOATING, GROUP_SCALE, Outputs, WeightFormat, quantise
 
-def matrix(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
-    """A matrix of zeros, or with `rngs` of normal numbers of variance 1 / `fan_in`."""
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """The parameters that are one matrix.
+
+    Attributes:
+        values: its numbers, floating or integers.
+        scale: the scales of its outputs, or of groups that lie along the axis which is summed over; None for floating
+            numbers.
+        row_scale: the scales of groups that lie along the outputs, instead.
+    """
+
+    values: nnx.Param
+    scale: nnx.Param | None = None
+    row_scale: nnx.Param | None = None
+
+
+def matrix(
+    rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, weights: WeightFormat, outputs: Outputs = "first"
+) -> Matrix:
+    """A matrix of zeros, or with `rngs` of normal numbers of variance 1 / `fan_in`.
+
+    Args:
+        rngs: where the numbers are drawn from.
+        shape: shape of the matrix.
+        fan_in: how many products are summed for each output.
+        weights: how it is stored.
+        outputs: the axes that count outputs, see `griffin_jax.model.weights.quantise`.
+    """
+    if not weights.quantised:
+        return Matrix(floating(rngs, shape, fan_in=fan_in, dtype=weights.dtype))
+    if rngs is None:
+        values, scale = jnp.zeros(shape, weights.dtype), _unit_scale(shape, weights, outputs)
+    else:
+        drawn = jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
+        values, scale = quantise(drawn, weights, outputs)
+    if outputs == "last" and weights.group is not None:
+        return Matrix(nnx.Param(values), row_scale=nnx.Param(scale))
+    return Matrix(nnx.Param(values), scale=nnx.Param(scale))
+
+
+def _unit_scale(shape: tuple[int, ...], weights: WeightFormat, outputs: Outputs) -> jax.Array:
+    if weights.group is not None:
+        return jnp.ones((*shape[:-1], shape[-1] // weights.group), GROUP_SCALE)
+    return jnp.ones(shape[-1:] if outputs == "last" else (*shape[:-1], 1), jnp.float32)
+
+
+def floating(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
+    """A matrix that no format applies to: zeros, or with `rngs` normal numbers of variance 1 / `fan_in`."""
     if rngs is None:
         return nnx.Param(jnp.zeros(shape, dtype))
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
@@ -18,3 +68,20 @@ def matrix(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype:
 def bias_vector(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
     """A bias of zeros."""
     return nnx.Param(jnp.zeros(shape, dtype))
+
+
+def as_format(weights: WeightFormat | None, dtype: DTypeLike) -> WeightFormat:
+    """How matrices are stored: as the format says, or in the dtype of everything else.
+
+    Raises:
+        ValueError: weights cannot have this dtype.
+    """
+    name = jnp.dtype(dtype).name
+    if name not in FLOATING:
+        raise ValueError(f"dtype is {name}; allowed are {', '.join(FLOATING)}")
+    return WeightFormat(name) if weights is None else weights
+
+
+def array_of(parameter: nnx.Param | None) -> jax.Array | None:
+    """The array of a parameter that a module may lack."""
+    return None if parameter is None else parameter[...]

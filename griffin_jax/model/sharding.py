@@ -38,6 +38,12 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embedding", (VOCABULARY, None)),  # (V, E)
     ("head", (VOCABULARY, None)),  # (V, E)
     ("head_bias", (VOCABULARY,)),  # (V,)
+    ("embedding_scale", (VOCABULARY, None)),  # (V, n), of rows or groups of integers
+    ("head_scale", (VOCABULARY, None)),  # (V, n), likewise
+    ("attention.qkv_scale", (HEADS, None, None, None)),  # (G, R + 2, H, n), likewise
+    ("attention.out_row_scale", (HEADS, None, None)),  # (N, H, n), likewise
+    ("ff.gate_up_scale", (None, NEURONS, None)),  # (A, F, n), likewise
+    ("ff.down_row_scale", (NEURONS, None)),  # (F, n), likewise
     ("attention.qkv", (HEADS, None, None, None)),  # (G, R + 2, H, D)
     ("attention.qkv_bias", (HEADS, None, None)),  # (G, R + 2, H)
     ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H)
@@ -50,6 +56,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("ff.gate_up", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
     ("ff.gate_up_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
     ("ff.down", (SEQUENCES, NEURONS, None)),  # (B, K, D)
+    ("ff.gate_up_scale", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, n)
+    ("ff.down_row_scale", (SEQUENCES, NEURONS, None)),  # (B, K, n)
+    ("ff.down_scale", (SEQUENCES, None)),  # (B, D), where rows are refitted
     # Of masked models: which neurons are kept, and what changes their rows, each for all sequences or for itself.
     ("mask.kept", (NEURONS,)),  # (F,)
     ("mask.kept", (SEQUENCES, NEURONS)),  # (B, F)
@@ -65,6 +74,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("attention.key_norm.scale", (None,)),  # (H,), likewise
     ("attention.out_bias", (None,)),  # (D,), added to a sum over devices
     ("ff.down_bias", (None,)),  # (D,), likewise
+    ("attention.out_scale", (None,)),  # (D,), multiplied onto a sum over devices
+    ("ff.down_scale", (None,)),  # (D,), likewise
     ("ff.positive_curve", (None,)),  # (1,), of the activation
     ("ff.negative_curve", (None,)),  # (1,), likewise
     *((f"{norm}.{part}", (None,)) for norm in NORMS for part in ("scale", "bias")),  # (D,)
@@ -79,6 +90,11 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("ff.up", (NEURONS, None)),  # (F, D)
     ("ff.gate_bias", (NEURONS,)),  # (F,)
     ("ff.up_bias", (NEURONS,)),  # (F,)
+    ("attention.query_scale", (HEADS, None, None)),  # (N, H, n)
+    ("attention.key_scale", (HEADS, None, None)),  # (G, H, n)
+    ("attention.value_scale", (HEADS, None, None)),  # (G, H, n)
+    ("ff.gate_scale", (NEURONS, None)),  # (F, n)
+    ("ff.up_scale", (NEURONS, None)),  # (F, n)
     # The cache.
     ("keys", (SEQUENCES, HEADS, None, None)),  # (B, G, H, S)
     ("values", (SEQUENCES, HEADS, None, None)),  # (B, G, S, H)

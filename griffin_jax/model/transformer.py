@@ -22,8 +22,10 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
 from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap
 from griffin_jax.model.ops import lookup
-from griffin_jax.model.parameters import bias_vector, matrix
+from griffin_jax.model.parameters import array_of, as_format, bias_vector, floating, matrix
 from griffin_jax.model.positions import Positions, layer_positions
+from griffin_jax.model.products import scores
+from griffin_jax.model.weights import WeightFormat, dequantise, stored_bytes
 
 LAYER_SCOPE = "layer"
 """Name of everything that a layer computes, in profiles and compiled programs."""
@@ -43,7 +45,7 @@ class Layer(nnx.Module):
     `ModelConfig.norm_placement` says where their norms are. Parallel layers add both to the same x.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
         def norm(wanted: bool) -> Norm | None:
             return Norm((config.width,), config, dtype, bias=config.norm_bias) if wanted else None
 
@@ -51,11 +53,11 @@ class Layer(nnx.Module):
         on_output = config.norm_placement in ("output", "sandwich")
         on_sum = config.norm_placement == "post"
         self.attention_norm = norm(on_input)
-        self.attention = Attention(config, dtype, rngs)
+        self.attention = Attention(config, dtype, weights, rngs)
         self.attention_out_norm = norm(on_output)
         self.attention_sum_norm = norm(on_sum)
         self.ff_norm = norm(on_input and not config.shared_norm)
-        self.ff = FeedForward(config, dtype, rngs)
+        self.ff = FeedForward(config, dtype, weights, rngs)
         self.ff_out_norm = norm(on_output)
         self.ff_sum_norm = norm(on_sum)
         self.parallel = config.parallel
@@ -93,31 +95,39 @@ class Transformer(nnx.Module):
 
     Args:
         config: the architecture.
-        dtype: dtype of the weights, and so of the computation; norms, softmax, logits and statistics are always
-            float32.
+        dtype: dtype of the computation, and of all parameters that `weights` is not about; norms, softmax, logits and
+            statistics are always float32.
+        weights: how the matrices are stored; in `dtype` if None.
         rngs: where the random matrices are drawn from (`rngs.params`); without it they are zero. Weights of a
             checkpoint come through `griffin_jax.load`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike = jnp.float32,
+        *,
+        weights: WeightFormat | None = None,
+        rngs: nnx.Rngs | None = None,
+    ):
         self.config = config
+        self.weights = weights = as_format(weights, dtype)
+        self.dtype = jnp.dtype(dtype)
         d, v = config.width, config.vocab_size
         e = config.embedding_width or d
-        self.embedding = matrix(rngs, (v, e), fan_in=e, dtype=dtype)
-        self.project_in = None if e == d else matrix(rngs, (e, d), fan_in=e, dtype=dtype)
+        weights.check(d, e)
+        embedding = matrix(rngs, (v, e), fan_in=e, weights=weights.of_vocabulary())
+        self.embedding, self.embedding_scale = embedding.values, embedding.scale
+        self.project_in = None if e == d else floating(rngs, (e, d), fan_in=e, dtype=dtype)
         table = (config.max_positions, d)
-        self.position_embedding = matrix(rngs, table, fan_in=d, dtype=dtype) if config.learned_positions else None
+        self.position_embedding = floating(rngs, table, fan_in=d, dtype=dtype) if config.learned_positions else None
         self.embedding_norm = Norm((d,), config, dtype, bias=config.norm_bias) if config.embedding_norm else None
-        self.layers = nnx.List([Layer(config, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, dtype, weights, rngs) for _ in range(config.num_layers)])
         self.norm = Norm((d,), config, dtype, bias=config.norm_bias) if config.final_norm else None
-        self.project_out = None if e == d else matrix(rngs, (d, e), fan_in=d, dtype=dtype)
-        self.head = None if config.tied_head else matrix(rngs, (v, e), fan_in=e, dtype=dtype)
+        self.project_out = None if e == d else floating(rngs, (d, e), fan_in=d, dtype=dtype)
+        head = None if config.tied_head else matrix(rngs, (v, e), fan_in=e, weights=weights.of_vocabulary())
+        self.head, self.head_scale = (None, None) if head is None else (head.values, head.scale)
         self.head_bias = bias_vector((v,), dtype) if config.head_bias else None
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the weights."""
-        return self.embedding.dtype
 
     @property
     def neurons(self) -> tuple[int, ...]:
@@ -128,7 +138,8 @@ class Transformer(nnx.Module):
     def ff_bytes(self) -> int:
         """Bytes of all feed-forward arrays that have a row for each neuron."""
         names = [(layer.ff, name) for layer in self.layers for name in NEURON_AXES]
-        return sum(getattr(ff, name).nbytes for ff, name in names if getattr(ff, name) is not None)
+        arrays = [getattr(ff, name) for ff, name in names if getattr(ff, name) is not None]
+        return sum(stored_bytes(array.shape, array.dtype) for array in arrays)
 
     def __call__(
         self,
@@ -182,7 +193,10 @@ class Transformer(nnx.Module):
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The residual stream before the first layer; where a position is `EMPTY`, it means nothing."""
-        x = scaled(lookup(self.embedding[...], tokens), self.config.embedding_scale)
+        x = lookup(self.embedding[...], tokens)
+        if self.embedding_scale is not None:
+            x = dequantise(x, lookup(self.embedding_scale[...], tokens))
+        x = scaled(x.astype(self.dtype), self.config.embedding_scale)
         if self.project_in is not None:
             x = x @ self.project_in[...]
         if self.position_embedding is not None:
@@ -194,8 +208,8 @@ class Transformer(nnx.Module):
         x = apply_norm(self.norm, x)
         if self.project_out is not None:
             x = x @ self.project_out[...]
-        head = self.embedding if self.head is None else self.head
-        logits = jnp.einsum("btd,vd->btv", x, head[...], preferred_element_type=jnp.float32)
+        head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
+        logits = scores(x, head[...], array_of(scale))
         if self.head_bias is not None:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         return softcap(scaled(logits, self.config.logit_scale), self.config.logit_softcap)

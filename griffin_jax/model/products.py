@@ -1,0 +1,351 @@
+"""Products of activations with matrices as they are stored, in the form that XLA makes fast on each platform.
+
+    linear(x, w)    x times every row of w, summed over the last axis of w
+    matmul(x, w)    x @ w, summed over the first axis of w
+
+Both take matrices of floating numbers or of integers with scales (`griffin_jax.model.weights`), and compute the same
+whatever their form: the docstrings say what XLA makes of the plain form, with which version and on which platform, and
+how that was seen, so that the special form can go once XLA does better.
+
+On GPUs and TPUs a conversion of the matrix is taken into its product, which reads the stored numbers and nothing else;
+seen in programs compiled for H100 and TPU v5e. XLA's CPU code (jax 0.10 to 0.12) mostly writes the whole converted
+matrix to memory first: products of integers then take ten times as long as those of float32. The forms that it does
+not do this with depend on the number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
+
+from griffin_jax.model.weights import dequantise
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
+
+FUSED_BYTES = 16 << 10
+"""XLA's CPU code takes a conversion into a product with a vector only if the vector has fewer bytes (kFusionThreshold
+in its cpu_instruction_fusion)."""
+
+FEW_TOKENS = 4
+"""Tokens that are multiplied one by one, with converted numbers that never reach memory. Seen in timings: two tokens
+take half as long as with `BLOCK_ROWS`, eight as long."""
+
+BLOCK_ROWS = 512
+"""Rows of a matrix that are converted at a time for more tokens: what they become stays in the processor's cache."""
+
+PARTS = 7
+"""Parts of a matrix whose rows are added up in one pass for one token. With the sums they are eight streams, as many as
+the ways of a cache: with eight parts it takes a fifth longer. Seen in timings."""
+
+DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+"""Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 sums of products are
+twice as fast as float32's product, and the product with a vector takes four times as long."""
+
+
+def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[Array, "..."]:
+    """A stored matrix in float32, in a form that XLA's CPU code converts within its use.
+
+    A conversion of bfloat16 is moved to where the program begins, and so all of the matrix is converted into memory
+    (jax 0.10.2); one that is written with integers is not. Seen in timings, 20 ms instead of 2.
+    """
+    if weight.dtype == jnp.bfloat16:
+        bits = jax.lax.bitcast_convert_type(weight, jnp.uint16).astype(jnp.uint32)
+        return jax.lax.bitcast_convert_type(bits << 16, jnp.float32)
+    return weight.astype(jnp.float32) if scale is None else dequantise(weight, scale)
+
+
+def _here(x: Array, weight: Array, scale: Array | None) -> tuple[Array, Array, Array | None]:
+    """The same arrays, whose use stays where it is.
+
+    XLA (jax 0.10.2) moves conversions of weights out of the loop over tokens, since they are the same for all of them:
+    then all weights are in memory in float32, too, and these are what every step reads. Seen in the compiled decode
+    loop on CPUs. What depends on a barrier together with x stays with x.
+    """
+    return jax.lax.optimization_barrier((x, weight, scale))
+
+
+def linear(
+    x: Float[Array, "b t d"],
+    weight: Num[Array, "*rows d"],
+    scale: Float[Array, "*rows n"] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "b t *rows"]:
+    """x times every row of `weight`.
+
+    XLA's CPU code (jax 0.10.2) has a fast product of one token with a matrix of two axes that is not transposed in the
+    program; with more axes it is slower. Seen in timings of decoding. On other platforms the axes stay as they are:
+    merging (2, F, D) to (2 F, D), where F is divided among devices, makes XLA gather the matrix on every device at
+    every token. Seen as an all-gather in programs compiled for eight GPUs and for eight CPU devices; hence on a mesh of
+    CPUs each device merges the axes of its own part.
+
+    Args:
+        x: the activations.
+        weight: the matrix.
+        scale: of integers: one for each row (n = 1), or for each of n groups of a row.
+        dtype: dtype of the result; that of x if None.
+    """
+    mesh, dtype = mesh_of(weight), jnp.dtype(dtype or x.dtype)
+    operands = (x, weight) if scale is None else (x, weight, scale)
+
+    def flat(x: Array, weight: Array, scale: Array | None = None) -> Array:
+        flattened = weight.reshape(-1, weight.shape[-1])
+        scales = None if scale is None else scale.reshape(-1, scale.shape[-1])
+        return _on_cpu(x, flattened, scales, dtype).reshape(*x.shape[:2], *weight.shape[:-1])
+
+    devices, cpu = axis_size(mesh, MODEL_AXIS), flat
+    if devices > 1 and weight.ndim == 3 and weight.shape[1] % devices == 0:
+        divided = PartitionSpec(None, MODEL_AXIS)
+        cpu = jax.shard_map(
+            flat,
+            mesh=mesh,
+            axis_names={MODEL_AXIS},
+            in_specs=(PartitionSpec(), divided, divided)[: len(operands)],
+            out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
+        )
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=functools.partial(_as_it_is, dtype=dtype))
+
+
+def scores(
+    x: Float[Array, "b t d"], weight: Num[Array, "v d"], scale: Float[Array, "v n"] | None = None
+) -> Float[Array, "b t v"]:
+    """Logits: x times every row of `weight`, float32."""
+    return linear(x, weight, scale, dtype=jnp.float32)
+
+
+def _as_it_is(x: Array, weight: Array, scale: Array | None = None, *, dtype: np.dtype) -> Array:
+    if scale is None or scale.shape[-1] == 1:
+        y = _dot(x, weight, ((2,), (weight.ndim - 1,)), ((), ()), dtype=dtype if scale is None else jnp.float32)
+        return y if scale is None else (y * scale[..., 0]).astype(dtype)
+    # One product for each group, whose scales are multiplied onto the results: scaled within the product, all of the
+    # matrix would be written to memory in the dtype of x. Seen in programs compiled for H100 (jax 0.10.2).
+    groups = scale.shape[-1]
+    parts = x.reshape(*x.shape[:2], groups, -1)
+    numbers = weight.reshape(*weight.shape[:-1], groups, -1)
+    last = numbers.ndim - 1
+    sums = _dot(parts, numbers, ((3,), (last,)), ((2,), (last - 1,)), dtype=jnp.float32)
+    return jnp.einsum("nbt...,...n->bt...", sums, scale.astype(jnp.float32)).astype(dtype)
+
+
+def _dot(x: Array, weight: Array, contracting: tuple, batch: tuple, *, dtype: DTypeLike) -> Array:
+    return jax.lax.dot_general(x, weight.astype(x.dtype), (contracting, batch), preferred_element_type=dtype)
+
+
+def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Array:
+    """The product with a matrix of two axes."""
+    b, t, d = x.shape
+    if weight.dtype == x.dtype == jnp.float32:
+        return jnp.einsum("btd,fd->btf", x, weight)
+    x, weight, scale = _here(x, weight, scale)
+    per_row = scale is not None and scale.shape[-1] == 1
+    inside = None if per_row else scale
+    tokens = x.reshape(b * t, d).astype(jnp.float32)
+    if b * t <= FEW_TOKENS:
+        y = jnp.stack([_one_token(token, wide(weight, inside)) for token in tokens])
+    else:
+        y = _blocks(tokens, weight, inside)
+    if per_row and scale is not None:
+        y = y * scale[:, 0]
+    return y.reshape(b, t, -1).astype(dtype)
+
+
+def _one_token(x: Float[Array, "d"], matrix: Float[Array, "f d"]) -> Float[Array, "f"]:
+    if DOTS_FUSE and x.nbytes < FUSED_BYTES:
+        return x @ matrix.T
+    return jnp.sum(matrix * x, axis=-1)
+
+
+def _blocks(x: Float[Array, "t d"], weight: Num[Array, "f d"], scale: Array | None) -> Float[Array, "t f"]:
+    """The product, with some rows of the matrix converted at a time."""
+    rows, size = weight.shape[0], min(BLOCK_ROWS, weight.shape[0])
+    whole = rows // size
+
+    def product(start: int | Array, size: int) -> Array:
+        return jnp.einsum("td,fd->tf", x, wide(*_rows(weight, scale, start, size)))
+
+    def block(number: Array, total: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(total, product(number * size, size), number * size, axis=1)
+
+    # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
+    y = jnp.pad(product(0, size), ((0, 0), (0, rows - size)))
+    y = jax.lax.fori_loop(1, whole, block, y)
+    left = whole * size
+    return y if left == rows else jax.lax.dynamic_update_slice_in_dim(y, product(left, rows - left), left, axis=1)
+
+
+def _rows(weight: Array, scale: Array | None, start: int | Array, size: int) -> tuple[Array, Array | None]:
+    """Some rows of a matrix and their scales.
+
+    Slices of all of it, or a matrix divided into blocks, as `jax.lax.scan` takes it, are copied, and those of all
+    layers at once, since nothing makes them wait. Seen in the sizes of compiled programs on CPUs (jax 0.10.2).
+    """
+    rows = jax.lax.dynamic_slice_in_dim(weight, start, size)
+    return rows, None if scale is None else jax.lax.dynamic_slice_in_dim(scale, start, size)
+
+
+def matmul(
+    x: Float[Array, "b t k"],
+    weight: Num[Array, "k d"],
+    scale: Float[Array, "d"] | None = None,
+    row_scale: Float[Array, "k n"] | None = None,
+) -> Float[Array, "b t d"]:
+    """x @ weight, of the dtype of x.
+
+    XLA's CPU code (jax 0.10.2) multiplies a vector by a matrix of a few hundred rows on a single core, and by larger
+    ones at a third to half of the speed of memory. The sums of a few rows each, and then of these sums, are computed on
+    all cores, as fast as memory can be read. Seen in timings of decoding.
+
+    Args:
+        x: the activations.
+        weight: the matrix.
+        scale: of integers, for each output.
+        row_scale: of integers, for each of n groups of a row, instead.
+    """
+    operands = [array for array in (scale, row_scale) if array is not None]
+
+    def given(function: Callable[..., Array]) -> Callable[..., Array]:
+        def call(x: Array, weight: Array, *scales: Array) -> Array:
+            first = scales[0] if scales else None
+            return function(x, weight, *((first, None) if row_scale is None else (None, first)))
+
+        return call
+
+    return jax.lax.platform_dependent(x, weight, *operands, cpu=given(_matmul_on_cpu), default=given(_matmul_as_it_is))
+
+
+def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+    if row_scale is None:
+        y = _dot(x, weight, ((2,), (0,)), ((), ()), dtype=x.dtype if scale is None else jnp.float32)
+        return y if scale is None else (y * scale).astype(x.dtype)
+    k, n = row_scale.shape
+    scaled = (x[..., None].astype(jnp.float32) * row_scale.astype(jnp.float32)).astype(x.dtype)
+    # (n, B, T, D / n)
+    y = _dot(scaled, weight.reshape(k, n, -1), ((2,), (0,)), ((3,), (1,)), dtype=jnp.float32)
+    return jnp.moveaxis(y, 0, 2).reshape(*x.shape[:2], -1).astype(x.dtype)
+
+
+def _matmul_on_cpu(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+    b, t, k = x.shape
+    if axis_size(mesh_of(weight), MODEL_AXIS) > 1:
+        # Parts of rows would be exchanged between devices.
+        y = jnp.einsum("btk,kd->btd", x.astype(jnp.float32), wide(weight, row_scale))
+        return (y if scale is None else y * scale).astype(x.dtype)
+    if b * t > 1 and weight.dtype == x.dtype == jnp.float32:
+        return x @ weight
+    x, weight, row_scale = _here(x, weight, row_scale)
+    tokens = x.reshape(b * t, k).astype(jnp.float32)
+    y = _one_token_sum(tokens[0], weight, row_scale)[None] if b * t == 1 else _sum_blocks(tokens, weight, row_scale)
+    return (y if scale is None else y * scale).reshape(b, t, -1).astype(x.dtype)
+
+
+def _one_token_sum(x: Float[Array, "k"], weight: Num[Array, "k d"], scale: Array | None) -> Float[Array, "d"]:
+    """x @ weight, as sums of `PARTS` rows that are added up by a product with ones."""
+    k, d = weight.shape
+    size = k // PARTS
+    if size == 0:
+        return x @ wide(weight, scale)
+
+    def rows(start: int, columns: slice, group: int | None) -> Array:
+        some = slice(start, start + size)
+        factor = x[some] if group is None or scale is None else x[some] * scale[some, group].astype(jnp.float32)
+        return factor[:, None] * wide(weight[some, columns], None)
+
+    def added(columns: slice, group: int | None) -> Array:
+        return sum((rows(part * size, columns, group) for part in range(1, PARTS)), rows(0, columns, group))
+
+    if scale is None:
+        sums = added(slice(None), None)
+    else:
+        width = d // scale.shape[-1]
+        groups = range(scale.shape[-1])
+        sums = jnp.concatenate([added(slice(g * width, (g + 1) * width), g) for g in groups], axis=1)
+    y = (jnp.ones((1, size), jnp.float32) @ sums)[0]
+    left = PARTS * size
+    return y if left == k else y + x[left:] @ wide(weight[left:], None if scale is None else scale[left:])
+
+
+def _sum_blocks(x: Float[Array, "t k"], weight: Num[Array, "k d"], scale: Array | None) -> Float[Array, "t d"]:
+    """x @ weight, with some rows of the matrix converted at a time."""
+    k, size = weight.shape[0], min(2 * BLOCK_ROWS, weight.shape[0])
+    whole = k // size
+
+    def product(start: int | Array, size: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) @ wide(*_rows(weight, scale, start, size))
+
+    y = jax.lax.fori_loop(1, whole, lambda number, y: y + product(number * size, size), product(0, size))
+    left = whole * size
+    return y if left == k else y + product(left, k - left)
+
+
+def linear_of_each(
+    x: Float[Array, "b t d"], weight: Num[Array, "a b f d"], scale: Float[Array, "a b f n"] | None = None
+) -> Float[Array, "b t a f"]:
+    """`linear` where each sequence has a matrix of its own."""
+
+    def as_it_is(x: Array, weight: Array, scale: Array | None = None) -> Array:
+        if scale is None:
+            return jnp.einsum("btd,abfd->btaf", x, weight.astype(x.dtype))
+        groups = scale.shape[-1]
+        parts, numbers = x.reshape(*x.shape[:2], groups, -1), weight.reshape(*weight.shape[:-1], groups, -1)
+        numbers = numbers.astype(x.dtype)
+        sums = jnp.einsum("btng,abfng->btafn", parts, numbers, preferred_element_type=jnp.float32)
+        return jnp.einsum("btafn,abfn->btaf", sums, scale.astype(jnp.float32)).astype(x.dtype)
+
+    def one_by_one(x: Array, weight: Array, scale: Array | None = None) -> Array:
+        if weight.dtype == x.dtype == jnp.float32:
+            return as_it_is(x, weight, scale)
+
+        def own(number: Array) -> Array:
+            scales = None if scale is None else scale[:, number].reshape(-1, scale.shape[-1])
+            return _on_cpu(x[number][None], weight[:, number].reshape(-1, weight.shape[-1]), scales, x.dtype)[0]
+
+        y = jax.lax.map(own, jnp.arange(x.shape[0], dtype=jnp.int32))
+        return y.reshape(*x.shape[:2], weight.shape[0], weight.shape[2])
+
+    operands = (x, weight) if scale is None else (x, weight, scale)
+    return jax.lax.platform_dependent(*operands, cpu=one_by_one, default=as_it_is)
+
+
+def matmul_of_each(
+    x: Float[Array, "b t k"],
+    weight: Num[Array, "b k d"],
+    scale: Float[Array, "*b d"] | None = None,
+    row_scale: Float[Array, "b k n"] | None = None,
+) -> Float[Array, "b t d"]:
+    """`matmul` where each sequence has a matrix of its own; `scale` may be for all of them."""
+
+    def as_it_is(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
+        if row_scale is None:
+            wanted = jnp.float32 if scale is not None else None
+            return jnp.einsum("btk,bkd->btd", x, weight.astype(x.dtype), preferred_element_type=wanted)
+        groups = row_scale.shape[-1]
+        scaled = (x[..., None].astype(jnp.float32) * row_scale[:, None].astype(jnp.float32)).astype(x.dtype)
+        numbers = weight.reshape(*weight.shape[:-1], groups, -1).astype(x.dtype)
+        y = jnp.einsum("btkn,bkng->btng", scaled, numbers, preferred_element_type=jnp.float32)
+        return y.reshape(*x.shape[:2], -1)
+
+    def one_by_one(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
+        if weight.dtype == x.dtype == jnp.float32:
+            return as_it_is(x, weight)
+
+        def own(number: Array) -> Array:
+            scales = None if row_scale is None else row_scale[number]
+            return _matmul_on_cpu(x[number].astype(jnp.float32)[None], weight[number], None, scales)[0]
+
+        return jax.lax.map(own, jnp.arange(x.shape[0], dtype=jnp.int32))
+
+    operands = (x, weight) if row_scale is None else (x, weight, row_scale)
+    y = jax.lax.platform_dependent(
+        *operands,
+        cpu=lambda *given: one_by_one(*given).astype(jnp.float32),
+        default=lambda *given: as_it_is(*given).astype(jnp.float32),
+    )
+    if scale is not None:
+        y = y * (scale if scale.ndim == 1 else scale[:, None])
+    return y.astype(x.dtype)
