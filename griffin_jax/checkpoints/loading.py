@@ -239,10 +239,9 @@ def load_model(
         check_mesh(config, devices)
         config = with_kv_copies(config, devices)
         sharding = functools.partial(_sharding_on, mesh, config)
-    narrow = narrowest(wanted, stored_as)
-    if narrow is not None and opened.weights is None and (lost := narrowing(opened, narrow)):
-        warnings.warn(lost, NarrowingWarning, stacklevel=2)
     precision = precision_of(opened, wanted, stored_as)
+    if (wanted is not None or stored_as is not None) and (lost := narrowing(opened, precision)):
+        warnings.warn(lost, NarrowingWarning, stacklevel=2)
     shardings = None if sharding is None else _shardings(sharding, opened.shapes)
     tokenizer = _fitting_tokenizer(opened)
     if sharding is None or mesh is not None:
@@ -261,13 +260,6 @@ def precision_of(source: Source, dtype: np.dtype | None, weights: WeightFormat |
     precision = Precision.of(dtype, source.weights if weights is None else weights)
     precision.weights.check(source.config.width, source.config.embedding_width)
     return precision
-
-
-def narrowest(dtype: np.dtype | None, weights: WeightFormat | None) -> np.dtype | None:
-    """The floating dtype that somebody wants matrices in, if it is a floating one."""
-    if weights is None:
-        return dtype
-    return None if weights.quantised else np.dtype(jnp.dtype(weights.dtype))
 
 
 def _check_memory(config: ModelConfig, precision: Precision, mesh: Mesh | None) -> None:
@@ -417,7 +409,7 @@ def convert(
     precision = precision_of(opened, opened.dtype if wanted is None else wanted, stored_as)
     if verify:
         verification.check_verifiable(opened, precision.weights)
-    if lost := _lost(opened, precision):
+    if lost := narrowing(opened, precision):
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     tokenizer = _fitting_tokenizer(opened)
     arrays = stored_arrays(opened.config, precision)
@@ -468,14 +460,6 @@ def convert(
     return report
 
 
-def _lost(source: Source, precision: Precision) -> str | None:
-    """What floating dtypes lose of a source; what integers lose is what somebody wants who asks for them."""
-    if precision.weights.quantised:
-        return None
-    narrow = min(precision.dtype, np.dtype(jnp.dtype(precision.weights.dtype)), key=lambda dtype: dtype.itemsize)
-    return narrowing(source, narrow)
-
-
 def plan(
     source: str | Path,
     dtype: str | jnp.dtype | None = None,
@@ -501,7 +485,7 @@ def plan(
     opened = open_source(source, allow_pickle)
     precision = precision_of(opened, opened.dtype if wanted is None else wanted, stored_as)
     has_tokenizer = _fitting_tokenizer(opened) is not None
-    return plan_of(opened, precision, has_tokenizer, _lost(opened, precision))
+    return plan_of(opened, precision, has_tokenizer)
 
 
 def verify(source: str | Path, folder: str | Path, allow_pickle: bool = False) -> Verification:

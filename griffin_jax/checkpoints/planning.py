@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -85,14 +86,13 @@ class Plan:
         )
 
 
-def plan_of(source: Source, precision: Precision, has_tokenizer: bool, lost: str | None) -> Plan:
+def plan_of(source: Source, precision: Precision, has_tokenizer: bool) -> Plan:
     """The plan of converting an opened source.
 
     Args:
         source: what is converted.
         precision: what it is converted to.
         has_tokenizer: whether it has a tokenizer.
-        lost: what is lost, in words.
     """
     arrays = stored_arrays(source.config, precision)
 
@@ -104,20 +104,28 @@ def plan_of(source: Source, precision: Precision, has_tokenizer: bool, lost: str
         Step(path, shape, source.origin(path), arrays[path].dtype.name, size(path))
         for path, shape in source.shapes.items()
     ]
+    lost = narrowing(source, precision)
     return Plan(source.name, str(precision), tuple(steps), tuple(source.ignored), has_tokenizer, lost)
 
 
-def narrowing(source: Source, dtype: np.dtype) -> str | None:
-    """What is lost when the weights of a source become `dtype`, in one sentence; None if nothing is.
+def narrowing(source: Source, precision: Precision) -> str | None:
+    """What is lost when parameters of a source get narrower floating dtypes, in one sentence; None if nothing is.
 
-    Quantised weights do not count: rounding them to 16 bits loses less than their quantisation already did.
+    Quantised weights do not count: rounding them to 16 bits loses less than their quantisation already did. Nor does
+    what becomes integers, which is what somebody wants who asks for these.
     """
-    counts = Counter(source.origin(path).dtype for path in source.shapes)
-    losses = {stored: loss for stored in counts if (loss := _loss(stored, dtype))}
+    if source.weights is not None:
+        return None
+    arrays = stored_arrays(source.config, precision)
+    floating = [path for path in source.shapes if not jnp.issubdtype(arrays[path].dtype, jnp.integer)]
+    counts = Counter((source.origin(path).dtype, arrays[path].dtype) for path in floating)
+    losses = {change: loss for change in counts if (loss := _loss(*change))}
     if not losses:
         return None
-    parts = [f"{counts[stored]} stored as {stored} become {dtype.name}: {loss}" for stored, loss in losses.items()]
-    kept = "" if "F64" in losses else "; float32 keeps everything"
+    parts = [
+        f"{counts[change]} stored as {change[0]} become {change[1].name}: {loss}" for change, loss in losses.items()
+    ]
+    kept = "" if any(stored == "F64" for stored, _ in losses) else "; float32 keeps everything"
     return f"{source.name}: of {len(source.shapes)} parameters, {'; '.join(parts)}{kept}"
 
 

@@ -141,7 +141,7 @@ def verify_source(source: Source, folder: Path) -> Verification:
         source.name,
         our_logits(folder, batches),
         expected,
-        ROUNDED[native.dtype.name] if narrowing(source, native.dtype) else EXACT,
+        ROUNDED[native.precision.weights.dtype] if narrowing(source, native.precision) else EXACT,
     )
 
 

@@ -176,10 +176,10 @@ def _rounded(array: ArrayLike, weights: WeightFormat, outputs: Outputs) -> tuple
     rows = max(1, PIECE_BYTES // size)
     if not isinstance(array, np.ndarray) or (outputs == "last" and weights.group is None) or len(array) <= rows:
         return quantise(jnp.asarray(array), weights, outputs)
-    pieces = [
-        quantise(jnp.asarray(array[start : start + rows]), weights, outputs) for start in range(0, len(array), rows)
-    ]
-    return tuple(np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*pieces, strict=True))
+    starts = range(0, len(array), rows)
+    pieces = [quantise(jnp.asarray(array[start : start + rows]), weights, outputs) for start in starts]
+    numbers, scales = ([np.asarray(piece[part]) for piece in pieces] for part in range(2))
+    return np.concatenate(numbers), np.concatenate(scales)
 
 
 def assemble(
