@@ -345,7 +345,7 @@ def _batch(
         answers = options.task == "divergence"
         return needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
 
-    return chosen_batch(options, needed, "a narrower --dtype or shorter texts", mesh)
+    return chosen_batch(options, needed, "--weights of fewer bits or shorter texts", mesh)
 
 
 def _has(variants: Sequence[Variant], *steps: str) -> bool:

@@ -418,7 +418,7 @@ class LLM:
         if pruned:
             advice += ["let them share their neurons (shared=True)"] if batch > 1 and not shared else []
             advice += ["load the model with in_place=True"] if batch == 1 or shared else []
-        advice += ["shorten prompts or answers", "load a narrower dtype"]
+        advice += ["shorten prompts or answers", "load weights of fewer bits"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
 
     def _answer(

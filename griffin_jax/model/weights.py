@@ -10,6 +10,7 @@ rows and their scales can be kept or dropped together.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -61,7 +62,9 @@ class WeightFormat:
         """
         if isinstance(text, WeightFormat):
             return text
-        name, colon, group = str(text if isinstance(text, str) else jnp.dtype(text).name).partition(":")
+        with contextlib.suppress(TypeError):
+            text = text if isinstance(text, str) else jnp.dtype(text).name
+        name, colon, group = str(text).partition(":")
         allowed = f"allowed are {', '.join(FLOATING + INTEGER)}, and int8 and int4 with a group, as in int4:32"
         if name not in FLOATING + INTEGER or (colon and (name in FLOATING or not group.isdecimal() or int(group) < 2)):
             raise ValueError(f"weights are {str(text)!r}; {allowed}")

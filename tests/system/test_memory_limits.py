@@ -23,6 +23,7 @@ from griffin_jax.checkpoints.loading import open_source
 from griffin_jax.cli import main
 from griffin_jax.llm.llm import load
 from griffin_jax.llm.memory import Needs
+from griffin_jax.model.weights import Precision
 from griffin_jax.utils import memory
 
 model, case, options, texts, output = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
@@ -30,7 +31,7 @@ config = open_source(model).config
 kept = [config.ff_width // 2] * config.num_layers
 jnp.ones(3).block_until_ready()
 before = memory.resident()
-needs = Needs(config, 4)
+needs = Needs(config, Precision.of("float32"))
 if case == "generate":
     batch, shared = options["batch"], options["shared"]
     parts = needs.generation(batch, 512, 64, kept, shared=shared)

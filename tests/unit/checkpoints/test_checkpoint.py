@@ -28,6 +28,7 @@ from griffin_jax.checkpoints.native import MANIFEST, load, save, sealed
 from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.model.assembly import assemble, disassemble, parameter_shapes
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision
 
 ROOT = Path(__file__).parents[3]
 
@@ -141,7 +142,7 @@ def test_arrays_are_read_in_batches(hf_folder, tmp_path, monkeypatch):
     for dtype in ("float32", "float16"):
         batches.clear()
         opened = checkpoint.NativeCheckpoint(path)
-        model = assemble(opened.config, opened.parameters(np.dtype(dtype)), dtype)
+        model = assemble(opened.config, opened.parameters(Precision.of(dtype)), dtype)
         for name, array in leaves(model).items():
             np.testing.assert_array_equal(array, expected[name].astype(dtype))
         assert len(batches) > 8

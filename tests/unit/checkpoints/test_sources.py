@@ -21,6 +21,7 @@ from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.model.config import Rotary
 from griffin_jax.model.positions import rotary_frequencies
+from griffin_jax.model.weights import Precision
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -291,7 +292,7 @@ def test_a_file_that_shrinks_after_it_was_opened(tmp_path, weights):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors: tensor .* cannot be read"):
-        dict(source.parameters(np.dtype(np.float32)))
+        dict(source.parameters(Precision.of(np.float32)))
 
 
 def test_folders_without_weights_say_what_they_need(tmp_path, weights):

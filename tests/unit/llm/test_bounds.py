@@ -12,6 +12,7 @@ import griffin_jax as gj
 from griffin_jax.llm.memory import Needs
 from griffin_jax.llm.request import Request
 from griffin_jax.model.assembly import random_model
+from griffin_jax.model.weights import Precision
 
 CONFIG = gj.ModelConfig(
     family="llama", vocab_size=64, width=16, ff_width=40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -73,6 +74,6 @@ def test_the_bound_changes_no_token(llm):
 
 
 def test_the_memory_of_drafts_is_predicted():
-    needs = Needs(dataclasses.replace(CONFIG, vocab_size=50_000), 4)
+    needs = Needs(dataclasses.replace(CONFIG, vocab_size=50_000), Precision.of("float32"))
     few, many = (needs.generation(1, 16, 2048, [20], drafts=drafts)["decoding"] for drafts in (100, 1000))
     assert many - few >= 900 * 4 * 50_000 * 2

@@ -11,13 +11,15 @@ import pytest
 
 import griffin_jax as gj
 from griffin_jax.checkpoints import loading
-from griffin_jax.cli import evaluate, main, options, prior
+from griffin_jax.cli import evaluate, main, options
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.masked import mask
 from griffin_jax.llm.memory import Needs, fitting, needs_of
 from griffin_jax.model.assembly import random_model
+from griffin_jax.model.weights import Precision
 from griffin_jax.utils import memory
 
+FLOATS, HALVES = Precision.of("float32"), Precision.of("bfloat16")
 CONFIG = gj.ModelConfig(
     family="llama", vocab_size=300, width=64, ff_width=256, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
     max_positions=4096,
@@ -44,7 +46,7 @@ def prompts(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
 def test_arrays_are_counted_as_they_are(model, shared):
     state = jitted.prefill(model, *prompts(3, 32), max_new_tokens=16, rows=8)
     experts = gj.select(state.statistics, gj.GriffinConfig(0.5, shared=shared))
-    needs = Needs(CONFIG, 4)
+    needs = Needs(CONFIG, FLOATS)
     parts = needs.generation(3, 32, 16, HALF, shared=shared, rows=8, repeated=True)
     assert parts["weights"] == nbytes(model)
     assert parts["kept neurons"] == gj.prune(model, experts).ff_bytes
@@ -58,7 +60,7 @@ def test_arrays_are_counted_as_they_are(model, shared):
 @pytest.mark.parametrize(("batch", "length"), [(1, 32), (4, 32), (1, 1024), (3, 512), (1, 2048)])
 def test_reading_takes_no_more_than_predicted(batch, length):
     """Of XLA's own figures for the program; of what little is held the tiny model's other arrays are the most."""
-    needs = Needs(CONFIG, 4, loaded=True)
+    needs = Needs(CONFIG, FLOATS, loaded=True)
     abstract = jax.eval_shape(lambda: random_model(CONFIG))
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
     analysis = jitted.prefill.lower(abstract, *tokens, max_new_tokens=16, rows=8).compile().memory_analysis()
@@ -72,7 +74,7 @@ def test_reading_takes_no_more_than_predicted(batch, length):
 
 @pytest.mark.usefixtures("shapes_for_arrays")
 def test_scoring_with_masks_needs_no_kept_rows(model):
-    needs = Needs(CONFIG, 4, loaded=True)
+    needs = Needs(CONFIG, FLOATS, loaded=True)
     state = jitted.prefill(model, *prompts(8, 64), max_new_tokens=32)
     masked = mask(model, gj.select(state.statistics, gj.GriffinConfig(0.5)))
     analysis = jitted.teacher_force.lower(masked, state, *prompts(8, 32)).compile().memory_analysis()
@@ -88,7 +90,7 @@ def test_scoring_with_masks_needs_no_kept_rows(model):
 
 def test_needs_grow_with_the_work():
     # Loading needs most where little is done after it.
-    needs = Needs(WIDE, 4, loaded=True)
+    needs = Needs(WIDE, FLOATS, loaded=True)
 
     def total(batch: int = 2, prompt: int = 64, new: int = 32, **more: object) -> int:
         return sum(needs.generation(batch, prompt, new, [512, 512], **more).values())
@@ -100,18 +102,18 @@ def test_needs_grow_with_the_work():
     assert total(rows=256) > total()
     # Scores of the two parts are joined.
     assert needs.logits(1, 4000, 2000)["logits"] == 2 * needs.logits(1, 4000, 4000)["logits"]
-    narrow = Needs(WIDE, 2, platform="gpu")
-    assert narrow.generation(1, 1, 1)["weights"] * 2 == Needs(WIDE, 4).generation(1, 1, 1)["weights"]
+    narrow = Needs(WIDE, HALVES, platform="gpu")
+    assert narrow.generation(1, 1, 1)["weights"] * 2 == Needs(WIDE, FLOATS).generation(1, 1, 1)["weights"]
     assert "compiled programs" not in narrow.generation(1, 1, 1)
 
 
 def test_devices_have_their_share():
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"))
-    whole, part = (Needs(CONFIG, 2, on, "gpu").generation(8, 512, 128, HALF) for on in (None, mesh))
+    whole, part = (Needs(CONFIG, HALVES, on, "gpu").generation(8, 512, 128, HALF) for on in (None, mesh))
     assert part["cache"] * 4 == whole["cache"]
     assert part["weights"] < 0.6 * whole["weights"]
     # Devices that are one processor's have one memory.
-    assert Needs(CONFIG, 4, mesh).generation(8, 512, 128, HALF)["cache"] == 2 * whole["cache"]
+    assert Needs(CONFIG, FLOATS, mesh).generation(8, 512, 128, HALF)["cache"] == 2 * whole["cache"]
 
 
 def test_the_largest_batch_that_fits():
@@ -138,7 +140,7 @@ class TestLLM:
             tiny.llm.generate([[5, 6, 7], [8, 9]], max_new_tokens=4)
         assert str(error.value).endswith(
             "take fewer prompts at a time, let them share their neurons (shared=True), shorten prompts or answers or"
-            " load a narrower dtype"
+            " load weights of fewer bits"
         )
         assert "\n" not in str(error.value)
         with pytest.raises(MemoryError, match="load the model with in_place=True, shorten prompts"):
@@ -152,7 +154,7 @@ class TestLLM:
     def test_weights_that_do_not_fit_are_not_loaded(self, tiny, monkeypatch):
         monkeypatch.setattr(memory, "free", lambda devices: 1000)
         monkeypatch.setattr(loading, "assemble", lambda *_: pytest.fail("loaded"))
-        with pytest.raises(MemoryError, match=r"\(weights .* are free; take a narrower dtype"):
+        with pytest.raises(MemoryError, match=r"\(weights .* are free; take weights of fewer bits"):
             gj.load(tiny.folder)
 
     def test_what_fits_is_answered(self, tiny, monkeypatch):
@@ -175,7 +177,7 @@ class TestCommands:
                 "--output", str(tmp_path / "output"), *more]  # fmt: skip
 
     def test_an_evaluation_takes_the_batch_that_fits(self, worded, texts, tmp_path, monkeypatch, capsys):
-        needs = Needs(worded.llm.config, 4)
+        needs = Needs(worded.llm.config, FLOATS)
         two, four = (sum(needs.scoring(batch, 24, 8, 2, answers=True).values()) for batch in (2, 4))
         assert two < four
         sizes = []
@@ -189,20 +191,19 @@ class TestCommands:
         assert "batches of 2, which need at most about " in capsys.readouterr().err
 
     def test_a_batch_that_does_not_fit_is_refused_before_loading(self, worded, texts, tmp_path, monkeypatch, capsys):
-        needs = Needs(worded.llm.config, 4)
+        needs = Needs(worded.llm.config, FLOATS)
         four = sum(needs.scoring(4, 24, 8, 2, answers=True).values())
         monkeypatch.setattr(options.memory, "free", lambda devices: four - 1)
         monkeypatch.setattr(evaluate, "load_reader", lambda *_: pytest.fail("loaded"))
         assert main.main(self.arguments(worded, texts, tmp_path, "--batch", "4")) == 2
         err = capsys.readouterr().err
         assert err.startswith("griffin-jax eval: about ")
-        assert err.endswith("free; take a smaller --batch, a narrower --dtype or shorter texts\n")
+        assert err.endswith("free; take a smaller --batch, --weights of fewer bits or shorter texts\n")
         assert err.count("\n") == 1
 
     @pytest.mark.parametrize("command", ["prior", "flocking"])
     def test_others_are_refused_before_loading(self, worded, texts, tmp_path, monkeypatch, capsys, command):
         monkeypatch.setattr(options.memory, "free", lambda devices: 1000)
-        monkeypatch.setattr(prior, "load", lambda *_: pytest.fail("loaded"))
         monkeypatch.setattr(options, "load", lambda *_: pytest.fail("loaded"))
         wanted = [command, *(["--self-generated", "2"] if command == "prior" else [str(texts)])]
         output = str(tmp_path / ("prior" if command == "prior" else "folder"))
@@ -226,7 +227,7 @@ class TestCommands:
         kept = [worded.llm.config.ff_width // 2] * worded.llm.config.num_layers
         room = min(640, worded.llm.config.max_positions)
         new = min(128, room // 2)
-        assert facts["memory"]["batch 8, shared"] == Needs(worded.llm.config, 4).generation(
+        assert facts["memory"]["batch 8, shared"] == Needs(worded.llm.config, FLOATS).generation(
             8, room - new, new, kept, shared=True
         )
         assert main.main(["info", "--model", str(worded.folder)]) == 0
@@ -240,7 +241,7 @@ class TestCommands:
 
 
 def test_a_batch_of_one_and_shared_neurons_need_one_set():
-    needs = Needs(WIDE, 4, loaded=True)
+    needs = Needs(WIDE, FLOATS, loaded=True)
     one = needs.generation(1, 32, 16, [512, 512], repeated=True)
     shared = needs.generation(8, 32, 16, [512, 512], shared=True, repeated=True)
     assert one["kept neurons"] == shared["kept neurons"] == 4 * 1024 * 3 * 256
@@ -249,4 +250,4 @@ def test_a_batch_of_one_and_shared_neurons_need_one_set():
     assert own["kept neurons"] == 8 * one["kept neurons"]
     assert own["kept neurons, transposed"] == own["kept neurons"] * 2 // 3
     plain = dataclasses.replace(WIDE, gated=False)
-    assert "kept neurons, transposed" not in Needs(plain, 4, loaded=True).generation(8, 32, 16, [512, 512])
+    assert "kept neurons, transposed" not in Needs(plain, FLOATS, loaded=True).generation(8, 32, 16, [512, 512])

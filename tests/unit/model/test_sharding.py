@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 
 import jax
@@ -33,7 +32,8 @@ from griffin_jax.model.sharding import (
     parameter_spec,
     with_kv_copies,
 )
-from griffin_jax.model.sizes import Sizes, local_shapes
+from griffin_jax.model.sizes import Sizes, bytes_of, local_arrays
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS
 
 CASES = all_cases()
@@ -231,19 +231,22 @@ class TestKeyValueHeadsThatAreFewerThanDevices:
 class TestSizes:
     def test_what_a_device_has(self):
         d, f = 8192, 28672
-        shapes = local_shapes(LLAMA, 8)
+        precision = Precision.of(jnp.bfloat16)
+        shapes = {path: array.shape for path, array in local_arrays(LLAMA, 8, precision).items()}
         assert shapes["layers.0.attention.qkv"] == (1, 10, 128, d)
         assert shapes["layers.0.attention.out"] == (8, 128, d)
         assert shapes["layers.0.ff.gate_up"] == (2, f // 8, d)
         assert shapes["head"] == (16032, d)
-        assert local_shapes(LLAMA, 1)["layers.0.ff.down"] == (f, d)
+        assert local_arrays(LLAMA, 1, precision)["layers.0.ff.down"].shape == (f, d)
 
+    @pytest.mark.parametrize("weights", ["bfloat16", "int8", "int4"])
     @pytest.mark.parametrize("name", ["Llama-3-70B", "OPT-13B", "Gemma-7B", "Qwen2.5-7B"])
-    def test_the_shares_are_the_model(self, name):
-        config = named(name, layers=2)
-        one, each = (Sizes(config, 2, 64, 2, shared=True, devices=n) for n in (1, 8))
-        whole = {p: s for p, s in local_shapes(config, 1).items() if local_shapes(config, 8)[p] == s}
-        everywhere = sum(map(math.prod, whole.values())) * 2
+    def test_the_shares_are_the_model(self, name, weights):
+        config, precision = named(name, layers=2), Precision.of(jnp.bfloat16, WeightFormat.parse(weights))
+        one, each = (Sizes(config, 2, 64, precision, shared=True, devices=n) for n in (1, 8))
+        parts = local_arrays(config, 8, precision)
+        whole = [array for path, array in local_arrays(config, 1, precision).items() if parts[path] == array]
+        everywhere = sum(map(bytes_of, whole))
         kept = [config.ff_width // 2] * 2
         for rows in (None, kept):
             assert 8 * each.weights(rows) - one.weights(rows) == 7 * everywhere
