@@ -180,7 +180,7 @@ def test_parameters_are_read_one_batch_at_a_time(tmp_path, monkeypatch):
         written.append(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         return np.full(shapes[path], 1.5, np.float32)
 
-    checkpoint.write(tmp_path / "native", config, shapes, np.dtype(np.float32), read, None, "test")
+    checkpoint.write(tmp_path / "native", config, Precision.of(np.float32), read, None, "test")
     assert len(written) == len(shapes)
     assert all(now > before for before, now in itertools.pairwise(written))
 
@@ -242,7 +242,8 @@ def test_nan_in_a_model_in_memory(native, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "version 3 of the format; this griffin_jax reads versions 1 and 2"),
+        ({"version": 4}, "version 4 of the format; this griffin_jax reads versions 1 to 3"),
+        ({"version": 3}, "weights of float32 in a folder of version 3"),
         ({"version": None}, "version None"),
         ({"format": "other"}, "format is 'other'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),

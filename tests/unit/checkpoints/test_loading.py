@@ -240,7 +240,7 @@ def test_the_manifest_has_hashes_of_the_source(capfd, tmp_path):
     assert hashes[MANIFEST] == hashlib.sha256((native / MANIFEST).read_bytes()).hexdigest()
     assert any(name.startswith("params/") for name in hashes)
     _, out, _ = run(capfd, "info", "--model", native)
-    assert f"weights in float32, from {folder}" in out
+    assert f"stored in float32, from {folder}" in out
     for name, digest in expected.items():
         assert f"sha256 {digest}  {name}" in out
     _, out, _ = run(capfd, "info", "--model", native, "--json")
