@@ -107,7 +107,7 @@ def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
     first = _first_width(figures)
     lines = [title, f"{'selection':{first}}{'density':>8}" + "".join(f"{m.title:>{WIDTH}}" for m in metrics)]
     for entry in figures:
-        cells = "".join(f"{_cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
+        cells = "".join(f"{cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
         lines.append(f"{entry['method']:{first}}{entry['density']:>8g}{cells}")
     return "\n".join(lines)
 
@@ -123,7 +123,7 @@ def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[in
         ]
         by_row: dict[tuple[str, float], list[str]] = {}
         for entry in entries:
-            by_row.setdefault((entry["method"], entry["density"]), []).append(_cell(entry["perplexity"], 1))
+            by_row.setdefault((entry["method"], entry["density"]), []).append(cell(entry["perplexity"], 1))
         lines += [f"{m:{first}}{d:>8g}" + "".join(f"{c:>{WIDTH}}" for c in cells) for (m, d), cells in by_row.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -134,7 +134,8 @@ def _first_width(figures: Figures) -> int:
     return max([14, *(len(entry["method"]) + 1 for entry in figures)])
 
 
-def _cell(figure: Mapping[str, float | None], digits: int) -> str:
+def cell(figure: Mapping[str, float | None], digits: int) -> str:
+    """A figure with its interval, as tables show it."""
     value, low, high = (figure[name] for name in ("value", "low", "high"))
     if value is None:
         return "overflow"
