@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from griffin_jax.evaluation.grid import DENSE
-from griffin_jax.evaluation.report import METHOD_COLOURS, TOP1, WIDTH, Figures, Metric, cell
+from griffin_jax.evaluation.report import METHOD_COLOURS, TOP1, WIDTH, Figures, Metric, bars, cell
 from griffin_jax.utils.figures import new_figure
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
@@ -18,7 +18,7 @@ def table(figures: Figures) -> str:
     """Rows of figures with their intervals, and a star for those on the front."""
     width = max([8, *(len(entry["weights"]) + 1 for entry in figures)])
     lines = [
-        "what really follows, against the dense model in its own format:",
+        "what really follows, against the unquantised dense model:",
         f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{KL.title:>{WIDTH}}{TOP1.title:>{WIDTH}}{'front':>7}",
     ]
     for entry in figures:
@@ -55,9 +55,12 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     for number, weights in enumerate(formats):
         colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
         for quality, style in zip(sorted(qualities, reverse=True), STYLES, strict=False):
-            line = [e for e in shown if e["weights"] == weights and e["quality"] in (quality, DENSE)]
-            axis.plot(
+            line = [
+                e for e in shown if e["weights"] == weights and (e["quality"] == quality or e["method"] == DENSE)
+            ]  # fmt: skip
+            axis.errorbar(
                 [_megabytes(entry) for entry in line], [entry["kl"]["value"] for entry in line],
+                yerr=bars([entry["kl"] for entry in line]), capsize=2, elinewidth=0.8,
                 marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2, linestyle=style, color=colour,
                 label=f"{weights}, {quality}",
             )  # fmt: skip
@@ -67,12 +70,14 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
             )
     front = [entry for entry in shown if entry["front"]]
     places = [_megabytes(entry) for entry in front], [entry["kl"]["value"] for entry in front]
-    axis.step(*places, where="post", color="0.6", linewidth=5, alpha=0.4, zorder=0, label="front")
+    axis.step(*places, where="post", color="0.6", linewidth=5, alpha=0.4, zorder=0)
     axis.scatter(*places, s=90, facecolors="none", edgecolors="black", linewidths=1, zorder=3, label="on the front")
     for entry in shown:
+        # Two formats of 4 bits read nearly as much: the labels of one are on the other side.
+        place, side = ((-6, -8), "right") if entry["weights"] == formats[-1] else ((6, 3), "left")
         axis.annotate(
-            f"{entry['density']:g}", (_megabytes(entry), entry["kl"]["value"]), fontsize=6, color="0.2",
-            xytext=(5, 4), textcoords="offset points",
+            f"{entry['density']:g}", (_megabytes(entry), entry["kl"]["value"]), fontsize=7, color="0.2",
+            xytext=place, textcoords="offset points", horizontalalignment=side,
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")

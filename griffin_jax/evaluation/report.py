@@ -243,16 +243,10 @@ def _line(
 ) -> None:
     figures = [(x, entry[metric.key]) for x, entry in zip(at, entries, strict=True)]
     shown = [(x, f) for x, f in figures if f["value"] is not None and (f["value"] > 0 or not metric.log)]
-    values = [figure["value"] for _, figure in shown]
-    bars = [
-        [max(0.0, sign * (figure["value"] - (figure[bound] if figure[bound] is not None else figure["value"])))
-         for _, figure in shown]
-        for bound, sign in (("low", 1), ("high", -1))
-    ]  # fmt: skip
     axis.errorbar(
         [x for x, _ in shown],
-        values,
-        yerr=bars,
+        [figure["value"] for _, figure in shown],
+        yerr=bars([figure for _, figure in shown]),
         marker="o",
         markersize=4,
         capsize=2,
@@ -261,6 +255,14 @@ def _line(
         color=colours[method],
         label=method,
     )
+
+
+def bars(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far intervals reach below and above their values; 0 where there is none."""
+    return [
+        [max(0.0, sign * (f["value"] - (f[bound] if f[bound] is not None else f["value"]))) for f in figures]
+        for bound, sign in (("low", 1), ("high", -1))
+    ]
 
 
 def _across(axis: Any, figure: Mapping[str, float | None]) -> None:
