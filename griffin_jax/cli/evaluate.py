@@ -22,6 +22,7 @@ from griffin_jax.cli.options import (
     add_options,
     check_batch,
     check_folder,
+    check_output,
     check_plot,
     chosen_batch,
     chosen_mesh,
@@ -30,7 +31,7 @@ from griffin_jax.cli.options import (
     numbers,
     read_options,
 )
-from griffin_jax.evaluation import groups, report, tasks
+from griffin_jax.evaluation import front, front_report, groups, report, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import (
     BASELINES,
@@ -59,19 +60,25 @@ from griffin_jax.evaluation.samples import (
     read_texts,
     sha256_of_files,
 )
-from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.prior import Prior, check_fusion
+from griffin_jax.extensions.config import Extensions, check_quality
+from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.memory import Needs, Parts, needs_of
 from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.distributed import is_first
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 from griffin_jax.utils.options import whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
 """What results.json calls its format."""
+
+QUANTISED = ("int8", "int4")
+"""Formats that stand next to a model's own where none are named."""
 
 RESULTS, TABLE = "results.json", "table.txt"
 
@@ -108,7 +115,7 @@ end, results.json and table.txt are next to them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the four evaluations."""
+    """Declare the evaluations."""
     kinds = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     kind = kinds.add_parser(
@@ -119,13 +126,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_text_file(kind, "text")
     _add_lengths(kind)
-    kind.add_argument(
-        "--reference",
-        metavar="COLUMN",
-        help="score this column's text after the whole of the other, instead of cutting one text in two",
-    )
+    _add_reference(kind)
     _add_common(kind, size=4)
     kind.set_defaults(prepare=_divergence)
+
+    kind = kinds.add_parser(
+        "front",
+        help="KL against bytes read per token: is it better to quantise or to prune?",
+        description="The first tokens of each text are read densely, those that follow are scored by models whose"
+        " weights are stored in each of several formats and pruned to each of several densities. All are compared with"
+        " the dense model in its own format. A row is on the front if no other one reads less and is nearer to it.",
+    )
+    _add_text_file(kind, "text")
+    _add_lengths(kind)
+    _add_reference(kind)
+    _add_model(kind, weights=False)
+    what = kind.add_argument_group("what is compared")
+    what.add_argument(
+        "--weights", dest="formats", metavar="FORMAT",
+        help="formats of the matrices, separated by commas, such as float32,int8,int4:64 (default: the model's own, and"
+        f" {', '.join(QUANTISED)})",
+    )  # fmt: skip
+    add_options(
+        what, GriffinConfig, "density", type=str, default="1,0.75,0.5,0.35,0.25", metavar="D",
+        help="separated by commas",
+    )  # fmt: skip
+    what.add_argument(
+        "--quality", dest="qualities", metavar="Q",
+        help="griffin, best or both, separated by commas (default: griffin, and best if there is a --prior)",
+    )  # fmt: skip
+    _add_sample(what, size=4)
+    beyond = kind.add_argument_group("beyond GRIFFIN")
+    add_options(
+        beyond, Extensions, "prior", type=Path,
+        help="that griffin-jax prior measured for this model, for all formats of it (default: the file next to it)",
+    )  # fmt: skip
+    _add_beyond(beyond)
+    _add_output(kind)
+    kind.set_defaults(prepare=_front, weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every)
 
     kind = kinds.add_parser(
         "groups",
@@ -199,10 +237,47 @@ def _add_lengths(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
+def _add_reference(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference",
+        metavar="COLUMN",
+        help="score this column's text after the whole of the other, instead of cutting one text in two",
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
     add_model_argument(parser)
-    add_dtype_argument(parser)
+    add_dtype_argument(parser, weights=weights)
     add_mesh_arguments(parser)
+
+
+def _add_sample(what: Any, size: int) -> None:
+    what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
+    what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
+    add_batch_argument(what, size)
+
+
+def _add_beyond(beyond: Any) -> None:
+    add_options(beyond, Extensions, "prior_weight", "ridge", "calibration_weight")
+    beyond.add_argument(
+        "--rows", type=int, default=DEFAULT_ROWS, metavar="R",
+        help=f"tokens of each prompt, at most, that +{RECONSTRUCTION} fits to (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="of scores and results (default: eval-TASK in this folder)"
+    )
+    output.add_argument("--overwrite", action="store_true", help="drop what the folder holds of other settings")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs griffin-jax[plot])")
+    output.add_argument("--json", action="store_true", help="print results.json as the last line")
+    output.add_argument("--json-file", type=Path, metavar="FILE", help="write it to FILE, too")
+
+
+def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
+    _add_model(parser)
     what = parser.add_argument_group("what is compared")
     add_options(what, GriffinConfig, "density", type=str, default="0.5", metavar="D", help="separated by commas")
     what.add_argument(
@@ -214,30 +289,20 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
         "--no-baselines", dest="baselines", action="store_const", const=(), default=BASELINES,
         help=f"leave out {', '.join(BASELINES)}, which stand next to the methods",
     )  # fmt: skip
-    what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
-    what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
-    add_batch_argument(what, size)
+    _add_sample(what, size)
     beyond = parser.add_argument_group("beyond GRIFFIN")
     measured = f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}"
     add_options(beyond, Extensions, "prior", type=Path, help=measured)
-    add_options(beyond, Extensions, "prior_weight", "ridge", "calibration_weight")
-    beyond.add_argument(
-        "--rows", type=int, default=DEFAULT_ROWS, metavar="R",
-        help=f"tokens of each prompt, at most, that +{RECONSTRUCTION} fits to (default: %(default)s)",
-    )  # fmt: skip
+    _add_beyond(beyond)
     refresh = f"tokens, for +{REFRESH}, which scores given continuations only"
     add_options(beyond, Extensions, "refresh_every", default=DEFAULTS.refresh_every, help=refresh)
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of scores and results (default: eval-TASK in this folder)"
-    )
-    output.add_argument("--overwrite", action="store_true", help="drop what the folder holds of other settings")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs griffin-jax[plot])")
-    output.add_argument("--json", action="store_true", help="print results.json as the last line")
+    _add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Runs one evaluation, from options to files and a table."""
+    if options.task == "front":
+        _choose_front(options)
     variants = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
@@ -246,6 +311,8 @@ def run(options: argparse.Namespace) -> None:
     check_folder("--output", folder, RESULTS)
     if options.plot is not None:
         check_plot("--plot", options.plot)
+    if options.json_file is not None:
+        check_output("--json-file", options.json_file)
     if options.task == "summarize":
         tasks.rouge_scorer(options.stem)
     files = options.files if options.task == "perplexity" else [options.file]
@@ -255,7 +322,10 @@ def run(options: argparse.Namespace) -> None:
     mesh = chosen_mesh(options)
     check_batch(options, mesh)
     wanted, lengths = options.batch, _lengths(options)
-    options.batch = _batch(options, variants, extensions, chosen_needs(options, mesh), lengths, mesh)
+    needs = chosen_needs(options, mesh)
+    if options.task == "front":
+        _check_formats(options, needs)
+    options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
     if extensions.prior is not None:
@@ -308,6 +378,8 @@ def run(options: argparse.Namespace) -> None:
     if options.plot is not None:
         title = f"{options.model}, {len(evaluation.items)} texts, bars: 95% intervals"
         evaluation.plot(figures, title, options.plot)
+    if options.json_file is not None:
+        write_text(options.json_file, json.dumps(results) + "\n")
     if options.json:
         print(json.dumps(results))
 
@@ -343,9 +415,21 @@ def _batch(
         if options.task == "summarize":
             return needs.generation(batch, prompt, new, kept, rows=rows, calibration=calibration, repeated=True)
         answers = options.task == "divergence"
-        return needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
+        parts = needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
+        return parts | _quantised(options, needs) if options.task == "front" else parts
 
     return chosen_batch(options, needed, "--weights of fewer bits or shorter texts", mesh)
+
+
+def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
+    """The bytes of the largest model in another format, which is next to the one in its own."""
+    other = [weights for weights in options.formats if weights != needs.precision.weights]
+    return {"weights in another format": max((_sizes(needs, weights).local for weights in other), default=0)}
+
+
+def _sizes(needs: Needs, weights: WeightFormat) -> Sizes:
+    devices = axis_size(needs.mesh, MODEL_AXIS)
+    return Sizes(needs.config, 1, 1, Precision.of(needs.precision.dtype, weights), shared=True, devices=devices)
 
 
 def _has(variants: Sequence[Variant], *steps: str) -> bool:
@@ -416,6 +500,76 @@ def _divergence(
         tabulate,
         plot,
     )
+
+
+def _choose_front(options: argparse.Namespace) -> None:
+    """Sets the methods, the prior and the formats of the options, as far as no model is needed for it.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality or format.
+    """
+    named = options.qualities
+    if named is None:
+        found = options.prior is not None or prior_path(options.model).is_file()
+        named = "griffin,best" if found else "griffin"
+    methods = {}
+    for quality in named.split(","):
+        check_quality(quality)
+        methods[quality] = "topk"
+        if quality == "best":
+            prior = load_for_best(options.model, options.prior)
+            options.prior = options.prior or prior_path(options.model)
+            has = {PRIOR: True, BUDGETS: prior.strength, RECONSTRUCTION: True, CALIBRATION: prior.rows}
+            methods[quality] = "+".join(["topk", *(step for step, there in has.items() if there)])
+    options.method = ",".join(methods.values())
+    options.qualities = {DENSE: "-"} | {method: quality for quality, method in methods.items()}
+    options.formats = [WeightFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+
+
+def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
+    """Sets the formats if none are named, and raises `ValueError` unless this model can have all of them."""
+    own = needs.precision.weights
+    if own.quantised:
+        raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
+    options.formats = list(dict.fromkeys(options.formats or [own, *map(WeightFormat.parse, QUANTISED)]))
+    for weights in options.formats:
+        _sizes(needs, weights)
+
+
+def _front(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    prompt, new = options.prompt_tokens, options.new_tokens
+    _check_lengths(llm, 1 if options.reference else prompt, new)
+    columns = [options.column, *([options.reference] if options.reference else [])]
+    items = list(itertools.islice(_divergence_items(options, llm, columns, skipped), options.limit))
+    slots = max((len(item.prompt) + len(item.answer) for item in items), default=0)
+
+    def figures(scores: dict[str, Any]) -> report.Figures:
+        sizes = {
+            (str(weights), variant): front.bytes_per_token(
+                llm.config, Precision.of(llm.model.dtype, weights), slots, variant, extensions
+            )
+            for weights in options.formats
+            for variant in variants
+        }
+        return front.figures(scores, variants, options.qualities, sizes, options.seed)
+
+    return Evaluation(
+        items,
+        {
+            "columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
+            "weights": [str(weights) for weights in options.formats],
+        },
+        lambda journal: front.compare_formats(
+            llm, items, variants, options.formats, journal, new=new, size=options.batch, seed=options.seed,
+            extensions=extensions,
+        ),
+        figures,
+        front_report.table,
+        front_report.plot,
+    )  # fmt: skip
 
 
 def _groups(

@@ -136,12 +136,13 @@ def chosen_prior(options: argparse.Namespace) -> Prior | None:
     return Prior.load(options.prior) if options.prior else None
 
 
-def add_dtype_argument(parser: Any) -> None:
-    """Declare --dtype and --weights."""
+def add_dtype_argument(parser: Any, *, weights: bool = True) -> None:
+    """Declare --dtype, and --weights unless a command declares it in another way."""
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the computation and the cache (default: float32 on CPU, else bfloat16)"
     )
-    add_weights_argument(parser)
+    if weights:
+        add_weights_argument(parser)
 
 
 def add_weights_argument(parser: Any) -> None:

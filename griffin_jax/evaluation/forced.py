@@ -76,6 +76,7 @@ def score_models(
     lengths: Int[np.ndarray, "b"],
     upto: Sequence[int],
     more: Mapping[Variant, Float[Array, "b r d"]] = MappingProxyType({}),
+    against: tuple[Transformer, Float[Array | np.ndarray, "b r d"]] | None = None,
 ) -> list[dict[str, Any]]:
     """`score_answers` of any models.
 
@@ -87,16 +88,19 @@ def score_models(
         lengths: real ones of each.
         upto: as in `score_answers`.
         more: variants whose residual streams are there already, as from `teacher_force`.
+        against: what the variants are compared with, where it is not `model`: another full model, and its residual
+            streams of the same answers.
     """
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     dense, following = jitted.teacher_force(model, prefilled, tokens, real, collect=True)
     found = dict(more)
     for variant, pruned in every(following):
         found[variant] = dense if pruned is model else jitted.teacher_force(pruned, prefilled, tokens, real)[0]
-    compared = [
-        {name: to_host(getattr(comparison, name)) for name in SCORES}
-        for comparison in jitted.compare(model, dense, tuple(found.values()), tokens)
-    ]
+    if against is None:
+        comparisons = jitted.compare(model, dense, tuple(found.values()), tokens)
+    else:
+        comparisons = jitted.compare(*against, tuple(found.values()), tokens, other=model)
+    compared = [{name: to_host(getattr(comparison, name)) for name in SCORES} for comparison in comparisons]
     ends = np.minimum(np.asarray(upto)[:, None], lengths).T
     scores = []
     for sequence, end in enumerate(ends):

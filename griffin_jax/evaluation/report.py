@@ -107,7 +107,7 @@ def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
     first = _first_width(figures)
     lines = [title, f"{'selection':{first}}{'density':>8}" + "".join(f"{m.title:>{WIDTH}}" for m in metrics)]
     for entry in figures:
-        cells = "".join(f"{_cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
+        cells = "".join(f"{cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
         lines.append(f"{entry['method']:{first}}{entry['density']:>8g}{cells}")
     return "\n".join(lines)
 
@@ -123,7 +123,7 @@ def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[in
         ]
         by_row: dict[tuple[str, float], list[str]] = {}
         for entry in entries:
-            by_row.setdefault((entry["method"], entry["density"]), []).append(_cell(entry["perplexity"], 1))
+            by_row.setdefault((entry["method"], entry["density"]), []).append(cell(entry["perplexity"], 1))
         lines += [f"{m:{first}}{d:>8g}" + "".join(f"{c:>{WIDTH}}" for c in cells) for (m, d), cells in by_row.items()]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
@@ -134,7 +134,8 @@ def _first_width(figures: Figures) -> int:
     return max([14, *(len(entry["method"]) + 1 for entry in figures)])
 
 
-def _cell(figure: Mapping[str, float | None], digits: int) -> str:
+def cell(figure: Mapping[str, float | None], digits: int) -> str:
+    """A figure with its interval, as tables show it."""
     value, low, high = (figure[name] for name in ("value", "low", "high"))
     if value is None:
         return "overflow"
@@ -242,16 +243,10 @@ def _line(
 ) -> None:
     figures = [(x, entry[metric.key]) for x, entry in zip(at, entries, strict=True)]
     shown = [(x, f) for x, f in figures if f["value"] is not None and (f["value"] > 0 or not metric.log)]
-    values = [figure["value"] for _, figure in shown]
-    bars = [
-        [max(0.0, sign * (figure["value"] - (figure[bound] if figure[bound] is not None else figure["value"])))
-         for _, figure in shown]
-        for bound, sign in (("low", 1), ("high", -1))
-    ]  # fmt: skip
     axis.errorbar(
         [x for x, _ in shown],
-        values,
-        yerr=bars,
+        [figure["value"] for _, figure in shown],
+        yerr=bars([figure for _, figure in shown]),
         marker="o",
         markersize=4,
         capsize=2,
@@ -260,6 +255,14 @@ def _line(
         color=colours[method],
         label=method,
     )
+
+
+def bars(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """How far intervals reach below and above their values; 0 where there is none."""
+    return [
+        [max(0.0, sign * (f["value"] - (f[bound] if f[bound] is not None else f["value"]))) for f in figures]
+        for bound, sign in (("low", 1), ("high", -1))
+    ]
 
 
 def _across(axis: Any, figure: Mapping[str, float | None]) -> None:

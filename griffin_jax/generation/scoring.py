@@ -172,6 +172,8 @@ def compare(
     dense: Float[Array, "b r d"],
     pruned: tuple[Float[Array, "b r d"], ...],
     answers: Int[Array, "b r"],
+    *,
+    other: Transformer | None = None,
 ) -> tuple[Comparison, ...]:
     """Several pruned models' predictions compared with the dense one's.
 
@@ -180,14 +182,17 @@ def compare(
         dense: the full model's residual stream, from `teacher_force`.
         pruned: the residual streams of the pruned models.
         answers: the tokens that were predicted.
+        other: the model whose norm and head the pruned ones have, where they were made of another one than `model`,
+            such as of the same with quantised weights.
     """
+    scored = model if other is None else other
 
     def few(dense: Array, pruned: tuple[Array, ...], answers: Array) -> list[tuple[Array, Array, Array]]:
         p = jax.nn.log_softmax(model.logits(dense))
         probability, best = jnp.exp(p), jnp.argmax(p, axis=-1)
         found = []
         for hidden in pruned:
-            q = jax.nn.log_softmax(model.logits(hidden))
+            q = jax.nn.log_softmax(scored.logits(hidden))
             kl = jnp.sum(probability * (p - q), axis=-1)
             found.append((_loss(q, answers), kl, jnp.argmax(q, axis=-1) == best))
         return found

@@ -53,7 +53,7 @@ class Sizes:
         itemsize = precision.itemsize
         groups = config.kv_heads // (devices if divided(config, devices)[HEADS] else 1)
         self.cache = 2 * config.num_layers * batch * groups * config.head_dim * slots * itemsize
-        tables = ["position_embedding"] if config.tied_head else ["embedding", "position_embedding"]
+        tables = ["position_embedding"] if config.tied_head else ["embedding", "embedding_scale", "position_embedding"]
         looked_up = [arrays[table] for table in tables if table in arrays]
         self.tables = sum(map(bytes_of, looked_up))
         self.table_rows = sum(stored_bytes(table.shape[1:], table.dtype) for table in looked_up) * batch

@@ -1,0 +1,189 @@
+"""Quality against bytes: is it better to store weights in fewer bits, or to prune, at so many bytes per token?
+
+Every format of the weights is combined with every density, and all of them are compared with one reference, the model
+as it is, on the same given tokens. The prompt is read by the full model in the row's own format, which GRIFFIN's
+statistic is of, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm import tqdm
+
+from griffin_jax.evaluation.batches import Batch, Item, batches
+from griffin_jax.evaluation.forced import score_models
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
+from griffin_jax.evaluation.journal import Journal
+from griffin_jax.evaluation.report import Figures, forced_figures
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.generation import jitted
+from griffin_jax.generation.padding import bucket
+from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.llm.llm import LLM
+from griffin_jax.model.assembly import assemble, disassemble
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.parallel.mesh import to_host
+
+
+def stored_as(model: Transformer, weights: WeightFormat) -> Transformer:
+    """The model with its matrices in another format; the same one if that is the format that it has.
+
+    Args:
+        model: with floating weights. It stays as it is, so that there must be memory for both.
+        weights: the format.
+
+    Raises:
+        ValueError: groups of the format do not divide the model's rows.
+    """
+    if weights == model.weights:
+        return model
+    return assemble(model.config, disassemble(model), model.dtype, weights)
+
+
+def bytes_per_token(
+    config: ModelConfig, precision: Precision, slots: int, variant: Variant, extensions: Extensions = DEFAULTS
+) -> int:
+    """Bytes that one sequence's decode step must read: the weights that are kept, and the cache.
+
+    Args:
+        config: the model.
+        precision: how it computes, and how its matrices are stored.
+        slots: tokens in the cache.
+        variant: how it is pruned.
+        extensions: what the variant's steps take.
+    """
+    sizes = Sizes(dataclasses.replace(config, kv_copies=1), 1, slots, precision, shared=True)
+    if variant.method == DENSE:
+        return sizes.step(None)
+    return sizes.step(variant.pruner(extensions).config.kept([config.ff_width] * config.num_layers))
+
+
+def compare_formats(
+    llm: LLM,
+    items: Sequence[Item],
+    variants: Sequence[Variant],
+    formats: Sequence[WeightFormat],
+    journal: Journal,
+    *,
+    new: int,
+    size: int,
+    seed: int,
+    extensions: Extensions = DEFAULTS,
+) -> dict[str, dict[str, Any]]:
+    """Scores of what follows every prompt, of every variant in every format, against the model as it is.
+
+    One quantised model at a time is next to it. Of the reference the residual stream of the scored tokens is kept, in
+    host memory.
+
+    Args:
+        llm: the model, with floating weights.
+        items: the texts.
+        variants: of the densities and methods, the dense one among them.
+        formats: how matrices are stored.
+        journal: what is done already.
+        new: tokens scored, at most.
+        size: texts in a batch.
+        seed: of all draws.
+        extensions: what the steps beyond GRIFFIN take. A prior is that of the model as it is, for all formats.
+
+    Returns:
+        For each format, by its name, and each text what `score_answers` has with one length.
+    """
+    model, rows = llm.model, rows_of(variants, extensions)
+    missing = {each: [item for item in items if _entry(each, item) not in journal.scores] for each in formats}
+    streams: dict[str, Float[np.ndarray, "r d"]] = {}
+    for batch in batches([item for item in items if any(item in texts for texts in missing.values())], size, seed):
+        tokens = batch.answers, batch.answer_lengths
+        hidden, _ = jitted.teacher_force(model, batch.prefill(model, _room(batch, new)), *tokens)
+        streams |= {item.name: stream for item, stream in zip(batch.items, to_host(hidden), strict=False)}
+    done = sum(len(items) - len(texts) for texts in missing.values())
+    with tqdm(total=len(formats) * len(items), initial=done, unit="text", disable=None) as progress:
+        for weights, texts in missing.items():
+            if not texts:
+                continue
+            progress.set_description(str(weights))
+            stored = stored_as(model, weights)
+            for batch in batches(texts, size, seed):
+                room = _room(batch, new)
+                prefilled = batch.prefill(stored, room, rows)
+
+                def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
+                    return models(stored, variants, prefilled, answers, batch.seeds, extensions, masked=True)  # noqa: B023
+
+                # Rows that repeat the last text fill the batch.
+                kept = [streams[item.name] for item in batch.items]
+                reference = np.stack([*kept, *kept[-1:] * (size - len(kept))])
+                scores = score_models(
+                    stored, every, prefilled, batch.answers, batch.answer_lengths, [room], against=(model, reference)
+                )
+                named = zip(batch.items, scores, strict=False)
+                journal.add({_entry(weights, item): found for item, found in named})
+                progress.update(len(batch.items))
+            del stored
+    return {str(each): {item.name: journal.scores[_entry(each, item)] for item in items} for each in formats}
+
+
+def _entry(weights: WeightFormat, item: Item) -> str:
+    """What a journal calls the scores of a text in a format."""
+    return f"{weights}: {item.name}"
+
+
+def _room(batch: Batch, new: int) -> int:
+    """Tokens that a batch's answers may have."""
+    return bucket(max(new, batch.answers.shape[1]))
+
+
+def figures(
+    scores: Mapping[str, Mapping[str, Any]],
+    variants: Sequence[Variant],
+    qualities: Mapping[str, str],
+    bytes_of: Mapping[tuple[str, Variant], int],
+    seed: int,
+) -> Figures:
+    """One entry for each format and variant, those that read least first.
+
+    Args:
+        scores: from `compare_formats`.
+        variants: its variants.
+        qualities: for people, what a method is.
+        bytes_of: bytes per token of a format and a variant.
+        seed: of the bootstrap.
+    """
+    found = [
+        {
+            "weights": weights,
+            "quality": qualities.get(variant.method, variant.method),
+            "method": variant.method,
+            "density": variant.density,
+            "bytes_per_token": bytes_of[weights, variant],
+        }
+        | forced_figures(list(texts.values()), variant, 0, seed)
+        for weights, texts in scores.items()
+        for variant in variants
+    ]
+    found.sort(key=lambda entry: (entry["bytes_per_token"], _kl(entry)))
+    marked = on_front([(entry["bytes_per_token"], _kl(entry)) for entry in found])
+    return [entry | {"front": mark} for entry, mark in zip(found, marked, strict=True)]
+
+
+def _kl(entry: Mapping[str, Any]) -> float:
+    value = entry["kl"]["value"]
+    return math.inf if value is None else value
+
+
+def on_front(costs: Sequence[tuple[float, float]]) -> list[bool]:
+    """Of pairs of bytes and KL, those that no other pair beats in one of them without being worse in the other."""
+
+    def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
+        return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+    return [not any(beats(other, cost) for other in costs) for cost in costs]

@@ -1,0 +1,94 @@
+"""Quality against bytes, for people: a table and a plot."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from griffin_jax.evaluation.grid import DENSE
+from griffin_jax.evaluation.report import METHOD_COLOURS, TOP1, WIDTH, Figures, Metric, bars, cell
+from griffin_jax.utils.figures import new_figure
+
+KL = Metric("kl", "KL (nats/token)", 4, log=True)
+MARKERS = ("o", "s", "^", "D", "v")
+STYLES = ("-", "--", ":")
+
+
+def table(figures: Figures) -> str:
+    """Rows of figures with their intervals, and a star for those on the front."""
+    width = max([8, *(len(entry["weights"]) + 1 for entry in figures)])
+    lines = [
+        "what really follows, against the unquantised dense model:",
+        f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{KL.title:>{WIDTH}}{TOP1.title:>{WIDTH}}{'front':>7}",
+    ]
+    for entry in figures:
+        cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in (KL, TOP1))
+        lines.append(
+            f"{entry['weights']:{width}}{entry['quality']:8}{entry['density']:>8g}{_megabytes(entry):>10,.1f}{cells}"
+            f"{'*' if entry['front'] else '':>7}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def _megabytes(entry: Any) -> float:
+    return entry["bytes_per_token"] / 1e6
+
+
+def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
+    """KL against megabytes per token, a line for each format and quality, densities at its points, the front marked.
+
+    Args:
+        figures: those of `griffin_jax.evaluation.front.figures`.
+        title: of the whole.
+        file: a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure = new_figure(7.2, 5.2)
+    figure.suptitle(title, fontsize="medium")
+    axis = figure.subplots()
+    formats = list(dict.fromkeys(entry["weights"] for entry in reversed(figures)))
+    qualities = list(dict.fromkeys(entry["quality"] for entry in figures if entry["method"] != DENSE)) or [DENSE]
+    shown = [entry for entry in figures if entry["kl"]["value"] is not None and entry["kl"]["value"] > 0]
+    for number, weights in enumerate(formats):
+        colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
+        for quality, style in zip(sorted(qualities, reverse=True), STYLES, strict=False):
+            line = [
+                e for e in shown if e["weights"] == weights and (e["quality"] == quality or e["method"] == DENSE)
+            ]  # fmt: skip
+            axis.errorbar(
+                [_megabytes(entry) for entry in line], [entry["kl"]["value"] for entry in line],
+                yerr=bars([entry["kl"] for entry in line]), capsize=2, elinewidth=0.8,
+                marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2, linestyle=style, color=colour,
+                label=f"{weights}, {quality}",
+            )  # fmt: skip
+        for entry in (e for e in figures if e["weights"] == weights and e not in shown):
+            axis.axvline(
+                _megabytes(entry), color=colour, linewidth=1, alpha=0.6, linestyle="-.", label=f"{weights}, dense: KL 0"
+            )
+    front = [entry for entry in shown if entry["front"]]
+    places = [_megabytes(entry) for entry in front], [entry["kl"]["value"] for entry in front]
+    axis.step(*places, where="post", color="0.6", linewidth=5, alpha=0.4, zorder=0)
+    axis.scatter(*places, s=90, facecolors="none", edgecolors="black", linewidths=1, zorder=3, label="on the front")
+    for entry in shown:
+        # Two formats of 4 bits read nearly as much: the labels of one are on the other side.
+        place, side = ((-6, -8), "right") if entry["weights"] == formats[-1] else ((6, 3), "left")
+        axis.annotate(
+            f"{entry['density']:g}", (_megabytes(entry), entry["kl"]["value"]), fontsize=7, color="0.2",
+            xytext=place, textcoords="offset points", horizontalalignment=side,
+        )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    reads = sorted({_megabytes(entry) for entry in figures})
+    ticks = [n * 10**power for power in range(-3, 7) for n in (1, 1.5, 2, 3, 5, 7)]
+    inside = [tick for tick in ticks if reads[0] * 0.95 <= tick <= reads[-1] * 1.05]
+    axis.set_xticks(inside, [f"{tick:,g}" for tick in inside])
+    axis.minorticks_off()
+    axis.set_xlabel("MB read per token (points: density)")
+    axis.set_ylabel(KL.title)
+    axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(file, format="png")

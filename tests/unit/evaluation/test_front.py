@@ -1,0 +1,246 @@
+"""`griffin-jax eval front`: scores and bytes of quantised, pruned models against plain definitions of both."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import PASSAGES
+from reference import TinyLlama, oracle_topk, tiny_tokenizer
+
+import griffin_jax as gj
+from griffin_jax.cli import main as cli
+from griffin_jax.evaluation import front, front_report, general_text
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.grid import Variant, grid
+from griffin_jax.evaluation.journal import FILE, Journal
+from griffin_jax.generation import jitted
+from griffin_jax.model.assembly import assemble, disassemble, parameter_shapes
+from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.parallel.mesh import make_mesh
+
+ROWS = grid(["topk"], [0.5], ())
+ITEMS = [
+    Item("a", [5, 6, 7, 8, 9, 10, 11, 12], [13, 14, 15, 16, 17]),
+    Item("b", [40, 41, 42], [50, 51, 52]),
+    Item("c", [90, 3, 77, 3, 21, 8], [8, 9, 10, 11]),
+]
+FORMATS = [WeightFormat.parse(name) for name in ("float32", "int8", "int4:16")]
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory) -> TinyLlama:
+    """A tiny model that reads text, with the smallest prior next to it."""
+    folder = tmp_path_factory.mktemp("worded") / "model"
+    folder.mkdir()
+    tiny_tokenizer(folder, PASSAGES, 320)
+    found = TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
+    texts = [found.llm.tokenizer.encode(text) for text in PASSAGES[:2]]
+    prior = general_text.measure(found.llm.model, texts, size=2, rows=4, quiet=True)
+    prior.save(folder.with_name("model.prior.safetensors"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def scores(worded, tmp_path_factory) -> dict[str, dict]:
+    journal = Journal(tmp_path_factory.mktemp("scores"), {})
+    return front.compare_formats(worded.llm, ITEMS, ROWS, FORMATS, journal, new=5, size=2, seed=0)
+
+
+def dequantised(model: gj.Transformer) -> gj.Transformer:
+    """The same model with its integers and scales multiplied out by NumPy."""
+    arrays = {path: np.asarray(array) for path, array in disassemble(model)}
+
+    def plain(path: str) -> np.ndarray:
+        array = arrays[path].astype(np.float32)
+        for name in (f"{path}_scale", f"{path}_row_scale"):
+            if name in arrays:
+                scale = arrays[name].astype(np.float32)
+                if name.endswith(("down_scale", "out_scale")):
+                    return array * scale
+                groups = array.reshape(*array.shape[:-1], scale.shape[-1], -1)
+                return (groups * scale[..., None]).reshape(array.shape)
+        return array
+
+    return assemble(model.config, ((path, plain(path)) for path in parameter_shapes(model.config)), jnp.float32)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = np.asarray(logits, np.float64)
+    wide = wide - wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def predictions(model: gj.Transformer, item: Item, density: float) -> np.ndarray:
+    """log p of every token of the answer, of copies of the kept rows of a model of floating numbers."""
+    prompt, answer = jnp.asarray([item.prompt]), jnp.asarray([item.answer])
+    read = jitted.prefill(model, prompt, jnp.asarray([prompt.shape[1]]), max_new_tokens=answer.shape[1])
+    if density < 1:
+        kept = [oracle_topk(np.asarray(squares)[0], int(48 * density)) for squares in read.statistics.squares]
+        model = gj.prune(model, gj.ExpertNeurons.from_indices(kept, model.neurons))
+    positions = prompt.shape[1] + jnp.arange(answer.shape[1])[None]
+    hidden, _, _ = model(answer, positions, read.cache)
+    return log_softmax(np.concatenate([read.logits, model.logits(hidden)[0, :-1]]))
+
+
+class TestScores:
+    @pytest.mark.parametrize("weights", FORMATS, ids=str)
+    def test_against_dequantised_copies(self, worded, scores, weights):
+        reference = worded.llm.model
+        plain = dequantised(front.stored_as(reference, weights))
+        for item in ITEMS:
+            p = predictions(reference, item, 1.0)
+            for variant in ROWS:
+                q = predictions(plain, item, variant.density)
+                found = scores[str(weights)][item.name][variant.name]
+                assert found["kl"] == [pytest.approx((np.exp(p) * (p - q)).sum(), abs=1e-5, rel=1e-5)]
+                loss = -sum(q[at, token] for at, token in enumerate(item.answer))
+                assert found["loss"] == [pytest.approx(loss, rel=1e-5)]
+                assert found["agree"] == [(p.argmax(-1) == q.argmax(-1)).sum()]
+
+    def test_the_dense_row_in_the_models_own_format_is_the_reference(self, scores):
+        for item in ITEMS:
+            own = scores["float32"][item.name]["dense"]
+            assert (own["kl"], own["agree"]) == ([0.0], [len(item.answer)])
+            assert scores["int8"][item.name]["dense"]["kl"][0] > 0
+
+    def test_interrupted_it_goes_on(self, worded, scores, tmp_path):
+        def run() -> dict:
+            return front.compare_formats(worded.llm, ITEMS, ROWS, FORMATS, Journal(tmp_path, {}), new=5, size=2, seed=0)
+
+        assert run() == scores
+        lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
+        assert len(lines) == 1 + len(FORMATS) * len(ITEMS)
+        (tmp_path / FILE).write_text("".join(lines[:6]))
+        again = run()
+        for weights in scores:
+            for item in ITEMS:
+                for name in ("dense", "topk 0.5"):
+                    expected = scores[weights][item.name][name]["kl"]
+                    assert again[weights][item.name][name]["kl"] == pytest.approx(expected, abs=1e-6)
+
+    def test_on_a_mesh(self, worded, scores, tmp_path):
+        llm = gj.load(worded.folder, "float32", mesh=make_mesh(data=2, model=2))
+        found = front.compare_formats(llm, ITEMS, ROWS, FORMATS, Journal(tmp_path, {}), new=5, size=2, seed=0)
+        for weights in scores:
+            for item in ITEMS:
+                for name in ("dense", "topk 0.5"):
+                    expected = scores[weights][item.name][name]["kl"]
+                    assert found[weights][item.name][name]["kl"] == pytest.approx(expected, abs=1e-5)
+
+
+class TestBytes:
+    """Of 2 layers of width 32 with 48 neurons, 4 heads of 8 numbers, 2 of them for keys, and 320 tokens."""
+
+    @pytest.mark.parametrize(
+        ("weights", "number", "scales"),
+        # Bytes of a number of layers and of the vocabulary, and of the scales: of a row, of an output, of a neuron.
+        [("float32", (4, 4), (0, 0)), ("int8", (1, 1), (4, 4)), ("int4:16", (0.5, 1), (4, 0))],
+    )
+    @pytest.mark.parametrize("density", [1.0, 0.5])
+    def test_by_hand(self, worded, weights, number, scales, density):
+        wide, vocabulary = number
+        row, output = scales
+        kept, slots = int(48 * density), 20
+        qkv = 64 * (32 * wide + row)
+        # Scales of groups lie along the rows of `down` and of `out` too, which have 48 and 32 of them.
+        by_groups = row if output == 0 else 0
+        out = 32 * (32 * wide + by_groups) + 32 * output
+        ff = kept * (2 * (32 * wide + row) + 32 * wide + by_groups) + 32 * output
+        norms = 2 * 32 * 4
+        head = 321 * (32 * vocabulary + row)
+        expected = 2 * (qkv + out + ff + norms) + head + 32 * 4 + 2 * 2 * 2 * 8 * slots * 4
+        variant = Variant("dense", 1.0) if density == 1 else Variant("topk", density)
+        precision = Precision.of(jnp.float32, WeightFormat.parse(weights))
+        assert front.bytes_per_token(worded.llm.config, precision, slots, variant) == expected
+
+
+class TestFront:
+    def test_the_mark(self):
+        costs = [(1, 9.0), (2, 9.0), (2, 5.0), (3, 6.0), (4, 1.0), (4, 1.0), (5, 0.0), (6, 0.0), (7, np.inf)]
+        assert front.on_front(costs) == [True, False, True, False, True, True, True, False, False]
+
+    def test_figures_are_sorted_and_marked(self, scores):
+        bytes_of = {(w, v): n for n, (w, v) in enumerate((w, v) for w in reversed(scores) for v in reversed(ROWS))}
+        found = front.figures(scores, ROWS, {"dense": "-", "topk": "griffin"}, bytes_of, 0)
+        assert [(entry["weights"], entry["quality"], entry["bytes_per_token"]) for entry in found] == [
+            ("int4:16", "griffin", 0), ("int4:16", "-", 1), ("int8", "griffin", 2), ("int8", "-", 3),
+            ("float32", "griffin", 4), ("float32", "-", 5),
+        ]  # fmt: skip
+        lowest = np.minimum.accumulate([entry["kl"]["value"] for entry in found])
+        assert [entry["front"] for entry in found] == [True, *(lowest[1:] < lowest[:-1])]
+        lines = front_report.table(found).splitlines()
+        assert [line.endswith("*") for line in lines[2:]] == [entry["front"] for entry in found]
+
+
+def texts(folder: Path) -> Path:
+    file = folder / "FILE"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES), encoding="utf-8")
+    return file
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    try:
+        code = cli.main(["eval", "front", *map(str, arguments)])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return code, *capsys.readouterr()
+
+
+class TestCommand:
+    def test_all_of_it(self, worded, tmp_path, capsys):
+        arguments = (
+            texts(tmp_path), "--model", worded.folder, "--dtype", "float32", "--prompt-tokens", 40, "--new-tokens", 12,
+            "--density", "1,0.5", "--limit", 3, "--output", tmp_path / "out", "--plot", tmp_path / "plot.png",
+            "--json-file", tmp_path / "found.json",
+        )  # fmt: skip
+        code, out, err = run(capsys, *arguments)
+        assert code == 0, err
+        result = json.loads((tmp_path / "found.json").read_text())
+        assert result == json.loads((tmp_path / "out" / "results.json").read_text())
+        assert result["weights"] == ["float32", "int8", "int4"]
+        # The prior next to the model is found; it has neither budgets nor is it of another format.
+        rows = {(entry["weights"], entry["quality"], entry["density"]) for entry in result["figures"]}
+        kinds = [("-", 1.0), ("griffin", 0.5), ("best", 0.5)]
+        assert rows == {(weights, *kind) for weights in result["weights"] for kind in kinds}
+        assert {entry["method"] for entry in result["figures"]} == {
+            "dense", "topk", "topk+prior+reconstruction+calibration",
+        }  # fmt: skip
+        own = [entry for entry in result["figures"] if (entry["weights"], entry["quality"]) == ("float32", "-")]
+        assert (own[0]["kl"]["value"], own[0]["front"]) == (0.0, True)
+        assert max(map(len, out.splitlines())) <= 120
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        assert run(capsys, *arguments)[1] == out
+        code, _, err = run(capsys, *arguments, "--weights", "int8")
+        assert code == 2
+        assert "holds scores of other settings" in err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--weights", "int3"], "weights are 'int3'; allowed are"),
+            (["--weights", "int8,"], "weights are ''; allowed are"),
+            (["--weights", "int4:24"], "groups of 24 do not divide rows of 32 weights"),
+            (["--density", "1,1.5"], "density must be in (0, 1], got 1.5"),
+            (["--quality", "good"], "quality must be one of griffin, best, got 'good'"),
+            (["--quality", "best", "--prior", "none"], "--quality best needs a prior, and there is no file none"),
+            (["--plot", "x.pdf"], "--plot writes PNG files"),
+            (["--json-file", "no/such"], "--json-file: there is no folder"),
+            (["--prompt-tokens", "250"], "more than the model's context of 256"),
+        ],
+    )
+    def test_refusals(self, worded, tmp_path, capsys, monkeypatch, arguments, message):
+        monkeypatch.chdir(tmp_path)
+        code, out, err = run(capsys, texts(tmp_path), "--model", worded.folder, *arguments)
+        assert (code, out) == (2, "")
+        assert message in err.splitlines()[-1]
+        assert not (tmp_path / "eval-front").exists()
+
+    def test_a_model_of_integers_is_no_reference(self, worded, tmp_path, capsys):
+        gj.convert(worded.folder, tmp_path / "int8", weights="int8")
+        code, _, err = run(capsys, texts(tmp_path), "--model", tmp_path / "int8", "--output", tmp_path / "out")
+        assert code == 2
+        assert "formats are compared with floating weights" in err.splitlines()[-1]
