@@ -21,12 +21,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from griffin_jax.model.weights import dequantise
-from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 
 FUSED_BYTES = 16 << 10
 """XLA's CPU code takes a conversion into a product with a vector only if the vector has fewer bytes (kFusionThreshold
@@ -41,6 +42,10 @@ BLOCK_ROWS = 512
 
 PARTS = 8
 """Parts of a matrix whose rows are added up in one pass for one token. Seen in timings: four to eight are as good."""
+
+FUSED_TOKENS = 8
+"""Tokens whose products with groups of integers are sums on GPUs and TPUs, for which no matrix is converted in memory.
+As many as XLA makes one kernel of."""
 
 DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 """Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 sums of products are
@@ -119,17 +124,68 @@ def scores(
 
 
 def _as_it_is(x: Array, weight: Array, scale: Array | None = None, *, dtype: np.dtype) -> Array:
+    """`linear` in the form for GPUs and TPUs.
+
+    Scales of groups are neither multiplied onto a matrix that enters a product, for XLA would write all of it to memory
+    in the dtype of x, nor onto the sums of each group, which are as many bytes as a matrix of int4 for eight tokens.
+    A sum of products for each token is fused with the conversion, and those of up to eight tokens with each other: one
+    kernel reads the integers and their scales, once. Seen in programs compiled for H100 (jax 0.10.2). More tokens are
+    worth a floating matrix.
+    """
     if scale is None or scale.shape[-1] == 1:
         y = _dot(x, weight, ((2,), (weight.ndim - 1,)), ((), ()), dtype=dtype if scale is None else jnp.float32)
         return y if scale is None else (y * scale[..., 0]).astype(dtype)
-    # One product for each group, whose scales are multiplied onto the results: scaled within the product, all of the
-    # matrix would be written to memory in the dtype of x. Seen in programs compiled for H100 (jax 0.10.2).
-    groups = scale.shape[-1]
-    parts = x.reshape(*x.shape[:2], groups, -1)
-    numbers = weight.reshape(*weight.shape[:-1], groups, -1)
-    last = numbers.ndim - 1
-    sums = _dot(parts, numbers, ((3,), (last,)), ((2,), (last - 1,)), dtype=jnp.float32)
-    return jnp.einsum("nbt...,...n->bt...", sums, scale.astype(jnp.float32)).astype(dtype)
+    tokens = _tokens(x, weight)
+    if tokens.shape[1] > FUSED_TOKENS:
+        x, weight, scale = _here(x, weight, scale)
+        matrix = dequantise(weight, scale, x.dtype)
+        return _dot(x, matrix, ((2,), (matrix.ndim - 1,)), ((), ()), dtype=dtype)
+    matrix = _grouped(weight, scale)
+    across = (tokens.shape[0], *[1] * (weight.ndim - 1), *matrix.shape[-2:])
+    each = [jnp.sum(matrix * tokens[:, t].reshape(across), axis=(-2, -1)) for t in range(tokens.shape[1])]
+    return jnp.stack(each, axis=1).reshape(*x.shape[:2], *weight.shape[:-1]).astype(dtype)
+
+
+def _tokens(x: Float[Array, "b t d"], weight: Array) -> Float[Array, "p bt d"]:
+    """All tokens in float32, for each of the p parts that the sequences are divided into among devices."""
+    parts = axis_size(mesh_of(weight), DATA_AXIS)
+    parts = parts if x.shape[0] % parts == 0 else 1
+    return x.reshape(parts, -1, x.shape[-1]).astype(jnp.float32)
+
+
+def _grouped(weight: Num[Array, "*rows d"], scale: Float[Array, "*rows n"]) -> Float[Array, "*rows n g"]:
+    """What integers stand for, in float32, with an axis for the groups and one for the numbers of a group."""
+    numbers = weight.astype(jnp.float32).reshape(*scale.shape, -1)
+    return numbers * scale[..., None].astype(jnp.float32)
+
+
+def _in_order(*arrays: Array, sequences: int | None = None) -> list[Array]:
+    """The same arrays, which lie in memory as they are: rows one after the other.
+
+    XLA wants the numbers that it adds up next to each other, and would write the whole matrix anew, transposed, before
+    the loop over tokens. Seen in programs compiled for H100 (jax 0.10.2); sums of rows as they lie read no more. What
+    is divided among devices is pinned part by part, since XLA would put it together to keep its place.
+
+    Args:
+        arrays: a matrix and its scales, the last axis but one of which counts rows.
+        sequences: the axis that counts sequences, if each has a matrix of its own.
+    """
+
+    def pinned(*arrays: Array) -> list[Array]:
+        return [with_layout_constraint(array, Layout(tuple(range(array.ndim)))) for array in arrays]
+
+    mesh, axes = mesh_of(arrays[0]), [None] * arrays[0].ndim
+    if mesh is None:
+        return pinned(*arrays)
+    axes[-2] = dividing(mesh, MODEL_AXIS, arrays[0].shape[-2])
+    if sequences is not None:
+        axes[sequences] = dividing(mesh, DATA_AXIS, arrays[0].shape[sequences])
+    spec = PartitionSpec(*axes)
+    return jax.shard_map(pinned, mesh=mesh, in_specs=spec, out_specs=spec)(*arrays)
+
+
+def _given(*arrays: Array | None) -> list[Array]:
+    return [array for array in arrays if array is not None]
 
 
 def _dot(x: Array, weight: Array, contracting: tuple, batch: tuple, *, dtype: DTypeLike) -> Array:
@@ -206,7 +262,7 @@ def matmul(
         scale: of integers, for each output.
         row_scale: of integers, for each of n groups of a row, instead.
     """
-    operands = [array for array in (scale, row_scale) if array is not None]
+    operands = _given(scale, row_scale)
 
     def given(function: Callable[..., Array]) -> Callable[..., Array]:
         def call(x: Array, weight: Array, *scales: Array) -> Array:
@@ -219,14 +275,22 @@ def matmul(
 
 
 def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+    """`matmul` in the form for GPUs and TPUs.
+
+    With scales of groups as in `linear`: sums of rows, fused with the conversion. XLA makes one kernel of two tokens
+    only, so that eight read the matrix four times. Seen in programs compiled for H100 (jax 0.10.2), where a product for
+    each group writes as much for eight tokens as the integers have bytes, and transposes them before the loop.
+    """
     if row_scale is None:
         y = _dot(x, weight, ((2,), (0,)), ((), ()), dtype=x.dtype if scale is None else jnp.float32)
         return y if scale is None else (y * scale).astype(x.dtype)
-    k, n = row_scale.shape
-    scaled = (x[..., None].astype(jnp.float32) * row_scale.astype(jnp.float32)).astype(x.dtype)
-    # (n, B, T, D / n)
-    y = _dot(scaled, weight.reshape(k, n, -1), ((2,), (0,)), ((3,), (1,)), dtype=jnp.float32)
-    return jnp.moveaxis(y, 0, 2).reshape(*x.shape[:2], -1).astype(x.dtype)
+    tokens = _tokens(x, weight)
+    if tokens.shape[1] > FUSED_TOKENS:
+        x, weight, row_scale = _here(x, weight, row_scale)
+        return _dot(x, dequantise(weight, row_scale, x.dtype), ((2,), (0,)), ((), ()), dtype=x.dtype)
+    matrix = _grouped(*_in_order(weight, row_scale))
+    each = [jnp.sum(matrix * tokens[:, t, :, None, None], axis=1) for t in range(tokens.shape[1])]
+    return jnp.stack(each, axis=1).reshape(*x.shape[:2], -1).astype(x.dtype)
 
 
 def _matmul_on_cpu(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
@@ -285,16 +349,24 @@ def _sum_blocks(x: Float[Array, "t k"], weight: Num[Array, "k d"], scale: Array 
 def linear_of_each(
     x: Float[Array, "b t d"], weight: Num[Array, "a b f d"], scale: Float[Array, "a b f n"] | None = None
 ) -> Float[Array, "b t a f"]:
-    """`linear` where each sequence has a matrix of its own."""
+    """`linear` where each sequence has a matrix of its own.
+
+    On GPUs and TPUs a product in which the axis of the sequences lies between others makes XLA write the matrices anew
+    before the loop over tokens, whatever their dtype; sums of products, with conversions fused, do not. Seen in
+    programs compiled for H100, on one device and on eight (jax 0.10.2).
+    """
 
     def as_it_is(x: Array, weight: Array, scale: Array | None = None) -> Array:
-        if scale is None:
-            return jnp.einsum("btd,abfd->btaf", x, weight.astype(x.dtype))
-        groups = scale.shape[-1]
-        parts, numbers = x.reshape(*x.shape[:2], groups, -1), weight.reshape(*weight.shape[:-1], groups, -1)
-        numbers = numbers.astype(x.dtype)
-        sums = jnp.einsum("btng,abfng->btafn", parts, numbers, preferred_element_type=jnp.float32)
-        return jnp.einsum("btafn,abfn->btaf", sums, scale.astype(jnp.float32)).astype(x.dtype)
+        if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
+            if scale is not None:
+                x, weight, scale = _here(x, weight, scale)
+            matrix = weight.astype(x.dtype) if scale is None else dequantise(weight, scale, x.dtype)
+            return jnp.einsum("btd,abfd->btaf", x, matrix)
+        pinned = _in_order(*_given(weight, scale), sequences=1)
+        matrix = pinned[0].astype(jnp.float32)[..., None, :] if scale is None else _grouped(*pinned)
+        tokens = x.astype(jnp.float32).reshape(*x.shape[:2], 1, *matrix.shape[-2:])
+        each = [jnp.sum(matrix * tokens[:, t], axis=(-2, -1)) for t in range(x.shape[1])]
+        return jnp.moveaxis(jnp.stack(each), (1, 2), (2, 0)).astype(x.dtype)
 
     def one_by_one(x: Array, weight: Array, scale: Array | None = None) -> Array:
         if weight.dtype == x.dtype == jnp.float32:
@@ -320,14 +392,16 @@ def matmul_of_each(
     """`matmul` where each sequence has a matrix of its own; `scale` may be for all of them."""
 
     def as_it_is(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
-        if row_scale is None:
-            wanted = jnp.float32 if scale is not None else None
-            return jnp.einsum("btk,bkd->btd", x, weight.astype(x.dtype), preferred_element_type=wanted)
-        groups = row_scale.shape[-1]
-        scaled = (x[..., None].astype(jnp.float32) * row_scale[:, None].astype(jnp.float32)).astype(x.dtype)
-        numbers = weight.reshape(*weight.shape[:-1], groups, -1).astype(x.dtype)
-        y = jnp.einsum("btkn,bkng->btng", scaled, numbers, preferred_element_type=jnp.float32)
-        return y.reshape(*x.shape[:2], -1)
+        if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
+            if row_scale is not None:
+                x, weight, row_scale = _here(x, weight, row_scale)
+            matrix = weight.astype(x.dtype) if row_scale is None else dequantise(weight, row_scale, x.dtype)
+            return jnp.einsum("btk,bkd->btd", x, matrix, preferred_element_type=jnp.float32)
+        pinned = _in_order(*_given(weight, row_scale), sequences=0)
+        matrix = pinned[0].astype(jnp.float32)[..., None] if row_scale is None else _grouped(*pinned)
+        tokens = x.astype(jnp.float32)[..., None, None]
+        each = [jnp.sum(matrix * tokens[:, t], axis=1) for t in range(x.shape[1])]
+        return jnp.stack(each, axis=1).reshape(*x.shape[:2], -1)
 
     def one_by_one(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
         if weight.dtype == x.dtype == jnp.float32:
