@@ -158,8 +158,10 @@ class Module:
         """Instructions that read an array of one of these shapes and write at least half as many elements.
 
         That is what a copy does, and a gather, a transposition, a conversion, a slice or a padding; a product does
-        not, nor does an update in place. What goes to on-chip memory or comes from there does not count: an array that
-        is there for a while is read there instead of in main memory.
+        not, nor does an update in place. Arrays of any dtype count, and with axes split or merged. So does whatever is
+        written in one of these shapes: scales that were repeated for each number are a matrix, too. What goes to
+        on-chip memory or comes from there does not count: an array that is there for a while is read there instead of
+        in main memory.
 
         Args:
             computations: to look through; arrays that come into one from outside are what is looked for.
@@ -170,18 +172,25 @@ class Module:
             For each such instruction its opcode, or `fusion of` and the opcode of what the fusion makes last.
         """
         found = []
+
+        def alike(array: HloArray) -> bool:
+            return (array.space != on_chip or not on_chip) and any(_reshaped(array.dims, shape) for shape in shapes)
+
         for computation in computations:
             sources: dict[str, int] = {}
             for i in computation:
                 if i.opcode in ("parameter", "get-tuple-element") and len(i.results) == 1:
-                    if i.results[0].dims in shapes and (i.results[0].space != on_chip or not on_chip):
+                    if alike(i.results[0]):
                         sources[i.name] = i.results[0].elements
                 elif i.opcode == "bitcast" and i.operands[0] in sources:
                     sources[i.name] = sources[i.operands[0]]
                 elif i.runs and i.opcode not in CONTROL:
                     read = max((sources.get(name, 0) for name in i.operands), default=0)
                     written = max((r.elements for r in i.results if r.space != on_chip or not on_chip), default=0)
-                    if read and 2 * written >= read and not self._updates_in_place(i):
+                    copied = bool(read) and 2 * written >= read
+                    # Else a copy is of an array that comes from the chip.
+                    copied = copied or (i.opcode not in ("copy", "copy-start") and any(map(alike, i.results)))
+                    if copied and not self._updates_in_place(i):
                         found.append(self._described(i))
         return found
 
@@ -212,6 +221,14 @@ class Module:
         if i.opcode != "fusion":
             return i.opcode.removesuffix("-start")
         return f"fusion of {next((x.opcode for x in reversed(self._inside(i)) if x.runs), 'nothing')}"
+
+
+def _reshaped(dims: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether these are the dimensions of an array of this shape whose axes may be split, or merged."""
+    if math.prod(dims) != math.prod(shape):
+        return False
+    strides = [{math.prod(sizes[axis:]) for axis in range(len(sizes))} for sizes in (dims, shape)]
+    return strides[0] <= strides[1] or strides[0] >= strides[1]
 
 
 def _instruction(name: str, line: str) -> Instruction:

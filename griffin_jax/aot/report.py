@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from griffin_jax.aot.compilation import Compiled, Report
 from griffin_jax.model.sharding import GPU_TILE, HEADS, VOCABULARY
+from griffin_jax.model.weights import Precision, WeightFormat
 
 
 def table(model: str, report: Report) -> str:
@@ -13,11 +14,12 @@ def table(model: str, report: Report) -> str:
     chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
     figures = f"{_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s"
     several = report.devices > 1
+    precision = Precision.of(report.dtype, WeightFormat.parse(report.weights))
     lines = [
         f"{model} on {report.devices} x {chip.name} (each {figures}), compiled without them:"
         if several
         else f"{model} on {chip.name} ({figures}), compiled without it:",
-        f"{report.dtype}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
+        f"{precision}, batch {report.batch}, prompt {report.prompt:,} + {report.new:,} new tokens,"
         f" cache of {report.slots:,} slots, {report.layers} layer{'s' * (report.layers > 1)}"
         + (f", experts of {report.groups} groups" if report.groups > 1 else ""),
         _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import subprocess
@@ -232,6 +233,58 @@ class TestDevices:
             assert compiled.communicated_per_step == 0
         assert report.pruned.collectives_in_prune == {}
         assert "layers  " not in table("alone", report)
+
+
+@functools.cache
+def few_bits(weights: str, batch: int, devices: int, model: str = "Llama-2-13B"):
+    """One layer with matrices of integers on H100s; every sequence has experts of its own."""
+    config = named(model, layers=1)
+    return compile_for("h100", config, weights=weights, batch=batch, devices=devices, prompt=100, new=28)
+
+
+FEW_BITS = [("int4", 1, 1, "Llama-2-13B"), ("int8", 8, 1, "Llama-2-13B"), ("int4", 8, 8, "Llama-2-13B")]
+MORE_FEW_BITS = [
+    *(("int8", 1, 1, "Llama-2-13B"), ("int8:64", 1, 1, "Llama-2-13B"), ("int4", 8, 1, "Llama-2-13B")),
+    *(("int8", 1, 8, "Llama-2-13B"), ("int4", 1, 8, "Llama-2-13B"), ("int8", 8, 8, "Llama-2-13B")),
+    *(("int4", 1, 1, "Gemma-7B"), ("int8", 8, 1, "Gemma-7B"), ("int4", 8, 8, "Gemma-7B")),
+]
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    ("weights", "batch", "devices", "model"),
+    FEW_BITS + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_FEW_BITS],
+)
+def test_integers_are_neither_copied_nor_converted(weights, batch, devices, model):
+    report = few_bits(weights, batch, devices, model)
+    row = named(model, layers=1).width * (4 if weights == "int4" else 8) // 8
+    for compiled in (report.dense, report.pruned):
+        assert compiled.ff_copies_per_step == compiled.ff_copies_per_call == ()
+        # The least of the feed-forward matrices, as it is stored on a device.
+        assert compiled.temporaries < compiled.kept[0] * row // devices
+
+
+@pytest.mark.usefixtures("cuda")
+class TestFewBits:
+    def test_bytes_of_int4(self):
+        """Groups of 32 with a scale of 16 bits, and the vocabulary's matrices of 8 bits."""
+        report = few_bits("int4", 1, 1)
+        matrices, vocabulary = 4 * D * D + F * ROWS, V * D
+        assert report.dense.weights == matrices // 2 + matrices // 16 + 2 * (vocabulary + vocabulary // 16) + 3 * D * 2
+        assert report.dense.weights - report.pruned.weights == F // 2 * ROWS * 9 // 16
+        held = report.dense.weights + report.cache + report.dense.temporaries
+        assert 0 <= report.dense.memory["decode"] - held < 1_000_000
+
+    def test_bytes_of_int8(self):
+        """A float32 scale for each output; those of the down projection are for all sequences."""
+        report = few_bits("int8", 8, 1)
+        outputs = 3 * D + D + 2 * F + D + 2 * V
+        assert report.dense.weights == 4 * D * D + F * ROWS + 2 * V * D + 4 * outputs + 3 * D * 2
+        assert report.pruned.weights - report.dense.weights == (8 // 2 - 1) * F * (ROWS + 2 * 4)
+
+    def test_the_report_says_it(self):
+        assert table("Llama", few_bits("int4", 1, 1)).splitlines()[1].startswith("int4 in bfloat16, batch 1, ")
+        assert table("Llama", few_bits("int8", 8, 1)).splitlines()[1].startswith("int8 in bfloat16, batch 8, ")
 
 
 class TestSizes:
@@ -605,6 +658,31 @@ class TestReadingHlo:
     def test_weights_that_are_put_together(self):
         found = self.read("%all = (bf16[8,4]{1,0}, bf16[64,4]{1,0}) all-gather-start(%w), dimensions={0}")
         assert found["ff_copies_per_step"] == ["all-gather"]
+
+    @pytest.mark.parametrize("integer", ["s8", "s4"])
+    @pytest.mark.parametrize(
+        ("line", "kind"),
+        [
+            ("%bad = bf16[8,4]{1,0} convert(%w)", "convert"),
+            ("%bad = f32[8,2,2]{2,1,0} convert(%groups)", "convert"),
+            ("%bad = f32[8,2,2]{2,1,0} fusion(%groups, %x), kind=kLoop, calls=%fused_scale", "fusion of convert"),
+            # A loop may get a matrix with its axes split, or only its scales are repeated.
+            ("%it = INT[8,2,2] get-tuple-element(%state), index=1\n  %bad = f32[8,4]{1,0} convert(%it)", "convert"),
+            ("%bad = f32[8,2,2]{2,1,0} broadcast(%x), dimensions={0,1}", "broadcast"),
+        ],
+    )
+    def test_integers_that_are_converted(self, integer, line, kind):
+        """In the shape of the matrix or in groups, whatever the new dtype."""
+        inner = (
+            "%fused_scale (p.7: bf16[8,2,2], p.8: bf16[4]) -> f32[8,2,2] {\n  %p.7 = bf16[8,2,2] parameter(0)\n"
+            "  ROOT %wide = f32[8,2,2]{2,1,0} convert(%p.7)\n}\n\n"
+        )
+        text = HLO.replace("%body (", inner + "%body (").replace("bf16[8,4]", f"{integer}[8,4]")
+        groups = f"%groups = {integer}[8,2,2]{{2,1,0}} bitcast(%w)\n  "
+        clean = inspect(text.replace("SPOILED", groups), {(8, 4)}, {(1, 2, 6)}, 1)
+        assert clean["ff_copies_per_step"] == clean["ff_copies_per_call"] == []
+        text = text.replace("SPOILED", groups + line.replace("INT", integer))
+        assert inspect(text, {(8, 4)}, {(1, 2, 6)}, 1)["ff_copies_per_step"] == [kind]
 
     def test_a_copied_cache(self):
         found = self.read("%bad = bf16[1,2,6]{2,1,0} copy(%cache)")
