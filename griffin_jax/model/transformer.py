@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
@@ -111,8 +112,8 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         self.config = config
-        self.weights = weights = as_format(weights, dtype)
-        self.dtype = jnp.dtype(dtype)
+        self._format = weights = as_format(weights, dtype)
+        self._dtype = jnp.dtype(dtype)
         d, v = config.width, config.vocab_size
         e = config.embedding_width or d
         weights.check(d, e)
@@ -128,6 +129,24 @@ class Transformer(nnx.Module):
         head = None if config.tied_head else matrix(rngs, (v, e), fan_in=e, weights=weights.of_vocabulary())
         self.head, self.head_scale = (None, None) if head is None else (head.values, head.scale)
         self.head_bias = bias_vector((v,), dtype) if config.head_bias else None
+
+    @property
+    def weights(self) -> WeightFormat:
+        """How the matrices are stored."""
+        return self._format if self._format.quantised else WeightFormat(self.embedding.dtype.name)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the computation, and of everything that `weights` is not about.
+
+        It is read off the parameters, since a model may be cast as any pytree is.
+        """
+        layer = self.layers[0]
+        norms = (self.norm, layer.attention_norm, layer.ff_norm, layer.attention_out_norm, layer.attention_sum_norm)
+        scales = [norm.scale for norm in norms if norm is not None and norm.scale is not None]
+        if scales:
+            return scales[0].dtype
+        return self._dtype if self.weights == self._format else self.embedding.dtype
 
     @property
     def neurons(self) -> tuple[int, ...]:
