@@ -16,6 +16,7 @@ not do this with depend on the number of tokens.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -46,6 +47,9 @@ PARTS = 8
 FUSED_TOKENS = 8
 """Tokens whose products with groups of integers are sums on GPUs and TPUs, for which no matrix is converted in memory.
 As many as XLA makes one kernel of."""
+
+ROW_PARTS = 64
+"""Parts of a matrix whose rows are added up in one pass on GPUs and TPUs: as many as XLA makes of a large one."""
 
 DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 """Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 sums of products are
@@ -137,7 +141,7 @@ def _as_it_is(x: Array, weight: Array, scale: Array | None = None, *, dtype: np.
         return y if scale is None else (y * scale[..., 0]).astype(dtype)
     tokens = _tokens(x, weight)
     if tokens.shape[1] > FUSED_TOKENS:
-        x, weight, scale = _here(x, weight, scale)
+        x, weight, _ = _here(x, weight, None)
         matrix = dequantise(weight, scale, x.dtype)
         return _dot(x, matrix, ((2,), (matrix.ndim - 1,)), ((), ()), dtype=dtype)
     matrix = _grouped(weight, scale)
@@ -174,7 +178,8 @@ def _in_order(*arrays: Array, sequences: int | None = None) -> list[Array]:
     def pinned(*arrays: Array) -> list[Array]:
         return [with_layout_constraint(array, Layout(tuple(range(array.ndim)))) for array in arrays]
 
-    mesh, axes = mesh_of(arrays[0]), [None] * arrays[0].ndim
+    mesh = mesh_of(arrays[0])
+    axes: list[str | None] = [None] * arrays[0].ndim
     if mesh is None:
         return pinned(*arrays)
     axes[-2] = dividing(mesh, MODEL_AXIS, arrays[0].shape[-2])
@@ -182,6 +187,20 @@ def _in_order(*arrays: Array, sequences: int | None = None) -> list[Array]:
         axes[sequences] = dividing(mesh, DATA_AXIS, arrays[0].shape[sequences])
     spec = PartitionSpec(*axes)
     return jax.shard_map(pinned, mesh=mesh, in_specs=spec, out_specs=spec)(*arrays)
+
+
+def _added(rows: Float[Array, "b k n g"], weight: Array) -> Float[Array, "b n g"]:
+    """The sum over k, in two passes: of some rows each, and of these sums.
+
+    In one pass XLA would write all of the converted rows to memory for some shapes, such as 4,096 x 3,072 or 2,048 x
+    2,048, and merges passes that nothing keeps apart. Seen in programs compiled for H100 (jax 0.10.2).
+    """
+    b, k = rows.shape[:2]
+    devices = axis_size(mesh_of(weight), MODEL_AXIS)
+    devices = devices if k % devices == 0 else 1
+    parts = devices * math.gcd(k // devices, max(ROW_PARTS // devices, 1))
+    sums = jnp.sum(rows.reshape(b, parts, -1, *rows.shape[2:]), axis=2)
+    return jnp.sum(jax.lax.optimization_barrier(sums), axis=1)
 
 
 def _given(*arrays: Array | None) -> list[Array]:
@@ -286,10 +305,10 @@ def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Ar
         return y if scale is None else (y * scale).astype(x.dtype)
     tokens = _tokens(x, weight)
     if tokens.shape[1] > FUSED_TOKENS:
-        x, weight, row_scale = _here(x, weight, row_scale)
+        x, weight, _ = _here(x, weight, None)
         return _dot(x, dequantise(weight, row_scale, x.dtype), ((2,), (0,)), ((), ()), dtype=x.dtype)
     matrix = _grouped(*_in_order(weight, row_scale))
-    each = [jnp.sum(matrix * tokens[:, t, :, None, None], axis=1) for t in range(tokens.shape[1])]
+    each = [_added(matrix * tokens[:, t, :, None, None], weight) for t in range(tokens.shape[1])]
     return jnp.stack(each, axis=1).reshape(*x.shape[:2], -1).astype(x.dtype)
 
 
@@ -359,7 +378,7 @@ def linear_of_each(
     def as_it_is(x: Array, weight: Array, scale: Array | None = None) -> Array:
         if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
             if scale is not None:
-                x, weight, scale = _here(x, weight, scale)
+                x, weight, _ = _here(x, weight, None)
             matrix = weight.astype(x.dtype) if scale is None else dequantise(weight, scale, x.dtype)
             return jnp.einsum("btd,abfd->btaf", x, matrix)
         pinned = _in_order(*_given(weight, scale), sequences=1)
@@ -394,13 +413,13 @@ def matmul_of_each(
     def as_it_is(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
         if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
             if row_scale is not None:
-                x, weight, row_scale = _here(x, weight, row_scale)
+                x, weight, _ = _here(x, weight, None)
             matrix = weight.astype(x.dtype) if row_scale is None else dequantise(weight, row_scale, x.dtype)
             return jnp.einsum("btk,bkd->btd", x, matrix, preferred_element_type=jnp.float32)
         pinned = _in_order(*_given(weight, row_scale), sequences=0)
         matrix = pinned[0].astype(jnp.float32)[..., None] if row_scale is None else _grouped(*pinned)
         tokens = x.astype(jnp.float32)[..., None, None]
-        each = [jnp.sum(matrix * tokens[:, t], axis=1) for t in range(x.shape[1])]
+        each = [_added(matrix * tokens[:, t], weight) for t in range(x.shape[1])]
         return jnp.stack(each, axis=1).reshape(*x.shape[:2], -1)
 
     def one_by_one(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
