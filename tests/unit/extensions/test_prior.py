@@ -280,7 +280,7 @@ class TestCommand:
         ],
     )
     def test_refused_before_a_model_is_loaded(self, capsys, monkeypatch, arguments, message):
-        monkeypatch.setattr("griffin_jax.cli.prior.load", None)
+        monkeypatch.setattr("griffin_jax.cli.options.load", None)
         code, _, err = self.run(capsys, "--model", "x", *arguments)
         assert code == 2
         assert message in err
