@@ -9,9 +9,9 @@ how that was seen, so that the special form can go once XLA does better.
 
 On GPUs and TPUs a conversion of the matrix is taken into its product, which reads the stored numbers and nothing else;
 seen in programs compiled for H100 and TPU v5e. Scales of groups are fused on GPUs only: for TPU v5e XLA writes the
-converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried. XLA's CPU code (jax 0.10 to 0.12) mostly writes the whole converted
-matrix to memory first: products of integers then take ten times as long as those of float32. The forms that it does
-not do this with depend on the number of tokens.
+converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried. XLA's CPU code
+(jax 0.10 to 0.12) mostly writes the whole converted matrix to memory first: products of integers then take ten times as
+long as those of float32. The forms that it does not do this with depend on the number of tokens.
 """
 
 from __future__ import annotations
