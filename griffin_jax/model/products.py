@@ -8,9 +8,10 @@ whatever their form: the docstrings say what XLA makes of the plain form, with w
 how that was seen, so that the special form can go once XLA does better.
 
 On GPUs and TPUs a conversion of the matrix is taken into its product, which reads the stored numbers and nothing else;
-seen in programs compiled for H100 and TPU v5e. XLA's CPU code (jax 0.10 to 0.12) mostly writes the whole converted
-matrix to memory first: products of integers then take ten times as long as those of float32. The forms that it does
-not do this with depend on the number of tokens.
+seen in programs compiled for H100 and TPU v5e. Scales of groups are fused on GPUs only: for TPU v5e XLA writes the
+converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried. XLA's CPU code
+(jax 0.10 to 0.12) mostly writes the whole converted matrix to memory first: products of integers then take ten times as
+long as those of float32. The forms that it does not do this with depend on the number of tokens.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ FUSED_TOKENS = 8
 As many as XLA makes one kernel of."""
 
 ROW_PARTS = 64
-"""Parts of a matrix whose rows are added up in one pass on GPUs and TPUs: as many as XLA makes of a large one."""
+"""Parts of a matrix whose rows are added up in one pass on GPUs: as many as XLA makes of a large one."""
 
 DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 """Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 sums of products are
@@ -133,8 +134,8 @@ def _as_it_is(x: Array, weight: Array, scale: Array | None = None, *, dtype: np.
     Scales of groups are neither multiplied onto a matrix that enters a product, for XLA would write all of it to memory
     in the dtype of x, nor onto the sums of each group, which are as many bytes as a matrix of int4 for eight tokens.
     A sum of products for each token is fused with the conversion, and those of up to eight tokens with each other: one
-    kernel reads the integers and their scales, once. Seen in programs compiled for H100 (jax 0.10.2). More tokens are
-    worth a floating matrix.
+    kernel reads the integers and their scales, once. Seen in programs compiled for H100 (jax 0.10.2), and not for TPU
+    v5e, which converts in memory whatever the form. More tokens are worth a floating matrix.
     """
     if scale is None or scale.shape[-1] == 1:
         y = _dot(x, weight, ((2,), (weight.ndim - 1,)), ((), ()), dtype=dtype if scale is None else jnp.float32)
@@ -190,17 +191,22 @@ def _in_order(*arrays: Array, sequences: int | None = None) -> list[Array]:
 
 
 def _added(rows: Float[Array, "b k n g"], weight: Array) -> Float[Array, "b n g"]:
-    """The sum over k, in two passes: of some rows each, and of these sums.
+    """The sum over k; on GPUs in two passes: of some rows each, and of these sums.
 
     In one pass XLA would write all of the converted rows to memory for some shapes, such as 4,096 x 3,072 or 2,048 x
-    2,048, and merges passes that nothing keeps apart. Seen in programs compiled for H100 (jax 0.10.2).
+    2,048, and merges passes that nothing keeps apart. Seen in programs compiled for H100 (jax 0.10.2). On TPUs it is
+    two passes that make it do so: seen for TPU v5e, with a matrix of int8 for each sequence.
     """
     b, k = rows.shape[:2]
     devices = axis_size(mesh_of(weight), MODEL_AXIS)
     devices = devices if k % devices == 0 else 1
     parts = devices * math.gcd(k // devices, max(ROW_PARTS // devices, 1))
-    sums = jnp.sum(rows.reshape(b, parts, -1, *rows.shape[2:]), axis=2)
-    return jnp.sum(jax.lax.optimization_barrier(sums), axis=1)
+
+    def two_passes(rows: Array) -> Array:
+        sums = jnp.sum(rows.reshape(b, parts, -1, *rows.shape[2:]), axis=2)
+        return jnp.sum(jax.lax.optimization_barrier(sums), axis=1)
+
+    return jax.lax.platform_dependent(rows, tpu=lambda rows: jnp.sum(rows, axis=1), default=two_passes)
 
 
 def _given(*arrays: Array | None) -> list[Array]:
