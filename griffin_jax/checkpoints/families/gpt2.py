@@ -20,19 +20,31 @@ def read_config(attributes: Attributes) -> ModelConfig:
     return ModelConfig(
         family="gpt2",
         **sizes,
-        activation=read_activation(attributes, "activation_function", "gelu_new"),
-        gated=False,
-        norm="layer",
-        norm_eps=attributes.take("layer_norm_epsilon", float, default=1e-5),
-        norm_bias=True,
-        rotary=None,
-        learned_positions=True,
+        **read_gpt_fields(attributes, "gelu_new"),
         attention_scale=None if scaled else 1.0,
-        tied_head=attributes.take("tie_word_embeddings", bool, default=True),
         attention_bias=True,
-        attention_out_bias=True,
-        ff_bias=True,
     )
+
+
+def read_gpt_fields(attributes: Attributes, activation: str) -> dict[str, Any]:
+    """What GPT-2, StarCoder and GPT-Neo have in common, as fields of `ModelConfig`.
+
+    Args:
+        attributes: attributes of the configuration.
+        activation: default of the activation, by its name there.
+    """
+    return {
+        "activation": read_activation(attributes, "activation_function", activation),
+        "gated": False,
+        "norm": "layer",
+        "norm_eps": attributes.take("layer_norm_epsilon", float, default=1e-5),
+        "norm_bias": True,
+        "rotary": None,
+        "learned_positions": True,
+        "tied_head": attributes.take("tie_word_embeddings", bool, default=True),
+        "attention_out_bias": True,
+        "ff_bias": True,
+    }
 
 
 def read_gpt_sizes(attributes: Attributes, n_positions: int) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from griffin_jax.checkpoints.families.gpt2 import IGNORED, read_gpt_sizes
+from griffin_jax.checkpoints.families.gpt2 import IGNORED, read_gpt_fields, read_gpt_sizes
 from griffin_jax.checkpoints.families.gpt2 import RULES as GPT2_RULES
-from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_gguf_sizes
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_gguf_sizes
 from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
 from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, TensorRule, layer_rules
 from griffin_jax.model.config import ModelConfig
@@ -22,18 +22,9 @@ def read_config(attributes: Attributes) -> ModelConfig:
     return ModelConfig(
         family="gpt_bigcode",
         **sizes,
-        activation=read_activation(attributes, "activation_function", "gelu_pytorch_tanh"),
-        gated=False,
-        norm="layer",
-        norm_eps=attributes.take("layer_norm_epsilon", float, default=1e-5),
-        norm_bias=True,
-        rotary=None,
-        learned_positions=True,
+        **read_gpt_fields(attributes, "gelu_pytorch_tanh"),
         attention_scale=None if scaled else 1.0,
-        tied_head=attributes.take("tie_word_embeddings", bool, default=True),
         attention_bias=True,
-        attention_out_bias=True,
-        ff_bias=True,
     )
 
 

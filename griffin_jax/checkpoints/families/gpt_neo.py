@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_sizes, windows_of
+from griffin_jax.checkpoints.families.gpt2 import read_gpt_fields
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_sizes, windows_of
 from griffin_jax.checkpoints.schema.family import Family
 from griffin_jax.checkpoints.schema.layouts import TensorRule, layer_rules
 from griffin_jax.model.config import ModelConfig
@@ -27,20 +28,11 @@ def read_config(attributes: Attributes) -> ModelConfig:
     return ModelConfig(
         family="gpt_neo",
         **sizes,
-        activation=read_activation(attributes, "activation_function", "gelu_new"),
-        gated=False,
-        norm="layer",
-        norm_eps=attributes.take("layer_norm_epsilon", float, default=1e-5),
-        norm_bias=True,
-        rotary=None,
-        learned_positions=True,
+        **read_gpt_fields(attributes, "gelu_new"),
         windows=windows_of(
             attributes.take("window_size", int, default=256), _windowed(attributes, sizes["num_layers"])
         ),
         attention_scale=1.0,
-        tied_head=attributes.take("tie_word_embeddings", bool, default=True),
-        attention_out_bias=True,
-        ff_bias=True,
     )
 
 
