@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
-from griffin_jax.model.weights import dequantise
+from griffin_jax.model.weights import dequantise, grouped
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 
 FUSED_BYTES = 16 << 10
@@ -101,9 +101,8 @@ def linear(
         dtype: dtype of the result; that of x if None.
     """
     mesh, dtype = mesh_of(weight), jnp.dtype(dtype or x.dtype)
-    operands = (x, weight) if scale is None else (x, weight, scale)
 
-    def flat(x: Array, weight: Array, scale: Array | None = None) -> Array:
+    def flat(x: Array, weight: Array, scale: Array | None) -> Array:
         flattened = weight.reshape(-1, weight.shape[-1])
         scales = None if scale is None else scale.reshape(-1, scale.shape[-1])
         return _on_cpu(x, flattened, scales, dtype).reshape(*x.shape[:2], *weight.shape[:-1])
@@ -115,20 +114,13 @@ def linear(
             flat,
             mesh=mesh,
             axis_names={MODEL_AXIS},
-            in_specs=(PartitionSpec(), divided, divided)[: len(operands)],
+            in_specs=(PartitionSpec(), divided, divided),
             out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
         )
-    return jax.lax.platform_dependent(*operands, cpu=cpu, default=functools.partial(_as_it_is, dtype=dtype))
+    return jax.lax.platform_dependent(x, weight, scale, cpu=cpu, default=functools.partial(_as_it_is, dtype=dtype))
 
 
-def scores(
-    x: Float[Array, "b t d"], weight: Num[Array, "v d"], scale: Float[Array, "v n"] | None = None
-) -> Float[Array, "b t v"]:
-    """Logits: x times every row of `weight`, float32."""
-    return linear(x, weight, scale, dtype=jnp.float32)
-
-
-def _as_it_is(x: Array, weight: Array, scale: Array | None = None, *, dtype: np.dtype) -> Array:
+def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype) -> Array:
     """`linear` in the form for GPUs and TPUs.
 
     Scales of groups are neither multiplied onto a matrix that enters a product, for XLA would write all of it to memory
@@ -145,7 +137,7 @@ def _as_it_is(x: Array, weight: Array, scale: Array | None = None, *, dtype: np.
         x, weight, _ = _here(x, weight, None)
         matrix = dequantise(weight, scale, x.dtype)
         return _dot(x, matrix, ((2,), (matrix.ndim - 1,)), ((), ()), dtype=dtype)
-    matrix = _grouped(weight, scale)
+    matrix = grouped(weight, scale)
     across = (tokens.shape[0], *[1] * (weight.ndim - 1), *matrix.shape[-2:])
     each = [jnp.sum(matrix * tokens[:, t].reshape(across), axis=(-2, -1)) for t in range(tokens.shape[1])]
     return jnp.stack(each, axis=1).reshape(*x.shape[:2], *weight.shape[:-1]).astype(dtype)
@@ -158,13 +150,7 @@ def _tokens(x: Float[Array, "b t d"], weight: Array) -> Float[Array, "p bt d"]:
     return x.reshape(parts, -1, x.shape[-1]).astype(jnp.float32)
 
 
-def _grouped(weight: Num[Array, "*rows d"], scale: Float[Array, "*rows n"]) -> Float[Array, "*rows n g"]:
-    """What integers stand for, in float32, with an axis for the groups and one for the numbers of a group."""
-    numbers = weight.astype(jnp.float32).reshape(*scale.shape, -1)
-    return numbers * scale[..., None].astype(jnp.float32)
-
-
-def _in_order(*arrays: Array, sequences: int | None = None) -> list[Array]:
+def _in_order(weight: Array, scale: Array | None, sequences: int | None = None) -> tuple[Array, Any]:
     """The same arrays, which lie in memory as they are: rows one after the other.
 
     XLA wants the numbers that it adds up next to each other, and would write the whole matrix anew, transposed, before
@@ -172,22 +158,23 @@ def _in_order(*arrays: Array, sequences: int | None = None) -> list[Array]:
     is divided among devices is pinned part by part, since XLA would put it together to keep its place.
 
     Args:
-        arrays: a matrix and its scales, the last axis but one of which counts rows.
+        weight: a matrix, the last axis but one of which counts rows.
+        scale: scales of its rows.
         sequences: the axis that counts sequences, if each has a matrix of its own.
     """
 
-    def pinned(*arrays: Array) -> list[Array]:
-        return [with_layout_constraint(array, Layout(tuple(range(array.ndim)))) for array in arrays]
+    def pinned(*arrays: Array | None) -> tuple[Array, Any]:
+        return jax.tree.map(lambda array: with_layout_constraint(array, Layout(tuple(range(array.ndim)))), arrays)
 
-    mesh = mesh_of(arrays[0])
-    axes: list[str | None] = [None] * arrays[0].ndim
+    mesh = mesh_of(weight)
+    axes: list[str | None] = [None] * weight.ndim
     if mesh is None:
-        return pinned(*arrays)
-    axes[-2] = dividing(mesh, MODEL_AXIS, arrays[0].shape[-2])
+        return pinned(weight, scale)
+    axes[-2] = dividing(mesh, MODEL_AXIS, weight.shape[-2])
     if sequences is not None:
-        axes[sequences] = dividing(mesh, DATA_AXIS, arrays[0].shape[sequences])
+        axes[sequences] = dividing(mesh, DATA_AXIS, weight.shape[sequences])
     spec = PartitionSpec(*axes)
-    return jax.shard_map(pinned, mesh=mesh, in_specs=spec, out_specs=spec)(*arrays)
+    return jax.shard_map(pinned, mesh=mesh, in_specs=spec, out_specs=spec)(weight, scale)
 
 
 def _added(rows: Float[Array, "b k n g"], weight: Array) -> Float[Array, "b n g"]:
@@ -207,10 +194,6 @@ def _added(rows: Float[Array, "b k n g"], weight: Array) -> Float[Array, "b n g"
         return jnp.sum(jax.lax.optimization_barrier(sums), axis=1)
 
     return jax.lax.platform_dependent(rows, tpu=lambda rows: jnp.sum(rows, axis=1), default=two_passes)
-
-
-def _given(*arrays: Array | None) -> list[Array]:
-    return [array for array in arrays if array is not None]
 
 
 def _dot(x: Array, weight: Array, contracting: tuple, batch: tuple, *, dtype: DTypeLike) -> Array:
@@ -287,16 +270,8 @@ def matmul(
         scale: of integers, for each output.
         row_scale: of integers, for each of n groups of a row, instead.
     """
-    operands = _given(scale, row_scale)
-
-    def given(function: Callable[..., Array]) -> Callable[..., Array]:
-        def call(x: Array, weight: Array, *scales: Array) -> Array:
-            first = scales[0] if scales else None
-            return function(x, weight, *((first, None) if row_scale is None else (None, first)))
-
-        return call
-
-    return jax.lax.platform_dependent(x, weight, *operands, cpu=given(_matmul_on_cpu), default=given(_matmul_as_it_is))
+    operands = x, weight, scale, row_scale
+    return jax.lax.platform_dependent(*operands, cpu=_matmul_on_cpu, default=_matmul_as_it_is)
 
 
 def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
@@ -313,7 +288,7 @@ def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Ar
     if tokens.shape[1] > FUSED_TOKENS:
         x, weight, _ = _here(x, weight, None)
         return _dot(x, dequantise(weight, row_scale, x.dtype), ((2,), (0,)), ((), ()), dtype=x.dtype)
-    matrix = _grouped(*_in_order(weight, row_scale))
+    matrix = grouped(*_in_order(weight, row_scale))
     each = [_added(matrix * tokens[:, t, :, None, None], weight) for t in range(tokens.shape[1])]
     return jnp.stack(each, axis=1).reshape(*x.shape[:2], -1).astype(x.dtype)
 
@@ -381,19 +356,19 @@ def linear_of_each(
     programs compiled for H100, on one device and on eight (jax 0.10.2).
     """
 
-    def as_it_is(x: Array, weight: Array, scale: Array | None = None) -> Array:
+    def as_it_is(x: Array, weight: Array, scale: Array | None) -> Array:
         if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
             if scale is not None:
                 x, weight, _ = _here(x, weight, None)
             matrix = weight.astype(x.dtype) if scale is None else dequantise(weight, scale, x.dtype)
             return jnp.einsum("btd,abfd->btaf", x, matrix)
-        pinned = _in_order(*_given(weight, scale), sequences=1)
-        matrix = pinned[0].astype(jnp.float32)[..., None, :] if scale is None else _grouped(*pinned)
+        weight, scale = _in_order(weight, scale, sequences=1)
+        matrix = weight.astype(jnp.float32)[..., None, :] if scale is None else grouped(weight, scale)
         tokens = x.astype(jnp.float32).reshape(*x.shape[:2], 1, *matrix.shape[-2:])
         each = [jnp.sum(matrix * tokens[:, t], axis=(-2, -1)) for t in range(x.shape[1])]
         return jnp.moveaxis(jnp.stack(each), (1, 2), (2, 0)).astype(x.dtype)
 
-    def one_by_one(x: Array, weight: Array, scale: Array | None = None) -> Array:
+    def one_by_one(x: Array, weight: Array, scale: Array | None) -> Array:
         if weight.dtype == x.dtype == jnp.float32:
             return as_it_is(x, weight, scale)
 
@@ -404,8 +379,7 @@ def linear_of_each(
         y = jax.lax.map(own, jnp.arange(x.shape[0], dtype=jnp.int32))
         return y.reshape(*x.shape[:2], weight.shape[0], weight.shape[2])
 
-    operands = (x, weight) if scale is None else (x, weight, scale)
-    return jax.lax.platform_dependent(*operands, cpu=one_by_one, default=as_it_is)
+    return jax.lax.platform_dependent(x, weight, scale, cpu=one_by_one, default=as_it_is)
 
 
 def matmul_of_each(
@@ -416,21 +390,21 @@ def matmul_of_each(
 ) -> Float[Array, "b t d"]:
     """`matmul` where each sequence has a matrix of its own; `scale` may be for all of them."""
 
-    def as_it_is(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
+    def as_it_is(x: Array, weight: Array, row_scale: Array | None) -> Array:
         if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
             if row_scale is not None:
                 x, weight, _ = _here(x, weight, None)
             matrix = weight.astype(x.dtype) if row_scale is None else dequantise(weight, row_scale, x.dtype)
             return jnp.einsum("btk,bkd->btd", x, matrix, preferred_element_type=jnp.float32)
-        pinned = _in_order(*_given(weight, row_scale), sequences=0)
-        matrix = pinned[0].astype(jnp.float32)[..., None] if row_scale is None else _grouped(*pinned)
+        weight, row_scale = _in_order(weight, row_scale, sequences=0)
+        matrix = weight.astype(jnp.float32)[..., None] if row_scale is None else grouped(weight, row_scale)
         tokens = x.astype(jnp.float32)[..., None, None]
         each = [_added(matrix * tokens[:, t], weight) for t in range(x.shape[1])]
         return jnp.stack(each, axis=1).reshape(*x.shape[:2], -1)
 
-    def one_by_one(x: Array, weight: Array, row_scale: Array | None = None) -> Array:
+    def one_by_one(x: Array, weight: Array, row_scale: Array | None) -> Array:
         if weight.dtype == x.dtype == jnp.float32:
-            return as_it_is(x, weight)
+            return as_it_is(x, weight, None)
 
         def own(number: Array) -> Array:
             scales = None if row_scale is None else row_scale[number]
@@ -438,9 +412,10 @@ def matmul_of_each(
 
         return jax.lax.map(own, jnp.arange(x.shape[0], dtype=jnp.int32))
 
-    operands = (x, weight) if row_scale is None else (x, weight, row_scale)
     y = jax.lax.platform_dependent(
-        *operands,
+        x,
+        weight,
+        row_scale,
         cpu=lambda *given: one_by_one(*given).astype(jnp.float32),
         default=lambda *given: as_it_is(*given).astype(jnp.float32),
     )

@@ -25,7 +25,7 @@ from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap
 from griffin_jax.model.ops import lookup
 from griffin_jax.model.parameters import array_of, as_format, bias_vector, floating, matrix
 from griffin_jax.model.positions import Positions, layer_positions
-from griffin_jax.model.products import scores
+from griffin_jax.model.products import linear
 from griffin_jax.model.weights import WeightFormat, dequantise, stored_bytes
 
 LAYER_SCOPE = "layer"
@@ -228,7 +228,7 @@ class Transformer(nnx.Module):
         if self.project_out is not None:
             x = x @ self.project_out[...]
         head, scale = (self.embedding, self.embedding_scale) if self.head is None else (self.head, self.head_scale)
-        logits = scores(x, head[...], array_of(scale))
+        logits = linear(x, head[...], array_of(scale), dtype=jnp.float32)
         if self.head_bias is not None:
             logits = logits + self.head_bias[...].astype(jnp.float32)
         return softcap(scaled(logits, self.config.logit_scale), self.config.logit_softcap)

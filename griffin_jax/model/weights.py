@@ -170,11 +170,15 @@ def dequantise(
     numbers: Int[Array, "*rows d"], scale: Float[Array, "..."], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*rows d"]:
     """numbers * scale, computed in float32; the scale is one of those that `quantise` gives."""
-    wide = numbers.astype(jnp.float32)
     if scale.ndim == 1 and numbers.ndim > 1:
-        return (wide * scale.astype(jnp.float32)).astype(dtype)
-    groups = wide.reshape(*numbers.shape[:-1], scale.shape[-1], -1)
-    return (groups * scale[..., None].astype(jnp.float32)).reshape(numbers.shape).astype(dtype)
+        return (numbers.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+    return grouped(numbers, scale).reshape(numbers.shape).astype(dtype)
+
+
+def grouped(numbers: Int[Array, "*rows d"], scale: Float[Array, "*rows n"]) -> Float[Array, "*rows n g"]:
+    """What integers stand for, in float32, with an axis for the groups and one for the numbers of a group."""
+    groups = numbers.astype(jnp.float32).reshape(*scale.shape, -1)
+    return groups * scale[..., None].astype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
