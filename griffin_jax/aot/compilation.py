@@ -24,7 +24,7 @@ from typing import Any
 from griffin_jax.aot import compilers
 from griffin_jax.aot.hlo import Collective, Module
 from griffin_jax.aot.targets import Chip, gpu_target_config, target, topology
-from griffin_jax.checkpoints.loading import parse_dtype
+from griffin_jax.checkpoints.loading import parse_dtype, parse_weights, precision_of
 from griffin_jax.extensions.config import Quality, check_quality
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.padding import bucket
@@ -33,7 +33,7 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, divided, with_kv_copies
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import LAYER_SCOPE
-from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.model.weights import WeightFormat
 
 TPU_VMEM = 1
 """XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
@@ -209,10 +209,7 @@ def compile_for(
         raise ValueError(f"refresh_every is {refresh_every}: an answer of {new} tokens ends before")
     if prompt + new > config.max_positions:
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
-    computed_in = parse_dtype(dtype)
-    assert computed_in is not None
-    precision = Precision.of(computed_in, None if weights is None else WeightFormat.parse(weights))
-    precision.weights.check(config.width, config.embedding_width)
+    precision = precision_of(config, parse_dtype(dtype), parse_weights(weights))
     widths = [config.ff_width] * config.num_layers
     kept = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups).kept(widths)
     check_mesh(config, devices, kept)

@@ -37,7 +37,7 @@ from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source, loading_bytes
 from griffin_jax.checkpoints.verification import Verification, VerificationError
-from griffin_jax.model.assembly import assemble, in_format, stored_arrays
+from griffin_jax.model.assembly import assemble, in_format, matrix_of, stored_arrays
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
 from griffin_jax.model.sizes import bytes_of, local_arrays
@@ -192,6 +192,15 @@ def parse_dtype(dtype: str | jnp.dtype | None) -> np.dtype | None:
     return np.dtype(jnp.dtype(name))
 
 
+def parse_weights(weights: str | WeightFormat | None) -> WeightFormat | None:
+    """A format of matrices by its name; None stays None.
+
+    Raises:
+        ValueError: there is no such format.
+    """
+    return None if weights is None else WeightFormat.parse(weights)
+
+
 def load_model(
     source: str | Path,
     dtype: str | jnp.dtype | None = None,
@@ -228,7 +237,7 @@ def load_model(
     Warns:
         NarrowingWarning: `dtype` or a floating dtype of `weights` is given and is narrower than that of stored weights.
     """
-    wanted, stored_as = parse_dtype(dtype), None if weights is None else WeightFormat.parse(weights)
+    wanted, stored_as = parse_dtype(dtype), parse_weights(weights)
     if mesh is not None and sharding is not None:
         raise ValueError("a mesh says how the parameters are divided: give it or a sharding, not both")
     mesh = None if mesh is None else checked_mesh(mesh)
@@ -239,7 +248,7 @@ def load_model(
         check_mesh(config, devices)
         config = with_kv_copies(config, devices)
         sharding = functools.partial(_sharding_on, mesh, config)
-    precision = precision_of(opened, wanted, stored_as)
+    precision = precision_of(config, wanted, stored_as, opened)
     if (wanted is not None or stored_as is not None) and (lost := narrowing(opened, precision)):
         warnings.warn(lost, NarrowingWarning, stacklevel=2)
     shardings = None if sharding is None else _shardings(sharding, opened.shapes)
@@ -250,15 +259,24 @@ def load_model(
     return assemble(config, arrays, precision.dtype, precision.weights), tokenizer
 
 
-def precision_of(source: Source, dtype: np.dtype | None, weights: WeightFormat | None) -> Precision:
-    """How a model of this source computes and is stored, where some of it is not said.
+def precision_of(
+    config: ModelConfig, dtype: np.dtype | None, weights: WeightFormat | None, source: Source | None = None
+) -> Precision:
+    """How a model computes and is stored, where some of it is not said.
+
+    Args:
+        config: the architecture.
+        dtype: dtype of the computation; `default_dtype` if None.
+        weights: how the matrices are stored; if None, as the source stores integers, and else in `dtype`.
+        source: where the weights come from; None if they are random, or not needed.
 
     Raises:
-        ValueError: groups do not divide the rows of its matrices.
+        ValueError: groups do not divide the rows of the matrices.
     """
-    dtype = default_dtype() if dtype is None else dtype
-    precision = Precision.of(dtype, source.weights if weights is None else weights)
-    precision.weights.check(source.config.width, source.config.embedding_width)
+    if weights is None and source is not None:
+        weights = source.weights
+    precision = Precision.of(default_dtype() if dtype is None else dtype, weights)
+    precision.weights.check(config.width, config.embedding_width)
     return precision
 
 
@@ -404,9 +422,9 @@ def convert(
     start = time.perf_counter()
     folder = native.check_free(output)
     wanted = parse_dtype(dtype)
-    stored_as = None if weights is None else WeightFormat.parse(weights)
+    stored_as = parse_weights(weights)
     opened = open_source(source, allow_pickle)
-    precision = precision_of(opened, opened.dtype if wanted is None else wanted, stored_as)
+    precision = precision_of(opened.config, opened.dtype if wanted is None else wanted, stored_as, opened)
     if verify:
         verification.check_verifiable(opened, precision.weights)
     if lost := narrowing(opened, precision):
@@ -436,7 +454,7 @@ def convert(
             if path in opened.shapes and not jnp.issubdtype(arrays[path].dtype, jnp.integer):
                 return opened.read(path, arrays[path].dtype)
             # Integers and their scales are made together; whichever is asked for first, the other one comes next.
-            matrix = path if path in opened.shapes else path.removesuffix("_scale").removesuffix("_row")
+            matrix = matrix_of(path)
             made = in_format([(matrix, opened.read(matrix, np.dtype(np.float32)))], opened.config, precision)
             of_matrix.update({name: np.asarray(array) for name, array in made})
             return of_matrix.pop(path)
@@ -481,11 +499,10 @@ def plan(
             tokenizer does not fit.
     """
     wanted = parse_dtype(dtype)
-    stored_as = None if weights is None else WeightFormat.parse(weights)
+    stored_as = parse_weights(weights)
     opened = open_source(source, allow_pickle)
-    precision = precision_of(opened, opened.dtype if wanted is None else wanted, stored_as)
-    has_tokenizer = _fitting_tokenizer(opened) is not None
-    return plan_of(opened, precision, has_tokenizer)
+    precision = precision_of(opened.config, opened.dtype if wanted is None else wanted, stored_as, opened)
+    return plan_of(opened, precision, _fitting_tokenizer(opened) is not None)
 
 
 def verify(source: str | Path, folder: str | Path, allow_pickle: bool = False) -> Verification:

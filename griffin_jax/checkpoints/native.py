@@ -48,7 +48,15 @@ from griffin_jax.checkpoints.sources import (
     is_finite_on_devices,
     read_json,
 )
-from griffin_jax.model.assembly import assemble, disassemble, dotted, parameter_shapes, stored_arrays
+from griffin_jax.model.assembly import (
+    assemble,
+    disassemble,
+    dotted,
+    matrix_of,
+    parameter_shapes,
+    scale_of,
+    stored_arrays,
+)
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import parameter_spec
 from griffin_jax.model.sizes import bytes_of
@@ -494,7 +502,7 @@ class NativeCheckpoint(Source):
         """The path of the scales of a parameter, if it is stored as integers."""
         if not jnp.issubdtype(self._arrays[path].dtype, jnp.integer):
             return None
-        return next(name for name in (f"{path}_scale", f"{path}_row_scale") if name in self._arrays)
+        return scale_of(path, self.precision.weights)
 
     def parameters(
         self, precision: Precision, shardings: Mapping[str, jax.sharding.Sharding] | None = None
@@ -556,8 +564,7 @@ class NativeCheckpoint(Source):
             if path in shardings:
                 found[path] = shardings[path]
                 continue
-            of = path.removesuffix("_scale").removesuffix("_row")
-            sharding = shardings[of]
+            sharding = shardings[matrix_of(path)]
             if isinstance(sharding, NamedSharding):
                 names = set(sharding.mesh.axis_names) <= {DATA_AXIS, MODEL_AXIS}
                 spec = parameter_spec(path, array.shape, self.config, sharding.mesh) if names else PartitionSpec()

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from griffin_jax.checkpoints.sources import FLOATS, Origin, Source
-from griffin_jax.model.assembly import stored_arrays
+from griffin_jax.model.assembly import scale_of, stored_arrays
 from griffin_jax.model.sizes import bytes_of
 from griffin_jax.model.weights import Precision
 from griffin_jax.utils.messages import CheckpointWarning, shortened
@@ -97,8 +97,8 @@ def plan_of(source: Source, precision: Precision, has_tokenizer: bool) -> Plan:
     arrays = stored_arrays(source.config, precision)
 
     def size(path: str) -> int:
-        names = path, f"{path}_scale", f"{path}_row_scale"
-        return sum(bytes_of(arrays[name]) for name in names if name in arrays)
+        scale = arrays.get(scale_of(path, precision.weights))
+        return bytes_of(arrays[path]) + (0 if scale is None else bytes_of(scale))
 
     steps = [
         Step(path, shape, source.origin(path), arrays[path].dtype.name, size(path))

@@ -19,6 +19,7 @@ import numpy as np
 from griffin_jax.bench import report, runner
 from griffin_jax.bench.runner import EXPERTS, Case, Peer, Plan, Variant, check_memory, measure
 from griffin_jax.checkpoints import demo, loading
+from griffin_jax.checkpoints.sources import Source
 from griffin_jax.cli.options import (
     add_dtype_argument,
     add_mesh_argument,
@@ -39,7 +40,6 @@ from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import NAMED, named
 from griffin_jax.model.sharding import check_mesh, with_kv_copies
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 from griffin_jax.utils.wholefile import write_text
 
@@ -160,7 +160,8 @@ def check(options: argparse.Namespace) -> Plan:
     mesh = chosen_mesh(options)
     if mesh is not None and (options.peers or options.in_place):
         raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--in-place'}: give one of the two")
-    config, random = _config(options)
+    config, source = _config(options)
+    random = source is None
     check_mesh(config, axis_size(mesh, MODEL_AXIS))
     config = with_kv_copies(config, axis_size(mesh, MODEL_AXIS))
     for prompt, new in lengths:
@@ -168,12 +169,12 @@ def check(options: argparse.Namespace) -> Plan:
             raise ValueError(
                 f"{prompt} + {new} tokens are more than the model's context of {config.max_positions}; see --lengths"
             )
-    precision = _precision(options, config, random)
+    dtype, weights = loading.parse_dtype(options.dtype), loading.parse_weights(options.weights)
     plan = Plan(
         source=options.model,
         config=config,
         random=random,
-        precision=precision,
+        precision=loading.precision_of(config, dtype, weights, source),
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
         cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
         shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
@@ -197,17 +198,6 @@ def check(options: argparse.Namespace) -> Plan:
         )
     check_memory(plan)
     return plan
-
-
-def _precision(options: argparse.Namespace, config: ModelConfig, random: bool) -> Precision:
-    """How the model computes and is stored."""
-    dtype = loading.parse_dtype(options.dtype)
-    weights = None if options.weights is None else WeightFormat.parse(options.weights)
-    if not random:
-        return loading.precision_of(loading.open_source(options.model, options.allow_pickle), dtype, weights)
-    precision = Precision.of(loading.default_dtype() if dtype is None else dtype, weights)
-    precision.weights.check(config.width, config.embedding_width)
-    return precision
 
 
 def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -241,19 +231,20 @@ def check_outputs(options: argparse.Namespace) -> None:
         report.read(options.compare)
 
 
-def _config(options: argparse.Namespace) -> tuple[ModelConfig, bool]:
-    """The model's architecture, and whether it is one that gets random weights."""
+def _config(options: argparse.Namespace) -> tuple[ModelConfig, Source | None]:
+    """The model's architecture, and where its weights come from; None for one that gets random weights."""
     source = options.model
     exists = Path(os.path.expanduser(source)).exists()
     if not exists and any(source.lower() == name.lower() for name in NAMED):
-        return named(source, options.layers), True
+        return named(source, options.layers), None
     if options.layers is not None:
         raise ValueError("--layers is for random weights: give --model the name of a well-known model")
     if not exists and source != demo.NAME and not loading.HUB_ID.fullmatch(source):
         raise FileNotFoundError(
             f"there is no model {source!r}; give {loading.SOURCES}, or for random weights one of {', '.join(NAMED)}"
         )
-    return loading.open_source(source, options.allow_pickle).config, False
+    opened = loading.open_source(source, options.allow_pickle)
+    return opened.config, opened
 
 
 def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Prior:

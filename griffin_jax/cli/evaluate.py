@@ -468,13 +468,20 @@ def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -
     }
 
 
-def _divergence(
-    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
-) -> Evaluation:
+def _continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple[list[Item], dict[str, Any]]:
+    """Texts in which the prompt is followed by what is scored, and the settings that make them."""
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
     items = list(itertools.islice(_divergence_items(options, llm, columns, skipped), options.limit))
+    settings = {"columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new}
+    return items, settings
+
+
+def _divergence(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    items, settings = _continued(options, llm, skipped)
 
     def tabulate(figures: report.Figures) -> str:
         return "\n\n".join(
@@ -489,12 +496,18 @@ def _divergence(
         }
         report.plot_by_density(panels, report.FORCED, title, file)
 
-    settings = {"columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new}
     return Evaluation(
         items,
         settings,
         lambda journal: tasks.divergence(
-            llm, items, variants, journal, new=new, size=options.batch, seed=options.seed, extensions=extensions
+            llm,
+            items,
+            variants,
+            journal,
+            new=options.new_tokens,
+            size=options.batch,
+            seed=options.seed,
+            extensions=extensions,
         ),
         lambda scores: report.divergence_figures(scores, variants, options.seed),
         tabulate,
@@ -534,16 +547,13 @@ def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
     options.formats = list(dict.fromkeys(options.formats or [own, *map(WeightFormat.parse, QUANTISED)]))
     for weights in options.formats:
-        _sizes(needs, weights)
+        weights.check(needs.config.width, needs.config.embedding_width)
 
 
 def _front(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
-    prompt, new = options.prompt_tokens, options.new_tokens
-    _check_lengths(llm, 1 if options.reference else prompt, new)
-    columns = [options.column, *([options.reference] if options.reference else [])]
-    items = list(itertools.islice(_divergence_items(options, llm, columns, skipped), options.limit))
+    items, settings = _continued(options, llm, skipped)
     slots = max((len(item.prompt) + len(item.answer) for item in items), default=0)
 
     def figures(scores: dict[str, Any]) -> report.Figures:
@@ -558,13 +568,10 @@ def _front(
 
     return Evaluation(
         items,
-        {
-            "columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
-            "weights": [str(weights) for weights in options.formats],
-        },
+        settings | {"weights": [str(weights) for weights in options.formats]},
         lambda journal: front.compare_formats(
-            llm, items, variants, options.formats, journal, new=new, size=options.batch, seed=options.seed,
-            extensions=extensions,
+            llm, items, variants, options.formats, journal, new=options.new_tokens, size=options.batch,
+            seed=options.seed, extensions=extensions,
         ),
         figures,
         front_report.table,

@@ -8,16 +8,14 @@ import math
 
 import jax
 
-from griffin_jax.checkpoints.loading import default_dtype, describe, parse_dtype, precision_of
+from griffin_jax.checkpoints.loading import describe, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.native import NativeCheckpoint
-from griffin_jax.checkpoints.sources import Source
 from griffin_jax.cli.options import add_dtype_argument, add_model_argument, add_options
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import NEURON_MAJOR, parameter_shapes
-from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
-from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.model.weights import Precision
 from griffin_jax.utils import memory
 
 PROMPT, NEW = 512, 128
@@ -35,17 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _precision(options: argparse.Namespace, config: ModelConfig, source: Source | None) -> Precision:
-    """How the model would compute and be stored with these options."""
-    dtype = parse_dtype(options.dtype)
-    weights = None if options.weights is None else WeightFormat.parse(options.weights)
-    if source is not None:
-        return precision_of(source, dtype, weights)
-    precision = Precision.of(default_dtype() if dtype is None else dtype, weights)
-    precision.weights.check(config.width, config.embedding_width)
-    return precision
-
-
 def run(options: argparse.Namespace) -> None:
     """Prints what a model is, from its files' headers."""
     config, source = describe(options.model, options.allow_pickle)
@@ -55,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
     ff = sum(math.prod(shape) for path, shape in shapes.items() if path.endswith(neuron_major))
     active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
-    precision = _precision(options, config, source)
+    precision = precision_of(config, parse_dtype(options.dtype), parse_weights(options.weights), source)
     needs = Needs(config, precision, platform=jax.default_backend())
     sizes = Sizes(config, 1, 1, precision, shared=True)
     room = min(PROMPT + NEW, config.max_positions)

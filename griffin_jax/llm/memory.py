@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from griffin_jax.checkpoints.loading import open_source, parse_dtype, precision_of
+from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
@@ -341,8 +341,7 @@ def needs_before_loading(
     parts = axis_size(mesh, MODEL_AXIS)
     opened = open_source(os.fspath(source), allow_pickle)
     check_mesh(opened.config, parts)
-    stored_as = None if weights is None else WeightFormat.parse(weights)
-    precision = precision_of(opened, parse_dtype(dtype), stored_as)
+    precision = precision_of(opened.config, parse_dtype(dtype), parse_weights(weights), opened)
     return Needs(with_kv_copies(opened.config, parts), precision, mesh, jax.default_backend())
 
 

@@ -69,6 +69,11 @@ def scale_of(path: str, weights: WeightFormat) -> str:
     return f"{path}{'_row' if by_rows else ''}_scale"
 
 
+def matrix_of(path: str) -> str:
+    """The path of the matrix that scales belong to, from theirs; a matrix belongs to itself."""
+    return path.removesuffix("_scale").removesuffix("_row")
+
+
 def in_format(
     arrays: Iterable[tuple[str, ArrayLike]], config: ModelConfig, precision: Precision
 ) -> Iterator[tuple[str, ArrayLike]]:
