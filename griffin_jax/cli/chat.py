@@ -27,6 +27,7 @@ from griffin_jax.griffin.config import GriffinConfig, parse_density
 from griffin_jax.llm.chat import Chat
 from griffin_jax.llm.request import check_options
 from griffin_jax.utils.download import cache_folder
+from griffin_jax.utils.messages import shown
 
 DESCRIPTION = """A conversation with a model. The full model reads what you say, and everything before it only once; the
 neurons that took part most in all that was said write the answer. Ctrl-C stops an answer, Ctrl-D ends the chat, /help
@@ -127,7 +128,7 @@ def _answer(chat: Chat, text: str) -> None:
     start, pieces = time.perf_counter(), chat.stream(text)
     try:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(shown(piece, sys.stdout), end="", flush=True)
     except KeyboardInterrupt:
         print()
         _say("stopped")

@@ -28,6 +28,7 @@ from griffin_jax.llm.llm import LLM, Prompt
 from griffin_jax.llm.request import check_options
 from griffin_jax.llm.results import Generation
 from griffin_jax.parallel import distributed
+from griffin_jax.utils.messages import shown
 
 DESCRIPTION = """Reads the prompt with the full model, keeps the feed-forward neurons that took part most, and writes
 the answer with those alone."""
@@ -112,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
             for number, text in enumerate(generation.texts, start=1):
                 if len(prompts) > 1:
                     print(f"--- prompt {number}")
-                print(text)
+                print(shown(text, sys.stdout))
         if distributed.is_first():
             print(_summary(generation, llm, seconds), file=sys.stderr)
     if options.save_experts and generation.experts is not None:
@@ -123,7 +124,7 @@ def _streamed(llm: LLM, prompts: Sequence[Prompt], settings: dict[str, Any]) -> 
     stream = llm.stream(prompts, **settings)
     while True:
         try:
-            print(next(stream)[0], end="", flush=True)
+            print(shown(next(stream)[0], sys.stdout), end="", flush=True)
         except StopIteration as stopped:
             print()
             return stopped.value

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
+from typing import TextIO
 
 OUT_OF_MEMORY = (
     "can't start new thread", "std::bad_alloc", "RESOURCE_EXHAUSTED", "annot allocate memory", "can't allocate memory",
 )  # fmt: skip
 """What errors of Python, C++, XLA, the operating system and PyTorch say."""
+
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters with which a text can do something to a terminal, or look like another text."""
 
 
 def brief(error: BaseException) -> str:
@@ -36,6 +42,14 @@ def printable(text: str) -> str:
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
     )
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """What a model wrote, as `stream` may have it: in a terminal, control characters that would move its cursor, change
+    its title or turn the direction of writing are escaped, but for line breaks and tabs; files get every character."""
+    if not stream.isatty():
+        return text
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
