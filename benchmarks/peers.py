@@ -6,12 +6,15 @@ torchpeers.py has transformers' dense model and GRIFFIN as its authors run it; l
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +25,46 @@ import numpy as np
 import griffin_jax as gj
 from griffin_jax.bench.runner import Peer, threads
 from griffin_jax.checkpoints import demo
+from griffin_jax.model.weights import WeightFormat
 
 TRANSFORMERS, PUBLISHED, LLAMA_CPP = "transformers", "published GRIFFIN", "llama.cpp"
+
+FLOAT32 = f"{LLAMA_CPP} F32"
+MADE = {f"{LLAMA_CPP} F16": gguf.LlamaFileType.MOSTLY_F16, f"{LLAMA_CPP} Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+"""What llama.cpp's own tool makes of the model in float32."""
 
 
 class Unavailable(Exception):
     """A peer cannot run; the message says why."""
 
 
-def find(model: gj.Transformer, source: str, stack: contextlib.ExitStack) -> tuple[list[Peer], dict[str, str]]:
+def find(
+    models: Mapping[WeightFormat, gj.Transformer], source: str, names: Sequence[str], stack: contextlib.ExitStack
+) -> tuple[list[Peer], dict[str, str]]:
     """The peers that can run here, and why others cannot, by name.
 
     Args:
-        model: whose weights they get.
+        models: the model by the format of its weights; those in PyTorch get the weights of the one in float32.
         source: that the model was loaded from; llama.cpp needs its GGUF file.
+        names: of those that are wanted.
         stack: gets what must be undone in the end.
     """
     found: list[Peer] = []
     skipped: dict[str, str] = {}
-    for names, make in (
-        ((TRANSFORMERS, PUBLISHED), lambda: _in_torch(model)),
-        ((LLAMA_CPP,), lambda: _in_llama_cpp(model, source, stack)),
+    in_torch = [name for name in names if name in (TRANSFORMERS, PUBLISHED)]
+    in_llama_cpp = [name for name in names if name not in in_torch]
+    for wanted, make in (
+        (in_torch, lambda: _in_torch(models)),
+        (in_llama_cpp, lambda: _in_llama_cpp(source, in_llama_cpp, stack)),
     ):
+        if not wanted:
+            continue
         try:
-            if jax.default_backend() != "cpu" or model.dtype != np.float32:
-                raise Unavailable(
-                    f"peers compare float32 on the CPU, this is {model.dtype} on {jax.default_backend()}; use"
-                    " --dtype float32 and JAX_PLATFORMS=cpu"
-                )
-            found += make()
+            if (platform := jax.default_backend()) != "cpu":
+                raise Unavailable(f"peers run on the CPU, griffin_jax on {platform} here; use JAX_PLATFORMS=cpu")
+            found += [peer for peer in make() if peer.name in wanted]
         except Unavailable as reason:
-            skipped |= dict.fromkeys(names, str(reason))
+            skipped |= dict.fromkeys(wanted, str(reason))
     return found, skipped
 
 
@@ -63,7 +75,10 @@ def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def _in_torch(model: gj.Transformer) -> list[Peer]:
+def _in_torch(models: Mapping[WeightFormat, gj.Transformer]) -> list[Peer]:
+    model = models.get(WeightFormat("float32"))
+    if model is None:
+        raise Unavailable("it takes the weights of a model in float32, which is not measured; see --weights")
     version = f"{_version('torch')}, {_version('transformers')}"
     import torch
 
@@ -86,32 +101,75 @@ def _in_torch(model: gj.Transformer) -> list[Peer]:
     ]
 
 
-def _in_llama_cpp(model: gj.Transformer, source: str, stack: contextlib.ExitStack) -> list[Peer]:
+def _in_llama_cpp(source: str, names: Sequence[str], stack: contextlib.ExitStack) -> list[Peer]:
     version = _version("llama-cpp-python")
     file = demo.fetch() if source == demo.NAME else Path(os.path.expanduser(source))
     if file.suffix != ".gguf" or not file.is_file():
         raise Unavailable(f"it reads GGUF files, and {source} is none")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="griffin-jax-peer-")))
-    weights = write_float32(file, folder / "float32.gguf")
-    peer = LlamaCpp(weights)
-    stack.callback(peer.close)
-    return [
-        Peer(
-            LLAMA_CPP, version, prunes=False, baseline=LLAMA_CPP, measure=peer.measure,
-            weights=f"{file.name}, dequantised to float32",
-        )
-    ]  # fmt: skip
+    peers: list[Peer] = []
+    wide = None if all(name == LLAMA_CPP for name in names) else write_float32(file, folder / "float32.gguf")
+    for name in names:
+        if wide is None or name == LLAMA_CPP:
+            weights, made = file, f"{file.name} as it is ({stored_as(file)})"
+        elif name == FLOAT32:
+            weights, made = wide, f"{file.name}, dequantised to float32"
+        else:
+            weights = quantised(wide, folder / f"{MADE[name].name}.gguf", MADE[name])
+            made = f"{file.name}, dequantised to float32, then {stored_as(weights)}"
+        # The default of llama.cpp is a cache of float16; next to float32 it has ours.
+        cache = gguf.GGMLQuantizationType.F32 if name == FLOAT32 else gguf.GGMLQuantizationType.F16
+        peer = LlamaCpp(weights, cache)
+        stack.callback(peer.close)
+        peers.append(
+            Peer(
+                name, version, prunes=False, baseline=name, measure=peer.measure, weights=made,
+                weights_bytes=bytes_per_step(weights), cache_itemsize=4 if name == FLOAT32 else 2,
+            )
+        )  # fmt: skip
+    return peers
+
+
+def stored_as(file: Path) -> str:
+    """What most tensors of a GGUF file are stored as, as llama.cpp calls it: Q4_K_M, F16, ..."""
+    field = gguf.GGUFReader(file).get_field(gguf.Keys.General.FILE_TYPE)
+    if field is None:
+        return "of no name"
+    return gguf.LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+
+
+def bytes_per_step(file: Path) -> int:
+    """Bytes of the tensors that a decode step reads: all but an embedding that makes no logits."""
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors}
+    return sum(sizes.values()) - ("output.weight" in sizes) * sizes.get("token_embd.weight", 0)
+
+
+def quantised(source: Path, target: Path, kind: gguf.LlamaFileType) -> Path:
+    """What llama.cpp makes of a GGUF file in float32; returns `target`.
+
+    Raises:
+        Unavailable: it makes nothing of it.
+    """
+    llama_cpp: Any = importlib.import_module("llama_cpp")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = int(kind), threads()
+    # Where its lines about every tensor go.
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    if failed := llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)):
+        raise Unavailable(f"llama.cpp could not make {kind.name} of it (code {failed})")
+    return target
 
 
 class LlamaCpp:
-    """A GGUF model in llama.cpp, with a float32 cache.
+    """A GGUF model in llama.cpp.
 
     Args:
         file: the model.
+        cache: what its keys and values are stored as.
     """
 
-    def __init__(self, file: Path):
-        self._file = file
+    def __init__(self, file: Path, cache: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32):
+        self._file, self._cache = file, int(cache)
         self._slots = 0
         self._llama: Any = None
 
@@ -147,8 +205,7 @@ class LlamaCpp:
             self.close()
             self._llama = llama_cpp.Llama(
                 str(self._file), n_ctx=slots, n_batch=512, n_threads=threads(), n_threads_batch=threads(),
-                logits_all=False, verbose=False, type_k=int(gguf.GGMLQuantizationType.F32),
-                type_v=int(gguf.GGMLQuantizationType.F32),
+                logits_all=False, verbose=False, type_k=self._cache, type_v=self._cache,
             )  # fmt: skip
             self._slots = slots
         return self._llama

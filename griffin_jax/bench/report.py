@@ -16,7 +16,7 @@ FORMAT = "griffin_jax bench 1"
 """Version of the JSON object that a run prints and `read` reads."""
 
 LABEL = 24
-"""Width of the column with the system's name."""
+"""Least width of the column with the system's name."""
 
 Row = Mapping[str, Any]
 Column = tuple[str, str, int, Callable[[Row], str]]
@@ -49,7 +49,7 @@ def table(result: Mapping[str, Any]) -> str:
     peak = {"of the process": result["peak_memory"], "of the device": result["device_memory"]}
     memory = [f"{size(value)} {where}" for where, value in peak.items() if value is not None]
     lines = [
-        f"{result['model']}: {layers}, {result['parameters'] / 1e6:,.1f} M parameters, {result['dtype']}{random}",
+        f"{result['model']}: {layers}, {result['parameters'] / 1e6:,.1f} M parameters, {precision(result)}{random}",
         f"griffin_jax {result['griffin_jax']}, jax {result['jax']}, {result['backend']} ({result['device']}),"
         f" {result['threads']} CPU threads",
         f"medians of {result['repeats']} after a warm-up, all rows of a group in turn; bandwidth"
@@ -68,7 +68,7 @@ def table(result: Mapping[str, Any]) -> str:
     if result["peers"] and any(row["batch"] > 1 for row in result["rows"]):
         lines.append("peers are measured at batch 1 only")
     lines += [f"peer: {name} is skipped: {reason}" for name, reason in result["skipped"].items()]
-    best = any(row["quality"] for row in result["rows"])
+    best, several = (any(row[name] for row in result["rows"]) for name in ("quality", "format"))
     for rows in groups(result["rows"]):
         first = rows[0]
         lines += [
@@ -88,8 +88,15 @@ def table(result: Mapping[str, Any]) -> str:
         "steps. gather: bytes that prune reads and writes.",
         *(["best: --quality best. The statistic includes rows of the prompt, prune the refit to them."] * best),
         "ceiling: weights in use and all slots of the cache, over the bandwidth. allowed: bytes dense / bytes pruned.",
+        *(["speed-up and allowed: against the dense model in the first format."] * several),
     ]
     return "\n".join(lines)
+
+
+def precision(result: Mapping[str, Any]) -> str:
+    """How the model computes, and how its matrices are stored where that differs."""
+    dtype, stored_as = result["dtype"], result.get("stored_as", result["dtype"])
+    return dtype if stored_as == dtype else f"weights {stored_as} in {dtype}"
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
@@ -101,9 +108,10 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def label(row: Row) -> str:
-    """What tells a row from others of the same density: its system, or `best`, and what its batch keeps."""
-    name = row["quality"] or row["system"]
-    return name if row["experts"] is None else f"{name} {row['experts']}"
+    """What tells a row from others of the same density: its system, or `best`, and what its batch keeps; of several
+    formats of the weights also the format."""
+    parts = row["quality"] or row["system"], row.get("format"), row["experts"]
+    return " ".join(filter(None, parts))
 
 
 def size(value: int) -> str:
@@ -176,9 +184,10 @@ DECODING: tuple[Column, ...] = (
 
 def _block(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     heads = ["".join(f"{column[number]:>{column[2]}}" for column in columns) for number in (0, 1)]
-    lines = [f"{title:{LABEL}}{heads[0]}", f"{'':{LABEL}}{heads[1]}".rstrip()]
+    first = max([LABEL, *(len(label(row)) for row in rows)])
+    lines = [f"{title:{first}}{heads[0]}", f"{'':{first}}{heads[1]}".rstrip()]
     for row in rows:
-        lines.append(f"{label(row):{LABEL}}" + "".join(f"{cell(row):>{width}}" for *_, width, cell in columns))
+        lines.append(f"{label(row):{first}}" + "".join(f"{cell(row):>{width}}" for *_, width, cell in columns))
     return lines
 
 
@@ -201,17 +210,19 @@ def _prunes(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_peers(rows: Sequence[Row]) -> list[str]:
-    ours = {row["density"]: row for row in rows if row["system"] == "griffin_jax" and not row["quality"]}
+    ours = [row for row in rows if row["system"] == "griffin_jax" and not row["quality"]]
     lines = []
     for row in rows:
-        mine = ours.get(row["density"])
-        if row["system"] == "griffin_jax" or mine is None:
+        if row["system"] == "griffin_jax":
             continue
-        decode, prefill, total = (row[name] / mine[name] for name in ("decode_ms", "prefill_ms", "total_ms"))
-        lines.append(
-            f"{label(row)} at density {row['density']:g}: {decode:.2f}x as long as griffin_jax to decode,"
-            f" {prefill:.2f}x to prefill, {total:.2f}x in all"
-        )
+        for mine in ours:
+            if mine["density"] != row["density"]:
+                continue
+            decode, prefill, total = (row[name] / mine[name] for name in ("decode_ms", "prefill_ms", "total_ms"))
+            lines.append(
+                f"{label(row)} at density {row['density']:g}: {decode:.2f}x as long as {label(mine)} to decode,"
+                f" {prefill:.2f}x to prefill, {total:.2f}x in all"
+            )
     return lines
 
 
@@ -227,6 +238,7 @@ SETTINGS = (
     "layers",
     "weights",
     "dtype",
+    "stored_as",
     "backend",
     "device",
     "threads",
@@ -250,9 +262,9 @@ def comparison(now: Mapping[str, Any], before: Mapping[str, Any], name: str | os
         name: what the earlier one is called.
     """
     warnings = [
-        f"warning: {setting} was {before.get(setting)}, is {now[setting]}"
+        f"warning: {setting} was {before.get(setting)}, is {now.get(setting)}"
         for setting in SETTINGS
-        if before.get(setting) != now[setting]
+        if before.get(setting) != now.get(setting)
     ]
     ratio = now["bandwidth"] / before["bandwidth"]
     lines = []
@@ -291,8 +303,9 @@ def _ratio(now: float | None, before: float | None) -> str:
 
 
 def _earlier(row: Row, rows: Sequence[Row]) -> Row | None:
-    # Rows of older versions have no quality.
-    same = [r for r in rows if all(r.get(n) == row[n] for n in ("system", "density", "batch", "experts", "quality"))]
+    # Rows of older versions have no quality and no format.
+    told_by = ("system", "density", "batch", "experts", "quality", "format")
+    same = [r for r in rows if all(r.get(n) == row.get(n) for n in told_by)]
     exact = [r for r in same if (r["prompt"], r["new"]) == (row["prompt"], row["new"])]
     return exact[0] if exact else same[0] if len(same) == 1 else None
 
@@ -333,7 +346,7 @@ def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
         axis.set_visible(False)
     device = f"{result['backend']} ({result['threads']} threads)" if result["backend"] == "cpu" else result["device"]
     figure.suptitle(
-        f"{result['model']}, {result['layers']} layers, {result['dtype']}, {device},"
+        f"{result['model']}, {result['layers']} layers, {precision(result)}, {device},"
         f" {result['bandwidth'] / 1e9:.0f} GB/s"
     )
     figure.savefig(file, format="png")
@@ -341,12 +354,12 @@ def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """What belongs on one line of a plot, by its name; the dense row begins every line of its system and batch."""
-    dense = {(row["system"], row["batch"]): row for row in rows if row["density"] == 1}
+    dense = {(row["system"], row["batch"], row.get("format")): row for row in rows if row["density"] == 1}
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row["density"] < 1:
-            parts = (row["system"], row["quality"]), (f"batch {row['batch']}", row["experts"])
+            parts = (row["system"], row["quality"], row.get("format")), (f"batch {row['batch']}", row["experts"])
             name = ", ".join(" ".join(filter(None, part)) for part in parts)
-            start = dense.get((row["baseline"], row["batch"]))
+            start = dense.get((row["baseline"], row["batch"], row.get("format")))
             found.setdefault(name, [] if start is None else [start]).append(row)
     return found

@@ -22,7 +22,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ from griffin_jax.llm.memory import Needs
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import Precision
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 from griffin_jax.utils import memory
 from griffin_jax.utils.timing import Stopwatch
@@ -55,6 +56,12 @@ OURS = "griffin_jax"
 EXPERTS = ("shared", "per-sequence")
 BANDWIDTH_BYTES = 1 << 29
 """Size of the array that is summed to measure the bandwidth: larger than every cache."""
+PEERS = {
+    "transformers": 4, "published GRIFFIN": 0, "llama.cpp F32": 4, "llama.cpp F16": 2, "llama.cpp Q8_0": 1.1,
+    "llama.cpp": 1,
+}  # fmt: skip
+"""Systems that griffin_jax can be compared with, and the bytes that they hold for each parameter, at most: those in
+PyTorch share their weights, and `llama.cpp` alone reads a GGUF file as it is stored."""
 PAUSE = 0.3
 """Seconds before a system is measured where there are peers: idle threads of the other library spin for a while."""
 
@@ -87,11 +94,13 @@ class Variant:
         density: share of neurons kept.
         shared: whether a batch shares its experts.
         quality: of `LLM.generate`.
+        weights: how the matrices are stored; None as in the first format that is measured.
     """
 
     density: float = 1.0
     shared: bool = False
     quality: Quality = "griffin"
+    weights: WeightFormat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +114,8 @@ class Peer:
         baseline: name of the system whose dense decoding its speed-up refers to.
         measure: (prompt, new tokens, density) -> seconds of `prefill` and of one decoded `token`.
         weights: file that it reads, where it does not take those that griffin_jax has.
+        weights_bytes: bytes of its weights that a step reads; None for those of griffin_jax's first format.
+        cache_itemsize: bytes of a number in its cache.
     """
 
     name: str
@@ -113,6 +124,8 @@ class Peer:
     baseline: str
     measure: Callable[[Sequence[int], int, float], dict[str, float]]
     weights: str | None = None
+    weights_bytes: int | None = None
+    cache_itemsize: int = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +136,8 @@ class Plan:
         source: of the model.
         config: of the model.
         random: whether it gets random weights.
-        precision: how the model computes, and how its matrices are stored.
+        formats: how the model computes, and how its matrices are stored: one after the other in each round. All compute
+            in the same dtype.
         densities: descending; 1 is the first.
         cases: in the order in which they are measured.
         shared: what batches of several sequences are measured with.
@@ -133,13 +147,13 @@ class Plan:
         in_place: whether every neuron is held once.
         mesh: devices that batches and the model are divided among; None for one.
         repeats: counted rounds.
-        peers: whether others are measured, too.
+        peers: names of others that are measured, too, of `PEERS`.
     """
 
     source: str
     config: ModelConfig
     random: bool
-    precision: Precision
+    formats: tuple[Precision, ...]
     densities: tuple[float, ...]
     cases: tuple[Case, ...]
     shared: tuple[bool, ...]
@@ -149,12 +163,16 @@ class Plan:
     in_place: bool
     mesh: Mesh | None
     repeats: int
-    peers: bool
+    peers: tuple[str, ...]
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the computation and of the cache."""
-        return self.precision.dtype
+        return self.formats[0].dtype
+
+    def precision(self, variant: Variant) -> Precision:
+        """How the model of a row computes and is stored."""
+        return Precision(self.dtype, variant.weights or self.formats[0].weights)
 
     def pruner(self, variant: Variant) -> Pruner:
         """How a row prunes."""
@@ -165,23 +183,26 @@ class Plan:
         return Pruner.of(config, Extensions.best(self.prior))
 
     def variants(self, case: Case) -> list[Variant]:
-        """The variants of a case; the dense one is the first."""
+        """The variants of a case, format by format; the dense one is the first of each."""
         sharing = self.shared if case.batch > 1 else (False,)
         densities = [density for density in self.densities if density < 1]
+        pruned = [Variant(d, shared, quality) for quality in self.qualities for shared in sharing for d in densities]
         return [
-            Variant(),
-            *(Variant(d, shared, quality) for quality in self.qualities for shared in sharing for d in densities),
+            dataclasses.replace(variant, weights=precision.weights)
+            for precision in self.formats
+            for variant in (Variant(), *pruned)
         ]
 
     def rows(self, case: Case, variant: Variant) -> int:
         """Tokens of each prompt that a row refits its neurons to."""
         return self.pruner(variant).rows_of_each(case.batch)
 
-    def sizes(self, case: Case, shared: bool) -> Sizes:
+    def sizes(self, case: Case, variant: Variant = Variant()) -> Sizes:
         """Bytes of a row's parts on each device."""
         parts = axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, case.batch) else 1
-        devices, one = axis_size(self.mesh, MODEL_AXIS), shared or case.batch == 1
-        return Sizes(self.config, case.batch // parts, case.slots, self.precision, shared=one, devices=devices)
+        devices, one = axis_size(self.mesh, MODEL_AXIS), variant.shared or case.batch == 1
+        precision = self.precision(variant)
+        return Sizes(self.config, case.batch // parts, case.slots, precision, shared=one, devices=devices)
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:
         """Neurons of every layer; None for the dense model."""
@@ -195,14 +216,17 @@ def needed_memory(plan: Plan) -> dict[str, int]:
 
     Devices that are one processor's count as one.
     """
-    needs = Needs(plan.config, plan.precision, plan.mesh, jax.default_backend())
+    parameters = plan.sizes(plan.cases[0]).parameters
+    held = {
+        each.weights: plan.sizes(plan.cases[0], Variant(weights=each.weights)).weights(None) for each in plan.formats
+    }
     beside = {
         "measuring the bandwidth": BANDWIDTH_BYTES,
-        # PyTorch's and llama.cpp's own copies.
-        "peers": 2 * plan.sizes(plan.cases[0], True).weights(None) if plan.peers else 0,
+        "peers": int(sum(PEERS[name] for name in plan.peers) * parameters),
     }
 
     def parts(case: Case, variant: Variant) -> dict[str, int]:
+        needs = Needs(plan.config, plan.precision(variant), plan.mesh, jax.default_backend())
         general = plan.prior.rows if plan.prior is not None and variant.quality == "best" else ()
         found = needs.generation(
             case.batch,
@@ -215,7 +239,9 @@ def needed_memory(plan: Plan) -> dict[str, int]:
             in_place=plan.in_place,
             repeated=True,
         )
-        return found | beside
+        cache = plan.sizes(case, variant).cache
+        others = sum(size + cache for weights, size in held.items() if weights != variant.weights)
+        return found | beside | {"weights and caches in the other formats": others}
 
     every = [parts(case, variant) for case in plan.cases for variant in plan.variants(case)]
     return max(every, key=lambda one: sum(one.values()))
@@ -239,29 +265,33 @@ def threads() -> int:
 
 
 def measure(
-    plan: Plan, model: Transformer, peers: Sequence[Peer] = (), skipped: dict[str, str] | None = None
+    plan: Plan,
+    models: Mapping[WeightFormat, Transformer],
+    peers: Sequence[Peer] = (),
+    skipped: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Measures every case, and returns what `--json` prints.
 
     Args:
         plan: what to measure.
-        model: the full one.
+        models: the full one in each of the plan's formats.
         peers: to be measured at batch 1, in turn with the model.
         skipped: peers that cannot run, and why.
     """
-    subject = _Subject(model, plan.pruner(Variant(plan.densities[-1])).config if plan.in_place else None)
+    in_place = plan.pruner(Variant(plan.densities[-1])).config if plan.in_place else None
+    subjects = {weights: _Subject(model, in_place) for weights, model in models.items()}
     groups, bandwidths = [], []
     rounds = len(plan.cases) * (plan.repeats + 1)
     with tqdm(total=rounds, unit="round", desc="measuring", disable=None, leave=False) as bar:
         for case in plan.cases:
             bandwidths.append(measure_bandwidth(plan.mesh))
-            groups.append(_measure_case(plan, subject, case, peers if case.batch == 1 else (), bar.update))
+            groups.append(_measure_case(plan, subjects, case, peers if case.batch == 1 else (), bar.update))
     # A ceiling must not be lower than what the machine can do when nothing disturbs it.
     bandwidth = max(*bandwidths, measure_bandwidth(plan.mesh))
     rows = [
         row
         for case, measured in zip(plan.cases, groups, strict=True)
-        for row in summarise(plan, case, measured, bandwidth)
+        for row in summarise(plan, case, measured, bandwidth, {peer.name: peer for peer in peers})
     ]
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
@@ -272,9 +302,9 @@ def measure(
         "model": plan.source,
         "weights": "random" if plan.random else "loaded",
         "layers": plan.config.num_layers,
-        "parameters": plan.sizes(plan.cases[0], True).parameters,
+        "parameters": plan.sizes(plan.cases[0]).parameters,
         "dtype": plan.dtype.name,
-        "stored_as": str(plan.precision.weights),
+        "stored_as": ",".join(str(each.weights) for each in plan.formats),
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "threads": threads(),
@@ -366,7 +396,11 @@ class _Subject:
 
 
 def _measure_case(
-    plan: Plan, subject: _Subject, case: Case, peers: Sequence[Peer], progress: Callable[[], Any]
+    plan: Plan,
+    subjects: Mapping[WeightFormat, _Subject],
+    case: Case,
+    peers: Sequence[Peer],
+    progress: Callable[[], Any],
 ) -> list[Measured]:
     prompts = np.random.default_rng(0).integers(0, plan.config.vocab_size, (case.batch, case.prompt))
     tokens, lengths = pad(prompts.tolist(), bucket(case.prompt))
@@ -381,21 +415,24 @@ def _measure_case(
     for number in range(plan.repeats + 1):
         # What comes first in a round may find threads asleep and caches cold.
         order = records if number % 2 else records[::-1]
-        sides = _prefills(subject.model, tokens, lengths, case.new, order)
+        read_by = {
+            weights: _prefills(subject.model, tokens, lengths, case.new, order) for weights, subject in subjects.items()
+        }
         turn = number % len(ours)
         for row in [*ours[turn:], *ours[:turn]]:
-            prefilled, read = sides[_recorded(plan, case, row.variant)]
+            weights = plan.precision(row.variant).weights
+            prefilled, read = read_by[weights][_recorded(plan, case, row.variant)]
             with _peak_memory(row):
-                watch = _answer(subject, prefilled, plan, row.variant, case.new)
+                watch = _answer(subjects[weights], prefilled, plan, row.variant, case.new)
             sample = {name: seconds for name, seconds in watch.seconds.items() if name != "compile"}
             sample["prefill"] = read.seconds["prefill"]
             if row.variant.density < 1:
-                sample["prefill_without"] = sides[None][1].seconds["prefill"]
+                sample["prefill_without"] = read_by[weights][None][1].seconds["prefill"]
             if number:
                 row.samples.append(sample)
             else:
                 row.compile = read.seconds["compile"] + watch.seconds["compile"]
-        del sides
+        del read_by
         turn = number % max(1, len(theirs))
         for peer, row in [*theirs[turn:], *theirs[:turn]]:
             time.sleep(PAUSE)
@@ -465,7 +502,13 @@ def _peak_memory(row: Measured) -> Iterator[None]:
         row.peak_memory = max(peak, row.peak_memory or 0)
 
 
-def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: float) -> list[dict[str, Any]]:
+def summarise(
+    plan: Plan,
+    case: Case,
+    measured: Sequence[Measured],
+    bandwidth: float,
+    peers: Mapping[str, Peer] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
     """The rows of one case: medians over the rounds, and what follows from them.
 
     Args:
@@ -473,19 +516,24 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
         case: likewise.
         measured: its rows.
         bandwidth: bytes per second.
+        peers: those among the rows, by their names.
 
     Returns:
         One dictionary for each row, of plain numbers: times in milliseconds unless their name says seconds, sizes
         in bytes, speeds in bytes per second, and shares as fractions. What a row does not have is None.
     """
-    dense = {row.system: row for row in measured if row.variant.density == 1}
+    # Of several formats the first one is what the others are compared with, too.
+    dense = {row.system: row for row in reversed(measured) if row.variant.density == 1}
     rows = []
     for row in measured:
         ours, variant = row.system == OURS, row.variant
-        sizes, kept = plan.sizes(case, variant.shared), plan.kept(variant)
-        # Peers' caches grow with the text; ours has all its slots from the start.
-        cache = sizes.cache if ours else sizes.cache * (case.prompt + case.new // 2) // case.slots
-        weights = sizes.step(kept) - sizes.cache
+        sizes, kept, cache = plan.sizes(case, variant), plan.kept(variant), plan.sizes(case, variant).cache
+        weights = sizes.step(kept) - cache
+        if not ours:
+            # Peers' caches grow with the text; ours has all its slots from the start.
+            peer, filled = peers[row.system], cache * (case.prompt + case.new // 2) // case.slots
+            cache = filled * peer.cache_itemsize // plan.dtype.itemsize
+            weights = weights if peer.weights_bytes is None else peer.weights_bytes
         times = {
             name: _median(row.samples, name) for name in ("prefill", "select", "prune", "first_prune", "init_decode")
         }
@@ -504,6 +552,7 @@ def summarise(plan: Plan, case: Case, measured: Sequence[Measured], bandwidth: f
             "batch": case.batch,
             "experts": EXPERTS[not variant.shared] if ours and is_pruned and case.batch > 1 else None,
             "quality": "best" if variant.quality == "best" else None,
+            "format": str(plan.precision(variant).weights) if ours and len(plan.formats) > 1 else None,
             "density": variant.density,
             "kept": None if kept is None else list(kept),
             "slots": case.slots if ours else None,

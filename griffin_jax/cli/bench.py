@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from griffin_jax.bench import report, runner
-from griffin_jax.bench.runner import EXPERTS, Case, Peer, Plan, Variant, check_memory, measure
+from griffin_jax.bench.runner import EXPERTS, PEERS, Case, Peer, Plan, Variant, check_memory, measure
 from griffin_jax.checkpoints import demo, loading
 from griffin_jax.checkpoints.sources import Source
 from griffin_jax.cli.options import (
@@ -40,6 +40,7 @@ from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import NAMED, named
 from griffin_jax.model.sharding import check_mesh, with_kv_copies
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 from griffin_jax.utils.wholefile import write_text
 
@@ -50,8 +51,12 @@ OTHER_LENGTHS = "2048+128"
 
 DESCRIPTION = runner.__doc__
 
-FindPeers = Callable[[Transformer, str, contextlib.ExitStack], "tuple[list[Peer], dict[str, str]]"]
-"""(model, its source, stack of what must be undone) -> the peers that can run, and why others cannot, by name."""
+FindPeers = Callable[
+    [Mapping[WeightFormat, Transformer], str, "tuple[str, ...]", contextlib.ExitStack],
+    "tuple[list[Peer], dict[str, str]]",
+]
+"""(the model by format, its source, names, stack of what must be undone) -> the peers that can run, and why others
+cannot, by name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f" shape: {', '.join(NAMED)} (default: %(default)s)",
     )
     what.add_argument("--layers", type=int, metavar="L", help="only the first L layers, of random weights")
-    add_dtype_argument(what)
+    add_dtype_argument(what, weights=False)
+    what.add_argument(
+        "--weights",
+        metavar="FORMATS",
+        help="how matrices are stored, as generate has it; several are separated by commas (float32,int8), each a model"
+        " of its own, measured in turn (default: as generate has it)",
+    )
     what.add_argument(
         "--density",
         nargs="+",
@@ -113,9 +124,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
     what.add_argument(
         "--peers",
-        action="store_true",
-        help="measure in turn, on the same work, what is installed of: transformers dense, the published GRIFFIN code,"
-        " llama.cpp (llama-cpp-python). Float32 on CPU and batch 1; only in a checkout: python -m benchmarks run",
+        nargs="?",
+        const="",
+        metavar="NAMES",
+        help="measure in turn, on the same work, on the CPU and at batch 1, what is installed of: "
+        f"{', '.join(PEERS)}; some of them, separated by commas, or by default those that hold their weights as one of"
+        " --weights does, and llama.cpp with a GGUF file as it is. Only in a checkout: python -m benchmarks run",
     )
     add_pickle_argument(parser)
     output = parser.add_argument_group("output")
@@ -158,8 +172,9 @@ def check(options: argparse.Namespace) -> Plan:
     lengths = _lengths(options)
     check_outputs(options)
     mesh = chosen_mesh(options)
-    if mesh is not None and (options.peers or options.in_place):
-        raise ValueError(f"--mesh does not go with {'--peers' if options.peers else '--in-place'}: give one of the two")
+    if mesh is not None and (options.peers is not None or options.in_place):
+        other = "--peers" if options.peers is not None else "--in-place"
+        raise ValueError(f"--mesh does not go with {other}: give one of the two")
     config, source = _config(options)
     random = source is None
     check_mesh(config, axis_size(mesh, MODEL_AXIS))
@@ -169,12 +184,12 @@ def check(options: argparse.Namespace) -> Plan:
             raise ValueError(
                 f"{prompt} + {new} tokens are more than the model's context of {config.max_positions}; see --lengths"
             )
-    dtype, weights = loading.parse_dtype(options.dtype), loading.parse_weights(options.weights)
+    formats = _formats(options, config, source)
     plan = Plan(
         source=options.model,
         config=config,
         random=random,
-        precision=loading.precision_of(config, dtype, weights, source),
+        formats=formats,
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
         cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
         shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
@@ -184,7 +199,7 @@ def check(options: argparse.Namespace) -> Plan:
         in_place=options.in_place,
         mesh=mesh,
         repeats=options.repeats,
-        peers=options.peers,
+        peers=_peers(options, formats),
     )
     if plan.in_place and len(plan.densities) != 2:
         raise ValueError(
@@ -198,6 +213,32 @@ def check(options: argparse.Namespace) -> Plan:
         )
     check_memory(plan)
     return plan
+
+
+def _formats(options: argparse.Namespace, config: ModelConfig, source: Source | None) -> tuple[Precision, ...]:
+    dtype = loading.parse_dtype(options.dtype)
+    given = [None] if options.weights is None else [part.strip() for part in options.weights.split(",")]
+    formats = [loading.precision_of(config, dtype, loading.parse_weights(each), source) for each in given]
+    return tuple(dict.fromkeys(formats))
+
+
+def _peers(options: argparse.Namespace, formats: tuple[Precision, ...]) -> tuple[str, ...]:
+    if options.peers is None:
+        return ()
+    if options.peers:
+        names = [name.strip() for name in options.peers.split(",")]
+        for name in names:
+            if name not in PEERS:
+                raise ValueError(f"--peers: {name!r} is none of {', '.join(PEERS)}")
+        return tuple(dict.fromkeys(names))
+    of_format = {
+        "float32": ("transformers", "published GRIFFIN", "llama.cpp F32"),
+        "bfloat16": ("llama.cpp F16",),
+        "float16": ("llama.cpp F16",),
+        "int8": ("llama.cpp Q8_0",),
+    }
+    alike = {name for each in formats for name in of_format.get(each.weights.dtype, ())}
+    return tuple(name for name in PEERS if name in alike or name == "llama.cpp")
 
 
 def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -216,7 +257,7 @@ def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
     for prompt, new in pairs:
         if prompt < 1 or new < 2:
             raise ValueError(f"a prompt needs at least 1 token and an answer 2, got {prompt}+{new}")
-        if options.peers and prompt < 2:
+        if options.peers is not None and prompt < 2:
             raise ValueError("--peers needs prompts of 2 tokens or more: the published code takes one for decoding")
     return list(dict.fromkeys(pairs))
 
@@ -261,6 +302,16 @@ def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Pr
     return load_for_best(options.model, options.prior)
 
 
+def _load(options: argparse.Namespace, plan: Plan, precision: Precision) -> Transformer:
+    if plan.random:
+        return random_model(plan.config, plan.dtype, mesh=plan.mesh, weights=precision.weights)
+    weights = None if options.weights is None else precision.weights
+    model, _ = loading.load_model(
+        options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=plan.mesh, weights=weights
+    )
+    return model
+
+
 def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> None:
     """Run the benchmark.
 
@@ -271,26 +322,17 @@ def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> Non
     Raises:
         Exception: see `check`; and what `griffin_jax.load` raises.
     """
-    if options.peers and find_peers is None:
+    if options.peers is not None and find_peers is None:
         raise ValueError("--peers needs a checkout of the project: python -m benchmarks run --peers")
     plan = check(options)
     earlier: Path | None = options.compare
     before = None if earlier is None else report.read(earlier)
     with contextlib.ExitStack() as stack:
-        if plan.random:
-            model = random_model(plan.config, plan.dtype, mesh=plan.mesh, weights=plan.precision.weights)
-        else:
-            model, _ = loading.load_model(
-                options.model,
-                options.dtype,
-                allow_pickle=options.allow_pickle,
-                mesh=plan.mesh,
-                weights=options.weights,
-            )
+        models = {each.weights: jax.block_until_ready(_load(options, plan, each)) for each in plan.formats}
         if plan.prior is not None and not plan.random:
-            plan.prior.check(fingerprint(model))
-        peers, skipped = find_peers(model, options.model, stack) if options.peers and find_peers else ([], {})
-        result = measure(plan, jax.block_until_ready(model), peers, skipped)
+            plan.prior.check(fingerprint(next(iter(models.values()))))
+        found = find_peers(models, options.model, plan.peers, stack) if plan.peers and find_peers else ([], {})
+        result = measure(plan, models, *found)
     print(report.table(result))
     if before is not None:
         print(f"\n{report.comparison(result, before, str(earlier))}")

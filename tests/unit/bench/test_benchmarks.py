@@ -31,7 +31,10 @@ from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import named
+from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.timing import Stopwatch
+
+FLOAT32 = WeightFormat("float32")
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, list[str], str]:
@@ -88,7 +91,7 @@ def test_run_measures_every_system_density_batch_and_sharing(measured):
     ]  # fmt: skip
     assert [peer["name"] for peer in result["peers"]] == ["transformers", "published GRIFFIN"]
     assert "torch" in result["peers"][0]["version"]
-    assert list(result["skipped"]) == ["llama.cpp"]
+    assert list(result["skipped"]) == ["llama.cpp F32", "llama.cpp"]
 
 
 def test_run_prints_finite_numbers_in_120_columns(measured):
@@ -100,7 +103,7 @@ def test_run_prints_finite_numbers_in_120_columns(measured):
     shown = [line for line in out if line.startswith(("griffin_jax ", "transformers ", "published "))]
     assert not any(word in line for line in shown for word in ("nan", "inf", "None"))
     assert sum(line.startswith("griffin_jax per-sequence") for line in out) == 2
-    assert any("llama.cpp is skipped: " in line for line in out)
+    assert any("llama.cpp F32 is skipped: " in line for line in out)
 
 
 def test_bytes_are_the_models(measured):
@@ -128,7 +131,7 @@ def test_weights_are_those_of_the_arrays(plain):
     experts = llm.experts([[5, 6, 7]], density=0.5)
     for model, density in ((llm.model, 1.0), (gj.prune(llm.model, experts), 0.5)):
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
-        assert plan.sizes(plan.cases[0], False).weights(plan.kept(runner.Variant(density))) == held
+        assert plan.sizes(plan.cases[0]).weights(plan.kept(runner.Variant(density))) == held
 
 
 def test_ratios_are_those_of_the_rows(measured):
@@ -392,21 +395,61 @@ def test_random_weights_are_scaled_and_finite(name):
 def test_absent_peers_are_skipped_with_a_reason(plain, monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     with contextlib.ExitStack() as stack:
-        found, skipped = peers.find(plain.llm.model, "x", stack)
+        found, skipped = peers.find({FLOAT32: plain.llm.model}, "x", list(runner.PEERS), stack)
     assert found == []
     assert skipped == {
-        "transformers": "torch is not installed", "published GRIFFIN": "torch is not installed",
-        "llama.cpp": "llama-cpp-python is not installed",
-    }  # fmt: skip
+        name: f"{'llama-cpp-python' if 'llama' in name else 'torch'} is not installed" for name in runner.PEERS
+    }
 
 
-def test_peers_of_other_dtypes_and_families_are_skipped(tiny):
-    config = dataclasses.replace(tiny.llm.config, attention_bias=True)
+def test_peers_of_other_formats_and_families_are_skipped(tiny):
+    config, names = dataclasses.replace(tiny.llm.config, attention_bias=True), ["transformers", "published GRIFFIN"]
     with contextlib.ExitStack() as stack:
-        _, skipped = peers.find(random_model(config, jnp.bfloat16), "x", stack)
-        assert all("this is bfloat16 on cpu" in reason for reason in skipped.values())
-        _, skipped = peers.find(random_model(config), "x", stack)
+        half = {WeightFormat("bfloat16"): random_model(config, jnp.bfloat16)}
+        _, skipped = peers.find(half, "x", names, stack)
+        assert list(skipped) == names
+        assert all("a model in float32, which is not measured" in reason for reason in skipped.values())
+        _, skipped = peers.find({FLOAT32: random_model(config)}, "x", names, stack)
     assert skipped["transformers"] == "the PyTorch peer takes models without biases"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ((), ()),
+        (("--peers",), ("transformers", "published GRIFFIN", "llama.cpp F32", "llama.cpp")),
+        (("--peers", "--weights", "int8,bfloat16"), ("llama.cpp F16", "llama.cpp Q8_0", "llama.cpp")),
+        (("--peers", "llama.cpp Q8_0, transformers", "--weights", "int4"), ("llama.cpp Q8_0", "transformers")),
+    ],
+)
+def test_peers_are_those_of_the_formats_or_those_that_are_named(arguments, names):
+    plan = bench.check(bench_options("--model", "SmolLM2-135M", *arguments))
+    assert plan.peers == names
+    held = runner.needed_memory(plan)["peers"]
+    assert held == int(sum(runner.PEERS[name] for name in names) * plan.sizes(plan.cases[0]).parameters)
+
+
+def test_several_formats_are_measured_in_one_run(plain, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
+    options = ("--lengths", "9+3", "--density", "0.5", "--repeats", "1", "--weights", "float32,int8:16", "--json")
+    assert cli.main(["bench", "--model", str(plain.folder), *options]) == 0
+    out = capsys.readouterr().out.splitlines()
+    result = json.loads(out[-1])
+    assert max(map(len, out[:-1])) <= 120
+    rows = result["rows"]
+    assert [(row["format"], row["density"]) for row in rows] == [
+        ("float32", 1.0), ("float32", 0.5), ("int8:16", 1.0), ("int8:16", 0.5)
+    ]  # fmt: skip
+    assert sum(line.startswith("griffin_jax int8:16 ") for line in out) == 4
+    assert "weights float32,int8:16 in float32" in out[0]
+    # Matrices are a byte and an eighth for each number where they were four.
+    layer = 4 * 32 * 32 + 3 * 48 * 32
+    matrices, vectors = 3 * layer + 101 * 32, (3 * 2 + 1) * 32
+    read = [4 * (matrices + vectors + 32), matrices * 9 // 8 + 4 * vectors + 32 * 9 // 8]
+    assert [row["weights_bytes"] for row in rows[::2]] == read
+    # All rows are compared with the dense one in the first format.
+    assert [row["speedup_ceiling"] for row in rows] == [rows[0]["step_bytes"] / row["step_bytes"] for row in rows]
+    assert all(row["speedup"] == pytest.approx(rows[0]["decode_ms"] / row["decode_ms"]) for row in rows)
 
 
 class FakeLlama:
@@ -415,8 +458,9 @@ class FakeLlama:
     opened: list = []  # noqa: RUF012
 
     def __init__(self, model_path, *, n_ctx, n_batch, n_threads, n_threads_batch, logits_all, verbose, type_k, type_v):
-        assert gguf.GGUFReader(model_path).tensors[0].tensor_type == gguf.GGMLQuantizationType.F32
-        assert (type_k, type_v) == (0, 0)
+        stored = gguf.GGUFReader(model_path).tensors[0].tensor_type
+        cache = 0 if stored == gguf.GGMLQuantizationType.F32 else 1
+        assert (type_k, type_v) == (cache, cache)
         self.n_ctx, self.n_tokens = n_ctx, 0
         self.opened.append(self)
 
@@ -435,6 +479,13 @@ class FakeLlama:
         self.n_ctx = 0
 
 
+MATRICES, DOWN, VECTORS = 3 * (4 * 32 * 32 + 2 * 48 * 32) + 101 * 32, 3 * 48 * 32, (3 * 2 + 1) * 32
+"""Numbers that a step of the tiny model reads. Its embedding makes no logits, so that it is not among them."""
+
+Q8_0 = MATRICES * 34 // 32 + 2 * DOWN + 4 * VECTORS
+"""Bytes of that in a GGUF file: rows of 48 are no blocks of 32, and are stored as float16."""
+
+
 def test_llama_cpp_reads_the_same_weights(plain, monkeypatch, tmp_path):
     import checkpoints_gguf
 
@@ -450,19 +501,43 @@ def test_llama_cpp_reads_the_same_weights(plain, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "llama_cpp", module)
     monkeypatch.setattr(peers, "_version", lambda package: f"{package} 1.2.3")
     with contextlib.ExitStack() as stack:
-        found, skipped = peers.find(ours, str(file), stack)
+        names = ["llama.cpp F32", "llama.cpp"]
+        found, skipped = peers.find({FLOAT32: ours}, str(file), names, stack)
         assert skipped == {}
-        peer = found[-1]
-        assert (peer.name, peer.version, peer.prunes) == ("llama.cpp", "llama-cpp-python 1.2.3", False)
+        peer, as_it_is = found
+        assert [each.name for each in found] == names
+        assert (peer.version, peer.prunes) == ("llama-cpp-python 1.2.3", False)
         assert peer.weights == "q8.gguf, dequantised to float32"
+        assert as_it_is.weights is not None
+        assert as_it_is.weights.startswith("q8.gguf as it is (")
+        assert peer.weights_bytes == 4 * (MATRICES + DOWN + VECTORS)
+        assert as_it_is.weights_bytes == Q8_0
+        assert (peer.cache_itemsize, as_it_is.cache_itemsize) == (4, 2)
+        as_it_is.measure([5, 6], 3, 1.0)
+        FakeLlama.opened.clear()
         for prompt in ([5, 6, 7], [5, 6, 7], [5] * 9):
             assert peer.measure(prompt, 4, 1.0).keys() == {"prefill", "token"}
         assert [llama.n_ctx for llama in FakeLlama.opened] == [0, 13]
     assert FakeLlama.opened[-1].n_ctx == 0
     assert peers.LlamaCpp(Path(written)).greedy([5, 6, 7], 4)[0] == [3, 4, 5, 6]
     with contextlib.ExitStack() as stack:
-        _, skipped = peers.find(ours, str(plain.folder), stack)
+        _, skipped = peers.find({FLOAT32: ours}, str(plain.folder), ["llama.cpp"], stack)
     assert skipped["llama.cpp"].startswith("it reads GGUF files")
+
+
+def test_llama_cpp_makes_the_other_formats(plain, tmp_path):
+    pytest.importorskip("llama_cpp")
+    import checkpoints_gguf
+
+    file = checkpoints_gguf.write_twin(plain.folder, tmp_path / "f32.gguf")
+    with contextlib.ExitStack() as stack:
+        found, skipped = peers.find({}, str(file), list(peers.MADE), stack)
+        assert skipped == {}
+        assert [peer.weights for peer in found] == [
+            f"f32.gguf, dequantised to float32, then {kind}" for kind in ("F16", "Q8_0")
+        ]
+        sizes = [peer.weights_bytes for peer in found]
+    assert sizes == [2 * (MATRICES + DOWN) + 4 * VECTORS, Q8_0]
 
 
 @pytest.mark.parametrize("options", first_and_slow(0, (), ("--dtype", "float32"), ("--stored", "float32")))
