@@ -94,3 +94,24 @@ def test_what_they_mean(tmp_path):
     assert hunyuan.rotary is not None
     assert hunyuan.rotary.theta == pytest.approx(11_158_839.9251)
     assert exaone.unrotated_layers == tuple(range(3, 64, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "attributes"),
+    [
+        ("Qwen2-0.5B", {"use_mrope": False}),
+        ("gemma-2-9b", {"sliding_window_size": 4096}),
+        ("Llama-2-7b-hf", {"_flash_attn_2_enabled": True}),
+        ("SmolLM3-3B", {"max_window_layers": 28}),
+    ],
+)
+def test_attributes_without_effect_in_transformers_are_no_reason_to_refuse(tmp_path, name, attributes):
+    values = PUBLISHED[name][1]
+    without = {key: value for key, value in values.items() if key not in attributes}
+    configs = [read_hf_config(written(tmp_path, each))[1] for each in ({**values, **attributes}, without)]
+    assert configs[0] == configs[1]
+
+
+def test_a_llama_of_early_transformers_has_the_context_of_its_class(tmp_path):
+    values = {key: value for key, value in PUBLISHED["Llama-2-7b-hf"][1].items() if key != "max_position_embeddings"}
+    assert read_hf_config(written(tmp_path, values))[1].max_positions == 2048
