@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from signals import AS_IN_A_TERMINAL
 
 fdpexpect = pytest.importorskip("pexpect.fdpexpect")
 termios = pytest.importorskip("termios")
 
-SLOWLY = """
+SLOWLY = f"""{AS_IN_A_TERMINAL}
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 from griffin_jax.cli.main import main

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import first_and_slow
 from flax import nnx
+from signals import AS_IN_A_TERMINAL
 
 from griffin_jax.checkpoints import native as checkpoint
 from griffin_jax.checkpoints import sources
@@ -391,7 +392,7 @@ def test_a_disk_without_room_is_noticed_first(hf_folder, tmp_path, monkeypatch):
     assert left_behind(tmp_path) == []
 
 
-SLOW_CONVERSION = """
+SLOW_CONVERSION = f"""{AS_IN_A_TERMINAL}
 import sys, time
 from griffin_jax.checkpoints import loading, native, sources
 native.BATCH_BYTES = 1

@@ -13,6 +13,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+from signals import AS_IN_A_TERMINAL
 
 ROOT = Path(__file__).parents[3]
 FAMILIES = "import sys; from griffin_jax.cli.main import main; sys.exit(main(['families']))"
@@ -48,7 +49,7 @@ def test_no_stdout_at_all():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-CONVERSION = """
+CONVERSION = f"""{AS_IN_A_TERMINAL}
 import sys, time
 from griffin_jax.checkpoints import sources
 from griffin_jax.cli.main import main
@@ -101,7 +102,7 @@ def test_what_is_killed_is_swept_by_the_next(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native", "other"]
 
 
-SLOWED = """
+SLOWED = f"""{AS_IN_A_TERMINAL}
 import sys, time
 from griffin_jax.checkpoints import sources
 from griffin_jax.cli.main import main
