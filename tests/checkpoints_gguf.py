@@ -56,6 +56,7 @@ def write_gguf(
     fields = {
         "file_type": gguf.LlamaFileType["ALL_F32" if quantise is None else f"MOSTLY_{quantise.name}"],
         **recipe.fields(config),
+        **recipe.fields_of_tensors(weights),
         **{f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in SPECIAL_TOKENS},
     }
     for name, value in fields.items():
@@ -380,6 +381,16 @@ def mpt_fields(config: Config) -> Fields:
     }
 
 
+def apertus_numbers(weights: Mapping[str, np.ndarray]) -> Fields:
+    """The numbers of each layer's xIELU."""
+    fields: Fields = {}
+    for layer in range(sum(name.endswith(".act_fn.alpha_p") for name in weights)):
+        for name in ("alpha_p", "alpha_n", "beta", "eps"):
+            number = weights[f"model.layers.{layer}.mlp.act_fn.{name}"].astype(np.float32).item()
+            fields.setdefault(f"xielu_{name}", []).append(number)
+    return fields
+
+
 # ---- Tensors: names of Hugging Face (or already of GGUF), and values as llama.cpp stores them.
 
 # Masks and wavelengths in old checkpoints.
@@ -403,6 +414,19 @@ def llama_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.nd
         elif "k_proj" in name:
             array = permute(array, kv_heads_of(config))
         yield name, array
+    yield from rope_freqs(config)
+
+
+def with_rope_freqs(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    yield from tensors
+    yield from rope_freqs(config)
+
+
+def apertus_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return with_rope_freqs([(name, array) for name, array in tensors if ".act_fn." not in name], config)
+
+
+def rope_freqs(config: Config) -> Iterator[tuple[str, np.ndarray]]:
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         yield "rope_freqs.weight", llama3_factors(rope, head_dim_of(config))
@@ -493,11 +517,19 @@ def gpt2_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How llama.cpp writes a family."""
+    """How llama.cpp writes a family.
+
+    Attributes:
+        architecture: of the file.
+        fields: metadata from the configuration.
+        tensors: those of the file, by their names in the checkpoint or in the file.
+        fields_of_tensors: metadata from the checkpoint's tensors.
+    """
 
     architecture: gguf.MODEL_ARCH
     fields: Callable[[Config], Fields]
     tensors: Callable[[Tensors, Config], Tensors] = unchanged
+    fields_of_tensors: Callable[[Mapping[str, np.ndarray]], Fields] = lambda weights: {}
 
 
 RECIPES = {
@@ -534,5 +566,6 @@ RECIPES = {
     "gpt_neox": Recipe(gguf.MODEL_ARCH.GPTNEOX, gpt_neox_fields, gpt_neox_tensors),
     "gpt2": Recipe(gguf.MODEL_ARCH.GPT2, gpt2_fields, gpt2_tensors),
     "bloom": Recipe(gguf.MODEL_ARCH.BLOOM, bloom_fields, bloom_tensors),
+    "apertus": Recipe(gguf.MODEL_ARCH.APERTUS, smollm3_fields, apertus_tensors, apertus_numbers),
     "mpt": Recipe(gguf.MODEL_ARCH.MPT, mpt_fields),
 }

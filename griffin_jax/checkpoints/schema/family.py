@@ -46,12 +46,15 @@ class GgufFamily:
             `model_type` says which family it is, if several share the architecture.
         rules: rules that say which tensor goes where, by the names in GGUF files.
         ignored: regular expressions of tensors that are read in another way or not needed.
+        numbers: names of metadata that hold a number for each layer, or one for all. Each number is read like a tensor
+            of one value that has this name in the layer.
     """
 
     architectures: tuple[str, ...]
     read_config: Callable[[Attributes, StoredTensors], dict[str, Any]]
     rules: Rules
     ignored: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
