@@ -229,6 +229,18 @@ def olmo3_fields(config: Config) -> Fields:
     }
 
 
+def exaone_fields(config: Config) -> Fields:
+    """Those that llama.cpp reads, and its converter wrote until it took them from where all others are.
+
+    Since then, epsilon has another name, if config.json is published with the names of GPT-2.
+    """
+    return standard_fields(config) | {"rope_dimension_count": width_of(config) // heads_of(config)}
+
+
+def jais2_fields(config: Config) -> Fields:
+    return standard_fields(config) | {"rope_dimension_count": head_dim_of(config)}
+
+
 def partial_rotary_fields(config: Config) -> Fields:
     turning = int(rope_of(config).get("partial_rotary_factor", 0.5) * head_dim_of(config))
     return standard_fields(config) | {"rope_dimension_count": turning}
@@ -566,6 +578,10 @@ RECIPES = {
     "gpt_neox": Recipe(gguf.MODEL_ARCH.GPTNEOX, gpt_neox_fields, gpt_neox_tensors),
     "gpt2": Recipe(gguf.MODEL_ARCH.GPT2, gpt2_fields, gpt2_tensors),
     "bloom": Recipe(gguf.MODEL_ARCH.BLOOM, bloom_fields, bloom_tensors),
+    "internlm3": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "iquestcoder": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "exaone": Recipe(gguf.MODEL_ARCH.EXAONE, exaone_fields, with_rope_freqs),
+    "jais2": Recipe(gguf.MODEL_ARCH.JAIS2, jais2_fields),
     "apertus": Recipe(gguf.MODEL_ARCH.APERTUS, smollm3_fields, apertus_tensors, apertus_numbers),
     "mpt": Recipe(gguf.MODEL_ARCH.MPT, mpt_fields),
 }

@@ -65,3 +65,17 @@ def test_numbers_in_the_metadata_are_finite(apertus, tmp_path):
     file = with_numbers(apertus, tmp_path / "twin.gguf", "alpha_n", [0.5, float(np.inf)])
     with pytest.raises(ValueError, match=r"blk\.1\.xielu\.alpha_n"):
         gj.load(file, "float32")
+
+
+def test_epsilon_of_exaone_has_two_names(tmp_path):
+    cases = all_cases()["exaone"]
+    build_torch("exaone", {**cases.config, "rms_norm_eps": 1e-3}, tmp_path)
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_layer_norm_eps(1e-3)
+
+    files = [
+        write_twin(tmp_path, tmp_path / "one.gguf"),
+        write_twin(tmp_path, tmp_path / "two.gguf", leave_out=("rms_eps",), extra=[add]),
+    ]
+    assert [open_source(file).config.norm_eps for file in files] == [1e-3, 1e-3]
