@@ -246,6 +246,23 @@ def partial_rotary_fields(config: Config) -> Fields:
     return standard_fields(config) | {"rope_dimension_count": turning}
 
 
+def chatglm_fields(config: Config) -> Fields:
+    """By the names of models published as ChatGLM, without which some fields have these defaults."""
+    width, heads = width_of(config), heads_of(config)
+    return {
+        "block_count": first(config, "num_layers", "num_hidden_layers"),
+        "context_length": config.get("seq_length", width),
+        "embedding_length": width,
+        "feed_forward_length": first(config, "ffn_hidden_size", "intermediate_size"),
+        "head_count": heads,
+        "head_count_kv": config.get("multi_query_group_num", kv_heads_of(config)),
+        "layer_norm_rms_eps": config.get("layernorm_epsilon", 1e-5),
+        "rope_dimension_count": int(width // heads * config.get("partial_rotary_factor", 0.5)),
+        "add_bos_token": False,
+        "rope_freq_base": 10_000 * config.get("rope_ratio", 1),
+    }
+
+
 def nemotron_fields(config: Config) -> Fields:
     rope = rope_of(config)
     return standard_fields(config) | {
@@ -455,6 +472,10 @@ def llama3_factors(rope: Config, head_dim: int) -> np.ndarray:
     return np.where(wavelengths < context / high, 1, between).astype(np.float32)
 
 
+def chatglm_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return [(name.removeprefix("transformer."), array) for name, array in tensors]
+
+
 def gemma3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
     for name, array in tensors:
         yield name, array + array.dtype.type(1) if name.endswith("norm.weight") else array
@@ -556,6 +577,7 @@ RECIPES = {
     "olmo2": Recipe(gguf.MODEL_ARCH.OLMO2, standard_fields),
     "olmo": Recipe(gguf.MODEL_ARCH.OLMO, olmo_fields, llama_tensors),
     "olmo3": Recipe(gguf.MODEL_ARCH.OLMO2, olmo3_fields),
+    "glm": Recipe(gguf.MODEL_ARCH.CHATGLM, chatglm_fields, chatglm_tensors),
     "glm4": Recipe(gguf.MODEL_ARCH.GLM4, partial_rotary_fields),
     "starcoder2": Recipe(gguf.MODEL_ARCH.STARCODER2, standard_fields),
     "seed_oss": Recipe(gguf.MODEL_ARCH.SEED_OSS, standard_fields),

@@ -54,7 +54,7 @@ class GgufFile(Reader):
         gguf = self.family.gguf
         assert gguf is not None
         self.files = [file]
-        self.rules, self.ignored, self.copies = gguf.rules, gguf.ignored, {}
+        self.rules, self.ignored, self.copies = gguf.rules_of(tensors), gguf.ignored, {}
         self._tensors = tensors
         self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
