@@ -56,6 +56,7 @@ def write_gguf(
     fields = {
         "file_type": gguf.LlamaFileType["ALL_F32" if quantise is None else f"MOSTLY_{quantise.name}"],
         **recipe.fields(config),
+        **recipe.fields_of_tensors(weights),
         **{f"{kind}_token_id": config.get(f"{kind}_token_id") for kind in SPECIAL_TOKENS},
     }
     for name, value in fields.items():
@@ -228,9 +229,38 @@ def olmo3_fields(config: Config) -> Fields:
     }
 
 
+def exaone_fields(config: Config) -> Fields:
+    """Those that llama.cpp reads, and its converter wrote until it took them from where all others are.
+
+    Since then, epsilon has another name, if config.json is published with the names of GPT-2.
+    """
+    return standard_fields(config) | {"rope_dimension_count": width_of(config) // heads_of(config)}
+
+
+def jais2_fields(config: Config) -> Fields:
+    return standard_fields(config) | {"rope_dimension_count": head_dim_of(config)}
+
+
 def partial_rotary_fields(config: Config) -> Fields:
     turning = int(rope_of(config).get("partial_rotary_factor", 0.5) * head_dim_of(config))
     return standard_fields(config) | {"rope_dimension_count": turning}
+
+
+def chatglm_fields(config: Config) -> Fields:
+    """By the names of models published as ChatGLM, without which some fields have these defaults."""
+    width, heads = width_of(config), heads_of(config)
+    return {
+        "block_count": first(config, "num_layers", "num_hidden_layers"),
+        "context_length": config.get("seq_length", width),
+        "embedding_length": width,
+        "feed_forward_length": first(config, "ffn_hidden_size", "intermediate_size"),
+        "head_count": heads,
+        "head_count_kv": config.get("multi_query_group_num", kv_heads_of(config)),
+        "layer_norm_rms_eps": config.get("layernorm_epsilon", 1e-5),
+        "rope_dimension_count": int(width // heads * config.get("partial_rotary_factor", 0.5)),
+        "add_bos_token": False,
+        "rope_freq_base": 10_000 * config.get("rope_ratio", 1),
+    }
 
 
 def nemotron_fields(config: Config) -> Fields:
@@ -380,6 +410,16 @@ def mpt_fields(config: Config) -> Fields:
     }
 
 
+def apertus_numbers(weights: Mapping[str, np.ndarray]) -> Fields:
+    """The numbers of each layer's xIELU."""
+    fields: Fields = {}
+    for layer in range(sum(name.endswith(".act_fn.alpha_p") for name in weights)):
+        for name in ("alpha_p", "alpha_n", "beta", "eps"):
+            number = weights[f"model.layers.{layer}.mlp.act_fn.{name}"].astype(np.float32).item()
+            fields.setdefault(f"xielu_{name}", []).append(number)
+    return fields
+
+
 # ---- Tensors: names of Hugging Face (or already of GGUF), and values as llama.cpp stores them.
 
 # Masks and wavelengths in old checkpoints.
@@ -403,6 +443,19 @@ def llama_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.nd
         elif "k_proj" in name:
             array = permute(array, kv_heads_of(config))
         yield name, array
+    yield from rope_freqs(config)
+
+
+def with_rope_freqs(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    yield from tensors
+    yield from rope_freqs(config)
+
+
+def apertus_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return with_rope_freqs([(name, array) for name, array in tensors if ".act_fn." not in name], config)
+
+
+def rope_freqs(config: Config) -> Iterator[tuple[str, np.ndarray]]:
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         yield "rope_freqs.weight", llama3_factors(rope, head_dim_of(config))
@@ -417,6 +470,10 @@ def llama3_factors(rope: Config, head_dim: int) -> np.ndarray:
     smooth = (context / wavelengths - low) / (high - low)
     between = np.where(wavelengths > context / low, factor, 1 / ((1 - smooth) / factor + smooth))
     return np.where(wavelengths < context / high, 1, between).astype(np.float32)
+
+
+def chatglm_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return [(name.removeprefix("transformer."), array) for name, array in tensors]
 
 
 def gemma3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
@@ -493,11 +550,19 @@ def gpt2_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How llama.cpp writes a family."""
+    """How llama.cpp writes a family.
+
+    Attributes:
+        architecture: of the file.
+        fields: metadata from the configuration.
+        tensors: those of the file, by their names in the checkpoint or in the file.
+        fields_of_tensors: metadata from the checkpoint's tensors.
+    """
 
     architecture: gguf.MODEL_ARCH
     fields: Callable[[Config], Fields]
     tensors: Callable[[Tensors, Config], Tensors] = unchanged
+    fields_of_tensors: Callable[[Mapping[str, np.ndarray]], Fields] = lambda weights: {}
 
 
 RECIPES = {
@@ -512,6 +577,7 @@ RECIPES = {
     "olmo2": Recipe(gguf.MODEL_ARCH.OLMO2, standard_fields),
     "olmo": Recipe(gguf.MODEL_ARCH.OLMO, olmo_fields, llama_tensors),
     "olmo3": Recipe(gguf.MODEL_ARCH.OLMO2, olmo3_fields),
+    "glm": Recipe(gguf.MODEL_ARCH.CHATGLM, chatglm_fields, chatglm_tensors),
     "glm4": Recipe(gguf.MODEL_ARCH.GLM4, partial_rotary_fields),
     "starcoder2": Recipe(gguf.MODEL_ARCH.STARCODER2, standard_fields),
     "seed_oss": Recipe(gguf.MODEL_ARCH.SEED_OSS, standard_fields),
@@ -534,5 +600,10 @@ RECIPES = {
     "gpt_neox": Recipe(gguf.MODEL_ARCH.GPTNEOX, gpt_neox_fields, gpt_neox_tensors),
     "gpt2": Recipe(gguf.MODEL_ARCH.GPT2, gpt2_fields, gpt2_tensors),
     "bloom": Recipe(gguf.MODEL_ARCH.BLOOM, bloom_fields, bloom_tensors),
+    "internlm3": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "iquestcoder": Recipe(gguf.MODEL_ARCH.LLAMA, llama_fields, llama_tensors),
+    "exaone": Recipe(gguf.MODEL_ARCH.EXAONE, exaone_fields, with_rope_freqs),
+    "jais2": Recipe(gguf.MODEL_ARCH.JAIS2, jais2_fields),
+    "apertus": Recipe(gguf.MODEL_ARCH.APERTUS, smollm3_fields, apertus_tensors, apertus_numbers),
     "mpt": Recipe(gguf.MODEL_ARCH.MPT, mpt_fields),
 }

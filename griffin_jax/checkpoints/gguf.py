@@ -54,11 +54,12 @@ class GgufFile(Reader):
         gguf = self.family.gguf
         assert gguf is not None
         self.files = [file]
-        self.rules, self.ignored, self.copies = gguf.rules, gguf.ignored, {}
+        self.rules, self.ignored, self.copies = gguf.rules_of(tensors), gguf.ignored, {}
         self._tensors = tensors
         self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.problems = []
+        self._numbers: dict[str, np.ndarray] = {}
         try:
             self.config = self._read_config(gguf)
         except ValueError as error:
@@ -66,8 +67,12 @@ class GgufFile(Reader):
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
+        self._numbers = self._read_numbers(gguf)
+        self.tensors |= {name: TensorInfo(number.shape, "F32") for name, number in self._numbers.items()}
 
     def read(self, name: str) -> np.ndarray:
+        if name in self._numbers:
+            return self._numbers[name]
         return self._values(name, self._tensors[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -126,6 +131,26 @@ class GgufFile(Reader):
             "eos_token_id": ends,
         }
         return self.family.model_config(values, self.name)
+
+    def _read_numbers(self, gguf: GgufFamily) -> dict[str, np.ndarray]:
+        """Parameters that are not tensors, but numbers in the metadata, by the names of `GgufFamily.numbers`."""
+        found: dict[str, np.ndarray] = {}
+        for field in gguf.numbers:
+            values = self.metadata.get(field)
+            if values is None:
+                continue
+            listed = values if isinstance(values, list) else [values] * self.config.num_layers
+            if len(listed) != self.config.num_layers or not all(isinstance(value, float) for value in listed):
+                raise ValueError(
+                    f"{self.name}: {field} must be a number for each of {self.config.num_layers} layers, "
+                    f"got {values!r:.200}"
+                )
+            for layer, value in enumerate(listed):
+                name = f"blk.{layer}.{field}"
+                if name in self.tensors:
+                    raise ValueError(f"{self.name}: {name} is a tensor, and {field} is in the metadata, too")
+                found[name] = np.array([value], np.float32)
+        return found
 
     def _values(self, name: str, tensor: _GgufTensor) -> np.ndarray:
         if not is_supported(tensor.dtype):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ from reference import (
 from safetensors.numpy import load_file, save_file
 
 import griffin_jax as gj
-from griffin_jax.checkpoints.families import families
+from griffin_jax.checkpoints.families import NOT_IN_GGUF, families
 from griffin_jax.checkpoints.huggingface import read_hf_config
 from griffin_jax.checkpoints.loading import open_source
 from griffin_jax.checkpoints.schema.family import is_ignored
@@ -134,9 +136,10 @@ def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
 
 
 def same(one: gj.Transformer, other: gj.Transformer) -> bool:
-    """Whether two models have the same configuration and the same arrays, so that they compute the same."""
+    """Whether two models have the same configuration, but for its name, and the same arrays: they compute the same."""
     ours, theirs = (jax.tree.leaves_with_path(model) for model in (one, other))
-    return one.config == other.config and all(
+    config = dataclasses.replace(one.config, family=other.config.family)
+    return config == other.config and all(
         path == place and np.array_equal(array, counterpart)
         for (path, array), (place, counterpart) in zip(ours, theirs, strict=True)
     )
@@ -145,10 +148,11 @@ def same(one: gj.Transformer, other: gj.Transformer) -> bool:
 @pytest.mark.usefixtures("query_blocks")
 def test_gguf_twin(pair, rng, tmp_path):
     """Where it is not the very same model (GGUF rounds numbers of the configuration to float32), its logits count."""
-    family = families()[pair.llm.config.family]
-    if not family.gguf and not family.also_gguf:
-        pytest.skip("llama.cpp does not have this family")
+    family = pair.llm.config.family
+    if reason := why_not_in_gguf().get(family):
+        pytest.skip(reason)
     if pair.not_in_gguf:
+        check_reason(pair, tmp_path / "twin.gguf")
         pytest.skip(pair.not_in_gguf)
     twin = gj.load(write_twin(pair.folder, tmp_path / "twin.gguf"), "float32")
     if not same(twin.model, pair.llm.model):
@@ -178,9 +182,40 @@ def test_every_field_of_a_configuration_is_in_the_structure_or_of_one_token():
     assert len(found | {structure(base)}) == len(changes) + 1
 
 
+def why_not_in_gguf() -> dict[str, str]:
+    """The reason of each family that is not read from GGUF files."""
+    return {name: reason for reason, names in NOT_IN_GGUF.items() for name in names}
+
+
+def check_reason(pair: Pair, file: Path) -> None:
+    """A file cannot say what the variant is, if it cannot be written or read, or what is read is another model."""
+    try:
+        twin = gj.load(write_twin(pair.folder, file), "float32").model
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return
+    assert not same(twin, pair.llm.model), f"a GGUF file can say it: {pair.not_in_gguf}"
+
+
 def test_every_family_that_llama_cpp_has_is_read_from_gguf_files():
+    """Or is said not to be in llama.cpp, as far as the gguf package tells: it lists architectures."""
+    reasons, known = why_not_in_gguf(), set(gguf.MODEL_ARCH_NAMES.values())
+    assert sum(map(len, NOT_IN_GGUF.values())) == len(reasons)
     for name, family in families().items():
-        assert bool(family.gguf or family.also_gguf) == (name in RECIPES), name
+        architectures = family.gguf.architectures if family.gguf else family.also_gguf
+        assert not (family.gguf and family.also_gguf), name
+        assert bool(architectures) == (name in RECIPES) == (name not in reasons), name
+        assert set(architectures) <= known, name
+        assert name not in RECIPES or gguf.MODEL_ARCH_NAMES[RECIPES[name].architecture] in architectures, name
+    alike = {re.sub(r"[-_.]", "", name): name for name in known}
+    found = {alike[plain] for name in reasons if (plain := re.sub(r"[-_.]", "", name)) in alike}
+    # A name without a converter and a model.
+    assert found == {"gptj"}
+
+
+def test_variants_that_a_gguf_file_cannot_say_exist():
+    for name, cases in CASES.items():
+        assert cases.not_in_gguf.keys() <= cases.variants.keys(), name
+        assert name in RECIPES or not cases.not_in_gguf, name
 
 
 # ---- what must be noticed ----

@@ -75,6 +75,18 @@ REFUSED: dict[str, tuple[str, ...]] = {
 """Model types (and GGUF architectures) that people may expect here, by the reason why they are refused."""
 
 
+NOT_IN_GGUF: dict[str, tuple[str, ...]] = {
+    "llama.cpp does not convert it": (
+        "codegen", "cwm", "gpt_neo", "gptj", "helium", "hyperclovax", "ministral", "opt", "vaultgemma",
+    ),
+}  # fmt: skip
+"""Families that are not read from GGUF files, by the reason.
+
+What llama.cpp converts is listed in its conversion/__init__.py (`TEXT_MODEL_MAP`), by the names of transformers'
+classes. `gptj` is among its architectures, without a converter and a model.
+"""
+
+
 NEW = "transformers has it, and it was not looked at yet"
 """The reason for which all others are refused."""
 
@@ -127,6 +139,8 @@ def table() -> str:
         rows.append((family.title, _code(family.model_type), _code(*architectures) or "none"))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(1, "|---|---|---|")
+    lines += ["", "Not read from GGUF files:", ""]
+    lines += [f"- {reason}: {_code(*names)}" for reason, names in NOT_IN_GGUF.items()]
     lines += ["", "Refused with the reason:", ""]
     lines += [f"- {reason}: {_code(*names)}" for reason, names in REFUSED.items()]
     if new := not_looked_at():

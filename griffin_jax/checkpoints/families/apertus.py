@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES
-from griffin_jax.checkpoints.families.qwen3 import HEAD_NORMS
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_gguf_fields
+from griffin_jax.checkpoints.families.qwen3 import GGUF_HEAD_NORMS, HEAD_NORMS
 from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_sizes
-from griffin_jax.checkpoints.schema.family import Family
-from griffin_jax.checkpoints.schema.layouts import layer_rules
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary, rotary_of
 from griffin_jax.model.config import ModelConfig, Rotary
 from griffin_jax.model.feed_forward import XIELU_SLOPE
@@ -50,6 +50,15 @@ def _read_rotary(attributes: Attributes, max_positions: int, head_dim: int) -> R
     return rotary_of(DEFAULT_ROTARY, attributes.where, max_positions, head_dim, theta=THETA)
 
 
+# Which llama.cpp keeps as numbers in the metadata.
+GGUF_CURVES = layer_rules(
+    "blk.{layer}.",
+    ("xielu.alpha_p", "ff.positive_curve", "1"),
+    ("xielu.alpha_n", "ff.negative_curve", "1"),
+)
+# A module's own numbers, by their names in checkpoints and in GGUF files.
+ACTIVATION = r"(model\.layers\.\d+\.mlp\.act_fn|blk\.\d+\.xielu)\."
+
 FAMILY = Family(
     model_type="apertus",
     title="Apertus",
@@ -67,7 +76,15 @@ FAMILY = Family(
     ),
     prefix="model.",
     # `eps` is so near to 0 that float32 does not tell.
-    ignored=(*IGNORED, r"model\.layers\.\d+\.mlp\.act_fn\.(beta|eps)"),
+    ignored=(*IGNORED, ACTIVATION + "(beta|eps)"),
     copies=COPIES,
-    constants={r"model\.layers\.\d+\.mlp\.act_fn\.beta": XIELU_SLOPE, r"model\.layers\.\d+\.mlp\.act_fn\.eps": -1e-6},
+    constants={ACTIVATION + "beta": XIELU_SLOPE, ACTIVATION + "eps": -1e-6},
+    # llama.cpp knows no other activation than xIELU for it.
+    gguf=GgufFamily(
+        ("apertus",),
+        read_gguf_fields,
+        GGUF_RULES + GGUF_HEAD_NORMS + GGUF_CURVES,
+        ignored=(r"rope_freqs\.weight", ACTIVATION + "(beta|eps)"),
+        numbers=("xielu.alpha_p", "xielu.alpha_n", "xielu.beta", "xielu.eps"),
+    ),
 )

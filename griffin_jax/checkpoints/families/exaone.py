@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from typing import Any
+
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -24,6 +27,13 @@ def read_config(attributes: Attributes) -> ModelConfig:
         rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"], theta=500_000.0),
         ff_bias=attributes.take("mlp_bias", bool, default=False),
     )
+
+
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    # Of published configurations, newer versions of its converter write epsilon as if the norms were LayerNorms.
+    attributes.rename(**{"attention.layer_norm_epsilon": "attention.layer_norm_rms_epsilon"})
+    return read_gguf_fields(attributes, tensors)
 
 
 RENAMED = (
@@ -48,4 +58,5 @@ FAMILY = Family(
     ignored=(*IGNORED, r"transformer\.rotary\.inv_freq"),
     copies=COPIES,
     renamed=RENAMED,
+    gguf=GgufFamily(("exaone",), read_gguf_config, GGUF_RULES, ignored=(r"rope_freqs\.weight",)),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.family import Family
-from griffin_jax.checkpoints.schema.layouts import layer_rules
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import FUSED_GGUF_RULES, GGUF_RULES, layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -38,6 +38,23 @@ def read_config(attributes: Attributes) -> ModelConfig:
     return ModelConfig(**read_glm_fields(attributes, "glm"))
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    values = read_gguf_fields(attributes, tensors)
+    return values | {
+        # `read_gguf_sizes` leaves it out where whole heads turn.
+        "partial_rotary_factor": values.get("partial_rotary_factor", 1.0),
+        "attention_bias": not tensors.shapes.keys().isdisjoint({"blk.0.attn_q.bias", "blk.0.attn_qkv.bias"}),
+    }
+
+
+# Gate and up together, though the name tells only of the latter.
+GGUF_GATE_UP = layer_rules(
+    "blk.{layer}.",
+    ("ffn_up.weight", "ff.gate", "([F]+F) D -> F D"),
+    ("ffn_up.weight", "ff.up", "(F+[F]) D -> F D"),
+)
+
 FAMILY = Family(
     model_type="glm",
     title="GLM-4-9B, GLM-Edge",
@@ -46,4 +63,8 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    # Queries, keys and values are one tensor in files of models published as ChatGLM, in the same form but for names.
+    gguf=GgufFamily(
+        ("chatglm",), read_gguf_config, GGUF_RULES + GGUF_GATE_UP, fused_rules=FUSED_GGUF_RULES + GGUF_GATE_UP
+    ),
 )

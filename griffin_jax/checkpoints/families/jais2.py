@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
 from griffin_jax.checkpoints.families.starcoder2 import NORM_BIASES
-from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_gguf_sizes
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -27,6 +30,16 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    return read_gguf_sizes(attributes) | {
+        "layer_norm_eps": attributes.take("attention.layer_norm_epsilon", float),
+        "rope_theta": attributes.take("rope.freq_base", float, default=10_000.0),
+        "attention_bias": "blk.0.attn_q.bias" in tensors.shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors.shapes,
+    }
+
+
 FAMILY = Family(
     model_type="jais2",
     title="Jais 2",
@@ -35,4 +48,5 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    gguf=GgufFamily(("jais2",), read_gguf_config, GGUF_RULES),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,12 +46,21 @@ class GgufFamily:
             `model_type` says which family it is, if several share the architecture.
         rules: rules that say which tensor goes where, by the names in GGUF files.
         ignored: regular expressions of tensors that are read in another way or not needed.
+        numbers: names of metadata that hold a number for each layer, or one for all. Each number is read like a tensor
+            of one value that has this name in the layer.
+        fused_rules: rules for files whose queries, keys and values are one tensor, if both kinds of files exist.
     """
 
     architectures: tuple[str, ...]
     read_config: Callable[[Attributes, StoredTensors], dict[str, Any]]
     rules: Rules
     ignored: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    fused_rules: Rules | None = None
+
+    def rules_of(self, stored: Collection[str]) -> Rules:
+        """The rules for a file with these tensors."""
+        return self.fused_rules if self.fused_rules and "blk.0.attn_qkv.weight" in stored else self.rules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -501,7 +501,9 @@ def test_gguf_missing_pieces(tmp_path, weights):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert "GGUF architecture 'novelty' is not supported; supported are arcee, bloom" in refusal(tmp_path / "c.gguf")
+    assert "GGUF architecture 'novelty' is not supported; supported are apertus, arcee, bloom" in refusal(
+        tmp_path / "c.gguf"
+    )
 
 
 def test_gguf_tensors_of_whole_numbers(tmp_path, weights):
