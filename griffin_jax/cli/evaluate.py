@@ -61,6 +61,7 @@ from griffin_jax.evaluation.samples import (
     sha256_of_files,
 )
 from griffin_jax.extensions.config import Extensions, check_quality
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.griffin.config import GriffinConfig
@@ -144,8 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = kind.add_argument_group("what is compared")
     what.add_argument(
         "--weights", dest="formats", metavar="FORMAT",
-        help="formats of the matrices, separated by commas, such as float32,int8,int4:64 (default: the model's own, and"
-        f" {', '.join(QUANTISED)})",
+        help="formats of the matrices, separated by commas, such as float32,int8,int4:64; in int8+int4@0.25 a quarter"
+        " of the kept neurons, those that the prompt needs most, have rows in int8, and the others in int4 (default:"
+        f" the model's own, and {', '.join(QUANTISED)})",
     )  # fmt: skip
     add_options(
         what, GriffinConfig, "density", type=str, default="1,0.75,0.5,0.35,0.25", metavar="D",
@@ -325,6 +327,7 @@ def run(options: argparse.Namespace) -> None:
     needs = chosen_needs(options, mesh)
     if options.task == "front":
         _check_formats(options, needs)
+        front.check_variants(variants, options.formats)
     options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
@@ -423,8 +426,13 @@ def _batch(
 
 def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
     """The bytes of the largest model in another format, which is next to the one in its own."""
-    other = [weights for weights in options.formats if weights != needs.precision.weights]
-    return {"weights in another format": max((_sizes(needs, weights).local for weights in other), default=0)}
+
+    def held(weights: front.Format) -> int:
+        fine = front.fine_format(weights)
+        bits = 0 if fine == needs.precision.weights else _sizes(needs, fine).local
+        return bits + (_sizes(needs, weights.coarse).ff(None) if isinstance(weights, MixedFormat) else 0)
+
+    return {"weights in another format": max(map(held, options.formats))}
 
 
 def _sizes(needs: Needs, weights: WeightFormat) -> Sizes:
@@ -537,7 +545,7 @@ def _choose_front(options: argparse.Namespace) -> None:
             methods[quality] = "+".join(["topk", *(step for step, there in has.items() if there)])
     options.method = ",".join(methods.values())
     options.qualities = {DENSE: "-"} | {method: quality for quality, method in methods.items()}
-    options.formats = [WeightFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
 
 
 def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
@@ -545,7 +553,7 @@ def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
     own = needs.precision.weights
     if own.quantised:
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
-    options.formats = list(dict.fromkeys(options.formats or [own, *map(WeightFormat.parse, QUANTISED)]))
+    options.formats = list(dict.fromkeys(options.formats or [own, *map(MixedFormat.parse, QUANTISED)]))
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
 
@@ -559,7 +567,7 @@ def _front(
     def figures(scores: dict[str, Any]) -> report.Figures:
         sizes = {
             (str(weights), variant): front.bytes_per_token(
-                llm.config, Precision.of(llm.model.dtype, weights), slots, variant, extensions
+                llm.config, llm.model.dtype, weights, slots, variant, extensions
             )
             for weights in options.formats
             for variant in variants

@@ -18,12 +18,15 @@ from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
 from griffin_jax.evaluation.forced import score_models
-from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, RECONSTRUCTION, Variant, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, forced_figures
 from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, select_mixed
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.assembly import assemble, disassemble
@@ -32,6 +35,24 @@ from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import to_host
+
+EVERY = GriffinConfig(1.0)
+"""Keeps all neurons."""
+
+Format = WeightFormat | MixedFormat
+"""What is compared: one format for all of a matrix, or two."""
+
+
+def check_variants(variants: Sequence[Variant], formats: Sequence[Format]) -> None:
+    """Raise `ValueError` unless every variant can be had in every format."""
+    mixed = [each for each in formats if isinstance(each, MixedFormat)]
+    if mixed and any(RECONSTRUCTION in variant.steps for variant in variants):
+        raise ValueError(f"{mixed[0]} has rows in two formats, which are not refitted: give --quality griffin")
+
+
+def fine_format(weights: Format) -> WeightFormat:
+    """The format of what has only one: attention, embedding, head, and the precise neurons."""
+    return weights.fine if isinstance(weights, MixedFormat) else weights
 
 
 def stored_as(model: Transformer, weights: WeightFormat) -> Transformer:
@@ -50,28 +71,44 @@ def stored_as(model: Transformer, weights: WeightFormat) -> Transformer:
 
 
 def bytes_per_token(
-    config: ModelConfig, precision: Precision, slots: int, variant: Variant, extensions: Extensions = DEFAULTS
+    config: ModelConfig,
+    dtype: np.dtype,
+    weights: Format,
+    slots: int,
+    variant: Variant,
+    extensions: Extensions = DEFAULTS,
 ) -> int:
     """Bytes that one sequence's decode step must read: the weights that are kept, and the cache.
 
     Args:
         config: the model.
-        precision: how it computes, and how its matrices are stored.
+        dtype: of the computation and the cache.
+        weights: how its matrices are stored.
         slots: tokens in the cache.
         variant: how it is pruned.
         extensions: what the variant's steps take.
     """
-    sizes = Sizes(dataclasses.replace(config, kv_copies=1), 1, slots, precision, shared=True)
-    if variant.method == DENSE:
-        return sizes.step(None)
-    return sizes.step(variant.pruner(extensions).config.kept([config.ff_width] * config.num_layers))
+
+    def sizes(weights: WeightFormat) -> Sizes:
+        one = dataclasses.replace(config, kv_copies=1)
+        return Sizes(one, 1, slots, Precision.of(dtype, weights), shared=True)
+
+    neurons = [config.ff_width] * config.num_layers
+    kept = None if variant.method == DENSE else variant.pruner(extensions).config
+    if not isinstance(weights, MixedFormat):
+        return sizes(weights).step(None if kept is None else kept.kept(neurons))
+    kept = kept or EVERY
+    fewer = weights.precise(kept)
+    precise = [0] * len(neurons) if fewer is None else fewer.kept(neurons)
+    others = [every - few for every, few in zip(kept.kept(neurons), precise, strict=True)]
+    return sizes(weights.fine).step(precise) + sizes(weights.coarse).ff(others)
 
 
 def compare_formats(
     llm: LLM,
     items: Sequence[Item],
     variants: Sequence[Variant],
-    formats: Sequence[WeightFormat],
+    formats: Sequence[Format],
     journal: Journal,
     *,
     new: int,
@@ -111,12 +148,15 @@ def compare_formats(
             if not texts:
                 continue
             progress.set_description(str(weights))
-            stored = stored_as(model, weights)
+            stored = stored_as(model, fine_format(weights))
+            few = coarse(stored, weights.coarse) if isinstance(weights, MixedFormat) else None
             for batch in batches(texts, size, seed):
                 room = _room(batch, new)
                 prefilled = batch.prefill(stored, room, rows)
 
                 def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
+                    if isinstance(weights, MixedFormat):  # noqa: B023
+                        return _mixed(stored, few, weights, variants, prefilled, extensions)  # noqa: B023
                     return models(stored, variants, prefilled, answers, batch.seeds, extensions, masked=True)  # noqa: B023
 
                 # Rows that repeat the last text fill the batch.
@@ -128,11 +168,27 @@ def compare_formats(
                 named = zip(batch.items, scores, strict=False)
                 journal.add({_entry(weights, item): found for item, found in named})
                 progress.update(len(batch.items))
-            del stored
+            del stored, few
     return {str(each): {item.name: journal.scores[_entry(each, item)] for item in items} for each in formats}
 
 
-def _entry(weights: WeightFormat, item: Item) -> str:
+def _mixed(
+    model: Transformer,
+    few: Transformer | None,
+    weights: MixedFormat,
+    variants: Sequence[Variant],
+    prompts: Prefilled,
+    extensions: Extensions,
+) -> Iterator[tuple[Variant, Transformer]]:
+    """Every variant's model with rows in two formats; the dense one reads all neurons."""
+    assert few is not None
+    for variant in variants:
+        pruner = None if variant.method == DENSE else variant.pruner(extensions)
+        config, fuse = (EVERY, None) if pruner is None else (pruner.config, pruner.fuse)
+        yield variant, mask_mixed(model, few, *select_mixed(prompts.statistics, config, weights, fuse=fuse))
+
+
+def _entry(weights: Format, item: Item) -> str:
     """What a journal calls the scores of a text in a format."""
     return f"{weights}: {item.name}"
 

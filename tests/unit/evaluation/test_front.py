@@ -17,9 +17,10 @@ from griffin_jax.evaluation import front, front_report, general_text
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import Variant, grid
 from griffin_jax.evaluation.journal import FILE, Journal
+from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import assemble, disassemble, parameter_shapes
-from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.model.weights import WeightFormat
 from griffin_jax.parallel.mesh import make_mesh
 
 ROWS = grid(["topk"], [0.5], ())
@@ -74,13 +75,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def predictions(model: gj.Transformer, item: Item, density: float) -> np.ndarray:
-    """log p of every token of the answer, of copies of the kept rows of a model of floating numbers."""
+def predictions(model: gj.Transformer, item: Item, density: float, change=None) -> np.ndarray:
+    """log p of every token of the answer, of copies of the kept rows of a model of floating numbers; or of what
+    `change` makes of each layer's neurons, the best first."""
     prompt, answer = jnp.asarray([item.prompt]), jnp.asarray([item.answer])
     read = jitted.prefill(model, prompt, jnp.asarray([prompt.shape[1]]), max_new_tokens=answer.shape[1])
     if density < 1:
         kept = [oracle_topk(np.asarray(squares)[0], int(48 * density)) for squares in read.statistics.squares]
         model = gj.prune(model, gj.ExpertNeurons.from_indices(kept, model.neurons))
+    if change is not None:
+        model = change([np.argsort(-np.asarray(squares)[0], kind="stable") for squares in read.statistics.squares])
     positions = prompt.shape[1] + jnp.arange(answer.shape[1])[None]
     hidden, _, _ = model(answer, positions, read.cache)
     return log_softmax(np.concatenate([read.logits, model.logits(hidden)[0, :-1]]))
@@ -132,6 +136,40 @@ class TestScores:
                     assert found[weights][item.name][name]["kl"] == pytest.approx(expected, abs=1e-5)
 
 
+class TestTwoFormats:
+    @pytest.mark.parametrize("share", [0, 0.25])
+    def test_against_rows_chosen_by_numpy(self, worded, tmp_path, share):
+        weights = MixedFormat.parse(f"int8+int4:16@{share}")
+        scores = front.compare_formats(worded.llm, ITEMS, ROWS, [weights], Journal(tmp_path, {}), new=5, size=2, seed=0)
+        reference = worded.llm.model
+        stored = front.stored_as(reference, weights.fine)
+        fine, few = dequantised(stored), dequantised(coarse(stored, weights.coarse))
+        for item in ITEMS:
+            p = predictions(reference, item, 1.0)
+            for variant in ROWS:
+                kept = int(48 * variant.density)
+                q = predictions(fine, item, 1.0, lambda ranks: chosen(fine, few, ranks, kept, int(share * kept)))  # noqa: B023
+                found = scores[str(weights)][item.name][variant.name]
+                assert found["kl"] == [pytest.approx((np.exp(p) * (p - q)).sum(), abs=1e-5, rel=1e-5)]
+
+    def test_rows_in_two_formats_are_not_refitted(self, worded, tmp_path, capsys):
+        arguments = ("--model", worded.folder, "--quality", "best", "--weights", "int8+int4:16@0.5")
+        code, _, err = run(capsys, texts(tmp_path), *arguments, "--output", tmp_path / "out")
+        assert code == 2
+        assert "int8+int4:16@0.5 has rows in two formats, which are not refitted" in err.splitlines()[-1]
+
+
+def chosen(fine: gj.Transformer, few: gj.Transformer, ranks, kept: int, precise: int) -> gj.Transformer:
+    """The first model with the rows of its best neurons, those of the second one for the next, and zeros else."""
+    arrays, others = ({path: np.array(a) for path, a in disassemble(model)} for model in (fine, few))
+    for layer, order in enumerate(ranks):
+        for name in ("gate", "up", "down"):
+            path = f"layers.{layer}.ff.{name}"
+            arrays[path][order[precise:kept]] = others[path][order[precise:kept]]
+            arrays[path][order[kept:]] = 0
+    return assemble(fine.config, arrays.items(), jnp.float32)
+
+
 class TestBytes:
     """Of 2 layers of width 32 with 48 neurons, 4 heads of 8 numbers, 2 of them for keys, and 320 tokens."""
 
@@ -154,8 +192,26 @@ class TestBytes:
         head = 321 * (32 * vocabulary + row)
         expected = 2 * (qkv + out + ff + norms) + head + 32 * 4 + 2 * 2 * 2 * 8 * slots * 4
         variant = Variant("dense", 1.0) if density == 1 else Variant("topk", density)
-        precision = Precision.of(jnp.float32, WeightFormat.parse(weights))
-        assert front.bytes_per_token(worded.llm.config, precision, slots, variant) == expected
+        found = front.bytes_per_token(
+            worded.llm.config, np.dtype(np.float32), WeightFormat.parse(weights), slots, variant
+        )
+        assert found == expected
+
+    @pytest.mark.parametrize("density", [1.0, 0.5])
+    @pytest.mark.parametrize("share", [0, 0.25])
+    def test_of_two_formats(self, worded, density, share):
+        variant = Variant("dense", 1.0) if density == 1 else Variant("topk", density)
+        kept = int(48 * density)
+        precise = int(share * kept)
+
+        def read(weights: str) -> int:
+            parsed = MixedFormat.parse(weights)
+            return front.bytes_per_token(worded.llm.config, np.dtype(np.float32), parsed, 20, variant)
+
+        # Of each neuron that is not precise: three rows in 4 bits with two float16 scales, instead of three in 8 bits
+        # of which two have a float32 scale.
+        saved = (3 * 32 + 2 * 4) - 3 * (16 + 2 * 2)
+        assert read("int8") - read(f"int8+int4:16@{share}") == 2 * (kept - precise) * saved
 
 
 class TestFront:
@@ -224,6 +280,10 @@ class TestCommand:
         [
             (["--weights", "int3"], "weights are 'int3'; allowed are"),
             (["--weights", "int8,"], "weights are ''; allowed are"),
+            (["--weights", "int8+int4"], "weights are 'int8+int4'; two formats go with the part, in [0, 1), of"),
+            (["--weights", "int8+int4@1"], "weights are 'int8+int4@1'; two formats go with the part"),
+            (["--weights", "int8+int3@0.5"], "weights are 'int3'; allowed are"),
+            (["--weights", "int8+int4:24@0.5"], "groups of 24 do not divide rows of 32 weights"),
             (["--weights", "int4:24"], "groups of 24 do not divide rows of 32 weights"),
             (["--density", "1,1.5"], "density must be in (0, 1], got 1.5"),
             (["--quality", "good"], "quality must be one of griffin, best, got 'good'"),

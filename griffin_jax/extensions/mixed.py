@@ -1,0 +1,226 @@
+"""Bits by importance: of the kept neurons, those that a prompt needs most are read in all of their bits, others in few.
+
+    precise, others = select_mixed(statistics, config, share=0.25)
+    mixed = prune_mixed(model, coarse(model), precise, others)
+
+GRIFFIN has two levels, a neuron is read or it is not. Between them are the bits that its rows are read in: a quarter of
+the neurons in 8 bits and the others in 4 read little more than all of them in 4, and what the 4 bits lose is mostly
+lost in the few neurons that take part most, which are others for every prompt. `griffin-jax eval front` compares this
+with uniform formats and with pruning, at the bytes that a token reads.
+
+Each feed-forward layer has two groups of rows (`FeedForward.rest`), each in its own format; attention, embedding and
+head stay as the model has them. The rows in fewer bits are held in addition to the model, for all neurons, since any of
+them may be chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from griffin_jax.generation import jitted
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.griffin.prune import check_whole, prune
+from griffin_jax.griffin.select import Fuse
+from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.feed_forward import FeedForward, Mask
+from griffin_jax.model.ops import top_k
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import WeightFormat, quantise
+from griffin_jax.utils import programs
+
+FEW_BITS = WeightFormat.parse("int4")
+"""What the other neurons are read in, where nothing is said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedFormat:
+    """Two formats of the feed-forward rows, and which part of the kept neurons has the first one.
+
+    Attributes:
+        fine: how the model's matrices are stored, and the rows of the precise neurons among them.
+        coarse: how the rows of the other kept neurons are stored.
+        share: part of the kept neurons that is precise, in [0, 1).
+    """
+
+    fine: WeightFormat
+    coarse: WeightFormat
+    share: float
+
+    @classmethod
+    def parse(cls, text: str) -> MixedFormat | WeightFormat:
+        """`int8+int4@0.25`, or a format without a plus.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        fine, plus, rest = text.partition("+")
+        if not plus:
+            return WeightFormat.parse(text)
+        coarse, _, share = rest.partition("@")
+        try:
+            part = float(share)
+        except ValueError:
+            part = -1.0
+        if not 0 <= part < 1:
+            raise ValueError(
+                f"weights are {text!r}; two formats go with the part, in [0, 1), of the kept neurons that has the first"
+                " one: int8+int4@0.25"
+            )
+        return cls(WeightFormat.parse(fine), WeightFormat.parse(coarse), part)
+
+    def __str__(self) -> str:
+        return f"{self.fine}+{self.coarse}@{self.share:g}"
+
+    def check(self, width: int, embedding_width: int | None = None) -> None:
+        """Raise `ValueError` unless both formats fit a model of this width."""
+        self.fine.check(width, embedding_width)
+        self.coarse.check(width)
+
+    def precise(self, config: GriffinConfig) -> GriffinConfig | None:
+        """The config that selects the precise ones of the neurons that `config` keeps; None if there are none."""
+        if self.share == 0:
+            return None
+        density = config.density
+        of_each = (
+            tuple(self.share * each for each in density) if isinstance(density, Sequence) else self.share * density
+        )
+        return dataclasses.replace(config, density=of_each)
+
+
+def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
+    """The same model with its feed-forward matrices in another format, and all other arrays those of the model.
+
+    Args:
+        model: the full one, in any format. It stays as it is.
+        weights: an integer format.
+
+    Raises:
+        ValueError: groups of the format do not divide the model's rows, or the model is no full one.
+    """
+    check_whole(model)
+    weights.check(model.config.width)
+    few: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    for layer in few.layers:
+        ff = layer.ff
+        gate_up, gate_up_scale = quantise(ff.gate_up_matrix(), weights, "first")
+        down, scale = quantise(ff.down_matrix(), weights, "last")
+        ff.gate_up, ff.gate_up_scale = nnx.Param(gate_up), nnx.data(nnx.Param(gate_up_scale))
+        scales = (None, nnx.Param(scale)) if weights.group else (nnx.Param(scale), None)
+        ff.down, (ff.down_scale, ff.down_row_scale) = nnx.Param(down), map(nnx.data, scales)
+    return few
+
+
+def select_mixed(
+    statistics: Statistics, config: GriffinConfig, mixed: MixedFormat, *, fuse: Fuse | None = None
+) -> tuple[ExpertNeurons | None, ExpertNeurons | None]:
+    """The neurons to keep in the first format, and those to keep in the second one.
+
+    Args:
+        statistics: of the prompts.
+        config: how many neurons are kept in all, by method `topk`.
+        mixed: which part of them is precise.
+        fuse: as for `griffin_jax.select`.
+
+    Returns:
+        The precise neurons and the others; None instead of no neuron.
+
+    Raises:
+        ValueError: as `griffin_jax.select`; or the method is not `topk`, whose neurons at a smaller density are among
+            those at a larger one.
+    """
+    if config.method != "topk":
+        raise ValueError(f'neurons are precise by their rank, which method "topk" gives; method is {config.method!r}')
+    kept = jitted.select(statistics, config, fuse=fuse)
+    fewer = mixed.precise(config)
+    if fewer is None:
+        return None, kept
+    precise = jitted.select(statistics, fewer, fuse=fuse)
+    return precise, _others(kept, precise) if precise.kept != kept.kept else None
+
+
+@programs.jit
+def _others(kept: ExpertNeurons, precise: ExpertNeurons) -> ExpertNeurons:
+    """The kept neurons that are not precise, which are as many for all sequences."""
+
+    def indices(of_all: Bool[Array, "*b f"], of_precise: Bool[Array, "*b f"], k: int) -> Int[Array, "*b k"]:
+        is_other = (of_all & ~of_precise).astype(jnp.float32)
+        return jnp.sort(top_k(is_other[..., None, :], k)[1][..., 0, :], axis=-1).astype(jnp.int32)
+
+    layers = zip(kept.masks(), precise.masks(), kept.kept, precise.kept, strict=True)
+    return ExpertNeurons(tuple(indices(a, p, k - few) for a, p, k, few in layers), kept.neurons, kept.groups)
+
+
+def prune_mixed(
+    model: Transformer,
+    coarse: Transformer,
+    precise: ExpertNeurons | None,
+    others: ExpertNeurons | None,
+    *,
+    reuse: Transformer | None = None,
+) -> Transformer:
+    """The model that reads some neurons in its own format and others in that of `coarse`.
+
+    Args:
+        model: the full one.
+        coarse: what `coarse` made of it.
+        precise: the neurons to keep in the model's format; None for none.
+        others: those to keep in the other one; None for none.
+        reuse: an earlier result for as many neurons that is no longer needed, and whose memory is used.
+
+    Raises:
+        ValueError: as `griffin_jax.prune`, or both are None.
+    """
+    if precise is None or others is None:
+        kept = precise or others
+        if kept is None:
+            raise ValueError("a model keeps at least one neuron of each layer: give precise or other neurons")
+        return prune(coarse if precise is None else model, kept, reuse=reuse)
+    first, second = (None, None) if reuse is None else _groups(reuse)
+    pruned = prune(model, precise, reuse=first)
+    return _joined(pruned, prune(coarse, others, reuse=second))
+
+
+def mask_mixed(
+    model: Transformer, coarse: Transformer, precise: ExpertNeurons | None, others: ExpertNeurons | None
+) -> Transformer:
+    """What `prune_mixed` gives, without a copy of any weight: for scoring given tokens."""
+    check_whole(model)
+    joined = _joined(model, coarse)
+
+    def kept(experts: ExpertNeurons | None, other: ExpertNeurons | None) -> list[Bool[Array, "*b f"]]:
+        if experts is not None:
+            return list(experts.masks())
+        assert other is not None
+        return [jnp.zeros_like(mask) for mask in other.masks()]
+
+    for layer, *masks in zip(joined.layers, kept(precise, others), kept(others, precise), strict=True):
+        layer.ff.mask = nnx.data(Mask(jnp.concatenate(masks, axis=-1)))
+    return joined
+
+
+def _joined(model: Transformer, other: Transformer) -> Transformer:
+    """The first model, whose feed-forward layers have the rows of the second one behind their own."""
+    joined: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    for layer, more in zip(joined.layers, other.layers, strict=True):
+        rest: FeedForward = jax.tree.map(lambda leaf: leaf, more.ff)
+        # The outputs of both are added up, and the bias is in one of them.
+        rest.down_bias = None
+        layer.ff.rest = nnx.data(rest)
+    return joined
+
+
+def _groups(mixed: Transformer) -> tuple[Transformer, Transformer]:
+    """The two models that `_joined` made one of."""
+    first, second = (jax.tree.map(lambda leaf: leaf, mixed) for _ in range(2))
+    for layer, other in zip(first.layers, second.layers, strict=True):
+        rest = other.ff.rest
+        assert rest is not None
+        layer.ff.rest, other.ff = nnx.data(None), rest
+    return first, second
