@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.util
 import io
 import json
@@ -19,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import first_and_slow
-from reference import TinyLlama, torch_greedy
+from reference import TinyLlama, load_torch, torch_greedy
 
 import griffin_jax as gj
-from benchmarks import memory, peers, torchpeers
+from benchmarks import memory, peers
 from benchmarks.__main__ import main
 from griffin_jax.bench import report, runner
 from griffin_jax.cli import bench
@@ -52,14 +53,20 @@ def plain(tmp_path_factory) -> TinyLlama:
     return TinyLlama.build(tmp_path_factory.mktemp("plain"), num_key_value_heads=4)
 
 
-def test_peer_is_the_same_model(plain):
+@pytest.fixture
+def torchpeers():
+    load_torch()
+    return importlib.import_module("benchmarks.torchpeers")
+
+
+def test_peer_is_the_same_model(plain, torchpeers):
     peer = torchpeers.from_jax(plain.llm.model)
     prompt = [5, 6, 7, 8, 9]
     assert torchpeers.greedy(peer, prompt, 12)[0] == torch_greedy(plain.torch, prompt, 12)
 
 
 @pytest.mark.parametrize("density", [0.5, 0.25])
-def test_published_griffin_is_ours(plain, density):
+def test_published_griffin_is_ours(plain, torchpeers, density):
     prompt = [5, 6, 7, 8, 9, 10, 11]
     with torchpeers.pruned(torchpeers.from_jax(plain.llm.model), density) as model:
         tokens, _, _ = torchpeers.greedy(model, prompt, 12)
@@ -69,6 +76,7 @@ def test_published_griffin_is_ours(plain, density):
 @pytest.fixture(scope="module")
 def measured(plain, tmp_path_factory) -> tuple[list[str], dict]:
     """What a small sweep printed, and its JSON file."""
+    load_torch()
     file = tmp_path_factory.mktemp("bench") / "result.json"
     out = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
@@ -403,6 +411,7 @@ def test_absent_peers_are_skipped_with_a_reason(plain, monkeypatch):
 
 
 def test_peers_of_other_formats_and_families_are_skipped(tiny):
+    load_torch()
     config, names = dataclasses.replace(tiny.llm.config, attention_bias=True), ["transformers", "published GRIFFIN"]
     with contextlib.ExitStack() as stack:
         half = {WeightFormat("bfloat16"): random_model(config, jnp.bfloat16)}

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import first_and_slow
 from flax import nnx
+from reference import load_torch
 from signals import AS_IN_A_TERMINAL
 
 from griffin_jax.checkpoints import native as checkpoint
@@ -464,8 +465,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, stored, dtype, pickled):
     }
     checkpoints.write(tmp_path / "hf", weights, shards=4, config=config)
     if pickled:
-        import torch
-
+        torch = load_torch()
         for file in (tmp_path / "hf").glob("model*"):
             file.unlink()
         payload = {name: torch.from_numpy(array) for name, array in weights.items()}

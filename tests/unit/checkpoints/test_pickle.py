@@ -14,12 +14,14 @@ from typing import Any
 import checkpoints
 import numpy as np
 import pytest
-import torch
+from reference import load_torch
 
 from griffin_jax.checkpoints import loading, pytorch, sources
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
 from griffin_jax.checkpoints.pytorch import PickleFile
 from griffin_jax.llm import llm
+
+torch = load_torch()
 
 EMBEDDING = "model.embed_tokens.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from reference import TOLERANCE, TinyLlama, pruned_log_softmax
+from reference import TOLERANCE, TinyLlama, load_torch, pruned_log_softmax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -135,6 +135,7 @@ ALL = ["griffin_choice", "griffin_text", "griffin_answer"]
 @pytest.fixture(scope="module")
 def hf(model, tasks) -> dict[str, Any]:
     """What the harness's own model makes of the tasks."""
+    load_torch()
     return evaluate(tasks, ALL, "hf", {"pretrained": str(model.folder), "dtype": "float32", "device": "cpu"})
 
 
@@ -148,6 +149,7 @@ class TestDense:
 
     def test_so_are_chats(self, model, tasks):
         """Examples as turns, templates, and what they begin with."""
+        load_torch()
         chat = {"apply_chat_template": True, "fewshot_as_multiturn": True, "num_fewshot": 1, "limit": 2}
         arguments = {"pretrained": str(model.folder), "dtype": "float32", "device": "cpu"}
         names = ["griffin_answer"]
