@@ -6,12 +6,14 @@ import os
 from typing import Any
 
 from griffin_jax.evaluation.grid import DENSE
-from griffin_jax.evaluation.report import METHOD_COLOURS, TOP1, WIDTH, Figures, Metric, bars, cell
+from griffin_jax.evaluation.report import TOP1, WIDTH, Figures, Metric, bars, cell
 from griffin_jax.utils.figures import new_figure
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
 MARKERS = ("o", "s", "^", "D", "v")
 STYLES = ("-", "--", ":")
+LABEL_SPACE = 34, 16
+"""Pixels that a label of a point takes."""
 
 
 def table(figures: Figures) -> str:
@@ -53,7 +55,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     qualities = list(dict.fromkeys(entry["quality"] for entry in figures if entry["method"] != DENSE)) or [DENSE]
     shown = [entry for entry in figures if entry["kl"]["value"] is not None and entry["kl"]["value"] > 0]
     for number, weights in enumerate(formats):
-        colour = METHOD_COLOURS[number % len(METHOD_COLOURS)]
+        colour = f"C{number % 10}"
         for quality, style in zip(sorted(qualities, reverse=True), STYLES, strict=False):
             line = [
                 e for e in shown if e["weights"] == weights and (e["quality"] == quality or e["method"] == DENSE)
@@ -72,15 +74,19 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     places = [_megabytes(entry) for entry in front], [entry["kl"]["value"] for entry in front]
     axis.step(*places, where="post", color="0.6", linewidth=5, alpha=0.4, zorder=0)
     axis.scatter(*places, s=90, facecolors="none", edgecolors="black", linewidths=1, zorder=3, label="on the front")
-    for entry in shown:
-        # Two formats of 4 bits read nearly as much: the labels of one are on the other side.
-        place, side = ((-6, -8), "right") if entry["weights"] == formats[-1] else ((6, 3), "left")
-        axis.annotate(
-            f"{entry['density']:g}", (_megabytes(entry), entry["kl"]["value"]), fontsize=7, color="0.2",
-            xytext=place, textcoords="offset points", horizontalalignment=side,
-        )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
+    labelled: list[tuple[float, float]] = []
+    # Where points of several formats lie next to each other, one has a label; those on the front come first.
+    for entry in sorted(shown, key=lambda entry: not entry["front"]):
+        point = _megabytes(entry), entry["kl"]["value"]
+        x, y = axis.transData.transform(point)
+        if any(abs(x - left) < LABEL_SPACE[0] and abs(y - low) < LABEL_SPACE[1] for left, low in labelled):
+            continue
+        labelled.append((x, y))
+        axis.annotate(
+            f"{entry['density']:g}", point, fontsize=7, color="0.2", xytext=(7, 4), textcoords="offset points"
+        )
     reads = sorted({_megabytes(entry) for entry in figures})
     ticks = [n * 10**power for power in range(-3, 7) for n in (1, 1.5, 2, 3, 5, 7)]
     inside = [tick for tick in ticks if reads[0] * 0.95 <= tick <= reads[-1] * 1.05]
