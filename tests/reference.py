@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -38,10 +39,16 @@ def unchecked() -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+NO_TORCH = "compares with torch, which is not installed"
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason=NO_TORCH)
+"""For tests of what itself asks for torch."""
+
+
 @functools.cache
 def load_torch() -> Any:
     """Torch without gradients; the test that asks for it is skipped where it is not installed."""
-    torch = pytest.importorskip("torch", reason="compares with torch, which is not installed")
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
     torch.set_grad_enabled(False)
     # Two workers with a thread for every core only wait for each other.
     torch.set_num_threads(1)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from checkpoints_gguf import write_gguf
 from conftest import first_and_slow
+from reference import needs_torch
 
 import griffin_jax as gj
 from griffin_jax.checkpoints import loading, sources, verification
@@ -273,6 +274,7 @@ def test_a_failed_conversion_does_not_wait_for_hashes(tmp_path, hf_folder, monke
 # ---- verification ----
 
 
+@needs_torch
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
 def test_conversions_that_keep_the_values_agree_with_torch(tmp_path, stored):
     folder = checkpoints.write(tmp_path / "hf", stored_as(stored))
@@ -285,6 +287,7 @@ def test_conversions_that_keep_the_values_agree_with_torch(tmp_path, stored):
     assert "verified against PyTorch" in str(report)
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rounded_weights_have_a_wider_tolerance(hf_folder, tmp_path, dtype):
     with pytest.warns(NarrowingWarning):
@@ -294,6 +297,7 @@ def test_rounded_weights_have_a_wider_tolerance(hf_folder, tmp_path, dtype):
     assert 1e-4 < found.relative < found.tolerance < 0.05
 
 
+@needs_torch
 def test_a_gguf_file_is_verified(tmp_path):
     from test_sources import BLOCKY, blocky_tensors
 
@@ -303,6 +307,7 @@ def test_a_gguf_file_is_verified(tmp_path):
     assert found.tolerance == 1e-4
 
 
+@needs_torch
 def test_a_wrong_conversion_is_told(capfd, hf_folder, tmp_path):
     weights = checkpoints.tensors()
     up, gate = "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight"
@@ -315,6 +320,7 @@ def test_a_wrong_conversion_is_told(capfd, hf_folder, tmp_path):
     assert "The largest difference is" in str(found)
 
 
+@needs_torch
 def test_the_command_fails_where_the_conversion_is_wrong(capfd, hf_folder, tmp_path, monkeypatch):
     ours = verification.our_logits
     monkeypatch.setattr(verification, "our_logits", lambda *arguments: [1.01 * array for array in ours(*arguments)])
@@ -328,6 +334,7 @@ def test_the_command_fails_where_the_conversion_is_wrong(capfd, hf_folder, tmp_p
     assert 0.005 < error.value.verification.relative < 0.015
 
 
+@needs_torch
 def test_the_command_prints_the_verification(capfd, hf_folder, tmp_path):
     code, out, _ = run(capfd, "convert", hf_folder, tmp_path / "native", "--verify")
     assert code == 0
@@ -335,6 +342,7 @@ def test_the_command_prints_the_verification(capfd, hf_folder, tmp_path):
     assert "equal at 100.0% of 100 positions" in out
 
 
+@needs_torch
 def test_what_cannot_be_verified_is_refused_first(hf_folder, tmp_path, monkeypatch):
     native = convert(hf_folder, tmp_path / "native", progress=False).path
     with pytest.raises(ValueError, match="is a native folder, which PyTorch cannot read"):
