@@ -8,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import TinyLlama, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
@@ -137,7 +137,7 @@ class TestScores:
 
 
 class TestTwoFormats:
-    @pytest.mark.parametrize("share", [0, 0.25])
+    @pytest.mark.parametrize("share", first_and_slow(1, 0.25, 0))
     def test_against_rows_chosen_by_numpy(self, worded, tmp_path, share):
         weights = MixedFormat.parse(f"int8+int4:16@{share}")
         scores = front.compare_formats(worded.llm, ITEMS, ROWS, [weights], Journal(tmp_path, {}), new=5, size=2, seed=0)

@@ -86,8 +86,8 @@ def wide(model: gj.Transformer, few: gj.Transformer, precise, others, row: int |
     return found
 
 
-@pytest.mark.parametrize("share", [0.25, 0])
-@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("share", first_and_slow(1, 0.25, 0))
+@pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
 @pytest.mark.parametrize("shared", [True, False])
 def test_pruned_and_masked_are_what_the_rows_stand_for(model, prefilled, shared, density, share):
     few, mixed = coarse(model, MIXED.coarse), dataclasses.replace(MIXED, share=share)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import assert_close
 
 import griffin_jax as gj
@@ -57,7 +58,7 @@ def test_statistics_of_answers_are_what_the_prompts_lack(followed):
     assert statistics.tokens.tolist() == [len(answer) for answer in ANSWERS]
 
 
-@pytest.mark.parametrize("chunk", [1024, 4])
+@pytest.mark.parametrize("chunk", first_and_slow(1, 4, 1024))
 def test_extended_prompts_are_longer_prompts(tiny, monkeypatch, chunk):
     """Whether they are read at once or in chunks; a row may have nothing more, or end before the last chunk."""
     model = tiny.llm.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import TinyLlama, assert_close, stepwise_logits, torch_intermediates, torch_logits
 
 import griffin_jax as gj
@@ -87,7 +88,7 @@ def test_padded_queries_stay_finite(tiny):
 
 
 @pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", first_and_slow(1, "bfloat16", "float16"))
 def test_narrow_weights_compute_near_float32(tiny, rng, dtype):
     tokens = rng.integers(0, 101, (1, 20)).astype(np.int32)
     narrow = gj.load(tiny.folder, dtype).model
