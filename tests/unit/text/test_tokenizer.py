@@ -14,6 +14,7 @@ from typing import Any
 import checkpoints
 import pytest
 from gguf_vocabularies import byte_level, names, sentencepiece
+from reference import needs_torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers import PreTrainedTokenizerFast
@@ -44,6 +45,7 @@ def demo(demo_gguf) -> Tokenizer:
     return Tokenizer.from_gguf(read_gguf_header(demo_gguf)[0])
 
 
+@needs_torch  # which transformers wants for GGUF files
 def test_ids_are_those_of_transformers(demo, demo_gguf):
     from transformers import AutoTokenizer
 
