@@ -37,11 +37,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(said in str(error) for said in OUT_OF_MEMORY)
 
 
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
 def printable(text: str) -> str:
     """A text from a file in one line that changes no terminal: what is not printable is escaped."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
-    )
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 
 def shown(text: str, stream: TextIO) -> str:
@@ -49,7 +51,7 @@ def shown(text: str, stream: TextIO) -> str:
     its title or turn the direction of writing are escaped, but for line breaks and tabs; files get every character."""
     if not stream.isatty():
         return text
-    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return CONTROLS.sub(lambda found: _escaped(found[0]), text)
 
 
 def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
