@@ -327,7 +327,7 @@ def run(options: argparse.Namespace) -> None:
     needs = chosen_needs(options, mesh)
     if options.task == "front":
         _check_formats(options, needs)
-        front.check_variants(variants, options.formats)
+        front.check_variants(needs.config, variants, options.formats, extensions)
     options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)

@@ -8,6 +8,7 @@ statistic is of, too.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -43,11 +44,30 @@ Format = WeightFormat | MixedFormat
 """What is compared: one format for all of a matrix, or two."""
 
 
-def check_variants(variants: Sequence[Variant], formats: Sequence[Format]) -> None:
+def check_variants(
+    config: ModelConfig, variants: Sequence[Variant], formats: Sequence[Format], extensions: Extensions
+) -> None:
     """Raise `ValueError` unless every variant can be had in every format."""
     mixed = [each for each in formats if isinstance(each, MixedFormat)]
     if mixed and any(RECONSTRUCTION in variant.steps for variant in variants):
         raise ValueError(f"{mixed[0]} has rows in two formats, which are not refitted: give --quality griffin")
+    for weights, variant in itertools.product(mixed, variants):
+        try:
+            _neurons(config, weights, _config(variant, extensions))
+        except ValueError as error:
+            raise ValueError(f"of {weights} the precise neurons at {variant.name}: {error}") from error
+
+
+def _config(variant: Variant, extensions: Extensions) -> GriffinConfig:
+    """What a variant keeps."""
+    return EVERY if variant.method == DENSE else variant.pruner(extensions).config
+
+
+def _neurons(config: ModelConfig, weights: MixedFormat, kept: GriffinConfig) -> tuple[list[int], list[int]]:
+    """How many neurons of each layer are precise, and how many of the kept ones are not."""
+    neurons, fewer = [config.ff_width] * config.num_layers, weights.precise(kept)
+    precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
+    return precise, [every - few for every, few in zip(kept.kept(neurons), precise, strict=True)]
 
 
 def fine_format(weights: Format) -> WeightFormat:
@@ -93,14 +113,10 @@ def bytes_per_token(
         one = dataclasses.replace(config, kv_copies=1)
         return Sizes(one, 1, slots, Precision.of(dtype, weights), shared=True)
 
-    neurons = [config.ff_width] * config.num_layers
-    kept = None if variant.method == DENSE else variant.pruner(extensions).config
+    kept = _config(variant, extensions)
     if not isinstance(weights, MixedFormat):
-        return sizes(weights).step(None if kept is None else kept.kept(neurons))
-    kept = kept or EVERY
-    fewer = weights.precise(kept)
-    precise = [0] * len(neurons) if fewer is None else fewer.kept(neurons)
-    others = [every - few for every, few in zip(kept.kept(neurons), precise, strict=True)]
+        return sizes(weights).step(kept.kept([config.ff_width] * config.num_layers))
+    precise, others = _neurons(config, weights, kept)
     return sizes(weights.fine).step(precise) + sizes(weights.coarse).ff(others)
 
 
@@ -183,8 +199,7 @@ def _mixed(
     """Every variant's model with rows in two formats; the dense one reads all neurons."""
     assert few is not None
     for variant in variants:
-        pruner = None if variant.method == DENSE else variant.pruner(extensions)
-        config, fuse = (EVERY, None) if pruner is None else (pruner.config, pruner.fuse)
+        config, fuse = _config(variant, extensions), variant.pruner(extensions).fuse if variant.steps else None
         yield variant, mask_mixed(model, few, *select_mixed(prompts.statistics, config, weights, fuse=fuse))
 
 

@@ -1,12 +1,11 @@
 """Bits by importance: of the kept neurons, those that a prompt needs most are read in all of their bits, others in few.
 
-    precise, others = select_mixed(statistics, config, share=0.25)
-    mixed = prune_mixed(model, coarse(model), precise, others)
+    precise, others = select_mixed(statistics, config, MixedFormat.parse("int8+int4@0.25"))
+    pruned = prune_mixed(model, coarse(model), precise, others)
 
-GRIFFIN has two levels, a neuron is read or it is not. Between them are the bits that its rows are read in: a quarter of
-the neurons in 8 bits and the others in 4 read little more than all of them in 4, and what the 4 bits lose is mostly
-lost in the few neurons that take part most, which are others for every prompt. `griffin-jax eval front` compares this
-with uniform formats and with pruning, at the bytes that a token reads.
+GRIFFIN has two levels, a neuron is read or it is not. Between them are the bits that its rows are read in. Half of what
+4 bits lose is lost in the tenth of the neurons that take part most. `griffin-jax eval front` compares this with uniform
+formats and with pruning, at the bytes that a token reads; docs/tried.md has other ways to choose these neurons.
 
 Each feed-forward layer has two groups of rows (`FeedForward.rest`), each in its own format; attention, embedding and
 head stay as the model has them. The rows in fewer bits are held in addition to the model, for all neurons, since any of
@@ -17,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ from jaxtyping import Array, Bool, Int
 
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import check_whole, prune
 from griffin_jax.griffin.select import Fuse
 from griffin_jax.griffin.statistic import Statistics
-from griffin_jax.model.feed_forward import FeedForward, Mask
-from griffin_jax.model.ops import top_k
+from griffin_jax.model.feed_forward import FeedForward
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat, quantise
 from griffin_jax.utils import programs
@@ -73,7 +73,10 @@ class MixedFormat:
                 f"weights are {text!r}; two formats go with the part, in [0, 1), of the kept neurons that has the first"
                 " one: int8+int4@0.25"
             )
-        return cls(WeightFormat.parse(fine), WeightFormat.parse(coarse), part)
+        found = cls(WeightFormat.parse(fine), WeightFormat.parse(coarse), part)
+        if not found.coarse.quantised:
+            raise ValueError(f"weights are {text!r}; the second format is one of integers, such as int4")
+        return found
 
     def __str__(self) -> str:
         return f"{self.fine}+{self.coarse}@{self.share:g}"
@@ -87,11 +90,14 @@ class MixedFormat:
         """The config that selects the precise ones of the neurons that `config` keeps; None if there are none."""
         if self.share == 0:
             return None
+
+        def part(density: float) -> float:
+            # Both count as the decimals that were written.
+            return float(Fraction(repr(float(self.share))) * Fraction(repr(float(density))))
+
         density = config.density
-        of_each = (
-            tuple(self.share * each for each in density) if isinstance(density, Sequence) else self.share * density
-        )
-        return dataclasses.replace(config, density=of_each)
+        few = tuple(map(part, density)) if isinstance(density, Sequence) else part(density)
+        return dataclasses.replace(config, density=few)
 
 
 def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
@@ -150,8 +156,8 @@ def _others(kept: ExpertNeurons, precise: ExpertNeurons) -> ExpertNeurons:
     """The kept neurons that are not precise, which are as many for all sequences."""
 
     def indices(of_all: Bool[Array, "*b f"], of_precise: Bool[Array, "*b f"], k: int) -> Int[Array, "*b k"]:
-        is_other = (of_all & ~of_precise).astype(jnp.float32)
-        return jnp.sort(top_k(is_other[..., None, :], k)[1][..., 0, :], axis=-1).astype(jnp.int32)
+        # The sort is stable, so that those of equal value stay in ascending order.
+        return jnp.argsort(~(of_all & ~of_precise), axis=-1)[..., :k].astype(jnp.int32)
 
     layers = zip(kept.masks(), precise.masks(), kept.kept, precise.kept, strict=True)
     return ExpertNeurons(tuple(indices(a, p, k - few) for a, p, k, few in layers), kept.neurons, kept.groups)
@@ -159,50 +165,52 @@ def _others(kept: ExpertNeurons, precise: ExpertNeurons) -> ExpertNeurons:
 
 def prune_mixed(
     model: Transformer,
-    coarse: Transformer,
+    few: Transformer,
     precise: ExpertNeurons | None,
     others: ExpertNeurons | None,
     *,
     reuse: Transformer | None = None,
 ) -> Transformer:
-    """The model that reads some neurons in its own format and others in that of `coarse`.
+    """The model that reads some neurons in its own format and others in fewer bits.
 
     Args:
         model: the full one.
-        coarse: what `coarse` made of it.
+        few: what `coarse` made of it.
         precise: the neurons to keep in the model's format; None for none.
-        others: those to keep in the other one; None for none.
+        others: those to keep in that of `few`; None for none.
         reuse: an earlier result for as many neurons that is no longer needed, and whose memory is used.
 
     Raises:
         ValueError: as `griffin_jax.prune`, or both are None.
     """
     if precise is None or others is None:
-        kept = precise or others
-        if kept is None:
-            raise ValueError("a model keeps at least one neuron of each layer: give precise or other neurons")
-        return prune(coarse if precise is None else model, kept, reuse=reuse)
+        return prune(*_only(model, few, precise, others), reuse=reuse)
     first, second = (None, None) if reuse is None else _groups(reuse)
-    pruned = prune(model, precise, reuse=first)
-    return _joined(pruned, prune(coarse, others, reuse=second))
+    return _joined(prune(model, precise, reuse=first), prune(few, others, reuse=second))
 
 
 def mask_mixed(
-    model: Transformer, coarse: Transformer, precise: ExpertNeurons | None, others: ExpertNeurons | None
+    model: Transformer, few: Transformer, precise: ExpertNeurons | None, others: ExpertNeurons | None
 ) -> Transformer:
-    """What `prune_mixed` gives, without a copy of any weight: for scoring given tokens."""
-    check_whole(model)
-    joined = _joined(model, coarse)
+    """What `prune_mixed` gives, without a copy of any weight: for scoring given tokens.
 
-    def kept(experts: ExpertNeurons | None, other: ExpertNeurons | None) -> list[Bool[Array, "*b f"]]:
-        if experts is not None:
-            return list(experts.masks())
-        assert other is not None
-        return [jnp.zeros_like(mask) for mask in other.masks()]
+    Raises:
+        ValueError: as `griffin_jax.griffin.masked.mask`, or there is no neuron.
+    """
+    if precise is None or others is None:
+        return mask(*_only(model, few, precise, others))
+    return _joined(mask(model, precise), mask(few, others))
 
-    for layer, *masks in zip(joined.layers, kept(precise, others), kept(others, precise), strict=True):
-        layer.ff.mask = nnx.data(Mask(jnp.concatenate(masks, axis=-1)))
-    return joined
+
+def _only(
+    model: Transformer, few: Transformer, precise: ExpertNeurons | None, others: ExpertNeurons | None
+) -> tuple[Transformer, ExpertNeurons]:
+    """The neurons that there are, where all have one format, and the model that holds them in it."""
+    if precise is not None:
+        return model, precise
+    if others is not None:
+        return few, others
+    raise ValueError("a model keeps at least one neuron of each layer: give precise or other neurons")
 
 
 def _joined(model: Transformer, other: Transformer) -> Transformer:

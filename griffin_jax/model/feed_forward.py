@@ -104,8 +104,9 @@ class FeedForward(nnx.Module):
     it, (A, F, n); and for `down` either `down_scale` for each output, (D,), or `down_row_scale` for groups of each
     neuron's row, (F, n).
 
-    The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place`.
-    Or all rows stay, and a `mask` says which neurons take part; see `griffin_jax.griffin.masked`.
+    The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place` and
+    `griffin_jax.extensions.mixed`. Or all rows of a group stay, and its `mask` says which of its neurons take part; see
+    `griffin_jax.griffin.masked`.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
@@ -145,8 +146,8 @@ class FeedForward(nnx.Module):
         """z, the input of the down projection: one value for each neuron and token, those of `rest` last, and zero
         where a mask leaves a neuron out."""
         z = self._own_intermediate(x)
-        z = z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
-        return z if self.mask is None else self.mask.apply(z)
+        z = z if self.mask is None else self.mask.apply(z)
+        return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x)], axis=-1)
 
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         product = linear_of_each if self.per_sequence else linear

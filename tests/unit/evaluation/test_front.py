@@ -282,6 +282,11 @@ class TestCommand:
             (["--weights", "int8,"], "weights are ''; allowed are"),
             (["--weights", "int8+int4"], "weights are 'int8+int4'; two formats go with the part, in [0, 1), of"),
             (["--weights", "int8+int4@1"], "weights are 'int8+int4@1'; two formats go with the part"),
+            (
+                ["--quality", "griffin", "--weights", "int8+int4:16@0.01"],
+                "of int8+int4:16@0.01 the precise neurons at dense: density 0.01 keeps 0 of 48 neurons",
+            ),
+            (["--weights", "int8+bfloat16@0.5"], "the second format is one of integers, such as int4"),
             (["--weights", "int8+int3@0.5"], "weights are 'int3'; allowed are"),
             (["--weights", "int8+int4:24@0.5"], "groups of 24 do not divide rows of 32 weights"),
             (["--weights", "int4:24"], "groups of 24 do not divide rows of 32 weights"),

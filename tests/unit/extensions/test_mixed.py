@@ -163,3 +163,7 @@ def test_names():
     assert str(MIXED) == "int8+int4:16@0.25"
     assert MixedFormat.parse("int8") == WeightFormat.parse("int8")
     assert MIXED.precise(gj.GriffinConfig((0.5, 0.25))).density == (0.125, 0.0625)
+    # 35 of 1,000 neurons, although a tenth of 0.35 is less in float64.
+    tenth = dataclasses.replace(MIXED, share=0.1).precise(gj.GriffinConfig(0.35))
+    assert 0.1 * 0.35 < 0.035
+    assert tenth.kept([1000]) == (35,)
