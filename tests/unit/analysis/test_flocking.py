@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import TinyLlama, assert_close, oracle_squares, oracle_topk, torch_greedy, torch_intermediates
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -136,7 +137,7 @@ def written(texts: list[list[int]]) -> list[str]:
     return [" ".join(f"w{token}" for token in text) for text in texts]
 
 
-@pytest.mark.parametrize("continuation", ["own", "text"])
+@pytest.mark.parametrize("continuation", first_and_slow(1, "own", "text"))
 def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuation):
     """From a file to JSON, against torch's intermediates; the third text is alone in its batch.
 

@@ -75,20 +75,19 @@ def alike(cuda):
     return compile_for("h100", LLAMA, density=0.5, prompt=300, new=32)
 
 
+@pytest.mark.slow
 class TestBeyond:
     def test_every_step_compiles(self, beyond):
         assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "speculative"]
         assert all(beyond.pruned.memory.values())
         assert "all memory, speculative" in table("all", beyond)
 
-    @pytest.mark.slow
     def test_decoding_is_the_same_program(self, beyond, alike):
         for compiled, plain in ((beyond.dense, alike.dense), (beyond.pruned, alike.pruned)):
             assert compiled.kernels_per_step == plain.kernels_per_step
             assert compiled.ff_copies_per_step == compiled.cache_copies_per_step == ()
             assert compiled.weights == plain.weights
 
-    @pytest.mark.slow
     def test_rows_are_held_while_pruning(self, beyond, alike):
         """256 of the prompt and 384 of general text, and systems of 640 equations."""
         more = beyond.pruned.memory["prune"] - alike.pruned.memory["prune"]
@@ -236,10 +235,15 @@ class TestDevices:
 
 
 @functools.cache
-def few_bits(weights: str, batch: int, devices: int, model: str = "Llama-2-13B"):
-    """One layer with matrices of integers on H100s; every sequence has experts of its own."""
+def compiled_layer(weights: str, batch: int, devices: int, model: str):
     config = named(model, layers=1)
     return compile_for("h100", config, weights=weights, batch=batch, devices=devices, prompt=100, new=28)
+
+
+def few_bits(weights: str, batch: int, devices: int, model: str = "Llama-2-13B"):
+    """One layer with matrices of integers on H100s; every sequence has experts of its own."""
+    # A cache takes arguments that are left out and the same ones given for different calls.
+    return compiled_layer(weights, batch, devices, model)
 
 
 FEW_BITS = [("int4", 1, 1, "Llama-2-13B"), ("int8", 8, 1, "Llama-2-13B"), ("int4", 8, 8, "Llama-2-13B")]

@@ -121,7 +121,8 @@ def test_it_decodes_and_its_memory_is_used_again(model, prefilled):
     assert answer(second) == tokens
 
 
-@pytest.mark.parametrize("shared", first_and_slow(1, True, False))
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False])
 def test_on_a_mesh(shared):
     mesh = make_mesh(data=2, model=2)
     here, there = (random_model(GATED, weights=MIXED.fine, mesh=each) for each in (None, mesh))

@@ -7,7 +7,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import TinyLlama, assert_close, oracle_positions, pruned_log_softmax
 
 import griffin_jax as gj
@@ -137,7 +137,7 @@ class TestGenerate:
         assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=4, **options) == dense
         assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=3, refit=8, **options) == dense
 
-    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_is_the_steps_by_hand(self, tiny, shared):
         model, config = tiny.llm.model, gj.GriffinConfig(0.5, shared=shared)
         prior = measure(model, [list(range(10, 60))], size=1, rows=9, quiet=True)

@@ -8,7 +8,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import assert_close
 
 import griffin_jax as gj
@@ -52,7 +52,7 @@ def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | N
 class TestGenerate:
     OPTIONS = {"max_new_tokens": 12, "ignore_eos": True, "prior_weight": 0.3}  # noqa: RUF012
 
-    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_is_the_steps_by_hand(self, tiny, prior, shared):
         written = set()
         for general in (None, prior):

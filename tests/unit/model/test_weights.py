@@ -18,8 +18,8 @@ from griffin_jax.checkpoints import native
 from griffin_jax.checkpoints.verification import dense_logits
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.refresh import refresh
+from griffin_jax.generation import jitted
 from griffin_jax.generation.decode import decode, init_decode
-from griffin_jax.generation.scoring import teacher_force
 from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.select import magnitude
 from griffin_jax.model import products
@@ -122,7 +122,7 @@ class TestProducts:
 
     @pytest.mark.parametrize("format", first_and_slow(3, "int8", "int4:16", "bfloat16", "int8:16", "float16"))
     @pytest.mark.parametrize("tokens", [1, 3, 9])
-    @pytest.mark.parametrize("size", [(1100, 64), (5, 64), (13, 5120)])
+    @pytest.mark.parametrize("size", first_and_slow(2, (1100, 64), (5, 64), (13, 5120)))
     def test_linear_and_matmul(self, rng, format, tokens, size):
         format, w = WeightFormat.parse(format), rng.normal(size=size).astype(np.float32)
         for name, outputs, shape in (
@@ -160,10 +160,10 @@ class TestModels:
     def test_logits_statistics_and_tokens(self, pair, prompts):
         mine, theirs = pair
         assert_close(np.asarray(dense_logits(mine, prompts[0])), np.asarray(dense_logits(theirs, prompts[0])))
-        read = [gj.prefill(model, *prompts, max_new_tokens=8) for model in pair]
+        read = [jitted.prefill(model, *prompts, max_new_tokens=8) for model in pair]
         for one, other in zip(*(p.statistics.squares for p in read), strict=True):
             assert_close(np.asarray(one), np.asarray(other))
-        tokens = [np.asarray(decode(m, init_decode(p), 8).tokens) for m, p in zip(pair, read, strict=True)]
+        tokens = [np.asarray(jitted.decode(m, init_decode(p), 8).tokens) for m, p in zip(pair, read, strict=True)]
         np.testing.assert_array_equal(*tokens)
         for one, other in zip(magnitude(mine), magnitude(theirs), strict=True):
             assert_close(np.asarray(one), np.asarray(other))
@@ -172,12 +172,15 @@ class TestModels:
     def test_pruned_and_masked(self, pair, prompts, shared):
         found = []
         for model in pair:
-            read = gj.prefill(model, *prompts, max_new_tokens=8)
+            read = jitted.prefill(model, *prompts, max_new_tokens=8)
             experts = gj.select(read.statistics, gj.GriffinConfig(0.5, shared=shared))
             pruned, masked = gj.prune(model, experts), mask(model, experts)
-            hidden = [teacher_force(m, read, prompts[0][:, :4], jnp.asarray([4, 3]))[0] for m in (pruned, masked)]
+            hidden = [
+                jitted.teacher_force(m, read, prompts[0][:, :4], jnp.asarray([4, 3]))[0] for m in (pruned, masked)
+            ]
             assert_close(np.asarray(hidden[0]), np.asarray(hidden[1]))
-            found.append((experts, np.asarray(decode(pruned, init_decode(read), 8).tokens), np.asarray(hidden[0])))
+            tokens = jitted.decode(pruned, init_decode(read), 8).tokens
+            found.append((experts, np.asarray(tokens), np.asarray(hidden[0])))
         (experts, tokens, hidden), (others, theirs, expected) = found
         for one, other in zip(experts, others, strict=True):
             np.testing.assert_array_equal(one, other)
@@ -196,7 +199,7 @@ class TestModels:
     @pytest.mark.parametrize("shared", [True, False])
     def test_refitted_rows_are_rounded_again(self, pair, prompts, shared):
         mine, theirs = pair
-        reads = [gj.prefill(model, *prompts, max_new_tokens=8, rows=12) for model in pair]
+        reads = [jitted.prefill(model, *prompts, max_new_tokens=8, rows=12) for model in pair]
         experts = gj.select(reads[1].statistics, gj.GriffinConfig(0.5, shared=shared))
         got = gj.prune(mine, experts, refit=gj.Reconstruction(reads[1].rows))
         wanted = gj.prune(theirs, experts, refit=gj.Reconstruction(reads[1].rows))
@@ -213,7 +216,8 @@ class TestModels:
 
     def test_in_place(self, pair, prompts):
         mine, theirs = pair
-        experts = gj.select(gj.prefill(mine, *prompts, max_new_tokens=0).statistics, gj.GriffinConfig(0.5, shared=True))
+        read = jitted.prefill(mine, *prompts, max_new_tokens=0)
+        experts = gj.select(read.statistics, gj.GriffinConfig(0.5, shared=True))
         copy = jax.tree.map(jnp.copy, mine)
         held = InPlace(copy)
         pruned = held.prune(experts)
@@ -225,12 +229,12 @@ class TestModels:
     def test_refresh_and_speculation(self, pair, prompts):
         found = []
         for model in pair:
-            read = gj.prefill(model, *prompts, max_new_tokens=16)
+            read = jitted.prefill(model, *prompts, max_new_tokens=16)
             pruned = gj.prune(model, gj.select(read.statistics, gj.GriffinConfig(0.5)))
             state = decode(pruned, init_decode(read), 6)
             state, statistics, _ = refresh(model, state, read.statistics, 6)
             lossless, _ = gj.decode_speculative(model, pruned, init_decode(read), 8, drafts=3)
-            dense = decode(model, init_decode(read), 8)
+            dense = jitted.decode(model, init_decode(read), 8)
             np.testing.assert_array_equal(lossless.tokens[:, :8], dense.tokens[:, :8])
             found.append((np.asarray(state.tokens), [np.asarray(s) for s in statistics.squares]))
         np.testing.assert_array_equal(found[0][0], found[1][0])
@@ -285,7 +289,7 @@ class TestSixteenBits:
 
 class TestCheckpoints:
     @pytest.mark.filterwarnings("ignore::griffin_jax.checkpoints.planning.NarrowingWarning")
-    @pytest.mark.parametrize("weights", ["int8", "int4:16", "int8:16", "bfloat16"])
+    @pytest.mark.parametrize("weights", first_and_slow(2, "int8", "int4:16", "int8:16", "bfloat16"))
     def test_loaded_converted_and_saved_alike(self, tiny, tmp_path, prompts, weights):
         loaded = gj.load(tiny.folder, "float32", weights=weights)
         gj.convert(tiny.folder, tmp_path / "converted", dtype="float32", weights=weights, progress=False)
