@@ -8,6 +8,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+from conftest import first_and_slow
 
 from griffin_jax.checkpoints import families as families_module
 from griffin_jax.checkpoints.families import REFUSED, Layout, families, family_of, gguf_family_of, table
@@ -335,7 +336,7 @@ def test_layouts_take_parts_of_fused_tensors():
     ],
     ids=["mha-biases", "gqa-tied-relu", "mqa-llama3"],
 )
-@pytest.mark.parametrize("shard_size", ["1GB", "4KB"])
+@pytest.mark.parametrize("shard_size", first_and_slow(1, "4KB", "1GB"))
 def test_logits_of_a_random_transformers_model(tmp_path: Path, changes, shard_size):
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -128,6 +128,7 @@ def interrupted(llm: gj.LLM, density: float, line: int, error: type[BaseExceptio
     return False
 
 
+@pytest.mark.slow
 def test_a_prune_may_end_early_anywhere(tmp_path):
     folder = TinyLlama.build(tmp_path, num_hidden_layers=2).folder
     usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)

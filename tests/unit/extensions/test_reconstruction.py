@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import load_torch, oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
@@ -137,7 +138,7 @@ class TestChange:
         for change in changes(tiny.llm.model, experts, gj.Reconstruction(state.rows, 1e9)):
             assert np.abs(change).max() < 1e-7
 
-    @pytest.mark.parametrize("rows", [16, 64])
+    @pytest.mark.parametrize("rows", first_and_slow(1, 16, 64))
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny, rows):
         """However much padding it has there."""
         model = tiny.llm.model

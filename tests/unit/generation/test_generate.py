@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import torch_greedy, unchecked
 
 import griffin_jax as gj
@@ -71,7 +71,7 @@ class TestSameTokens:
             state = jitted.init_decode(prefilled)
             assert jitted.decode(pruned, state, 20).tokens.tolist() == expected
 
-    @pytest.mark.parametrize("chunk", [1, 5, 16, 36])
+    @pytest.mark.parametrize("chunk", first_and_slow(2, 1, 16, 5, 36))
     def test_chunked_prefill(self, tiny, chunk):
         model, expected = tiny.llm.model, answer(tiny.llm, PROMPTS)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 37))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import assert_close, unchecked
 
 import griffin_jax as gj
@@ -71,7 +72,7 @@ def forced(model: gj.Transformer, state: gj.Prefilled, collect: bool = False) ->
     return np.where(real[..., None], model.logits(hidden), 0), statistics
 
 
-@pytest.mark.parametrize("refit", ["none", "rows", "calibration"])
+@pytest.mark.parametrize("refit", first_and_slow(2, "none", "rows", "calibration"))
 @pytest.mark.parametrize("shared", [False, True])
 def test_scores_are_those_of_the_pruned_model(model, shared, refit):
     state = prefilled(model)

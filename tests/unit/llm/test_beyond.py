@@ -192,6 +192,7 @@ class TestGrid:
         assert_close(*(np.asarray([s[row.name]["kl"][0] for s in found]) for row in (rows[0], rows[2])))
         assert found[0][rows[0].name]["kl"][1] != pytest.approx(found[0][rows[2].name]["kl"][1])
 
+    @pytest.mark.slow
     def test_a_score_does_not_depend_on_the_batch(self, tiny, prior, tmp_path):
         items = [Item(str(number), prompt, [50, 51, 52]) for number, prompt in enumerate(PROMPTS)]
         rows = (Variant("dense", 1.0), *(Variant(f"topk{steps}", 0.5) for steps in STEPS))

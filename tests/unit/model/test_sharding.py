@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from cases import all_cases
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -200,7 +201,7 @@ class TestKeyValueHeadsThatAreFewerThanDevices:
         assert divided(config, devices)["heads"] == (heads % devices == 0)
         assert with_kv_copies(config, 1).kv_copies == 1
 
-    @pytest.mark.parametrize("head_norm", ["none", "shared", "own", "joint"])
+    @pytest.mark.parametrize("head_norm", first_and_slow(2, "none", "joint", "shared", "own"))
     def test_copies_change_nothing(self, head_norm):
         config = dataclasses.replace(TINY, num_kv_heads=2, head_norm=head_norm, attention_bias=True)
         shapes = parameter_shapes(config)
