@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import first_and_slow
 from cases import all_cases
+from conftest import first_and_slow
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from griffin_jax.checkpoints.huggingface import read_hf_config
