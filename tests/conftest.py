@@ -12,6 +12,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# A command that runs in this process would keep every later test's programs in the user's folder.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Most of the time of these tests is that of compiling tiny models. These flags choose how XLA's instructions become
 # machine code: it runs slower, by less than they save. (With its older way of emitting fusions and one LLVM module for
 # each program, XLA of jaxlib 0.10 compiles in less than half of the time.) XLA's own passes, which tests look at, stay

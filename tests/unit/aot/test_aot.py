@@ -246,10 +246,11 @@ def few_bits(weights: str, batch: int, devices: int, model: str = "Llama-2-13B")
     return compiled_layer(weights, batch, devices, model)
 
 
-FEW_BITS = [("int4", 1, 1, "Llama-2-13B"), ("int8", 8, 1, "Llama-2-13B"), ("int4", 8, 8, "Llama-2-13B")]
+FEW_BITS = [("int4", 1, 1, "Llama-2-13B"), ("int8", 8, 1, "Llama-2-13B")]
 MORE_FEW_BITS = [
     *(("int8", 1, 1, "Llama-2-13B"), ("int8:64", 1, 1, "Llama-2-13B"), ("int4", 8, 1, "Llama-2-13B")),
     *(("int8", 1, 8, "Llama-2-13B"), ("int4", 1, 8, "Llama-2-13B"), ("int8", 8, 8, "Llama-2-13B")),
+    ("int4", 8, 8, "Llama-2-13B"),
     *(("int4", 1, 1, "Gemma-7B"), ("int8", 8, 1, "Gemma-7B"), ("int4", 8, 8, "Gemma-7B")),
 ]
 

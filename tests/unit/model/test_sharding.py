@@ -133,10 +133,14 @@ class TestEveryArrayHasARule:
     def test_of_every_family(self, family, tmp_path):
         from transformers import AutoConfig
 
+        seen = set()
         for number, attributes in enumerate(CASES[family].variants.values()):
             folder = tmp_path / str(number)
             AutoConfig.for_model(family, **{**CASES[family].config, **attributes}).save_pretrained(folder)
             _, config = read_hf_config(folder)
+            if (arrays := tuple(parameter_shapes(config).items())) in seen:
+                continue
+            seen.add(arrays)
             full = abstract_model(config)
             divided_full = specs(full, 2, "data")
             assert divided_full["layers.0.ff.down"] == ("model", None)

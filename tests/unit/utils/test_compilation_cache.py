@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from griffin_jax.utils import compilation_cache
 
 SCRIPT = """
 import sys
@@ -37,11 +40,25 @@ def run(tmp_path, model, *arguments: str, **environment: str) -> tuple[int, int,
     return misses, hits, folder
 
 
+def test_what_was_not_used_for_longest_goes(tmp_path):
+    for age, name in enumerate(("newest", "middle", "oldest")):
+        (tmp_path / name).write_bytes(bytes(1000))
+        os.utime(tmp_path / name, ns=(10**18 - age, 10**17))
+    (tmp_path / "folder").mkdir()
+    compilation_cache.trim(tmp_path, 3000)
+    assert len(list(tmp_path.iterdir())) == 4
+    compilation_cache.trim(tmp_path, 2999)
+    assert {path.name for path in tmp_path.iterdir()} == {"newest", "middle", "folder"}
+    compilation_cache.trim(tmp_path / "nothing")
+
+
 def test_a_second_start_compiles_nothing(worded, tmp_path):
     misses, hits, folder = run(tmp_path, worded.folder)
     assert misses > 3
     assert hits == 0
     assert folder.startswith(str(tmp_path / "cache" / "programs"))
+    # JAX's own limit leaves these. With it, each new program reads the whole folder.
+    assert not list(Path(folder).glob("*-atime"))
     again = run(tmp_path, worded.folder)
     assert again == (0, misses, folder)
 
