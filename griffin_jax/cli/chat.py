@@ -53,8 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser.add_argument_group("pruning"), GriffinConfig, "density", "method", "round_to")
     beyond = parser.add_argument_group("beyond GRIFFIN")
     add_options(
-        beyond, Extensions, "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative"
-    )
+        beyond, Extensions,
+        "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative", "draft_weights",
+    )  # fmt: skip
     answer = parser.add_argument_group("answer")
     add_options(answer, GenerationConfig, "max_new_tokens", default=NEW_TOKENS)
     add_options(answer, GenerationConfig, "temperature", "top_k", "top_p", "min_p", "seed", "stop")

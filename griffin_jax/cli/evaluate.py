@@ -31,7 +31,7 @@ from griffin_jax.cli.options import (
     numbers,
     read_options,
 )
-from griffin_jax.evaluation import front, front_report, groups, report, tasks
+from griffin_jax.evaluation import drafts, front, front_report, groups, report, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import (
     BASELINES,
@@ -61,6 +61,7 @@ from griffin_jax.evaluation.samples import (
     sha256_of_files,
 )
 from griffin_jax.extensions.config import Extensions, check_quality
+from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
@@ -153,10 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         what, GriffinConfig, "density", type=str, default="1,0.75,0.5,0.35,0.25", metavar="D",
         help="separated by commas",
     )  # fmt: skip
-    what.add_argument(
-        "--quality", dest="qualities", metavar="Q",
-        help="griffin, best or both, separated by commas (default: griffin, and best if there is a --prior)",
-    )  # fmt: skip
+    _add_qualities(what)
     _add_sample(what, size=4)
     beyond = kind.add_argument_group("beyond GRIFFIN")
     add_options(
@@ -166,6 +164,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_beyond(beyond)
     _add_output(kind)
     kind.set_defaults(prepare=_front, weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every)
+
+    kind = kinds.add_parser(
+        "drafts",
+        help="speculative decoding: how many drafts are accepted, and the bytes read for each token",
+        description="The first tokens of each text are read densely and continued greedily: by the dense model, and by"
+        " speculative decoding with drafters of several formats and densities. All answers are the dense model's; shown"
+        " is what they read, and how long they took, next to dense decoding.",
+    )
+    _add_text_file(kind, "text")
+    _add_lengths(kind)
+    _add_reference(kind)
+    _add_model(kind)
+    what = kind.add_argument_group("what is compared")
+    what.add_argument(
+        "--draft-weights", dest="formats", metavar="FORMAT", default=f"{drafts.OWN},int4",
+        help=f"what drafters are stored as, separated by commas: {drafts.OWN} (the model's weights), int8, int4, also"
+        " with groups (default: %(default)s)",
+    )  # fmt: skip
+    add_options(
+        what, GriffinConfig, "density", type=str, default="1,0.5", metavar="D", help="of drafters, separated by commas"
+    )
+    _add_qualities(what)
+    what.add_argument(
+        "--drafts", default="4", metavar="N", help="of a round, separated by commas (default: %(default)s)"
+    )
+    what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
+    what.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
+    beyond = kind.add_argument_group("beyond GRIFFIN")
+    add_options(
+        beyond, Extensions, "prior", type=Path,
+        help="that griffin-jax prior measured for this model (default: the file next to it)",
+    )  # fmt: skip
+    _add_beyond(beyond)
+    _add_output(kind)
+    kind.set_defaults(prepare=_drafts, baselines=(), refresh_every=DEFAULTS.refresh_every, batch=1, largest_batch=1)
 
     kind = kinds.add_parser(
         "groups",
@@ -253,6 +286,13 @@ def _add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None
     add_mesh_arguments(parser)
 
 
+def _add_qualities(what: Any) -> None:
+    what.add_argument(
+        "--quality", dest="qualities", metavar="Q",
+        help="griffin, best or both, separated by commas (default: griffin, and best if there is a --prior)",
+    )  # fmt: skip
+
+
 def _add_sample(what: Any, size: int) -> None:
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
@@ -305,6 +345,8 @@ def run(options: argparse.Namespace) -> None:
     """Runs one evaluation, from options to files and a table."""
     if options.task == "front":
         _choose_front(options)
+    if options.task == "drafts":
+        _choose_drafts(options)
     variants = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
@@ -328,6 +370,9 @@ def run(options: argparse.Namespace) -> None:
     if options.task == "front":
         _check_formats(options, needs)
         front.check_variants(needs.config, variants, options.formats, extensions)
+    if options.task == "drafts":
+        for weights in filter(None, options.formats):
+            weights.check(needs.config.width, needs.config.embedding_width)
     options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
@@ -417,6 +462,13 @@ def _batch(
     def needed(batch: int) -> Parts:
         if options.task == "summarize":
             return needs.generation(batch, prompt, new, kept, rows=rows, calibration=calibration, repeated=True)
+        if options.task == "drafts":
+            formats = [weights for weights in options.formats if weights is not None]
+            largest = max(formats, key=lambda weights: weights.bits, default=None)
+            most = max(options.drafts)
+            return needs.generation(
+                batch, prompt, new + most, kept, rows=rows, calibration=calibration, drafts=most, drafter=largest
+            )
         answers = options.task == "divergence"
         parts = needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
         return parts | _quantised(options, needs) if options.task == "front" else parts
@@ -530,6 +582,30 @@ def _choose_front(options: argparse.Namespace) -> None:
         FileNotFoundError: quality best has no prior.
         ValueError: there is no such quality or format.
     """
+    _choose_qualities(options)
+    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+
+
+def _choose_drafts(options: argparse.Namespace) -> None:
+    """Likewise, and the numbers of drafts.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality or format, or a number of drafts is no number from 1.
+    """
+    _choose_qualities(options)
+    names = [name.strip() for name in options.formats.split(",")]
+    options.formats = list(dict.fromkeys(None if name == drafts.OWN else draft_format(name) for name in names))
+    options.drafts = [whole("--drafts", number, 1) for number in numbers("--drafts", options.drafts, int)]
+
+
+def _choose_qualities(options: argparse.Namespace) -> None:
+    """Sets the methods and the prior of the options.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality.
+    """
     named = options.qualities
     if named is None:
         found = options.prior is not None or prior_path(options.model).is_file()
@@ -545,7 +621,6 @@ def _choose_front(options: argparse.Namespace) -> None:
             methods[quality] = "+".join(["topk", *(step for step, there in has.items() if there)])
     options.method = ",".join(methods.values())
     options.qualities = {DENSE: "-"} | {method: quality for quality, method in methods.items()}
-    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
 
 
 def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
@@ -585,6 +660,29 @@ def _front(
         front_report.table,
         front_report.plot,
     )  # fmt: skip
+
+
+def _drafts(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    every = drafts.drafters(options.formats, variants, options.qualities, options.drafts)
+    if not every:
+        raise ValueError("nothing drafts: give --density below 1, or --draft-weights such as int4")
+    items, settings = _continued(options, llm, skipped)
+    new = options.new_tokens
+    if new <= max(options.drafts):
+        raise ValueError(f"--new-tokens must be more than the {max(options.drafts)} of --drafts, got {new}")
+    slots = max((len(item.prompt) for item in items), default=0) + new
+    return Evaluation(
+        items,
+        settings | {"drafters": [drafter.name for drafter in every], "weights": str(llm.model.weights)},
+        lambda journal: drafts.compare_drafters(llm, items, every, journal, new=new, extensions=extensions),
+        lambda scores: drafts.figures(
+            scores, every, llm, slots=slots, new=new, seed=options.seed, extensions=extensions
+        ),
+        drafts.table,
+        drafts.plot,
+    )
 
 
 def _groups(

@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
     beyond = parser.add_argument_group("beyond GRIFFIN")
     add_options(
-        beyond, Extensions, "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative"
-    )
+        beyond, Extensions,
+        "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative", "draft_weights",
+    )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
     add_options(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
+from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion, check_weight
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
 from griffin_jax.extensions.speculative import DEFAULT_DRAFTS
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.options import count_or, flag, option, plain, whole
 
 Quality = Literal["griffin", "best"]
@@ -43,6 +45,9 @@ class Extensions:
             model: the same tokens (up to rounding) if the temperature is 0, above it tokens of the same distribution.
             True, or how many tokens are drafted for each pass of the full model. See
             `griffin_jax.extensions.speculative` for what it costs.
+        draft_weights: what the drafting model's matrices are stored as, `int4` or `int8`, also with a group. They are
+            held in addition to the model's, from the first such answer on, and a draft reads no others: at density 1 it
+            is the full model in fewer bits that drafts. None for those of the model.
 
     Raises:
         ValueError: a value is outside its range, or two do not go together.
@@ -88,6 +93,11 @@ class Extensions:
         metavar="DRAFTS",
     )
 
+    draft_weights: str | None = option(
+        None, "draft with a copy of the weights in FORMAT, int4 or int8 (default: with those of the model)",
+        type=str, metavar="FORMAT",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_quality(self.quality)
         for name in ("budgets", "calibration"):
@@ -113,6 +123,11 @@ class Extensions:
                     "speculative decoding needs no refresh, its cache is the full model's: refresh_every=None"
                 )
 
+        if self.draft_weights is not None:
+            object.__setattr__(self, "draft_weights", str(draft_format(self.draft_weights)))
+            if not self.speculative:
+                raise ValueError("draft_weights are for drafts, and nothing is drafted: speculative=True")
+
     @classmethod
     def best(cls, prior: Prior) -> Extensions:
         """All that brings answers closer to the dense model's at the same cost of decoding.
@@ -131,6 +146,11 @@ class Extensions:
     def drafts(self) -> int:
         """Tokens that are drafted for each pass of the full model; 0 if the pruned model writes the answer."""
         return count_or(self.speculative, DEFAULT_DRAFTS)
+
+    @property
+    def drafter(self) -> WeightFormat | None:
+        """What the drafting model's matrices are stored as; None where they are the model's."""
+        return None if self.draft_weights is None else WeightFormat.parse(self.draft_weights)
 
     def check(self, config: GriffinConfig) -> None:
         """Raise `ValueError` unless these go together with how a model is pruned."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from griffin_jax.extensions.drafter import round_feed_forward
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.masked import mask
@@ -32,7 +33,7 @@ from griffin_jax.griffin.select import Fuse
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.feed_forward import FeedForward
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import WeightFormat, quantise
+from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils import programs
 
 FEW_BITS = WeightFormat.parse("int4")
@@ -114,12 +115,7 @@ def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
     weights.check(model.config.width)
     few: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for layer in few.layers:
-        ff = layer.ff
-        gate_up, gate_up_scale = quantise(ff.gate_up_matrix(), weights, "first")
-        down, scale = quantise(ff.down_matrix(), weights, "last")
-        ff.gate_up, ff.gate_up_scale = nnx.Param(gate_up), nnx.data(nnx.Param(gate_up_scale))
-        scales = (None, nnx.Param(scale)) if weights.group else (nnx.Param(scale), None)
-        ff.down, (ff.down_scale, ff.down_row_scale) = nnx.Param(down), map(nnx.data, scales)
+        round_feed_forward(layer.ff, weights)
     return few
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
+from griffin_jax.extensions.drafter import drafter_of
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
@@ -35,6 +36,7 @@ from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
 from griffin_jax.text.growing import GrowingText
 from griffin_jax.text.tokenizer import Tokenizer
@@ -64,6 +66,7 @@ class Plan:
         kept: neurons of each layer that decoding uses.
         eos: tokens that end an answer.
         drafts: tokens that are drafted at a time; 0 for none.
+        drafter: what the drafting model's matrices are stored as; None where they are the model's.
         every: tokens between two refreshes; None for none.
         rows: tokens of each prompt that kept neurons are refitted to.
         seed: of the batch, or one for each prompt.
@@ -77,6 +80,7 @@ class Plan:
     kept: tuple[int, ...]
     eos: tuple[int, ...]
     drafts: int
+    drafter: WeightFormat | None
     every: int | None
     rows: int
     seed: int | Int[jax.Array, "b"]
@@ -153,6 +157,7 @@ class LLM:
         self._model = model
         self._in_place = InPlace(model) if in_place else None
         self._spare: Transformer | None = None
+        self._drafter: Transformer | None = None
         self._fingerprint: str | None = None
         self._busy = False
         self.tokenizer = tokenizer
@@ -365,6 +370,15 @@ class LLM:
             raise ValueError(
                 "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
             )
+        if extensions.drafter is not None:
+            if self._in_place is not None:
+                raise ValueError(
+                    "with in_place rows of weights move, and those of a drafter do not: draft_weights=None"
+                )
+            extensions.drafter.check(self.config.width, self.config.embedding_width)
+        # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
+        drafts = min(extensions.drafts, generation.max_new_tokens - 1)
+        drafts = 0 if dense and extensions.drafter is None else drafts
         # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
         most = bucket(max(map(len, sequences)))
         most += generation.max_new_tokens if extensions.refresh_every else 0
@@ -375,15 +389,18 @@ class LLM:
             dense=dense,
             kept=kept,
             eos=self._ends(generation),
-            # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
-            drafts=0 if dense else min(extensions.drafts, generation.max_new_tokens - 1),
+            drafts=drafts,
+            drafter=extensions.drafter if drafts else None,
             every=None if dense else extensions.refresh_every,
             rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
-        if self._spare is not None and self._spare.neurons != kept:
+        stored_as = plan.drafter or self.model.weights
+        if self._spare is not None and (self._spare.neurons, self._spare.weights) != (kept, stored_as):
             self._spare = None
+        if self._drafter is not None and plan.drafter not in (None, self._drafter.weights):
+            self._drafter = None
         self._check_memory(plan)
         return plan
 
@@ -411,6 +428,8 @@ class LLM:
             calibration=prior.rows[0].shape[0] if prior is not None and prior.rows and plan.rows else 0,
             refresh=plan.every is not None,
             drafts=plan.drafts,
+            drafter=plan.drafter,
+            drafter_is_there=self._drafter is not None,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
         )
@@ -434,8 +453,10 @@ class LLM:
                 experts = jax.block_until_ready(self._select(plan.pruner, prefilled.statistics, plan.seed))
         model = self.model
         with watch.phase("prune"):
+            if plan.drafter is not None:
+                model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
             if experts is not None:
-                model = jax.block_until_ready(self._prune(plan.pruner, experts, prefilled.rows))
+                model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
         statistics, rows = prefilled.statistics, prefilled.rows if plan.every else ()
         # Their memory is not needed while decoding, unless there are refreshes.
         prefilled = dataclasses.replace(prefilled, rows=())
@@ -516,7 +537,8 @@ class LLM:
             if plan.selects:
                 decoding.experts = self._select(plan.pruner, decoding.statistics, plan.seed)
             assert decoding.experts is not None
-            pruned = self._prune(plan.pruner, decoding.experts, decoding.rows, reuse=decoding.model)
+            again = self.model, decoding.experts, decoding.rows
+            pruned = self._prune(plan.pruner, *again, reuse=decoding.model)
             decoding.model = jax.block_until_ready(pruned)
         return written
 
@@ -572,16 +594,16 @@ class LLM:
         return pruner.select(self.model, statistics, seed)
 
     def _prune(
-        self, pruner: Pruner, experts: ExpertNeurons, rows: Rows, reuse: Transformer | None = None
+        self, pruner: Pruner, model: Transformer, experts: ExpertNeurons, rows: Rows, reuse: Transformer | None = None
     ) -> Transformer:
-        """The pruned model, its kept rows refitted to `rows` if there are any."""
+        """The model, or its drafter, with the kept rows only, refitted to `rows` if there are any."""
         # Static, so that others would compile the same once more.
         experts = dataclasses.replace(experts, model=None)
         if self._in_place is not None:
             return self._in_place.prune(experts)
         if reuse is None:
             reuse, self._spare = self._spare, None
-        return pruner.prune(self.model, experts, rows, reuse=reuse)
+        return pruner.prune(model, experts, rows, reuse=reuse)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.

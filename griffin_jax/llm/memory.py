@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
+from griffin_jax.extensions.drafter import BLOCK, drafter_bytes
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
 from griffin_jax.model.attention import QUERY_BLOCK
@@ -161,6 +162,8 @@ class Needs:
         calibration: int = 0,
         refresh: bool = False,
         drafts: int = 0,
+        drafter: WeightFormat | None = None,
+        drafter_is_there: bool = False,
         in_place: bool = False,
         spare: int = 0,
         repeated: bool = False,
@@ -178,6 +181,8 @@ class Needs:
             calibration: rows of general text that they are fitted to, too.
             refresh: whether the full model reads the answer from time to time.
             drafts: tokens that are drafted for each pass of the full model.
+            drafter: what the drafting model's matrices are stored as; None where they are the model's.
+            drafter_is_there: whether there is such a model already.
             in_place: whether every neuron is held once.
             spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
             repeated: whether the same is done again and again: the kept rows of the answer before are there while the
@@ -187,6 +192,11 @@ class Needs:
         collect = kept is not None and select
         held, reading = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
         sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared)
+        if drafter is not None:
+            precision = Precision(self.precision.dtype, drafter)
+            few = 0 if drafter_is_there else drafter_bytes(c, precision, self._parts)
+            held |= {"drafting model": few, "rounding": 6 * 4 * BLOCK if few else 0}
+            sizes = Sizes(c, own, sizes.slots, precision, shared=shared or own == 1, devices=self._parts)
         neurons = 0 if kept is None or in_place or sizes.ff(kept) == spare else sizes.ff(kept)
         if repeated:
             again: Parts = {"kept neurons": neurons, "cache": 2 * held["cache"]}

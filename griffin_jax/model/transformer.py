@@ -135,6 +135,11 @@ class Transformer(nnx.Module):
         """How the matrices are stored."""
         return self._format if self._format.quantised else WeightFormat(self.embedding.dtype.name)
 
+    @weights.setter
+    def weights(self, weights: WeightFormat) -> None:
+        """For who stores the matrices of a model anew: what they are stored as."""
+        self._dtype, self._format = self.dtype, weights
+
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the computation, and of everything that `weights` is not about.

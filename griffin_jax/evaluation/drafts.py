@@ -1,0 +1,292 @@
+"""What drafts are worth: how many are accepted, and the bytes that are read for each token of the answer.
+
+Every text is continued greedily by the dense model, and by speculative decoding with drafters of several formats,
+densities and numbers of drafts. All write the dense model's tokens; they differ in what they read for them. A round of
+n drafts reads the drafter n times and the full model once, whatever it yields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from griffin_jax.evaluation import intervals
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.grid import DENSE, Variant
+from griffin_jax.evaluation.journal import Journal
+from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, bars, cell
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.drafter import draft_bytes
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.llm.llm import LLM
+from griffin_jax.llm.results import Generation
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.utils.figures import new_figure
+
+OWN = "own"
+"""The format of a drafter that reads the model's own weights."""
+
+ACCEPTED = Metric("accepted", "accepted", 3)
+TOKENS = Metric("tokens_per_pass", "tokens/pass", 2)
+BYTES = Metric("bytes", "bytes/token (of dense)", 3)
+TIME = Metric("time", "time/token (of dense)", 3)
+METRICS = (ACCEPTED, TOKENS, BYTES, TIME)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """What drafts, and how much at a time.
+
+    Attributes:
+        weights: what its matrices are stored as; None for those of the model.
+        variant: how it is pruned.
+        quality: of `LLM.generate`.
+        drafts: n, the tokens of a round.
+    """
+
+    weights: WeightFormat | None
+    variant: Variant
+    quality: str
+    drafts: int
+
+    @property
+    def format(self) -> str:
+        """For people: the format."""
+        return OWN if self.weights is None else str(self.weights)
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return f"{self.format} {self.variant.name}, {self.drafts} drafts"
+
+
+def drafters(
+    formats: Sequence[WeightFormat | None],
+    variants: Sequence[Variant],
+    qualities: Mapping[str, str],
+    drafts: Sequence[int],
+) -> list[Drafter]:
+    """Everything that can draft: all but the dense model in its own format."""
+    return [
+        Drafter(weights, variant, qualities[variant.method], number)
+        for weights, variant, number in itertools.product(formats, variants, drafts)
+        if weights is not None or variant.method != DENSE
+    ]
+
+
+def compare_drafters(
+    llm: LLM,
+    items: Sequence[Item],
+    every: Sequence[Drafter],
+    journal: Journal,
+    *,
+    new: int,
+    extensions: Extensions,
+) -> dict[str, dict[str, Any]]:
+    """What speculative decoding needed for the answer to every prompt, with every drafter.
+
+    The drafters of one format are held at a time, next to the model.
+
+    Args:
+        llm: the model.
+        items: the texts, of which the prompts are read.
+        every: the drafters.
+        journal: what is done already.
+        new: tokens of each answer.
+        extensions: what quality best takes.
+
+    Returns:
+        For each text what a journal has of it: `dense` with the tokens and seconds of the dense answer, and for each
+        drafter by its name passes, drafts, accepted drafts, tokens that are the dense ones, seconds.
+    """
+    formats = list(dict.fromkeys(drafter.weights for drafter in every))
+    todo = [(weights, item) for weights in formats for item in items if _entry(weights, item) not in journal.scores]
+    warm: set[Drafter | None] = set()
+
+    def timed(item: Item, drafter: Drafter | None) -> Generation:
+        def answer() -> Generation:
+            density = 1.0 if drafter is None else drafter.variant.density
+            chosen = Extensions() if drafter is None else options_of(drafter, extensions)
+            return llm.generate(
+                [list(item.prompt)],
+                griffin=GriffinConfig(density),
+                extensions=chosen,
+                max_new_tokens=new,
+                ignore_eos=True,
+            )
+
+        if drafter not in warm:
+            # What is compiled or made once is no answer's.
+            answer()
+            warm.add(drafter)
+        return answer()
+
+    for weights, item in tqdm(todo, unit="text", disable=None):
+        dense = timed(item, None)
+        found: dict[str, Any] = {DENSE: {"seconds": dense.seconds["decode"]}}
+        for drafter in (each for each in every if each.weights == weights):
+            out = timed(item, drafter)
+            drafting = out.drafting
+            assert drafting is not None
+            same = sum(map(int.__eq__, out.tokens[0], dense.tokens[0]))
+            found[drafter.name] = {
+                "passes": int(drafting.passes),
+                "drafted": int(drafting.drafted.sum()),
+                "accepted": int(drafting.accepted.sum()),
+                "same": same,
+                "seconds": out.seconds["decode"],
+            }
+        journal.add({_entry(weights, item): found})
+    return {
+        item.name: {name: score for weights in formats for name, score in journal.scores[_entry(weights, item)].items()}
+        | {f"{DENSE} {weights}": journal.scores[_entry(weights, item)][DENSE] for weights in formats}
+        for item in items
+    }
+
+
+def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:
+    """What `LLM.generate` takes for a drafter."""
+    best = {} if drafter.quality != "best" else {"quality": "best", "refit": extensions.rows}
+    return dataclasses.replace(
+        extensions if best else Extensions(),
+        **{"refresh_every": None, "speculative": drafter.drafts, **best},
+        draft_weights=None if drafter.weights is None else str(drafter.weights),
+    )
+
+
+def _entry(weights: WeightFormat | None, item: Item) -> str:
+    return f"{weights or OWN}: {item.name}"
+
+
+def round_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -> tuple[int, int]:
+    """Bytes that a round of drafts reads, and those of a dense step: the weights, and a cache of so many slots.
+
+    Args:
+        llm: the model.
+        drafter: what drafts.
+        slots: of the cache.
+        extensions: what quality best takes.
+    """
+    one = dataclasses.replace(llm.config, kv_copies=1)
+    dtype, own = llm.model.dtype, llm.model.weights
+    kept = None
+    if drafter.variant.method != DENSE:
+        kept = drafter.variant.pruner(extensions).config.kept(llm.model.neurons)
+    dense = Sizes(one, 1, slots, Precision.of(dtype, own), shared=True)
+    if drafter.weights is None:
+        draft = dense.step(kept)
+    else:
+        draft = draft_bytes(Sizes(one, 1, slots, Precision.of(dtype, drafter.weights), shared=True), kept)
+    return drafter.drafts * draft + dense.step(None), dense.step(None)
+
+
+def figures(
+    scores: Mapping[str, Mapping[str, Any]],
+    every: Sequence[Drafter],
+    llm: LLM,
+    *,
+    slots: int,
+    new: int,
+    seed: int,
+    extensions: Extensions,
+) -> Figures:
+    """One entry for each drafter, the one that reads least for a token first.
+
+    Args:
+        scores: from `compare_drafters`.
+        every: its drafters.
+        llm: the model.
+        slots: tokens of the cache.
+        new: tokens of each answer, of which the first needs no step.
+        seed: of the bootstrap.
+        extensions: what quality best takes.
+    """
+
+    def entries() -> Iterator[dict[str, Any]]:
+        for drafter in every:
+            texts = [score[drafter.name] for score in scores.values()]
+            dense = [score[f"{DENSE} {drafter.weights}"] for score in scores.values()]
+            read, step = round_bytes(llm, drafter, slots, extensions)
+            written = [float(new - 1)] * len(texts)
+
+            def ratio(above: Sequence[float], below: Sequence[float]) -> Mapping[str, float | None]:
+                return as_json(intervals.ratio_of_sums(above, below, seed))
+
+            passes = [text["passes"] for text in texts]
+            yield {
+                "weights": drafter.format,
+                "quality": drafter.quality if drafter.variant.method != DENSE else "-",
+                "density": drafter.variant.density,
+                "drafts": drafter.drafts,
+                "round_bytes": read,
+                "step_bytes": step,
+                "accepted": ratio([t["accepted"] for t in texts], [t["drafted"] for t in texts]),
+                "tokens_per_pass": ratio(written, passes),
+                "bytes": ratio([count * read / step for count in passes], written),
+                "time": ratio([t["seconds"] for t in texts], [d["seconds"] for d in dense]),
+                "same": sum(t["same"] for t in texts) / (new * len(texts)),
+            }
+
+    return sorted(entries(), key=lambda entry: entry["bytes"]["value"])
+
+
+def table(found: Figures) -> str:
+    """Rows of figures with their intervals."""
+    lines = [
+        f"{'drafter':10}{'quality':>8}{'density':>8}{'drafts':>7}{'a draft':>9}"
+        + "".join(f"{metric.title:>{WIDTH}}" for metric in METRICS)
+    ]
+    for entry in found:
+        draft = (entry["round_bytes"] / entry["step_bytes"] - 1) / entry["drafts"]
+        cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in METRICS)
+        lines.append(
+            f"{entry['weights']:10}{entry['quality']:>8}{entry['density']:>8g}{entry['drafts']:>7}{draft:>9.2f}{cells}"
+        )
+    same = min(entry["same"] for entry in found)
+    lines.append(
+        f"\na draft: bytes of one, of those of a dense step. Tokens as the dense model's: at least {same:.2%}."
+    )
+    return "\n".join(lines)
+
+
+def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
+    """Bytes per token against the density of the drafter, a line for each format, quality and number of drafts.
+
+    Args:
+        found: those of `figures`.
+        title: of the whole.
+        file: a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure = new_figure(7.2, 5.2)
+    figure.suptitle(title, fontsize="medium")
+    axis = figure.subplots()
+    kinds = list(dict.fromkeys((e["weights"], e["quality"], e["drafts"]) for e in found if e["quality"] != "-"))
+    formats = list(dict.fromkeys(weights for weights, _, _ in kinds))
+    numbers = sorted({drafts for _, _, drafts in kinds})
+    for weights, quality, drafts in sorted(kinds):
+        alike = (weights, (quality, "-"), drafts)
+        line = [e for e in found if e["weights"] == alike[0] and e["quality"] in alike[1] and e["drafts"] == drafts]
+        line.sort(key=lambda entry: entry["density"])
+        axis.errorbar(
+            [entry["density"] for entry in line], [entry["bytes"]["value"] for entry in line],
+            yerr=bars([entry["bytes"] for entry in line]), capsize=2, elinewidth=0.8, markersize=4, linewidth=1.2,
+            marker="os^Dv"[numbers.index(drafts) % 5], linestyle="-" if quality == "griffin" else "--",
+            color=f"C{formats.index(weights) % 10}", label=f"{weights}, {quality}, {drafts} drafts",
+        )  # fmt: skip
+    axis.axhline(1, color="black", linewidth=1, linestyle=":", label="dense")
+    axis.set_xlabel("density of the drafter")
+    axis.set_ylabel(BYTES.title)
+    axis.grid(alpha=0.3)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(file, format="png")

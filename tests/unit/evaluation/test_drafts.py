@@ -1,0 +1,150 @@
+"""`griffin-jax eval drafts`: what drafts needed, against generations made by hand and bytes of real arrays."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import PASSAGES
+from reference import TinyLlama, tiny_tokenizer
+
+import griffin_jax as gj
+from griffin_jax.cli import main as cli
+from griffin_jax.evaluation import drafts, general_text
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.grid import grid
+from griffin_jax.evaluation.journal import FILE, Journal
+from griffin_jax.extensions.drafter import drafter_of
+from griffin_jax.model.weights import WeightFormat, stored_bytes
+
+NEW = 12
+ITEMS = [Item("a", list(range(3, 30)), [1]), Item("b", [40, 41, 42, 9, 8, 7, 6, 5], [1])]
+INT4 = WeightFormat.parse("int4:16")
+EVERY = drafts.drafters([None, INT4], grid(["topk"], [0.5], ()), {"dense": "-", "topk": "griffin"}, [2, 4])
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory) -> TinyLlama:
+    """A tiny model that reads text, with a prior next to it."""
+    folder = tmp_path_factory.mktemp("worded") / "model"
+    folder.mkdir()
+    tiny_tokenizer(folder, PASSAGES, 320)
+    found = TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
+    texts = [found.llm.tokenizer.encode(text) for text in PASSAGES[:2]]
+    general_text.measure(found.llm.model, texts, size=2, rows=4, quiet=True).save(
+        folder.with_name("model.prior.safetensors")
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def scores(worded, tmp_path_factory) -> dict[str, dict]:
+    journal = Journal(tmp_path_factory.mktemp("scores"), {})
+    return drafts.compare_drafters(worded.llm, ITEMS, EVERY, journal, new=NEW, extensions=gj.Extensions())
+
+
+def test_what_drafts():
+    assert [drafter.name for drafter in EVERY] == [
+        "own topk 0.5, 2 drafts", "own topk 0.5, 4 drafts", "int4:16 dense, 2 drafts", "int4:16 dense, 4 drafts",
+        "int4:16 topk 0.5, 2 drafts", "int4:16 topk 0.5, 4 drafts",
+    ]  # fmt: skip
+
+
+def test_counts_are_those_of_generate(worded, scores):
+    for item in ITEMS:
+        for drafter in EVERY:
+            out = worded.llm.generate(
+                [list(item.prompt)], density=drafter.variant.density, speculative=drafter.drafts,
+                draft_weights=None if drafter.weights is None else str(drafter.weights), max_new_tokens=NEW,
+                ignore_eos=True,
+            )  # fmt: skip
+            found = scores[item.name][drafter.name]
+            counts = int(out.drafting.passes), int(out.drafting.drafted.sum()), int(out.drafting.accepted.sum())
+            assert (found["passes"], found["drafted"], found["accepted"]) == counts
+            assert found["same"] == NEW
+            assert found["seconds"] > 0
+
+
+def test_figures_are_what_follows_from_them(worded, scores):
+    figures = drafts.figures(scores, EVERY, worded.llm, slots=40, new=NEW, seed=0, extensions=gj.Extensions())
+    assert [entry["bytes"]["value"] for entry in figures] == sorted(entry["bytes"]["value"] for entry in figures)
+    by_name = {(entry["weights"], entry["density"], entry["drafts"]): entry for entry in figures}
+    for drafter in EVERY:
+        entry = by_name[drafter.format, drafter.variant.density, drafter.drafts]
+        passes = sum(scores[item.name][drafter.name]["passes"] for item in ITEMS)
+        accepted, drafted = (sum(scores[i.name][drafter.name][n] for i in ITEMS) for n in ("accepted", "drafted"))
+        written = (NEW - 1) * len(ITEMS)
+        assert entry["accepted"]["value"] == pytest.approx(accepted / drafted)
+        assert entry["tokens_per_pass"]["value"] == pytest.approx(written / passes)
+        assert entry["bytes"]["value"] == pytest.approx(entry["round_bytes"] / entry["step_bytes"] * passes / written)
+        assert entry["same"] == 1
+
+
+@pytest.mark.parametrize("drafter", EVERY, ids=lambda drafter: drafter.name)
+def test_bytes_of_a_round_are_those_of_arrays(worded, drafter):
+    model, slots = worded.llm.model, 40
+
+    def read(of: gj.Transformer, looked_up: jax.Array) -> int:
+        # Of the table of tokens a step reads one row; a drafter's norms are too little to count.
+        leaves = [leaf for leaf in jax.tree.leaves(of) if leaf is not looked_up]
+        if of is not model and of.weights == INT4:
+            leaves = [leaf for leaf in leaves if leaf.dtype != jnp.float32]
+        return sum(stored_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
+
+    cache = 2 * 2 * 2 * 8 * slots * 4
+    row = worded.llm.config.width * 4
+    dense = read(model, model.embedding[...]) + row + cache
+    own = model if drafter.weights is None else drafter_of(model, drafter.weights)
+    if drafter.variant.density < 1:
+        own = gj.prune(own, gj.ExpertNeurons.from_indices([range(24)] * 2, model.neurons))
+    draft = read(own, own.embedding[...]) + cache + (row if drafter.weights is None else 0)
+    found = drafts.round_bytes(worded.llm, drafter, slots, gj.Extensions())
+    assert found == (drafter.drafts * draft + dense, dense)
+
+
+def run(capsys, folder: Path, *arguments: object) -> tuple[int, str, str]:
+    file = folder / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES[:2]), encoding="utf-8")
+    lengths = "--prompt-tokens", "16", "--new-tokens", "10", "--output", folder / "out"
+    code = cli.main(["eval", "drafts", str(file), *map(str, lengths), *map(str, arguments)])
+    return code, *capsys.readouterr()
+
+
+class TestCommand:
+    def test_all_of_it(self, worded, tmp_path, capsys):
+        arguments = (
+            "--model", worded.folder, "--draft-weights", "own,int4", "--drafts", "2", "--plot", tmp_path / "plot.png"
+        )  # fmt: skip
+        code, out, _ = run(capsys, tmp_path, *arguments)
+        assert code == 0
+        figures = json.loads((tmp_path / "out" / "results.json").read_text())["figures"]
+        kinds = {(entry["weights"], entry["quality"], entry["density"]) for entry in figures}
+        # There is a prior, so quality best is compared, too.
+        assert kinds == {("own", "griffin", 0.5), ("own", "best", 0.5), ("int4", "-", 1), ("int4", "griffin", 0.5)} | {
+            ("int4", "best", 0.5)
+        }
+        assert "Tokens as the dense model's: at least 100.00%." in out
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
+        before = (tmp_path / "out" / FILE).read_bytes()
+        assert run(capsys, tmp_path, *arguments)[0] == 0
+        assert (tmp_path / "out" / FILE).read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--density", "1", "--draft-weights", "own"), "nothing drafts: give --density below 1"),
+            (("--draft-weights", "float32"), "draft_weights are 'float32'; allowed are int8 and int4"),
+            (("--drafts", "10"), "--new-tokens must be more than the 10 of --drafts, got 10"),
+            (("--drafts", "0"), "--drafts must be a whole number of at least 1, got 0"),
+            (("--quality", "good"), "quality must be one of"),
+            (("--draft-weights", "int4:24"), "groups of 24 do not divide rows of 32 weights"),
+        ],
+    )
+    def test_errors(self, worded, tmp_path, capsys, arguments, message):
+        code, _, err = run(capsys, tmp_path, "--model", worded.folder, *arguments)
+        assert code == 2
+        assert message in err.splitlines()[-1]
+        assert not (tmp_path / "out" / "results.json").exists()
