@@ -69,7 +69,15 @@ def structures() -> dict[tuple[Any, ...], list[tuple[str, str]]]:
     return found
 
 
-VARIANTS = [parameter(family, variant) for family, cases in CASES.items() for variant in cases.variants]
+FIRST = {alike[0] for alike in structures().values()} | {
+    (family, next(iter(CASES[family].variants))) for family in CASES
+}
+VARIANTS = [
+    parameter(family, variant, marks=[pytest.mark.slow] * ((family, variant) not in FIRST))
+    for family, cases in CASES.items()
+    for variant in cases.variants
+]
+"""Every variant, of which the first of each family and of each structure are for every run."""
 ONE_OF_EACH_STRUCTURE = [
     parameter(family, variant, marks=[pytest.mark.slow] * (number > 0))
     for alike in structures().values()

@@ -106,12 +106,14 @@ class TestAnswers:
         logits = [one.logits(rows, prompt_length=3, groups=groups) for one, groups in ((llm, None), (native.llm, 4))]
         np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     def test_batches_that_do_not_divide(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
         for options in ({}, {"shared": True, "groups": 4}):
             assert tokens(llm, RAGGED[:3], **options) == tokens(native.llm, RAGGED[:3], **options)
         assert tokens(llm, RAGGED[0]) == tokens(native.llm, RAGGED[0])
 
+    @pytest.mark.slow
     def test_streams_logits_and_reconstruction(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(4, 2))
         options = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.7, "seed": 5, "groups": 1}
@@ -174,6 +176,7 @@ class TestBeyondGriffin:
         for a, b in zip(one.squares, eight.squares, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
+    @pytest.mark.slow
     def test_answers(self, native, prior):
         llm = gj.load(native.folder, "float32", mesh=make_mesh(2, 4))
         for options in (

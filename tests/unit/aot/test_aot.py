@@ -136,6 +136,7 @@ def divided(cuda, tmp_path_factory):
     return compile_for("h100", config, devices=8, groups=1, prompt=250, new=24, hlo=folder), folder
 
 
+@pytest.mark.slow
 class TestDevices:
     def test_a_layer_takes_two_sums(self, divided):
         report, _ = divided

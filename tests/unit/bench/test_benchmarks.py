@@ -223,6 +223,7 @@ def test_best_quality_is_compared_with_its_own(both):
     assert {row[-7] for row in rows} == {"0.50"}
 
 
+@pytest.mark.slow
 def test_best_quality_prunes_as_generate_does(plain, prior):
     options = ("--lengths", "9+3", "--quality", "best", "--density", "0.5", "--prior", str(prior))
     plan = bench.check(bench_options("--model", str(plain.folder), *options))

@@ -91,7 +91,7 @@ def predictions(model: gj.Transformer, item: Item, density: float, change=None) 
 
 
 class TestScores:
-    @pytest.mark.parametrize("weights", FORMATS, ids=str)
+    @pytest.mark.parametrize("weights", first_and_slow(2, *FORMATS), ids=str)
     def test_against_dequantised_copies(self, worded, scores, weights):
         reference = worded.llm.model
         plain = dequantised(front.stored_as(reference, weights))
@@ -126,6 +126,7 @@ class TestScores:
                     expected = scores[weights][item.name][name]["kl"]
                     assert again[weights][item.name][name]["kl"] == pytest.approx(expected, abs=1e-6)
 
+    @pytest.mark.slow
     def test_on_a_mesh(self, worded, scores, tmp_path):
         llm = gj.load(worded.folder, "float32", mesh=make_mesh(data=2, model=2))
         found = front.compare_formats(llm, ITEMS, ROWS, FORMATS, Journal(tmp_path, {}), new=5, size=2, seed=0)

@@ -415,6 +415,7 @@ def test_refuses_models_without_a_tokenizer(tiny):
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_runs_the_harness(self, capfd, model, tasks, tmp_path):
         code = main([
             "lm-eval", "--model_args", f"path={model.folder},density=0.5",

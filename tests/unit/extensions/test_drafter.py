@@ -34,9 +34,9 @@ def bytes_of(leaves) -> int:
     return sum(stored_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
 
 
-@pytest.mark.parametrize("weights", first_and_slow(3, "float32", "int8", "int8:16", "int4:16", "bfloat16"))
+@pytest.mark.parametrize("weights", first_and_slow(2, "float32", "int8:16", "int8", "int4:16", "bfloat16"))
 @pytest.mark.parametrize("few", ["int4:16", "int8"])
-@pytest.mark.parametrize("block", [1 << 22, 1000])
+@pytest.mark.parametrize("block", first_and_slow(1, 1000, 1 << 22))
 def test_matrices_are_rounded_and_all_else_is_the_models(monkeypatch, weights, few, block):
     monkeypatch.setattr("griffin_jax.extensions.drafter.BLOCK", block)
     model = random_model(TINY, weights=WeightFormat.parse(weights))
@@ -102,6 +102,7 @@ def test_refitted_and_shared(worded):
     assert worded.llm.generate(PASSAGES[:2], **options).tokens == dense
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     mesh = make_mesh(data=1, model=2)
     here, there = (random_model(TINY, mesh=each, weights=WeightFormat("int8")) for each in (None, mesh))

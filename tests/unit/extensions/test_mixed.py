@@ -29,7 +29,7 @@ PLAIN = dataclasses.replace(GATED, gated=False, ff_bias=True, activation="xielu"
 MIXED = MixedFormat.parse("int8+int4:16@0.25")
 
 
-@pytest.fixture(scope="module", params=[GATED, PLAIN], ids=["gated", "biases"])
+@pytest.fixture(scope="module", params=first_and_slow(1, GATED, PLAIN), ids=["gated", "biases"])
 def model(request) -> gj.Transformer:
     found = random_model(request.param, weights=MIXED.fine)
     for layer in found.layers:

@@ -212,7 +212,7 @@ class TestGenerate:
 class TestFollow:
     ANSWERS = ([13, 14, 15, 90, 91, 92, 93], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59], [1, 60])
 
-    @pytest.mark.parametrize("width", [1, 3, 5, 12])
+    @pytest.mark.parametrize("width", first_and_slow(2, 3, 12, 1, 5))
     def test_is_torch_without_a_cache(self, tiny, width):
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))

@@ -213,6 +213,7 @@ class TestGenerate:
     def test_whatever_drafts(self, tiny, options):
         assert generate(tiny.llm, speculative=2, **options).tokens == generate(tiny.llm, density=1.0).tokens
 
+    @pytest.mark.slow
     def test_one_copy_drafts_with_a_part_of_itself(self, tiny):
         llm = gj.load(tiny.folder, "float32", in_place=True)
         for prompts in (PROMPTS, PROMPTS[:2]):

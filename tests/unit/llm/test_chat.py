@@ -42,7 +42,7 @@ OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 @pytest.mark.parametrize(
     "options",
     first_and_slow(
-        2,
+        1,
         {"density": 0.5, "temperature": 1.0, "seed": 3},
         {"density": 0.25, "refresh_every": 2},
         {"density": 0.5, "speculative": 2},
@@ -177,6 +177,7 @@ def test_saved_and_cleared(llm, tmp_path):
             other.load(tmp_path / "c.json")
 
 
+@pytest.mark.slow
 def test_on_several_devices(worded):
     divided = gj.load(worded.folder, "float32", mesh=make_mesh(1, 2))
     assert replies(divided.chat(groups=1, **OPTIONS)) == replies(worded.llm.chat(**OPTIONS))
