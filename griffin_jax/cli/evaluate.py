@@ -413,8 +413,9 @@ def run(options: argparse.Namespace) -> None:
         "left_out": as_json(skipped),
         "figures": figures,
     }
+    precision = Precision.of(llm.model.dtype, llm.model.weights)
     head = (
-        f"{options.model}, {llm.model.dtype}: {len(evaluation.items)} texts, {len(skipped)} left out;"
+        f"{options.model}, {precision}: {len(evaluation.items)} texts, {len(skipped)} left out;"
         " [95% bootstrap intervals over texts]"
     )
     shown = f"{head}\n\n{evaluation.tabulate(figures)}"
