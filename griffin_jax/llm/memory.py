@@ -76,6 +76,10 @@ class Needs:
     def _parts(self) -> int:
         return axis_size(self.mesh, MODEL_AXIS)
 
+    def _padded(self, stored: int, weights: WeightFormat) -> int:
+        """Bytes that numbers of a format take in memory: on CPUs those of 4 bits have a byte each (jax 0.10)."""
+        return 2 * stored if self._on_cpu and weights.dtype == "int4" else stored
+
     def rows(self, batch: int) -> int:
         """Sequences of a batch that each device has."""
         return batch // axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, batch) else batch
@@ -87,7 +91,8 @@ class Needs:
     def _worst(self, *phases: Mapping[str, int], programs: int = 1) -> Parts:
         """The phase that needs most, with what is there in all of them."""
         sizes = self._sizes(1, 1, True)
-        held: Parts = {"weights": 0 if self.loaded else sizes.weights(None)}
+        weights = self._padded(sizes.weights(None), self.precision.weights)
+        held: Parts = {"weights": 0 if self.loaded else weights}
         if self._on_cpu:
             held["compiled programs"] = programs * COMPILER_BYTES_PER_LAYER * self.config.num_layers
             if not self.loaded:
@@ -194,10 +199,11 @@ class Needs:
         sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
-            few = 0 if drafter_is_there else drafter_bytes(c, precision, self._parts)
+            few = 0 if drafter_is_there else self._padded(drafter_bytes(c, precision, self._parts), drafter)
             held |= {"drafting model": few, "rounding": 6 * 4 * BLOCK if few else 0}
             sizes = Sizes(c, own, sizes.slots, precision, shared=shared or own == 1, devices=self._parts)
         neurons = 0 if kept is None or in_place or sizes.ff(kept) == spare else sizes.ff(kept)
+        neurons = self._padded(neurons, sizes.precision.weights)
         if repeated:
             again: Parts = {"kept neurons": neurons, "cache": 2 * held["cache"]}
             held, reading = held | again, reading | again
