@@ -361,10 +361,10 @@ class TestBench:
         result = json.loads(out[-1])
         assert result["mesh"] == {"data": 2, "model": 4}
         plan = bench.check(parser_of("bench").parse_args(arguments[1:]))
-        assert result["parameters"] == plan.sizes(plan.cases[0], True).parameters
+        assert result["parameters"] == plan.sizes(plan.cases[0], runner.Variant(shared=True)).parameters
         assert [row["quality"] for row in result["rows"]] == [None, None, "best"]
         for row, variant in zip(result["rows"], plan.variants(plan.cases[0]), strict=True):
-            whole, kept = plan.sizes(plan.cases[0], True), plan.kept(variant)
+            whole, kept = plan.sizes(plan.cases[0], runner.Variant(shared=True)), plan.kept(variant)
             assert row["kept"] == (kept and list(kept))
             # Half of the sequences; of their two heads each device has a copy of one.
             assert row["cache_bytes"] * 2 * 2 == whole.cache
