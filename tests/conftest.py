@@ -148,6 +148,21 @@ def worded(tmp_path_factory) -> TinyLlama:
 
 
 @pytest.fixture(scope="session")
+def primed(tmp_path_factory) -> TinyLlama:
+    """A tiny model that reads text, with the smallest prior next to it."""
+    from griffin_jax.evaluation import general_text
+
+    folder = tmp_path_factory.mktemp("worded") / "model"
+    folder.mkdir()
+    tiny_tokenizer(folder, PASSAGES, 320)
+    found = TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
+    texts = [found.llm.tokenizer.encode(text) for text in PASSAGES[:2]]
+    prior = general_text.measure(found.llm.model, texts, size=2, rows=4, quiet=True)
+    prior.save(folder.with_name("model.prior.safetensors"))
+    return found
+
+
+@pytest.fixture(scope="session")
 def everything(tiny) -> gj.ExpertNeurons:
     """All neurons of the tiny model."""
     return gj.ExpertNeurons.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)

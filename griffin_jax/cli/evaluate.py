@@ -118,6 +118,8 @@ end, results.json and table.txt are next to them."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the evaluations."""
+    # What sets and checks more options of a task: before the model is looked at, and then.
+    parser.set_defaults(choose=None, check=None)
     kinds = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     kind = kinds.add_parser(
@@ -156,14 +158,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_qualities(what)
     _add_sample(what, size=4)
-    beyond = kind.add_argument_group("beyond GRIFFIN")
-    add_options(
-        beyond, Extensions, "prior", type=Path,
-        help="that griffin-jax prior measured for this model, for all formats of it (default: the file next to it)",
-    )  # fmt: skip
-    _add_beyond(beyond)
+    _add_prior(kind, ", for all formats of it")
     _add_output(kind)
-    kind.set_defaults(prepare=_front, weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every)
+    kind.set_defaults(
+        prepare=_front, choose=_choose_front, check=_check_formats,
+        weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
+    )  # fmt: skip
 
     kind = kinds.add_parser(
         "drafts",
@@ -173,8 +173,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " is what they read, and how long they took, next to dense decoding.",
     )
     _add_text_file(kind, "text")
-    _add_lengths(kind)
-    _add_reference(kind)
+    _add_lengths(kind, "tokens of each answer")
     _add_model(kind)
     what = kind.add_argument_group("what is compared")
     what.add_argument(
@@ -191,14 +190,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
-    beyond = kind.add_argument_group("beyond GRIFFIN")
-    add_options(
-        beyond, Extensions, "prior", type=Path,
-        help="that griffin-jax prior measured for this model (default: the file next to it)",
-    )  # fmt: skip
-    _add_beyond(beyond)
+    _add_prior(kind)
     _add_output(kind)
-    kind.set_defaults(prepare=_drafts, baselines=(), refresh_every=DEFAULTS.refresh_every, batch=1, largest_batch=1)
+    kind.set_defaults(
+        prepare=_drafts, choose=_choose_drafts, check=_check_drafters,
+        reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every, batch=1, largest_batch=1,
+    )  # fmt: skip
 
     kind = kinds.add_parser(
         "groups",
@@ -262,14 +259,11 @@ def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
 
 
-def _add_lengths(parser: argparse.ArgumentParser) -> None:
+def _add_lengths(parser: argparse.ArgumentParser, new: str = "tokens scored, at most of the dense model's own") -> None:
     parser.add_argument(
         "--prompt-tokens", type=int, metavar="P", default=256, help="tokens read densely (default: %(default)s)"
     )
-    parser.add_argument(
-        "--new-tokens", type=int, metavar="G", default=128,
-        help="tokens scored, at most of the dense model's own (default: %(default)s)",
-    )  # fmt: skip
+    parser.add_argument("--new-tokens", type=int, metavar="G", default=128, help=f"{new} (default: %(default)s)")
 
 
 def _add_reference(parser: argparse.ArgumentParser) -> None:
@@ -297,6 +291,13 @@ def _add_sample(what: Any, size: int) -> None:
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
     add_batch_argument(what, size)
+
+
+def _add_prior(parser: argparse.ArgumentParser, what_for: str = "") -> None:
+    beyond = parser.add_argument_group("beyond GRIFFIN")
+    measured = f"that griffin-jax prior measured for this model{what_for} (default: the file next to it)"
+    add_options(beyond, Extensions, "prior", type=Path, help=measured)
+    _add_beyond(beyond)
 
 
 def _add_beyond(beyond: Any) -> None:
@@ -343,10 +344,8 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs one evaluation, from options to files and a table."""
-    if options.task == "front":
-        _choose_front(options)
-    if options.task == "drafts":
-        _choose_drafts(options)
+    if options.choose is not None:
+        options.choose(options)
     variants = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {options.limit}")
@@ -367,12 +366,8 @@ def run(options: argparse.Namespace) -> None:
     check_batch(options, mesh)
     wanted, lengths = options.batch, _lengths(options)
     needs = chosen_needs(options, mesh)
-    if options.task == "front":
-        _check_formats(options, needs)
-        front.check_variants(needs.config, variants, options.formats, extensions)
-    if options.task == "drafts":
-        for weights in filter(None, options.formats):
-            weights.check(needs.config.width, needs.config.embedding_width)
+    if options.check is not None:
+        options.check(options, needs, variants, extensions)
     options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
@@ -624,7 +619,17 @@ def _choose_qualities(options: argparse.Namespace) -> None:
     options.qualities = {DENSE: "-"} | {method: quality for quality, method in methods.items()}
 
 
-def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
+def _check_drafters(
+    options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions
+) -> None:
+    """Raises `ValueError` unless drafters of this model can have all formats."""
+    for weights in filter(None, options.formats):
+        weights.check(needs.config.width, needs.config.embedding_width)
+
+
+def _check_formats(
+    options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions
+) -> None:
     """Sets the formats if none are named, and raises `ValueError` unless this model can have all of them."""
     own = needs.precision.weights
     if own.quantised:
@@ -632,6 +637,7 @@ def _check_formats(options: argparse.Namespace, needs: Needs) -> None:
     options.formats = list(dict.fromkeys(options.formats or [own, *map(MixedFormat.parse, QUANTISED)]))
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
+    front.check_variants(needs.config, variants, options.formats, extensions)
 
 
 def _front(

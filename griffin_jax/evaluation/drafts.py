@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from griffin_jax.evaluation import intervals
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.front_report import MARKERS
 from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, bars, cell
+from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, cell, draw_legend, draw_line
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.drafter import draft_bytes
 from griffin_jax.griffin.config import GriffinConfig
@@ -58,7 +59,7 @@ class Drafter:
     @property
     def format(self) -> str:
         """For people: the format."""
-        return OWN if self.weights is None else str(self.weights)
+        return _name(self.weights)
 
     @property
     def name(self) -> str:
@@ -102,8 +103,8 @@ def compare_drafters(
         extensions: what quality best takes.
 
     Returns:
-        For each text what a journal has of it: `dense` with the tokens and seconds of the dense answer, and for each
-        drafter by its name passes, drafts, accepted drafts, tokens that are the dense ones, seconds.
+        For each text and each format of drafters: `dense` with the seconds of the dense answer next to them; and for
+        each drafter by its name passes, drafts, accepted drafts, tokens that are the dense ones, seconds.
     """
     formats = list(dict.fromkeys(drafter.weights for drafter in every))
     todo = [(weights, item) for weights in formats for item in items if _entry(weights, item) not in journal.scores]
@@ -143,25 +144,26 @@ def compare_drafters(
                 "seconds": out.seconds["decode"],
             }
         journal.add({_entry(weights, item): found})
-    return {
-        item.name: {name: score for weights in formats for name, score in journal.scores[_entry(weights, item)].items()}
-        | {f"{DENSE} {weights}": journal.scores[_entry(weights, item)][DENSE] for weights in formats}
-        for item in items
-    }
+    return {item.name: {_name(weights): journal.scores[_entry(weights, item)] for weights in formats} for item in items}
 
 
 def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:
     """What `LLM.generate` takes for a drafter."""
-    best = {} if drafter.quality != "best" else {"quality": "best", "refit": extensions.rows}
-    return dataclasses.replace(
-        extensions if best else Extensions(),
-        **{"refresh_every": None, "speculative": drafter.drafts, **best},
-        draft_weights=None if drafter.weights is None else str(drafter.weights),
-    )
+    own: dict[str, Any] = {
+        "speculative": drafter.drafts,
+        "draft_weights": None if drafter.weights is None else str(drafter.weights),
+    }
+    if drafter.quality != "best":
+        return Extensions(**own)
+    return dataclasses.replace(extensions, quality="best", refit=extensions.rows, refresh_every=None, **own)
+
+
+def _name(weights: WeightFormat | None) -> str:
+    return OWN if weights is None else str(weights)
 
 
 def _entry(weights: WeightFormat | None, item: Item) -> str:
-    return f"{weights or OWN}: {item.name}"
+    return f"{_name(weights)}: {item.name}"
 
 
 def round_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -> tuple[int, int]:
@@ -210,8 +212,8 @@ def figures(
 
     def entries() -> Iterator[dict[str, Any]]:
         for drafter in every:
-            texts = [score[drafter.name] for score in scores.values()]
-            dense = [score[f"{DENSE} {drafter.weights}"] for score in scores.values()]
+            alike = [score[drafter.format] for score in scores.values()]
+            texts, dense = ([score[name] for score in alike] for name in (drafter.name, DENSE))
             read, step = round_bytes(llm, drafter, slots, extensions)
             written = [float(new - 1)] * len(texts)
 
@@ -277,16 +279,15 @@ def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
         alike = (weights, (quality, "-"), drafts)
         line = [e for e in found if e["weights"] == alike[0] and e["quality"] in alike[1] and e["drafts"] == drafts]
         line.sort(key=lambda entry: entry["density"])
-        axis.errorbar(
-            [entry["density"] for entry in line], [entry["bytes"]["value"] for entry in line],
-            yerr=bars([entry["bytes"] for entry in line]), capsize=2, elinewidth=0.8, markersize=4, linewidth=1.2,
-            marker="os^Dv"[numbers.index(drafts) % 5], linestyle="-" if quality == "griffin" else "--",
+        draw_line(
+            axis, [entry["density"] for entry in line], [entry["bytes"] for entry in line], elinewidth=0.8,
+            marker=MARKERS[numbers.index(drafts) % len(MARKERS)], linewidth=1.2,
+            linestyle="-" if quality == "griffin" else "--",
             color=f"C{formats.index(weights) % 10}", label=f"{weights}, {quality}, {drafts} drafts",
         )  # fmt: skip
     axis.axhline(1, color="black", linewidth=1, linestyle=":", label="dense")
     axis.set_xlabel("density of the drafter")
     axis.set_ylabel(BYTES.title)
     axis.grid(alpha=0.3)
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+    draw_legend(figure, axis, columns=3)
     figure.savefig(file, format="png")

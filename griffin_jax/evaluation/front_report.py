@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from griffin_jax.evaluation.grid import DENSE
-from griffin_jax.evaluation.report import TOP1, WIDTH, Figures, Metric, bars, cell
+from griffin_jax.evaluation.report import TOP1, WIDTH, Figures, Metric, cell, draw_legend, draw_line
 from griffin_jax.utils.figures import new_figure
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
@@ -60,10 +60,9 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
             line = [
                 e for e in shown if e["weights"] == weights and (e["quality"] == quality or e["method"] == DENSE)
             ]  # fmt: skip
-            axis.errorbar(
-                [_megabytes(entry) for entry in line], [entry["kl"]["value"] for entry in line],
-                yerr=bars([entry["kl"] for entry in line]), capsize=2, elinewidth=0.8,
-                marker=MARKERS[number % len(MARKERS)], markersize=4, linewidth=1.2, linestyle=style, color=colour,
+            draw_line(
+                axis, [_megabytes(entry) for entry in line], [entry["kl"] for entry in line], elinewidth=0.8,
+                marker=MARKERS[number % len(MARKERS)], linewidth=1.2, linestyle=style, color=colour,
                 label=f"{weights}, {quality}",
             )  # fmt: skip
         for entry in (e for e in figures if e["weights"] == weights and e not in shown):
@@ -95,6 +94,5 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     axis.set_xlabel("MB read per token (points: density)")
     axis.set_ylabel(KL.title)
     axis.grid(alpha=0.3)
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    draw_legend(figure, axis, columns=4)
     figure.savefig(file, format="png")

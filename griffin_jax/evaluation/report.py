@@ -178,7 +178,7 @@ def plot_by_density(
             densities = sorted({entry["density"] for entry in figures if entry["method"] != DENSE})
             axis.set_xticks(densities, [f"{density:g}" for density in densities])
             _finish(axis, metric, name if across == 0 else "")
-    _legend(figure, axes[0][0])
+    draw_legend(figure, axes[0][0])
     figure.savefig(file, format="png")
 
 
@@ -215,7 +215,7 @@ def plot_by_length(
             axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
             axis.minorticks_off()
             _finish(axis, PERPLEXITY, f"density {density:g}, {said.format(value)}")
-    _legend(figure, axes[0][0])
+    draw_legend(figure, axes[0][0])
     figure.savefig(file, format="png")
 
 
@@ -243,13 +243,11 @@ def _line(
 ) -> None:
     figures = [(x, entry[metric.key]) for x, entry in zip(at, entries, strict=True)]
     shown = [(x, f) for x, f in figures if f["value"] is not None and (f["value"] > 0 or not metric.log)]
-    axis.errorbar(
+    draw_line(
+        axis,
         [x for x, _ in shown],
-        [figure["value"] for _, figure in shown],
-        yerr=bars([figure for _, figure in shown]),
+        [figure for _, figure in shown],
         marker="o",
-        markersize=4,
-        capsize=2,
         linewidth=1.5 if method not in BASELINES else 1.0,
         linestyle="--" if method in BASELINES else "-",
         color=colours[method],
@@ -257,7 +255,13 @@ def _line(
     )
 
 
-def bars(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+def draw_line(axis: Any, at: Sequence[float], figures: Figures, **style: Any) -> None:
+    """Figures at these places as points of a line, with bars for their intervals."""
+    values = [figure["value"] for figure in figures]
+    axis.errorbar(at, values, yerr=_bars(figures), markersize=4, capsize=2, **style)
+
+
+def _bars(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """How far intervals reach below and above their values; 0 where there is none."""
     return [
         [max(0.0, sign * (f["value"] - (f[bound] if f[bound] is not None else f["value"]))) for f in figures]
@@ -277,7 +281,8 @@ def _finish(axis: Any, metric: Metric, title: str) -> None:
     axis.set_title(title, fontsize="small", loc="left")
 
 
-def _legend(figure: Any, axis: Any) -> None:
+def draw_legend(figure: Any, axis: Any, columns: int | None = None) -> None:
+    """The legend of one of the panels below all of them; without a number of columns as many as there is room for."""
     handles, labels = axis.get_legend_handles_labels()
-    columns = len(labels) if max(map(len, labels)) < 15 else 3
+    columns = columns or (len(labels) if max(map(len, labels)) < 15 else 3)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")

@@ -152,6 +152,4 @@ def _rounded(
     numbers, scales = (
         part[0] if len(part) == 1 else jnp.concatenate(part, axis=-2) for part in zip(*pieces, strict=True)
     )
-    if outputs == "last" and weights.group is not None:
-        return Matrix(nnx.Param(numbers), row_scale=nnx.Param(scales))
-    return Matrix(nnx.Param(numbers), scale=nnx.Param(scales))
+    return Matrix.of_integers(numbers, scales, weights, outputs)

@@ -27,6 +27,13 @@ class Matrix:
     scale: nnx.Param | None = None
     row_scale: nnx.Param | None = None
 
+    @classmethod
+    def of_integers(cls, numbers: jax.Array, scale: jax.Array, weights: WeightFormat, outputs: Outputs) -> Matrix:
+        """What `griffin_jax.model.weights.quantise` gives, as parameters."""
+        if outputs == "last" and weights.group is not None:
+            return cls(nnx.Param(numbers), row_scale=nnx.Param(scale))
+        return cls(nnx.Param(numbers), scale=nnx.Param(scale))
+
 
 def matrix(
     rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, weights: WeightFormat, outputs: Outputs = "first"
@@ -47,9 +54,7 @@ def matrix(
     else:
         drawn = jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
         values, scale = quantise(drawn, weights, outputs)
-    if outputs == "last" and weights.group is not None:
-        return Matrix(nnx.Param(values), row_scale=nnx.Param(scale))
-    return Matrix(nnx.Param(values), scale=nnx.Param(scale))
+    return Matrix.of_integers(values, scale, weights, outputs)
 
 
 def _unit_scale(shape: tuple[int, ...], weights: WeightFormat, outputs: Outputs) -> jax.Array:

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, tiny_tokenizer
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
-from griffin_jax.evaluation import drafts, general_text
+from griffin_jax.evaluation import drafts
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import grid
 from griffin_jax.evaluation.journal import FILE, Journal
@@ -27,23 +26,9 @@ EVERY = drafts.drafters([None, INT4], grid(["topk"], [0.5], ()), {"dense": "-", 
 
 
 @pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text, with a prior next to it."""
-    folder = tmp_path_factory.mktemp("worded") / "model"
-    folder.mkdir()
-    tiny_tokenizer(folder, PASSAGES, 320)
-    found = TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
-    texts = [found.llm.tokenizer.encode(text) for text in PASSAGES[:2]]
-    general_text.measure(found.llm.model, texts, size=2, rows=4, quiet=True).save(
-        folder.with_name("model.prior.safetensors")
-    )
-    return found
-
-
-@pytest.fixture(scope="module")
-def scores(worded, tmp_path_factory) -> dict[str, dict]:
+def scores(primed, tmp_path_factory) -> dict[str, dict]:
     journal = Journal(tmp_path_factory.mktemp("scores"), {})
-    return drafts.compare_drafters(worded.llm, ITEMS, EVERY, journal, new=NEW, extensions=gj.Extensions())
+    return drafts.compare_drafters(primed.llm, ITEMS, EVERY, journal, new=NEW, extensions=gj.Extensions())
 
 
 def test_what_drafts():
@@ -54,29 +39,30 @@ def test_what_drafts():
     ]
 
 
-def test_counts_are_those_of_generate(worded, scores):
+def test_counts_are_those_of_generate(primed, scores):
     for item in ITEMS:
         for drafter in EVERY:
-            out = worded.llm.generate(
+            out = primed.llm.generate(
                 [list(item.prompt)], density=drafter.variant.density, speculative=drafter.drafts,
                 draft_weights=None if drafter.weights is None else str(drafter.weights), max_new_tokens=NEW,
                 ignore_eos=True,
             )  # fmt: skip
-            found = scores[item.name][drafter.name]
+            found = scores[item.name][drafter.format][drafter.name]
             counts = int(out.drafting.passes), int(out.drafting.drafted.sum()), int(out.drafting.accepted.sum())
             assert (found["passes"], found["drafted"], found["accepted"]) == counts
             assert found["same"] == NEW
             assert found["seconds"] > 0
 
 
-def test_figures_are_what_follows_from_them(worded, scores):
-    figures = drafts.figures(scores, EVERY, worded.llm, slots=40, new=NEW, seed=0, extensions=gj.Extensions())
+def test_figures_are_what_follows_from_them(primed, scores):
+    figures = drafts.figures(scores, EVERY, primed.llm, slots=40, new=NEW, seed=0, extensions=gj.Extensions())
     assert [entry["bytes"]["value"] for entry in figures] == sorted(entry["bytes"]["value"] for entry in figures)
     by_name = {(entry["weights"], entry["density"], entry["drafts"]): entry for entry in figures}
     for drafter in EVERY:
         entry = by_name[drafter.format, drafter.variant.density, drafter.drafts]
-        passes = sum(scores[item.name][drafter.name]["passes"] for item in ITEMS)
-        accepted, drafted = (sum(scores[i.name][drafter.name][n] for i in ITEMS) for n in ("accepted", "drafted"))
+        alike = [scores[item.name][drafter.format][drafter.name] for item in ITEMS]
+        passes = sum(found["passes"] for found in alike)
+        accepted, drafted = (sum(found[name] for found in alike) for name in ("accepted", "drafted"))
         written = (NEW - 1) * len(ITEMS)
         assert entry["accepted"]["value"] == pytest.approx(accepted / drafted)
         assert entry["tokens_per_pass"]["value"] == pytest.approx(written / passes)
@@ -85,8 +71,8 @@ def test_figures_are_what_follows_from_them(worded, scores):
 
 
 @pytest.mark.parametrize("drafter", EVERY, ids=lambda drafter: drafter.name)
-def test_bytes_of_a_round_are_those_of_arrays(worded, drafter):
-    model, slots = worded.llm.model, 40
+def test_bytes_of_a_round_are_those_of_arrays(primed, drafter):
+    model, slots = primed.llm.model, 40
 
     def read(of: gj.Transformer, looked_up: jax.Array) -> int:
         # Of the table of tokens a step reads one row; a drafter's norms are too little to count.
@@ -96,13 +82,13 @@ def test_bytes_of_a_round_are_those_of_arrays(worded, drafter):
         return sum(stored_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
 
     cache = 2 * 2 * 2 * 8 * slots * 4
-    row = worded.llm.config.width * 4
+    row = primed.llm.config.width * 4
     dense = read(model, model.embedding[...]) + row + cache
     own = model if drafter.weights is None else drafter_of(model, drafter.weights)
     if drafter.variant.density < 1:
         own = gj.prune(own, gj.ExpertNeurons.from_indices([range(24)] * 2, model.neurons))
     draft = read(own, own.embedding[...]) + cache + (row if drafter.weights is None else 0)
-    found = drafts.round_bytes(worded.llm, drafter, slots, gj.Extensions())
+    found = drafts.round_bytes(primed.llm, drafter, slots, gj.Extensions())
     assert found == (drafter.drafts * draft + dense, dense)
 
 
@@ -115,9 +101,9 @@ def run(capsys, folder: Path, *arguments: object) -> tuple[int, str, str]:
 
 
 class TestCommand:
-    def test_all_of_it(self, worded, tmp_path, capsys):
+    def test_all_of_it(self, primed, tmp_path, capsys):
         arguments = (
-            "--model", worded.folder, "--draft-weights", "own,int4", "--drafts", "2", "--plot", tmp_path / "plot.png"
+            "--model", primed.folder, "--draft-weights", "own,int4", "--drafts", "2", "--plot", tmp_path / "plot.png"
         )  # fmt: skip
         code, out, _ = run(capsys, tmp_path, *arguments)
         assert code == 0
@@ -144,8 +130,8 @@ class TestCommand:
             (("--draft-weights", "int4:24"), "groups of 24 do not divide rows of 32 weights"),
         ],
     )
-    def test_errors(self, worded, tmp_path, capsys, arguments, message):
-        code, _, err = run(capsys, tmp_path, "--model", worded.folder, *arguments)
+    def test_errors(self, primed, tmp_path, capsys, arguments, message):
+        code, _, err = run(capsys, tmp_path, "--model", primed.folder, *arguments)
         assert code == 2
         assert message in err.splitlines()[-1]
         assert not (tmp_path / "out" / "results.json").exists()

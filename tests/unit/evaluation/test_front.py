@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES, first_and_slow
-from reference import TinyLlama, oracle_topk, tiny_tokenizer
+from reference import oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
-from griffin_jax.evaluation import front, front_report, general_text
+from griffin_jax.evaluation import front, front_report
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.grid import Variant, grid
 from griffin_jax.evaluation.journal import FILE, Journal
@@ -33,22 +33,9 @@ FORMATS = [WeightFormat.parse(name) for name in ("float32", "int8", "int4:16")]
 
 
 @pytest.fixture(scope="module")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text, with the smallest prior next to it."""
-    folder = tmp_path_factory.mktemp("worded") / "model"
-    folder.mkdir()
-    tiny_tokenizer(folder, PASSAGES, 320)
-    found = TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
-    texts = [found.llm.tokenizer.encode(text) for text in PASSAGES[:2]]
-    prior = general_text.measure(found.llm.model, texts, size=2, rows=4, quiet=True)
-    prior.save(folder.with_name("model.prior.safetensors"))
-    return found
-
-
-@pytest.fixture(scope="module")
-def scores(worded, tmp_path_factory) -> dict[str, dict]:
+def scores(primed, tmp_path_factory) -> dict[str, dict]:
     journal = Journal(tmp_path_factory.mktemp("scores"), {})
-    return front.compare_formats(worded.llm, ITEMS, ROWS, FORMATS, journal, new=5, size=2, seed=0)
+    return front.compare_formats(primed.llm, ITEMS, ROWS, FORMATS, journal, new=5, size=2, seed=0)
 
 
 def dequantised(model: gj.Transformer) -> gj.Transformer:
@@ -92,8 +79,8 @@ def predictions(model: gj.Transformer, item: Item, density: float, change=None) 
 
 class TestScores:
     @pytest.mark.parametrize("weights", first_and_slow(2, *FORMATS), ids=str)
-    def test_against_dequantised_copies(self, worded, scores, weights):
-        reference = worded.llm.model
+    def test_against_dequantised_copies(self, primed, scores, weights):
+        reference = primed.llm.model
         plain = dequantised(front.stored_as(reference, weights))
         for item in ITEMS:
             p = predictions(reference, item, 1.0)
@@ -111,9 +98,9 @@ class TestScores:
             assert (own["kl"], own["agree"]) == ([0.0], [len(item.answer)])
             assert scores["int8"][item.name]["dense"]["kl"][0] > 0
 
-    def test_interrupted_it_goes_on(self, worded, scores, tmp_path):
+    def test_interrupted_it_goes_on(self, primed, scores, tmp_path):
         def run() -> dict:
-            return front.compare_formats(worded.llm, ITEMS, ROWS, FORMATS, Journal(tmp_path, {}), new=5, size=2, seed=0)
+            return front.compare_formats(primed.llm, ITEMS, ROWS, FORMATS, Journal(tmp_path, {}), new=5, size=2, seed=0)
 
         assert run() == scores
         lines = (tmp_path / FILE).read_text().splitlines(keepends=True)
@@ -127,8 +114,8 @@ class TestScores:
                     assert again[weights][item.name][name]["kl"] == pytest.approx(expected, abs=1e-6)
 
     @pytest.mark.slow
-    def test_on_a_mesh(self, worded, scores, tmp_path):
-        llm = gj.load(worded.folder, "float32", mesh=make_mesh(data=2, model=2))
+    def test_on_a_mesh(self, primed, scores, tmp_path):
+        llm = gj.load(primed.folder, "float32", mesh=make_mesh(data=2, model=2))
         found = front.compare_formats(llm, ITEMS, ROWS, FORMATS, Journal(tmp_path, {}), new=5, size=2, seed=0)
         for weights in scores:
             for item in ITEMS:
@@ -139,10 +126,10 @@ class TestScores:
 
 class TestTwoFormats:
     @pytest.mark.parametrize("share", first_and_slow(1, 0.25, 0))
-    def test_against_rows_chosen_by_numpy(self, worded, tmp_path, share):
+    def test_against_rows_chosen_by_numpy(self, primed, tmp_path, share):
         weights = MixedFormat.parse(f"int8+int4:16@{share}")
-        scores = front.compare_formats(worded.llm, ITEMS, ROWS, [weights], Journal(tmp_path, {}), new=5, size=2, seed=0)
-        reference = worded.llm.model
+        scores = front.compare_formats(primed.llm, ITEMS, ROWS, [weights], Journal(tmp_path, {}), new=5, size=2, seed=0)
+        reference = primed.llm.model
         stored = front.stored_as(reference, weights.fine)
         fine, few = dequantised(stored), dequantised(coarse(stored, weights.coarse))
         for item in ITEMS:
@@ -153,8 +140,8 @@ class TestTwoFormats:
                 found = scores[str(weights)][item.name][variant.name]
                 assert found["kl"] == [pytest.approx((np.exp(p) * (p - q)).sum(), abs=1e-5, rel=1e-5)]
 
-    def test_rows_in_two_formats_are_not_refitted(self, worded, tmp_path, capsys):
-        arguments = ("--model", worded.folder, "--quality", "best", "--weights", "int8+int4:16@0.5")
+    def test_rows_in_two_formats_are_not_refitted(self, primed, tmp_path, capsys):
+        arguments = ("--model", primed.folder, "--quality", "best", "--weights", "int8+int4:16@0.5")
         code, _, err = run(capsys, texts(tmp_path), *arguments, "--output", tmp_path / "out")
         assert code == 2
         assert "int8+int4:16@0.5 has rows in two formats, which are not refitted" in err.splitlines()[-1]
@@ -180,7 +167,7 @@ class TestBytes:
         [("float32", (4, 4), (0, 0)), ("int8", (1, 1), (4, 4)), ("int4:16", (0.5, 1), (4, 0))],
     )
     @pytest.mark.parametrize("density", [1.0, 0.5])
-    def test_by_hand(self, worded, weights, number, scales, density):
+    def test_by_hand(self, primed, weights, number, scales, density):
         wide, vocabulary = number
         row, output = scales
         kept, slots = int(48 * density), 20
@@ -194,20 +181,20 @@ class TestBytes:
         expected = 2 * (qkv + out + ff + norms) + head + 32 * 4 + 2 * 2 * 2 * 8 * slots * 4
         variant = Variant("dense", 1.0) if density == 1 else Variant("topk", density)
         found = front.bytes_per_token(
-            worded.llm.config, np.dtype(np.float32), WeightFormat.parse(weights), slots, variant
+            primed.llm.config, np.dtype(np.float32), WeightFormat.parse(weights), slots, variant
         )
         assert found == expected
 
     @pytest.mark.parametrize("density", [1.0, 0.5])
     @pytest.mark.parametrize("share", [0, 0.25])
-    def test_of_two_formats(self, worded, density, share):
+    def test_of_two_formats(self, primed, density, share):
         variant = Variant("dense", 1.0) if density == 1 else Variant("topk", density)
         kept = int(48 * density)
         precise = int(share * kept)
 
         def read(weights: str) -> int:
             parsed = MixedFormat.parse(weights)
-            return front.bytes_per_token(worded.llm.config, np.dtype(np.float32), parsed, 20, variant)
+            return front.bytes_per_token(primed.llm.config, np.dtype(np.float32), parsed, 20, variant)
 
         # Of each neuron that is not precise: three rows in 4 bits with two float16 scales, instead of three in 8 bits
         # of which two have a float32 scale.
@@ -248,9 +235,9 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 class TestCommand:
-    def test_all_of_it(self, worded, tmp_path, capsys):
+    def test_all_of_it(self, primed, tmp_path, capsys):
         arguments = (
-            texts(tmp_path), "--model", worded.folder, "--dtype", "float32", "--prompt-tokens", 40, "--new-tokens", 12,
+            texts(tmp_path), "--model", primed.folder, "--dtype", "float32", "--prompt-tokens", 40, "--new-tokens", 12,
             "--density", "1,0.5", "--limit", 3, "--output", tmp_path / "out", "--plot", tmp_path / "plot.png",
             "--json-file", tmp_path / "found.json",
         )  # fmt: skip
@@ -299,15 +286,15 @@ class TestCommand:
             (["--prompt-tokens", "250"], "more than the model's context of 256"),
         ],
     )
-    def test_refusals(self, worded, tmp_path, capsys, monkeypatch, arguments, message):
+    def test_refusals(self, primed, tmp_path, capsys, monkeypatch, arguments, message):
         monkeypatch.chdir(tmp_path)
-        code, out, err = run(capsys, texts(tmp_path), "--model", worded.folder, *arguments)
+        code, out, err = run(capsys, texts(tmp_path), "--model", primed.folder, *arguments)
         assert (code, out) == (2, "")
         assert message in err.splitlines()[-1]
         assert not (tmp_path / "eval-front").exists()
 
-    def test_a_model_of_integers_is_no_reference(self, worded, tmp_path, capsys):
-        gj.convert(worded.folder, tmp_path / "int8", weights="int8")
+    def test_a_model_of_integers_is_no_reference(self, primed, tmp_path, capsys):
+        gj.convert(primed.folder, tmp_path / "int8", weights="int8")
         code, _, err = run(capsys, texts(tmp_path), "--model", tmp_path / "int8", "--output", tmp_path / "out")
         assert code == 2
         assert "formats are compared with floating weights" in err.splitlines()[-1]
