@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,8 @@ TOKENWISE = frozenset({
 shows whether they are right; a cache, padding or pruned neurons change nothing about them."""
 
 
-def structure(config: ModelConfig) -> tuple[Any, ...]:
-    """What cached steps, ragged rows and pruned layers depend on: how a token finds those before it, and what is around
-    the neurons of a layer. Models of one structure take the same ways through prefilling, pruning and decoding."""
+def attention_structure(config: ModelConfig) -> tuple[Any, ...]:
+    """What cached steps and ragged rows depend on: how a token finds those before it."""
 
     def kind(rotary: Rotary | None) -> str | None:
         # LongRoPE goes by the length of a text. Others differ in a table of angles.
@@ -83,8 +82,12 @@ def structure(config: ModelConfig) -> tuple[Any, ...]:
         kind(config.rotary), kind(config.local_rotary), frozenset(layers), config.learned_positions,
         config.alibi is not None, config.alibi is not None and config.alibi.scaled,
         config.attention_softcap is not None, config.head_norm != "none",
-        config.norm_placement, config.parallel, config.gated, config.ff_bias,
     )  # fmt: skip
+
+
+def feed_forward_structure(config: ModelConfig) -> tuple[Any, ...]:
+    """What statistics, the choice of neurons and pruned layers depend on: what is around the neurons of a layer."""
+    return config.norm_placement, config.parallel, config.gated, config.ff_bias
 
 
 def model_config(model_type: str, attributes: Mapping[str, Any]) -> ModelConfig:
@@ -93,6 +96,15 @@ def model_config(model_type: str, attributes: Mapping[str, Any]) -> ModelConfig:
 
     values = json.loads(AutoConfig.for_model(model_type, **attributes).to_json_string())
     return families()[model_type].model_config(values, model_type)
+
+
+def first_of_each(structure: Callable[[ModelConfig], Any]) -> set[tuple[str, str]]:
+    """Family and variant that are the first of their structure."""
+    found: dict[Any, tuple[str, str]] = {}
+    for family, cases in all_cases().items():
+        for variant, attributes in cases.variants.items():
+            found.setdefault(structure(model_config(family, {**cases.config, **attributes})), (family, variant))
+    return set(found.values())
 
 
 def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, seed: int = 0) -> Any:

@@ -21,16 +21,20 @@ from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import grid
 from griffin_jax.evaluation.prompts import summarization_prompt
 
-NEW = 32
+NEW = 16
+
+
+@pytest.fixture(scope="module", params=first_and_slow(1, PASSAGES[:1], PASSAGES[1:]), ids=["first", "others"])
+def passages(request) -> list[str]:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def pruned(demo_llm) -> gj.Generation:
-    """Answers of two passages with half of the neurons."""
-    return demo_llm.generate(PASSAGES[:2], max_new_tokens=NEW, density=0.5, ignore_eos=True)
+def pruned(demo_llm, passages) -> gj.Generation:
+    """Answers with half of the neurons."""
+    return demo_llm.generate(passages, max_new_tokens=NEW, density=0.5, ignore_eos=True)
 
 
-@pytest.mark.parametrize("passages", first_and_slow(1, PASSAGES[:1], PASSAGES[1:]), ids=["first", "others"])
 def test_dense_answers_are_those_of_transformers(demo_llm, demo_torch, passages):
     out = demo_llm.generate(passages, max_new_tokens=NEW, density=1.0, ignore_eos=True)
     for passage, tokens in zip(passages, out.tokens, strict=True):
@@ -44,26 +48,18 @@ def test_long_answers_are_those_of_transformers(demo_llm, demo_torch):
         assert out.tokens[0] == torch_greedy(demo_torch, demo_llm.tokenizer.encode(passage), 64)
 
 
-def test_experts_are_the_oracles(demo_llm, demo_torch, pruned):
+def test_experts_are_the_oracles(demo_llm, demo_torch, passages, pruned):
     assert len(pruned.experts) == 30
-    for row, passage in enumerate(PASSAGES[:2]):
+    for row, passage in enumerate(passages):
         z = torch_intermediates(demo_torch, demo_llm.tokenizer.encode(passage))
         for got, layer in zip(pruned.experts, z, strict=True):
             np.testing.assert_array_equal(got[row], oracle_topk(np.sqrt(oracle_squares(layer)), 768))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("passage", PASSAGES[2:], ids=range(2, 5))
-def test_experts_of_other_passages_are_the_oracles(demo_llm, demo_torch, passage):
-    experts = demo_llm.experts(passage, density=0.5)
-    for got, z in zip(experts, torch_intermediates(demo_torch, demo_llm.tokenizer.encode(passage)), strict=True):
-        np.testing.assert_array_equal(got[0], oracle_topk(np.sqrt(oracle_squares(z)), 768))
-
-
-@pytest.mark.parametrize("row", first_and_slow(1, 0, 1))
-def test_pruned_answers_are_the_masked_models(demo_llm, demo_torch, pruned, row):
-    masks = [mask[row] for mask in pruned.experts.masks()]
-    assert pruned.tokens[row] == torch_greedy(demo_torch, demo_llm.tokenizer.encode(PASSAGES[row]), NEW, masks)
+def test_pruned_answers_are_the_masked_models(demo_llm, demo_torch, passages, pruned):
+    for row, passage in enumerate(passages):
+        masks = [mask[row] for mask in pruned.experts.masks()]
+        assert pruned.tokens[row] == torch_greedy(demo_torch, demo_llm.tokenizer.encode(passage), NEW, masks)
 
 
 @pytest.mark.slow

@@ -18,7 +18,17 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from cases import TOKENWISE, VOCABULARY, Cases, all_cases, build_torch, model_config, rewrite_config, structure
+from cases import (
+    TOKENWISE,
+    VOCABULARY,
+    Cases,
+    all_cases,
+    attention_structure,
+    build_torch,
+    feed_forward_structure,
+    first_of_each,
+    rewrite_config,
+)
 from checkpoints_gguf import RECIPES, write_twin
 from reference import (
     assert_close,
@@ -58,32 +68,17 @@ def parameter(family: str, variant: str, **options: Any) -> Any:
     return pytest.param((family, variant), id=f"{family}-{variant.replace(', ', '-').replace(' ', '_')}", **options)
 
 
-@functools.cache
-def structures() -> dict[tuple[Any, ...], list[tuple[str, str]]]:
-    """Structure -> family and variant of all that have it."""
-    found: dict[tuple[Any, ...], list[tuple[str, str]]] = {}
-    for family, cases in CASES.items():
-        for variant, attributes in cases.variants.items():
-            config = model_config(family, {**cases.config, **attributes})
-            found.setdefault(structure(config), []).append((family, variant))
-    return found
+def variants(usual: set[tuple[str, str]]) -> list[Any]:
+    """Every variant, of which some are for every run."""
+    return [
+        parameter(family, variant, marks=[pytest.mark.slow] * ((family, variant) not in usual))
+        for family, cases in CASES.items()
+        for variant in cases.variants
+    ]
 
 
-FIRST = {alike[0] for alike in structures().values()} | {
-    (family, next(iter(CASES[family].variants))) for family in CASES
-}
-VARIANTS = [
-    parameter(family, variant, marks=[pytest.mark.slow] * ((family, variant) not in FIRST))
-    for family, cases in CASES.items()
-    for variant in cases.variants
-]
-"""Every variant, of which the first of each family and of each structure are for every run."""
-ONE_OF_EACH_STRUCTURE = [
-    parameter(family, variant, marks=[pytest.mark.slow] * (number > 0))
-    for alike in structures().values()
-    for number, (family, variant) in enumerate(alike)
-]
-"""Every variant, of which the first of each structure is for every run."""
+ATTENTION, FEED_FORWARD = (first_of_each(structure) for structure in (attention_structure, feed_forward_structure))
+VARIANTS = variants(ATTENTION | FEED_FORWARD | {(family, next(iter(CASES[family].variants))) for family in CASES})
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -115,7 +110,7 @@ def test_whole_sequences(pair, rng):
     assert_close(stepwise_logits(pair.llm.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
-@pytest.mark.parametrize("pair", ONE_OF_EACH_STRUCTURE, indirect=True)
+@pytest.mark.parametrize("pair", variants(ATTENTION), indirect=True)
 def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
     """Rows of different lengths with padding anywhere between their tokens, as prompts and single tokens."""
     columns, lengths = 24, (1, 7, 24)
@@ -130,7 +125,7 @@ def test_ragged_rows_step_by_step_through_the_cache(pair, rng):
         assert_close(line[place], torch_logits(pair.torch, [row])[0])
 
 
-@pytest.mark.parametrize("pair", ONE_OF_EACH_STRUCTURE, indirect=True)
+@pytest.mark.parametrize("pair", variants(FEED_FORWARD), indirect=True)
 def test_experts_and_pruned_tokens_of_a_batch(pair, rng):
     prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in (37, 20)]
     out = pair.llm.generate(prompts, max_new_tokens=12, density=0.5, ignore_eos=True)
@@ -168,13 +163,6 @@ def test_gguf_twin(pair, rng, tmp_path):
         assert_close(stepwise_logits(twin.model, [tokens], 70), torch_logits(pair.torch, tokens))
 
 
-def test_every_variant_has_a_structure_and_every_structure_runs():
-    assert sum(map(len, structures().values())) == len(VARIANTS)
-    usual = [found.id for found in ONE_OF_EACH_STRUCTURE if not found.marks]
-    assert len(usual) == len(set(usual)) == len(structures())
-    assert {found.id for found in ONE_OF_EACH_STRUCTURE} == {found.id for found in VARIANTS}
-
-
 def test_every_field_of_a_configuration_is_in_the_structure_or_of_one_token():
     """A new field is to be placed; and whatever is in the structure can make it another one."""
     base = gj.ModelConfig("llama", 101, 32, 48, 2, 4, 2, 8, 256)
@@ -186,8 +174,8 @@ def test_every_field_of_a_configuration_is_in_the_structure_or_of_one_token():
     }  # fmt: skip
     assert changes.keys() | TOKENWISE == {field.name for field in dataclasses.fields(gj.ModelConfig)}
     assert not changes.keys() & TOKENWISE
-    found = {structure(dataclasses.replace(base, **{name: value})) for name, value in changes.items()}
-    assert len(found | {structure(base)}) == len(changes) + 1
+    changed = [base, *(dataclasses.replace(base, **{name: value}) for name, value in changes.items())]
+    assert len({(attention_structure(config), feed_forward_structure(config)) for config in changed}) == len(changed)
 
 
 def why_not_in_gguf() -> dict[str, str]:

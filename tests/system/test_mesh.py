@@ -70,7 +70,7 @@ def assert_same(found, expected) -> None:
 
 
 class TestAnswers:
-    @pytest.mark.parametrize("shape", first_and_slow(2, *MESHES))
+    @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES))
     def test_dense_and_pruned(self, native, shape):
         llm = gj.load(native.folder, "float32", mesh=make_mesh(*shape))
         for options in ({"density": 1.0}, {}):
@@ -272,7 +272,9 @@ class TestPrograms:
             spec = parameter_spec(name, array.shape, model.config, mesh)
             assert array.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), array.ndim), name
 
-    @pytest.mark.parametrize("config", [None, gj.GriffinConfig(shared=True), gj.GriffinConfig(groups=8)])
+    @pytest.mark.parametrize(
+        "config", first_and_slow(2, None, gj.GriffinConfig(groups=8), gj.GriffinConfig(shared=True))
+    )
     def test_a_layer_takes_two_sums_and_moves_no_weights(self, shape, config):
         model = wide(shape)
         pruned = model

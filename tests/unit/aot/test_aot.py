@@ -247,9 +247,14 @@ def few_bits(weights: str, batch: int, devices: int, model: str = "Llama-2-13B")
     return compiled_layer(weights, batch, devices, model)
 
 
-FEW_BITS = [("int4", 1, 1, "Llama-2-13B"), ("int8", 8, 1, "Llama-2-13B")]
+FEW_BITS = [("int4", 1, 1, "Llama-2-13B")]
 MORE_FEW_BITS = [
-    *(("int8", 1, 1, "Llama-2-13B"), ("int8:64", 1, 1, "Llama-2-13B"), ("int4", 8, 1, "Llama-2-13B")),
+    *(
+        ("int8", 1, 1, "Llama-2-13B"),
+        ("int8", 8, 1, "Llama-2-13B"),
+        ("int8:64", 1, 1, "Llama-2-13B"),
+        ("int4", 8, 1, "Llama-2-13B"),
+    ),
     *(("int8", 1, 8, "Llama-2-13B"), ("int4", 1, 8, "Llama-2-13B"), ("int8", 8, 8, "Llama-2-13B")),
     ("int4", 8, 8, "Llama-2-13B"),
     *(("int4", 1, 1, "Gemma-7B"), ("int8", 8, 1, "Gemma-7B"), ("int4", 8, 8, "Gemma-7B")),
@@ -283,6 +288,7 @@ class TestFewBits:
         held = report.dense.weights + report.cache + report.dense.temporaries
         assert 0 <= report.dense.memory["decode"] - held < 1_000_000
 
+    @pytest.mark.slow
     def test_bytes_of_int8(self):
         """A float32 scale for each output; those of the down projection are for all sequences."""
         report = few_bits("int8", 8, 1)
@@ -292,7 +298,6 @@ class TestFewBits:
 
     def test_the_report_says_it(self):
         assert table("Llama", few_bits("int4", 1, 1)).splitlines()[1].startswith("int4 in bfloat16, batch 1, ")
-        assert table("Llama", few_bits("int8", 8, 1)).splitlines()[1].startswith("int8 in bfloat16, batch 8, ")
 
 
 class TestSizes:
@@ -360,6 +365,7 @@ def test_tpu(tpu):
     assert report.pruned.ff_copies_per_step == ()
 
 
+@pytest.mark.slow
 def test_tpu_slice(tpu):
     report = compile_for("tpu-v6e", named("SmolLM2-1.7B", layers=2), devices=8, prompt=16, new=16)
     assert report.dense.collectives_in_layers == report.pruned.collectives_in_layers == {"all-reduce": 4}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
@@ -454,7 +454,8 @@ class TestCommands:
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
     @pytest.mark.parametrize(
-        "options", [(), ("--chat",), ("--format", "xsum", "--shots", "1"), ("--stem", "--no-baselines")]
+        "options",
+        first_and_slow(2, ("--format", "xsum", "--shots", "1"), ("--chat", "--stem", "--no-baselines"), ()),
     )
     def test_summarize(self, worded, tmp_path, capsys, options):
         records = [{"doc": passage[:60], "sum": passage[60:90]} for passage in PASSAGES]

@@ -16,6 +16,7 @@ import lm_eval
 import numpy as np
 import pytest
 import yaml
+from conftest import first_and_slow
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from reference import TOLERANCE, TinyLlama, load_torch, pruned_log_softmax
@@ -172,7 +173,7 @@ class TestLoglikelihood:
         head = head or [lm.prefix_token_id]
         return float(forced(model, head + tail, len(head), 0.5)[-len(tail) :].sum())
 
-    @pytest.mark.parametrize("batch_size", [1, "auto"])
+    @pytest.mark.parametrize("batch_size", first_and_slow(1, "auto", 1))
     def test_contexts_are_read_whole_and_continuations_pruned(self, model, batch_size):
         lm = GriffinLM(model.llm, density=0.5, batch_size=batch_size, max_batch_size=3, device="cuda:0")
         got = loglikelihoods(lm, *PAIRS)
@@ -213,7 +214,7 @@ class TestLoglikelihood:
 
 
 class TestRolling:
-    @pytest.mark.parametrize("share", [0.0, 0.5])
+    @pytest.mark.parametrize("share", first_and_slow(1, 0.5, 0.0))
     def test_first_share_of_each_window_is_read_whole(self, model, share):
         lm = GriffinLM(model.llm, density=0.5, max_length=10, rolling_prompt=share, batch_size=4)
         text = "Rivers run to the sea"  # 22 tokens with the first one

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import TOLERANCE, pruned_log_softmax
 
 import griffin_jax as gj
@@ -70,7 +71,7 @@ def test_greedy_continuations_are_found(tiny):
     assert (same, changed) == (True, False)
 
 
-@pytest.mark.parametrize("method", ["topk", "sample", "topk_sample", "random", "magnitude"])
+@pytest.mark.parametrize("method", first_and_slow(2, "topk", "sample", "topk_sample", "random", "magnitude"))
 @pytest.mark.parametrize("kind", [continuation, last_token])
 def test_neither_batch_nor_order_matters(tiny, method, kind):
     """Also where neurons are drawn: equal contexts keep equal neurons."""
@@ -101,7 +102,7 @@ def test_rows_that_fill_a_batch_do_not_choose_shared_neurons(tiny, rows):
     assert_scores(scored(tiny, passages, config, 3, refit=3 * rows), scored(tiny, passages, config, 2, refit=2 * rows))
 
 
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("general", first_and_slow(1, True, False))
 def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
     """The steps one after the other, for each pair alone."""
     model, config, expected = tiny.llm.model, gj.GriffinConfig(0.5), []

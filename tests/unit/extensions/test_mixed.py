@@ -88,7 +88,7 @@ def wide(model: gj.Transformer, few: gj.Transformer, precise, others, row: int |
 
 @pytest.mark.parametrize("share", first_and_slow(1, 0.25, 0))
 @pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", first_and_slow(1, False, True))
 def test_pruned_and_masked_are_what_the_rows_stand_for(model, prefilled, shared, density, share):
     few, mixed = coarse(model, MIXED.coarse), dataclasses.replace(MIXED, share=share)
     chosen = select_mixed(prefilled.statistics, gj.GriffinConfig(density, shared=shared), mixed)

@@ -113,7 +113,7 @@ class TestRefresh:
 
 
 class TestGenerate:
-    @pytest.mark.parametrize("every", [1, 3, 5, 13, 14])
+    @pytest.mark.parametrize("every", first_and_slow(2, 3, 13, 1, 5, 14))
     def test_is_torch_without_a_cache(self, tiny, every):
         out = tiny.llm.generate(PROMPTS, max_new_tokens=NEW, ignore_eos=True, refresh_every=every)
         assert out.tokens == [oracle(tiny, prompt, every) for prompt in PROMPTS]
@@ -130,7 +130,9 @@ class TestGenerate:
         together = answer(tiny.llm, PROMPTS, **options)
         assert together == [answer(tiny.llm, [prompt], **options)[0] for prompt in PROMPTS]
 
-    @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 30, "seed": 5}], ids=["greedy", "sampled"])
+    @pytest.mark.parametrize(
+        "options", first_and_slow(1, {"temperature": 0.9, "top_k": 30, "seed": 5}, {}), ids=["sampled", "greedy"]
+    )
     def test_with_all_neurons_it_is_dense(self, tiny, everything, options):
         dense = answer(tiny.llm, PROMPTS, density=1.0, **options)
         assert answer(tiny.llm, PROMPTS, density=1.0, refresh_every=4, **options) == dense
@@ -212,7 +214,7 @@ class TestGenerate:
 class TestFollow:
     ANSWERS = ([13, 14, 15, 90, 91, 92, 93], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59], [1, 60])
 
-    @pytest.mark.parametrize("width", first_and_slow(2, 3, 12, 1, 5))
+    @pytest.mark.parametrize("width", first_and_slow(1, 3, 12, 1, 5))
     def test_is_torch_without_a_cache(self, tiny, width):
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
@@ -230,7 +232,7 @@ class TestFollow:
                 got = logits - np.log(np.exp(logits).sum())
                 np.testing.assert_allclose(got, expected, atol=1e-4)
 
-    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_scores_of_what_was_written_choose_it(self, tiny, shared):
         model = tiny.llm.model
         prior = measure(model, [list(range(10, 60))], size=1, rows=9, quiet=True)

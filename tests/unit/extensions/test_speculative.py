@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from reference import TinyLlama, assert_close, unchecked
 
 import griffin_jax as gj
@@ -39,7 +39,7 @@ class TestGreedy:
         ("drafts", "density"),
         [
             (2, 0.9),
-            (5, 0.25),
+            pytest.param(5, 0.25, marks=pytest.mark.slow),
             pytest.param(1, 0.5, marks=pytest.mark.slow),
             pytest.param(True, 0.7, marks=pytest.mark.slow),
         ],
@@ -197,7 +197,7 @@ class TestGenerate:
         rows = generate(tiny.llm, [PROMPTS[1]] * 4, temperature=1.0, speculative=2).tokens
         assert len({tuple(row) for row in rows}) == 4
 
-    @pytest.mark.parametrize("temperature", [0.0, 0.7])
+    @pytest.mark.parametrize("temperature", first_and_slow(1, 0.7, 0.0))
     def test_streamed_text_is_the_text(self, worded, temperature):
         options = {"speculative": 3, "density": 0.8, "temperature": temperature}
         expected = generate(worded.llm, PASSAGES[:2], **options)
@@ -209,7 +209,7 @@ class TestGenerate:
         assert stopped.texts[0] == expected.texts[0][: expected.texts[0].index(stop)]
         assert stopped.finished[0] == "stop"
 
-    @pytest.mark.parametrize("options", [{"refit": 8, "shared": True}, {"method": "random"}])
+    @pytest.mark.parametrize("options", first_and_slow(1, {"refit": 8, "shared": True}, {"method": "random"}))
     def test_whatever_drafts(self, tiny, options):
         assert generate(tiny.llm, speculative=2, **options).tokens == generate(tiny.llm, density=1.0).tokens
 

@@ -73,7 +73,7 @@ def forced(model: gj.Transformer, state: gj.Prefilled, collect: bool = False) ->
 
 
 @pytest.mark.parametrize("refit", first_and_slow(2, "none", "rows", "calibration"))
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", first_and_slow(1, False, True))
 def test_scores_are_those_of_the_pruned_model(model, shared, refit):
     state = prefilled(model)
     experts = gj.select(state.statistics, gj.GriffinConfig((0.25, 0.5), shared=shared))
@@ -171,7 +171,7 @@ def test_under_jit():
     )
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", first_and_slow(1, False, True))
 def test_on_a_mesh(shared):
     """Masks are divided as neurons and batches are, and the scores are those of one device."""
     model, mesh = model_of(GATED), make_mesh(data=2, model=2)

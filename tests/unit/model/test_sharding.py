@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import all_cases
+from cases import all_cases, feed_forward_structure, first_of_each, model_config
 from conftest import first_and_slow
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -141,20 +141,22 @@ class TestEveryArrayHasARule:
             if (arrays := tuple(parameter_shapes(config).items())) in seen:
                 continue
             seen.add(arrays)
-            full = abstract_model(config)
-            divided_full = specs(full, 2, "data")
-            assert divided_full["layers.0.ff.down"] == ("model", None)
-            for sets in ((), (4,)):
-
-                def pruned(full, sets=sets):
-                    indices = (jnp.zeros((*sets, 16), jnp.int32),) * full.config.num_layers
-                    return prune(full, ExpertNeurons(indices, full.neurons))
-
-                assert specs(jax.eval_shape(pruned, full), 2, "data").keys() == divided_full.keys()
+            assert specs(abstract_model(config), 2, "data")["layers.0.ff.down"] == ("model", None)
             for path, shape in parameter_shapes(config).items():
                 parameter_spec(path, shape, config, mesh(2, "data"))
             cache = jax.eval_shape(lambda config=config: empty_cache(config, 4, 32))
             cache_shardings(cache, config, mesh(2, "data"))
+
+    @pytest.mark.parametrize("sets", [(), (4,)], ids=["shared", "each"])
+    @pytest.mark.parametrize(("family", "variant"), sorted(first_of_each(feed_forward_structure)))
+    def test_of_pruned_layers(self, family, variant, sets):
+        full = abstract_model(model_config(family, {**CASES[family].config, **CASES[family].variants[variant]}))
+
+        def pruned(full):
+            indices = (jnp.zeros((*sets, 16), jnp.int32),) * full.config.num_layers
+            return prune(full, ExpertNeurons(indices, full.neurons))
+
+        assert specs(jax.eval_shape(pruned, full), 2, "data").keys() == specs(full, 2, "data").keys()
 
     @pytest.mark.parametrize(
         ("path", "shape"),

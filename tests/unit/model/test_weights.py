@@ -196,7 +196,7 @@ class TestModels:
             np.testing.assert_array_equal(kept.ff.gate_up_matrix(), layer.ff.gate_up_matrix()[:, own])
         assert pruned.ff_bytes == model.ff_bytes // 2
 
-    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_refitted_rows_are_rounded_again(self, pair, prompts, shared):
         mine, theirs = pair
         reads = [jitted.prefill(model, *prompts, max_new_tokens=8, rows=12) for model in pair]
@@ -226,6 +226,7 @@ class TestModels:
         )
         assert_close(np.asarray(dense_logits(held.model, prompts[0])), np.asarray(dense_logits(theirs, prompts[0])))
 
+    @pytest.mark.parametrize("pair", first_and_slow(1, "int8", "int4:16"), indirect=True)
     def test_refresh_and_speculation(self, pair, prompts):
         found = []
         for model in pair:
@@ -240,6 +241,7 @@ class TestModels:
         np.testing.assert_array_equal(found[0][0], found[1][0])
         same_leaves(found[0][1], found[1][1])
 
+    @pytest.mark.parametrize("pair", first_and_slow(1, "int8", "int4:16"), indirect=True)
     @pytest.mark.parametrize(("data", "model"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
     def test_mesh(self, pair, prompts, data, model):
         mine, theirs = pair
