@@ -210,12 +210,23 @@ def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Ar
     inside = None if per_row else scale
     tokens = x.reshape(b * t, d).astype(jnp.float32)
     if b * t <= FEW_TOKENS:
-        y = jnp.stack([_one_token(token, wide(weight, inside)) for token in tokens])
+        y = jnp.stack([_one_token(token, wide(weight, inside)) for token in _in_memory(tokens)])
     else:
         y = _blocks(tokens, weight, inside)
     if per_row and scale is not None:
         y = y * scale[:, 0]
     return y.reshape(b, t, -1).astype(dtype)
+
+
+def _in_memory(x: Float[Array, "t d"]) -> Float[Array, "t d"]:
+    """The same numbers, which are in memory before they are used.
+
+    XLA's CPU code (jax 0.10 and 0.12) otherwise takes what computes a vector, such as a norm, into the product with a
+    converted matrix, and computes it again for every row of that. Neither a barrier nor a table that it is written into
+    keeps it from that; the branches of a condition are programs of their own. Seen in timings of a matrix of 8,960 x
+    1,536 after a norm: 1.1 ms without, 0.5 with it.
+    """
+    return jax.lax.cond(jnp.isnan(x[0, 0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)
 
 
 def _one_token(x: Float[Array, "d"], matrix: Float[Array, "f d"]) -> Float[Array, "f"]:
