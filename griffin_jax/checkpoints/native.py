@@ -105,7 +105,8 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
     """
     folder = check_free(folder)
     precision = Precision.of(model.dtype, model.weights)
-    shapes = {path: array.shape for path, array in stored_arrays(model.config, precision).items()}
+    stored = stored_arrays(model.config, precision)
+    shapes = {path: array.shape for path, array in stored.items()}
     arrays = None if model.neurons != (model.config.ff_width,) * len(model.layers) else dict(disassemble(model))
     if arrays is None or {path: array.shape for path, array in arrays.items()} != shapes:
         raise ValueError(
@@ -113,7 +114,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
         )
 
     def read(path: str) -> np.ndarray:
-        array = np.asarray(arrays[path])
+        array = np.asarray(arrays[path]).astype(stored[path].dtype, copy=False)
         check_finite(array, array, path)
         return array
 

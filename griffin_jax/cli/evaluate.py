@@ -65,6 +65,7 @@ from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
+from griffin_jax.extensions.speculative import MOST_DRAFTS
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.memory import Needs, Parts, needs_of
@@ -73,7 +74,7 @@ from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
-from griffin_jax.utils.options import whole
+from griffin_jax.utils.options import count_or, whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
@@ -186,7 +187,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_qualities(what)
     what.add_argument(
-        "--drafts", default="4", metavar="N", help="of a round, separated by commas (default: %(default)s)"
+        "--drafts",
+        default=drafts.AUTO,
+        metavar="N",
+        help=f"of a round, separated by commas; {drafts.AUTO}: as many as are worth it, up to {MOST_DRAFTS}"
+        " (default: %(default)s)",
     )
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
@@ -461,7 +466,7 @@ def _batch(
         if options.task == "drafts":
             formats = [weights for weights in options.formats if weights is not None]
             largest = max(formats, key=lambda weights: weights.bits, default=None)
-            most = max(options.drafts)
+            most = max(count_or(number, MOST_DRAFTS) for number in options.drafts)
             return needs.generation(
                 batch, prompt, new + most, kept, rows=rows, calibration=calibration, drafts=most, drafter=largest
             )
@@ -583,16 +588,19 @@ def _choose_front(options: argparse.Namespace) -> None:
 
 
 def _choose_drafts(options: argparse.Namespace) -> None:
-    """Likewise, and the numbers of drafts.
+    """Likewise, and the numbers of drafts, True for as many as are worth it.
 
     Raises:
         FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality or format, or a number of drafts is no number from 1.
+        ValueError: there is no such quality or format, or a number of drafts is neither auto nor a number from 1.
     """
     _choose_qualities(options)
     names = [name.strip() for name in options.formats.split(",")]
     options.formats = list(dict.fromkeys(None if name == drafts.OWN else draft_format(name) for name in names))
-    options.drafts = [whole("--drafts", number, 1) for number in numbers("--drafts", options.drafts, int)]
+    given = [text.strip() for text in options.drafts.split(",")]
+    auto, fixed = drafts.AUTO in given, ",".join(text for text in given if text != drafts.AUTO)
+    counted = numbers("--drafts", fixed, int) if fixed or not auto else []
+    options.drafts = [True] * auto + [whole("--drafts", number, 1) for number in counted]
 
 
 def _choose_qualities(options: argparse.Namespace) -> None:
@@ -677,8 +685,9 @@ def _drafts(
         raise ValueError("nothing drafts: give --density below 1, or --draft-weights such as int4")
     items, settings = _continued(options, llm, skipped)
     new = options.new_tokens
-    if new <= max(options.drafts):
-        raise ValueError(f"--new-tokens must be more than the {max(options.drafts)} of --drafts, got {new}")
+    most = max(count_or(number, MOST_DRAFTS) for number in options.drafts)
+    if new <= most:
+        raise ValueError(f"--new-tokens must be more than the {most} of --drafts, got {new}")
     slots = max((len(item.prompt) for item in items), default=0) + new
     return Evaluation(
         items,

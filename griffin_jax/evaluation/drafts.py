@@ -22,16 +22,18 @@ from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, cell, draw_legend, draw_line
 from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.drafter import draft_bytes
+from griffin_jax.extensions.drafter import step_bytes
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.results import Generation
-from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.utils.figures import new_figure
 
 OWN = "own"
 """The format of a drafter that reads the model's own weights."""
+
+AUTO = "auto"
+"""As many drafts in a round as are worth it."""
 
 ACCEPTED = Metric("accepted", "accepted", 3)
 TOKENS = Metric("tokens_per_pass", "tokens/pass", 2)
@@ -48,13 +50,13 @@ class Drafter:
         weights: what its matrices are stored as; None for those of the model.
         variant: how it is pruned.
         quality: of `LLM.generate`.
-        drafts: n, the tokens of a round.
+        drafts: n, the tokens of a round; True for as many as are worth it.
     """
 
     weights: WeightFormat | None
     variant: Variant
     quality: str
-    drafts: int
+    drafts: int | bool
 
     @property
     def format(self) -> str:
@@ -64,14 +66,19 @@ class Drafter:
     @property
     def name(self) -> str:
         """For files."""
-        return f"{self.format} {self.variant.name}, {self.drafts} drafts"
+        return f"{self.format} {self.variant.name}, {self.rounds} drafts"
+
+    @property
+    def rounds(self) -> str:
+        """For people: the drafts of a round."""
+        return AUTO if self.drafts is True else str(self.drafts)
 
 
 def drafters(
     formats: Sequence[WeightFormat | None],
     variants: Sequence[Variant],
     qualities: Mapping[str, str],
-    drafts: Sequence[int],
+    drafts: Sequence[int | bool],
 ) -> list[Drafter]:
     """Everything that can draft: all but the dense model in its own format."""
     return [
@@ -166,8 +173,8 @@ def _entry(weights: WeightFormat | None, item: Item) -> str:
     return f"{_name(weights)}: {item.name}"
 
 
-def round_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -> tuple[int, int]:
-    """Bytes that a round of drafts reads, and those of a dense step: the weights, and a cache of so many slots.
+def read_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -> tuple[int, int]:
+    """Bytes that a draft reads, and those of a dense step: the weights, and a cache of so many slots.
 
     Args:
         llm: the model.
@@ -175,17 +182,11 @@ def round_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) 
         slots: of the cache.
         extensions: what quality best takes.
     """
-    one = dataclasses.replace(llm.config, kv_copies=1)
-    dtype, own = llm.model.dtype, llm.model.weights
     kept = None
     if drafter.variant.method != DENSE:
         kept = drafter.variant.pruner(extensions).config.kept(llm.model.neurons)
-    dense = Sizes(one, 1, slots, Precision.of(dtype, own), shared=True)
-    if drafter.weights is None:
-        draft = dense.step(kept)
-    else:
-        draft = draft_bytes(Sizes(one, 1, slots, Precision.of(dtype, drafter.weights), shared=True), kept)
-    return drafter.drafts * draft + dense.step(None), dense.step(None)
+    precision = Precision.of(llm.model.dtype, llm.model.weights)
+    return step_bytes(llm.config, precision, slots, kept, drafter.weights)
 
 
 def figures(
@@ -214,7 +215,7 @@ def figures(
         for drafter in every:
             alike = [score[drafter.format] for score in scores.values()]
             texts, dense = ([score[name] for score in alike] for name in (drafter.name, DENSE))
-            read, step = round_bytes(llm, drafter, slots, extensions)
+            draft, step = read_bytes(llm, drafter, slots, extensions)
             written = [float(new - 1)] * len(texts)
 
             def ratio(above: Sequence[float], below: Sequence[float]) -> Mapping[str, float | None]:
@@ -225,12 +226,12 @@ def figures(
                 "weights": drafter.format,
                 "quality": drafter.quality if drafter.variant.method != DENSE else "-",
                 "density": drafter.variant.density,
-                "drafts": drafter.drafts,
-                "round_bytes": read,
+                "drafts": drafter.rounds,
+                "draft_bytes": draft,
                 "step_bytes": step,
                 "accepted": ratio([t["accepted"] for t in texts], [t["drafted"] for t in texts]),
                 "tokens_per_pass": ratio(written, passes),
-                "bytes": ratio([count * read / step for count in passes], written),
+                "bytes": ratio([text["passes"] + text["drafted"] * draft / step for text in texts], written),
                 "time": ratio([t["seconds"] for t in texts], [d["seconds"] for d in dense]),
                 "same": sum(t["same"] for t in texts) / (new * len(texts)),
             }
@@ -245,7 +246,7 @@ def table(found: Figures) -> str:
         + "".join(f"{metric.title:>{WIDTH}}" for metric in METRICS)
     ]
     for entry in found:
-        draft = (entry["round_bytes"] / entry["step_bytes"] - 1) / entry["drafts"]
+        draft = entry["draft_bytes"] / entry["step_bytes"]
         cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in METRICS)
         lines.append(
             f"{entry['weights']:10}{entry['quality']:>8}{entry['density']:>8g}{entry['drafts']:>7}{draft:>9.2f}{cells}"
@@ -274,7 +275,7 @@ def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
     axis = figure.subplots()
     kinds = list(dict.fromkeys((e["weights"], e["quality"], e["drafts"]) for e in found if e["quality"] != "-"))
     formats = list(dict.fromkeys(weights for weights, _, _ in kinds))
-    numbers = sorted({drafts for _, _, drafts in kinds})
+    numbers = list(dict.fromkeys(drafts for _, _, drafts in kinds))
     for weights, quality, drafts in sorted(kinds):
         alike = (weights, (quality, "-"), drafts)
         line = [e for e in found if e["weights"] == alike[0] and e["quality"] in alike[1] and e["drafts"] == drafts]

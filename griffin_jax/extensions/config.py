@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion, check_weight
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
-from griffin_jax.extensions.speculative import DEFAULT_DRAFTS
+from griffin_jax.extensions.speculative import MOST_DRAFTS
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.options import count_or, flag, option, plain, whole
@@ -43,8 +43,8 @@ class Extensions:
             far. 1 is dense decoding.
         speculative: the pruned model only drafts, and the full model decides, so that answers are those of the full
             model: the same tokens (up to rounding) if the temperature is 0, above it tokens of the same distribution.
-            True, or how many tokens are drafted for each pass of the full model. See
-            `griffin_jax.extensions.speculative` for what it costs.
+            How many tokens are drafted for each pass of the full model; or True for as many as are worth it, by what
+            was accepted so far. See `griffin_jax.extensions.speculative`.
         draft_weights: what the drafting model's matrices are stored as, `int4` or `int8`, also with a group. They are
             held in addition to the model's, from the first such answer on, and a draft reads no others: at density 1 it
             is the full model in fewer bits that drafts. None for those of the model.
@@ -85,8 +85,8 @@ class Extensions:
     )
     speculative: bool | int = option(
         False,
-        f"answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time (default:"
-        f" {DEFAULT_DRAFTS})",
+        "answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time (default: as many"
+        f" as are worth it, up to {MOST_DRAFTS})",
         type=int,
         nargs="?",
         const=True,
@@ -144,8 +144,8 @@ class Extensions:
 
     @property
     def drafts(self) -> int:
-        """Tokens that are drafted for each pass of the full model; 0 if the pruned model writes the answer."""
-        return count_or(self.speculative, DEFAULT_DRAFTS)
+        """Tokens that are drafted for each pass of the full model, at most; 0 if the pruned model writes the answer."""
+        return count_or(self.speculative, MOST_DRAFTS)
 
     @property
     def drafter(self) -> WeightFormat | None:

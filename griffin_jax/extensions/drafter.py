@@ -13,6 +13,7 @@ The drafter's matrices are held in addition to the model's; embedding, norms and
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -28,7 +29,7 @@ from griffin_jax.model.parameters import Matrix, array_of
 from griffin_jax.model.sharding import VOCABULARY, divided
 from griffin_jax.model.sizes import Sizes, bytes_of, local_arrays
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import Outputs, Precision, WeightFormat, quantise
+from griffin_jax.model.weights import Outputs, Precision, WeightFormat, held, quantise
 from griffin_jax.parallel.mesh import mesh_of
 
 BLOCK = 1 << 22
@@ -98,15 +99,24 @@ def drafter_bytes(config: ModelConfig, precision: Precision, devices: int = 1) -
     return sum(map(bytes_of, layers)) + math.ceil(head) + scales
 
 
-def draft_bytes(sizes: Sizes, kept: Sequence[int] | None) -> int:
-    """Bytes that a draft reads of a drafter, with the cache.
+def step_bytes(
+    config: ModelConfig, precision: Precision, slots: int, kept: Sequence[int] | None, weights: WeightFormat | None
+) -> tuple[int, int]:
+    """Bytes that a draft reads for one sequence, and those that a step of the full model does; each with its cache.
 
     Args:
-        sizes: of the model, with the precision of the drafter.
+        config: of the model.
+        precision: of the model.
+        slots: of the cache.
         kept: neurons of each layer that the drafter keeps; all if None.
+        weights: what the drafter's matrices are stored as; None for those of the model.
     """
-    held = drafter_bytes(sizes.config, sizes.precision, sizes.devices)
-    return held - sizes.ff(None) + sizes.ff(kept) + sizes.cache
+    one = dataclasses.replace(config, kv_copies=1)
+    full = Sizes(one, 1, slots, precision, shared=True)
+    if weights is None:
+        return full.step(kept), full.step(None)
+    few = Sizes(one, 1, slots, Precision(precision.dtype, weights), shared=True)
+    return drafter_bytes(one, few.precision) - few.ff(None) + few.ff(kept) + few.cache, full.step(None)
 
 
 def _is_of_a_matrix(path: str, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
@@ -152,4 +162,4 @@ def _rounded(
     numbers, scales = (
         part[0] if len(part) == 1 else jnp.concatenate(part, axis=-2) for part in zip(*pieces, strict=True)
     )
-    return Matrix.of_integers(numbers, scales, weights, outputs)
+    return Matrix.of_integers(held(numbers), scales, weights, outputs)

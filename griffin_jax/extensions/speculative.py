@@ -13,16 +13,22 @@ q are 1 for one token.
 What it costs, in dense steps: if a draft takes c and is accepted with probability a, and the pass takes v, then a round
 of n drafts takes n c + v and yields (1 - a^(n+1)) / (1 - a) tokens. It pays where the tokens are more than the steps:
 for n = 1 where a > c + v - 1.
+
+How many drafts are worth their cost differs from one token to the next. With `cost`, a round ends where the next draft
+would probably be in vain: how sure the pruned model is of a token tells how often it is accepted, which is counted as
+decoding goes. Where to stop is decided before the full model has seen anything of the round, and by nothing that is
+drawn again later, so the distribution of the tokens stays that of the full model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from griffin_jax.generation.decode import DecodeState, column_keys
 from griffin_jax.generation.sampling import Greedy, Sampler
@@ -32,6 +38,16 @@ from griffin_jax.model.transformer import Transformer
 DEFAULT_DRAFTS = 4
 """Number of tokens that are drafted for each pass of the full model."""
 
+MOST_DRAFTS = 8
+"""The most of them where each round has as many as are worth it."""
+
+CLASSES = 8
+"""Classes of drafts by how sure the pruned model is of them: class i has probabilities from 1 - 2^-i to 1 - 2^-(i+1),
+and the last one all above."""
+
+PRIOR = 2
+"""Drafts of each class that count as if they had been seen, accepted as often as the pruned model is sure."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +56,38 @@ class Drafting:
 
     Attributes:
         passes: number of passes of the full model.
+        steps: number of steps of the pruned model, each of which drafts a token of every row.
         drafted: number of tokens drafted for each row before it ended.
         accepted: number of drafts of each row that are in its answer.
+        tried: number of drafts of each class that were the first one not to be accepted, or came before it.
+        held: number of those that were accepted.
     """
 
     passes: Int[Array, ""]
+    steps: Int[Array, ""]
     drafted: Int[Array, "b"]
     accepted: Int[Array, "b"]
+    tried: Int[Array, "c"]
+    held: Int[Array, "c"]
+
+    @classmethod
+    def none(cls, batch: int) -> Drafting:
+        """Of nothing."""
+        one, rows, classes = (jnp.zeros(shape, jnp.int32) for shape in ((), (batch,), (CLASSES,)))
+        return cls(one, one, rows, rows, classes, classes)
 
     def __add__(self, other: Drafting) -> Drafting:
         return jax.tree.map(operator.add, self, other)
+
+    def chances(self) -> Float[Array, "c"]:
+        """How often a draft of each class is accepted, as far as is known."""
+        # The middle of the class.
+        sure = 1 - 0.75 * 2.0 ** -jnp.arange(CLASSES, dtype=jnp.float32)
+        return (self.held + PRIOR * sure) / (self.tried + PRIOR)
+
+    def chance(self) -> Float[Array, ""]:
+        """How often a draft is accepted whose class is not known yet."""
+        return (jnp.sum(self.held) + PRIOR) / (jnp.sum(self.tried) + PRIOR)
 
 
 def decode_speculative(
@@ -59,6 +97,8 @@ def decode_speculative(
     until: int | Int[Array, ""],
     *,
     drafts: int = DEFAULT_DRAFTS,
+    cost: float | Float[Array, ""] | None = None,
+    earlier: Drafting | None = None,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
 ) -> tuple[DecodeState, Drafting]:
@@ -78,7 +118,10 @@ def decode_speculative(
         state: the answers so far, from `init_decode`, `decode` or this function. Donate it.
         until: number of tokens that rows come to hold, earlier ones included. The answers need room for `drafts` more;
             where there is less room, `until` is smaller by as much.
-        drafts: n, the number of tokens that are drafted in each round, at least 1; static.
+        drafts: n, the number of tokens that are drafted in each round, at least 1; static. The most, with `cost`.
+        cost: c, what a draft costs, as part of a pass of the full model. If given, rounds have as many drafts as are
+            worth it, at least 1.
+        earlier: what this function returned for the answers so far, summed, to go on with what is known by then.
         sampler: how tokens are drawn from the logits.
         eos: tokens that end a row; static.
 
@@ -93,15 +136,88 @@ def decode_speculative(
         return (carry[0].count < until) & ~jnp.all(carry[0].done)
 
     def step(carry: tuple[DecodeState, Drafting]) -> tuple[DecodeState, Drafting]:
-        state, drafting = _round(model, pruned, carry[0], drafts, sampler, eos)
-        return state, carry[1] + drafting
+        state, drafting = carry
+        known = drafting if earlier is None else earlier + drafting
+        worth = None if cost is None else _worth(known, state, cost)
+        state, more = _round(model, pruned, state, drafts, worth, sampler, eos)
+        return state, drafting + more
 
-    none = jnp.zeros((batch,), jnp.int32)
-    return jax.lax.while_loop(unfinished, step, (state, Drafting(jnp.zeros((), jnp.int32), none, none)))
+    return jax.lax.while_loop(unfinished, step, (state, Drafting.none(batch)))
+
+
+Worth = Callable[[Float[Array, "b v"], Int[Array, "b"], Float[Array, ""]], tuple[Float[Array, ""], Bool[Array, ""]]]
+
+
+def _worth(known: Drafting, state: DecodeState, cost: float | Float[Array, ""]) -> Worth:
+    """Whether another draft is worth its cost: what it probably adds to the answer, by what a token costs so far."""
+    chances, rows = known.chances(), jnp.sum(~state.done, dtype=jnp.float32)
+    next_chance = known.chance() ** rows
+    # As if one token had been written by a pass of its own.
+    price = (1 + known.passes + cost * known.steps) / state.count
+
+    def another(
+        logits: Float[Array, "b v"], drawn: Int[Array, "b"], chance: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+        own = jnp.where(state.done, 1, chances[_class_of(logits, drawn)])
+        chance = chance * jnp.prod(own)
+        return chance, chance * next_chance * price > cost
+
+    return another
+
+
+def _class_of(logits: Float[Array, "*b v"], tokens: Int[Array, "*b"]) -> Int[Array, "*b"]:
+    """The class of drafts, by the probability that they have in the model that drew them."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    unsure = 1 - jnp.exp(chosen - jax.nn.logsumexp(logits, axis=-1))
+    return jnp.sum(unsure[..., None] <= 2.0 ** -jnp.arange(1, CLASSES, dtype=jnp.float32), axis=-1, dtype=jnp.int32)
+
+
+def _draft(
+    pruned: Transformer,
+    cache: KVCache,
+    newest: Int[Array, "b 1"],
+    positions: Int[Array, "b n"],
+    keys: Key[Array, "n b"],
+    worth: Worth | None,
+    sampler: Sampler,
+) -> tuple[Int[Array, ""], Int[Array, "b n"], Float[Array, "b n v"], Int[Array, "b n"], KVCache]:
+    """How many tokens were drafted; the tokens, their distributions, and their classes, zero after the last; and the
+    cache with them."""
+    batch, most = positions.shape
+
+    def unfinished(carry: tuple) -> Bool[Array, ""]:
+        number, goes_on = carry[:2]
+        return (number < most) & goes_on
+
+    def draft(carry: tuple) -> tuple:
+        number, _, chance, token, drafted, q, classes, cache = carry
+        position = jax.lax.dynamic_slice_in_dim(positions, number, 1, axis=1)
+        x, cache, _ = pruned(token, position, cache)
+        logits = pruned.logits(x)[:, 0]
+        drawn = sampler(logits, keys[number])
+        goes_on = jnp.array(True)
+        if worth is not None:
+            chance, goes_on = worth(logits, drawn, chance)
+            classes = jax.lax.dynamic_update_slice_in_dim(classes, _class_of(logits, drawn)[:, None], number, axis=1)
+        drafted = jax.lax.dynamic_update_slice_in_dim(drafted, drawn[:, None], number, axis=1)
+        q = jax.lax.dynamic_update_slice_in_dim(q, sampler.distribution(logits)[:, None], number, axis=1)
+        return number + 1, goes_on, chance, drawn[:, None], drafted, q, classes, cache
+
+    none = jnp.zeros((batch, most), jnp.int32)
+    q = jnp.zeros((batch, most, pruned.config.vocab_size), jnp.float32)
+    start = jnp.int32(0), jnp.array(True), jnp.float32(1), newest, none, q, none, cache
+    number, _, _, _, drafted, q, classes, cache = jax.lax.while_loop(unfinished, draft, start)
+    return number, drafted, q, classes, cache
 
 
 def _round(
-    model: Transformer, pruned: Transformer, state: DecodeState, drafts: int, sampler: Sampler, eos: tuple[int, ...]
+    model: Transformer,
+    pruned: Transformer,
+    state: DecodeState,
+    drafts: int,
+    worth: Worth | None,
+    sampler: Sampler,
+    eos: tuple[int, ...],
 ) -> tuple[DecodeState, Drafting]:
     place = jnp.arange(drafts + 1, dtype=jnp.int32)
     # Each column has its own keys, whichever round it is written in. Where a draft is dropped because of another row or
@@ -113,24 +229,16 @@ def _round(
     positions = (state.lengths + state.count - 1)[:, None] + place
     positions = jnp.where(state.done[:, None], EMPTY, positions)
 
-    def draft(carry: tuple[KVCache, Array], step: tuple[Array, Array]):
-        cache, token = carry
-        position, keys = step
-        x, cache, _ = pruned(token, position[:, None], cache)
-        logits = pruned.logits(x)[:, 0]
-        drawn = sampler(logits, keys)
-        return (cache, drawn[:, None]), (drawn, sampler.distribution(logits))
+    given = positions[:, :drafts], to_draft[:drafts], worth, sampler
+    number, drafted, q, classes, cache = _draft(pruned, state.cache, newest, *given)
 
-    steps = positions.T[:drafts], to_draft[:drafts]
-    (cache, _), (drafted, q) = jax.lax.scan(draft, (state.cache, newest), steps)
-    drafted, q = drafted.T, q.swapaxes(0, 1)
-
-    cache = cache.without_last(drafts)
-    x, cache, _ = model(jnp.concatenate([newest, drafted], axis=1), positions, cache)
+    cache = cache.without_last(number)
+    x, cache, _ = model(jnp.concatenate([newest, drafted], axis=1), jnp.where(place <= number, positions, EMPTY), cache)
     p = sampler.distribution(model.logits(x))
 
     chance = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, dtype=jnp.float32)))(to_accept[:drafts]).T
     accepted = accept(chance, *(_of(drafted, x) for x in (p[:, :drafts], q)))
+    accepted &= place[:drafts] < number
     accepted = jnp.cumprod(accepted, axis=1, dtype=jnp.int32)
     first = jnp.sum(accepted, axis=1, dtype=jnp.int32)
     # After the last draft there is no other, which is the same as one that had no probability.
@@ -144,13 +252,19 @@ def _round(
     ends &= place <= first[:, None]
     ended = jnp.cumsum(ends, axis=1, dtype=jnp.int32)
     # A row that has ended does not hold the others up.
-    reach = jnp.where(state.done | (ended[:, -1] > 0), drafts + 1, first + 1)
+    reach = jnp.where(state.done | (ended[:, -1] > 0), number + 1, first + 1)
     taken = jnp.min(reach)
     is_taken = (place < taken) & ~state.done[:, None] & (ended - ends == 0)
+    # What is drafted again later must not be known by then: it would be more often a draft that is accepted.
+    tried = (is_taken & (place <= first[:, None]) & (place < number))[:, :drafts]
+    of_class = classes[..., None] == jnp.arange(CLASSES, dtype=jnp.int32)
     drafting = Drafting(
         passes=jnp.ones((), jnp.int32),
-        drafted=jnp.where(state.done, 0, drafts),
+        steps=number,
+        drafted=jnp.where(state.done, 0, number),
         accepted=jnp.sum(is_taken & (place < first[:, None]), axis=1, dtype=jnp.int32),
+        tried=jnp.sum(tried[..., None] & of_class, axis=(0, 1), dtype=jnp.int32),
+        held=jnp.sum((tried & (accepted > 0))[..., None] & of_class, axis=(0, 1), dtype=jnp.int32),
     )
     state = dataclasses.replace(
         state,

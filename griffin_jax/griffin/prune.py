@@ -184,7 +184,7 @@ def _stored_down(matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: D
     own = functools.partial(quantise, format=weights, outputs="last")
     numbers, scale = jax.vmap(own)(matrix) if matrix.ndim == 3 else own(matrix)
     name = "down_scale" if weights.group is None else "down_row_scale"
-    return {"down": nnx.Param(numbers), name: nnx.Param(scale)}
+    return {"down": nnx.Param(numbers.astype(dtype)), name: nnx.Param(scale)}
 
 
 def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> Array:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
-from griffin_jax.extensions.drafter import drafter_of
+from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
@@ -36,7 +36,7 @@ from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import WeightFormat
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
 from griffin_jax.text.growing import GrowingText
 from griffin_jax.text.tokenizer import Tokenizer
@@ -65,7 +65,9 @@ class Plan:
         dense: whether nothing is pruned.
         kept: neurons of each layer that decoding uses.
         eos: tokens that end an answer.
-        drafts: tokens that are drafted at a time; 0 for none.
+        drafts: tokens that are drafted at a time, at most; 0 for none.
+        draft_cost: what a draft reads, as part of what a step of the full model does, if as many are drafted as are
+            worth it; None for all of them.
         drafter: what the drafting model's matrices are stored as; None where they are the model's.
         every: tokens between two refreshes; None for none.
         rows: tokens of each prompt that kept neurons are refitted to.
@@ -80,6 +82,7 @@ class Plan:
     kept: tuple[int, ...]
     eos: tuple[int, ...]
     drafts: int
+    draft_cost: float | None
     drafter: WeightFormat | None
     every: int | None
     rows: int
@@ -390,6 +393,7 @@ class LLM:
             kept=kept,
             eos=self._ends(generation),
             drafts=drafts,
+            draft_cost=self._draft_cost(request, sequences, None if dense else kept) if drafts else None,
             drafter=extensions.drafter if drafts else None,
             every=None if dense else extensions.refresh_every,
             rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
@@ -403,6 +407,16 @@ class LLM:
             self._drafter = None
         self._check_memory(plan)
         return plan
+
+    def _draft_cost(
+        self, request: Request, sequences: Sequence[Sequence[int]], kept: Sequence[int] | None
+    ) -> float | None:
+        if request.extensions.speculative is not True:
+            return None
+        slots = bucket(max(map(len, sequences))) + request.generation.max_new_tokens
+        precision = Precision.of(self.model.dtype, self.model.weights)
+        draft, step = step_bytes(self.config, precision, slots, kept, request.extensions.drafter)
+        return draft / step
 
     def _ends(self, generation: GenerationConfig) -> tuple[int, ...]:
         """The tokens that end an answer."""
@@ -510,10 +524,13 @@ class LLM:
         with watch.phase("decode"):
             if plan.drafts:
                 until = np.int32(min(decoding.until + plan.step, plan.new))
+                earlier = decoding.drafting or Drafting.none(len(plan.sequences))
+                if plan.draft_cost is not None:
+                    options |= {"cost": np.float32(plan.draft_cost), "earlier": earlier}
                 decoding.state, drafting = jitted_extensions.decode_speculative(
                     self.model, decoding.model, decoding.state, until, drafts=plan.drafts, **options
                 )
-                decoding.drafting = drafting if decoding.drafting is None else decoding.drafting + drafting
+                decoding.drafting = earlier + drafting
                 tokens, done, count = to_host((decoding.state.tokens, decoding.state.done, decoding.state.count))
                 decoding.until = int(count)
                 return tokens[:, : plan.new], done

@@ -77,7 +77,7 @@ class Needs:
         return axis_size(self.mesh, MODEL_AXIS)
 
     def _padded(self, stored: int, weights: WeightFormat) -> int:
-        """Bytes that numbers of a format take in memory: on CPUs those of 4 bits have a byte each (jax 0.10)."""
+        """Bytes that numbers of a format take in memory: on CPUs those of 4 bits are held in a byte each."""
         return 2 * stored if self._on_cpu and weights.dtype == "int4" else stored
 
     def rows(self, batch: int) -> int:

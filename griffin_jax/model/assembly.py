@@ -23,7 +23,7 @@ from jax.typing import ArrayLike, DTypeLike
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import Outputs, Precision, WeightFormat, quantise
+from griffin_jax.model.weights import VOCABULARY_MATRICES, Outputs, Precision, WeightFormat, held, quantise
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 
 NEURON_MAJOR = ("gate", "up", "down", "gate_bias", "up_bias")
@@ -92,7 +92,7 @@ def in_format(
             yield path, array
             continue
         name = path.rpartition(".")[-1]
-        weights = precision.weights.of_vocabulary() if name in ("embedding", "head") else precision.weights
+        weights = precision.weights.of_vocabulary() if name in VOCABULARY_MATRICES else precision.weights
         if jnp.shape(array) != wanted.shape:
             raise ValueError(f"parameter {path!r} has the shape {jnp.shape(array)}, not {wanted.shape}")
         numbers, scale = _rounded(array, weights, "last" if name in OUTPUTS_LAST else "first")
@@ -229,7 +229,7 @@ def assemble(
             like = pieces[0 if config.kv_copies > 1 else -1]
             whole = _placed(path, join(path, pieces, config.kv_copies), like)
             key, variable = variables[path]
-            filled.append((key, variable.replace(jnp.asarray(whole, variable.get_value().dtype))))
+            filled.append((key, variable.replace(held(jnp.asarray(whole, variable.get_value().dtype)))))
     if missing := shapes.keys() - seen:
         raise ValueError(f"missing parameters: {', '.join(sorted(missing))}")
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -38,7 +38,8 @@ def fingerprint(model: Transformer) -> str:
         # One after the other, or the integers of all weights would be in memory together. Layers have equal programs.
         like = re.sub(r"\.\d+\.", ".0.", path) if config.kv_copies > 1 else ""
         checksum = jax.device_get(_checksum(leaves[path], like, config))
-        whole.update(f"{path} {leaves[path].dtype} {checksum}\n".encode())
+        dtype = model.weights.dtype_of(path) if leaves[path].dtype == jnp.int8 else leaves[path].dtype
+        whole.update(f"{path} {dtype} {checksum}\n".encode())
     return whole.hexdigest()[:16]
 
 

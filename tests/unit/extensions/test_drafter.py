@@ -15,7 +15,7 @@ from reference import assert_close
 import griffin_jax as gj
 from griffin_jax.checkpoints.verification import dense_logits
 from griffin_jax.cli.main import main
-from griffin_jax.extensions.drafter import draft_bytes, drafter_bytes, drafter_of
+from griffin_jax.extensions.drafter import drafter_bytes, drafter_of, step_bytes
 from griffin_jax.model.assembly import assemble, disassemble, random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
@@ -30,8 +30,10 @@ PROMPTS = [list(range(3, 40)), [9, 5, 70, 11, 2, 44]]
 OPTIONS = {"max_new_tokens": 24, "ignore_eos": True}
 
 
-def bytes_of(leaves) -> int:
-    return sum(stored_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
+def stored(leaves, format: WeightFormat) -> int:
+    """Bytes of a drafter's arrays as its format says, however a CPU holds them."""
+    kinds = [format.dtype if leaf.dtype == jnp.int8 else leaf.dtype for leaf in leaves]
+    return sum(stored_bytes(leaf.shape, kind) for leaf, kind in zip(leaves, kinds, strict=True))
 
 
 @pytest.mark.parametrize("weights", first_and_slow(1, "int8:16", "float32", "int8", "int4:16", "bfloat16"))
@@ -60,15 +62,18 @@ def test_matrices_are_rounded_and_all_else_is_the_models(monkeypatch, weights, f
     assert drafter.layers[0].ff_norm.scale[...] is model.layers[0].ff_norm.scale[...]
     shared = {id(leaf) for leaf in jax.tree.leaves(model)}
     own = [leaf for leaf in jax.tree.leaves(drafter) if id(leaf) not in shared]
-    assert bytes_of(own) == drafter_bytes(TINY, Precision.of("float32", format))
+    assert stored(own, format) == drafter_bytes(TINY, Precision.of("float32", format))
 
 
 def test_bytes_of_a_draft():
     drafter = drafter_of(random_model(TINY), "int4:16")
     pruned = gj.prune(drafter, gj.ExpertNeurons.from_indices([np.arange(24)] * 3, drafter.neurons))
-    sizes = Sizes(TINY, 1, 40, Precision.of("float32", WeightFormat.parse("int4:16")), shared=True)
+    sizes = Sizes(TINY, 1, 40, Precision.of("float32"), shared=True)
     read = [leaf for leaf in jax.tree.leaves(pruned) if leaf is not pruned.embedding[...] and leaf.dtype != jnp.float32]
-    assert draft_bytes(sizes, [24] * 3) == bytes_of(read) + sizes.cache
+    assert step_bytes(TINY, Precision.of("float32"), 40, [24] * 3, WeightFormat.parse("int4:16")) == (
+        stored(read, drafter.weights) + sizes.cache,
+        sizes.step(None),
+    )
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])

@@ -140,7 +140,7 @@ def test_on_a_mesh(shared):
 
 def test_all_but_the_feed_forward_rows_are_the_models_own(model):
     few = coarse(model, WeightFormat.parse("int4"))
-    assert few.layers[0].ff.gate_up[...].dtype == jnp.int4
+    assert np.abs(few.layers[0].ff.gate_up[...]).max() == 8
     assert few.layers[1].attention.out[...] is model.layers[1].attention.out[...]
     assert few.embedding[...] is model.embedding[...]
     assert model.layers[0].ff.gate_up[...].dtype == jnp.int8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import PASSAGES, first_and_slow
+from flax import nnx
 from reference import TinyLlama, assert_close, unchecked
 
 import griffin_jax as gj
@@ -40,17 +42,18 @@ class TestGreedy:
         [
             (2, 0.9),
             pytest.param(5, 0.25, marks=pytest.mark.slow),
+            (True, 0.7),
             pytest.param(1, 0.5, marks=pytest.mark.slow),
-            pytest.param(True, 0.7, marks=pytest.mark.slow),
         ],
     )
     def test_tokens_are_the_dense_models(self, tiny, drafts, density):
         out = generate(tiny.llm, density=density, speculative=drafts)
         assert out.tokens == generate(tiny.llm, density=1.0).tokens
         assert out.tokens != generate(tiny.llm, density=density).tokens
-        passes, drafted, accepted = (np.asarray(x) for x in jax.tree.leaves(out.drafting))
-        number = speculative.DEFAULT_DRAFTS if drafts is True else drafts
-        assert drafted.tolist() == [number * passes] * 3
+        passes, drafted, accepted = (np.asarray(getattr(out.drafting, x)) for x in ("passes", "drafted", "accepted"))
+        assert drafted.tolist() == [out.drafting.steps] * 3
+        least, most = (1, speculative.MOST_DRAFTS) if drafts is True else (drafts, drafts)
+        assert least * passes <= out.drafting.steps <= most * passes
         # In each pass, a row gets its accepted drafts and at most one more token.
         assert (accepted > 0).all()
         assert (accepted + passes >= NEW - 1).all()
@@ -122,7 +125,9 @@ class TestDistribution:
         weights /= weights.sum(axis=-1, keepdims=True)
         return np.take_along_axis(weights, answers[..., None], axis=-1)[..., 0].prod(axis=1)
 
-    def fits(self, model: gj.Transformer, sampler: gj.Sample, drafts: int) -> tuple[list[float], float]:
+    def fits(
+        self, model: gj.Transformer, sampler: gj.Sample, drafts: int, cost: float | None = None
+    ) -> tuple[list[float], float]:
         """For each row the p-value of a chi-square test of its answers; and how many drafts are accepted."""
         prefilled = jitted.prefill(
             model, *map(jnp.asarray, gj.pad(self.PROMPTS, 4)), max_new_tokens=self.LENGTH + drafts
@@ -133,7 +138,9 @@ class TestDistribution:
         @jax.vmap
         def draw(seed: jax.Array) -> tuple[jax.Array, ...]:
             state = gj.init_decode(prefilled, sampler=sampler, seed=seed)
-            state, drafting = gj.decode_speculative(model, pruned, state, self.LENGTH, drafts=drafts, sampler=sampler)
+            state, drafting = gj.decode_speculative(
+                model, pruned, state, self.LENGTH, drafts=drafts, cost=cost, sampler=sampler
+            )
             return state.tokens[:, : self.LENGTH], drafting.accepted, drafting.drafted
 
         drawn, accepted, drafted = draw(jnp.arange(self.DRAWS))
@@ -151,15 +158,16 @@ class TestDistribution:
         return values, float(accepted.sum() / drafted.sum())
 
     @pytest.mark.parametrize(
-        ("sampler", "drafts"),
+        ("sampler", "drafts", "cost"),
         [
-            pytest.param(gj.Sample(1.5, top_k=4), 3, id="top-k"),
-            pytest.param(gj.Sample(), 1, id="plain", marks=pytest.mark.slow),
-            pytest.param(gj.Sample(0.8, top_p=0.9, min_p=0.05), 2, id="top-p", marks=pytest.mark.slow),
+            pytest.param(gj.Sample(1.5, top_k=4), 3, 0.2, id="as many as are worth it"),
+            pytest.param(gj.Sample(1.5, top_k=4), 3, None, id="top-k", marks=pytest.mark.slow),
+            pytest.param(gj.Sample(), 1, None, id="plain", marks=pytest.mark.slow),
+            pytest.param(gj.Sample(0.8, top_p=0.9, min_p=0.05), 2, None, id="top-p", marks=pytest.mark.slow),
         ],
     )
-    def test_is_the_dense_models(self, model, sampler, drafts):
-        values, accepted = self.fits(model, sampler, drafts)
+    def test_is_the_dense_models(self, model, sampler, drafts, cost):
+        values, accepted = self.fits(model, sampler, drafts, cost)
         assert min(values) > 1e-3
         # There are many drafts of both kinds.
         assert 0.1 < accepted < 0.9
@@ -185,6 +193,67 @@ class TestDistribution:
         np.testing.assert_allclose(speculative.correction(p, jnp.asarray([0.5, 0.5])), [0, 0.25])
 
 
+class TestWorth:
+    """Rounds end where the next draft would probably be in vain."""
+
+    LOGITS = jnp.log(jnp.asarray([[0.3, 0.6, 0.1], [0.004, 0.99, 0.006]]))
+
+    def test_classes_are_by_how_sure_the_drafter_is(self):
+        found = [speculative._class_of(self.LOGITS, jnp.asarray(tokens)).tolist() for tokens in ((0, 1), (1, 0))]
+        assert found == [[0, 6], [1, 0]]
+        certain = speculative._class_of(jnp.asarray([[0.0, -200.0]]), jnp.asarray([0]))
+        assert certain.tolist() == [speculative.CLASSES - 1]
+
+    def test_what_is_known_at_first_and_later(self):
+        none = speculative.Drafting.none(1)
+        np.testing.assert_allclose(none.chances()[:3], [0.25, 0.625, 0.8125])
+        assert none.chance() == 1
+        tried, held = (jnp.zeros(speculative.CLASSES, jnp.int32).at[1].set(number) for number in (16, 4))
+        later = dataclasses.replace(none, tried=tried, held=held)
+        np.testing.assert_allclose(later.chances()[:2], [0.25, (4 + 2 * 0.625) / 18])
+        np.testing.assert_allclose(later.chance(), (4 + 2) / 18)
+
+    @pytest.mark.parametrize(("cost", "expected"), [(0.04, True), (0.06, False)])
+    def test_by_hand(self, tiny, cost, expected):
+        """A token costs 3 passes and 10 drafts for 8 tokens, and 1 as if before them."""
+        prefilled = jitted.prefill(tiny.llm.model, *map(jnp.asarray, gj.pad(PROMPTS[:2], 8)), max_new_tokens=4)
+        state = dataclasses.replace(jitted.init_decode(prefilled), count=jnp.int32(8))
+        known = dataclasses.replace(speculative.Drafting.none(2), passes=jnp.int32(3), steps=jnp.int32(10))
+        known = dataclasses.replace(known, tried=known.tried.at[0].set(4), held=known.held.at[0].set(1))
+        chance, another = speculative._worth(known, state, cost)(self.LOGITS, jnp.asarray([1, 1]), jnp.float32(0.5))
+        sure = 0.5 * 0.625 * (1 - 0.75 / 64)
+        np.testing.assert_allclose(chance, sure, rtol=1e-6)
+        price, both = (1 + 3 + 10 * cost) / 8, ((1 + 2) / (4 + 2)) ** 2
+        assert bool(another) == (sure * both * price > cost) == expected
+        # A row that has ended asks for nothing.
+        ended = dataclasses.replace(state, done=jnp.asarray([True, False]))
+        chance, _ = speculative._worth(known, ended, cost)(self.LOGITS, jnp.asarray([1, 1]), jnp.float32(0.5))
+        np.testing.assert_allclose(chance, 0.5 * (1 - 0.75 / 64), rtol=1e-6)
+
+    def test_what_is_never_accepted_is_not_drafted(self, tiny, everything):
+        """Free drafts are as many as can be; a drafter that is always wrong drafts one in each round before long."""
+        dense = generate(tiny.llm, PROMPTS[1:2], density=1.0, max_new_tokens=60).tokens[0]
+        prompt = tuple(map(jnp.asarray, gj.pad(PROMPTS[1:2], 8)))
+        wrong = jax.tree.map(lambda leaf: leaf, tiny.llm.model)
+        wrong.head = nnx.Param(-3 * tiny.llm.model.head[...])
+        right = gj.prune(tiny.llm.model, everything)
+        counts = {}
+        for name, drafter, cost in (("right", right, 0.3), ("free", right, 0.0), ("wrong", wrong, 0.3)):
+            state, drafting = jitted_extensions.decode_speculative(
+                tiny.llm.model,
+                drafter,
+                jitted.init_decode(jitted.prefill(tiny.llm.model, *prompt, max_new_tokens=80)),
+                60,
+                drafts=8,
+                cost=jnp.float32(cost),
+            )
+            counts[name] = int(drafting.steps) / int(drafting.passes)
+            assert state.tokens[0, :60].tolist() == dense
+        assert counts["free"] == 8
+        assert counts["right"] > 3
+        assert counts["wrong"] < 1.5
+
+
 class TestGenerate:
     def test_seed_repeats_the_answer(self, tiny):
         first, again, other = (
@@ -199,7 +268,7 @@ class TestGenerate:
 
     @pytest.mark.parametrize("temperature", first_and_slow(1, 0.7, 0.0))
     def test_streamed_text_is_the_text(self, worded, temperature):
-        options = {"speculative": 3, "density": 0.8, "temperature": temperature}
+        options = {"speculative": True, "density": 0.8, "temperature": temperature}
         expected = generate(worded.llm, PASSAGES[:2], **options)
         streamed = worded.llm.stream(PASSAGES[:2], max_new_tokens=NEW, ignore_eos=True, **options)
         assert ["".join(row) for row in zip(*streamed, strict=True)] == expected.texts
@@ -259,11 +328,12 @@ class TestGenerate:
     def test_command(self, worded, capsys):
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
         expected = worded.llm.generate(PASSAGES[0], max_new_tokens=12, density=1.0)
-        for flags, drafts in ((["--speculative"], 4), (["--speculative", "2"], 2)):
+        for flags, drafts in ((["--speculative"], None), (["--speculative", "2"], 2)):
             assert main([*arguments, *flags, "--density", "0.8", "--json"]) == 0
             found = json.loads(capsys.readouterr().out)
             assert found["tokens"] == expected.tokens[0]
-            assert found["drafting"]["drafted"] == drafts * found["drafting"]["passes"]
+            drafting = found["drafting"]
+            assert drafting["drafted"] == drafting["passes"] * (drafts or drafting["drafted"] / drafting["passes"])
         assert main([*arguments, "--speculative"]) == 0
         assert "drafts accepted in" in capsys.readouterr().err
         assert main([*arguments, "--speculative", "--refresh-every", "3"]) == 2

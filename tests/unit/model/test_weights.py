@@ -26,8 +26,9 @@ from griffin_jax.model import products
 from griffin_jax.model.assembly import OUTPUTS_LAST, assemble, disassemble, random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.sharding import dotted
 from griffin_jax.model.sizes import Sizes
-from griffin_jax.model.weights import Precision, WeightFormat, dequantise, quantise
+from griffin_jax.model.weights import Precision, WeightFormat, dequantise, quantise, stored_bytes
 from griffin_jax.parallel.mesh import make_mesh
 
 TINY = ModelConfig(
@@ -155,6 +156,18 @@ class TestProducts:
         # Not as much as one matrix in float32.
         assert sizes.temp_size_in_bytes < 4 * 2 * TINY.ff_width * TINY.width * TINY.num_layers
 
+    @pytest.mark.skipif(not products.DOTS_FUSE, reason="this jax computes products with vectors as sums")
+    @pytest.mark.parametrize("tokens", [1, 3])
+    def test_a_norm_is_not_computed_again_for_every_row(self, tokens):
+        """A product with converted numbers takes the matrix and a vector, and nothing that the vector comes from."""
+        layer = random_model(TINY, weights=WeightFormat("int8")).layers[0]
+        x = jnp.ones((1, tokens, TINY.width))
+        text = jax.jit(lambda layer, x: layer.ff.intermediate(layer.ff_norm(x))).lower(layer, x).compile().as_text()
+        fused = [part for part in text.split("\n\n") if " dot(" in part and "s8[" in part and "ENTRY" not in part]
+        assert len(fused) == tokens
+        for part in fused:
+            assert part.count(" parameter(") == 2
+
 
 class TestModels:
     def test_logits_statistics_and_tokens(self, pair, prompts):
@@ -206,7 +219,7 @@ class TestModels:
         plain = gj.prune(theirs, experts)
         for layer, float_layer, before in zip(got.layers, wanted.layers, plain.layers, strict=True):
             expected, rows = np.asarray(float_layer.ff.down_matrix()), np.asarray(layer.ff.down_matrix())
-            assert layer.ff.down.dtype == mine.weights.dtype
+            assert layer.ff.down.dtype == mine.layers[0].ff.down.dtype
             sets = [(rows, expected)] if shared else zip(rows, expected, strict=True)
             for row, want in sets:
                 rounded = dequantise(*quantise(jnp.asarray(want), mine.weights, "last"))
@@ -261,15 +274,33 @@ class TestModels:
     def test_sizes_are_counted(self, pair):
         model, _ = pair
         sizes = Sizes(TINY, 1, 8, Precision.of(model.dtype, model.weights), shared=True)
-        bits = {"int8": 8, "int4": 4}
 
-        def stored(leaf) -> float:
-            return leaf.size * bits.get(leaf.dtype.name, 8 * leaf.dtype.itemsize) / 8
+        def stored(one: gj.Transformer, name: str = "") -> int:
+            # However a CPU holds them.
+            total = 0
+            for path, leaf in jax.tree.leaves_with_path(one):
+                kind = one.weights.dtype_of(dotted(path)) if leaf.dtype == jnp.int8 else leaf.dtype
+                total += stored_bytes(leaf.shape, kind) if name in dotted(path) else 0
+            return total
 
-        assert sizes.weights(None) == sum(map(stored, jax.tree.leaves(model)))
-        assert sizes.ff(None) == model.ff_bytes
+        assert sizes.weights(None) == stored(model)
         pruned = gj.prune(model, gj.ExpertNeurons.from_indices([np.arange(24)] * 3, model.neurons))
-        assert sizes.ff([24] * 3) == pruned.ff_bytes
+        assert sizes.ff(None) - sizes.ff([24] * 3) == stored(model, ".ff.") - stored(pruned, ".ff.")
+        assert pruned.ff_bytes == model.ff_bytes // 2
+
+    def test_on_a_cpu_numbers_of_4_bits_are_bytes(self, pair):
+        """And the model is the same as with numbers of 4 bits, on whichever device."""
+        model, _ = pair
+        assert not any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(model))
+
+        def few(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+            return leaf.astype(model.weights.dtype_of(dotted(path))) if leaf.dtype == jnp.int8 else leaf
+
+        packed = jax.tree.map_with_path(few, model)
+        assert any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(packed)) == (model.weights.dtype == "int4")
+        assert fingerprint(packed) == fingerprint(model)
+        x = jax.random.normal(jax.random.key(0), (1, 1, 32))
+        assert_close(np.asarray(packed.layers[0].ff(x)), np.asarray(model.layers[0].ff(x)))
 
 
 class TestSixteenBits:
