@@ -113,6 +113,7 @@ class Report:
         dense: the full model.
         pruned: the pruned model; None at a density of 1.
         refusals: what XLA said about programs that it did not compile.
+        speculative: drafts of a round of speculative decoding, if it was compiled.
     """
 
     target: str
@@ -136,15 +137,25 @@ class Report:
     dense: Compiled
     pruned: Compiled | None
     refusals: tuple[str, ...]
+    speculative: int | None = None
 
     @property
     def speedup_ceiling(self) -> float | None:
         """How many times faster pruned decoding is at most, if reading is all that takes time; None at density 1."""
         return None if self.pruned is None else self.dense.step_bytes / self.pruned.step_bytes
 
+    @property
+    def round_bytes(self) -> int | None:
+        """Bytes that a round of speculative decoding reads on each device: the pruned model for each draft, and the
+        full model once; None if it was not compiled."""
+        if self.speculative is None or self.pruned is None:
+            return None
+        return self.speculative * self.pruned.step_bytes + self.dense.step_bytes
+
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary of every attribute and the speed-up's ceiling."""
-        return dataclasses.asdict(self) | {"speedup_ceiling": self.speedup_ceiling}
+        """A plain dictionary of every attribute, the speed-up's ceiling and the bytes of a round of drafts."""
+        own = dataclasses.asdict(self)
+        return own | {"speedup_ceiling": self.speedup_ceiling, "round_bytes": self.round_bytes}
 
 
 def compile_for(
@@ -285,6 +296,7 @@ def compile_for(
         parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
+        speculative=speculative,
     )  # fmt: skip
 
 

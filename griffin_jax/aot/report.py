@@ -42,6 +42,12 @@ def table(model: str, report: Report) -> str:
     ]
     if report.speedup_ceiling is not None:
         lines.append(_row("ceiling of the speed-up", ["", f"{report.speedup_ceiling:.2f}x"]))
+    if report.round_bytes is not None and report.speculative is not None:
+        worth, most = report.round_bytes / report.dense.step_bytes, report.speculative + 1
+        lines.append(
+            f"A round of {report.speculative} drafts reads {_size(report.round_bytes)} for 1 to {most} tokens: less"
+            f" than dense decoding for more than {worth:.2f}."
+        )
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
     pruned, tiles = report.pruned, GPU_TILE * report.devices
     if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):

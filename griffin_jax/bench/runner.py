@@ -217,16 +217,23 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     Devices that are one processor's count as one.
     """
     parameters = plan.sizes(plan.cases[0]).parameters
-    held = {
-        each.weights: plan.sizes(plan.cases[0], Variant(weights=each.weights)).weights(None) for each in plan.formats
-    }
+
+    def needs_of(variant: Variant) -> Needs:
+        return Needs(plan.config, plan.precision(variant), plan.mesh, jax.default_backend())
+
+    def weights_of(weights: WeightFormat | None) -> int:
+        variant = Variant(weights=weights)
+        size = plan.sizes(plan.cases[0], variant).weights(None)
+        return needs_of(variant).in_memory(size, plan.precision(variant).weights)
+
+    held = {each.weights: weights_of(each.weights) for each in plan.formats}
     beside = {
         "measuring the bandwidth": BANDWIDTH_BYTES,
         "peers": int(sum(PEERS[name] for name in plan.peers) * parameters),
     }
 
     def parts(case: Case, variant: Variant) -> dict[str, int]:
-        needs = Needs(plan.config, plan.precision(variant), plan.mesh, jax.default_backend())
+        needs = needs_of(variant)
         general = plan.prior.rows if plan.prior is not None and variant.quality == "best" else ()
         found = needs.generation(
             case.batch,

@@ -482,8 +482,10 @@ def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
 
     def held(weights: front.Format) -> int:
         fine = front.fine_format(weights)
-        bits = 0 if fine == needs.precision.weights else _sizes(needs, fine).local
-        return bits + (_sizes(needs, weights.coarse).ff(None) if isinstance(weights, MixedFormat) else 0)
+        bits = 0 if fine == needs.precision.weights else needs.in_memory(_sizes(needs, fine).local, fine)
+        if not isinstance(weights, MixedFormat):
+            return bits
+        return bits + needs.in_memory(_sizes(needs, weights.coarse).ff(None), weights.coarse)
 
     return {"weights in another format": max(map(held, options.formats))}
 

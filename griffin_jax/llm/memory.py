@@ -76,7 +76,7 @@ class Needs:
     def _parts(self) -> int:
         return axis_size(self.mesh, MODEL_AXIS)
 
-    def _padded(self, stored: int, weights: WeightFormat) -> int:
+    def in_memory(self, stored: int, weights: WeightFormat) -> int:
         """Bytes that numbers of a format take in memory: on CPUs those of 4 bits are held in a byte each."""
         return 2 * stored if self._on_cpu and weights.dtype == "int4" else stored
 
@@ -91,7 +91,7 @@ class Needs:
     def _worst(self, *phases: Mapping[str, int], programs: int = 1) -> Parts:
         """The phase that needs most, with what is there in all of them."""
         sizes = self._sizes(1, 1, True)
-        weights = self._padded(sizes.weights(None), self.precision.weights)
+        weights = self.in_memory(sizes.weights(None), self.precision.weights)
         held: Parts = {"weights": 0 if self.loaded else weights}
         if self._on_cpu:
             held["compiled programs"] = programs * COMPILER_BYTES_PER_LAYER * self.config.num_layers
@@ -199,11 +199,11 @@ class Needs:
         sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
-            few = 0 if drafter_is_there else self._padded(drafter_bytes(c, precision, self._parts), drafter)
+            few = 0 if drafter_is_there else self.in_memory(drafter_bytes(c, precision, self._parts), drafter)
             held |= {"drafting model": few, "rounding": 6 * 4 * BLOCK if few else 0}
             sizes = Sizes(c, own, sizes.slots, precision, shared=shared or own == 1, devices=self._parts)
         neurons = 0 if kept is None or in_place or sizes.ff(kept) == spare else sizes.ff(kept)
-        neurons = self._padded(neurons, sizes.precision.weights)
+        neurons = self.in_memory(neurons, sizes.precision.weights)
         if repeated:
             again: Parts = {"kept neurons": neurons, "cache": 2 * held["cache"]}
             held, reading = held | again, reading | again

@@ -54,7 +54,8 @@ ROW_PARTS = 64
 
 DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
 """Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 sums of products are
-twice as fast as float32's product, and the product with a vector takes four times as long."""
+twice as fast as float32's product, and the product with a vector takes four times as long; but of integers in groups
+sums take ten times as long as that."""
 
 
 def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -210,7 +211,7 @@ def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Ar
     inside = None if per_row else scale
     tokens = x.reshape(b * t, d).astype(jnp.float32)
     if b * t <= FEW_TOKENS:
-        y = jnp.stack([_one_token(token, wide(weight, inside)) for token in _in_memory(tokens)])
+        y = jnp.stack([_one_token(token, wide(weight, inside), inside is None) for token in _in_memory(tokens)])
     else:
         y = _blocks(tokens, weight, inside)
     if per_row and scale is not None:
@@ -229,8 +230,9 @@ def _in_memory(x: Float[Array, "t d"]) -> Float[Array, "t d"]:
     return jax.lax.cond(jnp.isnan(x[0, 0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)
 
 
-def _one_token(x: Float[Array, "d"], matrix: Float[Array, "f d"]) -> Float[Array, "f"]:
-    if DOTS_FUSE and x.nbytes < FUSED_BYTES:
+def _one_token(x: Float[Array, "d"], matrix: Float[Array, "f d"], plain: bool) -> Float[Array, "f"]:
+    """The product, where a number is converted by itself if it is `plain`, and else by the scale of its group."""
+    if (DOTS_FUSE or not plain) and x.nbytes < FUSED_BYTES:
         return x @ matrix.T
     return jnp.sum(matrix * x, axis=-1)
 

@@ -80,7 +80,12 @@ class TestBeyond:
     def test_every_step_compiles(self, beyond):
         assert list(beyond.pruned.memory) == ["prefill", "prune", "decode", "refresh", "speculative"]
         assert all(beyond.pruned.memory.values())
-        assert "all memory, speculative" in table("all", beyond)
+        text = table("all", beyond)
+        assert "all memory, speculative" in text
+        read = 4 * beyond.pruned.step_bytes + beyond.dense.step_bytes
+        assert beyond.round_bytes == beyond.to_json()["round_bytes"] == read
+        assert f"A round of 4 drafts reads {read / 1e9:.2f} GB for 1 to 5 tokens: less than" in text
+        assert f"for more than {read / beyond.dense.step_bytes:.2f}." in text
 
     def test_decoding_is_the_same_program(self, beyond, alike):
         for compiled, plain in ((beyond.dense, alike.dense), (beyond.pruned, alike.pruned)):
@@ -103,6 +108,7 @@ class TestPrograms:
     def test_temporaries_hold_neither_a_cache_nor_a_matrix(self, report):
         for compiled in (report.dense, report.pruned):
             assert compiled.temporaries < report.cache // 2 < compiled.kept[0] * D * 2
+        assert report.round_bytes is None
 
     def test_kernels_are_those_of_one_layer(self, report):
         assert 15 <= report.pruned.kernels_per_step <= 60
