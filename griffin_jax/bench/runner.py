@@ -221,12 +221,11 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     def needs_of(variant: Variant) -> Needs:
         return Needs(plan.config, plan.precision(variant), plan.mesh, jax.default_backend())
 
-    def weights_of(weights: WeightFormat | None) -> int:
-        variant = Variant(weights=weights)
-        size = plan.sizes(plan.cases[0], variant).weights(None)
-        return needs_of(variant).in_memory(size, plan.precision(variant).weights)
+    def weights_of(variant: Variant) -> int:
+        needs = needs_of(variant)
+        return needs.in_memory(plan.sizes(plan.cases[0], variant).weights(None), needs.precision.weights)
 
-    held = {each.weights: weights_of(each.weights) for each in plan.formats}
+    held = {each.weights: weights_of(Variant(weights=each.weights)) for each in plan.formats}
     beside = {
         "measuring the bandwidth": BANDWIDTH_BYTES,
         "peers": int(sum(PEERS[name] for name in plan.peers) * parameters),

@@ -145,7 +145,9 @@ def decode_speculative(
     return jax.lax.while_loop(unfinished, step, (state, Drafting.none(batch)))
 
 
-Worth = Callable[[Float[Array, "b v"], Int[Array, "b"], Float[Array, ""]], tuple[Float[Array, ""], Bool[Array, ""]]]
+Worth = Callable[[Int[Array, "b"], Float[Array, ""]], tuple[Float[Array, ""], Bool[Array, ""]]]
+"""From the classes of drafts, and the chance that all before them are accepted: the chance with them, and whether
+another draft is worth its cost."""
 
 
 def _worth(known: Drafting, state: DecodeState, cost: float | Float[Array, ""]) -> Worth:
@@ -155,11 +157,8 @@ def _worth(known: Drafting, state: DecodeState, cost: float | Float[Array, ""]) 
     # As if one token had been written by a pass of its own.
     price = (1 + known.passes + cost * known.steps) / state.count
 
-    def another(
-        logits: Float[Array, "b v"], drawn: Int[Array, "b"], chance: Float[Array, ""]
-    ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-        own = jnp.where(state.done, 1, chances[_class_of(logits, drawn)])
-        chance = chance * jnp.prod(own)
+    def another(classes: Int[Array, "b"], chance: Float[Array, ""]) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+        chance = chance * jnp.prod(jnp.where(state.done, 1, chances[classes]))
         return chance, chance * next_chance * price > cost
 
     return another
@@ -197,8 +196,9 @@ def _draft(
         drawn = sampler(logits, keys[number])
         goes_on = jnp.array(True)
         if worth is not None:
-            chance, goes_on = worth(logits, drawn, chance)
-            classes = jax.lax.dynamic_update_slice_in_dim(classes, _class_of(logits, drawn)[:, None], number, axis=1)
+            own = _class_of(logits, drawn)
+            chance, goes_on = worth(own, chance)
+            classes = jax.lax.dynamic_update_slice_in_dim(classes, own[:, None], number, axis=1)
         drafted = jax.lax.dynamic_update_slice_in_dim(drafted, drawn[:, None], number, axis=1)
         q = jax.lax.dynamic_update_slice_in_dim(q, sampler.distribution(logits)[:, None], number, axis=1)
         return number + 1, goes_on, chance, drawn[:, None], drafted, q, classes, cache

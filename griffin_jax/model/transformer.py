@@ -160,10 +160,11 @@ class Transformer(nnx.Module):
 
     @property
     def ff_bytes(self) -> int:
-        """Bytes of all feed-forward arrays that have a row for each neuron."""
+        """Bytes of all feed-forward arrays that have a row for each neuron, as their format says."""
         names = [(layer.ff, name) for layer in self.layers for name in NEURON_AXES]
         arrays = [getattr(ff, name) for ff, name in names if getattr(ff, name) is not None]
-        return sum(stored_bytes(array.shape, array.dtype) for array in arrays)
+        kinds = [self.weights.dtype if array.dtype == jnp.int8 else array.dtype for array in arrays]
+        return sum(stored_bytes(array.shape, kind) for array, kind in zip(arrays, kinds, strict=True))
 
     def __call__(
         self,
