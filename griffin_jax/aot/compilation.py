@@ -322,6 +322,8 @@ def child_environment(compiler: Path | None) -> dict[str, str]:
     """The environment of a process that compiles for another chip than this machine has; see `compilers.fetch`."""
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
+        # What went wrong is the last line of a whole traceback, and not of a filtered one.
+        "JAX_TRACEBACK_FILTERING": "off",
         # Autotuning would run kernels, and there is nothing to run them on.
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip(),
         "TPU_SKIP_MDS_QUERY": "1",
@@ -414,7 +416,10 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
 
     def compiled(name: str, lower: Callable[[], Any]) -> Any:
         try:
-            program = lower().compile()
+            # Kernels are lowered for the device of this mesh; without it jax 0.12 looks for one that is there.
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                lowered = lower()
+            program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             # TPU programs that need more memory than there is are refused; GPU programs are not.
             if "RESOURCE_EXHAUSTED" not in str(error):

@@ -33,6 +33,7 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _ORIGIN = re.compile(r'\bop_name="([^"]*)"')
+_ALIAS = re.compile(r"\{(\d*)\}: \((\d+), \{\}")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
@@ -74,6 +75,13 @@ class Instruction:
         """Names of what it was traced from, from the function to the operation; empty if XLA does not say."""
         name = _ORIGIN.search(self.attributes)
         return tuple(name[1].split("/")) if name else ()
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        """Numbers of the results that a custom call writes into an operand's memory, and of these operands."""
+        _, _, aliases = self.attributes.partition("output_to_operand_aliasing={")
+        found = _ALIAS.findall(aliases[: _closing(aliases, "{}")]) if aliases else []
+        return {int(result or 0): int(operand) for result, operand in found}
 
     @property
     def runs(self) -> bool:
@@ -185,11 +193,14 @@ class Module:
                 elif i.opcode == "bitcast" and i.operands[0] in sources:
                     sources[i.name] = sources[i.operands[0]]
                 elif i.runs and i.opcode not in CONTROL:
-                    read = max((sources.get(name, 0) for name in i.operands), default=0)
-                    written = max((r.elements for r in i.results if r.space != on_chip or not on_chip), default=0)
+                    aliases = i.aliases
+                    operands = [name for at, name in enumerate(i.operands) if at not in aliases.values()]
+                    results = [result for at, result in enumerate(i.results) if at not in aliases]
+                    read = max((sources.get(name, 0) for name in operands), default=0)
+                    written = max((r.elements for r in results if r.space != on_chip or not on_chip), default=0)
                     copied = bool(read) and 2 * written >= read
                     # Else a copy is of an array that comes from the chip.
-                    copied = copied or (i.opcode not in ("copy", "copy-start") and any(map(alike, i.results)))
+                    copied = copied or (i.opcode not in ("copy", "copy-start") and any(map(alike, results)))
                     if copied and not self._updates_in_place(i):
                         found.append(self._described(i))
         return found
@@ -252,11 +263,11 @@ def _split_shape(line: str) -> tuple[str, str]:
     return line[: end + 1], line[end + 1 :].lstrip()
 
 
-def _closing(text: str) -> int:
+def _closing(text: str, brackets: str = "()") -> int:
     """Where the bracket closes that was opened before the text."""
     depth = 0
-    for bracket in re.finditer(r"[()]", text):
-        depth += 1 if bracket[0] == "(" else -1
+    for bracket in re.finditer(f"[{re.escape(brackets)}]", text):
+        depth += 1 if bracket[0] == brackets[0] else -1
         if depth < 0:
             return bracket.start()
     return len(text)

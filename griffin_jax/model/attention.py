@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -17,9 +20,19 @@ from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.positions import Positions, rotate
 from griffin_jax.model.products import linear, matmul
 from griffin_jax.model.weights import WeightFormat
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
 
 QUERY_BLOCK = 256
 """Tokens of a prompt that attend together: scores with tokens after the block are not computed."""
+
+KERNEL_TOKENS = 16
+"""Tokens, at least, that a kernel for prompts reads on a GPU: as many as a product on tensor cores takes."""
+
+KERNEL_ITEMSIZE = 2
+"""Bytes of a number, at most, that a kernel reads: longer ones would lose digits on tensor cores."""
+
+_Attended = tuple[Float[Array, "b n t h"], Float[Array, "b g h slots"], Float[Array, "b g slots h"]]
+"""The mixed values, and the layer's cache with the tokens that attended."""
 
 
 class Attention(nnx.Module):
@@ -70,26 +83,86 @@ class Attention(nnx.Module):
         if at.growth is not None:
             query = query * at.growth.astype(query.dtype)
 
+        operands = query, key, value, cached_keys, cached_values, cursor
+        in_blocks = functools.partial(self._in_blocks, at)
+        kernel = self._kernel(at, query, key)
+        if kernel is None:
+            mixed, cached_keys, cached_values = in_blocks(*operands)
+        else:
+            mixed, cached_keys, cached_values = jax.lax.platform_dependent(*operands, cuda=kernel, default=in_blocks)
+
         b, n, t, h = query.shape
-        g = key.shape[1]
-        query = query.reshape(b, g, n // g, t, h)
-        blocks = []
-        for start in range(0, t, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, t)
-            own = query[:, :, :, start:stop], key[:, :, :stop], value[:, :, :stop]
-            blocks.append(self._mixed(*own, at.block(start, stop), cached_keys, cached_values))
-        mixed = jnp.concatenate(blocks, axis=3)
-
-        key, value = ordered_after(mixed[:, :, 0], key, value)
-        cached_keys = jax.lax.dynamic_update_slice_in_dim(cached_keys, key.swapaxes(2, 3), cursor, axis=3)
-        cached_values = jax.lax.dynamic_update_slice_in_dim(cached_values, value, cursor, axis=2)
-
-        mixed = mixed.reshape(b, n, t, h).swapaxes(1, 2).reshape(b, t, n * h)
+        mixed = mixed.swapaxes(1, 2).reshape(b, t, n * h)
         row_scale = None if self.out_row_scale is None else self.out_row_scale[...].reshape(n * h, -1)
         out = matmul(mixed, self.out[...].reshape(n * h, -1), array_of(self.out_scale), row_scale)
         if self.out_bias is not None:
             out = out + self.out_bias[...]
         return out, cached_keys, cached_values
+
+    def _kernel(
+        self, at: Positions, query: Float[Array, "b n t h"], key: Float[Array, "b g t h"]
+    ) -> Callable[..., _Attended] | None:
+        """Attention as one kernel of a GPU, where there is one for these operands; otherwise None.
+
+        The kernels take nothing that is added to scores. On a mesh each device attends with the heads that it has.
+        """
+        tokens = query.shape[2]
+        if query.dtype.itemsize > KERNEL_ITEMSIZE or at.biases is not None or 1 < tokens < KERNEL_TOKENS:
+            return None
+        try:
+            # Here, because JAX does not have Triton everywhere, and most requests on a CPU need none.
+            from griffin_jax.model.flash import decode_step, read_prompt
+        except ImportError:
+            return None
+        options: dict[str, Any] = {"scale": self.scale, "cap": self.softcap, "window": at.window}
+
+        def of_token(query, key, value, keys, values, cursor, queries, slots):
+            b, n, _, h = query.shape
+            grouped = query.reshape(b, key.shape[1], -1, h)
+            own = queries[:, 0], slots, cursor
+            mixed, keys, values = decode_step(grouped, key[:, :, 0], value[:, :, 0], keys, values, *own, **options)
+            return mixed.reshape(b, n, 1, h), keys, values
+
+        def of_prompt(query, key, value, keys, values, cursor, queries, slots):
+            keys, values = _written(key, value, keys, values, cursor)
+            return read_prompt(query, keys, values, queries, slots, cursor, **options), keys, values
+
+        kernel: Callable[..., _Attended] = of_token if tokens == 1 else of_prompt
+        mesh = mesh_of(self.qkv[...])
+        if mesh is not None:
+            rows = PartitionSpec(dividing(mesh, DATA_AXIS, query.shape[0]))
+            heads = PartitionSpec(*rows, dividing(mesh, MODEL_AXIS, key.shape[1]))
+            kernel = jax.shard_map(
+                kernel,
+                mesh=mesh,
+                in_specs=(*[heads] * 5, PartitionSpec(), rows, rows),
+                out_specs=heads,
+                check_vma=False,
+            )
+        return lambda *operands: kernel(*operands, at.queries, at.slots)
+
+    def _in_blocks(
+        self,
+        at: Positions,
+        query: Float[Array, "b n t h"],
+        key: Float[Array, "b g t h"],
+        value: Float[Array, "b g t h"],
+        cached_keys: Float[Array, "b g h slots"],
+        cached_values: Float[Array, "b g slots h"],
+        cursor: Int[Array, ""],
+    ) -> _Attended:
+        """Attention in operations of XLA, with the queries of a prompt in blocks, and the cache written after it."""
+        b, n, t, h = query.shape
+        g = key.shape[1]
+        grouped = query.reshape(b, g, n // g, t, h)
+        blocks = []
+        for start in range(0, t, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, t)
+            own = grouped[:, :, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+            blocks.append(self._mixed(*own, at.block(start, stop), cached_keys, cached_values))
+        mixed = jnp.concatenate(blocks, axis=3)
+        key, value = ordered_after(mixed[:, :, 0], key, value)
+        return mixed.reshape(b, n, t, h), *_written(key, value, cached_keys, cached_values, cursor)
 
     def _mixed(
         self,
@@ -144,3 +217,15 @@ class Attention(nnx.Module):
         if self.query_norm is None or self.key_norm is None:
             return query, key
         return self.query_norm(query), self.key_norm(key)
+
+
+def _written(
+    key: Float[Array, "b g t h"],
+    value: Float[Array, "b g t h"],
+    keys: Float[Array, "b g h slots"],
+    values: Float[Array, "b g slots h"],
+    cursor: Int[Array, ""],
+) -> tuple[Float[Array, "b g h slots"], Float[Array, "b g slots h"]]:
+    """The cache with keys and values written at the cursor."""
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, key.swapaxes(2, 3), cursor, axis=3)
+    return keys, jax.lax.dynamic_update_slice_in_dim(values, value, cursor, axis=2)

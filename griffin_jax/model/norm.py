@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.ops import of_one_row
 from griffin_jax.model.parameters import bias_vector
 
 
@@ -31,6 +32,13 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x normalised over its last axis, or if `joint`, over all heads of a (B, N, T, H) array together."""
+        return of_one_row(self._normed, x)[1] if x.size == x.shape[-1] else self._normed(x)
+
+    def of_stream(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+        """x and its norm, where x is used again."""
+        return of_one_row(self._normed, x) if x.size == x.shape[-1] else (x, self._normed(x))
+
+    def _normed(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         axes = (1, 3) if self.joint else -1
         x32 = x.astype(jnp.float32)
         if self.centered:
@@ -48,6 +56,11 @@ class Norm(nnx.Module):
 def apply_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
     """norm(x), or x where there is no norm."""
     return x if norm is None else norm(x)
+
+
+def stream_and_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+    """x and norm(x), or x twice where there is no norm: for an x that goes on next to its norm."""
+    return (x, x) if norm is None else norm.of_stream(x)
 
 
 def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:

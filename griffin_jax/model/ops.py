@@ -6,6 +6,8 @@ version and on which platform, and how that was seen, so that the special form c
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -23,6 +25,22 @@ def lookup(table: Num[Array, "v e"], tokens: Int[Array, "b t"]) -> Num[Array, "b
     """
     b, t = tokens.shape
     return table[tokens] if b * t > 1 else table[jnp.broadcast_to(tokens, (2, 1))][:1]
+
+
+def of_one_row(function: Callable[[Array], Array], x: Float[Array, "1 *n"]) -> tuple[Array, Array]:
+    """x and function(x), where the function treats each row alone and x has one; GPUs compute two that are alike.
+
+    XLA for GPUs (jax 0.10.2) makes one kernel of a norm of several rows, and of a single row two, for the sum of
+    squares and for the rest. Seen in programs compiled for H100. The second row is written where x is computed, and
+    whoever goes on with x must take the returned one: otherwise XLA computes x a second time, and with it all sums that
+    led to it.
+    """
+
+    def twice(x: Array) -> tuple[Array, Array]:
+        rows = jax.lax.optimization_barrier(jnp.broadcast_to(x, (2, *x.shape[1:])))
+        return rows[:1], function(rows)[:1]
+
+    return jax.lax.platform_dependent(x, cuda=twice, default=lambda x: (x, function(x)))
 
 
 def ordered_after(

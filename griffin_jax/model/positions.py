@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from griffin_jax.model.cache import EMPTY
+from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.config import Alibi, ModelConfig, Rotary
 from griffin_jax.model.ops import computed_once
 
@@ -139,26 +139,43 @@ class Positions:
         angles: cosines and sines of the rotary embedding, or None.
         masks: which slots of the cache, and which of this call's tokens, each query may read.
         biases: what is added to the scores of both, or None.
+        queries: position of each of this call's tokens.
+        slots: position of each slot of the cache, those of this call's tokens included.
+        window: number of tokens that a query reads back, itself included; 0 for all.
         growth: factor of the queries, or None.
     """
 
     angles: tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]] | None
     masks: tuple[Bool[Array, "b 1 1 t s"], Bool[Array, "b 1 1 t u"]]
     biases: tuple[Float[Array, "b n t s"], Float[Array, "b n t u"]] | None
+    queries: Int[Array, "b t"]
+    slots: Int[Array, "b slots"]
+    window: int
     growth: Float[Array, "b 1 t 1"] | None = None
 
     def block(self, start: int, stop: int) -> Positions:
         """The same for queries `start` to `stop` of the call, without its keys after them, which they never read."""
         masks = (self.masks[0][..., start:stop, :], self.masks[1][..., start:stop, :stop])
-        if self.biases is None:
-            return Positions(None, masks, None)
-        return Positions(None, masks, (self.biases[0][..., start:stop, :], self.biases[1][..., start:stop, :stop]))
+        biases = self.biases
+        if biases is not None:
+            biases = biases[0][..., start:stop, :], biases[1][..., start:stop, :stop]
+        queries = self.queries[:, start:stop]
+        return Positions(None, masks, biases, queries, self.slots, self.window)
 
 
 def layer_positions(
-    config: ModelConfig, positions: Int[Array, "b t"], cached: Int[Array, "b s"], context: Int[Array, "b"]
+    config: ModelConfig, positions: Int[Array, "b t"], cache: KVCache, read_slots: int | None = None
 ) -> list[Positions]:
-    """`Positions` of every layer, with each distinct part computed once."""
+    """`Positions` of every layer, with each distinct part computed once.
+
+    Args:
+        config: the architecture.
+        positions: position of each of the call's tokens.
+        cache: the tokens before.
+        read_slots: number of its slots that are read; all if None.
+    """
+    cached, context = cache.positions[:, :read_slots], cache.context
+    slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.cursor, axis=1)
     layers = range(config.num_layers)
     windows = dict.fromkeys(config.window(layer) for layer in layers)
     rotaries = dict.fromkeys(config.layer_rotary(layer) for layer in layers)
@@ -171,6 +188,6 @@ def layer_positions(
         first, second = (alibi_bias(positions, k, config.alibi, config.score_scale, config.num_heads) for k in keys)
         biases = (first, second)
     return [
-        Positions(angles[rotary], masks[config.window(layer)], biases, growths[rotary])
-        for layer, rotary in ((layer, config.layer_rotary(layer)) for layer in layers)
+        Positions(angles[rotary], masks[window], biases, positions, slots, window, growths[rotary])
+        for window, rotary in ((config.window(layer), config.layer_rotary(layer)) for layer in layers)
     ]

@@ -21,7 +21,7 @@ from griffin_jax.model.attention import Attention
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
-from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap
+from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap, stream_and_norm
 from griffin_jax.model.ops import lookup
 from griffin_jax.model.parameters import array_of, as_format, bias_vector, floating, matrix
 from griffin_jax.model.positions import Positions, layer_positions
@@ -76,14 +76,14 @@ class Layer(nnx.Module):
         observe: Callable[[Float[Array, "b t f"], Bool[Array, "b t"]], Any] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Any]:
         """The residual stream after the layer, its cache, and what `observe` returns for z, if it is given."""
-        normed = apply_norm(self.attention_norm, x)
+        x, normed = stream_and_norm(self.attention_norm, x)
         mixed, keys, values = self.attention(normed, at, cached_keys, cached_values, cursor)
         mixed = scaled(apply_norm(self.attention_out_norm, mixed), self.residual_scale)
         if self.parallel:
             normed = normed if self.ff_norm is None else self.ff_norm(x)
         else:
             x = apply_norm(self.attention_sum_norm, x + mixed)
-            normed = apply_norm(self.ff_norm, x)
+            x, normed = stream_and_norm(self.ff_norm, x)
         z = self.ff.intermediate(normed)
         observed = None if observe is None else observe(z, real)
         y = scaled(apply_norm(self.ff_out_norm, self.ff.project(z)), self.residual_scale)
@@ -195,7 +195,7 @@ class Transformer(nnx.Module):
         # Padding is zero between the layers: otherwise it could overflow, and 0 * inf in a sum over tokens would reach
         # the real ones.
         x = jnp.where(real[..., None], self.embed(tokens, positions), 0)
-        at = layer_positions(self.config, positions, cache.positions[:, :read_slots], cache.context)
+        at = layer_positions(self.config, positions, cache, read_slots)
         keys, values, observed = [], [], []
         for number, layer in enumerate(self.layers):
             observe_layer = None if observe is None else functools.partial(observe, number)
@@ -206,12 +206,11 @@ class Transformer(nnx.Module):
             keys.append(layer_keys)
             values.append(layer_values)
             observed.append(seen)
-        written = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.cursor, axis=1)
         cache = dataclasses.replace(
             cache,
             keys=tuple(keys),
             values=tuple(values),
-            positions=written,
+            positions=at[0].slots,
             cursor=cache.cursor + tokens.shape[1],
         )
         return x, cache, () if observe is None else tuple(observed)

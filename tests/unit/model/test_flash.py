@@ -1,0 +1,244 @@
+"""The kernels of attention, interpreted: against NumPy, and in a model against the form that other platforms run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close
+
+import griffin_jax as gj
+from griffin_jax.model import attention, flash
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.cache import EMPTY
+from griffin_jax.model.config import ModelConfig, Rotary
+from griffin_jax.model.positions import Positions
+from griffin_jax.parallel.mesh import make_mesh
+
+SCALE = 0.3
+
+
+def oracle(
+    query: np.ndarray, keys: np.ndarray, values: np.ndarray, queries: np.ndarray, positions: np.ndarray,
+    cap: float | None, window: int,
+) -> np.ndarray:  # fmt: skip
+    """Attention of queries (B, G, R, T, H) at positions (B, T) to slots, in float64."""
+    scores = np.einsum("bgrth,bghs->bgrts", query, keys, dtype=np.float64) * SCALE
+    scores = scores if cap is None else cap * np.tanh(scores / cap)
+    own, others = queries[:, :, None], positions[:, None]
+    readable = (others != EMPTY) & (others <= own) & ((window == 0) | (others > own - window))
+    weights = np.exp(scores - scores.max()) * readable[:, None, None]
+    return np.einsum("bgrts,bgsh->bgrth", weights / weights.sum(-1, keepdims=True), values)
+
+
+@pytest.fixture
+def cache(rng) -> Any:
+    """A function that makes keys, values and positions of a cache whose rows have gaps."""
+
+    def make(batch: int, groups: int, size: int, slots: int, filled: int) -> tuple[np.ndarray, ...]:
+        keys = rng.standard_normal((batch, groups, size, slots)).astype(np.float32)
+        values = rng.standard_normal((batch, groups, slots, size)).astype(np.float32)
+        positions = np.full((batch, slots), EMPTY, np.int32)
+        for row in positions:
+            gap = rng.integers(1, filled // 2)
+            row[: filled - 2 * gap] = np.arange(filled - 2 * gap)
+            row[filled - gap : filled] = filled - 2 * gap + np.arange(gap)
+        return keys, values, positions
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("batch", "groups", "heads", "size", "slots", "cap", "window"),
+    [
+        (1, 2, 1, 16, 300, None, 0),
+        (2, 2, 3, 24, 200, None, 50),
+        (1, 1, 20, 64, 1000, 5.0, 0),
+        (3, 8, 1, 8, 70, None, 7),
+    ],
+    ids=["one_head", "grouped_window", "many_heads_cap", "batch_window"],
+)
+class TestKernels:
+    def test_a_token(self, cache, rng, batch, groups, heads, size, slots, cap, window):
+        filled = 2 * slots // 3
+        keys, values, positions = cache(batch, groups, size, slots, filled)
+        query = rng.standard_normal((batch, groups, heads, size)).astype(np.float32)
+        key, value = rng.standard_normal((2, batch, groups, size)).astype(np.float32)
+        position = positions.max(axis=1) + 1
+        position[-1] += 3
+        options: dict[str, Any] = {"scale": SCALE, "cap": cap, "window": window, "interpret": True}
+        arrays = query, key, value, keys, values, position, positions, np.int32(filled)
+        mixed, new_keys, new_values = flash.decode_step(*map(jnp.asarray, arrays), **options)
+
+        keys[..., filled], values[:, :, filled], positions[:, filled] = key, value, position
+        np.testing.assert_array_equal(new_keys, keys)
+        np.testing.assert_array_equal(new_values, values)
+        expected = oracle(query[:, :, :, None], keys, values, position[:, None], positions, cap, window)
+        assert_close(np.asarray(mixed), expected[:, :, :, 0])
+
+    @pytest.mark.parametrize("tokens", [16, 45])
+    def test_a_prompt(self, cache, rng, batch, groups, heads, size, slots, cap, window, tokens):
+        filled = 2 * slots // 3
+        keys, values, positions = cache(batch, groups, size, slots, filled)
+        query = rng.standard_normal((batch, groups, heads, tokens, size)).astype(np.float32)
+        start = filled - tokens
+        queries = np.ascontiguousarray(positions[:, start:filled])
+        arrays = query.reshape(batch, -1, tokens, size), keys, values, queries, positions, np.int32(start)
+        options: dict[str, Any] = {"scale": SCALE, "cap": cap, "window": window, "interpret": True}
+        mixed = np.asarray(flash.read_prompt(*map(jnp.asarray, arrays), **options)).reshape(query.shape)
+
+        real = queries != EMPTY
+        assert np.isfinite(mixed).all()
+        with np.errstate(invalid="ignore"):
+            expected = oracle(query, keys, values, queries, positions, cap, window)
+        shown = np.broadcast_to(real[:, None, None, :, None], mixed.shape)
+        assert_close(mixed[shown], expected[shown])
+
+    def test_gradients_of_a_prompt(self, cache, rng, batch, groups, heads, size, slots, cap, window):
+        """Those of a product with a random array, next to finite differences."""
+        keys, values, positions = cache(batch, groups, size, 40, 20)
+        query = rng.standard_normal((batch, groups * heads, 20, size)).astype(np.float32)
+        factor, directions = (
+            rng.standard_normal(query.shape),
+            [rng.standard_normal(a.shape) for a in (query, keys, values)],
+        )
+        factor = factor * (positions[:, None, :20, None] != EMPTY)
+        options: dict[str, Any] = {"scale": SCALE, "cap": cap, "window": window, "interpret": True}
+
+        def exact(*arrays: np.ndarray) -> float:
+            query, keys, values = arrays
+            grouped = query.reshape(batch, groups, heads, 20, size)
+            with np.errstate(invalid="ignore"):
+                mixed = oracle(grouped, keys, values, positions[:, :20], positions, cap, window).reshape(query.shape)
+            return float(np.sum(np.where(factor != 0, mixed, 0) * factor))
+
+        def loss(query: Any, keys: Any, values: Any) -> Any:
+            positional = jnp.asarray(positions[:, :20]), jnp.asarray(positions), jnp.int32(0)
+            return jnp.sum(flash.read_prompt(query, keys, values, *positional, **options) * factor)
+
+        gradients = jax.grad(loss, argnums=(0, 1, 2))(*map(jnp.asarray, (query, keys, values)))
+        for number, (gradient, direction) in enumerate(zip(gradients, directions, strict=True)):
+            moved = []
+            for step in (1e-4, -1e-4):
+                arrays = [a.astype(np.float64) for a in (query, keys, values)]
+                arrays[number] = arrays[number] + step * direction
+                moved.append(exact(*arrays))
+            expected = (moved[0] - moved[1]) / 2e-4
+            assert np.sum(np.asarray(gradient, np.float64) * direction) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+LLAMA = ModelConfig(
+    family="llama", vocab_size=61, width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    max_positions=256, rotary=Rotary(theta=1e4),
+)  # fmt: skip
+GEMMA = ModelConfig(
+    family="gemma2", vocab_size=61, width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=1, head_dim=12,
+    max_positions=256, rotary=Rotary(theta=1e4), attention_softcap=5.0, windows=(9, 0), norm_placement="sandwich",
+    norm_plus_one=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> Any:
+    """Runs a function as a GPU would run it, with interpreted kernels; counts them."""
+    plain = jax.lax.platform_dependent
+    ran: list[str] = []
+
+    def run(function: Any, *args: Any) -> Any:
+        def counted(name: str) -> Any:
+            def call(*operands: Any, **options: Any) -> Any:
+                ran.append(name)
+                return original[name](*operands, **options, interpret=True)
+
+            return call
+
+        def as_on_cuda(*operands: Any, default: Any = None, cuda: Any = None, **others: Any) -> Any:
+            if cuda is not None:
+                return cuda(*operands)
+            return plain(*operands, default=default, **others)
+
+        original = {name: getattr(flash, name) for name in ("decode_step", "read_prompt")}
+        with monkeypatch.context() as patch:
+            for name in original:
+                patch.setattr(flash, name, counted(name))
+            patch.setattr(jax.lax, "platform_dependent", as_on_cuda)
+            patch.setattr(attention, "KERNEL_ITEMSIZE", 4)
+            return function(*args), ran
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"), [(LLAMA, None), (GEMMA, None), (LLAMA, (2, 2))], ids=["llama", "gemma2", "four devices"]
+)
+def test_a_model_computes_the_same_with_kernels(config, mesh, kernels, rng):
+    """Prompts of several lengths in chunks, tokens of the full model and of a pruned one."""
+    model = random_model(config, seed=0, mesh=None if mesh is None else make_mesh(*mesh))
+    tokens, lengths = gj.pad([rng.integers(0, 61, n).astype(np.int32) for n in (3, 17, 40, 64)], 64)
+
+    def answers() -> tuple[Any, ...]:
+        prefilled = gj.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=12, chunk=32)
+        state = gj.decode(model, gj.init_decode(prefilled), 6)
+        experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5, shared=True))
+        pruned = gj.prune(model, experts)
+        state = gj.decode(pruned, state, 12)
+        return prefilled.logits, prefilled.statistics.squares, state.tokens, state.cache.keys, state.cache.values
+
+    expected = jax.jit(answers)()
+    found, ran = kernels(lambda: jax.jit(lambda: answers())())
+    assert set(ran) == {"decode_step", "read_prompt"}
+    np.testing.assert_array_equal(found[2], expected[2])
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(np.asarray(got), np.asarray(want))
+
+
+def test_one_token_of_one_sequence(kernels, rng):
+    """The row that GPUs compute twice is used for all that follows."""
+    model = random_model(GEMMA, seed=1)
+    tokens = jnp.asarray(rng.integers(0, 61, (1, 20)).astype(np.int32))
+
+    def answer() -> Any:
+        prefilled = gj.prefill(model, tokens, jnp.asarray([20]), max_new_tokens=8)
+        return gj.decode(model, gj.init_decode(prefilled), 8)
+
+    expected = jax.jit(answer)()
+    found, ran = kernels(lambda: jax.jit(lambda: answer())())
+    assert ran.count("decode_step") == GEMMA.num_layers
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    for got, want in zip(
+        (*found.cache.keys, *found.cache.values), (*expected.cache.keys, *expected.cache.values), strict=True
+    ):
+        assert_close(np.asarray(got), np.asarray(want))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "biases", "there"),
+    [
+        (1, jnp.bfloat16, False, True),
+        (1, jnp.float16, False, True),
+        (1, jnp.float32, False, False),
+        (1, jnp.bfloat16, True, False),
+        (2, jnp.bfloat16, False, False),
+        (15, jnp.bfloat16, False, False),
+        (16, jnp.bfloat16, False, True),
+    ],
+)
+def test_what_kernels_are_for(tokens, dtype, biases, there):
+    """Numbers of 16 bits, one token or a prompt, and no ALiBi."""
+    layer = random_model(LLAMA, dtype, seed=0).layers[0].attention
+    mask, numbers = jnp.ones((1, 1, 1, tokens, tokens), bool), jnp.arange(tokens, dtype=jnp.int32)[None]
+    added = jnp.zeros((1, 4, tokens, tokens))
+    at = Positions(None, (mask, mask), (added, added) if biases else None, numbers, numbers, 0)
+    query, key = (jnp.zeros((1, heads, tokens, 8), dtype) for heads in (4, 2))
+    assert (layer._kernel(at, query, key) is not None) == there
+
+
+def test_a_jax_without_triton_attends_without_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "griffin_jax.model.flash", None)
+    model = random_model(LLAMA, jnp.bfloat16, seed=0)
+    prefilled = gj.prefill(model, jnp.zeros((1, 16), jnp.int32), jnp.asarray([16]), max_new_tokens=4)
+    assert np.isfinite(np.asarray(prefilled.logits)).all()
