@@ -1,0 +1,321 @@
+"""What pruning gains on this accelerator: proof by one command, in parts that are kept.
+
+The parts, in the order of what they are worth: whether the device computes what the processor computes (tiny models of
+five families); decoding and prefill of Llama-2-13B and Gemma-7B in their true shapes with random weights, in bfloat16
+and int8, one sequence and eight; transformers and the published GRIFFIN in PyTorch on the same device and shapes; one
+copy of the weights instead of two; and the loop over tokens as one CUDA graph.
+
+Each part runs in a process of its own and leaves a file in --output. Run again, the command goes on with the parts that
+are missing, so that a device that is lent for minutes is enough; no part begins that --minutes leaves no time for. At
+the end of each run all that there is so far is put together, in results.json and results.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.families import FAMILIES
+from griffin_jax.bench.report import size
+from griffin_jax.bench.report import table as bench_table
+from griffin_jax.model.named import named
+from griffin_jax.utils.wholefile import write_text
+
+FORMAT = "griffin_jax gpu 1"
+"""Version of the JSON object in `results.json`."""
+
+PAPER = {"Llama-2-13B": 1.25, "Gemma-7B": 1.29}
+"""The speed-up of decoding at a density of 0.5 that the paper measured on an L40 (arXiv 2404.01365, section 5.2)."""
+
+FIRST_GUESS = 60.0
+"""Seconds that a part takes, before one has been run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large everything is.
+
+    Attributes:
+        models: names of `griffin_jax.model.named`.
+        layers: of each, the first ones; all if None.
+        lengths: tokens of prompt and answer.
+        densities: that are measured.
+        batches: numbers of sequences.
+        repeats: of each measurement.
+        families: whose tiny models are checked, of `benchmarks.gpu_checks`.
+    """
+
+    models: tuple[str, ...]
+    layers: int | None
+    lengths: str
+    densities: str
+    batches: tuple[int, ...]
+    repeats: int
+    families: tuple[str, ...]
+
+
+FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.75,0.5,0.25", (1, 8), 3, FAMILIES)
+SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, FAMILIES[:1])
+"""For a test of this command on any machine. Its figures mean nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: of its file.
+        command: arguments after `python -m`; it writes a JSON object to the file that follows `--json-file`.
+        in_torch: whether it leaves the device to PyTorch.
+        xla_flags: for this process only.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    in_torch: bool = False
+    xla_flags: str = ""
+
+
+def parts(scale: Size) -> Iterator[Part]:
+    """All parts, in the order of what they are worth."""
+
+    def run(model: str, *more: str) -> tuple[str, ...]:
+        layers = () if scale.layers is None else ("--layers", str(scale.layers))
+        return ("--model", model, *layers, "--lengths", scale.lengths, "--repeats", str(scale.repeats), *more)
+
+    def decoding(model: str, weights: str, batch: int) -> Part:
+        options = run(
+            model, "--dtype", "bfloat16", "--weights", weights, "--batch", str(batch), "--density", scale.densities,
+            "--experts", "shared",
+        )  # fmt: skip
+        return Part(f"{model}-{weights}-batch-{batch}", ("benchmarks", "run", *options))
+
+    def peers(model: str, batch: int) -> Part:
+        options = run(model, "--density", scale.densities, "--batch", str(batch))
+        return Part(f"{model}-torch-batch-{batch}", ("benchmarks.gpu_torch", *options), in_torch=True)
+
+    yield Part("correctness", ("benchmarks.gpu_checks", "--families", ",".join(scale.families)))
+    first, *others = scale.batches
+    for weights in ("bfloat16", "int8"):
+        yield from (decoding(model, weights, first) for model in scale.models)
+    yield from (peers(model, first) for model in scale.models)
+    for batch in others:
+        for weights in ("bfloat16", "int8"):
+            yield from (decoding(model, weights, batch) for model in scale.models)
+        yield from (peers(model, batch) for model in scale.models)
+    short = ("--dtype", "bfloat16", "--weights", "bfloat16", "--density", "0.5")
+    for model in scale.models:
+        yield Part(f"{model}-in-place", ("benchmarks", "run", *run(model, *short, "--in-place")))
+    for model in scale.models:
+        # XLA records the steps of a loop in CUDA graphs by default, and launches each from the processor. So it
+        # records the loop, too.
+        whole = Part(f"{model}-loop-in-a-graph", ("benchmarks", "run", *run(model, *short)))
+        yield dataclasses.replace(whole, xla_flags="--xla_gpu_enable_command_buffer=+WHILE" if scale is FULL else "")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what the command takes."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("gpu-results"), metavar="FOLDER", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="M",
+        help="no part begins that would probably end later than this (default: %(default)g)",
+    )  # fmt: skip
+    parser.add_argument("--part", metavar="TEXT", help="only the parts that have this in their names")
+    parser.add_argument("--list", action="store_true", help="name the parts, and those that are there already")
+    parser.add_argument(
+        "--small", action="store_true", help="a few layers of a small model: tests this command, on any machine"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs what is missing, and puts together what there is.
+
+    Returns:
+        1 if a part failed, or the device computed something wrong; otherwise 0.
+
+    Raises:
+        ValueError: no part has the given text in its name, or there is no time.
+        FileExistsError: the folder has results of another device or version.
+    """
+    scale = SMALL if options.small else FULL
+    wanted = [part for part in parts(scale) if (options.part or "") in part.name]
+    if not wanted:
+        raise ValueError(f"no part has {options.part!r} in its name; --list names them")
+    if not options.minutes > 0:
+        raise ValueError(f"--minutes must be more than 0, got {options.minutes:g}")
+    folder: Path = options.output
+    if options.list:
+        for part in wanted:
+            print(f"{part.name:32} {'done' if _file(folder, part).exists() else '-'}")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = _machine(scale)
+    _check_same(folder / "machine.json", machine)
+    failed = _run_missing(wanted, folder, options.minutes * 60)
+    result = collected(machine, list(parts(scale)), folder)
+    text = table(result)
+    write_text(folder / "results.json", json.dumps(result, indent=1) + "\n")
+    write_text(folder / "results.txt", text + "\n")
+    print(text)
+    for name, reason in failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
+    wrong = [row for row in result["parts"].get("correctness", {}).get("rows", ()) if not row["passed"]]
+    return 1 if failed or wrong else 0
+
+
+def _run_missing(wanted: Sequence[Part], folder: Path, seconds: float) -> dict[str, str]:
+    """Runs the parts that have no file yet, as far as there is time; why some failed, by name."""
+    start, longest = time.monotonic(), 0.0
+    failed: dict[str, str] = {}
+    for part in wanted:
+        if _file(folder, part).exists():
+            continue
+        left = seconds - (time.monotonic() - start)
+        if left < (longest or min(FIRST_GUESS, seconds)):
+            print("no time is left for another part; run this again to go on", file=sys.stderr)
+            break
+        print(f"{part.name} ...", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        if reason := _run(part, folder, left):
+            failed[part.name] = reason
+        longest = max(longest, time.monotonic() - began)
+    return failed
+
+
+def _run(part: Part, folder: Path, seconds: float) -> str | None:
+    """Runs a part; why it failed, if it did. What it says is kept next to its file."""
+    target = _file(folder, part)
+    environment = dict(os.environ)
+    if part.in_torch:
+        environment["JAX_PLATFORMS"] = "cpu"
+    else:
+        # Nothing else is on the device; compiled programs serve the next parts.
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
+    command = [sys.executable, "-m", *part.command, "--json-file", str(target)]
+    with target.with_suffix(".log").open("w", encoding="utf-8") as log:
+        try:
+            done = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            return "it took longer than there was time"
+    if done.returncode == 0 and target.exists():
+        return None
+    lines = target.with_suffix(".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def _file(folder: Path, part: Part) -> Path:
+    return folder / f"{part.name}.json"
+
+
+def _machine(scale: Size) -> dict[str, Any]:
+    """The device and versions, from a process of its own, so that this one leaves the device alone."""
+    code = (
+        "import json, jax, griffin_jax; print(json.dumps({'griffin_jax': griffin_jax.__version__,"
+        "'jax': jax.__version__, 'backend': jax.default_backend(), 'device': jax.devices()[0].device_kind}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"JAX does not start: {done.stderr.strip().splitlines()[-1]}")
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
+    shapes = [{"model": name, "layers": named(name, scale.layers).num_layers} for name in scale.models]
+    return json.loads(done.stdout.splitlines()[-1]) | {
+        "driver": driver,
+        "shapes": shapes,
+        "lengths": scale.lengths,
+        "families": list(scale.families),
+    }
+
+
+def _check_same(file: Path, machine: Mapping[str, Any]) -> None:
+    if not file.exists():
+        write_text(file, json.dumps(machine) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != machine:
+        raise FileExistsError(
+            f"{file.parent} has results of another device, version or size ({file.name}); give another --output"
+        )
+
+
+def collected(machine: Mapping[str, Any], every: Sequence[Part], folder: Path) -> dict[str, Any]:
+    """All that there is so far."""
+    found = {part.name: json.loads(_file(folder, part).read_text()) for part in every if _file(folder, part).exists()}
+    return {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **machine,
+        "missing": [part.name for part in every if part.name not in found],
+        "parts": found,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """All of it for people: what was checked, a summary of decoding, and the tables of every part."""
+    found = result["parts"]
+    driver = "" if result["driver"] is None else f", driver {result['driver']}"
+    lines = [
+        f"griffin_jax {result['griffin_jax']} on {result['device']}{driver}, jax {result['jax']}, {result['date']}",
+        *([f"not there yet: {', '.join(result['missing'])}"] if result["missing"] else []),
+        "",
+        *_checks(found.get("correctness", {}).get("rows", ())),
+        *_summary(found),
+    ]
+    for name, part in found.items():
+        if "stored_as" in part:
+            lines += ["", f"---- {name}", bench_table(part)]
+    return "\n".join(lines)
+
+
+def _checks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    wrong = [row for row in rows if not row["passed"]]
+    lines = [f"the device computes what the processor computes: {len(rows) - len(wrong)} of {len(rows)} checks"]
+    lines += [f"  WRONG {r['family']}, {r['check']}: {r['value']:.3g}, allowed {r['allowed']:.3g}" for r in wrong]
+    return [*lines, ""]
+
+
+def _summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each system, format, batch and density."""
+    lines = [
+        f"{'decoding':14}{'system':38}{'batch':>6}{'density':>9}{'prefill ms':>12}{'ms/token':>10}{'of bandwidth':>14}"
+        f"{'speed-up':>10}{'allowed':>9}{'paper':>7}{'memory':>11}"
+    ]
+    for name, part in found.items():
+        model = part.get("model", "")
+        for row in part["rows"] if model else ():
+            ours = "ceiling_ms" in row
+            kind = part["stored_as"] if ours else ""
+            kind += next((f", {mark}" for mark in ("in-place", "loop-in-a-graph") if name.endswith(mark)), "")
+            paper = PAPER.get(model) if row["density"] == 0.5 else None
+            memory = part["device_memory"] if ours else row["device_memory"]
+            cells = (
+                f"{model:14}{f'griffin_jax {kind}' if ours else row['system']:38}{row['batch']:>6}{row['density']:>9g}",
+                f"{row['prefill_ms']:>12,.1f}{row['decode_ms']:>10,.2f}",
+                f"{row['fraction_of_ceiling']:>14.0%}" if ours else f"{'-':>14}",
+                _times(row["speedup"], 10),
+                _times(row.get("speedup_ceiling"), 9),
+                _times(paper, 7),
+                f"{'-' if memory is None else size(memory):>11}",
+            )
+            lines.append("".join(cells))
+    note = "memory: the most that the part's process held on the device. paper: on an L40, prompt 2048, 128 new tokens."
+    return [*lines, note] if len(lines) > 1 else []
+
+
+def _times(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else f'{value:.2f}x':>{width}}"
