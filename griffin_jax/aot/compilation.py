@@ -44,7 +44,7 @@ class Compiled:
     """Decoding as it was compiled, dense or pruned. Sizes in bytes, those of each device.
 
     Attributes:
-        kept: neurons of each feed-forward layer.
+        kept: neurons of each feed-forward layer, by each sequence.
         weights: of the model that decodes.
         memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `speculative` hold at most,
             the full model always among it; None for what XLA refused to compile because it needs more than the chip
@@ -112,6 +112,8 @@ class Report:
         density: as it was asked for.
         dense: the full model.
         pruned: the pruned model; None at a density of 1.
+        masked: whether the pruned model is the full one with a mask for each sequence, since these keep as many neurons
+            together as there are.
         refusals: what XLA said about programs that it did not compile.
         speculative: drafts of a round of speculative decoding, if it was compiled.
     """
@@ -138,6 +140,7 @@ class Report:
     pruned: Compiled | None
     refusals: tuple[str, ...]
     speculative: int | None = None
+    masked: bool = False
 
     @property
     def speedup_ceiling(self) -> float | None:
@@ -247,7 +250,6 @@ def compile_for(
         "weights": str(precision.weights),
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
-    found = _in_child(task, compiler)
     sizes = Sizes(
         config,
         batch,
@@ -255,7 +257,9 @@ def compile_for(
         precision,
         shared=task["shared"],
         devices=devices,
+        refitted=task["rows"] > 0,
     )
+    found = _in_child(task | {"masked": sizes.masked(kept)}, compiler)
     variants = {}
     for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
         if variant not in found:
@@ -263,18 +267,17 @@ def compile_for(
         decoded, pruning = found[variant], variant == "pruned"
         # The full model stays: it reads the next prompt. The compiler knows what goes into each program only.
         memory = {"prefill": _total(found["prefill"])}
-        if pruning:
+        copies = pruning and not sizes.masked(kept)
+        if copies:
             memory["prune"] = _total(found["prune"], beside=sizes.weights(None) - sizes.ff(None) + sizes.cache)
-        memory["decode"] = _total(decoded, beside=sizes.ff(None) if pruning else 0)
+        memory["decode"] = _total(decoded, beside=sizes.ff(None) if copies else 0)
         if pruning and "refresh" in found:
-            memory["refresh"] = _total(
-                found["refresh"], beside=sizes.weights(kept) - sizes.weights(None) + sizes.ff(None)
-            )
+            memory["refresh"] = _total(found["refresh"], beside=sizes.copied(kept))
         if pruning and "speculative" in found:
             memory["speculative"] = _total(found["speculative"])
         needed = list(memory.values())
         program = decoded or dict.fromkeys(PROGRAM_FIELDS)
-        moved = found["prune"] if pruning and found["prune"] else {}
+        moved = found.get("prune") or {} if pruning else {}
         variants[variant] = Compiled(
             kept=widths,
             weights=sizes.weights(widths if pruning else None),
@@ -296,7 +299,7 @@ def compile_for(
         parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
-        speculative=speculative,
+        speculative=speculative, masked=sizes.masked(kept),
     )  # fmt: skip
 
 
@@ -362,6 +365,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     from griffin_jax.generation import jitted
     from griffin_jax.generation.decode import init_decode
     from griffin_jax.generation.prefill import prefill as read_prompt
+    from griffin_jax.griffin.masked import mask
     from griffin_jax.griffin.neurons import ExpertNeurons
     from griffin_jax.griffin.prune import prune
     from griffin_jax.model import sharding
@@ -455,15 +459,16 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
         experts = ExpertNeurons(placed(zeros), model.neurons, task["groups"])
-        pruned = divided_model(jax.eval_shape(prune, model, experts))
-        shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
+        pruned = divided_model(jax.eval_shape(mask if task["masked"] else prune, model, experts))
         reconstruction = None
         if rows:
             general: Any = tuple(array((DEFAULT_CALIBRATION, width), jnp.float16) for width in model.neurons)
             reconstruction = Reconstruction(rows, calibration=general)
-        text = compiled(
-            "prune", lambda: jax.jit(kept_rows, out_shardings=shardings).lower(model, experts, reconstruction)
-        )
+        text = None
+        if not task["masked"]:
+            shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
+            gather = jax.jit(kept_rows, out_shardings=shardings)
+            text = compiled("prune", lambda: gather.lower(model, experts, reconstruction))
         if text is not None:
             module = Module.parse(text)
             collectives = module.collectives(module.run())

@@ -48,6 +48,11 @@ def table(model: str, report: Report) -> str:
             f"A round of {report.speculative} drafts reads {_size(report.round_bytes)} for 1 to {most} tokens: less"
             f" than dense decoding for more than {worth:.2f}."
         )
+    if report.masked:
+        lines.append(
+            f"{report.batch} sequences keep as many neurons together as there are: each step reads all of them once,"
+            " with a mask for each sequence."
+        )
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
     pruned, tiles = report.pruned, GPU_TILE * report.devices
     if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):

@@ -202,7 +202,10 @@ class Plan:
         parts = axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, case.batch) else 1
         devices, one = axis_size(self.mesh, MODEL_AXIS), variant.shared or case.batch == 1
         precision = self.precision(variant)
-        return Sizes(self.config, case.batch // parts, case.slots, precision, shared=one, devices=devices)
+        refitted = variant.quality == "best" and variant.density < 1
+        return Sizes(
+            self.config, case.batch // parts, case.slots, precision, shared=one, devices=devices, refitted=refitted
+        )
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:
         """Neurons of every layer; None for the dense model."""
@@ -546,9 +549,10 @@ def summarise(
         step = _step(row, case)
         base = dense.get(row.baseline)
         is_pruned = variant.density < 1
+        masked = ours and sizes.masked(kept)
         moved = sizes.ff(None if plan.in_place else kept)
         # Read and written; where rows are refitted, that is not what takes the time.
-        copied = 2 * moved if ours and is_pruned and variant.quality == "griffin" else None
+        copied = 2 * moved if ours and is_pruned and not masked and variant.quality == "griffin" else None
         ceiling = (weights + cache) / bandwidth
         result: dict[str, Any] = {
             "system": row.system,
@@ -561,6 +565,7 @@ def summarise(
             "format": str(plan.precision(variant).weights) if ours and len(plan.formats) > 1 else None,
             "density": variant.density,
             "kept": None if kept is None else list(kept),
+            "masked": masked,
             "slots": case.slots if ours else None,
             "compile_seconds": row.compile,
             "prefill_ms": times["prefill"],

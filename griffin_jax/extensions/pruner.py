@@ -16,7 +16,9 @@ from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.sizes import masks_are_less
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import DATA_AXIS, axis_size, dividing, mesh_of
 
 Rows = tuple[Float[Array, "b _r _f"], ...]
 """Per layer, relative activations of some tokens of every sequence."""
@@ -100,6 +102,9 @@ class Pruner:
     ) -> Transformer:
         """The model that keeps these neurons, refitted to `rows` if the options say so.
 
+        Where each sequence keeps neurons of its own, and these are as many together as all, the model is masked: its
+        steps read no more, and nothing is copied. Rows that are refitted are always copies.
+
         Args:
             model: the full one.
             experts: which neurons.
@@ -109,7 +114,13 @@ class Pruner:
         Raises:
             ValueError: as `griffin_jax.prune`.
         """
-        return prune(model, experts, reuse=reuse, refit=self.refit(rows))
+        refit = self.refit(rows)
+        sets = 1 if experts.shared else experts[0].shape[0] // _parts_of_batch(model, experts[0].shape[0])
+        if refit is None and masks_are_less(sum(model.neurons), sum(experts.kept), sets):
+            return mask(model, experts)
+        if reuse is not None and any(layer.ff.mask is not None for layer in reuse.layers):
+            reuse = None
+        return prune(model, experts, reuse=reuse, refit=refit)
 
     def mask(self, model: Transformer, experts: ExpertNeurons, rows: Rows = ()) -> Transformer:
         """What `prune` gives, without a copy of any weight: for scoring given tokens, see `griffin_jax.griffin.masked`.
@@ -142,3 +153,9 @@ class Pruner:
         """Both steps: the neurons that the prompts choose, and the model that keeps them."""
         experts = self.select(model, statistics, seed)
         return experts, self.prune(model, experts, rows, reuse=reuse)
+
+
+def _parts_of_batch(model: Transformer, batch: int) -> int:
+    """Among how many devices the sequences are divided."""
+    mesh = mesh_of(model.embedding[...])
+    return axis_size(mesh, DATA_AXIS) if dividing(mesh, DATA_AXIS, batch) else 1

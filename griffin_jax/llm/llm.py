@@ -183,8 +183,8 @@ class LLM:
 
             llm.generate("Once upon a time", density=0.5, max_new_tokens=64, temperature=0.8, seed=7).texts
 
-        Without `shared`, a batch of B prompts holds, and reads in each step, B sets of kept weights: sharing is what
-        makes large batches fast and fit.
+        Without `shared`, a batch of B prompts holds, and reads in each step, B sets of kept weights, or the full model
+        with a mask for each prompt where that is no more: sharing is what makes batches faster.
 
         Args:
             prompts: one or several, of any lengths, answered as one batch.
@@ -629,7 +629,8 @@ class LLM:
         held for nothing until as large a batch comes.
         """
         on_cpu = next(iter(pruned.embedding[...].devices())).platform == "cpu"
-        if self._in_place is None and on_cpu and not any(layer.ff.per_sequence for layer in pruned.layers):
+        own = any(layer.ff.per_sequence or layer.ff.mask is not None for layer in pruned.layers)
+        if self._in_place is None and on_cpu and not own:
             self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:

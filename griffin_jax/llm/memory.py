@@ -84,9 +84,9 @@ class Needs:
         """Sequences of a batch that each device has."""
         return batch // axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, batch) else batch
 
-    def _sizes(self, batch: int, slots: int, shared: bool) -> Sizes:
-        one = shared or batch == 1
-        return Sizes(self.config, self.rows(batch), slots, self.precision, shared=one, devices=self._parts)
+    def _sizes(self, batch: int, slots: int, shared: bool, refitted: bool = False) -> Sizes:
+        one, own = shared or batch == 1, self.rows(batch)
+        return Sizes(self.config, own, slots, self.precision, shared=one, devices=self._parts, refitted=refitted)
 
     def _worst(self, *phases: Mapping[str, int], programs: int = 1) -> Parts:
         """The phase that needs most, with what is there in all of them."""
@@ -196,17 +196,20 @@ class Needs:
         c, own = self.config, self.rows(batch)
         collect = kept is not None and select
         held, reading = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
-        sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared)
+        sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared, refitted=rows > 0)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
             few = 0 if drafter_is_there else self.in_memory(drafter_bytes(c, precision, self._parts), drafter)
             held |= {"drafting model": few, "rounding": 6 * 4 * BLOCK if few else 0}
-            sizes = Sizes(c, own, sizes.slots, precision, shared=shared or own == 1, devices=self._parts)
-        neurons = 0 if kept is None or in_place or sizes.ff(kept) == spare else sizes.ff(kept)
+            one = shared or own == 1
+            sizes = Sizes(c, own, sizes.slots, precision, shared=one, devices=self._parts, refitted=rows > 0)
+        neurons = 0 if kept is None or in_place or sizes.copied(kept) == spare else sizes.copied(kept)
         neurons = self.in_memory(neurons, sizes.precision.weights)
+        masks = own * c.num_layers * c.ff_width // self._parts if sizes.masked(kept) else 0
         if repeated:
-            again: Parts = {"kept neurons": neurons, "cache": 2 * held["cache"]}
+            again: Parts = {"kept neurons": neurons, "masks": masks, "cache": 2 * held["cache"]}
             held, reading = held | again, reading | again
+        held["masks"] = masks
         decoding: Parts = {
             **held,
             "rows of the refit": held["rows of the refit"] if refresh or repeated else 0,
@@ -217,7 +220,7 @@ class Needs:
         sets = 1 if shared or batch == 1 else own
         if kept is not None and not in_place and sets > 1 and c.gated and self._on_cpu:
             # XLA's CPU code wants gate and up of each sequence together, and copies them before its loop.
-            decoding["kept neurons, transposed"] = sizes.ff(kept) * 2 // 3
+            decoding["kept neurons, transposed"] = sizes.copied(kept) * 2 // 3
         if refresh:
             decoding["refreshing"] = self._activations(batch, DEFAULT_CHUNK // 8, bucket(prompt) + bucket(new))
         pruning: Parts = {**held, "kept neurons": neurons}

@@ -19,6 +19,17 @@ from griffin_jax.model.weights import Precision, stored_bytes
 from griffin_jax.parallel.mesh import MODEL_AXIS
 
 
+def masks_are_less(neurons: int, kept: int, sets: int) -> bool:
+    """Whether a step reads no more if it reads all neurons, once, than if it reads those that each sequence keeps.
+
+    Args:
+        neurons: of the full model.
+        kept: of these by each sequence.
+        sets: sequences that each keep neurons of their own.
+    """
+    return sets > 1 and sets * kept >= neurons
+
+
 class Sizes:
     """Bytes that each device has of the parts of a model, counted from its architecture; nothing is allocated.
 
@@ -28,6 +39,7 @@ class Sizes:
         slots: tokens that each row of the cache has room for.
         precision: how the model computes, and how its matrices are stored.
         shared: whether the batch shares its experts, or every sequence has its own.
+        refitted: whether kept rows are changed, so that every sequence has a copy of its own, however many they are.
         devices: number of devices that the model is divided among, as `griffin_jax.model.sharding` says.
 
     Attributes:
@@ -39,10 +51,11 @@ class Sizes:
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, slots: int, precision: Precision, *, shared: bool, devices: int = 1
-    ):
+        self, config: ModelConfig, batch: int, slots: int, precision: Precision, *, shared: bool, devices: int = 1,
+        refitted: bool = False,
+    ):  # fmt: skip
         self.config, self.batch, self.slots, self.precision = config, batch, slots, precision
-        self.sets, self.devices = 1 if shared else batch, devices
+        self.sets, self.devices, self.refitted = 1 if shared else batch, devices, refitted
         one = dataclasses.replace(config, kv_copies=1)
         arrays = local_arrays(config, devices, precision)
         self.parameters = sum(map(math.prod, parameter_shapes(one).values()))
@@ -58,11 +71,21 @@ class Sizes:
         self.tables = sum(map(bytes_of, looked_up))
         self.table_rows = sum(stored_bytes(table.shape[1:], table.dtype) for table in looked_up) * batch
 
+    def masked(self, kept: Sequence[int] | None) -> bool:
+        """Whether pruned decoding reads the full model, with a mask for each sequence, instead of copies of rows."""
+        neurons = self.config.ff_width * self.config.num_layers
+        return kept is not None and not self.refitted and masks_are_less(neurons, sum(kept), self.sets)
+
     def ff(self, kept: Sequence[int] | None) -> int:
-        """Bytes of the parameters with a row for each neuron: all rows if `kept` is None, else the kept ones."""
-        if kept is None:
+        """Bytes of the parameters with a row for each neuron that a step reads: all rows if `kept` is None, else the
+        kept ones, of every sequence."""
+        if kept is None or self.masked(kept):
             return int(self.config.ff_width // self.devices * self.config.num_layers * self.row)
         return int(sum(kept) // self.devices * self.sets * self.row)
+
+    def copied(self, kept: Sequence[int]) -> int:
+        """Bytes of kept rows next to the full model's: none where it is masked."""
+        return 0 if self.masked(kept) else self.ff(kept)
 
     def weights(self, kept: Sequence[int] | None) -> int:
         """Bytes of the model: the full one if `kept` is None, else with the kept rows only."""

@@ -124,10 +124,12 @@ def test_bytes_are_the_models(measured):
         4 * (weights + 32), 4 * (weights - half + 32), 4 * (weights + 32), 4 * (weights - half + 32),
         4 * (weights + 64), 4 * (weights - half + 64), 4 * (weights + 64),
     ]  # fmt: skip
+    # Two sequences that each keep half read all rows once, and copy none.
+    assert [row["masked"] for row in rows] == [*[False] * 6, True]
     # A peer's grows with the text: half of the answer is there on average.
     assert [row["cache_bytes"] // (4 * token) for row in rows] == [slots, slots, 10, 10, *[2 * slots] * 3]
     assert [row["prune_bytes"] for row in rows] == [
-        None, 2 * 4 * half, None, None, None, 2 * 4 * half, 2 * 2 * 4 * half,
+        None, 2 * 4 * half, None, None, None, 2 * 4 * half, None,
     ]  # fmt: skip
     assert all(row["step_bytes"] == row["weights_bytes"] + row["cache_bytes"] for row in rows)
 
@@ -382,7 +384,12 @@ def test_needed_memory_counts_the_largest_case(monkeypatch):
     )
     assert shared["peers"] == 0
     assert shared["cache"] == 2 * 2 * 32 * 8 * 32 * 128 * (2048 + 48) * 2
-    assert own["kept neurons"] == 8 * shared["kept neurons"] == 8 * 32 * 8256 * 3 * 4096 * 2
+    assert shared["kept neurons"] == 32 * 8256 * 3 * 4096 * 2
+    # Eight sequences that keep a quarter or more read all neurons, with masks.
+    assert "kept neurons" not in own
+    assert own["masks"] == 8 * 32 * 11008
+    few = bench.check(bench_options(*arguments, "--experts", "per-sequence", "--density", "0.1"))
+    assert runner.needed_memory(few)["kept neurons"] == 8 * 32 * 1100 * 3 * 4096 * 2
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "OPT-6.7B", "Gemma-7B"])

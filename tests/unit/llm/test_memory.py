@@ -93,7 +93,7 @@ def test_needs_grow_with_the_work():
     needs = Needs(WIDE, FLOATS, loaded=True)
 
     def total(batch: int = 2, prompt: int = 64, new: int = 32, **more: object) -> int:
-        return sum(needs.generation(batch, prompt, new, [512, 512], **more).values())
+        return sum(needs.generation(batch, prompt, new, [300, 300], **more).values())
 
     assert total() < total(batch=64) < total(batch=64, prompt=1024) < total(batch=64, prompt=4000)
     assert total(new=500, shared=True) < total(new=500)
@@ -246,8 +246,18 @@ def test_a_batch_of_one_and_shared_neurons_need_one_set():
     shared = needs.generation(8, 32, 16, [512, 512], shared=True, repeated=True)
     assert one["kept neurons"] == shared["kept neurons"] == 4 * 1024 * 3 * 256
     assert "kept neurons, transposed" not in one | shared
-    own = needs.generation(8, 32, 16, [512, 512], repeated=True)
-    assert own["kept neurons"] == 8 * one["kept neurons"]
+    own = needs.generation(2, 32, 16, [511, 511], repeated=True)
+    assert own["kept neurons"] == 2 * 4 * 1022 * 3 * 256
     assert own["kept neurons, transposed"] == own["kept neurons"] * 2 // 3
     plain = dataclasses.replace(WIDE, gated=False)
-    assert "kept neurons, transposed" not in Needs(plain, FLOATS, loaded=True).generation(8, 32, 16, [512, 512])
+    assert "kept neurons, transposed" not in Needs(plain, FLOATS, loaded=True).generation(2, 32, 16, [511, 511])
+
+
+def test_sequences_that_keep_all_neurons_together_need_masks():
+    needs = Needs(WIDE, FLOATS, loaded=True)
+    found = needs.generation(8, 32, 16, [128, 128], repeated=True)
+    assert found["masks"] == 8 * 2 * 1024
+    assert not {"kept neurons", "kept neurons, transposed"} & found.keys()
+    # One less each, or rows of their own, are copied.
+    assert "masks" not in needs.generation(8, 32, 16, [127, 128], repeated=True)
+    assert "masks" not in needs.generation(8, 32, 16, [128, 128], rows=16, repeated=True)
