@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import griffin_jax as gj
+from benchmarks import gpu
 from griffin_jax.cli import main as cli
 from griffin_jax.evaluation import general_text
 
@@ -115,7 +116,9 @@ def nested(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser
 def all_flags() -> set[str]:
     parsers = [cli.parser_of(name) for name in cli.COMMANDS if name not in cli.UNPARSED]
     parsers += [each for parser in parsers for each in nested(parser).values()]
-    return set().union(*map(flags_of, parsers)) | {"--version"}
+    of_benchmark = argparse.ArgumentParser()
+    gpu.add_arguments(of_benchmark)
+    return set().union(*map(flags_of, [*parsers, of_benchmark])) | {"--version"}
 
 
 def commands(page: Path) -> Iterator[list[str]]:

@@ -26,7 +26,7 @@ QUERY_BLOCK = 256
 """Tokens of a prompt that attend together: scores with tokens after the block are not computed."""
 
 KERNEL_TOKENS = 16
-"""Tokens, at least, that a kernel for prompts reads on a GPU: as many as a product on tensor cores takes."""
+"""Tokens, at least, that the kernel for prompts reads on a GPU; fewer are read by another."""
 
 KERNEL_ITEMSIZE = 2
 """Bytes of a number, at most, that a kernel reads: longer ones would lose digits on tensor cores."""
@@ -107,11 +107,11 @@ class Attention(nnx.Module):
         The kernels take nothing that is added to scores. On a mesh each device attends with the heads that it has.
         """
         tokens = query.shape[2]
-        if query.dtype.itemsize > KERNEL_ITEMSIZE or at.biases is not None or 1 < tokens < KERNEL_TOKENS:
+        if query.dtype.itemsize > KERNEL_ITEMSIZE or at.biases is not None:
             return None
         try:
             # Here, because JAX does not have Triton everywhere, and most requests on a CPU need none.
-            from griffin_jax.model.flash import decode_step, read_prompt
+            from griffin_jax.model.flash import decode_step, read_few, read_prompt
         except ImportError:
             return None
         options: dict[str, Any] = {"scale": self.scale, "cap": self.softcap, "window": at.window}
@@ -125,7 +125,8 @@ class Attention(nnx.Module):
 
         def of_prompt(query, key, value, keys, values, cursor, queries, slots):
             keys, values = _written(key, value, keys, values, cursor)
-            return read_prompt(query, keys, values, queries, slots, cursor, **options), keys, values
+            read = read_few if query.shape[2] < KERNEL_TOKENS else read_prompt
+            return read(query, keys, values, queries, slots, cursor, **options), keys, values
 
         kernel: Callable[..., _Attended] = of_token if tokens == 1 else of_prompt
         mesh = mesh_of(self.qkv[...])

@@ -1,11 +1,12 @@
 """Attention as one kernel for NVIDIA GPUs: scores, softmax and mixed values of a block never leave the processor.
 
     decode_step(...)       one token of each sequence; also writes its key and value into the cache
-    read_prompt(...)       many tokens, whose keys and values the cache holds already
+    read_few(...)          some tokens, as the full model reads drafts; the cache holds their keys and values already
+    read_prompt(...)       many tokens, likewise
 
-Both are written in Pallas and compiled by Triton, and read the cache as it lies. Which slots a query may read follows
+They are written in Pallas and compiled by Triton, and read the cache as it lies. Which slots a query may read follows
 from positions, as in `griffin_jax.model.positions.attention_mask`; that of a token with no position (`EMPTY`) means
-nothing. The softmax goes on from block to block (FlashAttention, arXiv 2205.14135); for one token, where there are
+nothing. The softmax goes on from block to block (FlashAttention, arXiv 2205.14135); for few tokens, where there are
 fewer heads than processors, ranges of slots are read side by side and put together at the end (Flash-Decoding).
 
 Without these kernels XLA (jax 0.10.2) makes seven of a token's attention, and writes the scores of a prompt to memory.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -72,6 +74,19 @@ def _capped(scores: Array, cap: float | None) -> Array:
     return cap * (1.0 - 2.0 / (jnp.exp(2.0 * scores / cap) + 1.0))
 
 
+def _nothing_seen(rows: int, dims: int) -> _Softmax:
+    """The softmax before the first block."""
+    largest, total = jnp.full((rows,), MASKED, jnp.float32), jnp.zeros(rows, jnp.float32)
+    return largest, total, jnp.zeros((rows, dims), jnp.float32)
+
+
+def _where_readable(readable: Array, window: int, read: Callable[[_Softmax], _Softmax], state: _Softmax) -> _Softmax:
+    """The state after a block of slots; where windows leave out whole blocks, these are not read."""
+    if not window:
+        return read(state)
+    return jax.lax.cond(jnp.sum(readable.astype(jnp.int32)) > 0, read, lambda state: state, state)
+
+
 def _seen(state: _Softmax, scores: Array, values: Array) -> _Softmax:
     """The softmax after a block of slots, of which `MASKED` ones count nothing."""
     largest, total, mixed = state
@@ -114,10 +129,15 @@ def _decode_kernel(
         inside = slots < now
         at_slots = pl.ds(start, DECODE_SLOTS)
         places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
-        k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
-        v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
-        scores = _capped(_product(q, k) * scale, cap)
-        return _seen(state, jnp.where(_readable(places, at, window)[None], scores, MASKED), v)
+        readable = _readable(places, at, window)
+
+        def read(state: _Softmax) -> _Softmax:
+            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
+            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
+            scores = _capped(_product(q, k) * scale, cap)
+            return _seen(state, jnp.where(readable[None], scores, MASKED), v)
+
+        return _where_readable(readable, window, read, state)
 
     left = jnp.clip(now - part * share, 0, share)
     state = jax.lax.fori_loop(0, pl.cdiv(left, DECODE_SLOTS), block, state)
@@ -169,11 +189,8 @@ def decode_step(
     """
     b, g, r, h = query.shape
     slots = keys.shape[3]
-    parts = min(-(-DECODE_PROGRAMS // (b * g)), -(-slots // (2 * DECODE_SLOTS)))
-    share = DECODE_SLOTS * math.ceil(slots / parts / DECODE_SLOTS)
-    parts = math.ceil(slots / share)
+    parts, share = _ranges(slots, b * g)
     rows, dims = max(DOT_ROWS, pl.next_power_of_2(r)), pl.next_power_of_2(h)
-    block_parts = pl.next_power_of_2(parts)
 
     def whole(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j, *[0] * len(shape)))
@@ -206,7 +223,27 @@ def decode_step(
         interpret=interpret,
         name="decode_attention",
     )(token, keys, values, position, positions, cursor[None])  # fmt: skip
-    joined = pl.pallas_call(
+    return _joined(mixed, largest, total, query, interpret), keys, values
+
+
+def _ranges(slots: int, heads: int) -> tuple[int, int]:
+    """Into how many ranges the slots are divided where there are so many key/value heads, and the slots of each."""
+    parts = min(-(-DECODE_PROGRAMS // heads), -(-slots // (2 * DECODE_SLOTS)))
+    share = DECODE_SLOTS * math.ceil(slots / parts / DECODE_SLOTS)
+    return math.ceil(slots / share), share
+
+
+def _joined(
+    mixed: Float[Array, "b g p r h"],
+    largest: Float[Array, "b g p r"],
+    total: Float[Array, "b g p r"],
+    query: Float[Array, "b g r h"],
+    interpret: bool,
+) -> Float[Array, "b g r h"]:
+    """The mixed values of all ranges together, of the dtype of the queries."""
+    b, g, parts, r, h = mixed.shape
+    block_parts, dims = pl.next_power_of_2(parts), pl.next_power_of_2(h)
+    return pl.pallas_call(
         functools.partial(_join_kernel, parts=parts, size=h),
         grid=(b, g, r),
         in_specs=[
@@ -217,9 +254,8 @@ def decode_step(
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-        name="decode_attention_join",
+        name="attention_join",
     )(mixed, largest, total)
-    return joined, keys, values
 
 
 def _join_kernel(mixed: Any, largest: Any, total: Any, joined: Any, *, parts: int, size: int) -> None:
@@ -233,6 +269,94 @@ def _join_kernel(mixed: Any, largest: Any, total: Any, joined: Any, *, parts: in
     each = triton.load(mixed.at[at_parts, at_dims], mask=is_part[:, None] & is_dim[None], other=0)
     out = jnp.sum(each * weights[:, None], axis=0) / jnp.maximum(divisor, TINY)
     triton.store(joined.at[at_dims], out.astype(joined.dtype), mask=is_dim)
+
+
+def _few_kernel(
+    query: Any, keys: Any, values: Any, queries: Any, positions: Any, cursor: Any, mixed: Any, largest: Any, total: Any,
+    *, rows_there: int, tokens: int, size: int, scale: float, cap: float | None, window: int, share: int,
+) -> None:  # fmt: skip
+    """One program: all tokens of the query heads of a key/value head, and a range of `share` slots."""
+    start = pl.program_id(2) * share
+    rows, dims = mixed.shape
+    at_rows, at_dims = pl.ds(0, rows), pl.ds(0, dims)
+    is_row, is_dim = jnp.arange(rows, dtype=jnp.int32) < rows_there, jnp.arange(dims, dtype=jnp.int32) < size
+    q = triton.load(query.at[at_rows, at_dims], mask=is_row[:, None] & is_dim[None], other=0)
+    at = triton.load(queries.at[at_rows], mask=is_row, other=EMPTY)
+    stop = cursor[0] + tokens
+
+    def block(number: Array, state: _Softmax) -> _Softmax:
+        first = start + number * DECODE_SLOTS
+        at_slots = pl.ds(first, DECODE_SLOTS)
+        inside = first + jnp.arange(DECODE_SLOTS, dtype=jnp.int32) < stop
+        places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
+        readable = _readable(places[None], at[:, None], window)
+
+        def read(state: _Softmax) -> _Softmax:
+            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
+            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
+            scores = _capped(_product(q, k) * scale, cap)
+            return _seen(state, jnp.where(readable, scores, MASKED), v)
+
+        return _where_readable(readable, window, read, state)
+
+    left = jnp.clip(stop - start, 0, share)
+    state = jax.lax.fori_loop(0, pl.cdiv(left, DECODE_SLOTS), block, _nothing_seen(rows, dims))
+    triton.store(mixed.at[at_rows, at_dims], state[2], mask=is_row[:, None] & is_dim[None])
+    triton.store(largest.at[at_rows], state[0], mask=is_row)
+    triton.store(total.at[at_rows], state[1], mask=is_row)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "cap", "window", "interpret"))
+def read_few(
+    query: Float[Array, "b n t h"],
+    keys: Float[Array, "b g h s"],
+    values: Float[Array, "b g s h"],
+    queries: Int[Array, "b t"],
+    positions: Int[Array, "b s"],
+    cursor: Int[Array, ""],
+    *,
+    scale: float,
+    cap: float | None = None,
+    window: int = 0,
+    interpret: bool = False,
+) -> Float[Array, "b n t h"]:
+    """`read_prompt` where there are few tokens: those of all query heads of a key/value head are read at once.
+
+    It has no gradients.
+    """
+    b, n, t, h = query.shape
+    g, slots = keys.shape[1], keys.shape[3]
+    r = n // g * t
+    parts, share = _ranges(slots, b * g)
+    rows, dims = max(DOT_ROWS, pl.next_power_of_2(r)), pl.next_power_of_2(h)
+    grouped = query.reshape(b, g, r, h)
+
+    def whole(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j, *[0] * len(shape)))
+
+    def partial(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, None, *shape), lambda i, j, p: (i, j, p, *[0] * len(shape)))
+
+    row = functools.partial(pl.BlockSpec, index_map=lambda i, j, p: (i, 0))
+    options = {"rows_there": r, "tokens": t, "size": h, "scale": scale, "cap": cap, "window": window, "share": share}
+    mixed, largest, total = pl.pallas_call(
+        functools.partial(_few_kernel, **options),
+        grid=(b, g, parts),
+        in_specs=[
+            whole(rows, dims), whole(dims, slots), whole(slots, dims), row((None, rows)), row((None, slots)),
+            pl.BlockSpec((1,), lambda i, j, p: (0,)),
+        ],
+        out_specs=[partial(rows, dims), partial(rows), partial(rows)],
+        out_shape=[
+            jax.ShapeDtypeStruct((b, g, parts, r, h), jnp.float32),
+            jax.ShapeDtypeStruct((b, g, parts, r), jnp.float32),
+            jax.ShapeDtypeStruct((b, g, parts, r), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="few_attention",
+    )(grouped, keys, values, jnp.tile(queries, (1, n // g)), positions, cursor[None])  # fmt: skip
+    return _joined(mixed, largest, total, grouped, interpret).reshape(query.shape)
 
 
 def _prompt_kernel(
@@ -254,17 +378,17 @@ def _prompt_kernel(
         at_slots = pl.ds(number * PROMPT_SLOTS, PROMPT_SLOTS)
         inside = number * PROMPT_SLOTS + jnp.arange(PROMPT_SLOTS, dtype=jnp.int32) < stop
         places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
-        k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
-        v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
-        scores = _capped(_product(q, k) * scale, cap)
-        return _seen(state, jnp.where(_readable(places[None], at[:, None], window), scores, MASKED), v)
+        readable = _readable(places[None], at[:, None], window)
 
-    state = (
-        jnp.full((block,), MASKED, jnp.float32),
-        jnp.zeros(block, jnp.float32),
-        jnp.zeros((block, dims), jnp.float32),
-    )
-    _, total, out = jax.lax.fori_loop(0, pl.cdiv(stop, PROMPT_SLOTS), step, state)
+        def read(state: _Softmax) -> _Softmax:
+            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
+            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
+            scores = _capped(_product(q, k) * scale, cap)
+            return _seen(state, jnp.where(readable, scores, MASKED), v)
+
+        return _where_readable(readable, window, read, state)
+
+    _, total, out = jax.lax.fori_loop(0, pl.cdiv(stop, PROMPT_SLOTS), step, _nothing_seen(block, dims))
     out = out / jnp.maximum(total, TINY)[:, None]
     triton.store(mixed.at[at_tokens, at_dims], out.astype(mixed.dtype), mask=filled)
 

@@ -28,13 +28,19 @@ def lookup(table: Num[Array, "v e"], tokens: Int[Array, "b t"]) -> Num[Array, "b
 
 
 def of_one_row(function: Callable[[Array], Array], x: Float[Array, "1 *n"]) -> tuple[Array, Array]:
-    """x and function(x), where the function treats each row alone and x has one; GPUs compute two that are alike.
+    """x and function(x), where the function treats each row alone and x has one; GPUs compute two that are alike, in
+    dtypes of 16 bits.
 
     XLA for GPUs (jax 0.10.2) makes one kernel of a norm of several rows, and of a single row two, for the sum of
     squares and for the rest. Seen in programs compiled for H100. The second row is written where x is computed, and
     whoever goes on with x must take the returned one: otherwise XLA computes x a second time, and with it all sums that
     led to it.
     """
+
+    if x.dtype.itemsize > 2:
+        # CPUs compute with these, and a choice of platforms around each norm makes int8 models a seventh slower there.
+        # Seen in timings of decoding.
+        return x, function(x)
 
     def twice(x: Array) -> tuple[Array, Array]:
         rows = jax.lax.optimization_barrier(jnp.broadcast_to(x, (2, *x.shape[1:])))

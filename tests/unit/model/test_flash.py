@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from reference import assert_close
 
 import griffin_jax as gj
+from griffin_jax.extensions.speculative import decode_speculative
 from griffin_jax.model import attention, flash
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.config import ModelConfig, Rotary
+from griffin_jax.model.norm import Norm
 from griffin_jax.model.positions import Positions
 from griffin_jax.parallel.mesh import make_mesh
 
@@ -80,8 +83,8 @@ class TestKernels:
         expected = oracle(query[:, :, :, None], keys, values, position[:, None], positions, cap, window)
         assert_close(np.asarray(mixed), expected[:, :, :, 0])
 
-    @pytest.mark.parametrize("tokens", [16, 45])
-    def test_a_prompt(self, cache, rng, batch, groups, heads, size, slots, cap, window, tokens):
+    @pytest.mark.parametrize(("read", "tokens"), [(flash.read_few, 2), (flash.read_few, 9), (flash.read_prompt, 45)])
+    def test_several_tokens(self, cache, rng, batch, groups, heads, size, slots, cap, window, read, tokens):
         filled = 2 * slots // 3
         keys, values, positions = cache(batch, groups, size, slots, filled)
         query = rng.standard_normal((batch, groups, heads, tokens, size)).astype(np.float32)
@@ -89,7 +92,7 @@ class TestKernels:
         queries = np.ascontiguousarray(positions[:, start:filled])
         arrays = query.reshape(batch, -1, tokens, size), keys, values, queries, positions, np.int32(start)
         options: dict[str, Any] = {"scale": SCALE, "cap": cap, "window": window, "interpret": True}
-        mixed = np.asarray(flash.read_prompt(*map(jnp.asarray, arrays), **options)).reshape(query.shape)
+        mixed = np.asarray(read(*map(jnp.asarray, arrays), **options)).reshape(query.shape)
 
         real = queries != EMPTY
         assert np.isfinite(mixed).all()
@@ -131,6 +134,31 @@ class TestKernels:
             assert np.sum(np.asarray(gradient, np.float64) * direction) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 32])
+def test_blocks_outside_of_the_window_are_not_read(rng, tokens):
+    """What lies there is not even multiplied by zero."""
+    slots, filled, window = 512, 400, 40
+    keys, values = rng.standard_normal((2, 1, 1, 8, slots)).astype(np.float32)
+    values = np.ascontiguousarray(values.swapaxes(2, 3))
+    positions = np.where(np.arange(slots) < filled, np.arange(slots), EMPTY).astype(np.int32)[None]
+    unread = np.arange(slots) < filled - tokens - window - flash.PROMPT_SLOTS
+    keys[..., unread], values[:, :, unread] = np.nan, np.nan
+    query = rng.standard_normal((1, 1, tokens, 8)).astype(np.float32)
+    options: dict[str, Any] = {"scale": SCALE, "window": window, "interpret": True}
+    start = np.int32(filled - tokens)
+    if tokens == 1:
+        own = query, keys[:, :, :, start], values[:, :, start]
+        arrays = (*own, keys, values, positions[:, start], positions, start)
+        found = flash.decode_step(*map(jnp.asarray, arrays), **options)[0]
+    else:
+        arrays = query, keys, values, positions[:, start:filled], positions, start
+        found = flash.read_prompt(*map(jnp.asarray, arrays), **options)
+    cut = filled - tokens - window
+    seen = keys[..., cut:], values[:, :, cut:], positions[:, start:filled], positions[:, cut:]
+    expected = oracle(query[:, :, None], *seen, None, window)[:, :, 0]
+    assert_close(np.asarray(found).reshape(expected.shape), expected)
+
+
 LLAMA = ModelConfig(
     family="llama", vocab_size=61, width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=256, rotary=Rotary(theta=1e4),
@@ -161,7 +189,7 @@ def kernels(monkeypatch) -> Any:
                 return cuda(*operands)
             return plain(*operands, default=default, **others)
 
-        original = {name: getattr(flash, name) for name in ("decode_step", "read_prompt")}
+        original = {name: getattr(flash, name) for name in ("decode_step", "read_few", "read_prompt")}
         with monkeypatch.context() as patch:
             for name in original:
                 patch.setattr(flash, name, counted(name))
@@ -215,6 +243,30 @@ def test_one_token_of_one_sequence(kernels, rng):
         assert_close(np.asarray(got), np.asarray(want))
 
 
+def test_a_norm_of_a_single_row(monkeypatch, rng):
+    """GPUs compute two rows that are alike, and go on with the first of them."""
+    norm = Norm((64,), dataclasses.replace(LLAMA, width=64), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((1, 1, 64)), jnp.bfloat16)
+    expected = norm(x)
+    shapes: list[tuple[int, ...]] = []
+
+    def as_on_cuda(x: Any, *, cuda: Any, default: Any) -> Any:
+        found = cuda(x)
+        shapes.extend(part.shape for part in found)
+        return found
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_cuda)
+    stream, normed = norm.of_stream(x)
+    np.testing.assert_array_equal(stream, x)
+    np.testing.assert_array_equal(normed, expected)
+    np.testing.assert_array_equal(norm(x), expected)
+    assert shapes == [(1, 1, 64)] * 4
+    # Several rows, and numbers of 32 bits, are left as they are.
+    norm.of_stream(jnp.ones((1, 2, 64), jnp.bfloat16))
+    norm.of_stream(x.astype(jnp.float32))
+    assert len(shapes) == 4
+
+
 @pytest.mark.parametrize(
     ("tokens", "dtype", "biases", "there"),
     [
@@ -222,13 +274,13 @@ def test_one_token_of_one_sequence(kernels, rng):
         (1, jnp.float16, False, True),
         (1, jnp.float32, False, False),
         (1, jnp.bfloat16, True, False),
-        (2, jnp.bfloat16, False, False),
-        (15, jnp.bfloat16, False, False),
+        (2, jnp.bfloat16, False, True),
+        (16, jnp.bfloat16, True, False),
         (16, jnp.bfloat16, False, True),
     ],
 )
 def test_what_kernels_are_for(tokens, dtype, biases, there):
-    """Numbers of 16 bits, one token or a prompt, and no ALiBi."""
+    """Numbers of 16 bits, and no ALiBi."""
     layer = random_model(LLAMA, dtype, seed=0).layers[0].attention
     mask, numbers = jnp.ones((1, 1, 1, tokens, tokens), bool), jnp.arange(tokens, dtype=jnp.int32)[None]
     added = jnp.zeros((1, 4, tokens, tokens))
@@ -242,3 +294,23 @@ def test_a_jax_without_triton_attends_without_kernels(monkeypatch):
     model = random_model(LLAMA, jnp.bfloat16, seed=0)
     prefilled = gj.prefill(model, jnp.zeros((1, 16), jnp.int32), jnp.asarray([16]), max_new_tokens=4)
     assert np.isfinite(np.asarray(prefilled.logits)).all()
+
+
+def test_drafts_are_read_by_a_kernel(kernels, rng):
+    """Speculative answers are the full model's greedy ones, whichever way attention is computed."""
+    model = random_model(GEMMA, seed=3)
+    tokens = jnp.asarray(rng.integers(0, 61, (1, 20)).astype(np.int32))
+
+    def answer() -> Any:
+        prefilled = gj.prefill(model, tokens, jnp.asarray([20]), max_new_tokens=16)
+        pruned = gj.prune(model, gj.select(prefilled.statistics, gj.GriffinConfig(0.5)))
+        state = gj.init_decode(prefilled)
+        return decode_speculative(model, pruned, state, 9, drafts=3)[0].tokens
+
+    def dense() -> Any:
+        prefilled = gj.prefill(model, tokens, jnp.asarray([20]), max_new_tokens=16)
+        return gj.decode(model, gj.init_decode(prefilled), 9).tokens
+
+    found, ran = kernels(lambda: jax.jit(lambda: answer())())
+    assert {"decode_step", "read_few", "read_prompt"} == set(ran)
+    np.testing.assert_array_equal(found[:, :9], jax.jit(dense)()[:, :9])
