@@ -192,29 +192,21 @@ def decode_step(
     parts, share = _ranges(slots, b * g)
     rows, dims = max(DOT_ROWS, pl.next_power_of_2(r)), pl.next_power_of_2(h)
 
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j, *[0] * len(shape)))
-
-    def partial(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, None, *shape), lambda i, j, p: (i, j, p, *[0] * len(shape)))
-
     # As one array they are computed in one kernel.
     token = jnp.concatenate([query, key[:, :, None], value[:, :, None]], axis=2)
     row = pl.BlockSpec((1,), lambda i, j, p: (i,))
-    cache = [whole(dims, slots), whole(slots, dims)]
+    cache = [_of_head(dims, slots), _of_head(slots, dims)]
     options = {"heads": r, "size": h, "scale": scale, "cap": cap, "window": window, "share": share}
     mixed, largest, total, keys, values = pl.pallas_call(
         functools.partial(_decode_kernel, **options),
         grid=(b, g, parts),
         in_specs=[
-            whole(max(rows, r + 2), dims), *cache,
+            _of_head(max(rows, r + 2), dims), *cache,
             row, pl.BlockSpec((None, slots), lambda i, j, p: (i, 0)), pl.BlockSpec((1,), lambda i, j, p: (0,)),
         ],
-        out_specs=[partial(rows, dims), partial(rows), partial(rows), *cache],
+        out_specs=[_of_range(rows, dims), _of_range(rows), _of_range(rows), *cache],
         out_shape=[
-            jax.ShapeDtypeStruct((b, g, parts, r, h), jnp.float32),
-            jax.ShapeDtypeStruct((b, g, parts, r), jnp.float32),
-            jax.ShapeDtypeStruct((b, g, parts, r), jnp.float32),
+            *_of_ranges(b, g, parts, r, h),
             jax.ShapeDtypeStruct(keys.shape, keys.dtype),
             jax.ShapeDtypeStruct(values.shape, values.dtype),
         ],
@@ -224,6 +216,21 @@ def decode_step(
         name="decode_attention",
     )(token, keys, values, position, positions, cursor[None])  # fmt: skip
     return _joined(mixed, largest, total, query, interpret), keys, values
+
+
+def _of_head(*shape: int) -> pl.BlockSpec:
+    """What a program reads of an array (B, G, ...): all that belongs to its sequence and key/value head."""
+    return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j, *[0] * len(shape)))
+
+
+def _of_range(*shape: int) -> pl.BlockSpec:
+    """What a program writes of an array (B, G, ranges, ...): all that belongs to its range of slots, too."""
+    return pl.BlockSpec((None, None, None, *shape), lambda i, j, p: (i, j, p, *[0] * len(shape)))
+
+
+def _of_ranges(b: int, g: int, parts: int, r: int, h: int) -> list[jax.ShapeDtypeStruct]:
+    """`_Softmax` of each range, as it is put together by `_joined`: mixed values, largest scores, sums of weights."""
+    return [jax.ShapeDtypeStruct((b, g, parts, *shape), jnp.float32) for shape in ((r, h), (r,), (r,))]
 
 
 def _ranges(slots: int, heads: int) -> tuple[int, int]:
@@ -331,27 +338,17 @@ def read_few(
     rows, dims = max(DOT_ROWS, pl.next_power_of_2(r)), pl.next_power_of_2(h)
     grouped = query.reshape(b, g, r, h)
 
-    def whole(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j, *[0] * len(shape)))
-
-    def partial(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, None, *shape), lambda i, j, p: (i, j, p, *[0] * len(shape)))
-
     row = functools.partial(pl.BlockSpec, index_map=lambda i, j, p: (i, 0))
     options = {"rows_there": r, "tokens": t, "size": h, "scale": scale, "cap": cap, "window": window, "share": share}
     mixed, largest, total = pl.pallas_call(
         functools.partial(_few_kernel, **options),
         grid=(b, g, parts),
         in_specs=[
-            whole(rows, dims), whole(dims, slots), whole(slots, dims), row((None, rows)), row((None, slots)),
+            _of_head(rows, dims), _of_head(dims, slots), _of_head(slots, dims), row((None, rows)), row((None, slots)),
             pl.BlockSpec((1,), lambda i, j, p: (0,)),
         ],
-        out_specs=[partial(rows, dims), partial(rows), partial(rows)],
-        out_shape=[
-            jax.ShapeDtypeStruct((b, g, parts, r, h), jnp.float32),
-            jax.ShapeDtypeStruct((b, g, parts, r), jnp.float32),
-            jax.ShapeDtypeStruct((b, g, parts, r), jnp.float32),
-        ],
+        out_specs=[_of_range(rows, dims), _of_range(rows), _of_range(rows)],
+        out_shape=_of_ranges(b, g, parts, r, h),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="few_attention",

@@ -128,9 +128,8 @@ class TestParts:
         assert not (tmp_path / "never").exists()
 
     def test_a_part_that_fails_says_its_last_line(self, tmp_path):
-        assert "no model named 'nothing'" in (
-            gpu._run(gpu.Part("a", ("benchmarks.gpu_torch", "--model", "nothing")), tmp_path, 100.0) or ""
-        )
+        reason = gpu._run(gpu.Part("a", ("benchmarks", "run", "--model", "no thing")), tmp_path, 100.0)
+        assert "there is no model 'no thing'" in (reason or "")
         assert "longer than there was time" in (gpu._run(gpu.Part("b", ("this",)), tmp_path, 0.001) or "")
 
 

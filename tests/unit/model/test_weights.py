@@ -148,6 +148,14 @@ class TestProducts:
             also = other(x, numbers, *padded, **keywords)
             np.testing.assert_allclose(also, expected, rtol=0, atol=2e-6 * np.abs(x).sum(-1).max())
 
+    @pytest.mark.parametrize("width", [4095, 4096, 5120, 8193, 8194, 16_386])
+    def test_long_vectors_times_bfloat16(self, rng, width):
+        """In one part, two, three, and where no few equal parts are short enough as a sum."""
+        w, x = jnp.asarray(rng.normal(size=(7, width)), jnp.bfloat16), rng.normal(size=(1, 1, width)).astype(np.float32)
+        expected = x.astype(np.float64) @ np.asarray(w, np.float64).T
+        got = jax.jit(products.linear)(x, w)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(x).sum())
+
     def test_no_step_reads_more_than_is_stored(self, shapes_for_arrays):
         model = random_model(TINY, weights=WeightFormat("int8"))
         state = init_decode(gj.prefill(model, jnp.ones((1, 8), jnp.int32), jnp.asarray([8]), max_new_tokens=8))
