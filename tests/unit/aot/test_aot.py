@@ -168,6 +168,17 @@ def test_scores_of_a_long_prompt_are_not_in_memory(cuda, tmp_path):
     assert not any({1024, 32_768 + 16} <= set(array.dims) for array in arrays)
 
 
+@pytest.mark.slow
+def test_no_tpu_keeps_the_scores_of_a_long_prompt(tpu, tmp_path):
+    """XLA's operations write those of a block of queries at a time."""
+    config = named("Llama-3.1-8B", layers=1)
+    report = compile_for("tpu-v5e", config, prompt=32_768, new=16, density=1, hlo=tmp_path)
+    assert report.dense.fits
+    arrays = [a for c in Module.parse((tmp_path / "prefill.txt").read_text()).run() for i in c for a in i.results]
+    assert arrays
+    assert not any(sum(size >= 32_768 // 2 for size in array.dims) > 1 for array in arrays)
+
+
 @pytest.fixture(scope="module")
 def divided(cuda, tmp_path_factory):
     """Three layers of Llama-3-70B on eight H100s with the best experts of all, and the HLO of every program."""
