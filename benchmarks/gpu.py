@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.families import FAMILIES
+from benchmarks.gpu_checks import FAMILIES
 from griffin_jax.bench.report import size
 from griffin_jax.bench.report import table as bench_table
 from griffin_jax.model.named import named
@@ -34,7 +34,7 @@ FORMAT = "griffin_jax gpu 1"
 """Version of the JSON object in `results.json`."""
 
 PAPER = {"Llama-2-13B": 1.25, "Gemma-7B": 1.29}
-"""The speed-up of decoding at a density of 0.5 that the paper measured on an L40 (arXiv 2404.01365, section 5.2)."""
+"""The speed-up of decoding at a density of 0.5 that the paper measured on an L40 (arXiv 2404.01365)."""
 
 FIRST_GUESS = 60.0
 """Seconds that a part takes, before one has been run."""
@@ -118,8 +118,8 @@ def parts(scale: Size) -> Iterator[Part]:
     for model in scale.models:
         # XLA records the steps of a loop in CUDA graphs by default, and launches each from the processor. So it
         # records the loop, too.
-        whole = Part(f"{model}-loop-in-a-graph", ("benchmarks", "run", *run(model, *short)))
-        yield dataclasses.replace(whole, xla_flags="--xla_gpu_enable_command_buffer=+WHILE" if scale is FULL else "")
+        command = ("benchmarks", "run", *run(model, *short))
+        yield Part(f"{model}-loop-in-a-graph", command, xla_flags="--xla_gpu_enable_command_buffer=+WHILE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -200,7 +200,7 @@ def _run(part: Part, folder: Path, seconds: float) -> str | None:
     if part.in_torch:
         environment["JAX_PLATFORMS"] = "cpu"
     else:
-        # Nothing else is on the device; compiled programs serve the next parts.
+        # Nothing else is on the device.
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
     command = [sys.executable, "-m", *part.command, "--json-file", str(target)]

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import griffin_jax as gj
-from benchmarks.families import FAMILIES
 from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
@@ -22,6 +21,9 @@ from griffin_jax.model.named import named
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.wholefile import write_text
+
+FAMILIES = ("Gemma-2-9B", "Llama-3-8B", "Qwen2.5-7B", "Qwen3-8B", "OPT-6.7B")
+"""Windows, soft caps and norms of two kinds; grouped heads; biases; norms of heads; no gate, and learned positions."""
 
 PROMPTS, NEW = (100, 37), 24
 """Tokens of both prompts and of each answer."""

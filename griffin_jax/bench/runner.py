@@ -48,7 +48,7 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, local_sequences
 from griffin_jax.utils import memory
 from griffin_jax.utils.timing import Stopwatch
 
@@ -199,12 +199,17 @@ class Plan:
 
     def sizes(self, case: Case, variant: Variant = Variant()) -> Sizes:
         """Bytes of a row's parts on each device."""
-        parts = axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, case.batch) else 1
         devices, one = axis_size(self.mesh, MODEL_AXIS), variant.shared or case.batch == 1
         precision = self.precision(variant)
         refitted = variant.quality == "best" and variant.density < 1
         return Sizes(
-            self.config, case.batch // parts, case.slots, precision, shared=one, devices=devices, refitted=refitted
+            self.config,
+            local_sequences(self.mesh, case.batch),
+            case.slots,
+            precision,
+            shared=one,
+            devices=devices,
+            refitted=refitted,
         )
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:

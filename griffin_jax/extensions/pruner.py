@@ -18,7 +18,7 @@ from griffin_jax.griffin.prune import prune
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.sizes import masks_are_less
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.parallel.mesh import DATA_AXIS, axis_size, dividing, mesh_of
+from griffin_jax.parallel.mesh import local_sequences, mesh_of
 
 Rows = tuple[Float[Array, "b _r _f"], ...]
 """Per layer, relative activations of some tokens of every sequence."""
@@ -115,7 +115,7 @@ class Pruner:
             ValueError: as `griffin_jax.prune`.
         """
         refit = self.refit(rows)
-        sets = 1 if experts.shared else experts[0].shape[0] // _parts_of_batch(model, experts[0].shape[0])
+        sets = 1 if experts.shared else local_sequences(mesh_of(model.embedding[...]), experts[0].shape[0])
         if refit is None and masks_are_less(sum(model.neurons), sum(experts.kept), sets):
             return mask(model, experts)
         if reuse is not None and any(layer.ff.mask is not None for layer in reuse.layers):
@@ -153,9 +153,3 @@ class Pruner:
         """Both steps: the neurons that the prompts choose, and the model that keeps them."""
         experts = self.select(model, statistics, seed)
         return experts, self.prune(model, experts, rows, reuse=reuse)
-
-
-def _parts_of_batch(model: Transformer, batch: int) -> int:
-    """Among how many devices the sequences are divided."""
-    mesh = mesh_of(model.embedding[...])
-    return axis_size(mesh, DATA_AXIS) if dividing(mesh, DATA_AXIS, batch) else 1

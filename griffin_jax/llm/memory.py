@@ -31,7 +31,7 @@ from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, w
 from griffin_jax.model.sizes import Sizes, local_arrays
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, local_sequences, mesh_of
 from griffin_jax.utils import memory
 
 Parts = dict[str, int]
@@ -82,7 +82,7 @@ class Needs:
 
     def rows(self, batch: int) -> int:
         """Sequences of a batch that each device has."""
-        return batch // axis_size(self.mesh, DATA_AXIS) if dividing(self.mesh, DATA_AXIS, batch) else batch
+        return local_sequences(self.mesh, batch)
 
     def _sizes(self, batch: int, slots: int, shared: bool, refitted: bool = False) -> Sizes:
         one, own = shared or batch == 1, self.rows(batch)

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,14 +31,14 @@ from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.norm import softcap
 from griffin_jax.model.positions import attention_mask
 
-DECODE_SLOTS = 64
-"""Slots of the cache that a program of `decode_step` reads at a time."""
+BLOCK_SLOTS = 64
+"""Slots of the cache that a program reads at a time."""
 
 DECODE_PROGRAMS = 264
 """Programs that `decode_step` is divided into, if there are not more heads: two for each processor of an H100."""
 
-PROMPT_QUERIES, PROMPT_SLOTS = 128, 64
-"""Tokens, and slots that they read, in a block of `read_prompt`; half as many tokens for heads of more than 128."""
+PROMPT_QUERIES = 128
+"""Tokens of a block of `read_prompt`; half as many for heads of more than 128."""
 
 DOT_ROWS = 16
 """Rows that a product on tensor cores has at least."""
@@ -80,13 +79,6 @@ def _nothing_seen(rows: int, dims: int) -> _Softmax:
     return largest, total, jnp.zeros((rows, dims), jnp.float32)
 
 
-def _where_readable(readable: Array, window: int, read: Callable[[_Softmax], _Softmax], state: _Softmax) -> _Softmax:
-    """The state after a block of slots; where windows leave out whole blocks, these are not read."""
-    if not window:
-        return read(state)
-    return jax.lax.cond(jnp.sum(readable.astype(jnp.int32)) > 0, read, lambda state: state, state)
-
-
 def _seen(state: _Softmax, scores: Array, values: Array) -> _Softmax:
     """The softmax after a block of slots, of which `MASKED` ones count nothing."""
     largest, total, mixed = state
@@ -95,6 +87,51 @@ def _seen(state: _Softmax, scores: Array, values: Array) -> _Softmax:
     weights = jnp.where(scores > MASKED, weights, 0.0)
     total = total * kept + jnp.sum(weights, axis=1)
     return above, total, mixed * kept[:, None] + _product(weights.astype(values.dtype), values)
+
+
+def _over_slots(
+    q: Array, at: Array, keys: Any, values: Any, positions: Any, start: int | Array, count: Array, stop: Array,
+    state: _Softmax, *, size: int, scale: float, cap: float | None, window: int,
+) -> _Softmax:  # fmt: skip
+    """The softmax after `count` slots from `start` on, of which those before `stop` are filled.
+
+    Args:
+        q: queries, (rows, dims).
+        at: their positions, which broadcast to (rows, 1).
+        keys: of the cache; this and the next two are references.
+        values: likewise.
+        positions: likewise.
+        start: number of the first slot.
+        count: of slots.
+        stop: number of the first slot that holds nothing.
+        state: the softmax before.
+        size: dimensions of a head that are there.
+        scale: as of `read_prompt`, like the rest.
+        cap: likewise.
+        window: likewise.
+    """
+    dims = q.shape[1]
+    at_dims, is_dim = pl.ds(0, dims), jnp.arange(dims, dtype=jnp.int32) < size
+
+    def block(number: Array, state: _Softmax) -> _Softmax:
+        first = start + number * BLOCK_SLOTS
+        at_slots = pl.ds(first, BLOCK_SLOTS)
+        inside = first + jnp.arange(BLOCK_SLOTS, dtype=jnp.int32) < stop
+        places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
+        readable = _readable(places[None], at, window)
+
+        def read(state: _Softmax) -> _Softmax:
+            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
+            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
+            scores = _capped(_product(q, k) * scale, cap)
+            return _seen(state, jnp.where(readable, scores, MASKED), v)
+
+        if not window:
+            return read(state)
+        # Windows leave out whole blocks, which are not read.
+        return jax.lax.cond(jnp.sum(readable.astype(jnp.int32)) > 0, read, lambda state: state, state)
+
+    return jax.lax.fori_loop(0, pl.cdiv(count, BLOCK_SLOTS), block, state)
 
 
 def _decode_kernel(
@@ -123,24 +160,9 @@ def _decode_kernel(
     mix = jnp.where(reads_itself[:, None], own_value.astype(jnp.float32)[None], 0.0)
     state = score, jnp.where(reads_itself, 1.0, 0.0), mix
 
-    def block(number: Array, state: _Softmax) -> _Softmax:
-        start = part * share + number * DECODE_SLOTS
-        slots = start + jnp.arange(DECODE_SLOTS, dtype=jnp.int32)
-        inside = slots < now
-        at_slots = pl.ds(start, DECODE_SLOTS)
-        places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
-        readable = _readable(places, at, window)
-
-        def read(state: _Softmax) -> _Softmax:
-            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
-            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
-            scores = _capped(_product(q, k) * scale, cap)
-            return _seen(state, jnp.where(readable[None], scores, MASKED), v)
-
-        return _where_readable(readable, window, read, state)
-
+    options = {"size": size, "scale": scale, "cap": cap, "window": window}
     left = jnp.clip(now - part * share, 0, share)
-    state = jax.lax.fori_loop(0, pl.cdiv(left, DECODE_SLOTS), block, state)
+    state = _over_slots(q, at, keys, values, positions, part * share, left, now, state, **options)
 
     triton.store(mixed.at[pl.ds(0, rows), at_dims], state[2], mask=is_head[:, None] & is_dim[None])
     triton.store(largest.at[pl.ds(0, rows)], state[0], mask=is_head)
@@ -235,8 +257,8 @@ def _of_ranges(b: int, g: int, parts: int, r: int, h: int) -> list[jax.ShapeDtyp
 
 def _ranges(slots: int, heads: int) -> tuple[int, int]:
     """Into how many ranges the slots are divided where there are so many key/value heads, and the slots of each."""
-    parts = min(-(-DECODE_PROGRAMS // heads), -(-slots // (2 * DECODE_SLOTS)))
-    share = DECODE_SLOTS * math.ceil(slots / parts / DECODE_SLOTS)
+    parts = min(-(-DECODE_PROGRAMS // heads), -(-slots // (2 * BLOCK_SLOTS)))
+    share = BLOCK_SLOTS * math.ceil(slots / parts / BLOCK_SLOTS)
     return math.ceil(slots / share), share
 
 
@@ -291,23 +313,9 @@ def _few_kernel(
     at = triton.load(queries.at[at_rows], mask=is_row, other=EMPTY)
     stop = cursor[0] + tokens
 
-    def block(number: Array, state: _Softmax) -> _Softmax:
-        first = start + number * DECODE_SLOTS
-        at_slots = pl.ds(first, DECODE_SLOTS)
-        inside = first + jnp.arange(DECODE_SLOTS, dtype=jnp.int32) < stop
-        places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
-        readable = _readable(places[None], at[:, None], window)
-
-        def read(state: _Softmax) -> _Softmax:
-            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
-            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
-            scores = _capped(_product(q, k) * scale, cap)
-            return _seen(state, jnp.where(readable, scores, MASKED), v)
-
-        return _where_readable(readable, window, read, state)
-
-    left = jnp.clip(stop - start, 0, share)
-    state = jax.lax.fori_loop(0, pl.cdiv(left, DECODE_SLOTS), block, _nothing_seen(rows, dims))
+    options = {"size": size, "scale": scale, "cap": cap, "window": window}
+    left, state = jnp.clip(stop - start, 0, share), _nothing_seen(rows, dims)
+    state = _over_slots(q, at[:, None], keys, values, positions, start, left, stop, state, **options)
     triton.store(mixed.at[at_rows, at_dims], state[2], mask=is_row[:, None] & is_dim[None])
     triton.store(largest.at[at_rows], state[0], mask=is_row)
     triton.store(total.at[at_rows], state[1], mask=is_row)
@@ -371,21 +379,9 @@ def _prompt_kernel(
     # Of the slots from the cursor on, the first of a block's tokens has that of its number, and so on.
     stop = cursor[0] + jnp.minimum(start + block, tokens)
 
-    def step(number: Array, state: _Softmax) -> _Softmax:
-        at_slots = pl.ds(number * PROMPT_SLOTS, PROMPT_SLOTS)
-        inside = number * PROMPT_SLOTS + jnp.arange(PROMPT_SLOTS, dtype=jnp.int32) < stop
-        places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
-        readable = _readable(places[None], at[:, None], window)
-
-        def read(state: _Softmax) -> _Softmax:
-            k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & inside[None], other=0)
-            v = triton.load(values.at[at_slots, at_dims], mask=inside[:, None] & is_dim[None], other=0)
-            scores = _capped(_product(q, k) * scale, cap)
-            return _seen(state, jnp.where(readable, scores, MASKED), v)
-
-        return _where_readable(readable, window, read, state)
-
-    _, total, out = jax.lax.fori_loop(0, pl.cdiv(stop, PROMPT_SLOTS), step, _nothing_seen(block, dims))
+    options = {"size": size, "scale": scale, "cap": cap, "window": window}
+    state = _nothing_seen(block, dims)
+    _, total, out = _over_slots(q, at[:, None], keys, values, positions, 0, stop, stop, state, **options)
     out = out / jnp.maximum(total, TINY)[:, None]
     triton.store(mixed.at[at_tokens, at_dims], out.astype(mixed.dtype), mask=filled)
 

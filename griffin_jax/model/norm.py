@@ -32,9 +32,9 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x normalised over its last axis, or if `joint`, over all heads of a (B, N, T, H) array together."""
-        return of_one_row(self._normed, x)[1] if x.size == x.shape[-1] else self._normed(x)
+        return self.of_stream(x)[1]
 
-    def of_stream(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
+    def of_stream(self, x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """x and its norm, where x is used again."""
         return of_one_row(self._normed, x) if x.size == x.shape[-1] else (x, self._normed(x))
 

@@ -105,6 +105,11 @@ def dividing(mesh: Mesh | AbstractMesh | None, axis: str, size: int) -> str | No
     return axis if devices > 1 and size % devices == 0 else None
 
 
+def local_sequences(mesh: Mesh | AbstractMesh | None, batch: int) -> int:
+    """Sequences of a batch that each device has."""
+    return batch // axis_size(mesh, DATA_AXIS) if dividing(mesh, DATA_AXIS, batch) else batch
+
+
 def over_data(mesh: Mesh | AbstractMesh | None, array: Any) -> Any:
     """An array (B, ...) divided along `DATA_AXIS`, if that divides B evenly; otherwise the array as it is."""
     if mesh is None or dividing(mesh, DATA_AXIS, array.shape[0]) is None:

@@ -141,7 +141,7 @@ def test_blocks_outside_of_the_window_are_not_read(rng, tokens):
     keys, values = rng.standard_normal((2, 1, 1, 8, slots)).astype(np.float32)
     values = np.ascontiguousarray(values.swapaxes(2, 3))
     positions = np.where(np.arange(slots) < filled, np.arange(slots), EMPTY).astype(np.int32)[None]
-    unread = np.arange(slots) < filled - tokens - window - flash.PROMPT_SLOTS
+    unread = np.arange(slots) < filled - tokens - window - flash.BLOCK_SLOTS
     keys[..., unread], values[:, :, unread] = np.nan, np.nan
     query = rng.standard_normal((1, 1, tokens, 8)).astype(np.float32)
     options: dict[str, Any] = {"scale": SCALE, "window": window, "interpret": True}
