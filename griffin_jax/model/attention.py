@@ -89,7 +89,9 @@ class Attention(nnx.Module):
         if kernel is None:
             mixed, cached_keys, cached_values = in_blocks(*operands)
         else:
-            mixed, cached_keys, cached_values = jax.lax.platform_dependent(*operands, cuda=kernel, default=in_blocks)
+            mixed, cached_keys, cached_values = jax.lax.platform_dependent(
+                *operands, cuda=_with_gradients_of(in_blocks, kernel), default=in_blocks
+            )
 
         b, n, t, h = query.shape
         mixed = mixed.swapaxes(1, 2).reshape(b, t, n * h)
@@ -218,6 +220,18 @@ class Attention(nnx.Module):
         if self.query_norm is None or self.key_norm is None:
             return query, key
         return self.query_norm(query), self.key_norm(key)
+
+
+def _with_gradients_of(plain: Callable[..., _Attended], kernel: Callable[..., _Attended]) -> Callable[..., _Attended]:
+    """The kernel, which has no gradients of its own, with those of what computes the same in operations of XLA."""
+
+    def backwards(operands: tuple[Array, ...], gradients: _Attended) -> tuple[Array | None, ...]:
+        *floating, cursor = operands
+        return *jax.vjp(lambda *given: plain(*given, cursor), *floating)[1](gradients), None
+
+    attend = jax.custom_vjp(kernel)
+    attend.defvjp(lambda *operands: (kernel(*operands), operands), backwards)
+    return attend
 
 
 def _written(

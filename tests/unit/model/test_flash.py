@@ -314,3 +314,17 @@ def test_drafts_are_read_by_a_kernel(kernels, rng):
     found, ran = kernels(lambda: jax.jit(lambda: answer())())
     assert {"decode_step", "read_few", "read_prompt"} == set(ran)
     np.testing.assert_array_equal(found[:, :9], jax.jit(dense)()[:, :9])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_models_of_16_bits_have_gradients(tokens):
+    """However few tokens there are: a program is traced for all platforms."""
+    model = random_model(LLAMA, jnp.bfloat16, seed=0)
+
+    def loss(model: gj.Transformer) -> Any:
+        positions = jnp.arange(tokens, dtype=jnp.int32)[None]
+        x, _, _ = model(jnp.ones((1, tokens), jnp.int32), positions, gj.empty_cache(LLAMA, 1, 32, jnp.bfloat16))
+        return jnp.sum(model.logits(x) ** 2)
+
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+    assert all(np.isfinite(np.asarray(gradient, np.float32)).all() for gradient in gradients)
