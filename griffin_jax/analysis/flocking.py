@@ -35,6 +35,7 @@ from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics, relative_activations, token_statistic
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import EMPTY, empty_cache
+from griffin_jax.model.routed import Activations, everywhere
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
@@ -122,8 +123,11 @@ def activations(
     """
     batch, length = tokens.shape
 
-    def observe(layer: int, z: Array, real: Array) -> Array | None:
-        return jnp.abs(relative_activations(z))[..., :neurons].astype(z.dtype) if layer in layers else None
+    def observe(layer: int, z: Activations, real: Array) -> Array | None:
+        if layer not in layers:
+            return None
+        whole = everywhere(z)
+        return jnp.abs(relative_activations(whole))[..., :neurons].astype(whole.dtype)
 
     positions = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
@@ -147,7 +151,7 @@ def window_statistics(
     steps = jnp.arange(answers.shape[1], dtype=jnp.int32)
     positions = jnp.where(answers != EMPTY, prefilled.statistics.tokens[:, None] + steps, EMPTY)
 
-    def observe(layer: int, z: Array, real: Array) -> Array:
+    def observe(layer: int, z: Activations, real: Array) -> Array:
         masks = (steps // window == jnp.arange(answers.shape[1] // window)[:, None])[:, None] & real
         return jax.vmap(token_statistic, in_axes=(None, 0), out_axes=1)(z, masks)
 

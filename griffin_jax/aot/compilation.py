@@ -105,7 +105,7 @@ class Report:
         slots: tokens that each row of the cache has room for: prompt and answer, each in its bucket.
         layers: of the model as compiled.
         parameters: of the full model as compiled.
-        ff_width: F.
+        ff_width: F of the largest layer, the neurons of all its experts.
         cache: bytes of keys and values on each device.
         shared: whether the batch shares its experts.
         groups: ranges of neurons that each keep as many of their best; 1 if the best of all are kept.
@@ -224,8 +224,9 @@ def compile_for(
     if prompt + new > config.max_positions:
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
     precision = precision_of(config, parse_dtype(dtype), parse_weights(weights))
-    widths = [config.ff_width] * config.num_layers
-    kept = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups).kept(widths)
+    widths = config.neuron_ranges
+    griffin = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups)
+    kept, shares = griffin.kept(widths), griffin.kept_of_ranges(widths)
     check_mesh(config, devices, kept)
     groups = devices if groups is None else groups
     config = with_kv_copies(config, devices)
@@ -236,7 +237,8 @@ def compile_for(
         "gpu": None if chip.gpu is None else gpu_target_config(chip),
         "topology": slice_name,
         "devices": devices,
-        "kept": None if set(kept) == {config.ff_width} else kept,
+        "kept": None if kept == config.neurons else kept,
+        "shares": shares,
         "shared": shared or batch == 1,
         "groups": groups,
         "batch": batch,
@@ -261,7 +263,7 @@ def compile_for(
     )
     found = _in_child(task | {"masked": sizes.masked(kept)}, compiler)
     variants = {}
-    for variant, widths in (("dense", (config.ff_width,) * config.num_layers), ("pruned", kept)):
+    for variant, widths in (("dense", config.neurons), ("pruned", kept)):
         if variant not in found:
             continue
         decoded, pruning = found[variant], variant == "pruned"
@@ -296,7 +298,7 @@ def compile_for(
         kv_copies=config.kv_copies,
         dtype=precision.dtype.name, weights=str(precision.weights), batch=batch, prompt=prompt, new=new,
         slots=sizes.slots, layers=config.num_layers,
-        parameters=sizes.parameters, ff_width=config.ff_width, cache=sizes.cache, shared=shared, groups=groups,
+        parameters=sizes.parameters, ff_width=max(config.neurons), cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
         speculative=speculative, masked=sizes.masked(kept),
@@ -448,7 +450,8 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     def decode(name: str, model: Any) -> None:
         text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
         if text is not None:
-            matrices = {local(m.get_value()) for layer in model.layers for m in (layer.ff.gate_up, layer.ff.down)}
+            parts = [part for layer in model.layers for part in layer.ff.parts()]
+            matrices = {local(m.get_value()) for part in parts for m in (part.gate_up, part.down)}
             weights = matrices | {shape[1:] for shape in matrices if len(shape) > 2}
             caches = {local(leaf) for leaf in (*answer.cache.keys, *answer.cache.values)}
             found[name] |= inspect(text, weights, caches, on_chip=None if task["gpu"] else TPU_VMEM)
@@ -458,7 +461,8 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     if task["kept"] is not None:
         sets = () if task["shared"] else (batch,)
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
-        experts = ExpertNeurons(placed(zeros), model.neurons, task["groups"])
+        of_ranges = (config.neuron_ranges, tuple(map(tuple, task["shares"]))) if config.routing else ()
+        experts = ExpertNeurons(placed(zeros), model.neurons, task["groups"], None, *of_ranges)
         pruned = divided_model(jax.eval_shape(mask if task["masked"] else prune, model, experts))
         reconstruction = None
         if rows:

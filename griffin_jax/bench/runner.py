@@ -216,7 +216,7 @@ class Plan:
         """Neurons of every layer; None for the dense model."""
         if variant.density == 1:
             return None
-        return self.pruner(variant).config.kept([self.config.ff_width] * self.config.num_layers)
+        return self.pruner(variant).config.kept(self.config.neuron_ranges)
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:

@@ -107,7 +107,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
     precision = Precision.of(model.dtype, model.weights)
     stored = stored_arrays(model.config, precision)
     shapes = {path: array.shape for path, array in stored.items()}
-    arrays = None if model.neurons != (model.config.ff_width,) * len(model.layers) else dict(disassemble(model))
+    arrays = None if model.neurons != model.config.neurons else dict(disassemble(model))
     if arrays is None or {path: array.shape for path, array in arrays.items()} != shapes:
         raise ValueError(
             "the model's parameters are not those of its config; a pruned model cannot be saved, save the full one"

@@ -33,7 +33,7 @@ from griffin_jax.cli.options import (
 from griffin_jax.extensions.config import Quality, check_quality
 from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
-from griffin_jax.griffin.config import GriffinConfig, check_density, kept_neurons
+from griffin_jax.griffin.config import GriffinConfig, check_density
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
@@ -207,7 +207,7 @@ def check(options: argparse.Namespace) -> Plan:
             " give for example --density 0.5"
         )
     for density in plan.densities:
-        kept_neurons(config.ff_width, density, options.round_to)
+        GriffinConfig(density, round_to=options.round_to).kept(config.neuron_ranges)
         check_mesh(
             config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
         )
@@ -294,10 +294,13 @@ def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Pr
         if options.prior is not None:
             raise ValueError("random weights have a random prior: leave out --prior")
         draw = np.random.default_rng(0)
-        width, layers = config.ff_width, range(config.num_layers)
-        squares, weights = (tuple(jnp.asarray(draw.random(width), jnp.float32) for _ in layers) for _ in range(2))
-        shape = min(DEFAULT_CALIBRATION, width), width
-        rows = tuple(jnp.asarray(draw.standard_normal(shape) * width**-0.5, jnp.float16) for _ in layers)
+        squares, weights = (
+            tuple(jnp.asarray(draw.random(width), jnp.float32) for width in config.neurons) for _ in range(2)
+        )
+        shapes = [(min(DEFAULT_CALIBRATION, width), width) for width in config.neurons]
+        rows = tuple(jnp.asarray(draw.standard_normal(s) * s[1] ** -0.5, jnp.float16) for s in shapes)
+        if config.routing is not None:
+            return Prior(squares, rows, "random", 0)
         return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="")
     return load_for_best(options.model, options.prior)
 

@@ -457,7 +457,7 @@ def _batch(
     rows, prior = rows_of(variants, extensions), extensions.prior
     calibration = prior.rows[0].shape[0] if prior is not None and prior.rows and _has(variants, CALIBRATION) else 0
     density = max((variant.density for variant in variants if variant.method != DENSE), default=1.0)
-    kept = GriffinConfig(density).kept([needs.config.ff_width] * needs.config.num_layers)
+    kept = GriffinConfig(density).kept(needs.config.neuron_ranges)
     models = len(variants) * (1 + len(options.groups.split(","))) if options.task == "groups" else len(variants)
 
     def needed(batch: int) -> Parts:

@@ -14,7 +14,8 @@ from griffin_jax.cli.options import add_dtype_argument, add_model_argument, add_
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import NEURON_MAJOR, parameter_shapes
-from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sizes import Sizes, part_read
 from griffin_jax.model.weights import Precision
 from griffin_jax.utils import memory
 
@@ -37,11 +38,12 @@ def run(options: argparse.Namespace) -> None:
     """Prints what a model is, from its files' headers."""
     config, source = describe(options.model, options.allow_pickle)
     shapes = parameter_shapes(config)
-    kept = GriffinConfig(options.density).kept([config.ff_width] * config.num_layers)
+    kept = GriffinConfig(options.density).kept(config.neuron_ranges)
     total = sum(math.prod(shape) for shape in shapes.values())
-    neuron_major = tuple(f".ff.{name}" for name in NEURON_MAJOR)
+    neuron_major = tuple(f".{part}.{name}" for part in ("ff", "experts", "shared") for name in NEURON_MAJOR)
     ff = sum(math.prod(shape) for path, shape in shapes.items() if path.endswith(neuron_major))
-    active = total - ff + ff * sum(kept) // (config.ff_width * config.num_layers)
+    of_each = ff // sum(config.neurons)
+    active = total - ff + round(of_each * sum(k * part_read(config, layer) for layer, k in enumerate(kept)))
     precision = precision_of(config, parse_dtype(options.dtype), parse_weights(options.weights), source)
     needs = Needs(config, precision, platform=jax.default_backend())
     sizes = Sizes(config, 1, 1, precision, shared=True)
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"{options.model}: {config.family}, {total / 1e6:,.1f} M parameters")
     print(f"  {config.num_layers} layers, width {config.width}, context {config.max_positions:,} tokens")
     print(f"  attention: {config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} for keys and values")
-    print(f"  feed-forward: {config.ff_width} neurons, {'gated ' if config.gated else ''}{config.activation}", end="")
+    print(f"  feed-forward: {_neurons(config)}, {'gated ' if config.gated else ''}{config.activation}", end="")
     print(f", {ff / total:.0%} of the parameters")
     print(f"  vocabulary: {config.vocab_size:,}, head {'tied' if config.tied_head else 'untied'}")
     widths = str(kept[0]) if len(set(kept)) == 1 else f"{min(kept)} to {max(kept)}"
@@ -84,3 +86,15 @@ def run(options: argparse.Namespace) -> None:
         print(f"  stored in {Precision.of(source.dtype, source.weights)}, from {source.converted_from}")
         for file, digest in source.hashes.items():
             print(f"    sha256 {digest}  {file}")
+
+
+def _neurons(config: ModelConfig) -> str:
+    """What the feed-forward layers have, in words."""
+    routing = config.routing
+    if routing is None:
+        return f"{config.ff_width} neurons"
+    words = f"{routing.active} of {routing.experts} experts with {routing.width} neurons each"
+    if routing.shared_width:
+        words += f", {routing.shared_width} shared"
+    dense = len(routing.dense_layers)
+    return words + (f", {dense} dense layers with {config.ff_width}" if dense else "")

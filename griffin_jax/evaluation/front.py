@@ -65,7 +65,7 @@ def _config(variant: Variant, extensions: Extensions) -> GriffinConfig:
 
 def _neurons(config: ModelConfig, weights: MixedFormat, kept: GriffinConfig) -> tuple[list[int], list[int]]:
     """How many neurons of each layer are precise, and how many of the kept ones are not."""
-    neurons, fewer = [config.ff_width] * config.num_layers, weights.precise(kept)
+    neurons, fewer = config.neuron_ranges, weights.precise(kept)
     precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
     return precise, [every - few for every, few in zip(kept.kept(neurons), precise, strict=True)]
 
@@ -115,7 +115,7 @@ def bytes_per_token(
 
     kept = _config(variant, extensions)
     if not isinstance(weights, MixedFormat):
-        return sizes(weights).step(kept.kept([config.ff_width] * config.num_layers))
+        return sizes(weights).step(kept.kept(config.neuron_ranges))
     precise, others = _neurons(config, weights, kept)
     return sizes(weights.fine).step(precise) + sizes(weights.coarse).ff(others)
 

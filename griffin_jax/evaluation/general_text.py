@@ -195,6 +195,8 @@ def with_budgets(
         seed: of the draws.
         quiet: no progress bar.
     """
+    if model.config.routing is not None:
+        return dataclasses.replace(prior, uniform="layers with routed experts all keep the same share")
     prior = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet))
     steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
     variant = Variant("+".join(["topk", *steps]), TRIAL_DENSITY)

@@ -23,7 +23,6 @@ from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
-from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.transformer import Transformer
 
 
@@ -214,7 +213,7 @@ class _Batches:
         if self._pruner.config.shared:
             # Rows that only fill the batch have no say.
             squares = tuple(jnp.where(present[:, None], square, 0) for square in statistics.squares)
-            statistics = Statistics(squares, statistics.tokens)
+            statistics = dataclasses.replace(statistics, squares=squares)
             rows = tuple(jnp.where(present[:, None, None], layer, 0) for layer in rows)
             seed = self._seed
         else:

@@ -225,7 +225,7 @@ class GriffinLM(TemplateLM):
         # Other lengths are refused once the model's context is known.
         length = min(length, max_length) if isinstance(max_length, int) and max_length > 1 else length
         new = min(self.max_gen_toks, max(1, length // 2))
-        kept = self._pruner.config.kept([needs.config.ff_width] * needs.config.num_layers)
+        kept = self._pruner.config.kept(needs.config.neuron_ranges)
         shared = self._pruner.config.shared
         general = self._pruner.calibration
 

@@ -45,9 +45,14 @@ class InPlace:
 
     Args:
         model: the full model, which is used up: its feed-forward arrays belong to this object from now on.
+
+    Raises:
+        ValueError: the model has routed experts.
     """
 
     def __init__(self, model: Transformer):
+        if model.config.routing is not None:
+            raise ValueError("in_place is for models without routed experts; prune them next to the full model")
         # Of this one everything but the neurons' rows is used.
         self._template = model
         self._model: Transformer | None = model
@@ -86,7 +91,8 @@ class InPlace:
     def in_order(self, statistics: Statistics) -> Statistics:
         """Statistics of `model`, with the neurons in the order of the checkpoint."""
         squares = zip(statistics.squares, self._layers, strict=True)
-        return Statistics(tuple(_inverse_take(s, _order(layer)) for s, layer in squares), statistics.tokens)
+        ordered = tuple(_inverse_take(s, _order(layer)) for s, layer in squares)
+        return dataclasses.replace(statistics, squares=ordered)
 
     def prune(self, experts: ExpertNeurons) -> Transformer:
         """Regroup `model`, and return the pruned model, which is valid until the next call.

@@ -112,6 +112,8 @@ def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
         ValueError: groups of the format do not divide the model's rows, or the model is no full one.
     """
     check_whole(model)
+    if model.config.routing is not None:
+        raise ValueError("neurons of two formats are for models without routed experts")
     weights.check(model.config.width)
     few: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for layer in few.layers:

@@ -116,6 +116,9 @@ class Pruner:
         """
         refit = self.refit(rows)
         sets = 1 if experts.shared else local_sequences(mesh_of(model.embedding[...]), experts[0].shape[0])
+        if model.config.routing is not None and sets > 1:
+            # Each sequence would need a copy of all experts.
+            return mask(model, experts, refit=refit)
         if refit is None and masks_are_less(sum(model.neurons), sum(experts.kept), sets):
             return mask(model, experts)
         if reuse is not None and any(layer.ff.mask is not None for layer in reuse.layers):

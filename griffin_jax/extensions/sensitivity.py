@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.model.cache import EMPTY, empty_cache
+from griffin_jax.model.routed import Activations, everywhere
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
@@ -49,8 +50,10 @@ def sensitivity(
         c of each layer, float32, in nats.
 
     Raises:
-        ValueError: no text has at least two tokens.
+        ValueError: no text has at least two tokens, or the model has routed experts.
     """
+    if model.config.routing is not None:
+        raise ValueError("the sensitivity of neurons is not measured in models with routed experts")
     long = [text[: 2 * HORIZON] for text in texts if len(text) > 1]
     if not long:
         raise ValueError("sensitivity needs texts of at least two tokens")
@@ -109,6 +112,6 @@ def squared_gradients(
     return tuple(found)
 
 
-def _square_norm(_layer: int, z: Float[Array, "b t f"], _real: Array) -> Float[Array, "b t"]:
+def _square_norm(_layer: int, z: Activations, _real: Array) -> Float[Array, "b t"]:
     """The observer of ||z||^2."""
-    return jnp.sum(jnp.square(z.astype(jnp.float32)), axis=-1)
+    return jnp.sum(jnp.square(everywhere(z).astype(jnp.float32)), axis=-1)

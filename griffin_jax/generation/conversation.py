@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.scoring import extend
+from griffin_jax.griffin.neurons import ranges_of
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
 from griffin_jax.model.transformer import Transformer
@@ -35,7 +36,9 @@ def start(model: Transformer, slots: int, *, rows: int = 0) -> Prefilled:
         logits=jnp.zeros((1, model.config.vocab_size), jnp.float32),
         hidden=jnp.zeros((1, width), model.dtype),
         cache=empty_cache(model.config, 1, slots, model.dtype),
-        statistics=Statistics(tuple(jnp.zeros((1, f), jnp.float32) for f in neurons), jnp.zeros((1,), jnp.int32)),
+        statistics=Statistics(
+            tuple(jnp.zeros((1, f), jnp.float32) for f in neurons), jnp.zeros((1,), jnp.int32), ranges_of(model)
+        ),
         max_new_tokens=0,
         rows=tuple(jnp.zeros((1, rows, f), model.dtype) for f in neurons) if rows else (),
     )

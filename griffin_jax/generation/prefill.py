@@ -10,8 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
+from griffin_jax.griffin.neurons import ranges_of
 from griffin_jax.griffin.statistic import Statistics, rows_at, spread, statistic
 from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
+from griffin_jax.model.routed import Activations
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of, over_data
 from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
@@ -92,7 +94,7 @@ def prefill(
         # The cache was empty, so its cursor is the number of tokens before this chunk.
         before = cache.cursor
 
-        def observe(layer: int, z: Array, real: Array) -> _Observed:
+        def observe(layer: int, z: Activations, real: Array) -> _Observed:
             squares = statistic(layer, z, real) if collect else None
             return squares, None if chosen is None else rows_at(z, chosen - before)
 
@@ -126,7 +128,7 @@ def prefill(
         carry, _ = jax.lax.scan(read, carry, (by_chunk(prompts, chunks), by_chunk(positions, chunks)))
     cache, last, observed = carry
     squares = tuple(square for square, _ in observed if square is not None)
-    statistics = Statistics(squares, jnp.asarray(counts, jnp.int32))
+    statistics = Statistics(squares, jnp.asarray(counts, jnp.int32), ranges_of(model) if collect else ())
     logits = model.logits(last[:, None])[:, 0]
     return Prefilled(
         logits, last, cache, statistics, max_new_tokens, tuple(row for _, row in observed if row is not None)
@@ -158,7 +160,7 @@ def read_on(
     """
     more = jnp.sum(positions != EMPTY, axis=1, dtype=jnp.int32)
 
-    def newest(old: Float[Array, "b r f"], z: Float[Array, "b t f"]) -> Float[Array, "b r f"]:
+    def newest(old: Float[Array, "b r f"], z: Activations) -> Float[Array, "b r f"]:
         size = old.shape[1]
         used = jnp.minimum(statistics.tokens, size)[:, None]
         # Old and new rows are one queue, of which the last `size` are kept.
@@ -167,7 +169,7 @@ def read_on(
         column = jnp.where(place - used < more[:, None], place - used, EMPTY)
         return jnp.where((place < used)[..., None], kept, rows_at(z, column))
 
-    def observe(layer: int, z: Array, real: Array) -> _Observed:
+    def observe(layer: int, z: Activations, real: Array) -> _Observed:
         squares = statistic(layer, z, real) if statistics.squares else None
         return squares, newest(rows[layer], z) if rows else None
 
@@ -175,4 +177,4 @@ def read_on(
     x, cache, observed = model(tokens, positions, cache, observe=observe if recorded else None)
     squares = tuple(square for square, _ in observed if square is not None)
     rows = tuple(row for _, row in observed if row is not None)
-    return x, cache, statistics + Statistics(squares, more), rows
+    return x, cache, statistics + Statistics(squares, more, statistics.ranges), rows

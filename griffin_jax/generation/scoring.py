@@ -25,7 +25,7 @@ from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
 from griffin_jax.generation.prefill import Prefilled, read_on
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.masked import mask
-from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.griffin.neurons import ExpertNeurons, ranges_of
 from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics, statistic
 from griffin_jax.model.cache import EMPTY, KVCache, empty_cache
@@ -62,7 +62,7 @@ def teacher_force(
     """
     batch = answers.shape[0]
     nothing = tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons if collect)
-    nothing = Statistics(nothing, jnp.zeros((batch,), jnp.int32))
+    nothing = Statistics(nothing, jnp.zeros((batch,), jnp.int32), ranges_of(model) if collect else ())
     hidden, _, statistics, _ = _read(model, prefilled, answers, lengths, nothing)
     return _shifted(prefilled, hidden), statistics
 
@@ -262,7 +262,7 @@ def teacher_forced(
     if prompt_length == length:
         return logits
     if experts is None:
-        statistics = Statistics(squares, jnp.full((batch,), prompt_length, jnp.int32))
+        statistics = Statistics(squares, jnp.full((batch,), prompt_length, jnp.int32), ranges_of(model))
         experts = select(statistics, config, model=model, seed=seed)
     rest, _, _ = mask(model, experts)(tokens[:, prompt_length:], positions[:, prompt_length:], cache)
     return jnp.concatenate([logits, model.logits(rest)], axis=1)

@@ -133,23 +133,38 @@ class GriffinConfig:
         """In how many groups neurons are selected, each with as many of the kept ones."""
         return 1 if self.groups is None else self.groups
 
-    def kept(self, ff_widths: Sequence[int]) -> tuple[int, ...]:
-        """k, the number of neurons to keep, of every layer.
+    def kept(self, layers: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
+        """The number of neurons that each layer keeps.
+
+        Args:
+            layers: F of each layer, or the sizes of the ranges that its neurons lie in, such as those of its experts
+                (`ModelConfig.neuron_ranges`): each range keeps the density's part of its own neurons.
 
         Raises:
-            ValueError: there is not one density per layer, a layer would keep no neuron, or its groups cannot have
-                or keep equally many.
+            ValueError: there is not one density per layer, a range would keep no neuron, or its groups cannot have or
+                keep equally many.
         """
+        ranges = [tuple(layer) if isinstance(layer, Sequence) else (layer,) for layer in layers]
+        return tuple(map(sum, self.kept_of_ranges(ranges)))
+
+    def kept_of_ranges(self, layers: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+        """The number of neurons that each range of each layer keeps; arguments and errors as of `kept`."""
         if not isinstance(self.density, Sequence):
-            densities = [self.density] * len(ff_widths)
-        elif len(self.density) == len(ff_widths):
+            densities = [self.density] * len(layers)
+        elif len(self.density) == len(layers):
             densities = self.density
         else:
-            raise ValueError(f"{len(self.density)} densities for {len(ff_widths)} layers; give one, or one for each")
-        kept = tuple(kept_neurons(f, d, self.round_to) for f, d in zip(ff_widths, densities, strict=True))
-        for neurons, k in zip(ff_widths, kept, strict=True):
+            raise ValueError(f"{len(self.density)} densities for {len(layers)} layers; give one, or one for each")
+
+        def share(neurons: int, density: float) -> int:
+            k = kept_neurons(neurons, density, self.round_to)
             check_groups(self.group_count, neurons, k)
-        return kept
+            return k
+
+        return tuple(
+            tuple(share(neurons, density) for neurons in ranges)
+            for ranges, density in zip(layers, densities, strict=True)
+        )
 
 
 GriffinConfig.__init__ = renamed_arguments(multiple="round_to", shards="groups")(GriffinConfig.__init__)

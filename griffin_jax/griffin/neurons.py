@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 EXPERTS_FORMAT = "griffin_jax experts 1"
 
+Ranges = tuple[tuple[int, ...], ...]
+"""A number for each range of each layer's neurons."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,12 +41,17 @@ class ExpertNeurons:
             `GriffinConfig`.
         model: fingerprint of that model, where it is known, as of what `LLM.experts` gives; an `LLM` refuses those of
             another one. None where it is not.
+        ranges: sizes of the ranges that each layer's neurons lie in, such as those of routed experts
+            (`ModelConfig.neuron_ranges`); empty for a model whose layers are one range each.
+        shares: how many neurons each of these ranges keeps.
     """
 
     indices: tuple[Int[Array, "*b _k"], ...]
     neurons: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     groups: int = dataclasses.field(default=1, metadata={"static": True})
     model: str | None = dataclasses.field(default=None, metadata={"static": True})
+    ranges: Ranges = dataclasses.field(default=(), metadata={"static": True})
+    shares: Ranges = dataclasses.field(default=(), metadata={"static": True})
 
     shards = renamed_attribute("groups")
 
@@ -75,8 +84,12 @@ class ExpertNeurons:
         return tuple(map(mask, self.indices, self.neurons))
 
     @classmethod
-    def from_masks(cls, masks: Sequence[ArrayLike]) -> ExpertNeurons:
+    def from_masks(cls, masks: Sequence[ArrayLike], ranges: Ranges = ()) -> ExpertNeurons:
         """Expert neurons from masks, one per layer: (F,) for the whole batch, or (B, F) with a row for every sequence.
+
+        Args:
+            masks: true for neurons that are kept.
+            ranges: as for `from_indices`.
 
         Raises:
             ValueError: a mask is not boolean, keeps nothing, or keeps more neurons in one sequence
@@ -94,22 +107,32 @@ class ExpertNeurons:
                     f"mask of layer {layer} keeps {kept.tolist()} neurons; every sequence must keep as many"
                 )
             indices.append(np.nonzero(mask)[-1].reshape(*mask.shape[:-1], -1))
-        return cls.from_indices(indices, [np.shape(mask)[-1] for mask in masks])
+        return cls.from_indices(indices, [np.shape(mask)[-1] for mask in masks], ranges=ranges)
 
     @classmethod
     @renamed_arguments(shards="groups")
-    def from_indices(cls, indices: Sequence[ArrayLike], neurons: Sequence[int], groups: int = 1) -> ExpertNeurons:
+    def from_indices(
+        cls, indices: Sequence[ArrayLike], neurons: Sequence[int], groups: int = 1, ranges: Ranges = ()
+    ) -> ExpertNeurons:
         """Expert neurons from indices in any order, which are checked and sorted.
+
+        Args:
+            indices: the neurons of each layer, (K,) or (B, K).
+            neurons: F of each layer.
+            groups: number of groups of each range that keep equally many.
+            ranges: the sizes of the ranges of each layer's neurons, `ModelConfig.neuron_ranges` of a model with routed
+                experts. Ranges of one size keep equally many.
 
         Raises:
             ValueError: there is no layer, the number of layers differs, an index is repeated or outside
-                [0, F), a layer keeps nothing, layers differ in their batch, or groups do not keep equally many.
+                [0, F), a layer keeps nothing, layers differ in their batch, or groups or ranges do not keep equally
+                many.
         """
         if not indices or len(indices) != len(neurons):
             raise ValueError(
                 f"experts of {len(indices)} layers for a model of {len(neurons)}; give one array per layer"
             )
-        checked = []
+        checked, shares = [], []
         for layer, (array, width) in enumerate(zip(map(np.asarray, indices), neurons, strict=True)):
             if not np.issubdtype(array.dtype, np.integer) or array.ndim not in (1, 2) or array.size == 0:
                 raise ValueError(
@@ -125,12 +148,15 @@ class ExpertNeurons:
             array = np.sort(array, axis=-1)
             if (np.diff(array, axis=-1) == 0).any():
                 raise ValueError(f"experts of layer {layer} name a neuron twice")
-            check_groups(groups, width, array.shape[-1])
-            owners = array.reshape(*array.shape[:-1], groups, -1) // (width // groups)
-            if (owners != np.arange(groups)[:, None]).any():
-                raise ValueError(f"of experts of layer {layer}, some of {groups} groups keep more than others")
+            shares.append(_shares(array, tuple(ranges[layer]) if ranges else (width,), groups, layer))
             checked.append(jnp.asarray(array, jnp.int32))
-        return cls(tuple(checked), tuple(neurons), groups)
+        return cls(
+            tuple(checked),
+            tuple(neurons),
+            groups,
+            None,
+            *((tuple(map(tuple, ranges)), tuple(shares)) if ranges else ()),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all; an existing one is replaced.
@@ -144,6 +170,9 @@ class ExpertNeurons:
         metadata = {"neurons": " ".join(map(str, self.neurons)), "groups": str(self.groups)}
         if self.model is not None:
             metadata["model"] = self.model
+        if self.shares:
+            # Ranges are described by their sizes: how many neurons each keeps can be counted.
+            metadata["ranges"] = json.dumps(self.ranges)
         if jax.process_index() == 0:
             save_arrays(path, EXPERTS_FORMAT, arrays, metadata)
 
@@ -161,21 +190,54 @@ class ExpertNeurons:
             indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
             # Version 0.1.0 called them shards.
             groups = int(metadata.get("groups", metadata.get("shards", 1)))
-        except (KeyError, ValueError) as error:
+            ranges = tuple(tuple(map(int, sizes)) for sizes in json.loads(metadata.get("ranges", "[]")))
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         try:
-            found = cls.from_indices(indices, neurons, groups)
+            found = cls.from_indices(indices, neurons, groups, ranges)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return dataclasses.replace(found, model=metadata.get("model"))
 
 
+def _shares(indices: np.ndarray, sizes: tuple[int, ...], groups: int, layer: int) -> tuple[int, ...]:
+    """How many of a layer's kept neurons are in each range.
+
+    Raises:
+        ValueError: ranges of one size, sequences, or groups of a range do not keep equally many.
+    """
+    rows = indices.reshape(-1, indices.shape[-1])
+    if sum(sizes) <= rows.max():
+        raise ValueError(f"ranges of layer {layer} have {sum(sizes)} neurons, fewer than its experts name")
+    kept: dict[int, int] = {}
+    for start, size in zip(np.cumsum((0, *sizes)), sizes, strict=False):
+        counts = np.sum((rows >= start) & (rows < start + size), axis=-1)
+        if (counts != kept.setdefault(size, counts[0])).any():
+            raise ValueError(f"of experts of layer {layer}, some ranges of {size} neurons keep more than others")
+        check_groups(groups, size, int(counts[0]))
+        for row in rows:
+            own = row[(row >= start) & (row < start + size)] - start
+            if (own.reshape(groups, -1) // (size // groups) != np.arange(groups)[:, None]).any():
+                raise ValueError(f"of experts of layer {layer}, some of {groups} groups keep more than others")
+    return tuple(int(kept[size]) for size in sizes)
+
+
 def check_experts(experts: ExpertNeurons, model: Transformer) -> None:
-    """Raise `ValueError` if expert neurons were selected for a model with other layers or widths."""
+    """Raise `ValueError` if expert neurons were selected for a model with other layers, widths or routed experts."""
     if experts.neurons != model.neurons:
         raise ValueError(
             f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
         )
+    if experts.ranges != ranges_of(model):
+        raise ValueError(
+            "these experts are for a model with other routed experts; give from_indices and from_masks the model's"
+            " ranges, model.config.neuron_ranges"
+        )
+
+
+def ranges_of(model: Transformer) -> Ranges:
+    """The ranges that the neurons of a full model are selected from; empty where each layer is one range."""
+    return () if model.config.routing is None else model.config.neuron_ranges
 
 
 def _widths(neurons: Sequence[int]) -> str:

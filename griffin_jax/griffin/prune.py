@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -17,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import NEURON_AXES, floating_rows
+from griffin_jax.model.feed_forward import FeedForward, NeuronModule, floating_rows
 from griffin_jax.model.ops import take_rows
 from griffin_jax.model.parameters import array_of
+from griffin_jax.model.routed import Experts
 from griffin_jax.model.sharding import check_mesh, parameter_spec
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat, quantise
@@ -62,6 +64,15 @@ def check_whole(model: Transformer) -> None:
         raise ValueError("this model is masked; prune or mask the full model instead")
 
 
+def check_own(model: Transformer, experts: ExpertNeurons) -> None:
+    """Raise `ValueError` if several sequences are to have neurons of their own in a model with routed experts."""
+    if model.config.routing is not None and not experts.shared and experts[0].shape[0] > 1:
+        raise ValueError(
+            f"{experts[0].shape[0]} sequences would each need a copy of all routed experts: mask the model instead"
+            " (griffin_jax.griffin.masked.mask), or select with shared=True"
+        )
+
+
 @renamed_arguments(reconstruction="refit")
 def prune(
     model: Transformer,
@@ -91,29 +102,33 @@ def prune(
 
     Raises:
         ValueError: the experts were selected for a model of other layers or widths, the model is masked or holds a set
-            of neurons for every sequence already, `reuse` shares feed-forward arrays with the model, `refit` does not
+            of neurons for every sequence already, several sequences are to have neurons of their own in a model with
+            routed experts, `reuse` shares feed-forward arrays with the model, `refit` does not
             belong to the model or the experts, or the devices of a mesh cannot share the kept rows evenly.
     """
     check_whole(model)
     check_experts(experts, model)
     if refit is not None:
         refit.check(model.neurons, experts.indices)
+    check_own(model, experts)
     check_kept(model, experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    outputs = [layer.ff.down_scale for layer in model.layers] if refit is not None else []
+    outputs = [part.down_scale for part in _parts(model)] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
-    for layer, kept in zip(pruned.layers, gathered, strict=True):
+    for part, kept in zip(_parts(pruned), gathered, strict=True):
         for name, weight in kept.items():
-            setattr(layer.ff, name, weight)
+            setattr(part, name, weight)
     return pruned
 
 
+def _parts(model: Transformer) -> list[NeuronModule]:
+    """The modules with neurons, layer by layer."""
+    return [part for layer in model.layers for part in layer.ff.parts()]
+
+
 def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
-    return [
-        {name: getattr(layer.ff, name) for name in NEURON_AXES if getattr(layer.ff, name) is not None}
-        for layer in model.layers
-    ]
+    return [part.rows() for part in _parts(model)]
 
 
 def _gather_into(
@@ -131,20 +146,75 @@ def _gather_into(
     old = _neuron_rows(reuse)
     if {id(array) for array in jax.tree.leaves(old)} & {id(array) for array in jax.tree.leaves(rows)}:
         raise ValueError("reuse is the model itself, or shares its weights; give an earlier result of prune")
-    if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != _kept_shapes(rows, experts):
+    if [(a.shape, a.dtype) for a in jax.tree.leaves(old)] != _kept_shapes(rows, experts, model.config):
         return _gather(*given)
     return _overwrite(*given, old)
 
 
-def _kept_shapes(rows: list[dict[str, nnx.Param]], experts: ExpertNeurons) -> list[tuple[tuple[int, ...], np.dtype]]:
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Where the neurons of a module are among those of its layer.
+
+    Attributes:
+        layer: number of the layer.
+        experts: number of experts whose neurons the module has; 0 for a feed-forward layer.
+        start: the first of its neurons.
+        size: number of its neurons, of each expert if there are some.
+        first: place of the first of its neurons among the kept ones.
+        kept: number of them that are kept, likewise.
+    """
+
+    layer: int
+    experts: int
+    start: int
+    size: int
+    first: int
+    kept: int
+
+    @property
+    def path(self) -> str:
+        return "experts" if self.experts else "ff"
+
+    @property
+    def axes(self) -> Mapping[str, int]:
+        return Experts.neuron_axes if self.experts else FeedForward.neuron_axes
+
+    def indices(self, of_layer: Int[Array, "*b k"]) -> Int[Array, "*b k"]:
+        """The module's own neurons that are kept: (K,), (B, K) or for experts (E, K)."""
+        count = max(self.experts, 1)
+        own = of_layer[..., self.first : self.first + count * self.kept] - self.start
+        if not self.experts:
+            return own
+        return own.reshape(-1, count, self.kept)[0] - self.size * jnp.arange(count, dtype=own.dtype)[:, None]
+
+
+def _parts_of(config: ModelConfig, experts: ExpertNeurons) -> list[_Part]:
+    found = []
+    for layer, neurons in enumerate(experts.neurons):
+        if not config.routed(layer):
+            found.append(_Part(layer, 0, 0, neurons, 0, experts.kept[layer]))
+            continue
+        sizes, shares = experts.ranges[layer], experts.shares[layer]
+        assert config.routing is not None
+        count = config.routing.experts
+        found.append(_Part(layer, count, 0, sizes[0], 0, shares[0]))
+        if len(sizes) > count:
+            found.append(_Part(layer, 0, count * sizes[0], sizes[count], count * shares[0], shares[count]))
+    return found
+
+
+def _kept_shapes(
+    rows: list[dict[str, nnx.Param]], experts: ExpertNeurons, config: ModelConfig
+) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every array of kept rows, in the order of the pytree's leaves."""
 
-    def kept(name: str, weight: nnx.Param, index: Array) -> jax.ShapeDtypeStruct:
-        axis, own = NEURON_AXES[name], index.shape[1:] if index.shape[:-1] == (1,) else index.shape
-        array = weight[...]
+    def kept(part: _Part, name: str, weight: nnx.Param) -> jax.ShapeDtypeStruct:
+        axis, array, index = part.axes[name], weight[...], experts[part.layer]
+        own = (part.kept,) if part.experts or index.shape[:-1] in ((), (1,)) else (*index.shape[:-1], part.kept)
         return jax.ShapeDtypeStruct((*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype)
 
-    found = [{name: kept(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, experts, strict=True)]
+    parts = zip(rows, _parts_of(config, experts), strict=True)
+    found = [{name: kept(part, name, weight) for name, weight in layer.items()} for layer, part in parts]
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(found)]
 
 
@@ -156,33 +226,59 @@ def _gathered(
     config: ModelConfig,
     weights: WeightFormat,
 ) -> list[dict[str, nnx.Param]]:
-    def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
-        return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.groups), weight)
+    def keep(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
+        index = part.indices(indices[part.layer])
+        return jax.tree.map(lambda w: _take_on_mesh(part, name, w, index, experts.groups), weight)
 
-    def place(name: str, weight: nnx.Param) -> nnx.Param:
-        return jax.tree.map(lambda w: _placed(f"ff.{name}", w, config, mesh), weight)
+    def place(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
+        return jax.tree.map(lambda w: _placed(f"{part.path}.{name}", w, config, mesh), weight)
 
     mesh = mesh_of(rows[0]["down"][...])
     indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in experts)
-    kept = [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
+    parts = _parts_of(config, experts)
+    kept = [
+        {name: keep(part, name, weight) for name, weight in own.items()} for own, part in zip(rows, parts, strict=True)
+    ]
     if refit is not None:
-        wholes = [_down(layer, scale) for layer, scale in zip(rows, outputs, strict=True)]
-        changes = refit.changes(wholes, indices)
-        for layer, scale, change in zip(kept, outputs, changes, strict=True):
-            layer |= _stored_down(_down(layer, scale).astype(jnp.float32) + change, weights, layer["down"].dtype)
-    return [{name: place(name, weight) for name, weight in layer.items()} for layer in kept]
+        _refit(refit, parts, rows, outputs, indices, kept, weights)
+    return [
+        {name: place(part, name, weight) for name, weight in own.items()} for own, part in zip(kept, parts, strict=True)
+    ]
 
 
-def _down(layer: dict[str, nnx.Param], scale: nnx.Param | None) -> Float[Array, "... d"]:
-    return floating_rows(layer["down"][...], array_of(scale), array_of(layer.get("down_row_scale")))
+def _refit(
+    refit: Refit,
+    parts: list[_Part],
+    rows: list[dict[str, nnx.Param]],
+    outputs: list[nnx.Param | None],
+    indices: tuple[Int[Array, "*b _k"], ...],
+    kept: list[dict[str, nnx.Param]],
+    weights: WeightFormat,
+) -> None:
+    """Change the kept rows of the down projections, those of all experts of a layer together."""
+    whole: list[list[Array]] = [[] for _ in indices]
+    for part, own, scale in zip(parts, rows, outputs, strict=True):
+        matrix = _down(own, scale)
+        whole[part.layer].append(matrix.reshape(-1, matrix.shape[-1]))
+    changes = refit.changes([m[0] if len(m) == 1 else jnp.concatenate(m) for m in whole], indices)
+    for part, own, scale in zip(parts, kept, outputs, strict=True):
+        matrix = _down(own, scale).astype(jnp.float32)
+        change = changes[part.layer][..., part.first : part.first + max(part.experts, 1) * part.kept, :]
+        own |= _stored_down(part, matrix + change.reshape(matrix.shape), weights, own["down"].dtype)
 
 
-def _stored_down(matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: DTypeLike) -> dict[str, nnx.Param]:
+def _down(rows: dict[str, nnx.Param], scale: nnx.Param | None) -> Float[Array, "... d"]:
+    return floating_rows(rows["down"][...], array_of(scale), array_of(rows.get("down_row_scale")))
+
+
+def _stored_down(
+    part: _Part, matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: DTypeLike
+) -> dict[str, nnx.Param]:
     """Rows of a down projection as the model stores its own: integers are rounded anew, with scales for these rows."""
     if not weights.quantised:
         return {"down": nnx.Param(matrix.astype(dtype))}
-    own = functools.partial(quantise, format=weights, outputs="last")
-    numbers, scale = jax.vmap(own)(matrix) if matrix.ndim == 3 else own(matrix)
+    own = functools.partial(quantise, format=weights, outputs="last_of_each" if part.experts else "last")
+    numbers, scale = jax.vmap(own)(matrix) if matrix.ndim == 3 and not part.experts else own(matrix)
     name = "down_scale" if weights.group is None else "down_row_scale"
     return {"down": nnx.Param(numbers.astype(dtype)), name: nnx.Param(scale)}
 
@@ -194,25 +290,33 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
 
 
-def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
+def _take_on_mesh(part: _Part, name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
     """The rows of these neurons: each device takes from its own rows, and they exchange rows only if they have to."""
-    mesh, axis = mesh_of(weight), NEURON_AXES[name]
+    mesh, axis = mesh_of(weight), part.axes[name]
     devices = axis_size(mesh, MODEL_AXIS)
+
+    def take(weight: Array, indices: Array) -> Array:
+        if not part.experts:
+            return take_rows(weight, indices, axis)
+        return jax.vmap(functools.partial(take_rows, axis=axis - 1))(weight, indices)
+
     if mesh is None or devices == 1:
-        return take_rows(weight, indices, axis)
+        return take(weight, indices)
     stays = groups % devices == 0
-    batch = [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
-    axis_after = axis + len(batch)
+    # The axis of the experts is whole on every device.
+    batch = [None] if part.experts else [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
+    axis_after = axis if part.experts else axis + len(batch)
 
     def take_own(weight: Array, indices: Array) -> Array:
         neurons = weight.shape[axis]
         at = indices - jax.lax.axis_index(MODEL_AXIS) * neurons
-        taken = take_rows(weight, at, axis)
+        taken = take(weight, at)
         if stays:
             return taken
         # Devices cannot send halves of bytes.
         taken = taken.astype(jnp.int8) if weight.dtype == jnp.int4 else taken
-        own = jnp.expand_dims((at >= 0) & (at < neurons), [*range(axis), *range(axis_after + 1, taken.ndim)])
+        before = [*range(1, axis)] if part.experts else [*range(axis)]
+        own = jnp.expand_dims((at >= 0) & (at < neurons), [*before, *range(axis_after + 1, taken.ndim)])
         sent = jnp.where(own, taken, 0)
         summed = jax.lax.psum_scatter(sent, MODEL_AXIS, scatter_dimension=axis_after, tiled=True)
         return summed.astype(weight.dtype)
@@ -222,7 +326,7 @@ def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups:
         take_own,
         mesh=mesh,
         in_specs=(PartitionSpec(*before, MODEL_AXIS), PartitionSpec(*batch, MODEL_AXIS if stays else None)),
-        out_specs=PartitionSpec(*before, *batch, MODEL_AXIS),
+        out_specs=PartitionSpec(*before, *([] if part.experts else batch), MODEL_AXIS),
     )(weight, indices)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from griffin_jax.griffin.config import GriffinConfig, Method
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.statistic import Statistics
+from griffin_jax.model.config import MOST_LAYERS
 from griffin_jax.model.ops import top_k
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils.deprecation import warn_renamed
@@ -107,14 +109,37 @@ def select(
     keys = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
     if keys.ndim and config.shared and config.method in DRAWING:
         raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
-    indices = []
-    for layer, (score, k) in enumerate(zip(scores, config.kept(neurons), strict=True)):
-        ranges = score.reshape(*score.shape[:-1], config.group_count, -1)
-        rank = _rank(ranges, k // config.group_count, config.method, keys, layer)
-        kept = jnp.sort(top_k(rank, k // config.group_count)[1], axis=-1).astype(jnp.int32)
-        starts = ranges.shape[-1] * jnp.arange(config.group_count, dtype=jnp.int32)[:, None]
-        indices.append((kept + starts).reshape(*score.shape[:-1], k))
-    return ExpertNeurons(tuple(indices), neurons, config.group_count)
+    ranges = statistics.ranges or tuple((width,) for width in neurons)
+    shares = config.kept_of_ranges(ranges)
+    indices = tuple(
+        _chosen(score, sizes, kept, config, keys, layer)
+        for layer, (score, sizes, kept) in enumerate(zip(scores, ranges, shares, strict=True))
+    )
+    of_ranges = (ranges, shares) if statistics.ranges else ()
+    return ExpertNeurons(indices, neurons, config.group_count, None, *of_ranges)
+
+
+def _chosen(
+    score: Float[Array, "*b f"],
+    sizes: tuple[int, ...],
+    kept: tuple[int, ...],
+    config: GriffinConfig,
+    keys: Key[Array, "*keys"],
+    layer: int,
+) -> Int[Array, "*b k"]:
+    """The neurons that one layer keeps: of each range, and of each group within it, as many of the best."""
+    found, start, groups = [], 0, config.group_count
+    for number, ((size, k), alike) in enumerate(itertools.groupby(zip(sizes, kept, strict=True))):
+        count = len(list(alike))
+        own = score[..., start : start + count * size].reshape(*score.shape[:-1], count * groups, -1)
+        # Ranges of another size draw numbers of their own.
+        drawn = layer if number == 0 else layer + number * MOST_LAYERS
+        rank = _rank(own, k // groups, config.method, keys, drawn)
+        best = jnp.sort(top_k(rank, k // groups)[1], axis=-1).astype(jnp.int32)
+        starts = start + own.shape[-1] * jnp.arange(count * groups, dtype=jnp.int32)[:, None]
+        found.append((best + starts).reshape(*score.shape[:-1], count * k))
+        start += count * size
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
 
 
 def _rank(

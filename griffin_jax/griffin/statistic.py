@@ -10,9 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.ops import sum_over_tokens
+from griffin_jax.model.routed import Activations, RoutedActivations, everywhere
 
 
-def statistic(layer: int, z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
+def statistic(layer: int, z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
     """The observer (see `griffin_jax.model.transformer.Observer`) that collects GRIFFIN's s^2 over the real tokens."""
     del layer
     return token_statistic(z, real)
@@ -34,11 +35,12 @@ def relative_activations(z: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return z * jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, square_norm, 1.0)), 0.0)
 
 
-def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
+def token_statistic(z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
     """s_j^2 = sum_t z_tj^2 / ||z_t||^2 over the real tokens (arXiv 2404.01365, section 4.2).
 
     The square is kept and not s itself, because it is additive over tokens: chunks of a prompt are summed up. A token
-    with z = 0 contributes nothing.
+    with z = 0 contributes nothing. Of a layer with routed experts, each neuron has the sum over the tokens that chose
+    its expert, and ||z_t|| is the norm within that expert, so that a token's weights of its experts change nothing.
 
     Args:
         z: the input of the down projection, in any float dtype; finite also where it is padding.
@@ -47,7 +49,19 @@ def token_statistic(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float
     Returns:
         s^2 in float32. Its sum over neurons is the number of real tokens with z != 0.
     """
+    if isinstance(z, RoutedActivations):
+        return _of_experts(z, real)
     return sum_over_tokens(jnp.square(relative_activations(z)), real)
+
+
+def _of_experts(z: RoutedActivations, real: Bool[Array, "b t"]) -> Float[Array, "b n"]:
+    """The statistic of each expert over its own tokens, and of the shared ones over all."""
+    squares = jnp.square(relative_activations(z.z))
+    chose = (z.experts[..., None] == jnp.arange(z.count)) & real[:, :, None, None]
+    # As a product, since sums over places that differ from token to token are slow on CPUs and GPUs.
+    by_expert = jnp.einsum("btke,btkf->bef", chose.astype(jnp.float32), squares, precision=jax.lax.Precision.HIGHEST)
+    own = by_expert.reshape(real.shape[0], -1)
+    return own if z.shared is None else jnp.concatenate([own, token_statistic(z.shared, real)], axis=-1)
 
 
 @jax.tree_util.register_dataclass
@@ -58,10 +72,13 @@ class Statistics:
     Attributes:
         squares: s^2 of every neuron of each layer, float32.
         tokens: number of real tokens of each sequence.
+        ranges: sizes of the ranges of each layer's neurons that are selected from one by one, which a model with routed
+            experts has, as `ModelConfig.neuron_ranges`; empty where each layer is one range.
     """
 
     squares: tuple[Float[Array, "b _f"], ...]
     tokens: Int[Array, "b"]
+    ranges: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def __add__(self, other: Statistics) -> Statistics:
         return jax.tree.map(jnp.add, self, other)
@@ -85,8 +102,8 @@ def spread(lengths: Int[Array, "b"], rows: int) -> Int[Array, "b {rows}"]:
     return jnp.where(length > rows, middle, jnp.where(number < length, number, EMPTY))
 
 
-def rows_at(z: Float[Array, "b t f"], at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
-    """Relative activations of some tokens.
+def rows_at(z: Activations, at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
+    """Relative activations of some tokens, of all neurons of a layer.
 
     Args:
         z: the input of the down projection, in any float dtype.
@@ -95,6 +112,11 @@ def rows_at(z: Float[Array, "b t f"], at: Int[Array, "b r"]) -> Float[Array, "b 
     Returns:
         z / ||z|| in the dtype of z, to which z has been rounded already.
     """
-    present = (at >= 0) & (at < z.shape[1])
-    chosen = jnp.take_along_axis(z, jnp.clip(at, 0, z.shape[1] - 1)[..., None], axis=1)
-    return jnp.where(present[..., None], relative_activations(chosen), 0).astype(z.dtype)
+    tokens = jax.tree.leaves(z)[0].shape[1]
+    present, nearest = (at >= 0) & (at < tokens), jnp.clip(at, 0, tokens - 1)
+
+    def take(array: Array) -> Array:
+        return jnp.take_along_axis(array, nearest.reshape(*nearest.shape, *[1] * (array.ndim - 2)), axis=1)
+
+    chosen = everywhere(jax.tree.map(take, z))
+    return jnp.where(present[..., None], relative_activations(chosen), 0).astype(chosen.dtype)

@@ -99,7 +99,11 @@ class Needs:
                 held["tokenizer"] = TOKENIZER_BYTES * self.config.vocab_size
             if self.precision.weights != WeightFormat("float32"):
                 # Some rows of a matrix at a time are converted in products with many tokens.
-                held["rows in float32"] = 8 * BLOCK_ROWS * max(self.config.width, self.config.ff_width)
+                held["rows in float32"] = (
+                    8
+                    * BLOCK_ROWS
+                    * max(self.config.width, *self.config.neuron_ranges[0], *self.config.neuron_ranges[-1])
+                )
         loading = {} if self.loaded else {"loading": self.loading()}
         worst = max(({**held, **phase} for phase in (loading, *phases)), key=lambda parts: sum(parts.values()))
         # Devices that are one processor's have one memory.
@@ -127,7 +131,7 @@ class Needs:
         seen = sum((stop - start) * (slots + stop) for start, stop in blocks)
         scores = 2 * 4 * rows * c.num_heads * seen // share
         projected = 2 * itemsize * rows * tokens * (c.num_heads + 2 * c.kv_heads) * c.head_dim // share
-        neurons = ((3 if c.gated else 2) * itemsize + 4) * rows * tokens * c.ff_width // self._parts
+        neurons = ((3 if c.gated else 2) * itemsize + 4) * rows * tokens * self._read_at_once() // self._parts
         return max(scores + projected, neurons) + 5 * itemsize * rows * tokens * c.width
 
     def _reading(self, batch: int, prompt: int, new: int, *, collect: bool, rows: int) -> tuple[Parts, Parts]:
@@ -136,7 +140,7 @@ class Needs:
         chunks = chunk_count(prompt, DEFAULT_CHUNK)
         tokens = -(-prompt // chunks)
         slots = chunks * tokens + new
-        neurons = own * c.num_layers * c.ff_width // self._parts
+        neurons = own * sum(c.neurons) // self._parts
         held: Parts = {
             "cache": self._sizes(batch, slots, True).cache,
             "statistics": 4 * neurons if collect else 0,
@@ -147,11 +151,22 @@ class Needs:
         reading = self._activations(batch, tokens, 0 if chunks == 1 else chunks * tokens)
         return held, {**held, "reading the prompt": reading + again + self._logits(own)}
 
+    def _read_at_once(self) -> int:
+        """Intermediates of a token: the neurons of a layer, or those of the experts that it chooses.
+
+        Pairs of a token and an expert are sorted, which takes their tokens and their outputs once more.
+        """
+        c = self.config
+        if c.routing is None:
+            return c.ff_width
+        routed = c.routing.active * (c.routing.width + 2 * c.width) + c.routing.shared_width
+        return max(routed, c.ff_width if c.routing.dense_layers else 0)
+
     def _refit_of_layer(self, sets: int, rows: int, calibration: int) -> tuple[int, int]:
         """What the system of one layer takes while it is made, and what its solution takes."""
         c = self.config
         system = rows + calibration
-        made = sets * system * (3 * 4 * c.ff_width // self._parts + 2 * 4 * system + 2 * 4 * c.width)
+        made = sets * system * (3 * 4 * max(c.neurons) // self._parts + 2 * 4 * system + 2 * 4 * c.width)
         return made, 4 * sets * system * c.width
 
     def generation(
@@ -205,7 +220,7 @@ class Needs:
             sizes = Sizes(c, own, sizes.slots, precision, shared=one, devices=self._parts, refitted=rows > 0)
         neurons = 0 if kept is None or in_place or sizes.copied(kept) == spare else sizes.copied(kept)
         neurons = self.in_memory(neurons, sizes.precision.weights)
-        masks = own * c.num_layers * c.ff_width // self._parts if sizes.masked(kept) else 0
+        masks = own * sum(c.neurons) // self._parts if sizes.masked(kept) else 0
         if repeated:
             again: Parts = {"kept neurons": neurons, "masks": masks, "cache": 2 * held["cache"]}
             held, reading = held | again, reading | again
@@ -228,7 +243,7 @@ class Needs:
             together = rows * (own if sets == 1 else 1)
             system = together + calibration
             made, _ = self._refit_of_layer(sets, together, calibration)
-            dropped = 4 * sets * (c.ff_width - min(kept)) * c.width // self._parts
+            dropped = 4 * sets * (max(c.neurons) - min(kept)) * c.width // self._parts
             # The systems of all layers are solved together.
             solving = c.num_layers * 4 * sets * system * (2 * system + 3 * c.width)
             pruning["refitting"] = made + dropped + solving
@@ -283,7 +298,7 @@ class Needs:
         width = bucket(new)
         held, reading = self._reading(batch, bucket(prompt), width, collect=True, rows=rows)
         slots = bucket(prompt) + width
-        held["masks"] = 2 * own * c.num_layers * c.ff_width // self._parts
+        held["masks"] = 2 * own * sum(c.neurons) // self._parts
         # Statistics of the answers, which the oracle selects by.
         held["statistics"] *= 2
         hidden = self.itemsize * own * width * c.width
@@ -311,7 +326,7 @@ class Needs:
             new: tokens that follow.
             window: tokens of a window.
         """
-        of_windows = 2 * 4 * self.rows(batch) * -(-new // window) * self.config.num_layers * self.config.ff_width
+        of_windows = 2 * 4 * self.rows(batch) * -(-new // window) * sum(self.config.neurons)
         found = self.scoring(batch, prompt, new, 1, answers=True)
         return found | {"statistics of windows": of_windows // self._parts}
 
@@ -327,8 +342,8 @@ class Needs:
             written: whether the model writes the texts.
         """
         c = self.config
-        neurons = c.num_layers * c.ff_width // self._parts
-        bases = 4 * neurons * min(c.ff_width, -(-4 * rows // 3))
+        neurons = sum(c.neurons) // self._parts
+        bases = 4 * neurons * min(max(c.neurons), -(-4 * rows // 3))
         recorded = min(bucket(window), sketched) if rows else 0
         _, reading = self._reading(batch, bucket(window), 0, collect=True, rows=recorded)
         phases = [{**reading, "bases of calibration rows": 3 * bases}]
@@ -337,7 +352,7 @@ class Needs:
         if budgets:
             # A backward pass over one text has the activations of all layers.
             tokens = bucket(min(window, 256))
-            layer = 2 * self._activations(1, tokens, 0) + 4 * tokens * 3 * c.ff_width // self._parts
+            layer = 2 * self._activations(1, tokens, 0) + 4 * tokens * 3 * max(c.neurons) // self._parts
             phases.append({"backward pass": c.num_layers * layer + 5 * self._logits(tokens)})
             half = -(-window // 2)
             phases.append(self.scoring(batch, half, half, 2, rows=256, calibration=rows))

@@ -63,6 +63,13 @@ OUTPUTS_LAST = ("down", "out")
 """The matrices whose last axis counts the outputs of their product."""
 
 
+def outputs_of(path: str) -> Outputs:
+    """Which axes of a matrix count the outputs of its product."""
+    if path.rpartition(".")[-1] not in OUTPUTS_LAST:
+        return "first"
+    return "last_of_each" if ".experts." in path else "last"
+
+
 def scale_of(path: str, weights: WeightFormat) -> str:
     """The path of the scales of a matrix of integers in this format."""
     by_rows = path.rpartition(".")[-1] in OUTPUTS_LAST and weights.group is not None
@@ -95,7 +102,7 @@ def in_format(
         weights = precision.weights.of_vocabulary() if name in VOCABULARY_MATRICES else precision.weights
         if jnp.shape(array) != wanted.shape:
             raise ValueError(f"parameter {path!r} has the shape {jnp.shape(array)}, not {wanted.shape}")
-        numbers, scale = _rounded(array, weights, "last" if name in OUTPUTS_LAST else "first")
+        numbers, scale = _rounded(array, weights, outputs_of(path))
         scale_path, sharding = scale_of(path, weights), getattr(array, "sharding", None)
         # Nothing wide is to be in memory any longer.
         del array
@@ -134,7 +141,12 @@ def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
         groups = key.shape[0]
         query = query.reshape(groups, query.shape[0] // groups, *query.shape[1:])
         return np_or_jnp.concatenate([query, key[:, None], value[:, None]], axis=1)
-    return np_or_jnp.stack(parts) if ".gate_up" in path else parts[0]
+    return np_or_jnp.stack(parts, _axis_of_parts(path)) if ".gate_up" in path else parts[0]
+
+
+def _axis_of_parts(path: str) -> int:
+    """The axis of a module's parameter that counts gate and up: after that of the experts, where there are any."""
+    return 1 if ".experts." in path else 0
 
 
 def _of_each_kv_head(path: str, axes: int) -> bool:
@@ -148,8 +160,8 @@ def _placed(path: str, whole: Any, part: Any) -> Any:
     if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".gate_up" not in path):
         return whole
     axes = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
-    # (G, R + 2, H, D) from (G, H, D) or (N, H, D), and (2, F, D) from (F, D).
-    axes.insert(1 if ".qkv" in path else 0, None)
+    # (G, R + 2, H, D) from (G, H, D) or (N, H, D), (2, F, D) from (F, D), and (E, 2, F, D) from (E, F, D).
+    axes.insert(1 if ".qkv" in path else _axis_of_parts(path), None)
     return jax.device_put(whole, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
 
 
@@ -161,7 +173,10 @@ def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
     if ".qkv" in path:
         query = array[:, :-2].reshape(-1, *array.shape[2:])
         return dict(zip(parts, (query, array[::copies, -2], array[::copies, -1]), strict=True))
-    return {name: array[number] for number, name in enumerate(parts)} if ".gate_up" in path else {path: array}
+    if ".gate_up" in path:
+        axis = _axis_of_parts(path)
+        return {name: array[(slice(None),) * axis + (number,)] for number, name in enumerate(parts)}
+    return {path: array}
 
 
 def without_copies(path: str, array: Any, config: ModelConfig) -> Any:
@@ -271,7 +286,7 @@ def random_model(
                 continue
             # Matrices that write to the residual stream sum over their leading axes, the others over their last one.
             ends = name in ("down", "out", "project_in", "project_out")
-            fan_in = math.prod(shape[:-1]) if ends else shape[-1]
+            fan_in = shape[-1] if not ends else shape[-2] if ".experts." in path else math.prod(shape[:-1])
             start = np.uint32(seed * 100_003 + number)
             yield path, _uniform(start, fan_in**-0.5, shape, jnp.dtype(dtype), sharding)
 

@@ -51,6 +51,7 @@ class Attention(nnx.Module):
         out = matrix(rngs, (n, h, d), fan_in=n * h, weights=weights, outputs="last")
         self.out, self.out_scale, self.out_row_scale = out.values, out.scale, out.row_scale
         self.qkv_bias = bias_vector((g, n // g + 2, h), dtype) if config.attention_bias else None
+        self.sinks = bias_vector((n,), dtype) if config.attention_sinks else None
         self.out_bias = bias_vector((d,), dtype) if config.attention_out_bias else None
         self.query_norm = head_norm(n, config, dtype)
         self.key_norm = head_norm(g, config, dtype)
@@ -106,10 +107,11 @@ class Attention(nnx.Module):
     ) -> Callable[..., _Attended] | None:
         """Attention as one kernel of a GPU, where there is one for these operands; otherwise None.
 
-        The kernels take nothing that is added to scores. On a mesh each device attends with the heads that it has.
+        The kernels take nothing that is added to scores, and no sinks. On a mesh each device attends with the heads
+        that it has.
         """
         tokens = query.shape[2]
-        if query.dtype.itemsize > KERNEL_ITEMSIZE or at.biases is not None:
+        if query.dtype.itemsize > KERNEL_ITEMSIZE or at.biases is not None or self.sinks is not None:
             return None
         try:
             # Here, because JAX does not have Triton everywhere, and most requests on a CPU need none.
@@ -191,8 +193,12 @@ class Attention(nnx.Module):
             scores = scores + bias.reshape(b, g, r, *bias.shape[2:])
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         # The softmax divides the mixed values, which are fewer than the weights.
-        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        sinks = None if self.sinks is None else self.sinks[...].astype(jnp.float32).reshape(1, g, r, 1, 1)
+        largest = largest if sinks is None else jnp.maximum(largest, sinks)
+        weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = total if sinks is None else total + jnp.exp(sinks - largest)
         weights = weights.astype(query.dtype)
         mix = functools.partial(jnp.einsum, "bgrts,bgsh->bgrth", preferred_element_type=jnp.float32)
         mixed = mix(weights[..., slots:], value)

@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, `Rotary`, `Alibi`.
+"""What a model is: `ModelConfig`, `Rotary`, `Alibi`, `Routing`.
 
 All are frozen and hashable, so that they can be static arguments of `jax.jit`.
 """
@@ -15,11 +15,12 @@ import numpy as np
 
 from griffin_jax.utils.options import check_choice
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared", "xielu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_quick", "relu", "relu_squared", "xielu"]
 RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
 HeadNorm = Literal["none", "shared", "own", "joint"]
+RouterScores = Literal["softmax", "sigmoid", "sparsemixer"]
 
 
 LARGEST_SIZE = 2**31 - 1
@@ -174,6 +175,74 @@ class Alibi:
 
 
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """Feed-forward layers of several experts, of which a router chooses some for each token (arXiv 1701.06538).
+
+    Attributes:
+        experts: E, the number of experts of a layer.
+        active: number of experts that each token chooses.
+        width: F_e, the number of neurons of each expert.
+        scores: what the router's logits become. `softmax` over all experts; `sigmoid` of each (DeepSeek V3);
+            `sparsemixer` (arXiv 2409.12136, Phi-3.5-MoE): each choice has its softmax over the logits that are near it.
+        normalised: whether the weights of the chosen experts are divided by their sum.
+        scale: factor of the weights.
+        router_bias: whether the router's logits have a bias (gpt-oss).
+        choice_bias: whether experts are chosen by their scores plus a number of their own, which is not in their
+            weights (DeepSeek V3).
+        groups: experts lie in so many equal groups, and a token chooses from `active_groups` of them (DeepSeek).
+        active_groups: number of groups that a token chooses from; those with the best score are taken.
+        group_best: number of best scores whose sum is a group's score.
+        tolerance: of `sparsemixer`: logits that differ from the best one by more than this part are left out.
+        shared_width: number of neurons that every token reads, too: those of the shared experts; 0 for none.
+        shared_gate: whether the shared experts' output is multiplied by a sigmoid of the input (Qwen2-MoE).
+        dense_layers: numbers of the layers that have `ff_width` neurons and no router.
+
+    Raises:
+        ValueError: a value is outside its range, or contradicts another.
+    """
+
+    experts: int
+    active: int
+    width: int
+    scores: RouterScores = "softmax"
+    normalised: bool = False
+    scale: float = 1.0
+    router_bias: bool = False
+    choice_bias: bool = False
+    groups: int = 1
+    active_groups: int = 1
+    group_best: int = 1
+    tolerance: float = 0.02
+    shared_width: int = 0
+    shared_gate: bool = False
+    dense_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("router scores", self.scores, get_args(RouterScores))
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        check_types(self)
+        for name in ("experts", "active", "width", "groups", "active_groups", "group_best"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"routing {name} must be at least 1, got {getattr(self, name)}")
+        if self.active > self.experts:
+            raise ValueError(f"a token cannot choose {self.active} of {self.experts} experts")
+        if self.experts % self.groups:
+            raise ValueError(f"{self.experts} experts cannot lie in {self.groups} equal groups")
+        size = self.experts // self.groups
+        if self.active_groups > self.groups or self.group_best > size or self.active > self.active_groups * size:
+            raise ValueError(
+                f"{self.active} of {self.experts} experts cannot be chosen from {self.active_groups} of {self.groups}"
+                f" groups, which are ranked by their best {self.group_best}"
+            )
+        if self.scores == "sparsemixer" and (self.normalised or self.choice_bias or self.groups > 1):
+            raise ValueError(
+                "sparsemixer chooses one expert after the other, without groups, biases or a sum of weights"
+            )
+        if self.shared_width < 0 or (self.shared_gate and not self.shared_width):
+            raise ValueError(f"shared_width must be at least 0, and above for a shared_gate, got {self.shared_width}")
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer. Every difference between model families is one field here.
 
@@ -181,15 +250,16 @@ class ModelConfig:
         family: name of the module in `griffin_jax.checkpoints.families` that read the weights.
         vocab_size: V, the number of rows of the embedding.
         width: D, the width of the residual stream.
-        ff_width: F, the number of neurons of each feed-forward layer before pruning.
+        ff_width: F, the number of neurons of each feed-forward layer before pruning; of layers with routed experts
+            `routing` says it.
         num_layers: number of transformer layers.
         num_heads: N, the number of query heads.
         num_kv_heads: G, the number of key/value heads; N is a multiple of G.
         head_dim: H, the size of a head.
         max_positions: the context, in tokens: prompt and answer together.
         activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
-            tanh approximation; `relu_squared` is max(x, 0)^2 (Nemotron); `xielu` (arXiv 2411.13010,
-            Apertus) has two numbers of its own in each layer.
+            tanh approximation, `gelu_quick` x * sigmoid(1.702 x) (gpt-oss); `relu_squared` is max(x, 0)^2 (Nemotron);
+            `xielu` (arXiv 2411.13010, Apertus) has two numbers of its own in each layer.
         gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
         norm: `rms` (RMSNorm) or `layer` (LayerNorm).
         norm_eps: what norms add to the mean square or the variance.
@@ -215,6 +285,8 @@ class ModelConfig:
             no layer has a window.
         attention_scale: factor of the scores; None for head_dim^-0.5.
         attention_softcap: scores s become cap * tanh(s / cap); None for no cap.
+        attention_sinks: whether each head has a score of its own that takes part in the softmax and has no value
+            (gpt-oss).
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip]; None for no clip.
         embedding_width: E, the number of columns of the embedding and the head, if it is not D: two projections then
             join them to the layers (OPT-350m). None for D.
@@ -228,6 +300,9 @@ class ModelConfig:
         attention_bias: whether query, key and value have biases.
         attention_out_bias: whether the attention's output projection has a bias.
         ff_bias: whether the projections of the feed-forward layer have biases.
+        ff_clip: the gate is at most this, and Wu x lies in [-ff_clip, ff_clip] (gpt-oss); None for no limit.
+        up_plus_one: whether z = act(Wg x) * (Wu x + 1) (gpt-oss).
+        routing: how layers with several experts are; None where no layer has any.
         bos_token_id: first token of a text, or None.
         eos_token_ids: tokens that end an answer.
         kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
@@ -268,6 +343,7 @@ class ModelConfig:
     windows: tuple[int, ...] = ()
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
     qkv_clip: float | None = None
     embedding_width: int | None = None
     embedding_scale: float = 1.0
@@ -280,6 +356,9 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     ff_bias: bool = False
+    ff_clip: float | None = None
+    up_plus_one: bool = False
+    routing: Routing | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     kv_copies: int = 1
@@ -302,7 +381,7 @@ class ModelConfig:
         check_choice("head_norm", self.head_norm, get_args(HeadNorm))
         if not self.norm_eps > 0:
             raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
-        for name in ("attention_softcap", "logit_softcap", "qkv_clip", "embedding_width"):
+        for name in ("attention_softcap", "logit_softcap", "qkv_clip", "embedding_width", "ff_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive or None, got {value}")
@@ -315,6 +394,8 @@ class ModelConfig:
         if self.parallel and self.norm_placement != "pre":
             raise ValueError(f"parallel layers have norm_placement 'pre', got {self.norm_placement!r}")
         self._check_positions()
+        if self.routing is not None and any(not 0 <= n < self.num_layers for n in self.routing.dense_layers):
+            raise ValueError(f"dense_layers must lie in [0, {self.num_layers - 1}], got {self.routing.dense_layers}")
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"special token {token} is outside the vocabulary of {self.vocab_size}")
@@ -336,6 +417,27 @@ class ModelConfig:
             raise ValueError(f"windows must be {self.num_layers} whole numbers of at least 0, got {self.windows}")
         if any(not 0 <= layer < self.num_layers for layer in self.unrotated_layers):
             raise ValueError(f"unrotated_layers must lie in [0, {self.num_layers - 1}], got {self.unrotated_layers}")
+
+    def routed(self, layer: int) -> bool:
+        """Whether a layer has several experts and a router."""
+        return self.routing is not None and layer not in self.routing.dense_layers
+
+    @property
+    def neuron_ranges(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the ranges that the neurons of each layer lie in, one after the other: all of them, or those of
+        each expert, and at last those of the shared experts."""
+        return tuple(self._ranges(layer) for layer in range(self.num_layers))
+
+    def _ranges(self, layer: int) -> tuple[int, ...]:
+        if self.routing is None or layer in self.routing.dense_layers:
+            return (self.ff_width,)
+        shared = (self.routing.shared_width,) if self.routing.shared_width else ()
+        return (self.routing.width,) * self.routing.experts + shared
+
+    @property
+    def neurons(self) -> tuple[int, ...]:
+        """Number of feed-forward neurons of each layer before pruning, those of all experts together."""
+        return tuple(map(sum, self.neuron_ranges))
 
     @property
     def kv_heads(self) -> int:
@@ -373,7 +475,8 @@ class ModelConfig:
             raise ValueError(f"unknown fields of ModelConfig: {', '.join(unknown)}")
         values = dict(fields)
         try:
-            for name, kind in (("rotary", Rotary), ("local_rotary", Rotary), ("alibi", Alibi)):
+            kinds = {"rotary": Rotary, "local_rotary": Rotary, "alibi": Alibi, "routing": Routing}
+            for name, kind in kinds.items():
                 if values.get(name) is not None:
                     values[name] = kind(**values[name])
             for name in ("eos_token_ids", "windows", "unrotated_layers"):

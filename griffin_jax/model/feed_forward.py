@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,21 @@ from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.products import linear, linear_of_each, matmul, matmul_of_each
 from griffin_jax.model.weights import WeightFormat, dequantise
 
+QUICK = 1.702
+"""The slope of the sigmoid in `gelu_quick`."""
+
 ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(QUICK * x),
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
 """All activations but `xielu`, which takes more than x."""
+
+NEURON_AXES = {"gate_up": 1, "gate_up_scale": 1, "down": 0, "down_row_scale": 0, "gate_up_bias": 1}
+"""The parameters of a feed-forward layer that have a row for each neuron, with the axis that counts neurons."""
 
 XIELU_SLOPE = 0.5
 """The slope of xIELU at 0, beta in its paper, which is not trained."""
@@ -92,7 +101,55 @@ def _product(shared: str, own: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x.astype(jnp.float32), y.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-class FeedForward(nnx.Module):
+class NeuronModule(nnx.Module):
+    """What has neurons: rows of its parameters, and the non-linearity that makes z from the products of x.
+
+    Attributes:
+        neuron_axes: the parameters that have a row for each neuron, with the axis that counts neurons.
+    """
+
+    neuron_axes: ClassVar[Mapping[str, int]] = NEURON_AXES
+    gate_up: nnx.Param
+    gate_up_scale: nnx.Param | None
+    gate_up_bias: nnx.Param | None
+    down: nnx.Param
+    down_scale: nnx.Param | None
+    down_row_scale: nnx.Param | None
+
+    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+        self.activation: Activation = config.activation
+        has_curves = config.activation == "xielu"
+        self.positive_curve = bias_vector((1,), dtype) if has_curves else None
+        self.negative_curve = bias_vector((1,), dtype) if has_curves else None
+        self.clip, self.up_plus_one = config.ff_clip, config.up_plus_one
+
+    def activated(self, y: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+        """z of what the matrices give, which lie along an axis: gate and up, or one if the layer is not gated."""
+        gate = jnp.take(y, 0, axis=axis)
+        z = self._curved(gate if self.clip is None else jnp.minimum(gate, self.clip))
+        if y.shape[axis] == 1:
+            return z
+        up = jnp.take(y, 1, axis=axis)
+        up = up if self.clip is None else jnp.clip(up, -self.clip, self.clip)
+        return z * (up + 1 if self.up_plus_one else up)
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons, those of all experts together."""
+        return math.prod(self.down.shape[:-1])
+
+    def rows(self) -> dict[str, nnx.Param]:
+        """The parameters with a row for each neuron that there are."""
+        named = {name: getattr(self, name) for name in self.neuron_axes}
+        return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+    def _curved(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        if self.positive_curve is None or self.negative_curve is None:
+            return ACTIVATIONS[self.activation](y)
+        return xielu(y, self.positive_curve[...], self.negative_curve[...])
+
+
+class FeedForward(NeuronModule):
     """y = Wd^T z + b with z = act(Wg x) * (Wu x), or z = act(Wu x + b) if not gated.
 
     All matrices are neuron-major: each row belongs to a neuron, so that keeping a neuron is keeping a row of each. The
@@ -109,18 +166,22 @@ class FeedForward(nnx.Module):
     `griffin_jax.griffin.masked`.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
-        a, f, d = 2 if config.gated else 1, config.ff_width, config.width
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: DTypeLike,
+        weights: WeightFormat,
+        rngs: nnx.Rngs | None,
+        neurons: int | None = None,
+    ):
+        super().__init__(config, dtype)
+        a, f, d = 2 if config.gated else 1, config.ff_width if neurons is None else neurons, config.width
         gate_up = matrix(rngs, (a, f, d), fan_in=d, weights=weights)
         self.gate_up, self.gate_up_scale = gate_up.values, gate_up.scale
         down = matrix(rngs, (f, d), fan_in=f, weights=weights, outputs="last")
         self.down, self.down_scale, self.down_row_scale = down.values, down.scale, down.row_scale
         self.gate_up_bias = bias_vector((a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
-        self.activation: Activation = config.activation
-        has_curves = config.activation == "xielu"
-        self.positive_curve = bias_vector((1,), dtype) if has_curves else None
-        self.negative_curve = bias_vector((1,), dtype) if has_curves else None
         self.rest: FeedForward | None = nnx.data(None)
         self.mask: Mask | None = nnx.data(None)
 
@@ -133,6 +194,10 @@ class FeedForward(nnx.Module):
     def per_sequence(self) -> bool:
         """Whether each sequence of a batch has neurons of its own."""
         return self.down.ndim == 3
+
+    def parts(self) -> tuple[NeuronModule, ...]:
+        """The modules that the layer's neurons are in, in the order in which they count."""
+        return (self,)
 
     def down_matrix(self) -> Float[Array, "... f d"]:
         """The down projection as floating numbers: itself, or what its integers stand for in float32."""
@@ -155,13 +220,7 @@ class FeedForward(nnx.Module):
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
-        z = self._activated(y[:, :, 0])
-        return z * y[:, :, 1] if y.shape[2] == 2 else z
-
-    def _activated(self, y: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
-        if self.positive_curve is None or self.negative_curve is None:
-            return ACTIVATIONS[self.activation](y)
-        return xielu(y, self.positive_curve[...], self.negative_curve[...])
+        return self.activated(y, axis=2)
 
     def project(self, z: Float[Array, "b t f"]) -> Float[Array, "b t d"]:
         """The layer's output for given intermediates z."""
@@ -191,7 +250,3 @@ def floating_rows(
     if scale is not None:
         return weight.astype(jnp.float32) * (scale if scale.ndim == 1 else scale[:, None])
     return weight if row_scale is None else dequantise(weight, row_scale)
-
-
-NEURON_AXES = {"gate_up": 1, "gate_up_scale": 1, "down": 0, "down_row_scale": 0, "gate_up_bias": 1}
-"""The parameters of a feed-forward layer that have a row for each neuron, with the axis that counts neurons."""

@@ -30,7 +30,7 @@ class Matrix:
     @classmethod
     def of_integers(cls, numbers: jax.Array, scale: jax.Array, weights: WeightFormat, outputs: Outputs) -> Matrix:
         """What `griffin_jax.model.weights.quantise` gives, as parameters."""
-        if outputs == "last" and weights.group is not None:
+        if outputs != "first" and weights.group is not None:
             return cls(nnx.Param(numbers), row_scale=nnx.Param(scale))
         return cls(nnx.Param(numbers), scale=nnx.Param(scale))
 
@@ -60,7 +60,8 @@ def matrix(
 def _unit_scale(shape: tuple[int, ...], weights: WeightFormat, outputs: Outputs) -> jax.Array:
     if weights.group is not None:
         return jnp.ones((*shape[:-1], shape[-1] // weights.group), GROUP_SCALE)
-    return jnp.ones(shape[-1:] if outputs == "last" else (*shape[:-1], 1), jnp.float32)
+    shapes = {"first": (*shape[:-1], 1), "last": shape[-1:], "last_of_each": (shape[0], shape[-1])}
+    return jnp.ones(shapes[outputs], jnp.float32)
 
 
 def floating(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype: DTypeLike) -> nnx.Param:

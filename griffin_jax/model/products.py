@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,7 +74,7 @@ def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[
     return weight.astype(jnp.float32) if scale is None else dequantise(weight, scale)
 
 
-def _here(x: Array, weight: Array, scale: Array | None) -> tuple[Array, Array, Array | None]:
+def here(x: Array, weight: Array, scale: Array | None) -> tuple[Array, Array, Array | None]:
     """The same arrays, whose use stays where it is.
 
     XLA (jax 0.10.2) moves conversions of weights out of the loop over tokens, since they are the same for all of them:
@@ -138,7 +139,7 @@ def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype) 
         return y if scale is None else (y * scale[..., 0]).astype(dtype)
     tokens = _tokens(x, weight)
     if tokens.shape[1] > FUSED_TOKENS:
-        x, weight, _ = _here(x, weight, None)
+        x, weight, _ = here(x, weight, None)
         matrix = dequantise(weight, scale, x.dtype)
         return _dot(x, matrix, ((2,), (matrix.ndim - 1,)), ((), ()), dtype=dtype)
     matrix = grouped(weight, scale)
@@ -209,14 +210,14 @@ def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Ar
     b, t, d = x.shape
     if weight.dtype == x.dtype == jnp.float32:
         return jnp.einsum("btd,fd->btf", x, weight)
-    x, weight, scale = _here(x, weight, scale)
+    x, weight, scale = here(x, weight, scale)
     per_row = scale is not None and scale.shape[-1] == 1
     inside = None if per_row else scale
     tokens = x.reshape(b * t, d).astype(jnp.float32)
     if b * t <= FEW_TOKENS:
-        y = jnp.stack([_one_token(token, weight, inside) for token in _in_memory(tokens)])
+        y = jnp.stack([one_token(token, weight, inside) for token in _in_memory(tokens)])
     else:
-        y = _blocks(tokens, weight, inside)
+        y = blocks_of_rows(tokens, weight, inside)
     if per_row and scale is not None:
         y = y * scale[:, 0]
     return y.reshape(b, t, -1).astype(dtype)
@@ -233,7 +234,7 @@ def _in_memory(x: Float[Array, "t d"]) -> Float[Array, "t d"]:
     return jax.lax.cond(jnp.isnan(x[0, 0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)
 
 
-def _one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | None) -> Float[Array, "f"]:
+def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | None) -> Float[Array, "f"]:
     """The product with one vector; `scale` is that of groups.
 
     A vector that is too long is multiplied by bfloat16 part by part. Slices of the columns would be copied, so each
@@ -252,7 +253,7 @@ def _one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | N
     return jnp.sum(jnp.stack(each), axis=0)
 
 
-def _blocks(x: Float[Array, "t d"], weight: Num[Array, "f d"], scale: Array | None) -> Float[Array, "t f"]:
+def blocks_of_rows(x: Float[Array, "t d"], weight: Num[Array, "f d"], scale: Array | None) -> Float[Array, "t f"]:
     """The product, with some rows of the matrix converted at a time."""
     rows, size = weight.shape[0], min(BLOCK_ROWS, weight.shape[0])
     whole = rows // size
@@ -314,7 +315,7 @@ def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Ar
         return y if scale is None else (y * scale).astype(x.dtype)
     tokens = _tokens(x, weight)
     if tokens.shape[1] > FUSED_TOKENS:
-        x, weight, _ = _here(x, weight, None)
+        x, weight, _ = here(x, weight, None)
         return _dot(x, dequantise(weight, row_scale, x.dtype), ((2,), (0,)), ((), ()), dtype=x.dtype)
     matrix = grouped(*_in_order(weight, row_scale))
     each = [_added(matrix * tokens[:, t, :, None, None], weight) for t in range(tokens.shape[1])]
@@ -329,38 +330,54 @@ def _matmul_on_cpu(x: Array, weight: Array, scale: Array | None, row_scale: Arra
         return (y if scale is None else y * scale).astype(x.dtype)
     if b * t > 1 and weight.dtype == x.dtype == jnp.float32:
         return x @ weight
-    x, weight, row_scale = _here(x, weight, row_scale)
+    x, weight, row_scale = here(x, weight, row_scale)
     tokens = x.reshape(b * t, k).astype(jnp.float32)
-    y = _one_token_sum(tokens[0], weight, row_scale)[None] if b * t == 1 else _sum_blocks(tokens, weight, row_scale)
+    if b * t == 1:
+        y = sum_of_rows(tokens[0], functools.partial(_cut, weight, row_scale))[None]
+    else:
+        y = blocks_of_sums(tokens, weight, row_scale)
     return (y if scale is None else y * scale).reshape(b, t, -1).astype(x.dtype)
 
 
-def _one_token_sum(x: Float[Array, "k"], weight: Num[Array, "k d"], scale: Array | None) -> Float[Array, "d"]:
-    """x @ weight, as sums of `PARTS` rows that are added up by a product with ones.
+def _cut(weight: Array, scale: Array | None, start: int, size: int) -> tuple[Array, Array | None]:
+    rows = slice(start, start + size)
+    return weight[rows], None if scale is None else scale[rows]
+
+
+def sum_of_rows(
+    x: Float[Array, "k"], rows: Callable[[int, int], tuple[Num[Array, "_s d"], Array | None]]
+) -> Float[Array, "d"]:
+    """x @ weight, as sums of `PARTS` rows that are added up by a product with ones; for CPUs.
 
     Scales of groups are multiplied onto x, with an axis for the groups. Groups as slices of the columns are as fast for
     small matrices, three times as slow for 8,960 x 1,536, and take ten times as long to compile. Seen in timings.
+
+    Args:
+        x: one vector, float32.
+        rows: function of a start and a size that gives so many rows of the matrix, and the scales of their groups.
     """
-    k, d = weight.shape
+    k = x.shape[0]
     size = k // PARTS
-    if size == 0:
-        return x @ wide(weight, scale)
-    groups = 1 if scale is None else scale.shape[-1]
 
-    def rows(start: int) -> Array:
-        some = slice(start, start + size)
-        factor = x[some, None]
+    def scaled(start: int, size: int) -> Array:
+        weight, scale = rows(start, size)
+        factor = x[start : start + size, None]
         if scale is not None:
-            factor = factor * scale[some].astype(jnp.float32)
-        return factor[..., None] * wide(weight[some], None).reshape(size, groups, -1)
+            factor = factor * scale.astype(jnp.float32)
+        return (factor[..., None] * wide(weight, None).reshape(size, factor.shape[1], -1)).reshape(size, -1)
 
-    sums = sum((rows(part * size) for part in range(1, PARTS)), rows(0))
-    y = (jnp.ones((1, size), jnp.float32) @ sums.reshape(size, d))[0]
+    def product(start: int, size: int) -> Array:
+        return x[start : start + size] @ wide(*rows(start, size))
+
+    if size == 0:
+        return product(0, k)
+    sums = sum((scaled(part * size, size) for part in range(1, PARTS)), scaled(0, size))
+    y = (jnp.ones((1, size), jnp.float32) @ sums)[0]
     left = PARTS * size
-    return y if left == k else y + x[left:] @ wide(weight[left:], None if scale is None else scale[left:])
+    return y if left == k else y + product(left, k - left)
 
 
-def _sum_blocks(x: Float[Array, "t k"], weight: Num[Array, "k d"], scale: Array | None) -> Float[Array, "t d"]:
+def blocks_of_sums(x: Float[Array, "t k"], weight: Num[Array, "k d"], scale: Array | None) -> Float[Array, "t d"]:
     """x @ weight, with some rows of the matrix converted at a time."""
     k, size = weight.shape[0], min(2 * BLOCK_ROWS, weight.shape[0])
     whole = k // size
@@ -386,7 +403,7 @@ def linear_of_each(
     def as_it_is(x: Array, weight: Array, scale: Array | None) -> Array:
         if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
             if scale is not None:
-                x, weight, _ = _here(x, weight, None)
+                x, weight, _ = here(x, weight, None)
             matrix = weight.astype(x.dtype) if scale is None else dequantise(weight, scale, x.dtype)
             return jnp.einsum("btd,abfd->btaf", x, matrix)
         weight, scale = _in_order(weight, scale, sequences=1)
@@ -420,7 +437,7 @@ def matmul_of_each(
     def as_it_is(x: Array, weight: Array, row_scale: Array | None) -> Array:
         if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
             if row_scale is not None:
-                x, weight, _ = _here(x, weight, None)
+                x, weight, _ = here(x, weight, None)
             matrix = weight.astype(x.dtype) if row_scale is None else dequantise(weight, row_scale, x.dtype)
             return jnp.einsum("btk,bkd->btd", x, matrix, preferred_element_type=jnp.float32)
         weight, row_scale = _in_order(weight, row_scale, sequences=0)

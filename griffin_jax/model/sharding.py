@@ -34,6 +34,30 @@ NORMS = (
 )  # fmt: skip
 """Norms of the residual stream and of what is added to it."""
 
+FEED_FORWARD: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("gate_up", (None, NEURONS, None)),  # (A, F, D)
+    ("gate_up_scale", (None, NEURONS, None)),  # (A, F, n), of rows or groups of integers
+    ("gate_up_bias", (None, NEURONS)),  # (A, F)
+    ("down", (NEURONS, None)),  # (F, D)
+    ("down_row_scale", (NEURONS, None)),  # (F, n), of groups of integers
+    ("down_scale", (None,)),  # (D,), multiplied onto a sum over devices
+    ("down_bias", (None,)),  # (D,), added to a sum over devices
+    # What checkpoints have for `gate_up`.
+    ("gate", (NEURONS, None)),  # (F, D)
+    ("up", (NEURONS, None)),  # (F, D)
+    ("gate_bias", (NEURONS,)),  # (F,)
+    ("up_bias", (NEURONS,)),  # (F,)
+    ("gate_scale", (NEURONS, None)),  # (F, n)
+    ("up_scale", (NEURONS, None)),  # (F, n)
+)
+"""How the arrays of a feed-forward layer are divided."""
+
+
+def _of_experts(name: str, axes: tuple[str | None, ...]) -> tuple[str, tuple[str | None, ...]]:
+    """The rule for the same array of each of several experts, which all devices have their neurons of."""
+    return f"experts.{name}", (None, *axes)
+
+
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embedding", (VOCABULARY, None)),  # (V, E)
     ("head", (VOCABULARY, None)),  # (V, E)
@@ -42,16 +66,14 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("head_scale", (VOCABULARY, None)),  # (V, n), likewise
     ("attention.qkv_scale", (HEADS, None, None, None)),  # (G, R + 2, H, n), likewise
     ("attention.out_row_scale", (HEADS, None, None)),  # (N, H, n), likewise
-    ("ff.gate_up_scale", (None, NEURONS, None)),  # (A, F, n), likewise
-    ("ff.down_row_scale", (NEURONS, None)),  # (F, n), likewise
     ("attention.qkv", (HEADS, None, None, None)),  # (G, R + 2, H, D)
     ("attention.qkv_bias", (HEADS, None, None)),  # (G, R + 2, H)
+    ("attention.sinks", (HEADS,)),  # (N,)
     ("attention.query_norm.scale", (HEADS, None, None)),  # (N, 1, H)
     ("attention.key_norm.scale", (HEADS, None, None)),  # (G, 1, H)
     ("attention.out", (HEADS, None, None)),  # (N, H, D)
-    ("ff.gate_up", (None, NEURONS, None)),  # (A, F, D)
-    ("ff.gate_up_bias", (None, NEURONS)),  # (A, F)
-    ("ff.down", (NEURONS, None)),  # (F, D)
+    *((f"{part}.{name}", axes) for part in ("ff", "shared") for name, axes in FEED_FORWARD),
+    *(_of_experts(name, axes) for name, axes in FEED_FORWARD),
     # The same where each sequence keeps neurons of its own.
     ("ff.gate_up", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, D)
     ("ff.gate_up_bias", (None, SEQUENCES, NEURONS)),  # (A, B, K)
@@ -73,11 +95,13 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("attention.query_norm.scale", (None,)),  # (H,), the same for all heads
     ("attention.key_norm.scale", (None,)),  # (H,), likewise
     ("attention.out_bias", (None,)),  # (D,), added to a sum over devices
-    ("ff.down_bias", (None,)),  # (D,), likewise
     ("attention.out_scale", (None,)),  # (D,), multiplied onto a sum over devices
-    ("ff.down_scale", (None,)),  # (D,), likewise
-    ("ff.positive_curve", (None,)),  # (1,), of the activation
-    ("ff.negative_curve", (None,)),  # (1,), likewise
+    ("positive_curve", (None,)),  # (1,), of the activation
+    ("negative_curve", (None,)),  # (1,), likewise
+    ("router", (None, None)),  # (E, D), read by every device for all tokens
+    ("router_bias", (None,)),  # (E,)
+    ("choice_bias", (None,)),  # (E,)
+    ("shared_gate", (None,)),  # (D,)
     *((f"{norm}.{part}", (None,)) for norm in NORMS for part in ("scale", "bias")),  # (D,)
     # What checkpoints have for `qkv` and `gate_up`.
     ("attention.query", (HEADS, None, None)),  # (N, H, D)
@@ -86,15 +110,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("attention.query_bias", (HEADS, None)),  # (N, H)
     ("attention.key_bias", (HEADS, None)),  # (G, H)
     ("attention.value_bias", (HEADS, None)),  # (G, H)
-    ("ff.gate", (NEURONS, None)),  # (F, D)
-    ("ff.up", (NEURONS, None)),  # (F, D)
-    ("ff.gate_bias", (NEURONS,)),  # (F,)
-    ("ff.up_bias", (NEURONS,)),  # (F,)
     ("attention.query_scale", (HEADS, None, None)),  # (N, H, n)
     ("attention.key_scale", (HEADS, None, None)),  # (G, H, n)
     ("attention.value_scale", (HEADS, None, None)),  # (G, H, n)
-    ("ff.gate_scale", (NEURONS, None)),  # (F, n)
-    ("ff.up_scale", (NEURONS, None)),  # (F, n)
     # The cache.
     ("keys", (SEQUENCES, HEADS, None, None)),  # (B, G, H, S)
     ("values", (SEQUENCES, HEADS, None, None)),  # (B, G, S, H)
@@ -119,17 +137,23 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
-    if config.ff_width % devices:
-        possible = ", ".join(str(count) for count in range(1, 2 * devices + 1) if config.ff_width % count == 0)
-        raise ValueError(
-            f"{devices} devices cannot share the {config.ff_width} neurons of a feed-forward layer evenly; these can:"
-            f" {possible}"
-        )
+    together = _smallest_share(config)
+    if together % devices:
+        possible = ", ".join(str(count) for count in range(1, 2 * devices + 1) if together % count == 0)
+        of = f"the {config.ff_width} neurons of a feed-forward layer"
+        if config.routing is not None:
+            of = f"the {' or '.join(map(str, sorted({*sum(config.neuron_ranges, ())})))} neurons of each expert"
+        raise ValueError(f"{devices} devices cannot share {of} evenly; these can: {possible}")
     if uneven := sorted({k for k in kept if k % devices}):
         raise ValueError(
             f"{devices} devices cannot share {uneven[0]} kept neurons evenly: round them up to a multiple of {devices}"
             f" (--round-to {devices}; for whole tiles on each GPU --round-to {GPU_TILE * devices})"
         )
+
+
+def _smallest_share(config: ModelConfig) -> int:
+    """Neurons that are divided together: the greatest common divisor of the layers' and of the experts' numbers."""
+    return math.gcd(*(size for ranges in config.neuron_ranges for size in ranges))
 
 
 def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
@@ -138,7 +162,7 @@ def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
     Heads are shared in groups, each with its key and value: where the number of groups is not a multiple of the
     devices, and copies do not make it one, every device has all of attention and of the cache.
     """
-    sizes = {HEADS: config.kv_heads, NEURONS: config.ff_width, VOCABULARY: config.vocab_size}
+    sizes = {HEADS: config.kv_heads, NEURONS: _smallest_share(config), VOCABULARY: config.vocab_size}
     return {name: size % devices == 0 for name, size in sizes.items()}
 
 

@@ -30,6 +30,16 @@ def masks_are_less(neurons: int, kept: int, sets: int) -> bool:
     return sets > 1 and sets * kept >= neurons
 
 
+def part_read(config: ModelConfig, layer: int, tokens: int = 1) -> float:
+    """Part of a layer's neurons that so many tokens read at a step: of routed experts those that they choose, no two of
+    them the same one, if there are enough."""
+    routing = config.routing
+    if routing is None or not config.routed(layer):
+        return 1.0
+    chosen = min(routing.experts, routing.active * tokens) * routing.width
+    return (chosen + routing.shared_width) / config.neurons[layer]
+
+
 class Sizes:
     """Bytes that each device has of the parts of a model, counted from its architecture; nothing is allocated.
 
@@ -61,8 +71,10 @@ class Sizes:
         self.parameters = sum(map(math.prod, parameter_shapes(one).values()))
         self.local = sum(map(bytes_of, arrays.values()))
         of_layer = local_arrays(one, 1, precision)
-        rows = [of_layer[path] for name in NEURON_AXES if (path := f"layers.0.ff.{name}") in of_layer]
-        self.row = sum(map(bytes_of, rows)) / config.ff_width
+        # Neurons of experts are as large as others.
+        part = "ff.experts" if config.routed(0) else "ff"
+        rows = [of_layer[path] for name in NEURON_AXES if (path := f"layers.0.{part}.{name}") in of_layer]
+        self.row = sum(map(bytes_of, rows)) / sum(config.neuron_ranges[0][: _ranges_of_rows(config)])
         itemsize = precision.itemsize
         groups = config.kv_heads // (devices if divided(config, devices)[HEADS] else 1)
         self.cache = 2 * config.num_layers * batch * groups * config.head_dim * slots * itemsize
@@ -73,15 +85,26 @@ class Sizes:
 
     def masked(self, kept: Sequence[int] | None) -> bool:
         """Whether pruned decoding reads the full model, with a mask for each sequence, instead of copies of rows."""
-        neurons = self.config.ff_width * self.config.num_layers
-        return kept is not None and not self.refitted and masks_are_less(neurons, sum(kept), self.sets)
+        if kept is None or self.sets == 1:
+            return False
+        if self.config.routing is not None:
+            # Each sequence would need a copy of all experts.
+            return True
+        return not self.refitted and masks_are_less(sum(self.config.neurons), sum(kept), self.sets)
 
     def ff(self, kept: Sequence[int] | None) -> int:
-        """Bytes of the parameters with a row for each neuron that a step reads: all rows if `kept` is None, else the
-        kept ones, of every sequence."""
+        """Bytes of the parameters with a row for each neuron: all rows if `kept` is None, else the kept ones, of every
+        sequence."""
         if kept is None or self.masked(kept):
-            return int(self.config.ff_width // self.devices * self.config.num_layers * self.row)
+            return int(sum(self.config.neurons) // self.devices * self.row)
         return int(sum(kept) // self.devices * self.sets * self.row)
+
+    def read(self, kept: Sequence[int] | None) -> int:
+        """Bytes of these rows that a step reads; see `part_read`."""
+        rows = self.config.neurons if kept is None or self.masked(kept) else kept
+        sets = 1 if kept is None or self.masked(kept) else self.sets
+        read = sum(k * part_read(self.config, layer, self.batch) for layer, k in enumerate(rows))
+        return int(read / self.devices * sets * self.row)
 
     def copied(self, kept: Sequence[int]) -> int:
         """Bytes of kept rows next to the full model's: none where it is masked."""
@@ -93,7 +116,12 @@ class Sizes:
 
     def step(self, kept: Sequence[int] | None) -> int:
         """Bytes that one decode step must read: of tables only the tokens' rows, of the cache all slots."""
-        return self.weights(kept) - self.tables + self.table_rows + self.cache
+        return self.weights(kept) - self.ff(kept) + self.read(kept) - self.tables + self.table_rows + self.cache
+
+
+def _ranges_of_rows(config: ModelConfig) -> int:
+    """Number of ranges of the first layer whose neurons are in one module."""
+    return config.routing.experts if config.routing is not None and config.routed(0) else 1
 
 
 def bytes_of(array: jax.ShapeDtypeStruct) -> int:

@@ -20,22 +20,25 @@ from jaxtyping import Array, Bool, Float, Int
 from griffin_jax.model.attention import Attention
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
+from griffin_jax.model.feed_forward import FeedForward
 from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap, stream_and_norm
 from griffin_jax.model.ops import lookup
 from griffin_jax.model.parameters import array_of, as_format, bias_vector, floating, matrix
 from griffin_jax.model.positions import Positions, layer_positions
 from griffin_jax.model.products import linear
+from griffin_jax.model.routed import Activations, RoutedFeedForward
 from griffin_jax.model.weights import WeightFormat, dequantise, stored_bytes
 
 LAYER_SCOPE = "layer"
 """Name of everything that a layer computes, in profiles and compiled programs."""
 
-Observer = Callable[[int, Float[Array, "b t f"], Bool[Array, "b t"]], Any]
+Observer = Callable[[int, Activations, Bool[Array, "b t"]], Any]
 """A function that sees the intermediates z of each feed-forward layer while the model reads.
 
 It is called, inside of jit, with the number of the layer, z, and which tokens are real (false for padding, where z is
-finite and means nothing). The model returns what it returns, arrays in any pytree or None, next to its own output.
+finite and means nothing). Of a layer with routed experts z is a `griffin_jax.model.routed.RoutedActivations`, with the
+choices of each token and their weights. The model returns what it returns, arrays in any pytree or None, next to its
+own output.
 Nothing else of z is kept: only z of one layer is in memory at a time.
 """
 
@@ -46,7 +49,9 @@ class Layer(nnx.Module):
     `ModelConfig.norm_placement` says where their norms are. Parallel layers add both to the same x.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
+    def __init__(
+        self, config: ModelConfig, number: int, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None
+    ):
         def norm(wanted: bool) -> Norm | None:
             return Norm((config.width,), config, dtype, bias=config.norm_bias) if wanted else None
 
@@ -58,7 +63,8 @@ class Layer(nnx.Module):
         self.attention_out_norm = norm(on_output)
         self.attention_sum_norm = norm(on_sum)
         self.ff_norm = norm(on_input and not config.shared_norm)
-        self.ff = FeedForward(config, dtype, weights, rngs)
+        kind = RoutedFeedForward if config.routed(number) else FeedForward
+        self.ff: Any = kind(config, dtype, weights, rngs)
         self.ff_out_norm = norm(on_output)
         self.ff_sum_norm = norm(on_sum)
         self.parallel = config.parallel
@@ -73,7 +79,7 @@ class Layer(nnx.Module):
         cached_keys: Float[Array, "b g h slots"],
         cached_values: Float[Array, "b g slots h"],
         cursor: Int[Array, ""],
-        observe: Callable[[Float[Array, "b t f"], Bool[Array, "b t"]], Any] | None,
+        observe: Callable[[Activations, Bool[Array, "b t"]], Any] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Any]:
         """The residual stream after the layer, its cache, and what `observe` returns for z, if it is given."""
         x, normed = stream_and_norm(self.attention_norm, x)
@@ -123,7 +129,7 @@ class Transformer(nnx.Module):
         table = (config.max_positions, d)
         self.position_embedding = floating(rngs, table, fan_in=d, dtype=dtype) if config.learned_positions else None
         self.embedding_norm = Norm((d,), config, dtype, bias=config.norm_bias) if config.embedding_norm else None
-        self.layers = nnx.List([Layer(config, dtype, weights, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, n, dtype, weights, rngs) for n in range(config.num_layers)])
         self.norm = Norm((d,), config, dtype, bias=config.norm_bias) if config.final_norm else None
         self.project_out = None if e == d else floating(rngs, (d, e), fan_in=d, dtype=dtype)
         head = None if config.tied_head else matrix(rngs, (v, e), fan_in=e, weights=weights.of_vocabulary())
@@ -161,8 +167,7 @@ class Transformer(nnx.Module):
     @property
     def ff_bytes(self) -> int:
         """Bytes of all feed-forward arrays that have a row for each neuron, as their format says."""
-        names = [(layer.ff, name) for layer in self.layers for name in NEURON_AXES]
-        arrays = [getattr(ff, name) for ff, name in names if getattr(ff, name) is not None]
+        arrays = [rows for layer in self.layers for part in layer.ff.parts() for rows in part.rows().values()]
         kinds = [self.weights.dtype if array.dtype == jnp.int8 else array.dtype for array in arrays]
         return sum(stored_bytes(array.shape, kind) for array, kind in zip(arrays, kinds, strict=True))
 

@@ -39,8 +39,9 @@ CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Parts of the range of a group of 4 bits that are tried: where a few numbers are far larger than the others, it costs
 less to clip them than to round all others more coarsely."""
 
-Outputs = Literal["first", "last"]
-"""Which axes of a matrix count the outputs of its product: all but the last one, or the last one."""
+Outputs = Literal["first", "last", "last_of_each"]
+"""Which axes of a matrix count the outputs of its product: all but the last one, the last one, or the last one of each
+of several matrices, which the first axis counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,15 +146,18 @@ def quantise(
 
     Returns:
         The integers; and their scales, as `dequantise` takes them: (*rows, D / group) of float16 for groups; else
-        float32 of the shape (*rows, 1) if all axes but the last one count outputs, and (D,) if the last one does.
+        float32 of the shape (*rows, 1) if all axes but the last one count outputs, (D,) if the last one does, and
+        (E, D)
+        if it does so in each of E matrices.
     """
     wide = matrix.astype(jnp.float32)
     dtype, most = jnp.dtype(format.dtype), limit_of(format.dtype)
     if format.group is None:
-        axes = (-1,) if outputs == "first" else tuple(range(matrix.ndim - 1))
+        summed = {"first": (-1,), "last": range(matrix.ndim - 1), "last_of_each": range(1, matrix.ndim - 1)}
+        axes = tuple(summed[outputs])
         scale = jnp.max(jnp.abs(wide), axis=axes, keepdims=True) / most
         numbers = jnp.round(wide / jnp.where(scale > 0, scale, 1))
-        return numbers.astype(dtype), scale if outputs == "first" else scale.reshape(-1)
+        return numbers.astype(dtype), scale if outputs == "first" else jnp.squeeze(scale, axes)
     groups = wide.reshape(*matrix.shape[:-1], -1, format.group)
     numbers, scale = _rounded(groups, dtype)
     return numbers.astype(dtype).reshape(matrix.shape), scale

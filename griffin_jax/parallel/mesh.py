@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
 """The axis that sequences are divided along."""
@@ -87,11 +87,14 @@ def checked_mesh(mesh: Mesh) -> Mesh:
 
 
 def mesh_of(array: Any) -> Mesh | AbstractMesh | None:
-    """The mesh that an array is on, also while it is traced; None if it is on one device."""
+    """The mesh that an array is on, also while it is traced; None if it is on one device.
+
+    Within `jax.shard_map` over all axes, where each device has an array of its own, it is None, too.
+    """
     sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else getattr(array, "sharding", None)
-    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-        return sharding.mesh
-    return None
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size <= 1:
+        return None
+    return None if set(sharding.mesh.axis_types) == {AxisType.Manual} else sharding.mesh
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, axis: str) -> int:

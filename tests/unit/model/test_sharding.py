@@ -161,7 +161,7 @@ class TestEveryArrayHasARule:
     @pytest.mark.parametrize(
         ("path", "shape"),
         [
-            ("layers.0.ff.router", (4, 16)),
+            ("layers.0.ff.routes", (4, 16)),
             ("layers.0.other_norm.scale", (16,)),
             ("layers.0.ff.rest.down", (24, 16)),
             ("layers.0.ff.down", (48,)),

@@ -1,0 +1,348 @@
+"""Products of tokens with the matrices of the experts that they chose, in the form that XLA makes fast.
+
+    linear_of_experts(x, experts, w)    each token times the rows of its experts' matrices
+    matmul_of_experts(z, experts, w)    each choice's z @ its expert's matrix, summed over the choices of a token
+
+A *pair* is a token and one of its choices. Few pairs go through their matrices one after the other, which reads the
+matrices that were chosen and no others: that is decoding. Many pairs are sorted by their experts, and go through the
+matrix of each in blocks. No expert has a capacity, and no token is dropped.
+
+`jax.lax.ragged_dot` is this product, too. XLA for CPUs and GPUs (jax 0.10.2) makes of it a product of every token with
+every expert: 76 s instead of 1.4 for 1,024 tokens with 4 of 64 experts (768 x 2,048, 2 cores), and for 1,024 tokens
+with 8 of 128 experts temporaries of 4.7 GB in a program compiled for an H100. On TPUs it is a kernel, and used here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, Num
+
+from griffin_jax.model.products import (
+    ROW_PARTS,
+    blocks_of_rows,
+    blocks_of_sums,
+    here,
+    one_token,
+    sum_of_rows,
+)
+from griffin_jax.model.weights import dequantise, grouped
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
+
+BLOCK_TOKENS = 32
+"""Tokens of an expert that go through its matrix together. Fewer read the matrix more often, more compute more for
+places that no token is in. Seen in timings on CPUs with 64 tokens an expert: 16 and 128 take up to half as long
+again."""
+
+
+def linear_of_experts(
+    x: Float[Array, "b t d"],
+    experts: Int[Array, "b t k"],
+    weight: Num[Array, "e a f d"],
+    scale: Float[Array, "e a f n"] | None = None,
+) -> Float[Array, "b t k a f"]:
+    """Each token times every row of the matrices of its experts, float32.
+
+    Args:
+        x: the tokens.
+        experts: the experts that each of them chose.
+        weight: the matrices of all experts.
+        scale: of integers: one for each row (n = 1), or for each of n groups of a row.
+    """
+    mesh = mesh_of(weight)
+    form = _linear_pairs if _few(x, experts, weight, mesh) else _linear_blocks
+    if mesh is None:
+        return form(x, experts, weight, scale)
+    tokens, neurons = _divided(x, weight.shape[2], mesh)
+    return jax.shard_map(
+        form,
+        mesh=mesh,
+        in_specs=(tokens, tokens, PartitionSpec(None, None, neurons), PartitionSpec(None, None, neurons)),
+        out_specs=PartitionSpec(*tokens, None, None, None, neurons),
+        check_vma=False,
+    )(x, experts, weight, scale)
+
+
+def matmul_of_experts(
+    z: Float[Array, "b t k f"],
+    experts: Int[Array, "b t k"],
+    weight: Num[Array, "e f d"],
+    scale: Float[Array, "e d"] | None = None,
+    row_scale: Float[Array, "e f n"] | None = None,
+) -> Float[Array, "b t d"]:
+    """Each choice's z @ the matrix of its expert, summed over the choices of a token; float32.
+
+    Args:
+        z: what each token and choice has for the neurons of its expert.
+        experts: the experts that each token chose.
+        weight: the matrices of all experts.
+        scale: of integers, for each output of an expert.
+        row_scale: of integers, for each of n groups of a row, instead.
+    """
+    mesh = mesh_of(weight)
+    form = _matmul_pairs if _few(z, experts, weight, mesh) else _matmul_blocks
+    if mesh is None:
+        return form(z, experts, weight, scale, row_scale)
+    tokens, neurons = _divided(z, weight.shape[1], mesh)
+
+    def summed(*operands: Any) -> Array:
+        y = form(*operands)
+        return y if neurons is None else jax.lax.psum(y, MODEL_AXIS)
+
+    return jax.shard_map(
+        summed,
+        mesh=mesh,
+        in_specs=(
+            PartitionSpec(*tokens, None, None, neurons),
+            tokens,
+            PartitionSpec(None, neurons),
+            PartitionSpec(),
+            PartitionSpec(None, neurons),
+        ),
+        out_specs=tokens,
+        check_vma=False,
+    )(z, experts, weight, scale, row_scale)
+
+
+def _few(x: Array, experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None) -> bool:
+    """Whether pairs read no more matrices than there are."""
+    devices = 1 if dividing(mesh, DATA_AXIS, x.shape[0]) is None or mesh is None else mesh.shape[DATA_AXIS]
+    return math.prod(experts.shape) // devices <= weight.shape[0]
+
+
+def _divided(x: Array, neurons: int, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, str | None]:
+    """How tokens and neurons are divided among devices, each of which sorts its own tokens."""
+    return PartitionSpec(dividing(mesh, DATA_AXIS, x.shape[0])), dividing(mesh, MODEL_AXIS, neurons)
+
+
+# ---- Few pairs ----
+
+
+def _linear_pairs(x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
+    def one_by_one(x: Array, weight: Array, scale: Array | None) -> Array:
+        b, t, k = experts.shape
+        _, a, f, d = weight.shape
+        tokens, chosen = x.reshape(b * t, d).astype(jnp.float32), experts.reshape(-1)
+        per_row = scale is not None and scale.shape[-1] == 1
+
+        def product(number: Array, y: Array) -> Array:
+            # As everywhere on CPUs: a matrix whose use could move would be converted, all of it, before the loop.
+            token, matrices, scales = here(tokens[number // k], weight, scale)
+            own = matrices[chosen[number]].reshape(a * f, d)
+            own_scale = None if scales is None else scales[chosen[number]].reshape(a * f, -1)
+            inside = None if per_row else own_scale
+            row = token @ own.T if own.dtype == jnp.float32 else one_token(token, own, inside)
+            if per_row and own_scale is not None:
+                row = row * own_scale[:, 0]
+            return jax.lax.dynamic_update_slice_in_dim(y, row.reshape(1, a, f), number, 0)
+
+        # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
+        empty = jnp.broadcast_to(tokens[0, 0] * 0, (b * t * k, a, f))
+        return jax.lax.fori_loop(0, b * t * k, product, empty).reshape(b, t, k, a, f)
+
+    def at_once(x: Array, weight: Array, scale: Array | None) -> Array:
+        # One kernel on GPUs, which takes the look-up of the matrices and their conversion into the sum. Seen in
+        # programs compiled for H100 (jax 0.10.2); as products XLA writes the chosen matrices to memory, transposed.
+        rows = _chosen(weight, experts)
+        token = x.astype(jnp.float32)[:, :, None, None, None]
+        if scale is None or scale.shape[-1] == 1:
+            y = jnp.sum(rows.astype(jnp.float32) * token, axis=-1)
+            return y if scale is None else y * _chosen(scale, experts)[..., 0]
+        matrix = grouped(rows, _chosen(scale, experts))
+        return jnp.sum(matrix * token.reshape(*token.shape[:-1], *matrix.shape[-2:]), axis=(-2, -1))
+
+    return jax.lax.platform_dependent(x, weight, scale, cpu=one_by_one, default=at_once)
+
+
+def _matmul_pairs(
+    z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
+) -> Float[Array, "b t d"]:
+    def one_by_one(z: Array, weight: Array, row_scale: Array | None) -> Array:
+        b, t, k, f = z.shape
+        e, _, d = weight.shape
+        each, chosen = z.reshape(b * t * k, f).astype(jnp.float32), experts.reshape(-1)
+
+        def product(number: Array, y: Array) -> Array:
+            own, matrices, scales = here(each[number], weight, row_scale)
+            expert = chosen[number]
+
+            def rows(start: int, size: int) -> tuple[Array, Array | None]:
+                # Rows of all experts: a part of one expert's matrix would be copied, after all of that. Seen in
+                # timings, 60 ms instead of 13 for four layers of eight experts in int8 (768 x 2,048).
+                some = jax.lax.dynamic_slice_in_dim(matrices.reshape(e * f, d), expert * f + start, size)
+                if scales is None:
+                    return some, None
+                return some, jax.lax.dynamic_slice_in_dim(scales.reshape(e * f, -1), expert * f + start, size)
+
+            row = sum_of_rows(own, rows)
+            if scale is not None:
+                row = row * scale[expert]
+            place = number // k
+            return jax.lax.dynamic_update_slice_in_dim(y, y[place][None] + row, place, 0)
+
+        empty = jnp.broadcast_to(each[0, 0] * 0, (b * t, d))
+        return jax.lax.fori_loop(0, b * t * k, product, empty).reshape(b, t, d)
+
+    def at_once(z: Array, weight: Array, row_scale: Array | None) -> Array:
+        rows = _chosen(weight, experts)
+        if row_scale is None:
+            matrix = rows.astype(jnp.float32)
+        else:
+            matrix = grouped(rows, _chosen(row_scale, experts)).reshape(rows.shape)
+        products = matrix * z.astype(jnp.float32)[..., None]
+        b, t, k, f, d = products.shape
+        parts = math.gcd(f, max(ROW_PARTS // k, 1))
+        sums = jnp.sum(products.reshape(b, t, k, parts, f // parts, d), axis=4)
+        if scale is not None:
+            sums = sums * _chosen(scale, experts)[:, :, :, None]
+        # In two passes, as `griffin_jax.model.products` adds up rows.
+        return jax.lax.platform_dependent(
+            sums,
+            tpu=lambda sums: jnp.sum(sums, axis=(2, 3)),
+            default=lambda sums: jnp.sum(jax.lax.optimization_barrier(sums), axis=(2, 3)),
+        )
+
+    return jax.lax.platform_dependent(z, weight, row_scale, cpu=one_by_one, default=at_once)
+
+
+def _chosen(arrays: Array, experts: Int[Array, "b t k"]) -> Array:
+    """What belongs to the expert of each pair."""
+    return jnp.take(arrays, experts, axis=0, mode="clip")
+
+
+# ---- Many pairs ----
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Sorted:
+    """Pairs in the order of their experts.
+
+    Attributes:
+        order: the pair at each place.
+        counts: number of pairs of each expert.
+        blocks: number of blocks, of which each has pairs of one expert only.
+        starts: the place at which each block begins. Where an expert has no more pairs, its last block reaches into the
+            places of the next one, whose own block is computed later.
+        owners: the expert of each block.
+    """
+
+    order: Int[Array, "p"]
+    counts: Int[Array, "e"]
+    blocks: Int[Array, ""]
+    starts: Int[Array, "m"]
+    owners: Int[Array, "m"]
+
+
+_Product = Callable[[Array, Array], Array]
+"""A function of some pairs and the number of their expert."""
+
+
+def _sorted(experts: Int[Array, "b t k"], count: int) -> _Sorted:
+    chosen = experts.reshape(-1)
+    order = jnp.argsort(chosen, stable=True)
+    counts = jnp.sum(chosen[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    ends = jnp.cumsum(counts)
+    blocks = -(-counts // BLOCK_TOKENS)
+    block_ends = jnp.cumsum(blocks)
+    number = jnp.arange(chosen.shape[0] // BLOCK_TOKENS + min(count, chosen.shape[0]), dtype=jnp.int32)
+    owners = jnp.minimum(jnp.searchsorted(block_ends, number, side="right"), count - 1).astype(jnp.int32)
+    within = number - (block_ends - blocks)[owners]
+    starts = (ends - counts)[owners] + within * BLOCK_TOKENS
+    return _Sorted(order.astype(jnp.int32), counts, block_ends[-1], starts, owners)
+
+
+def _through_blocks(pairs: Float[Array, "p n"], at: _Sorted, product: _Product, width: int) -> Array:
+    """The product of each sorted pair with its expert's matrix, (P, width).
+
+    Args:
+        pairs: the pairs, in the order of `at`.
+        at: their order.
+        product: function of some pairs and the number of their expert.
+        width: number of columns of the result.
+    """
+    padded = jnp.pad(pairs, ((0, BLOCK_TOKENS), (0, 0)))
+
+    def block(number: Array, y: Array) -> Array:
+        start = at.starts[number]
+        rows = product(jax.lax.dynamic_slice_in_dim(padded, start, BLOCK_TOKENS), at.owners[number])
+        return jax.lax.dynamic_update_slice_in_dim(y, rows, start, 0)
+
+    empty = jnp.broadcast_to(padded[0, 0].astype(jnp.float32) * 0, (padded.shape[0], width))
+    return jax.lax.fori_loop(0, at.blocks, block, empty)[: pairs.shape[0]]
+
+
+def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
+    b, t, k = experts.shape
+    e, a, f, d = weight.shape
+    at = _sorted(experts, e)
+    rows = weight.reshape(e, a * f, d)
+    row_scale = None if scale is None else scale.reshape(e, a * f, -1)
+    per_row = scale is not None and scale.shape[-1] == 1
+    inside = None if per_row else row_scale
+
+    def on_cpu(tokens: Array, expert: Array) -> Array:
+        tokens, rows_, scales = here(tokens, rows, inside)
+        own = rows_[expert]
+        if own.dtype == jnp.float32:
+            return tokens @ own.T
+        return blocks_of_rows(tokens.astype(jnp.float32), own, None if scales is None else scales[expert])
+
+    def as_it_is(tokens: Array, expert: Array) -> Array:
+        own = rows[expert] if inside is None else dequantise(rows[expert], inside[expert], x.dtype)
+        return jnp.einsum("td,fd->tf", tokens, own.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def ragged(tokens: Array) -> Array:
+        own = rows.astype(x.dtype) if inside is None else dequantise(rows, inside, x.dtype)
+        numbers = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
+        )
+        return jax.lax.ragged_dot_general(tokens, own, at.counts, numbers, preferred_element_type=jnp.float32)
+
+    tokens = x.reshape(b * t, d)[at.order // k]
+    y = _by_platform(tokens, at, on_cpu, as_it_is, ragged, a * f)
+    if per_row and row_scale is not None:
+        y = y * row_scale[experts.reshape(-1)[at.order], :, 0]
+    return y[jnp.argsort(at.order)].reshape(b, t, k, a, f)
+
+
+def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+    b, t, k, f = z.shape
+    e, _, d = weight.shape
+    at = _sorted(experts, e)
+
+    def on_cpu(pairs: Array, expert: Array) -> Array:
+        pairs, matrices, scales = here(pairs, weight, row_scale)
+        own = matrices[expert]
+        if own.dtype == jnp.float32:
+            return pairs @ own
+        return blocks_of_sums(pairs.astype(jnp.float32), own, None if scales is None else scales[expert])
+
+    def as_it_is(pairs: Array, expert: Array) -> Array:
+        own = weight[expert] if row_scale is None else dequantise(weight[expert], row_scale[expert], z.dtype)
+        return jnp.einsum("tf,fd->td", pairs, own.astype(z.dtype), preferred_element_type=jnp.float32)
+
+    def ragged(pairs: Array) -> Array:
+        own = weight.astype(z.dtype) if row_scale is None else dequantise(weight, row_scale, z.dtype)
+        return jax.lax.ragged_dot(pairs, own, at.counts, preferred_element_type=jnp.float32)
+
+    y = _by_platform(z.reshape(b * t * k, f)[at.order], at, on_cpu, as_it_is, ragged, d)
+    y = y[jnp.argsort(at.order)].reshape(b, t, k, d)
+    return jnp.sum(y if scale is None else y * scale[experts], axis=2)
+
+
+def _by_platform(
+    pairs: Array, at: _Sorted, on_cpu: _Product, as_it_is: _Product, ragged: Callable[[Array], Array], width: int
+) -> Array:
+    return jax.lax.platform_dependent(
+        pairs,
+        cpu=lambda pairs: _through_blocks(pairs, at, on_cpu, width),
+        tpu=ragged,
+        default=lambda pairs: _through_blocks(pairs, at, as_it_is, width),
+    )
