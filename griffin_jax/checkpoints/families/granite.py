@@ -25,11 +25,18 @@ def read_config(attributes: Attributes) -> ModelConfig:
         **fields,
         rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
         ff_bias=attributes.take("mlp_bias", bool, default=False),
-        embedding_scale=attributes.take("embedding_multiplier", float, default=1.0),
-        residual_scale=attributes.take("residual_multiplier", float, default=1.0),
-        attention_scale=attributes.take("attention_multiplier", float, default=1.0),
-        logit_scale=1.0 / attributes.take("logits_scaling", float, default=1.0),
+        **read_multipliers(attributes),
     )
+
+
+def read_multipliers(attributes: Attributes) -> dict[str, float]:
+    """The four factors, as fields of `ModelConfig`."""
+    return {
+        "embedding_scale": attributes.take("embedding_multiplier", float, default=1.0),
+        "residual_scale": attributes.take("residual_multiplier", float, default=1.0),
+        "attention_scale": attributes.take("attention_multiplier", float, default=1.0),
+        "logit_scale": 1.0 / attributes.take("logits_scaling", float, default=1.0),
+    }
 
 
 def read_gguf_granite(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:

@@ -99,8 +99,10 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
     """The sizes that the letters of layouts stand for in a model.
 
     In addition to those of `griffin_jax.model`: C positions of the context, E columns of the embedding, P pairs of
-    dimensions of a head, Q query heads of each of four devices.
+    dimensions of a head, Q query heads of each of four devices; X experts of M neurons each, S neurons of the shared
+    experts (0 in models without).
     """
+    routing = config.routing
     return {
         "C": config.max_positions,
         "D": config.width,
@@ -108,12 +110,19 @@ def sizes_of(config: ModelConfig) -> dict[str, int]:
         "F": config.ff_width,
         "G": config.num_kv_heads,
         "H": config.head_dim,
+        "M": 0 if routing is None else routing.width,
         "N": config.num_heads,
         "P": config.head_dim // 2,
         "Q": config.num_heads // 4,
         "R": config.num_heads // config.num_kv_heads,
+        "S": 0 if routing is None else routing.shared_width,
         "V": config.vocab_size,
+        "X": 0 if routing is None else routing.experts,
     }
+
+
+EACH = ("{head}", "{expert}")
+"""What stands for numbers in names, where there are tensors of their own for each head or expert of a layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +134,10 @@ class TensorRule:
 
     Attributes:
         name: name of the tensor; `{layer}` stands for the number of the layer, `{head}` for the number of a head, where
-            every head has a tensor of its own.
+            every head has a tensor of its own, and `{expert}` for that of an expert.
         path: path of the parameter in the module tree.
-        layout: how the tensor's axes become the parameter's, see `Layout`. With `{head}`, the tensors of all heads are
-            stacked along a new first axis.
+        layout: how the tensor's axes become the parameter's, see `Layout`. With `{head}` or `{expert}`, the tensors of all
+            of them are stacked along a new first axis.
         add: number that is added to the stored values.
     """
 
@@ -145,9 +154,10 @@ class TensorRule:
     def tensors(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor that the rule reads."""
         shape = Layout.parse(self.layout).shape_before(sizes)
-        if "{head}" not in self.name:
+        each = next((each for each in EACH if each in self.name), None)
+        if each is None:
             return {self.name: shape}
-        return {self.name.replace("{head}", str(head)): shape[1:] for head in range(shape[0])}
+        return {self.name.replace(each, str(number)): shape[1:] for number in range(shape[0])}
 
 
 def layer_rules(prefix: str, *rules: tuple[str, str, str]) -> tuple[TensorRule, ...]:

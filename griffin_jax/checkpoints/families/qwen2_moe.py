@@ -1,0 +1,59 @@
+"""Qwen1.5 and Qwen2 with routed experts, and one that every token reads through a gate of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES
+from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
+from griffin_jax.checkpoints.schema.experts import read_dense_layers, read_routing
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.layouts import layer_rules
+from griffin_jax.checkpoints.schema.rotary import read_rotary
+from griffin_jax.model.config import ModelConfig
+
+
+def read_config(attributes: Attributes) -> ModelConfig:
+    """The architecture that a config.json with `"model_type": "qwen2_moe"` describes."""
+    fields = read_fields(attributes, "qwen2_moe", num_key_value_heads=16)
+    fields |= {"attention_bias": attributes.take("qkv_bias", bool, default=True), "attention_out_bias": False}
+    first = attributes.take("max_window_layers", int, default=28)
+    window = attributes.take("sliding_window", int, default=4096)
+    used = attributes.take("use_sliding_window", bool, default=False)
+    windowed = read_layer_types(attributes, [used and layer < first for layer in range(fields["num_layers"])])
+    routing = read_routing(
+        attributes,
+        count="num_experts",
+        width=attributes.count("moe_intermediate_size", 1408),
+        experts=60,
+        active=4,
+        normalised=attributes.take("norm_topk_prob", bool, default=False),
+        shared_width=attributes.count("shared_expert_intermediate_size", 5632),
+        shared_gate=True,
+    )
+    return ModelConfig(
+        **fields,
+        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
+        windows=windows_of(window if used else None, windowed),
+        routing=dataclasses.replace(routing, dense_layers=read_dense_layers(attributes, fields["num_layers"])),
+    )
+
+
+SHARED_RULES = layer_rules(
+    "model.layers.{layer}.",
+    ("mlp.shared_expert.gate_proj.weight", "ff.shared.gate", "S D"),
+    ("mlp.shared_expert.up_proj.weight", "ff.shared.up", "S D"),
+    ("mlp.shared_expert.down_proj.weight", "ff.shared.down", "D S -> S D"),
+    ("mlp.shared_expert_gate.weight", "ff.shared_gate", "1 D -> D"),
+)
+
+FAMILY = Family(
+    model_type="qwen2_moe",
+    title="Qwen1.5-MoE, Qwen2-57B-A14B",
+    read_config=read_config,
+    rules=RULES + EXPERT_RULES + SHARED_RULES,
+    prefix="model.",
+    ignored=IGNORED,
+    copies=COPIES,
+)

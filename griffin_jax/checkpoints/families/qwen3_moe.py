@@ -1,0 +1,50 @@
+"""Qwen3 with routed experts, such as Qwen3-30B-A3B."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from griffin_jax.checkpoints.families.qwen3 import HEAD_NORMS
+from griffin_jax.checkpoints.schema.attributes import Attributes, windows_of
+from griffin_jax.checkpoints.schema.experts import expert_rules, read_dense_layers, read_routing
+from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.rotary import read_rotary
+from griffin_jax.model.config import ModelConfig
+
+EXPERT_RULES = expert_rules("mlp", "gate", "gate_proj", "up_proj", "down_proj")
+
+
+def read_config(attributes: Attributes) -> ModelConfig:
+    """The architecture that a config.json with `"model_type": "qwen3_moe"` describes."""
+    fields = read_fields(attributes, "qwen3_moe", num_key_value_heads=4)
+    window = attributes.take("sliding_window", int, default=4096)
+    used = attributes.take("use_sliding_window", bool, default=False)
+    # Written into every configuration, and read by no code.
+    attributes.ignore("max_window_layers")
+    attributes.rename(num_experts="num_local_experts")
+    routing = read_routing(
+        attributes,
+        width=attributes.count("moe_intermediate_size", 768),
+        experts=128,
+        active=8,
+        normalised=attributes.take("norm_topk_prob", bool, default=False),
+    )
+    return ModelConfig(
+        **fields,
+        head_norm="shared",
+        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
+        windows=windows_of(window if used else None, [True] * fields["num_layers"]),
+        routing=dataclasses.replace(routing, dense_layers=read_dense_layers(attributes, fields["num_layers"])),
+    )
+
+
+FAMILY = Family(
+    model_type="qwen3_moe",
+    title="Qwen3 with experts (30B-A3B, 235B-A22B)",
+    read_config=read_config,
+    rules=RULES + HEAD_NORMS + EXPERT_RULES,
+    prefix="model.",
+    ignored=IGNORED,
+    copies=COPIES,
+)
