@@ -271,3 +271,10 @@ class TestAnswers:
             PASSAGES[0], density=0.5, max_new_tokens=6, ignore_eos=True, mixed_weights="int4@0.25"
         )
         assert tokens == expected.tokens[0]
+
+    @pytest.mark.slow
+    def test_on_a_mesh(self):
+        mesh = make_mesh(data=2, model=2)
+        here, there = (gj.LLM(random_model(GATED, weights=FINE, mesh=each)) for each in (None, mesh))
+        options = self.OPTIONS | {"density": 0.5, "groups": 2}
+        assert there.generate(self.PROMPTS, **options).tokens == here.generate(self.PROMPTS, **options).tokens
