@@ -68,7 +68,7 @@ def table(result: Mapping[str, Any]) -> str:
     if result["peers"] and any(row["batch"] > 1 for row in result["rows"]):
         lines.append("peers are measured at batch 1 only")
     lines += [f"peer: {name} is skipped: {reason}" for name, reason in result["skipped"].items()]
-    best, several = (any(row[name] for row in result["rows"]) for name in ("quality", "format"))
+    best, several, drafts = (any(row[name] for row in result["rows"]) for name in ("quality", "format", "drafts"))
     for rows in groups(result["rows"]):
         first = rows[0]
         lines += [
@@ -79,6 +79,7 @@ def table(result: Mapping[str, Any]) -> str:
             *_prunes(rows),
             "",
             *_block("decoding", DECODING, rows),
+            *_drafting(rows),
             *_against_peers(rows),
         ]
     lines += [
@@ -89,8 +90,16 @@ def table(result: Mapping[str, Any]) -> str:
         *(["best: --quality best. The statistic includes rows of the prompt, prune the refit to them."] * best),
         "ceiling: weights in use and all slots of the cache, over the bandwidth. allowed: bytes dense / bytes pruned.",
         *(["speed-up and allowed: against the dense model in the first format."] * several),
+        *([DRAFTS] * drafts),
     ]
     return "\n".join(lines)
+
+
+DRAFTS = (
+    "speculative: the pruned model drafts, the full one decides. Bytes are for each token of the answer, drafts and\n"
+    "passes together. Random prompts say little about how many drafts are accepted: griffin-jax eval drafts has texts."
+)
+"""What the bytes of speculative rows are."""
 
 
 def precision(result: Mapping[str, Any]) -> str:
@@ -108,9 +117,10 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def label(row: Row) -> str:
-    """What tells a row from others of the same density: its system, or `best`, and what its batch keeps; of several
-    formats of the weights also the format."""
-    parts = row["quality"] or row["system"], row.get("format"), row["experts"]
+    """What tells a row from others of the same density: its system, or `best`, what its batch keeps, and whether it
+    only drafts; of several formats of the weights also the format."""
+    drafts = "speculative" if row.get("drafts") else None
+    parts = row["quality"] or row["system"], row.get("format"), row["experts"], drafts
     return " ".join(filter(None, parts))
 
 
@@ -181,6 +191,25 @@ DECODING: tuple[Column, ...] = (
 )
 """Decode steps next to their ceiling."""
 
+DRAFTING: tuple[Column, ...] = (
+    ("density", "", 8, _density),
+    ("drafts", "", 8, lambda row: str(row["drafts"])),
+    ("drafted", "in", 9, lambda row: row["draft_weights"] or "own"),
+    ("a draft", "", 10, _size("draft_bytes")),
+    ("of a", "pass", 6, _share("draft_share")),
+    ("accepted", "", 10, _share("accepted")),
+    ("tokens", "a pass", 8, _number("tokens_per_pass", 2)),
+    ("bytes", "a token", 10, _size("step_bytes")),
+    ("of", "dense", 7, _number("bytes_share", 2)),
+)
+"""What drafts read, and what they are worth."""
+
+
+def _drafting(rows: Sequence[Row]) -> list[str]:
+    """The block of the rows that draft, if there are any."""
+    found = [row for row in rows if row.get("drafts")]
+    return ["", *_block("drafting", DRAFTING, found)] if found else []
+
 
 def _block(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     heads = ["".join(f"{column[number]:>{column[2]}}" for column in columns) for number in (0, 1)]
@@ -210,7 +239,7 @@ def _prunes(rows: Sequence[Row]) -> list[str]:
 
 
 def _against_peers(rows: Sequence[Row]) -> list[str]:
-    ours = [row for row in rows if row["system"] == "griffin_jax" and not row["quality"]]
+    ours = [row for row in rows if row["system"] == "griffin_jax" and not row["quality"] and not row["drafts"]]
     lines = []
     for row in rows:
         if row["system"] == "griffin_jax":
@@ -303,8 +332,8 @@ def _ratio(now: float | None, before: float | None) -> str:
 
 
 def _earlier(row: Row, rows: Sequence[Row]) -> Row | None:
-    # Rows of older versions have no quality and no format.
-    told_by = ("system", "density", "batch", "experts", "quality", "format")
+    # Rows of older versions have no quality, no format and no drafts.
+    told_by = ("system", "density", "batch", "experts", "quality", "format", "drafts", "draft_weights")
     same = [r for r in rows if all(r.get(n) == row.get(n) for n in told_by)]
     exact = [r for r in same if (r["prompt"], r["new"]) == (row["prompt"], row["new"])]
     return exact[0] if exact else same[0] if len(same) == 1 else None
@@ -353,13 +382,19 @@ def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """What belongs on one line of a plot, by its name; the dense row begins every line of its system and batch."""
-    dense = {(row["system"], row["batch"], row.get("format")): row for row in rows if row["density"] == 1}
+    """What belongs on one line of a plot, by its name; the dense row begins every line of its system and batch but
+    those of drafts, where the model that drafts may be dense, too."""
+    full = [row for row in rows if row["density"] == 1 and not row.get("drafts")]
+    dense = {(row["system"], row["batch"], row.get("format")): row for row in full}
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["density"] < 1:
-            parts = (row["system"], row["quality"], row.get("format")), (f"batch {row['batch']}", row["experts"])
+        drafts = "speculative" if row.get("drafts") else None
+        if row["density"] < 1 or drafts:
+            parts = (
+                (row["system"], row["quality"], row.get("format"), drafts),
+                (f"batch {row['batch']}", row["experts"]),
+            )
             name = ", ".join(" ".join(filter(None, part)) for part in parts)
-            start = dense.get((row["baseline"], row["batch"], row.get("format")))
+            start = None if drafts else dense.get((row["baseline"], row["batch"], row.get("format")))
             found.setdefault(name, [] if start is None else [start]).append(row)
     return found

@@ -11,6 +11,10 @@ measured by summing a large array. A step gives one token to every sequence of t
 With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
 its prior is random, too.
 
+Speculative rows, at batch 1, write the answer of the full model, for which the pruned one drafts. Their bytes are those
+of a token of the answer, drafts and passes of the full model together. How many drafts are accepted depends on the
+text, and these prompts are none: `griffin-jax eval drafts` counts it on texts.
+
 On a mesh bytes and the bandwidth are those of each device, what the devices communicate is in no ceiling, and each
 keeps the best of its own neurons, as `generate` does.
 """
@@ -34,10 +38,13 @@ from tqdm import tqdm
 
 from griffin_jax import __version__
 from griffin_jax.bench import report
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.config import Extensions, Quality
+from griffin_jax.extensions.drafter import drafter_bytes, drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.pruner import Pruner
+from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
@@ -74,16 +81,23 @@ class Case:
         prompt: tokens of each prompt.
         new: tokens of each answer.
         batch: sequences.
+        drafts: tokens that are drafted at a time, at most; 0 where nothing is.
     """
 
     prompt: int
     new: int
     batch: int
+    drafts: int = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that an answer has room for. The last round of drafts may write more than was asked for."""
+        return bucket(self.new + self.drafts)
 
     @property
     def slots(self) -> int:
         """Slots of the cache that is allocated for it, for each sequence."""
-        return bucket(self.prompt) + bucket(self.new)
+        return bucket(self.prompt) + self.room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +109,14 @@ class Variant:
         shared: whether a batch shares its experts.
         quality: of `LLM.generate`.
         weights: how the matrices are stored; None as in the first format that is measured.
+        speculative: whether the pruned model only drafts.
     """
 
     density: float = 1.0
     shared: bool = False
     quality: Quality = "griffin"
     weights: WeightFormat | None = None
+    speculative: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +159,7 @@ class Plan:
         shared: what batches of several sequences are measured with.
         qualities: what pruned models are measured with.
         prior: of quality "best".
+        drafting: how many tokens are drafted at a time, and in which format.
         round_to: kept neurons are rounded up to a multiple of this.
         in_place: whether every neuron is held once.
         mesh: devices that batches and the model are divided among; None for one.
@@ -159,6 +176,7 @@ class Plan:
     shared: tuple[bool, ...]
     qualities: tuple[Quality, ...]
     prior: Prior | None
+    drafting: Extensions
     round_to: int
     in_place: bool
     mesh: Mesh | None
@@ -187,10 +205,12 @@ class Plan:
         sharing = self.shared if case.batch > 1 else (False,)
         densities = [density for density in self.densities if density < 1]
         pruned = [Variant(d, shared, quality) for quality in self.qualities for shared in sharing for d in densities]
+        drafting = [*([Variant()] if self.drafting.drafter else []), *pruned] if case.drafts else []
+        drafting = [dataclasses.replace(variant, speculative=True) for variant in drafting]
         return [
             dataclasses.replace(variant, weights=precision.weights)
             for precision in self.formats
-            for variant in (Variant(), *pruned)
+            for variant in (Variant(), *pruned, *drafting)
         ]
 
     def rows(self, case: Case, variant: Variant) -> int:
@@ -201,6 +221,8 @@ class Plan:
         """Bytes of a row's parts on each device."""
         devices, one = axis_size(self.mesh, MODEL_AXIS), variant.shared or case.batch == 1
         precision = self.precision(variant)
+        if variant.speculative and self.drafting.drafter is not None:
+            precision = Precision(self.dtype, self.drafting.drafter)
         refitted = variant.quality == "best" and variant.density < 1
         return Sizes(
             self.config,
@@ -211,6 +233,11 @@ class Plan:
             devices=devices,
             refitted=refitted,
         )
+
+    def draft_bytes(self, case: Case, variant: Variant) -> tuple[int, int]:
+        """Bytes that a draft of a row reads, and those that a pass of its full model does; each with the cache."""
+        precision, kept = self.precision(variant), self.kept(variant)
+        return step_bytes(self.config, precision, case.slots, kept, self.drafting.drafter)
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:
         """Neurons of every layer; None for the dense model."""
@@ -230,8 +257,11 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         return Needs(plan.config, plan.precision(variant), plan.mesh, jax.default_backend())
 
     def weights_of(variant: Variant) -> int:
-        needs = needs_of(variant)
-        return needs.in_memory(plan.sizes(plan.cases[0], variant).weights(None), needs.precision.weights)
+        needs, drafter = needs_of(variant), plan.drafting.drafter
+        full = needs.in_memory(plan.sizes(plan.cases[0], variant).weights(None), needs.precision.weights)
+        if drafter is None:
+            return full
+        return full + needs.in_memory(drafter_bytes(plan.config, Precision(plan.dtype, drafter)), drafter)
 
     held = {each.weights: weights_of(Variant(weights=each.weights)) for each in plan.formats}
     beside = {
@@ -245,11 +275,13 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         found = needs.generation(
             case.batch,
             case.prompt,
-            case.new,
+            case.new + case.drafts,
             plan.kept(variant),
             shared=variant.shared,
             rows=plan.rows(case, variant),
             calibration=general[0].shape[0] if general else 0,
+            drafts=case.drafts if variant.speculative else 0,
+            drafter=plan.drafting.drafter if variant.speculative else None,
             in_place=plan.in_place,
             repeated=True,
         )
@@ -362,6 +394,7 @@ class Measured:
         samples: seconds of every phase, one dictionary for every counted round.
         compile: seconds that XLA spent on its programs; None of peers.
         peak_memory: of the process while the row was measured, bytes; None where that is not known.
+        drafting: how the drafts of an answer fared; None where there were none.
     """
 
     system: str
@@ -370,6 +403,7 @@ class Measured:
     samples: list[dict[str, float]] = dataclasses.field(default_factory=list)
     compile: float | None = None
     peak_memory: int | None = None
+    drafting: Drafting | None = None
 
 
 class _Subject:
@@ -382,10 +416,11 @@ class _Subject:
 
     def __init__(self, model: Transformer, in_place: GriffinConfig | None):
         self._model = model
+        self._drafter: Transformer | None = None
         self._in_place = None if in_place is None else InPlace(model)
         if self._in_place is not None and in_place is not None:
             # Any experts: from now on the programs are those of two groups.
-            kept = in_place.kept(model.neurons)
+            kept = in_place.kept(model.config.neuron_ranges)
             self._in_place.prune(ExpertNeurons.from_indices([range(k) for k in kept], model.neurons))
 
     @property
@@ -393,8 +428,16 @@ class _Subject:
         """The full one."""
         return self._model if self._in_place is None else self._in_place.model
 
-    def prune(self, prefilled: Prefilled, pruner: Pruner, watch: Stopwatch) -> Transformer:
-        """The pruned model."""
+    def drafter(self, weights: WeightFormat | None) -> Transformer:
+        """What drafts before it is pruned: the full model, or a copy of it in another format, which is made once."""
+        if weights is None:
+            return self.model
+        drafter = self._drafter or jax.block_until_ready(drafter_of(self._model, weights))
+        self._drafter = drafter
+        return drafter
+
+    def prune(self, model: Transformer, prefilled: Prefilled, pruner: Pruner, watch: Stopwatch) -> Transformer:
+        """The pruned model: the full one or its drafter, with the kept rows only."""
         statistics, rows = prefilled.statistics, prefilled.rows
         with watch.phase("select"):
             if self._in_place is not None:
@@ -404,9 +447,9 @@ class _Subject:
             with watch.phase("prune"):
                 return jax.block_until_ready(self._in_place.prune(experts))
         with watch.phase("first_prune"):
-            first = jax.block_until_ready(pruner.prune(self._model, experts, rows))
+            first = jax.block_until_ready(pruner.prune(model, experts, rows))
         with watch.phase("prune"):
-            return jax.block_until_ready(pruner.prune(self._model, experts, rows, reuse=first))
+            return jax.block_until_ready(pruner.prune(model, experts, rows, reuse=first))
 
 
 def _measure_case(
@@ -430,14 +473,14 @@ def _measure_case(
         # What comes first in a round may find threads asleep and caches cold.
         order = records if number % 2 else records[::-1]
         read_by = {
-            weights: _prefills(subject.model, tokens, lengths, case.new, order) for weights, subject in subjects.items()
+            weights: _prefills(subject.model, tokens, lengths, case, order) for weights, subject in subjects.items()
         }
         turn = number % len(ours)
         for row in [*ours[turn:], *ours[:turn]]:
             weights = plan.precision(row.variant).weights
             prefilled, read = read_by[weights][_recorded(plan, case, row.variant)]
             with _peak_memory(row):
-                watch = _answer(subjects[weights], prefilled, plan, row.variant, case.new)
+                watch, row.drafting = _answer(subjects[weights], prefilled, plan, row.variant, case)
             sample = {name: seconds for name, seconds in watch.seconds.items() if name != "compile"}
             sample["prefill"] = read.seconds["prefill"]
             if row.variant.density < 1:
@@ -465,21 +508,20 @@ def _recorded(plan: Plan, case: Case, variant: Variant) -> int | None:
 
 
 def _prefills(
-    model: Transformer, tokens: np.ndarray, lengths: np.ndarray, new: int, order: Sequence[int | None]
+    model: Transformer, tokens: np.ndarray, lengths: np.ndarray, case: Case, order: Sequence[int | None]
 ) -> dict[int | None, tuple[Prefilled, Stopwatch]]:
     """The prompts read with each of the things recorded, as neighbours in time; once for all densities."""
     sides: dict[int | None, tuple[Prefilled, Stopwatch]] = {}
     for rows in order:
         watch = Stopwatch()
         with watch.phase("prefill"):
-            max_new_tokens, longest = bucket(new), np.int32(new)
             prefilled = jax.block_until_ready(
                 jitted.prefill(
                     model,
                     tokens,
                     lengths,
-                    max_new_tokens=max_new_tokens,
-                    longest=longest,
+                    max_new_tokens=case.room,
+                    longest=np.int32(case.new),
                     collect=rows is not None,
                     rows=rows or 0,
                 )
@@ -491,19 +533,32 @@ def _prefills(
     return sides
 
 
-def _answer(subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Variant, new: int) -> Stopwatch:
-    """An answer, phase by phase as `LLM.generate` writes it."""
+def _answer(
+    subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Variant, case: Case
+) -> tuple[Stopwatch, Drafting | None]:
+    """An answer, phase by phase as `LLM.generate` writes it, and how its drafts fared if there were any."""
     watch = Stopwatch()
-    model = subject.model
+    model = subject.drafter(plan.drafting.drafter) if variant.speculative else subject.model
     if variant.density < 1:
-        model = subject.prune(prefilled, plan.pruner(variant), watch)
+        model = subject.prune(model, prefilled, plan.pruner(variant), watch)
     # `init_decode` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
     with watch.phase("init_decode"):
         answer = jax.block_until_ready(jitted.init_decode(mine))
+    until = np.int32(case.new)
+    if not variant.speculative:
+        with watch.phase("decode"):
+            jax.block_until_ready(jitted.decode(model, answer, until))
+        return watch, None
+    worth: dict[str, Any] = {}
+    if plan.drafting.speculative is True:
+        draft, step = plan.draft_bytes(case, variant)
+        worth = {"cost": np.float32(draft / step), "earlier": Drafting.none(case.batch)}
     with watch.phase("decode"):
-        jax.block_until_ready(jitted.decode(model, answer, np.int32(new)))
-    return watch
+        _, drafting = jax.block_until_ready(
+            jitted_extensions.decode_speculative(subject.model, model, answer, until, drafts=case.drafts, **worth)
+        )
+    return watch, drafting
 
 
 @contextlib.contextmanager
@@ -537,12 +592,15 @@ def summarise(
         in bytes, speeds in bytes per second, and shares as fractions. What a row does not have is None.
     """
     # Of several formats the first one is what the others are compared with, too.
-    dense = {row.system: row for row in reversed(measured) if row.variant.density == 1}
+    dense = {row.system: row for row in reversed(measured) if _is_dense(row.variant)}
     rows = []
     for row in measured:
         ours, variant = row.system == OURS, row.variant
         sizes, kept, cache = plan.sizes(case, variant), plan.kept(variant), plan.sizes(case, variant).cache
         weights = sizes.step(kept) - cache
+        drafts = _drafts(plan, case, row)
+        if drafts:
+            weights, cache = drafts.pop("weights_bytes"), drafts.pop("cache_bytes")
         if not ours:
             # Peers' caches grow with the text; ours has all its slots from the start.
             peer, filled = peers[row.system], cache * (case.prompt + case.new // 2) // case.slots
@@ -586,6 +644,13 @@ def summarise(
             "decode_ms_range": [_step_of(edge(row.samples, key=_decode), case) for edge in (min, max)],
             "tokens_per_second": case.batch / step * 1e3,
             "total_ms": _total(row.samples, ("prefill", "select", "prune", "init_decode", "decode")),
+            "drafts": drafts.get("drafts"),
+            "draft_weights": drafts.get("draft_weights"),
+            "draft_bytes": drafts.get("draft_bytes"),
+            "draft_share": drafts.get("draft_share"),
+            "accepted": drafts.get("accepted"),
+            "tokens_per_pass": drafts.get("tokens_per_pass"),
+            "bytes_share": drafts.get("bytes_share"),
             "weights_bytes": weights,
             "cache_bytes": cache,
             "step_bytes": weights + cache,
@@ -597,13 +662,42 @@ def summarise(
         result["prune_fraction"] = None if result["prune_speed"] is None else result["prune_speed"] / bandwidth
         speedup = None if base is None else _step(base, case) / step
         # Dense rows come first.
-        first = next((r for r in rows if r["system"] == row.baseline and r["density"] == 1), result)
+        first = next((r for r in rows if r["system"] == row.baseline and r["density"] == 1 and not r["drafts"]), result)
         allowed = first["step_bytes"] / result["step_bytes"]
         result["speedup"] = speedup
         result["speedup_ceiling"] = None if speedup is None else allowed
         result["fraction_of_speedup"] = None if speedup is None else speedup / allowed
         rows.append(result)
     return rows
+
+
+def _is_dense(variant: Variant) -> bool:
+    return variant.density == 1 and not variant.speculative
+
+
+def _drafts(plan: Plan, case: Case, row: Measured) -> dict[str, Any]:
+    """What a speculative row has that others do not; bytes are for each token of the answer. Empty of other rows.
+
+    The first token of an answer needs no step.
+    """
+    if row.drafting is None:
+        return {}
+    drafting, written = row.drafting, case.new - 1
+    passes, steps, drafted = int(drafting.passes), int(drafting.steps), int(drafting.drafted.sum())
+    draft, full = plan.draft_bytes(case, row.variant)
+    cache = plan.sizes(case, row.variant).cache
+    drafter = plan.drafting.drafter
+    return {
+        "drafts": "auto" if plan.drafting.speculative is True else case.drafts,
+        "draft_weights": None if drafter is None else str(drafter),
+        "draft_bytes": draft,
+        "draft_share": draft / full,
+        "accepted": int(drafting.accepted.sum()) / drafted,
+        "tokens_per_pass": written / passes,
+        "bytes_share": (passes + steps * draft / full) / written,
+        "weights_bytes": round((passes * (full - cache) + steps * (draft - cache)) / written),
+        "cache_bytes": round((passes + steps) * cache / written),
+    }
 
 
 def _median(samples: Sequence[dict[str, float]], name: str) -> float | None:

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -30,7 +30,7 @@ from griffin_jax.cli.options import (
     chosen_mesh,
     numbers,
 )
-from griffin_jax.extensions.config import Quality, check_quality
+from griffin_jax.extensions.config import Extensions, Quality, check_quality
 from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
 from griffin_jax.griffin.config import GriffinConfig, check_density
@@ -113,6 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of --quality best: what griffin-jax prior measured (default: the file next to the model)",
     )
+    drafts = "at batch 1 also write the full model's answers, for which the others draft so many tokens at a time"
+    add_options(what, Extensions, "speculative", help=f"{drafts} (default: as many as are worth it)")
+    add_options(what, Extensions, "draft_weights")
     add_options(what, GriffinConfig, "round_to")
     what.add_argument(
         "--in-place",
@@ -185,16 +188,22 @@ def check(options: argparse.Namespace) -> Plan:
                 f"{prompt} + {new} tokens are more than the model's context of {config.max_positions}; see --lengths"
             )
     formats = _formats(options, config, source)
+    drafting = _drafting(options, config, densities, batches)
     plan = Plan(
         source=options.model,
         config=config,
         random=random,
         formats=formats,
         densities=(1.0, *sorted({d for d in densities if d < 1}, reverse=True)),
-        cases=tuple(Case(prompt, new, batch) for prompt, new in lengths for batch in batches),
+        cases=tuple(
+            Case(prompt, new, batch, min(drafting.drafts, new - 1) if batch == 1 else 0)
+            for prompt, new in lengths
+            for batch in batches
+        ),
         shared=(True,) if options.in_place else tuple(name == "shared" for name in experts),
         qualities=tuple(quality for quality in get_args(Quality) if quality in qualities),
         prior=_prior(options, config, random) if "best" in qualities else None,
+        drafting=drafting,
         round_to=options.round_to,
         in_place=options.in_place,
         mesh=mesh,
@@ -220,6 +229,26 @@ def _formats(options: argparse.Namespace, config: ModelConfig, source: Source | 
     given = [None] if options.weights is None else [part.strip() for part in options.weights.split(",")]
     formats = [loading.precision_of(config, dtype, loading.parse_weights(each), source) for each in given]
     return tuple(dict.fromkeys(formats))
+
+
+def _drafting(
+    options: argparse.Namespace, config: ModelConfig, densities: Sequence[float], batches: Sequence[int]
+) -> Extensions:
+    """What is drafted, and in which format."""
+    drafting = Extensions(speculative=options.speculative, draft_weights=options.draft_weights)
+    if not drafting.drafts:
+        return drafting
+    if options.mesh is not None:
+        raise ValueError("--mesh does not go with --speculative: give one of the two")
+    if 1 not in batches:
+        raise ValueError("--speculative is for single requests: give --batch 1, also with others")
+    if drafting.drafter is None and min(densities) == 1:
+        raise ValueError("--speculative needs something that drafts: give a --density below 1 or --draft-weights int4")
+    if drafting.drafter is not None:
+        if options.in_place:
+            raise ValueError("--in-place moves the model's rows, and not those of --draft-weights: give one of the two")
+        drafting.drafter.check(config.width, config.embedding_width)
+    return drafting
 
 
 def _peers(options: argparse.Namespace, formats: tuple[Precision, ...]) -> tuple[str, ...]:

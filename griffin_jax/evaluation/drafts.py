@@ -184,7 +184,7 @@ def read_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -
     """
     kept = None
     if drafter.variant.method != DENSE:
-        kept = drafter.variant.pruner(extensions).config.kept(llm.model.neurons)
+        kept = drafter.variant.pruner(extensions).config.kept(llm.model.config.neuron_ranges)
     precision = Precision.of(llm.model.dtype, llm.model.weights)
     return step_bytes(llm.config, precision, slots, kept, drafter.weights)
 

@@ -53,7 +53,7 @@ def check_variants(
         raise ValueError(f"{mixed[0]} has rows in two formats, which are not refitted: give --quality griffin")
     for weights, variant in itertools.product(mixed, variants):
         try:
-            _neurons(config, weights, _config(variant, extensions))
+            weights.counts(_config(variant, extensions), config.neuron_ranges)
         except ValueError as error:
             raise ValueError(f"of {weights} the precise neurons at {variant.name}: {error}") from error
 
@@ -61,13 +61,6 @@ def check_variants(
 def _config(variant: Variant, extensions: Extensions) -> GriffinConfig:
     """What a variant keeps."""
     return EVERY if variant.method == DENSE else variant.pruner(extensions).config
-
-
-def _neurons(config: ModelConfig, weights: MixedFormat, kept: GriffinConfig) -> tuple[list[int], list[int]]:
-    """How many neurons of each layer are precise, and how many of the kept ones are not."""
-    neurons, fewer = config.neuron_ranges, weights.precise(kept)
-    precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
-    return precise, [every - few for every, few in zip(kept.kept(neurons), precise, strict=True)]
 
 
 def fine_format(weights: Format) -> WeightFormat:
@@ -116,7 +109,7 @@ def bytes_per_token(
     kept = _config(variant, extensions)
     if not isinstance(weights, MixedFormat):
         return sizes(weights).step(kept.kept(config.neuron_ranges))
-    precise, others = _neurons(config, weights, kept)
+    precise, others = weights.counts(kept, config.neuron_ranges)
     return sizes(weights.fine).step(precise) + sizes(weights.coarse).ff(others)
 
 

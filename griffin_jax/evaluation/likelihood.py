@@ -123,7 +123,7 @@ def likelihoods(
     """
     if pruner.rows and pruner.config.method == "magnitude":
         raise ValueError('rows are refitted to what the prompt chooses; method "magnitude" chooses by weights alone')
-    is_pruned = pruner.config.kept(model.neurons) != model.neurons
+    is_pruned = pruner.config.kept(model.config.neuron_ranges) != model.neurons
     pruning = _Batches(model, pruner, seed) if is_pruned else None
     if pruning is None:
         passages = [dataclasses.replace(p, more=(), answer=p.more + p.answer) for p in passages]

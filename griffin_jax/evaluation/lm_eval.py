@@ -188,7 +188,7 @@ class GriffinLM(TemplateLM):
             self._prior.check(fingerprint(self._llm.model))
         self.tokenizer = self._llm.tokenizer
         config = self._llm.config
-        self._kept = self._pruner.config.kept(self._llm.model.neurons)
+        self._kept = self._pruner.config.kept(self._llm.model.config.neuron_ranges)
         check_kept(self._llm.model, self._kept)
         self.max_length = config.max_positions if max_length is None else max_length
         if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:

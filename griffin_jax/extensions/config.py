@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal, get_args
 
 from griffin_jax.extensions.drafter import draft_format
+from griffin_jax.extensions.mixed import MixedFormat, others_format
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion, check_weight
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
 from griffin_jax.extensions.speculative import MOST_DRAFTS
@@ -48,6 +49,10 @@ class Extensions:
         draft_weights: what the drafting model's matrices are stored as, `int4` or `int8`, also with a group. They are
             held in addition to the model's, from the first such answer on, and a draft reads no others: at density 1 it
             is the full model in fewer bits that drafts. None for those of the model.
+        mixed_weights: how the kept neurons that the prompt needs least are stored, and the part that is not: in
+            `int4@0.25` the best quarter of the kept neurons has the model's weights, the others int4. All neurons are
+            held in that format in addition to the model, from the first such answer on. See
+            `griffin_jax.extensions.mixed`. None for the model's weights for all of them.
 
     Raises:
         ValueError: a value is outside its range, or two do not go together.
@@ -98,6 +103,11 @@ class Extensions:
         type=str, metavar="FORMAT",
     )  # fmt: skip
 
+    mixed_weights: str | None = option(
+        None, "read the kept neurons that the prompt needs least in fewer bits: with int4@0.25 the best quarter of them"
+        " has the model's weights, the others int4", type=str, metavar="FORMAT@PART",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_quality(self.quality)
         for name in ("budgets", "calibration"):
@@ -127,6 +137,23 @@ class Extensions:
             object.__setattr__(self, "draft_weights", str(draft_format(self.draft_weights)))
             if not self.speculative:
                 raise ValueError("draft_weights are for drafts, and nothing is drafted: speculative=True")
+        if self.mixed_weights is not None:
+            self._check_mixed(self.mixed_weights)
+
+    def _check_mixed(self, text: str) -> None:
+        try:
+            others_format(text)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"mixed_weights are {text!r}; the first format is the model's, and give for example int4@0.25: {error}"
+            ) from error
+        if self.refit:
+            raise ValueError(
+                'rows in two formats are not refitted: quality="griffin" and refit=False, or no mixed_weights'
+            )
+        for name in ("refresh_every", "speculative"):
+            if getattr(self, name):
+                raise ValueError(f"mixed_weights do not go with {name}: give one of the two")
 
     @classmethod
     def best(cls, prior: Prior) -> Extensions:
@@ -152,8 +179,16 @@ class Extensions:
         """What the drafting model's matrices are stored as; None where they are the model's."""
         return None if self.draft_weights is None else WeightFormat.parse(self.draft_weights)
 
+    def mixed(self, weights: WeightFormat) -> MixedFormat | None:
+        """The formats of the kept neurons of a model that is stored in this one; None where all of them have it."""
+        return None if self.mixed_weights is None else MixedFormat(weights, *others_format(self.mixed_weights))
+
     def check(self, config: GriffinConfig) -> None:
         """Raise `ValueError` unless these go together with how a model is pruned."""
+        if self.mixed_weights is not None and config.method != "topk":
+            raise ValueError(
+                f'neurons have more bits by their rank, which method "topk" gives; method is {config.method!r}'
+            )
         if self.prior is not None:
             check_fusion(config.method, self.prior_weight)
 

@@ -40,6 +40,27 @@ FEW_BITS = WeightFormat.parse("int4")
 """What the other neurons are read in, where nothing is said."""
 
 
+def others_format(text: str) -> tuple[WeightFormat, float]:
+    """Of `int4@0.25`, the format that the less important of the kept neurons have, and the part that does not have it.
+
+    Raises:
+        ValueError: it is none of integers, or there is no such part.
+    """
+    name, _, share = text.partition("@")
+    try:
+        part = float(share)
+    except ValueError:
+        part = -1.0
+    if not 0 <= part < 1:
+        raise ValueError(
+            "two formats go with the part, in [0, 1), of the kept neurons that has the first one, such as int4@0.25"
+        )
+    found = WeightFormat.parse(name)
+    if not found.quantised:
+        raise ValueError("the second format is one of integers, such as int4")
+    return found, part
+
+
 @dataclasses.dataclass(frozen=True)
 class MixedFormat:
     """Two formats of the feed-forward rows, and which part of the kept neurons has the first one.
@@ -64,20 +85,10 @@ class MixedFormat:
         fine, plus, rest = text.partition("+")
         if not plus:
             return WeightFormat.parse(text)
-        coarse, _, share = rest.partition("@")
         try:
-            part = float(share)
-        except ValueError:
-            part = -1.0
-        if not 0 <= part < 1:
-            raise ValueError(
-                f"weights are {text!r}; two formats go with the part, in [0, 1), of the kept neurons that has the first"
-                " one: int8+int4@0.25"
-            )
-        found = cls(WeightFormat.parse(fine), WeightFormat.parse(coarse), part)
-        if not found.coarse.quantised:
-            raise ValueError(f"weights are {text!r}; the second format is one of integers, such as int4")
-        return found
+            return cls(WeightFormat.parse(fine), *others_format(rest))
+        except ValueError as error:
+            raise ValueError(f"weights are {text!r}; {error}") from error
 
     def __str__(self) -> str:
         return f"{self.fine}+{self.coarse}@{self.share:g}"
@@ -86,6 +97,20 @@ class MixedFormat:
         """Raise `ValueError` unless both formats fit a model of this width."""
         self.fine.check(width, embedding_width)
         self.coarse.check(width)
+
+    def counts(self, config: GriffinConfig, neurons: Sequence[int | Sequence[int]]) -> tuple[list[int], list[int]]:
+        """How many neurons of each layer are precise, and how many of the kept ones are not.
+
+        Args:
+            config: how many neurons are kept.
+            neurons: of each layer, or of the ranges that they lie in.
+
+        Raises:
+            ValueError: as `GriffinConfig.kept`.
+        """
+        fewer = self.precise(config)
+        precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
+        return precise, [every - few for every, few in zip(config.kept(neurons), precise, strict=True)]
 
     def precise(self, config: GriffinConfig) -> GriffinConfig | None:
         """The config that selects the precise ones of the neurons that `config` keeps; None if there are none."""

@@ -18,6 +18,7 @@ from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
+from griffin_jax.extensions.mixed import MixedFormat, coarse, prune_mixed, select_mixed
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
@@ -69,6 +70,7 @@ class Plan:
         draft_cost: what a draft reads, as part of what a step of the full model does, if as many are drafted as are
             worth it; None for all of them.
         drafter: what the drafting model's matrices are stored as; None where they are the model's.
+        mixed: the formats of the kept neurons; None where all of them have the model's.
         every: tokens between two refreshes; None for none.
         rows: tokens of each prompt that kept neurons are refitted to.
         seed: of the batch, or one for each prompt.
@@ -84,6 +86,7 @@ class Plan:
     drafts: int
     draft_cost: float | None
     drafter: WeightFormat | None
+    mixed: MixedFormat | None
     every: int | None
     rows: int
     seed: int | Int[jax.Array, "b"]
@@ -161,6 +164,7 @@ class LLM:
         self._in_place = InPlace(model) if in_place else None
         self._spare: Transformer | None = None
         self._drafter: Transformer | None = None
+        self._few: tuple[WeightFormat, Transformer] | None = None
         self._fingerprint: str | None = None
         self._busy = False
         self.tokenizer = tokenizer
@@ -191,9 +195,9 @@ class LLM:
             experts: keep these neurons; `density` and `method` are not used.
             **options: the fields of `GriffinConfig` (density, method, shared, round_to, groups), of `Extensions`
                 (quality, prior, prior_weight, budgets, refit, ridge, calibration, calibration_weight, refresh_every,
-                speculative) and of `GenerationConfig` (max_new_tokens, temperature, top_k, top_p, min_p, seed, stop,
-                stop_token_ids, ignore_eos, chat), which say what they mean; or whole objects of these as `griffin`,
-                `extensions` and `generation`, whose values single options replace.
+                speculative, draft_weights, mixed_weights) and of `GenerationConfig` (max_new_tokens, temperature,
+                top_k, top_p, min_p, seed, stop, stop_token_ids, ignore_eos, chat), which say what they mean; or whole
+                objects of these as `griffin`, `extensions` and `generation`, whose values single options replace.
 
         Returns:
             The answers in the order of the prompts, and how they came about.
@@ -249,7 +253,7 @@ class LLM:
         """
         request = Request.of("experts", **options)
         pruner = self._pruner(request)
-        pruner.config.kept(self.model.neurons)
+        pruner.config.kept(self.model.config.neuron_ranges)
         sequences = self._tokenize(prompts, request.generation.chat)
         self._check_room(sequences, 0)
         self._check_in_place(pruner.config, 1)
@@ -284,7 +288,7 @@ class LLM:
             raise TypeError(f"logits() got unexpected options: {', '.join(unknown)}; see help(LLM.logits)")
         request = Request.of("logits", experts, **options)
         config = self._pruner(request).config
-        kept = config.kept(self.model.neurons)
+        kept = config.kept(self.model.config.neuron_ranges)
         check_kept(self.model, kept if experts is None else experts.kept)
         if self._in_place is not None:
             raise ValueError("logits needs the full model next to the pruned one: load it without in_place")
@@ -356,8 +360,9 @@ class LLM:
         """Everything that can be wrong is found here, before anything is computed."""
         extensions, generation, experts = request.extensions, request.generation, request.experts
         pruner = self._pruner(request)
-        selected = pruner.config.kept(self.model.neurons)
-        dense = experts is None and selected == self.model.neurons
+        selected = pruner.config.kept(self.model.config.neuron_ranges)
+        mixed = self._mixed(request)
+        dense = experts is None and mixed is None and selected == self.model.neurons
         kept = selected if experts is None else experts.kept
         check_kept(self.model, kept)
         if generation.stops and self.tokenizer is None:
@@ -395,6 +400,7 @@ class LLM:
             drafts=drafts,
             draft_cost=self._draft_cost(request, sequences, None if dense else kept) if drafts else None,
             drafter=extensions.drafter if drafts else None,
+            mixed=mixed,
             every=None if dense else extensions.refresh_every,
             rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
             seed=generation.seeds(len(sequences)),
@@ -405,8 +411,22 @@ class LLM:
             self._spare = None
         if self._drafter is not None and plan.drafter not in (None, self._drafter.weights):
             self._drafter = None
+        if self._few is not None and mixed is not None and self._few[0] != mixed.coarse:
+            self._few = None
         self._check_memory(plan)
         return plan
+
+    def _mixed(self, request: Request) -> MixedFormat | None:
+        """The formats of the kept neurons, if there are two."""
+        mixed = request.extensions.mixed(self.model.weights)
+        if mixed is None:
+            return None
+        if request.experts is not None:
+            raise ValueError("experts do not say which neurons have more bits: give a density, or mixed_weights=None")
+        if self._in_place is not None:
+            raise ValueError("with in_place rows of weights move, and those in fewer bits do not: mixed_weights=None")
+        mixed.check(self.config.width, self.config.embedding_width)
+        return mixed
 
     def _draft_cost(
         self, request: Request, sequences: Sequence[Sequence[int]], kept: Sequence[int] | None
@@ -444,6 +464,8 @@ class LLM:
             drafts=plan.drafts,
             drafter=plan.drafter,
             drafter_is_there=self._drafter is not None,
+            mixed=None if plan.mixed is None else (plan.mixed.coarse, self._in_few_bits(plan.mixed, plan.pruner)),
+            mixed_is_there=self._few is not None,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
         )
@@ -453,6 +475,10 @@ class LLM:
             advice += ["load the model with in_place=True"] if batch == 1 or shared else []
         advice += ["shorten prompts or answers", "load weights of fewer bits"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
+
+    def _in_few_bits(self, mixed: MixedFormat, pruner: Pruner) -> list[int]:
+        """The kept neurons of each layer that have fewer bits."""
+        return mixed.counts(pruner.config, self.model.config.neuron_ranges)[1]
 
     def _answer(
         self, plan: Plan, stream: bool, reader: Reader | None = None
@@ -469,7 +495,9 @@ class LLM:
         with watch.phase("prune"):
             if plan.drafter is not None:
                 model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
-            if experts is not None:
+            if plan.mixed is not None:
+                model = jax.block_until_ready(self._prune_mixed(plan.mixed, plan.pruner, prefilled.statistics))
+            elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
         statistics, rows = prefilled.statistics, prefilled.rows if plan.every else ()
         # Their memory is not needed while decoding, unless there are refreshes.
@@ -602,7 +630,7 @@ class LLM:
         devices = axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS)
         if config.groups is not None or devices == 1:
             return config
-        check_kept(self.model, config.kept(self.model.neurons))
+        check_kept(self.model, config.kept(self.model.config.neuron_ranges))
         return dataclasses.replace(config, groups=devices)
 
     def _select(self, pruner: Pruner, statistics: Statistics, seed: int | Int[jax.Array, "b"]) -> ExpertNeurons:
@@ -622,6 +650,13 @@ class LLM:
             reuse, self._spare = self._spare, None
         return pruner.prune(model, experts, rows, reuse=reuse)
 
+    def _prune_mixed(self, mixed: MixedFormat, pruner: Pruner, statistics: Statistics) -> Transformer:
+        """The model with the kept rows only, in two formats."""
+        if self._few is None:
+            self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
+        chosen = select_mixed(statistics, pruner.config, mixed, fuse=pruner.fuse)
+        return prune_mixed(self.model, self._few[1], *chosen)
+
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
 
@@ -629,7 +664,9 @@ class LLM:
         held for nothing until as large a batch comes.
         """
         on_cpu = next(iter(pruned.embedding[...].devices())).platform == "cpu"
-        own = any(layer.ff.per_sequence or layer.ff.mask is not None for layer in pruned.layers)
+        own = any(
+            layer.ff.per_sequence or layer.ff.mask is not None or layer.ff.rest is not None for layer in pruned.layers
+        )
         if self._in_place is None and on_cpu and not own:
             self._spare = pruned
 

@@ -184,6 +184,8 @@ class Needs:
         drafts: int = 0,
         drafter: WeightFormat | None = None,
         drafter_is_there: bool = False,
+        mixed: tuple[WeightFormat, Sequence[int]] | None = None,
+        mixed_is_there: bool = False,
         in_place: bool = False,
         spare: int = 0,
         repeated: bool = False,
@@ -203,6 +205,9 @@ class Needs:
             drafts: tokens that are drafted for each pass of the full model.
             drafter: what the drafting model's matrices are stored as; None where they are the model's.
             drafter_is_there: whether there is such a model already.
+            mixed: a format that other neurons are held in, and how many of the kept ones of each layer have it; None
+                where all have the model's.
+            mixed_is_there: whether all neurons are held in it already.
             in_place: whether every neuron is held once.
             spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
             repeated: whether the same is done again and again: the kept rows of the answer before are there while the
@@ -220,6 +225,10 @@ class Needs:
             sizes = Sizes(c, own, sizes.slots, precision, shared=one, devices=self._parts, refitted=rows > 0)
         neurons = 0 if kept is None or in_place or sizes.copied(kept) == spare else sizes.copied(kept)
         neurons = self.in_memory(neurons, sizes.precision.weights)
+        if mixed is not None and kept is not None:
+            copied, neurons = self._in_two_formats(batch, shared, kept, *mixed)
+            copied = 0 if mixed_is_there else copied
+            held |= {"neurons in fewer bits": copied, "rounding": 6 * 4 * BLOCK if copied else 0}
         masks = own * sum(c.neurons) // self._parts if sizes.masked(kept) else 0
         if repeated:
             again: Parts = {"kept neurons": neurons, "masks": masks, "cache": 2 * held["cache"]}
@@ -248,6 +257,22 @@ class Needs:
             solving = c.num_layers * 4 * sets * system * (2 * system + 3 * c.width)
             pruning["refitting"] = made + dropped + solving
         return self._worst(reading, pruning, decoding)
+
+    def _in_two_formats(
+        self, batch: int, shared: bool, kept: Sequence[int], weights: WeightFormat, others: Sequence[int]
+    ) -> tuple[int, int]:
+        """Bytes of all neurons in another format, and of the kept ones, of which some of each layer have it."""
+        precise = [every - few for every, few in zip(kept, others, strict=True)]
+
+        def sizes(weights: WeightFormat) -> Sizes:
+            precision = Precision(self.precision.dtype, weights)
+            one, own = shared or batch == 1, self.rows(batch)
+            # Each sequence has copies of its rows, however many these are.
+            return Sizes(self.config, own, 1, precision, shared=one, devices=self._parts, refitted=True)
+
+        own, rough = self.precision.weights, sizes(weights)
+        rows = self.in_memory(sizes(own).ff(precise), own) + self.in_memory(rough.ff(others), weights)
+        return self.in_memory(rough.ff(None), weights), rows
 
     def logits(self, batch: int, length: int, prompt: int) -> Parts:
         """What the logits of whole texts need, as `LLM.logits` gives them.

@@ -29,7 +29,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
-def read_multipliers(attributes: Attributes) -> dict[str, float]:
+def read_multipliers(attributes: Attributes) -> dict[str, Any]:
     """The four factors, as fields of `ModelConfig`."""
     return {
         "embedding_scale": attributes.take("embedding_multiplier", float, default=1.0),

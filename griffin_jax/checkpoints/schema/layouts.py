@@ -136,8 +136,8 @@ class TensorRule:
         name: name of the tensor; `{layer}` stands for the number of the layer, `{head}` for the number of a head, where
             every head has a tensor of its own, and `{expert}` for that of an expert.
         path: path of the parameter in the module tree.
-        layout: how the tensor's axes become the parameter's, see `Layout`. With `{head}` or `{expert}`, the tensors of all
-            of them are stacked along a new first axis.
+        layout: how the tensor's axes become the parameter's, see `Layout`. With `{head}` or `{expert}`, the tensors of
+            all of them are stacked along a new first axis.
         add: number that is added to the stored values.
     """
 

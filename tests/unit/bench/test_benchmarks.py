@@ -233,7 +233,7 @@ def test_best_quality_prunes_as_generate_does(plain, prior):
     tokens = [5, 6, 7, 8, 9, 10, 11, 12, 13]
     rows = plan.rows(plan.cases[0], variant)
     prefilled = jitted.prefill(plain.llm.model, *gj.pad([tokens], 16), max_new_tokens=3, rows=rows)
-    pruned = runner._Subject(plain.llm.model, None).prune(prefilled, plan.pruner(variant), Stopwatch())
+    pruned = runner._Subject(plain.llm.model, None).prune(plain.llm.model, prefilled, plan.pruner(variant), Stopwatch())
     expected = plain.llm.generate([tokens], max_new_tokens=3, quality="best", prior=plan.prior, ignore_eos=True)
     assert pruned.neurons == expected.kept
     answer = jitted.decode(pruned, jitted.init_decode(prefilled), 3)
@@ -467,6 +467,109 @@ def test_several_formats_are_measured_in_one_run(plain, monkeypatch, capsys):
     # All rows are compared with the dense one in the first format.
     assert [row["speedup_ceiling"] for row in rows] == [rows[0]["step_bytes"] / row["step_bytes"] for row in rows]
     assert all(row["speedup"] == pytest.approx(rows[0]["decode_ms"] / row["decode_ms"]) for row in rows)
+
+
+DRAFTING = ("--lengths", "9+12", "--density", "0.5", "--weights", "int8", "--speculative", "--draft-weights", "int4")
+
+
+@pytest.fixture(scope="module")
+def drafted(plain) -> tuple[list[str], dict]:
+    """What a run with speculative rows printed."""
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
+        options = ("--model", str(plain.folder), *DRAFTING, "--batch", "1,2", "--experts", "shared", "--repeats", "1")
+        assert cli.main(["bench", *options, "--json"]) == 0
+    lines = out.getvalue().splitlines()
+    return lines, json.loads(lines[-1])
+
+
+def test_speculative_rows_are_those_of_single_requests(drafted):
+    lines, result = drafted
+    assert [(row["batch"], row["density"], row["drafts"], row["draft_weights"]) for row in result["rows"]] == [
+        (1, 1.0, None, None), (1, 0.5, None, None), (1, 1.0, "auto", "int4"), (1, 0.5, "auto", "int4"),
+        (2, 1.0, None, None), (2, 0.5, None, None),
+    ]  # fmt: skip
+    # A last round of eight drafts may go beyond the answer.
+    assert [row["slots"] for row in result["rows"]] == [16 + 24] * 4 + [16 + 16] * 2
+    assert max(map(len, lines[:-1])) <= 120
+    # The blocks of requests, of decoding and of drafts.
+    assert sum(line.startswith("griffin_jax speculative ") for line in lines) == 6
+    assert list(report._lines(result["rows"])) == [
+        "griffin_jax, batch 1", "griffin_jax speculative, batch 1", "griffin_jax, batch 2 shared",
+    ]  # fmt: skip
+
+
+def test_bytes_of_a_token_are_those_of_drafts_and_passes(plain, drafted):
+    """As many drafts are accepted as `generate` accepts, and what they read is spread over the answer's tokens."""
+    rows = drafted[1]["rows"]
+    prompt = np.random.default_rng(0).integers(0, 101, (1, 9)).tolist()
+    llm = gj.load(str(plain.folder), weights="int8")
+    for dense, row in ((rows[0], rows[2]), (rows[0], rows[3])):
+        drafts = {"speculative": True, "draft_weights": "int4"}
+        out = llm.generate(prompt, density=row["density"], max_new_tokens=12, ignore_eos=True, **drafts)
+        assert out.drafting is not None
+        passes, steps, accepted = (
+            int(jnp.sum(x)) for x in (out.drafting.passes, out.drafting.steps, out.drafting.accepted)
+        )
+        assert steps > 0
+        assert row["accepted"] == pytest.approx(accepted / steps)
+        assert row["tokens_per_pass"] == pytest.approx(11 / passes)
+        read = (passes * dense["step_bytes"] + steps * row["draft_bytes"]) / 11
+        assert row["step_bytes"] == pytest.approx(read, abs=1)
+        assert row["cache_bytes"] == pytest.approx((passes + steps) * dense["cache_bytes"] / 11, abs=1)
+        assert row["bytes_share"] == pytest.approx(read / dense["step_bytes"])
+        assert row["draft_share"] == pytest.approx(row["draft_bytes"] / dense["step_bytes"])
+        assert row["speedup_ceiling"] == pytest.approx(dense["step_bytes"] / row["step_bytes"])
+        assert row["speedup"] == pytest.approx(dense["decode_ms"] / row["decode_ms"])
+    assert rows[3]["draft_bytes"] < rows[2]["draft_bytes"] < rows[0]["step_bytes"]
+
+
+def test_speculative_rows_are_compared_with_their_own(drafted):
+    result = drafted[1]
+    before = json.loads(json.dumps(result))
+    for row in before["rows"]:
+        row["decode_ms"] *= 2 if row["drafts"] else 1
+        # As versions wrote it that did not have them.
+        if not row["drafts"]:
+            del row["drafts"], row["draft_weights"]
+    lines = [line.split() for line in report.comparison(result, before, "x").splitlines()]
+    assert [line[-7] for line in lines if line[:2] == ["griffin_jax", "speculative"]] == ["0.50", "0.50"]
+    assert [line[-7] for line in lines if line[:1] == ["griffin_jax"] and line[1] != "speculative"] == ["1.00"] * 4
+
+
+def test_drafts_of_one_copy_of_the_weights(plain, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
+    options = ("--lengths", "9+12", "--density", "0.5", "--repeats", "1", "--in-place", "--speculative", "3", "--json")
+    assert cli.main(["bench", "--model", str(plain.folder), *options]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][-1]
+    assert (row["drafts"], row["draft_weights"], row["draft_share"] < 1) == (3, None, True)
+    prompt = np.random.default_rng(0).integers(0, 101, (1, 9)).tolist()
+    out = plain.llm.generate(prompt, density=0.5, max_new_tokens=12, ignore_eos=True, speculative=3)
+    assert row["tokens_per_pass"] == pytest.approx(11 / int(out.drafting.passes))
+
+
+def test_needed_memory_holds_the_drafting_model(monkeypatch):
+    monkeypatch.setattr(runner, "free_memory", lambda: None)
+    arguments = ("--model", "SmolLM2-135M", *DRAFTING[:6])
+    plain, drafts = (runner.needed_memory(bench.check(bench_options(*arguments, *more))) for more in ((), DRAFTING[6:]))
+    assert "drafting model" not in plain
+    # On CPUs a number of 4 bits takes a byte, and the scales of 32 a float16.
+    assert drafts["drafting model"] > 30 * (1536 * 576 * 3) * (1 + 1 / 16)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--draft-weights", "int4"), "draft_weights are for drafts, and nothing is drafted"),
+    (("--speculative", "--density", "1"), "--speculative needs something that drafts"),
+    (("--speculative", "--batch", "2"), "--speculative is for single requests"),
+    (("--speculative", "--mesh", "data=1"), "--mesh does not go with --speculative"),
+    (("--speculative", "--draft-weights", "int3"), "draft_weights are 'int3'"),
+    (("--speculative", "--draft-weights", "int8:48"), "48"),
+    (("--speculative", "--draft-weights", "int4", "--in-place", "--density", "0.5"), "--in-place moves the model's"),
+])  # fmt: skip
+def test_impossible_drafts_are_refused(plain, capsys, arguments, message):
+    assert cli.main(["bench", "--model", str(plain.folder), "--lengths", "9+3", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 class FakeLlama:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import first_and_slow
+from conftest import PASSAGES, first_and_slow
 from flax import nnx
 from reference import assert_close, oracle_topk
 
 import griffin_jax as gj
+from griffin_jax.cli.main import main
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.generation import jitted
 from griffin_jax.generation.scoring import teacher_force
+from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.weights import WeightFormat
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import make_mesh
 
 GATED = ModelConfig(
@@ -26,7 +31,10 @@ GATED = ModelConfig(
     max_positions=256,
 )  # fmt: skip
 PLAIN = dataclasses.replace(GATED, gated=False, ff_bias=True, activation="xielu")
-MIXED = MixedFormat.parse("int8+int4:16@0.25")
+FINE = WeightFormat("int8")
+MIXED = MixedFormat(FINE, WeightFormat.parse("int4:16"), 0.25)
+FEW_ROW = 2 * 3 * (32 // 2 + 2 * 2)
+"""Bytes of a neuron in int4:16, with float16 scales, twice: on a CPU each number of 4 bits is a byte in memory."""
 
 
 @pytest.fixture(scope="module", params=first_and_slow(1, GATED, PLAIN), ids=["gated", "biases"])
@@ -162,9 +170,111 @@ def test_what_cannot_be_mixed(model, prefilled):
 
 def test_names():
     assert str(MIXED) == "int8+int4:16@0.25"
+    assert MixedFormat.parse("int8+int4:16@0.25") == MIXED
     assert MixedFormat.parse("int8") == WeightFormat.parse("int8")
     assert MIXED.precise(gj.GriffinConfig((0.5, 0.25))).density == (0.125, 0.0625)
     # 35 of 1,000 neurons, although a tenth of 0.35 is less in float64.
     tenth = dataclasses.replace(MIXED, share=0.1).precise(gj.GriffinConfig(0.35))
     assert 0.1 * 0.35 < 0.035
     assert tenth.kept([1000]) == (35,)
+
+
+class TestAnswers:
+    """`mixed_weights` of `LLM.generate`."""
+
+    OPTIONS = {"max_new_tokens": 8, "ignore_eos": True, "mixed_weights": "int4:16@0.25"}  # noqa: RUF012
+    PROMPTS = [list(range(3, 19)), [9, 5, 70, 11]]  # noqa: RUF012
+
+    @pytest.mark.parametrize("shared", [True, False])
+    @pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
+    def test_they_are_those_of_the_four_steps(self, model, density, shared):
+        config = gj.GriffinConfig(density, shared=shared)
+        prefilled = jitted.prefill(model, *gj.pad(self.PROMPTS, 16), max_new_tokens=8)
+        chosen = select_mixed(prefilled.statistics, config, MIXED)
+        pruned = prune_mixed(model, coarse(model, MIXED.coarse), *chosen)
+        expected = np.asarray(jitted.decode(pruned, jitted.init_decode(prefilled), np.int32(8)).tokens).tolist()
+        llm = gj.LLM(model)
+        out = llm.generate(self.PROMPTS, griffin=config, **self.OPTIONS)
+        assert out.tokens == expected
+        assert out.kept == ((24 if density < 1 else 48),) * 3
+        few = llm._few
+        assert llm.generate(self.PROMPTS, griffin=config, **self.OPTIONS).tokens == expected
+        assert llm._few is few is not None
+
+    def test_another_format_is_made_anew_and_none_is_the_models(self, model):
+        llm = gj.LLM(model)
+        plain = llm.generate(self.PROMPTS, density=0.5, max_new_tokens=8, ignore_eos=True).tokens
+        assert llm._few is None
+        llm.generate(self.PROMPTS, density=0.5, **self.OPTIONS)
+        fine = llm.generate(self.PROMPTS, density=0.5, **self.OPTIONS | {"mixed_weights": "int8:16@0.25"})
+        assert llm._few is not None
+        assert llm._few[0] == WeightFormat.parse("int8:16")
+        assert len(fine.tokens) == 2
+        assert llm.generate(self.PROMPTS, density=0.5, max_new_tokens=8, ignore_eos=True).tokens == plain
+
+    def test_their_memory_is_asked_for(self, monkeypatch):
+        llm = gj.LLM(random_model(GATED, weights=MIXED.fine))
+        asked = []
+        monkeypatch.setattr("griffin_jax.llm.llm.memory.check", lambda parts, *_: asked.append(parts))
+        for _ in range(2):
+            llm.generate([self.PROMPTS[0]], density=0.5, **self.OPTIONS)
+        first, second = asked
+        assert first["neurons in fewer bits"] == 3 * 48 * FEW_ROW
+        assert "neurons in fewer bits" not in second
+
+    @pytest.mark.parametrize("shared", [True, False])
+    def test_memory_of_kept_rows_in_two_formats(self, shared):
+        """A quarter of them is precise: a byte for each number, and float32 scales of gate and up."""
+        deep = dataclasses.replace(GATED, num_layers=24, ff_width=480)
+        needs = Needs(deep, Precision.of("float32", FINE), loaded=True)
+        kept, few = [480] * 24, (MIXED.coarse, [360] * 24)
+        asked = needs.generation(3, 16, 8, kept, shared=shared, mixed=few, mixed_is_there=True)
+        assert asked["kept neurons"] == (1 if shared else 3) * 24 * (120 * (3 * 32 + 2 * 4) + 360 * FEW_ROW)
+
+    def test_a_prior_has_a_say(self, model):
+        draw = np.random.default_rng(3)
+        squares = tuple(jnp.asarray(draw.random(48), jnp.float32) for _ in range(3))
+        prior = gj.Prior(squares, (), fingerprint(model), 8)
+        llm = gj.LLM(model)
+        out = llm.generate([self.PROMPTS[0]], density=0.5, prior=prior, prior_weight=1.0, **self.OPTIONS)
+        assert out.experts is not None
+        for layer, square in zip(out.experts, squares, strict=True):
+            np.testing.assert_array_equal(np.asarray(layer).ravel(), oracle_topk(np.asarray(square), 24))
+
+    @pytest.mark.parametrize(("options", "message"), [
+        ({"mixed_weights": "int4"}, "mixed_weights are 'int4'; the first format is the model's"),
+        ({"mixed_weights": "bfloat16@0.5"}, "the second format is one of integers"),
+        ({"mixed_weights": 4}, "mixed_weights are 4; the first format is the model's"),
+        ({"refit": True}, "rows in two formats are not refitted"),
+        ({"speculative": True}, "mixed_weights do not go with speculative"),
+        ({"refresh_every": 4}, "mixed_weights do not go with refresh_every"),
+        ({"method": "random"}, 'by their rank, which method "topk" gives; method is'),
+        ({"mixed_weights": "int4:24@0.5"}, "groups of 24 do not divide"),
+    ])  # fmt: skip
+    def test_what_they_do_not_go_with(self, model, options, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            gj.LLM(model).generate([self.PROMPTS[0]], density=0.5, **self.OPTIONS | options)
+
+    def test_given_neurons_and_one_copy(self):
+        llm = gj.LLM(random_model(GATED, weights=MIXED.fine))
+        experts = llm.experts([self.PROMPTS[0]], density=0.5)
+        with pytest.raises(ValueError, match="experts do not say which neurons have more bits"):
+            llm.generate([self.PROMPTS[0]], experts=experts, **self.OPTIONS)
+        with pytest.raises(ValueError, match="mixed_weights=None"):
+            gj.LLM(random_model(GATED), in_place=True).generate([self.PROMPTS[0]], density=0.5, **self.OPTIONS)
+
+    def test_of_the_command_line(self, worded, capsys):
+        options = ("--density", "0.5", "--max-new-tokens", "6", "--ignore-eos", "--prompt", PASSAGES[0], "--json")
+        assert main(["generate", "--model", str(worded.folder), "--mixed-weights", "int4@0.25", *options]) == 0
+        tokens = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
+        expected = worded.llm.generate(
+            PASSAGES[0], density=0.5, max_new_tokens=6, ignore_eos=True, mixed_weights="int4@0.25"
+        )
+        assert tokens == expected.tokens[0]
+
+    @pytest.mark.slow
+    def test_on_a_mesh(self):
+        mesh = make_mesh(data=2, model=2)
+        here, there = (gj.LLM(random_model(GATED, weights=FINE, mesh=each)) for each in (None, mesh))
+        options = self.OPTIONS | {"density": 0.5, "groups": 2}
+        assert there.generate(self.PROMPTS, **options).tokens == here.generate(self.PROMPTS, **options).tokens

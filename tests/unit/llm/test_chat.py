@@ -46,10 +46,11 @@ OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
         {"density": 0.5, "temperature": 1.0, "seed": 3},
         {"density": 0.25, "refresh_every": 2},
         {"density": 0.5, "speculative": 2},
+        {"density": 1.0, "mixed_weights": "int4@0.25"},
         {"density": 0.5},
         {"density": 1.0},
     ),
-    ids=["sampled", "refreshed", "speculative", "half", "dense"],
+    ids=["sampled", "refreshed", "speculative", "mixed", "half", "dense"],
 )
 def test_turns_are_what_generate_answers(llm, options):
     chat = llm.chat(**OPTIONS, **options)
