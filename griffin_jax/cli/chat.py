@@ -185,7 +185,7 @@ def _obey(chat: Chat, line: str) -> bool:
     elif name in ("/density", "/dense"):
         density = parse_density(arguments[0]) if arguments else 1.0
         griffin = dataclasses.replace(chat.options["griffin"], density=density)
-        griffin.kept(chat.neurons)
+        griffin.kept(chat.neuron_ranges)
         chat.options["griffin"] = griffin
         _say(_share(chat))
     elif name == "/stats":

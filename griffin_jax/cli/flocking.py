@@ -136,6 +136,10 @@ def run(options: argparse.Namespace) -> None:
     layers = list(dict.fromkeys([0, count // 2, count - 1])) if layers is None else layers
     if not all(0 <= layer < count for layer in layers):
         raise ValueError(f"--layer: the model's layers are 0 to {count - 1}, got {options.layer}")
+    if llm.model.config.routing is not None:
+        raise ValueError(
+            "flocking compares neurons of whole layers, which models with routed experts do not choose from"
+        )
     GriffinConfig(min(densities)).kept(llm.model.neurons)
 
     skipped = Skipped()

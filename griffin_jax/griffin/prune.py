@@ -179,7 +179,7 @@ class _Part:
     def axes(self) -> Mapping[str, int]:
         return Experts.neuron_axes if self.experts else FeedForward.neuron_axes
 
-    def indices(self, of_layer: Int[Array, "*b k"]) -> Int[Array, "*b k"]:
+    def indices(self, of_layer: Int[Array, "*b k"]) -> Int[Array, "... own"]:
         """The module's own neurons that are kept: (K,), (B, K) or for experts (E, K)."""
         count = max(self.experts, 1)
         own = of_layer[..., self.first : self.first + count * self.kept] - self.start

@@ -79,6 +79,11 @@ class Chat:
         self._forget()
 
     @property
+    def neuron_ranges(self) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the ranges of each layer's neurons that are chosen from one by one."""
+        return self._llm.model.config.neuron_ranges
+
+    @property
     def neurons(self) -> tuple[int, ...]:
         """Neurons of each feed-forward layer of the full model."""
         return self._llm.model.neurons

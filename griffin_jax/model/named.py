@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from griffin_jax.model.config import ModelConfig, Rotary
+from griffin_jax.model.config import ModelConfig, Rotary, Routing
 
 
 def _llama(
@@ -55,6 +55,13 @@ NAMED: Mapping[str, ModelConfig] = MappingProxyType({
         152064, 3584, 18944, 28, 28, 4, 131072, 1e6, family="qwen2", norm_eps=1e-6, attention_bias=True
     ),
     "Qwen3-8B": _llama(151936, 4096, 12288, 36, 32, 8, 40960, 1e6, **_QWEN_3),
+    "Mixtral-8x7B": _llama(
+        32000, 4096, 14336, 32, 32, 8, 32768, 1e6, family="mixtral", routing=Routing(8, 2, 14336, normalised=True)
+    ),
+    "Qwen3-30B-A3B": _llama(
+        151936, 2048, 6144, 48, 32, 4, 40960, 1e6, routing=Routing(128, 8, 768, normalised=True),
+        **(_QWEN_3 | {"family": "qwen3_moe"}),
+    ),
     "Qwen3-32B": _llama(151936, 5120, 25600, 64, 64, 8, 40960, 1e6, **_QWEN_3),
     "Phi-4": _llama(100352, 5120, 17920, 40, 40, 10, 16384, 250_000.0, family="phi3"),
     "OPT-6.7B": _opt(4096, 16384, 32, 32),
@@ -100,4 +107,10 @@ def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
         num_layers=layers,
         windows=config.windows[:layers],
         unrotated_layers=tuple(layer for layer in config.unrotated_layers if layer < layers),
+        routing=None if config.routing is None else _first_layers(config.routing, layers),
     )
+
+
+def _first_layers(routing: Routing, layers: int) -> Routing:
+    dense = tuple(layer for layer in routing.dense_layers if layer < layers)
+    return dataclasses.replace(routing, dense_layers=dense)

@@ -83,6 +83,10 @@ def qwen3(*parts: Values, **more: Any) -> Values:
     return of("qwen3", "Qwen3ForCausalLM", SILU, window, rest, *parts, **more)
 
 
+SPARSE = {
+    "decoder_sparse_step": 1, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001, "use_sliding_window": False,
+}  # fmt: skip
 GEMMA = {
     "attention_bias": False, "attention_dropout": 0.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
     "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
@@ -402,6 +406,25 @@ PUBLISHED: dict[str, tuple[float | None, Values]] = {
         tokens(151643, 151643, 131072), max_window_layers=21, rope_theta=10000, sliding_window=4096)),
     "Qwen3-0.6B": (596.0, qwen3(sizes(1024, 3072, 28, 16, 8, 151936), max_window_layers=28, tie_word_embeddings=True)),
     "Qwen3-8B": (8190.7, qwen3(sizes(4096, 12288, 36, 32, 8, 151936), max_window_layers=36)),
+    "Mixtral-8x7B-v0.1": (46702.8, of("mixtral", "MixtralForCausalLM", SILU, sizes(4096, 14336, 32, 32, 8, 32000),
+        tokens(1, 2, 32768), num_experts_per_tok=2, num_local_experts=8, output_router_logits=False, rms_norm_eps=1e-05,
+        rope_theta=1000000.0, router_aux_loss_coef=0.02, sliding_window=None)),
+    "Qwen1.5-MoE-A2.7B": (14315.8, of("qwen2_moe", "Qwen2MoeForCausalLM", SILU, sizes(2048, 5632, 24, 16, 16, 151936),
+        tokens(151643, 151643, 8192), **SPARSE, max_window_layers=21, moe_intermediate_size=1408, norm_topk_prob=False,
+        num_experts=60, num_experts_per_tok=4, shared_expert_intermediate_size=5632, sliding_window=32768)),
+    "Qwen3-30B-A3B": (30532.1, of("qwen3_moe", "Qwen3MoeForCausalLM", SILU, sizes(2048, 6144, 48, 32, 4, 151936),
+        tokens(151643, 151645, 40960), **SPARSE, attention_bias=False, head_dim=128, max_window_layers=48,
+        mlp_only_layers=[], moe_intermediate_size=768, norm_topk_prob=True, num_experts=128, num_experts_per_tok=8,
+        rope_scaling=None, sliding_window=None)),
+    "OLMoE-1B-7B-0924": (6919.2, of("olmoe", "OlmoeForCausalLM", SILU, sizes(2048, 1024, 16, 16, 16, 50304),
+        attention_bias=False, clip_qkv=None, eos_token_id=50279, max_position_embeddings=4096, norm_topk_prob=False,
+        num_experts=64, num_experts_per_tok=8, output_router_logits=False, rms_norm_eps=1e-05, rope_scaling=None,
+        rope_theta=10000.0, router_aux_loss_coef=0.01)),
+    "granite-3.0-1b-a400m-instruct": (1334.6, of("granitemoe", "GraniteMoeForCausalLM", SILU,
+        sizes(1024, 512, 24, 16, 8, 49155), tokens(0, 0, 4096), attention_bias=False, attention_multiplier=0.015625,
+        embedding_multiplier=12.0, logits_scaling=6.0, num_experts_per_tok=8, num_local_experts=32,
+        output_router_logits=False, residual_multiplier=0.22, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=10000,
+        router_aux_loss_coef=0.0, tie_word_embeddings=True)),
     "gemma-2b": (2506.2, of("gemma", "GemmaForCausalLM", GEMMA, sizes(2048, 16384, 18, 8, 1, 256000))),
     "codegemma-7b": (8537.7, of("gemma", "GemmaForCausalLM", GEMMA, sizes(3072, 24576, 28, 16, 16, 256000))),
     "gemma-2-2b": (2614.3, of("gemma2", "Gemma2ForCausalLM", GEMMA_2, sizes(2304, 9216, 26, 8, 4, 256000))),

@@ -1,0 +1,200 @@
+"""Families with routed experts equal Hugging Face's torch models; GRIFFIN within experts equals plain NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference import assert_close, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
+
+import griffin_jax as gj
+from griffin_jax.griffin.masked import mask
+from griffin_jax.model import grouped
+from griffin_jax.model.cache import empty_cache
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.weights import Precision
+
+VOCABULARY = 96
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 9},
+    "qwen3_moe": {
+        "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8,
+        "norm_topk_prob": True, "mlp_only_layers": [1],
+    },
+    "qwen2_moe": {
+        "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3,
+        "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2,
+    },
+    "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 8},
+    "granitemoe": {
+        "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 1, "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 3.0,
+    },
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The same random weights in torch and in JAX."""
+
+    torch: Any
+    llm: gj.LLM
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory) -> Pair:
+    torch = load_torch()
+    import transformers
+
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(request.param, **{**COMMON, **MODELS[request.param]})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        drawn = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1)
+        parameter.copy_(drawn + 1 if "norm" in name else drawn)
+    model.save_pretrained(folder)
+    return Pair(model, gj.load(folder, "float32"))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Experts with several blocks of tokens."""
+    monkeypatch.setattr(grouped, "BLOCK_TOKENS", 8)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_whole_sequences(pair, rng):
+    tokens = rng.integers(3, VOCABULARY, (3, 60)).astype(np.int32)
+    assert_close(stepwise_logits(pair.llm.model, [tokens], 60), torch_logits(pair.torch, tokens))
+
+
+def test_steps(pair, rng):
+    tokens = rng.integers(3, VOCABULARY, (1, 12)).astype(np.int32)
+    pieces = [tokens[:, :5], *(tokens[:, t : t + 1] for t in range(5, 12))]
+    assert_close(stepwise_logits(pair.llm.model, pieces, 12), torch_logits(pair.torch, tokens))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_statistics_and_neurons_of_each_expert(pair, rng):
+    """Ragged rows read in chunks, against each token's intermediates added up by NumPy."""
+    model, lengths = pair.llm.model, np.asarray([30, 11])
+    tokens = rng.integers(3, VOCABULARY, (2, 30)).astype(np.int32)
+    read = gj.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=1, chunk=8)
+    config = gj.GriffinConfig(density=0.5)
+    experts = gj.select(read.statistics, config)
+    for sequence, length in enumerate(lengths):
+        own = jnp.asarray(tokens[sequence : sequence + 1, :length])
+        cache = empty_cache(model.config, 1, int(length), jnp.float32)
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+        # Of a dense layer z is an array, of a routed one it is spread over all experts.
+        seen = model(own, positions, cache, read_slots=0, observe=lambda _layer, z, _real: z)[2]
+        for layer, (z, ranges) in enumerate(zip(seen, model.config.neuron_ranges, strict=True)):
+            every = np.asarray(z.everywhere() if hasattr(z, "everywhere") else z)[0]
+            parts, kept, start = [], [], 0
+            for size in ranges:
+                squares = oracle_squares(every[:, start : start + size])
+                parts.append(squares)
+                found = np.asarray(read.statistics.squares[layer][sequence, start : start + size])
+                kept.append(start + oracle_topk(np.sqrt(found), size // 2))
+                start += size
+            np.testing.assert_allclose(
+                read.statistics.squares[layer][sequence], np.concatenate(parts), rtol=1e-5, atol=1e-5
+            )
+            np.testing.assert_array_equal(experts[layer][sequence], np.concatenate(kept))
+
+
+def test_pruned_is_masked(pair, rng):
+    """The gathered rows compute what the full model does in which only they take part."""
+    model = pair.llm.model
+    tokens = jnp.asarray(rng.integers(3, VOCABULARY, (1, 20)), jnp.int32)
+    read = gj.prefill(model, tokens, jnp.asarray([20]), max_new_tokens=1)
+    experts = gj.select(read.statistics, gj.GriffinConfig(density=0.5, shared=True))
+    pruned = gj.prune(model, experts)
+    assert pruned.neurons == gj.GriffinConfig(density=0.5).kept(model.config.neuron_ranges)
+    assert_close(stepwise_logits(pruned, [tokens], 20), stepwise_logits(mask(model, experts), [tokens], 20))
+
+
+def test_tokens_of_pruned_torch(pair, rng):
+    """Greedy tokens at a density equal those of the torch model whose other neurons' down projections are zero."""
+    torch = load_torch()
+    prompt = rng.integers(3, VOCABULARY, 16).tolist()
+    experts = pair.llm.experts([prompt], density=0.5)
+    answer = pair.llm.generate([prompt], density=0.5, max_new_tokens=8, seed=0).tokens[0]
+    tokens = torch.tensor([prompt])
+    cache = pair.torch(tokens, use_cache=True)
+    saved = {name: parameter.clone() for name, parameter in pair.torch.named_parameters()}
+    try:
+        for layer, kept in enumerate(np.asarray(index).reshape(-1) for index in experts):
+            _zero_others(torch, pair, layer, kept)
+        got, past, logits = [], cache.past_key_values, cache.logits
+        for _ in answer:
+            got.append(int(logits[0, -1].argmax()))
+            step = pair.torch(torch.tensor([[got[-1]]]), past_key_values=past, use_cache=True)
+            past, logits = step.past_key_values, step.logits
+    finally:
+        for name, parameter in pair.torch.named_parameters():
+            parameter.copy_(saved[name])
+    assert answer == got[: len(answer)]
+
+
+def _zero_others(torch: Any, pair: Pair, layer: int, kept: np.ndarray) -> None:
+    """Make all neurons of a layer of the torch model zero that are not kept."""
+    module = pair.torch.model.layers[layer]
+    module = getattr(module, "mlp", None) or module.block_sparse_moe
+    is_kept = np.zeros(pair.llm.model.neurons[layer], bool)
+    is_kept[kept] = True
+    if hasattr(module, "down_proj"):
+        module.down_proj.weight[:, torch.tensor(~is_kept)] = 0
+        return
+    stacked = module.experts.down_proj
+    own = stacked.shape[0] * stacked.shape[2]
+    of_experts = torch.tensor(is_kept[:own].reshape(stacked.shape[0], 1, stacked.shape[2]))
+    stacked.mul_(of_experts)
+    if own < is_kept.size:
+        module.shared_expert.down_proj.weight[:, torch.tensor(~is_kept[own:])] = 0
+
+
+def test_own_neurons_of_a_batch(pair, rng):
+    """Each answer of a batch is that of its prompt alone."""
+    prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in (12, 5)]
+    together = pair.llm.generate(prompts, density=0.5, max_new_tokens=6).tokens
+    assert together == [pair.llm.generate([prompt], density=0.5, max_new_tokens=6).tokens[0] for prompt in prompts]
+
+
+def test_bytes_of_a_step(pair):
+    """A step reads the chosen experts, and half of their neurons at a density of a half."""
+    config = pair.llm.model.config
+    sizes = Sizes(config, 1, 8, Precision.of(jnp.float32), shared=True)
+    routing = config.routing
+    assert routing is not None
+    row = (3 * config.width) * 4
+    read = [
+        routing.active * routing.width + routing.shared_width if config.routed(layer) else config.ff_width
+        for layer in range(config.num_layers)
+    ]
+    assert sizes.read(None) == sum(read) * row
+    kept = gj.GriffinConfig(density=0.5).kept(config.neuron_ranges)
+    assert sizes.read(kept) == sum(read) * row // 2
+    assert sizes.step(None) - sizes.step(kept) == sum(read) * row // 2
+    assert sizes.weights(None) == sum(leaf.nbytes for leaf in jax.tree.leaves(pair.llm.model))
+
+
+def test_native_checkpoint(pair, tmp_path, rng):
+    """Converted, stored as int8, and read again."""
+    prompt = [rng.integers(3, VOCABULARY, 9).tolist()]
+    folder = tmp_path / "native"
+    gj.save(pair.llm.model, folder)
+    again = gj.load(folder, "float32")
+    assert again.generate(prompt, max_new_tokens=6).tokens == pair.llm.generate(prompt, max_new_tokens=6).tokens
+    few = gj.load(folder, "float32", weights="int8")
+    assert few.generate(prompt, density=0.5, max_new_tokens=6).tokens

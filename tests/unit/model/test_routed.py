@@ -1,0 +1,194 @@
+"""Layers with routed experts: the router, products of tokens with the matrices of their experts, and whole layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from griffin_jax.model import grouped
+from griffin_jax.model.config import ModelConfig, Routing
+from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
+from griffin_jax.model.routed import RoutedFeedForward, choose
+from griffin_jax.model.weights import WeightFormat, dequantise, quantise
+
+EXPERTS, ROWS, NEURONS, WIDTH = 6, 2, 40, 32
+FORMATS = ("float32", "bfloat16", "int8", "int8:16", "int4:16")
+
+
+@pytest.fixture
+def few_tokens_a_block(monkeypatch):
+    """Several blocks for some experts, and some that are not full."""
+    monkeypatch.setattr(grouped, "BLOCK_TOKENS", 4)
+
+
+def stored(rng, shape, text, outputs):
+    """A random matrix in a format, its scales, and the numbers that both stand for."""
+    matrix = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    weights = WeightFormat.parse(text)
+    if not weights.quantised:
+        numbers = matrix.astype(weights.dtype)
+        return numbers, None, np.asarray(numbers, np.float64)
+    numbers, scale = quantise(matrix, weights, outputs)
+    if outputs == "first" or weights.group is not None:
+        exact = dequantise(numbers, scale)
+    else:
+        exact = numbers.astype(jnp.float32) * scale[:, None]
+    return numbers, scale, np.asarray(exact, np.float64)
+
+
+def cases():
+    """Tokens and choices: one token, some, many; an expert that nobody chose, and one that all did."""
+    rng = np.random.default_rng(1)
+    yield (1, 1), np.asarray([[[4, 0]]])
+    yield (1, 3), rng.permuted(np.tile(np.arange(EXPERTS), (1, 3, 1)), axis=-1)[..., :2]
+    many = rng.permuted(np.tile(np.arange(EXPERTS - 1), (2, 9, 1)), axis=-1)[..., :3]
+    many[..., 0] = 2
+    many[..., 1] = np.where(many[..., 1] == 2, EXPERTS - 2, many[..., 1])
+    many[..., 2] = np.where(many[..., 2] == 2, 0, many[..., 2])
+    yield (2, 9), many
+
+
+@pytest.mark.usefixtures("few_tokens_a_block")
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("case", range(3))
+class TestProducts:
+    def test_linear(self, text, case, rng):
+        shape, chosen = list(cases())[case]
+        numbers, scale, exact = stored(rng, (EXPERTS, ROWS, NEURONS, WIDTH), text, "first")
+        x = rng.standard_normal((*shape, WIDTH)).astype(np.float32)
+        got = jax.jit(linear_of_experts)(x, jnp.asarray(chosen, jnp.int32), numbers, scale)
+        want = np.einsum("btd,btkafd->btkaf", x.astype(np.float64), exact[chosen])
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+    def test_matmul(self, text, case, rng):
+        shape, chosen = list(cases())[case]
+        numbers, scale, exact = stored(rng, (EXPERTS, NEURONS, WIDTH), text, "last_of_each")
+        of_rows = WeightFormat.parse(text).group is not None
+        z = rng.standard_normal((*shape, chosen.shape[-1], NEURONS)).astype(np.float32)
+        scales = (None, scale) if of_rows else (scale, None)
+        got = jax.jit(matmul_of_experts)(z, jnp.asarray(chosen, jnp.int32), numbers, *scales)
+        want = np.einsum("btkf,btkfd->btd", z.astype(np.float64), exact[chosen])
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul"])
+@pytest.mark.parametrize("text", FORMATS)
+def test_few_pairs_are_the_same_on_other_platforms(name, text, rng, monkeypatch):
+    """The form for GPUs, computed on a CPU."""
+    chosen = jnp.asarray([[[4, 0]], [[1, 4]]], jnp.int32)
+    if name == "linear":
+        numbers, scale, _ = stored(rng, (EXPERTS, ROWS, NEURONS, WIDTH), text, "first")
+        product = functools.partial(linear_of_experts, weight=numbers, scale=scale)
+    else:
+        numbers, scale, _ = stored(rng, (EXPERTS, NEURONS, WIDTH), text, "last_of_each")
+        of_rows = WeightFormat.parse(text).group is not None
+        kind = "row_scale" if of_rows else "scale"
+        product = functools.partial(matmul_of_experts, weight=numbers, **{kind: scale})
+    shape = (2, 1, WIDTH) if name == "linear" else (2, 1, 2, NEURONS)
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    here = product(x, chosen)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
+    there = product(x, chosen)
+    np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5 * float(jnp.abs(here).max()))
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+class TestChoice:
+    @pytest.mark.parametrize("normalised", [False, True])
+    @pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+    def test_best_scores(self, scores, normalised, rng):
+        logits = rng.standard_normal((2, 3, 8)).astype(np.float32)
+        routing = Routing(8, 3, 4, scores=scores, normalised=normalised, scale=2.5)
+        experts, weights = choose(jnp.asarray(logits), routing)
+        for b, t in np.ndindex(2, 3):
+            score = softmax(logits[b, t]) if scores == "softmax" else 1 / (1 + np.exp(-logits[b, t]))
+            best = np.argsort(-score, kind="stable")[:3]
+            want = score[best] / (score[best].sum() if normalised else 1) * 2.5
+            np.testing.assert_array_equal(experts[b, t], best)
+            np.testing.assert_allclose(weights[b, t], want, rtol=1e-5)
+
+    def test_of_equal_scores_the_first(self):
+        experts, weights = choose(jnp.zeros((1, 1, 6)), Routing(6, 2, 4, normalised=True))
+        np.testing.assert_array_equal(experts[0, 0], [0, 1])
+        np.testing.assert_allclose(weights[0, 0], [0.5, 0.5])
+
+    def test_all_experts_and_a_single_one(self):
+        experts, weights = choose(jnp.asarray([[[0.0, 2.0, 1.0]]]), Routing(3, 3, 4))
+        np.testing.assert_array_equal(experts[0, 0], [1, 2, 0])
+        np.testing.assert_allclose(weights.sum(), 1, rtol=1e-6)
+        assert choose(jnp.asarray([[[-3.0]]]), Routing(1, 1, 4))[1].item() == 1
+
+    def test_a_bias_chooses_and_does_not_weigh(self):
+        routing = Routing(4, 1, 4, scores="sigmoid", choice_bias=True)
+        experts, weights = choose(jnp.asarray([[[1.0, 0.0, 0.0, 0.0]]]), routing, jnp.asarray([0.0, 0.0, 0.0, 0.9]))
+        assert experts.item() == 3
+        assert weights.item() == pytest.approx(0.5)
+
+    def test_only_the_best_groups(self):
+        # The second best expert is in a group whose two best are worse than those of the others.
+        logits = jnp.asarray([[[3.0, -9.0, 2.9, -9.0, 1.0, 1.0, 2.0, 2.0]]])
+        routing = Routing(8, 2, 4, scores="sigmoid", groups=4, active_groups=2, group_best=2)
+        assert sorted(np.asarray(choose(logits, routing)[0][0, 0]).tolist()) == [6, 7]
+        one_best = dataclasses.replace(routing, group_best=1)
+        assert sorted(np.asarray(choose(logits, one_best)[0][0, 0]).tolist()) == [0, 2]
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"active": 9}, {"groups": 3}, {"groups": 4, "active_groups": 1, "active": 3}, {"shared_width": -1},
+            {"shared_gate": True}, {"scores": "sparsemixer", "normalised": True}, {"width": 0},
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be(self, fields):
+        with pytest.raises(ValueError, match=r"experts|at least|shared_width|sparsemixer"):
+            Routing(**{"experts": 8, "active": 2, "width": 4, **fields})
+
+
+def config(**fields) -> ModelConfig:
+    routing = Routing(EXPERTS, 2, NEURONS, normalised=True, **fields)
+    return ModelConfig("mixtral", 64, WIDTH, 48, 2, 4, 2, 8, 128, routing=routing)
+
+
+@pytest.mark.usefixtures("few_tokens_a_block")
+@pytest.mark.parametrize("fields", [{}, {"shared_width": 24, "shared_gate": True}], ids=["experts", "shared"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_layer_is_the_weighted_sum_of_its_experts(fields, tokens, rng):
+    layer = RoutedFeedForward(config(**fields), jnp.float32, WeightFormat("float32"), nnx.Rngs(0))
+    x = rng.standard_normal((2, tokens, WIDTH)).astype(np.float32)
+    z = layer.intermediate(jnp.asarray(x))
+    got = layer.project(z)
+    gate_up, down = (np.asarray(w[...], np.float64) for w in (layer.experts.gate_up, layer.experts.down))
+    want = np.zeros((2, tokens, WIDTH))
+    for b, t in np.ndindex(2, tokens):
+        scores = softmax(np.asarray(layer.router[...], np.float64) @ x[b, t])
+        best = np.argsort(-scores)[:2]
+        np.testing.assert_array_equal(z.experts[b, t], best)
+        for expert, weight in zip(best, scores[best] / scores[best].sum(), strict=True):
+            gate, up = gate_up[expert] @ x[b, t]
+            want[b, t] += weight * (gate / (1 + np.exp(-gate)) * up) @ down[expert]
+        if layer.shared is not None:
+            gate, up = np.asarray(layer.shared.gate_up[...], np.float64) @ x[b, t]
+            opened = 1 / (1 + np.exp(-np.asarray(layer.shared_gate[...], np.float64) @ x[b, t]))
+            want[b, t] += opened * (gate / (1 + np.exp(-gate)) * up) @ np.asarray(layer.shared.down[...], np.float64)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    # The layer is the dense one with these intermediates.
+    dense = np.asarray(z.everywhere(), np.float64) @ np.asarray(layer.down_matrix(), np.float64)
+    np.testing.assert_allclose(dense, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_step_on_cpus_copies_no_expert():
+    """The loop reads rows of the experts that were chosen: no matrix of an expert is written to memory."""
+    layer = RoutedFeedForward(config(), jnp.float32, WeightFormat("int8"), nnx.Rngs(0))
+    text = jax.jit(lambda layer, x: layer(x)).lower(layer, jnp.ones((1, 1, WIDTH))).compile().as_text()
+    whole = (f"f32[{EXPERTS},{NEURONS},{WIDTH}]", f"f32[{EXPERTS},{ROWS},{NEURONS},{WIDTH}]")
+    assert not any(f"= {shape}" in text for shape in whole)
