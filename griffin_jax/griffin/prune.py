@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES, floating_rows
+from griffin_jax.model.low_rank import plus_matrix
 from griffin_jax.model.ops import take_rows
 from griffin_jax.model.parameters import array_of
 from griffin_jax.model.sharding import check_mesh, parameter_spec
@@ -101,7 +102,7 @@ def prune(
     check_kept(model, experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    outputs = [layer.ff.down_scale for layer in model.layers] if refit is not None else []
+    outputs = [(layer.ff.down_scale, layer.ff.down_right) for layer in model.layers] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
     for layer, kept in zip(pruned.layers, gathered, strict=True):
         for name, weight in kept.items():
@@ -116,9 +117,14 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
     ]
 
 
+_Outputs = tuple[nnx.Param | None, nnx.Param | None]
+"""What belongs to all rows of a layer's down projection: the scales of its outputs, and the rows that an addition is
+combined of."""
+
+
 def _gather_into(
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     experts: ExpertNeurons,
     refit: Refit | None,
     reuse: Transformer | None,
@@ -150,14 +156,15 @@ def _kept_shapes(rows: list[dict[str, nnx.Param]], experts: ExpertNeurons) -> li
 
 def _gathered(
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,
     weights: WeightFormat,
 ) -> list[dict[str, nnx.Param]]:
     def keep(name: str, weight: nnx.Param, indices: Array) -> nnx.Param:
-        return jax.tree.map(lambda w: _take_on_mesh(name, w, indices, experts.groups), weight)
+        # What is added for each sequence of its own has an axis more.
+        return jax.tree.map(lambda w: take_neurons(name, w, indices, experts.groups), weight)
 
     def place(name: str, weight: nnx.Param) -> nnx.Param:
         return jax.tree.map(lambda w: _placed(f"ff.{name}", w, config, mesh), weight)
@@ -166,9 +173,12 @@ def _gathered(
     indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in experts)
     kept = [{name: keep(name, w, i) for name, w in layer.items()} for layer, i in zip(rows, indices, strict=True)]
     if refit is not None:
-        wholes = [_down(layer, scale) for layer, scale in zip(rows, outputs, strict=True)]
+        wholes = [
+            plus_matrix(_down(layer, scale), layer.get("down_left"), right)
+            for layer, (scale, right) in zip(rows, outputs, strict=True)
+        ]
         changes = refit.changes(wholes, indices)
-        for layer, scale, change in zip(kept, outputs, changes, strict=True):
+        for layer, (scale, _), change in zip(kept, outputs, changes, strict=True):
             layer |= _stored_down(_down(layer, scale).astype(jnp.float32) + change, weights, layer["down"].dtype)
     return [{name: place(name, weight) for name, weight in layer.items()} for layer in kept]
 
@@ -192,6 +202,28 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
         return weight
     spec = parameter_spec(path, weight.shape, config, mesh)
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
+
+
+_SHARED_AXES = {"gate_up_left": 3, "down_left": 2}
+"""Axes of what is added to a matrix for all sequences together."""
+
+
+def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int = 1) -> Array:
+    """The rows of these neurons of a parameter.
+
+    Args:
+        name: one of `NEURON_AXES`.
+        weight: the parameter, of all neurons.
+        indices: the neurons, for all sequences or for each its own.
+        groups: of the neurons, as `ExpertNeurons` have them.
+    """
+    indices = indices[0] if indices.ndim == 2 and indices.shape[0] == 1 else indices
+    axis = NEURON_AXES[name]
+    if weight.ndim == _SHARED_AXES.get(name, weight.ndim):
+        return _take_on_mesh(name, weight, indices, groups)
+    # Each sequence has rows of its own.
+    each = jnp.broadcast_to(indices, (weight.shape[axis], indices.shape[-1]))
+    return jax.vmap(lambda own, index: jnp.take(own, index, axis=axis), in_axes=(axis, 0), out_axes=axis)(weight, each)
 
 
 def _take_on_mesh(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
@@ -232,7 +264,7 @@ _gather = programs.jit(_gathered, static_argnames=("config", "weights"))
 @programs.jit(static_argnames=("config", "weights"), donate_argnames="old", keep_unused=True)
 def _overwrite(
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,

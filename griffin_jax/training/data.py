@@ -6,8 +6,8 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 

@@ -47,7 +47,11 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     """AdamW with clipped gradients, a linear warm-up and half a cosine."""
     rate = config.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(
-        rate if config.warmup == 0 else 0.0, rate, config.warmup, max(config.steps, config.warmup + 1), rate * config.final
+        rate if config.warmup == 0 else 0.0,
+        rate,
+        config.warmup,
+        max(config.steps, config.warmup + 1),
+        rate * config.final,
     )
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -150,7 +154,9 @@ def _run(
             state, loss = step(state, frozen, batches(number))
             losses.append(float(np.mean(np.asarray(loss))))
             if not np.isfinite(losses[-1]):
-                raise FloatingPointError(f"{description}: the loss of step {number} is {losses[-1]}; lower learning_rate")
+                raise FloatingPointError(
+                    f"{description}: the loss of step {number} is {losses[-1]}; lower learning_rate"
+                )
             progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
             progress.update()
             if manager is not None and ((number + 1) % save_every == 0 or number + 1 == steps):

@@ -22,7 +22,7 @@ def next_token_losses(model: Transformer, batch: Batch) -> tuple[Float[Array, "b
     columns = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
     read = columns < lengths[:, None] - 1
     positions = jnp.where(read, columns, EMPTY)
-    cache = empty_cache(model.config, *positions.shape, model.dtype)
+    cache = empty_cache(model.config, positions.shape[0], positions.shape[1], model.dtype)
     hidden, _, _ = model(tokens[:, :-1], positions, cache, read_slots=0)
     scores = jax.nn.log_softmax(model.logits(hidden))
     losses = -jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
