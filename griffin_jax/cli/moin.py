@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
@@ -18,10 +20,11 @@ from griffin_jax.cli.options import (
     load_reader,
     read_options,
 )
+from griffin_jax.evaluation.general_text import measure, windows
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_jsonl, read_texts
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.llm.llm import Prompt
+from griffin_jax.llm.llm import LLM, Prompt
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.training.config import TrainingConfig
@@ -70,6 +73,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_options(command, GriffinConfig, "density")
     add_options(command, GenerationConfig, "chat", "max_new_tokens", "temperature", "seed")
+    command.add_argument(
+        "--priors", action="store_true", help="choose neurons also by the prior of the cluster; prompts one by one"
+    )
+    _add_model(command)
+
+    command = commands.add_parser("prior", help="measure what the base's neurons do in the texts of each cluster")
+    _add_library(command)
+    command.add_argument("--window", metavar="T", type=int, default=512, help="tokens of a text (default: %(default)s)")
+    command.add_argument(
+        "--rows", metavar="C", type=int, default=0, help="calibration rows of each layer (default: %(default)s)"
+    )
+    command.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
     _add_model(command)
 
     command = commands.add_parser("eval", help="perplexity of libraries on held-out texts, next to the base")
@@ -82,6 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--length", metavar="T", type=int, default=256, help="tokens of a text, at most (default: %(default)s)"
     )
     command.add_argument("--oracle", action="store_true", help="also with the best adapter for each text")
+    command.add_argument(
+        "--priors", action="store_true",
+        help="instead: KL of the pruned base to the dense one, without prior, with one, and with those of clusters",
+    )  # fmt: skip
+    command.add_argument("--density", type=float, default=0.5, help="with --priors (default: %(default)s)")
     command.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
     command.add_argument("--output", metavar="FILE", type=Path, help="write everything as JSON")
     _add_model(command)
@@ -106,9 +126,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Runs one of the commands."""
-    {"cluster": _cluster, "show": _show, "train": _train, "generate": _generate, "eval": _evaluate}[options.action](
-        options
-    )
+    commands = {"cluster": _cluster, "show": _show, "train": _train, "prior": _prior, "generate": _generate}
+    (commands | {"eval": _evaluate})[options.action](options)
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
@@ -183,12 +202,56 @@ def _generate(options: argparse.Namespace) -> None:
     library = Library.load(options.library)
     llm = load_reader(options)
     prompts: list[Prompt] = list(options.prompt)
-    answer: Generation = llm.generate(prompts, adapter=library, griffin=griffin, generation=generation)
-    for number, (text, cluster) in enumerate(zip(answer.texts, answer.clusters or (), strict=True), start=1):
+    settings = {"griffin": griffin, "generation": generation}
+    if options.priors:
+        answered = _answers_with_priors(llm, library, prompts, settings)
+    else:
+        answer: Generation = llm.generate(prompts, adapter=library, **settings)
+        answered = list(zip(answer.texts, answer.clusters or (), strict=True))
+    for number, (text, cluster) in enumerate(answered, start=1):
         if len(prompts) > 1:
             print(f"--- prompt {number}")
         print(shown(text, sys.stdout))
         print(f"[cluster {cluster}]", file=sys.stderr)
+
+
+def _answers_with_priors(
+    llm: LLM, library: Library, prompts: Sequence[Prompt], settings: Mapping[str, Any]
+) -> list[tuple[str, int]]:
+    """Text and cluster of each answer."""
+    answered = []
+    for prompt in prompts:
+        assert llm.tokenizer is not None
+        chat = settings["generation"].chat
+        tokens = llm.tokenizer.chat(str(prompt)) if chat else llm.tokenizer.encode(str(prompt))
+        (cluster,) = library.route(library.embedder(llm.model), [tokens]).tolist()
+        adapter, prior = library.adapter(cluster, llm.config), library.prior(cluster)
+        answer: Generation = llm.generate(tokens, adapter=adapter, prior=prior, **settings)
+        answered.append((answer.texts[0], cluster))
+    return answered
+
+
+def _prior(options: argparse.Namespace) -> None:
+    for name, value, least in (
+        ("--window", options.window, 2),
+        ("--rows", options.rows, 0),
+        ("--batch", options.batch, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    library = Library.load(options.library)
+    llm = load_reader(options)
+    assert llm.tokenizer is not None
+    library.check(fingerprint(llm.model))
+    (library.folder / "priors").mkdir(exist_ok=True)
+    for number in range(len(library)):
+        file = library.prior_file(number)
+        if file.exists():
+            continue
+        texts = [next(windows(llm.tokenizer, text, options.window)) for text in library.texts(number)]
+        prior = measure(llm.model, texts, size=options.batch, rows=options.rows)
+        prior.save(file)
+        print(f"{file}: {prior.tokens:,} tokens in {len(texts):,} texts")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -203,12 +266,17 @@ def _evaluate(options: argparse.Namespace) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if options.output:
         check_output("--output", options.output)
+    if options.priors and (len(options.library) > 1 or options.oracle or options.output):
+        raise ValueError("--priors is for one library, without --oracle and --output")
     libraries = list(map(Library.load, options.library))
     texts = _texts(options)
     llm = load_reader(options)
     assert llm.tokenizer is not None
     for library in libraries:
         library.check(fingerprint(llm.model))
+    if options.priors:
+        _evaluate_priors(llm, libraries[0], [llm.tokenizer.encode(text) for text in texts], options)
+        return
     found = compare(
         llm.model, libraries, [llm.tokenizer.encode(text) for text in texts],
         prompt=options.prompt_tokens, length=options.length, size=options.batch, oracle=options.oracle,
@@ -217,3 +285,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(table(found))
     if options.output:
         options.output.write_text(json.dumps(as_json(found)) + "\n", encoding="utf-8")
+
+
+def _evaluate_priors(
+    llm: LLM, library: Library, sequences: Sequence[Sequence[int]], options: argparse.Namespace
+) -> None:
+    from griffin_jax.evaluation.grid import RECONSTRUCTION
+    from griffin_jax.evaluation.moin import compare_priors
+
+    given = {"prompt": options.prompt_tokens, "length": options.length, "size": options.batch}
+    for steps in ("", f"+{RECONSTRUCTION}"):
+        found = compare_priors(llm.model, library, sequences, density=options.density, steps=steps, **given)
+        for name, interval in found.items():
+            print(f"{name}{steps}: KL {interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f}) nats/token")

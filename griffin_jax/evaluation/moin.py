@@ -18,7 +18,12 @@ from tqdm import tqdm
 
 from griffin_jax.adapters.adapter import Adapter, attach, stack
 from griffin_jax.adapters.library import Library
+from griffin_jax.evaluation.batches import Item, batches
+from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, PRIOR, RECONSTRUCTION, Variant
 from griffin_jax.evaluation.intervals import Interval, ratio_of_sums
+from griffin_jax.extensions.prior import combined
+from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.padding import pad
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.training.data import Batch
@@ -164,6 +169,71 @@ def compare(
             losses = np.min(every, axis=0)
             rows.append(Scores(f"{name}, oracle", tuple(losses.tolist()), tuple(map(int, best)), parameters))
     return Comparison(tuple(len(text) - prompt for text in texts), tuple(rows))
+
+
+PRIORS = ("no prior", "one prior", "priors of clusters")
+
+
+def compare_priors(
+    model: Transformer,
+    library: Library,
+    sequences: Sequence[Sequence[int]],
+    *,
+    prompt: int,
+    length: int,
+    size: int,
+    density: float = 0.5,
+    steps: str = "",
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Interval]:
+    """KL(dense || pruned) per token of the base, whose neurons are chosen with each of `PRIORS`.
+
+    Args:
+        model: the base.
+        library: with the prior of every cluster; one prior is all of them together.
+        sequences: as for `compare`; the prompt chooses the cluster and, with the prior, the neurons.
+        prompt: tokens that are read densely.
+        length: of longer texts the first so many tokens count.
+        size: texts in a batch.
+        density: share of neurons kept.
+        steps: beyond GRIFFIN, as in `griffin-jax eval`, such as `+reconstruction`.
+        seed: of the draws.
+        quiet: no progress bar.
+
+    Raises:
+        FileNotFoundError: a prior was not measured.
+        ValueError: no text has more tokens than the prompt.
+    """
+    texts = [list(sequence[:length]) for sequence in sequences if len(sequence) > prompt]
+    if not texts:
+        raise ValueError(f"no text has more than {prompt} tokens")
+    priors = [library.prior(number) for number in range(len(library))]
+    one = combined(priors)
+    chosen = library.route(library.embedder(model), [text[:prompt] for text in texts])
+    kl: dict[str, list[float]] = {name: [] for name in PRIORS}
+    tokens: list[float] = []
+    with tqdm(total=len(texts), unit="text", desc="pruning", disable=quiet or None) as progress:
+        for cluster, prior in enumerate(priors):
+            items = [
+                Item(str(number), texts[number][:prompt], texts[number][prompt:])
+                for number in np.flatnonzero(chosen == cluster).tolist()
+            ]
+            for batch in batches(items, size, seed) if items else ():
+                width = batch.answers.shape[1]
+                prefilled = batch.prefill(model, width, DEFAULT_ROWS if RECONSTRUCTION in steps else 0)
+                for name, of_name in zip(PRIORS, (None, one, prior), strict=True):
+                    variant = Variant(f"topk{'' if of_name is None else f'+{PRIOR}'}{steps}", density)
+                    extensions = dataclasses.replace(DEFAULTS, prior=of_name)
+                    answers = batch.answers, batch.answer_lengths, batch.seeds
+                    variants = [Variant(DENSE, 1.0), variant]
+                    found = score_answers(model, variants, prefilled, *answers, [width], extensions)
+                    kl[name] += [text[variant.name]["kl"][0] for text in found[: len(batch.items)]]
+                tokens += batch.answer_lengths[: len(batch.items)].tolist()
+                progress.update(len(batch.items))
+    return {name: ratio_of_sums(found, tokens, seed) for name, found in kl.items()} | {
+        f"{PRIORS[2]} less {PRIORS[1]}": ratio_of_sums(np.subtract(kl[PRIORS[2]], kl[PRIORS[1]]).tolist(), tokens, seed)
+    }
 
 
 def table(comparison: Comparison) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import PASSAGES
 
+import griffin_jax as gj
 from griffin_jax.adapters import jobs
 from griffin_jax.adapters.adapter import attach
 from griffin_jax.adapters.config import AdapterConfig
@@ -20,7 +21,9 @@ from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig, embed
 from griffin_jax.adapters.jobs import Job, train_clusters
 from griffin_jax.adapters.library import LIBRARY, Library, find_clusters, make_library
 from griffin_jax.cli.main import main
-from griffin_jax.evaluation.moin import BASE, compare, table
+from griffin_jax.evaluation.general_text import measure
+from griffin_jax.evaluation.moin import BASE, compare, compare_priors, table
+from griffin_jax.extensions.prior import combined
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.training.config import TrainingConfig
 from griffin_jax.training.data import Batch
@@ -229,6 +232,51 @@ class TestUse:
         assert str(trained.folder) in table(found)
 
 
+@pytest.fixture(scope="module")
+def measured(worded, trained) -> Library:
+    (trained.folder / "priors").mkdir()
+    for number in range(2):
+        tokens = [worded.llm.tokenizer.encode(text) for text in trained.texts(number)]
+        measure(worded.llm.model, tokens, size=2, rows=0, quiet=True).save(trained.prior_file(number))
+    return trained
+
+
+class TestPriors:
+    def test_together_they_are_the_prior_of_all_texts(self, worded, measured):
+        one = combined([measured.prior(number) for number in range(2)])
+        tokens = [worded.llm.tokenizer.encode(text) for text in [*CODE, *PROSE]]
+        all_texts = measure(worded.llm.model, tokens, size=2, rows=0, quiet=True)
+        assert (one.tokens, one.model) == (all_texts.tokens, all_texts.model)
+        for a, b in zip(one.squares, all_texts.squares, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
+
+    def test_each_text_is_pruned_with_that_of_its_cluster(self, worded, measured):
+        llm, prompt = worded.llm, 8
+        tokens = [llm.tokenizer.encode(text)[:24] for text in PASSAGES]
+        options = {"prompt": prompt, "length": 24, "size": 2, "quiet": True}
+        found = compare_priors(llm.model, measured, tokens, **options)
+        chosen = measured.route(measured.embedder(llm.model), [row[:prompt] for row in tokens])
+        sums = 0.0
+        for row, number in zip(tokens, chosen.tolist(), strict=True):
+            fuse = measured.prior(number).fusion()
+            prefilled = gj.prefill(
+                llm.model, np.asarray([row[:prompt]], np.int32), np.asarray([prompt]), max_new_tokens=0
+            )
+            experts = gj.select(prefilled.statistics, gj.GriffinConfig(density=0.5), fuse=fuse)
+            given = np.asarray([row], np.int32)
+            p, q = (
+                jax.nn.log_softmax(llm.logits(given, prompt_length=prompt, **which)[0, prompt - 1 : -1])
+                for which in ({"density": 1.0}, {"experts": experts})
+            )
+            sums += float((jnp.exp(p) * (p - q)).sum())
+        assert found["priors of clusters"].value == pytest.approx(sums / (16 * len(tokens)), rel=1e-4)
+        assert found["one prior"].value != found["no prior"].value
+
+    def test_not_without_priors(self, library):
+        with pytest.raises(FileNotFoundError, match="cluster 1 has no prior"):
+            library.prior(1)
+
+
 def test_the_command_line(worded, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*CODE, *PROSE]))
@@ -254,5 +302,11 @@ def test_the_command_line(worded, tmp_path, capsys):
     assert main(["moin", "eval", folder, "--text", str(held), *scoring, *model]) == 0
     assert f"{folder}, oracle" in capsys.readouterr().out
     assert [each["name"] for each in json.loads(output.read_text())["scores"]] == [BASE, folder, f"{folder}, oracle"]
+    assert main(["moin", "prior", folder, "--window", "24", *model]) == 0
+    assert "in 6 texts" in capsys.readouterr().out
+    assert main(["moin", "eval", folder, "--text", str(held), *scoring[:4], "--batch", "1", "--priors", *model]) == 0
+    assert "priors of clusters+reconstruction: KL" in capsys.readouterr().out
+    assert main(["moin", "generate", folder, "--prompt", "def f9(", "--priors", *answer]) == 0
+    assert "[cluster 0]" in capsys.readouterr().err
     assert main(["moin", "train", folder, "--rank", "3", *model]) == 2
     assert "trained with other texts or options" in capsys.readouterr().err
