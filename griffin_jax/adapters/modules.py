@@ -92,23 +92,22 @@ class Module:
 
 @functools.lru_cache(maxsize=16)
 def modules_of(config: ModelConfig) -> Mapping[str, Module]:
-    """The linear layers of a model by their names.
+    """The linear layers of a model by their names; without matrices that are no layers of their own there.
 
     Raises:
-        ValueError: it is of no family of Hugging Face's models, or some layer has no name there.
+        ValueError: it is of no family of Hugging Face's models.
     """
     family = families().get(config.family)
     if family is None:
         raise ValueError(f"adapters need the names of Hugging Face's models, and there is no family {config.family!r}")
     rules, sizes = rules_by_path(family.rules, config), sizes_of(config)
-    names = [*GROUPS["attention"], *(name for name in GROUPS["feed_forward"] if name != "gate" or config.gated)]
     found: dict[str, Module] = {}
     for layer in range(config.num_layers):
-        for name in names:
+        for name in (*_matrices("attention", config), *_matrices("feed_forward", config)):
             path = f"layers.{layer}.{'attention' if name in GROUPS['attention'] else 'ff'}.{name}"
             rule = rules.get(path)
             if rule is None or "{head}" in rule.name or not rule.name.endswith(".weight"):
-                raise ValueError(f"{path} is no linear layer of its own in {family.model_type}, so it has no adapter")
+                continue
             part, module = Part(path, Layout.parse(rule.layout)), rule.name.removesuffix(".weight")
             shape = part.layout.shape_before(sizes)
             inward = name in INWARD
@@ -116,6 +115,10 @@ def modules_of(config: ModelConfig) -> Mapping[str, Module]:
             parts = (*found[module].parts, part) if module in found else (part,)
             found[module] = Module(module, inputs, outputs, parts)
     return found
+
+
+def _matrices(group: str, config: ModelConfig) -> list[str]:
+    return [name for name in GROUPS[group] if name != "gate" or config.gated]
 
 
 def chosen_modules(config: ModelConfig, targets: Sequence[str]) -> tuple[Module, ...]:
@@ -132,6 +135,13 @@ def chosen_modules(config: ModelConfig, targets: Sequence[str]) -> tuple[Module,
     kinds = list(dict.fromkeys(module.kind for module in modules.values()))
     if unknown := [name for name in targets if name not in GROUPS and name not in kinds]:
         raise ValueError(f"targets has {unknown[0]!r}; this model has {', '.join((*GROUPS, *kinds))}")
+    there = {part.matrix for module in modules.values() for part in module.parts}
+    for group in GROUPS.keys() & set(targets):
+        if missing := [name for name in _matrices(group, config) if name not in there]:
+            raise ValueError(
+                f"targets has {group!r}, and {missing[0]} is no linear layer of its own in models of the family"
+                f" {config.family}; this model has {', '.join(kinds)}"
+            )
 
     def wanted(module: Module) -> bool:
         return any(module.kind == name or module.parts[0].matrix in GROUPS.get(name, ()) for name in targets)

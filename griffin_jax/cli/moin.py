@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--random", action="store_true", help="deal texts and prompts out by chance: what clusters are compared with"
     )
     command.add_argument("--seed", type=int, default=0, help="of k-means (default: %(default)s)")
+    command.add_argument(
+        "--kinds",
+        metavar="COLUMN",
+        help="of JSONL files: the kind of each text, which is only counted, for each cluster",
+    )
     embedding = command.add_argument_group("embedding")
     add_options(embedding, EmbeddingConfig, "layers", "tokens")
     embedding.add_argument("--sentences", metavar="NAME", help="a model of sentence-transformers that embeds instead")
@@ -131,12 +137,17 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
+    return [text for text, *_ in _records(options, [options.column])]
+
+
+def _records(options: argparse.Namespace, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The text of each line or file, and further columns; a text file has none, so its name stands for them."""
     skipped, found = Skipped(), []
     for file in options.text:
         if file.suffix == ".jsonl":
-            found += [record.texts[0] for record in read_jsonl(file, [options.column], skipped)]
+            found += [record.texts for record in read_jsonl(file, columns, skipped)]
         else:
-            found += [text for _, text in read_texts([file], skipped)]
+            found += [(text, *[name] * (len(columns) - 1)) for name, text in read_texts([file], skipped)]
     skipped.report()
     if not found:
         raise nothing_left(skipped, ", ".join(map(str, options.text)))
@@ -148,7 +159,8 @@ def _cluster(options: argparse.Namespace) -> None:
     if options.clusters < 1:
         raise ValueError(f"--clusters must be at least 1, got {options.clusters}")
     check_output("FOLDER", options.library / "x" if options.library.is_dir() else options.library)
-    texts = _texts(options)
+    records = _records(options, [options.column, *([options.kinds] if options.kinds else [])])
+    texts = [text for text, *_ in records]
     llm = load_reader(options)
     assert llm.tokenizer is not None
     made = make_library(
@@ -162,6 +174,19 @@ def _cluster(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     _print(made)
+    if options.kinds:
+        _print_kinds(made, dict(records))
+
+
+def _print_kinds(library: Library, kinds: Mapping[str, str]) -> None:
+    """How many texts of each kind are in each cluster, and how many are where most are of their kind."""
+    most = 0
+    for number in range(len(library)):
+        counts = Counter(kinds[text] for text in library.texts(number)).most_common()
+        most += counts[0][1]
+        print(f"cluster {number}: {', '.join(f'{count} {printable(kind)}' for kind, count in counts)}")
+    total = sum(cluster.count for cluster in library.clusters)
+    print(f"{most} of {total} texts ({most / total:.3f}) are in a cluster of mostly their kind")
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -199,6 +199,7 @@ class GriffinLM(TemplateLM):
         )
         if self._llm.tokenizer is None:
             raise ValueError(f"{self._llm.name} has no tokenizer, and the harness's requests are texts")
+        self.tokenizer = self._llm.tokenizer
         if self._prior is not None or self._library is not None:
             found = fingerprint(self._llm.model)
             for whose in (self._prior, self._library):
@@ -206,8 +207,7 @@ class GriffinLM(TemplateLM):
                     whose.check(found)
         if adapter is not None:
             adapted = attach(self._llm.model, load_adapter(adapter, self._llm.config))
-            self._llm = LLM(adapted, self._llm.tokenizer, f"{self._llm.name}+{adapter}")
-        self.tokenizer = self._llm.tokenizer
+            self._llm = LLM(adapted, self.tokenizer, f"{self._llm.name}+{adapter}")
         config = self._llm.config
         self._kept = self._pruner.config.kept(self._llm.model.neurons)
         check_kept(self._llm.model, self._kept)

@@ -176,7 +176,8 @@ def combined(priors: Sequence[Prior]) -> Prior:
     models = {prior.model for prior in priors}
     if len(models) != 1:
         raise ValueError(f"priors are combined that are of one model, these are of {len(models)}")
-    squares = tuple(sum(layers[1:], layers[0]) for layers in zip(*(prior.squares for prior in priors), strict=True))
+    layers = zip(*(prior.squares for prior in priors), strict=True)
+    squares = tuple(jnp.sum(jnp.stack(layer), axis=0) for layer in layers)
     return Prior(squares, (), models.pop(), sum(prior.tokens for prior in priors))
 
 

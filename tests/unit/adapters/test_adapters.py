@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import griffin_jax as gj
+from griffin_jax.adapters import modules
 from griffin_jax.adapters.adapter import Adapter, Factors, attach, detach, merge, stack, unmerge, unstack
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.modules import modules_of
@@ -168,6 +169,17 @@ class TestAttach:
             attach(model, wrong)
         with pytest.raises(ValueError, match="no such linear layer"):
             attach(model, Adapter({"lm_head": pair[0].factors[name]}, 1.0))
+
+
+def test_layers_that_are_not_linear_layers_of_their_own(model, monkeypatch):
+    """As where experts are routed: attention can have adapters, the feed-forward layer none."""
+    rules = modules.rules_by_path
+    without = lambda *given: {path: rule for path, rule in rules(*given).items() if ".ff." not in path}  # noqa: E731
+    monkeypatch.setattr(modules, "rules_by_path", without)
+    config = dataclasses.replace(model.config, max_positions=77)
+    assert {m.kind for m in modules.chosen_modules(config, ("attention",))} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    with pytest.raises(ValueError, match="gate is no linear layer of its own in models of the family llama"):
+        modules.chosen_modules(config, ("attention", "feed_forward"))
 
 
 class TestMerge:

@@ -279,13 +279,34 @@ class TestPriors:
 
 def test_the_command_line(worded, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*CODE, *PROSE]))
+    kinds = {text: "code" if text in CODE else "prose" for text in [*CODE, *PROSE]}
+    texts.write_text("".join(json.dumps({"text": text, "kind": kind}) + "\n" for text, kind in kinds.items()))
     held = tmp_path / "held.txt"
     held.write_text(PASSAGES[0])
     folder, model = str(tmp_path / "library"), ["--model", str(worded.folder)]
     training = ["--steps", "2", "--batch", "1", "--length", "24", "--warmup", "1", "--rank", "2"]
-    assert main(["moin", "cluster", folder, "--text", str(texts), "--clusters", "2", "--layers", "1", *model]) == 0
-    assert "cluster 0: 6 texts\n    def f" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "moin",
+                "cluster",
+                folder,
+                "--text",
+                str(texts),
+                "--clusters",
+                "2",
+                "--layers",
+                "1",
+                "--kinds",
+                "kind",
+                *model,
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "cluster 0: 6 texts\n    def f" in printed
+    assert "cluster 0: 6 code\ncluster 1: 5 prose\n11 of 11 texts (1.000)" in printed
     assert main(["moin", "train", folder, "--cluster", "1", *training, *model]) == 0
     assert "trained 1 of 1; 1 of 2 are there" in capsys.readouterr().out
     assert main(["moin", "generate", folder, "--prompt", "def f9(", *model]) == 2
