@@ -28,12 +28,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
-READ = ("peft_type", "r", "lora_alpha", "use_rslora")
+READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
 """What of a configuration says how the tensors are meant."""
+
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+"""Ways in which A and B began, that leave the model's own weights as they were; others, such as PiSSA, change these."""
 
 IGNORED = (
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
+    "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 )  # fmt: skip
 """What says how it was trained, or again what the tensors' names say."""
@@ -151,6 +154,11 @@ def _read_config(values: Any, where: str) -> tuple[int, float]:
     if unknown := {n: v for n, v in others.items() if v != DEFAULTS.get(n) and v not in (None, False, "", [], {})}:
         said = shortened([f"{name}={value!r}" for name, value in unknown.items()], 9)
         raise ValueError(f"{where}: has what is not supported: {said}; in PEFT merge it into its model, and save that")
+    if values.get("init_lora_weights") not in STARTS:
+        raise ValueError(
+            f"{where}: init_lora_weights is {values['init_lora_weights']!r}, so the model's own weights were changed,"
+            " too; in PEFT save it with path_initial_model_for_weight_conversion, or merge it into its model"
+        )
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise ValueError(f"{where}: r is {rank!r} and lora_alpha {alpha!r}; they must be numbers, r at least 1")

@@ -278,6 +278,7 @@ class TestFiles:
         ("change", "message"),
         [
             ({"use_dora": True}, "not supported: use_dora=True"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
             ({"bias": "all"}, "not supported: bias='all'"),
             ({"rank_pattern": {"q_proj": 4}}, "not supported: rank_pattern"),
             ({"something_new": 3}, "not supported: something_new=3"),
