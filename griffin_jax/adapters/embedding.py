@@ -27,6 +27,7 @@ from griffin_jax.model.cache import EMPTY, empty_cache
 from griffin_jax.model.positions import layer_positions
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of, over_data, to_host
+from griffin_jax.text.tokenizer import Tokenizer
 from griffin_jax.utils import programs
 from griffin_jax.utils.options import option, whole
 
@@ -106,18 +107,19 @@ class Embedder:
     Args:
         config: by what.
         model: the base, without adapter.
+        tokenizer: of the model, for a model of sentence-transformers to read what tokens say.
 
     Raises:
         ImportError: sentence-transformers is asked for and not installed.
         ValueError: the model has fewer layers.
     """
 
-    def __init__(self, config: EmbeddingConfig, model: Transformer):
-        if config.layers > len(model.layers):
+    def __init__(self, config: EmbeddingConfig, model: Transformer, tokenizer: Tokenizer | None = None):
+        if config.model is None and config.layers > len(model.layers):
             raise ValueError(
                 f"texts are to be embedded by {config.layers} layers, and the model has {len(model.layers)}"
             )
-        self.config, self._model = config, model
+        self.config, self._model, self._tokenizer = config, model, tokenizer
         self._sentences: Any = None
         if config.model is not None:
             try:
@@ -137,9 +139,14 @@ class Embedder:
         Args:
             sequences: each of at least one token.
             quiet: no progress bar.
+
+        Raises:
+            ValueError: a model of sentence-transformers embeds, and there is no tokenizer.
         """
         if self.reads_text:
-            raise ValueError(f"{self.config.model} embeds texts: call of_texts")
+            if self._tokenizer is None:
+                raise ValueError(f"{self.config.model} embeds texts, and there is no tokenizer to make these of tokens")
+            return self.of_texts([self._tokenizer.decode(list(sequence)) for sequence in sequences])
         cut = [sequence[: self.config.tokens] for sequence in sequences]
         width, found = bucket(max(map(len, cut))), []
         for start in tqdm(range(0, len(cut), BATCH), unit="batch", desc="embedding", disable=quiet or None):

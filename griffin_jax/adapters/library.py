@@ -30,6 +30,7 @@ from griffin_jax.adapters.peft import load_adapter
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.text.tokenizer import Tokenizer
 from griffin_jax.utils.arrayfile import load_arrays, save_arrays
 from griffin_jax.utils.wholefile import hidden_folder
 
@@ -129,13 +130,17 @@ class Library:
             return np.asarray([dealt(sequence, len(self)) for sequence in sequences])
         return self.nearest(embedder(sequences))
 
-    def embedder(self, model: Transformer) -> Embedder:
+    def embedder(self, model: Transformer, tokenizer: Tokenizer | None = None) -> Embedder:
         """What embeds texts for this library.
 
         Args:
             model: the base.
+            tokenizer: of the model; only libraries of sentence-transformers need it.
+
+        Raises:
+            ImportError: these are not installed.
         """
-        return Embedder(self.embedding, model)
+        return Embedder(self.embedding, model, tokenizer)
 
     def shard(self, number: int) -> Path:
         """The file with the texts of a cluster."""

@@ -249,7 +249,7 @@ def _answers_with_priors(
         assert llm.tokenizer is not None
         chat = settings["generation"].chat
         tokens = llm.tokenizer.chat(str(prompt)) if chat else llm.tokenizer.encode(str(prompt))
-        (cluster,) = library.route(library.embedder(llm.model), [tokens]).tolist()
+        (cluster,) = library.route(library.embedder(llm.model, llm.tokenizer), [tokens]).tolist()
         adapter, prior = library.adapter(cluster, llm.config), library.prior(cluster)
         answer: Generation = llm.generate(tokens, adapter=adapter, prior=prior, **settings)
         answered.append((answer.texts[0], cluster))
@@ -305,6 +305,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     found = compare(
         llm.model, libraries, [llm.tokenizer.encode(text) for text in texts],
         prompt=options.prompt_tokens, length=options.length, size=options.batch, oracle=options.oracle,
+        tokenizer=llm.tokenizer,
     )  # fmt: skip
     print(f"{len(found.tokens)} texts, {sum(found.tokens):,} tokens scored")
     print(table(found))
@@ -318,8 +319,11 @@ def _evaluate_priors(
     from griffin_jax.evaluation.grid import RECONSTRUCTION
     from griffin_jax.evaluation.moin import compare_priors
 
-    given = {"prompt": options.prompt_tokens, "length": options.length, "size": options.batch}
     for steps in ("", f"+{RECONSTRUCTION}"):
-        found = compare_priors(llm.model, library, sequences, density=options.density, steps=steps, **given)
+        found = compare_priors(
+            llm.model, library, sequences,
+            prompt=options.prompt_tokens, length=options.length, size=options.batch,
+            density=options.density, steps=steps, tokenizer=llm.tokenizer,
+        )  # fmt: skip
         for name, interval in found.items():
             print(f"{name}{steps}: KL {interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f}) nats/token")

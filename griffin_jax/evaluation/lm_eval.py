@@ -497,7 +497,9 @@ class GriffinLM(TemplateLM):
             yield from likelihoods(self._llm.model, passages, self._pruner, **options)
             return
         model = self._llm.model
-        chosen = self._library.route(self._library.embedder(model), [(*p.prompt, *p.more) for p in passages])
+        chosen = self._library.route(
+            self._library.embedder(model, self.tokenizer), [(*p.prompt, *p.more) for p in passages]
+        )
         for cluster in sorted(set(chosen.tolist())):
             numbers = [number for number, own in enumerate(chosen) if own == cluster]
             adapted = attach(model, self._library.adapter(cluster, model.config))

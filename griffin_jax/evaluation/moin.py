@@ -26,6 +26,7 @@ from griffin_jax.extensions.prior import combined
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.padding import pad
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.text.tokenizer import Tokenizer
 from griffin_jax.training.data import Batch
 from griffin_jax.training.loss import next_token_losses
 from griffin_jax.utils import programs
@@ -129,6 +130,7 @@ def compare(
     length: int,
     size: int,
     oracle: bool = False,
+    tokenizer: Tokenizer | None = None,
     quiet: bool = False,
 ) -> Comparison:
     """Scores the base and every library, each with the adapters that it chooses.
@@ -140,6 +142,7 @@ def compare(
         prompt: tokens that a library chooses by.
         length: as for `score`.
         size: texts in a batch.
+        tokenizer: as for `Library.embedder`.
         oracle: also score every text with every adapter of a library, and take the best.
         quiet: no progress bars.
 
@@ -156,7 +159,7 @@ def compare(
         name = str(library.folder)
         adapters = [library.adapter(number, model.config) for number in range(len(library))]
         parameters = max(adapter.parameters for adapter in adapters)
-        chosen = library.route(library.embedder(model), [text[:prompt] for text in texts])
+        chosen = library.route(library.embedder(model, tokenizer), [text[:prompt] for text in texts])
         own = [adapters[number] for number in chosen]
         losses = score(model, texts, own, description=name, **options)
         rows.append(Scores(name, tuple(losses), tuple(map(int, chosen)), parameters))
@@ -185,6 +188,7 @@ def compare_priors(
     density: float = 0.5,
     steps: str = "",
     seed: int = 0,
+    tokenizer: Tokenizer | None = None,
     quiet: bool = False,
 ) -> dict[str, Interval]:
     """KL(dense || pruned) per token of the base, whose neurons are chosen with each of `PRIORS`.
@@ -199,6 +203,7 @@ def compare_priors(
         density: share of neurons kept.
         steps: beyond GRIFFIN, as in `griffin-jax eval`, such as `+reconstruction`.
         seed: of the draws.
+        tokenizer: as for `Library.embedder`.
         quiet: no progress bar.
 
     Raises:
@@ -210,7 +215,7 @@ def compare_priors(
         raise ValueError(f"no text has more than {prompt} tokens")
     priors = [library.prior(number) for number in range(len(library))]
     one = combined(priors)
-    chosen = library.route(library.embedder(model), [text[:prompt] for text in texts])
+    chosen = library.route(library.embedder(model, tokenizer), [text[:prompt] for text in texts])
     kl: dict[str, list[float]] = {name: [] for name in PRIORS}
     tokens: list[float] = []
     with tqdm(total=len(texts), unit="text", desc="pruning", disable=quiet or None) as progress:

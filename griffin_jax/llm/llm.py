@@ -539,7 +539,7 @@ class LLM:
             return attach(self.model, adapter), None
         clusters = None
         if isinstance(adapter, Library):
-            clusters = adapter.route(adapter.embedder(self.model), sequences).tolist()
+            clusters = adapter.route(adapter.embedder(self.model, self.tokenizer), sequences).tolist()
             adapter = [adapter.adapter(cluster, self.config) for cluster in clusters]
         if len({id(one) for one in adapter}) == 1:
             return self.model if adapter[0] is None else attach(self.model, adapter[0]), clusters

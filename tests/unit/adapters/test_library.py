@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +82,22 @@ class TestEmbedding:
             np.abs(Embedder(EmbeddingConfig(layers=3, tokens=4), worded.llm.model)([[5, 9, 30, 7]]) - alone).max()
             > 1e-3
         )
+
+    def test_sentences_are_embedded_as_they_read(self, worded, monkeypatch):
+        class Sentences:
+            def __init__(self, name: str):
+                assert name == "letters"
+
+            def encode(self, texts, **options):
+                return np.asarray([[text.count(letter) for letter in "aeiou"] for text in texts], np.float64)
+
+        monkeypatch.setitem(sys.modules, "sentence_transformers", types.SimpleNamespace(SentenceTransformer=Sentences))
+        config, llm = EmbeddingConfig(model="letters"), worded.llm
+        tokens = [llm.tokenizer.encode(text) for text in PROSE]
+        embedder = Embedder(config, llm.model, llm.tokenizer)
+        np.testing.assert_array_equal(embedder(tokens), embedder.of_texts(PROSE))
+        with pytest.raises(ValueError, match="no tokenizer to make these of tokens"):
+            Embedder(config, llm.model)(tokens)
 
     def test_what_cannot_be(self, worded, trained):
         model = worded.llm.model
