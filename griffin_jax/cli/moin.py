@@ -175,7 +175,7 @@ def _cluster(options: argparse.Namespace) -> None:
     )
     _print(made)
     if options.kinds:
-        _print_kinds(made, dict(records))
+        _print_kinds(made, {record[0]: record[1] for record in records})
 
 
 def _print_kinds(library: Library, kinds: Mapping[str, str]) -> None:
