@@ -9,6 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from griffin_jax.adapters.adapter import Adapter, attach, detach, merge, stack, unmerge
+    from griffin_jax.adapters.config import AdapterConfig
+    from griffin_jax.adapters.library import Library
+    from griffin_jax.adapters.peft import load_adapter, save_adapter
     from griffin_jax.checkpoints.loading import ConversionReport, convert, load_model, open_source, plan, verify
     from griffin_jax.checkpoints.native import save
     from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, UncheckedWarning
@@ -41,6 +45,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _NAMES = {
+    "adapters.adapter": "Adapter attach detach merge stack unmerge",
+    "adapters.config": "AdapterConfig",
+    "adapters.library": "Library",
+    "adapters.peft": "load_adapter save_adapter",
     "checkpoints.loading": "ConversionReport convert load_model open_source plan verify",
     "checkpoints.native": "save",
     "checkpoints.planning": "NarrowingWarning Plan UncheckedWarning",

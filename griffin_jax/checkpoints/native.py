@@ -100,13 +100,16 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
 
     Raises:
         FileExistsError: the folder exists.
-        ValueError: the model is pruned, holds values that are not finite, or does not fit the tokenizer.
+        ValueError: the model is pruned or has an adapter, holds values that are not finite, or does not fit the
+            tokenizer.
         OSError: the disk is full, or the folder cannot be written.
     """
     folder = check_free(folder)
     precision = Precision.of(model.dtype, model.weights)
     stored = stored_arrays(model.config, precision)
     shapes = {path: array.shape for path, array in stored.items()}
+    if model.adapted:
+        raise ValueError("the model has an adapter; save that on its own, and the model without it, or merged with it")
     arrays = None if model.neurons != model.config.neurons else dict(disassemble(model))
     if arrays is None or {path: array.shape for path, array in arrays.items()} != shapes:
         raise ValueError(

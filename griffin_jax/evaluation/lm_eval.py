@@ -31,6 +31,9 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from tqdm import tqdm
 
 from griffin_jax import __version__
+from griffin_jax.adapters.adapter import attach
+from griffin_jax.adapters.library import Library
+from griffin_jax.adapters.peft import load_adapter
 from griffin_jax.checkpoints import demo
 from griffin_jax.evaluation.grid import seed_of
 from griffin_jax.evaluation.likelihood import Likelihood, Passage, continuation, last_token, likelihoods, window
@@ -92,6 +95,9 @@ class GriffinLM(TemplateLM):
         dtype: of the computation: float32, bfloat16 or float16. By default float32 on CPUs, bfloat16 on accelerators.
         weights: how the matrices are stored, such as `int8`, see `griffin_jax.load`.
         prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
+        adapter: folder of an adapter in PEFT's format, which the model has for all requests.
+        moin: folder of a library that chooses an adapter for each context; windows of a text choose by their first
+            part, which `rolling_prompt` says. Neurons are shared, with `shared`, by contexts of one cluster only.
         seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for
             scored tokens are drawn with a seed made of this and the tokens they are chosen by, whatever the batch;
             neurons for generated answers, and their tokens, with one made of this and the number of the batch.
@@ -117,9 +123,10 @@ class GriffinLM(TemplateLM):
             nobody says anything, so that may be anything.
 
     Raises:
-        FileNotFoundError: there is no such model or prior.
+        FileNotFoundError: there is no such model, prior, adapter or library, or it has adapters that are not trained.
         ValueError: an argument is unknown or outside its range, the model is not supported or has no tokenizer, the
-            prior is another model's, there are fewer devices, or these cannot share the kept neurons evenly.
+            prior, adapter or library is another model's, an adapter is given next to a library or a prior, there are
+            fewer devices, or these cannot share the kept neurons evenly.
     """
 
     def __init__(
@@ -129,6 +136,8 @@ class GriffinLM(TemplateLM):
         dtype: str | None = None,
         weights: str | None = None,
         prior: str | Prior | None = None,
+        adapter: str | None = None,
+        moin: str | None = None,
         seed: int = 0,
         last_token_only: bool = False,
         rolling_prompt: float = 0.5,
@@ -152,6 +161,12 @@ class GriffinLM(TemplateLM):
         if unknown := sorted(options.keys() - PRUNING):
             raise ValueError(f"model_args has {', '.join(unknown)}; allowed are {', '.join((*ARGUMENTS, *PRUNING))}")
         self._prior = prior if isinstance(prior, Prior) or prior is None else Prior.load(prior)
+        if adapter is not None and moin is not None:
+            raise ValueError("an adapter for all requests and a library that chooses: give adapter or moin, not both")
+        if adapter is not None and prior is not None:
+            raise ValueError("a prior is for a model without an adapter: give prior or adapter, not both")
+        self._library = None if moin is None else Library.load(moin)
+        self._adapter_files = {"adapter": adapter, "moin": moin}
         # Scores are not to depend on the number of devices.
         options.setdefault("groups", 1)
         self._request = Request.of("GriffinLM", prior=self._prior, seed=seed, **options)
@@ -184,9 +199,15 @@ class GriffinLM(TemplateLM):
         )
         if self._llm.tokenizer is None:
             raise ValueError(f"{self._llm.name} has no tokenizer, and the harness's requests are texts")
-        if self._prior is not None:
-            self._prior.check(fingerprint(self._llm.model))
         self.tokenizer = self._llm.tokenizer
+        if self._prior is not None or self._library is not None:
+            found = fingerprint(self._llm.model)
+            for whose in (self._prior, self._library):
+                if whose is not None:
+                    whose.check(found)
+        if adapter is not None:
+            adapted = attach(self._llm.model, load_adapter(adapter, self._llm.config))
+            self._llm = LLM(adapted, self.tokenizer, f"{self._llm.name}+{adapter}")
         config = self._llm.config
         self._kept = self._pruner.config.kept(self._llm.model.config.neuron_ranges)
         check_kept(self._llm.model, self._kept)
@@ -271,6 +292,7 @@ class GriffinLM(TemplateLM):
             **self._pruning(),
             "prior": None if self._prior is None else f"{self._prior.tokens} tokens of text",
             "kept_neurons": list(self._kept),
+            **self._adapter_files,
             "seed": self._seed,
             "last_token_only": self._last_token_only,
             "rolling_prompt": self._rolling_prompt,
@@ -404,7 +426,13 @@ class GriffinLM(TemplateLM):
     def _answers(self, prompts: list[list[int]], new: int, options: Mapping[str, Any], seed: int) -> Iterable[str]:
         griffin, extensions = self._request.griffin, self._request.extensions
         generation = self._llm.generate(
-            prompts, griffin=griffin, extensions=extensions, max_new_tokens=new, seed=seed, **options
+            prompts,
+            griffin=griffin,
+            extensions=extensions,
+            adapter=self._library,
+            max_new_tokens=new,
+            seed=seed,
+            **options,
         )
         for text, tokens in zip(generation.texts, generation.tokens, strict=True):
             # The model's configuration may name other ends of an answer than the tokenizer does.
@@ -460,8 +488,24 @@ class GriffinLM(TemplateLM):
             )
 
     def _scores(self, passages: Sequence[Passage], name: str, quiet: bool) -> Iterable[tuple[int, Likelihood]]:
-        found = likelihoods(self._llm.model, passages, self._pruner, size=self.batch_size, seed=self._seed)
-        return tqdm(found, desc=name, total=len(passages), disable=quiet)
+        return tqdm(self._likelihoods(passages), desc=name, total=len(passages), disable=quiet)
+
+    def _likelihoods(self, passages: Sequence[Passage]) -> Iterable[tuple[int, Likelihood]]:
+        """The score of each passage, by the model with the adapter that is chosen for what stands before the answer."""
+        options: dict[str, Any] = {"size": self.batch_size, "seed": self._seed}
+        if self._library is None or not passages:
+            yield from likelihoods(self._llm.model, passages, self._pruner, **options)
+            return
+        model = self._llm.model
+        chosen = self._library.route(
+            self._library.embedder(model, self.tokenizer), [(*p.prompt, *p.more) for p in passages]
+        )
+        for cluster in sorted(set(chosen.tolist())):
+            numbers = [number for number, own in enumerate(chosen) if own == cluster]
+            adapted = attach(model, self._library.adapter(cluster, model.config))
+            some = [passages[number] for number in numbers]
+            for number, score in likelihoods(adapted, some, self._pruner, **options):
+                yield numbers[number], score
 
 
 ARGUMENTS = tuple(

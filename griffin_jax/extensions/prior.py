@@ -163,6 +163,24 @@ class Prior:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
+def combined(priors: Sequence[Prior]) -> Prior:
+    """The prior of all texts together, of priors of one model: statistics add up. What does not (calibration rows, and
+    budgets) it is without.
+
+    Args:
+        priors: at least one.
+
+    Raises:
+        ValueError: there is none, or they are of several models.
+    """
+    models = {prior.model for prior in priors}
+    if len(models) != 1:
+        raise ValueError(f"priors are combined that are of one model, these are of {len(models)}")
+    layers = zip(*(prior.squares for prior in priors), strict=True)
+    squares = tuple(jnp.sum(jnp.stack(layer), axis=0) for layer in layers)
+    return Prior(squares, (), models.pop(), sum(prior.tokens for prior in priors))
+
+
 def _layers(
     arrays: dict[str, np.ndarray], name: str, layers: int, dtype: type[np.floating], axes: int
 ) -> tuple[Array, ...]:

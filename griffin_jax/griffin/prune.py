@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import FeedForward, NeuronModule, floating_rows
+from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, NeuronModule, floating_rows
+from griffin_jax.model.low_rank import plus_matrix
 from griffin_jax.model.ops import take_rows
 from griffin_jax.model.parameters import array_of
 from griffin_jax.model.routed import Experts
@@ -114,7 +115,7 @@ def prune(
     check_kept(model, experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    outputs = [part.down_scale for part in _parts(model)] if refit is not None else []
+    outputs = [(part.down_scale, part.down_right) for part in _parts(model)] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
     for part, kept in zip(_parts(pruned), gathered, strict=True):
         for name, weight in kept.items():
@@ -131,9 +132,14 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
     return [part.rows() for part in _parts(model)]
 
 
+_Outputs = tuple[nnx.Param | None, nnx.Param | None]
+"""What belongs to all rows of a layer's down projection: the scales of its outputs, and the rows that an addition is
+combined of."""
+
+
 def _gather_into(
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     experts: ExpertNeurons,
     refit: Refit | None,
     reuse: Transformer | None,
@@ -220,7 +226,7 @@ def _kept_shapes(
 
 def _gathered(
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,
@@ -228,7 +234,11 @@ def _gathered(
 ) -> list[dict[str, nnx.Param]]:
     def keep(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
         index = part.indices(indices[part.layer])
-        return jax.tree.map(lambda w: _take_on_mesh(part, name, w, index, experts.groups), weight)
+        if part.experts:
+            take = functools.partial(_take_on_mesh, axis=part.axes[name], groups=experts.groups, of_experts=True)
+            return jax.tree.map(lambda w: take(w, index), weight)
+        # What is added for each sequence of its own has an axis more.
+        return jax.tree.map(lambda w: take_neurons(name, w, index, experts.groups), weight)
 
     def place(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
         return jax.tree.map(lambda w: _placed(f"{part.path}.{name}", w, config, mesh), weight)
@@ -250,18 +260,18 @@ def _refit(
     refit: Refit,
     parts: list[_Part],
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     indices: tuple[Int[Array, "*b _k"], ...],
     kept: list[dict[str, nnx.Param]],
     weights: WeightFormat,
 ) -> None:
     """Change the kept rows of the down projections, those of all experts of a layer together."""
     whole: list[list[Array]] = [[] for _ in indices]
-    for part, own, scale in zip(parts, rows, outputs, strict=True):
-        matrix = _down(own, scale)
+    for part, own, (scale, right) in zip(parts, rows, outputs, strict=True):
+        matrix = plus_matrix(_down(own, scale), own.get("down_left"), right)
         whole[part.layer].append(matrix.reshape(-1, matrix.shape[-1]))
     changes = refit.changes([m[0] if len(m) == 1 else jnp.concatenate(m) for m in whole], indices)
-    for part, own, scale in zip(parts, kept, outputs, strict=True):
+    for part, own, (scale, _) in zip(parts, kept, outputs, strict=True):
         matrix = _down(own, scale).astype(jnp.float32)
         change = changes[part.layer][..., part.first : part.first + max(part.experts, 1) * part.kept, :]
         own |= _stored_down(part, matrix + change.reshape(matrix.shape), weights, own["down"].dtype)
@@ -290,13 +300,37 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
     return jax.lax.with_sharding_constraint(weight, NamedSharding(mesh, spec))
 
 
-def _take_on_mesh(part: _Part, name: str, weight: Array, indices: Int[Array, "*b k"], groups: int) -> Array:
+_SHARED_AXES = {"gate_up_left": 3, "down_left": 2}
+"""Axes of what is added to a matrix for all sequences together."""
+
+
+def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int = 1) -> Array:
+    """The rows of these neurons of a parameter.
+
+    Args:
+        name: one of `NEURON_AXES`.
+        weight: the parameter, of all neurons.
+        indices: the neurons, for all sequences or for each its own.
+        groups: of the neurons, as `ExpertNeurons` have them.
+    """
+    indices = indices[0] if indices.ndim == 2 and indices.shape[0] == 1 else indices
+    axis = NEURON_AXES[name]
+    if weight.ndim == _SHARED_AXES.get(name, weight.ndim):
+        return _take_on_mesh(weight, indices, axis=axis, groups=groups)
+    # Each sequence has rows of its own.
+    each = jnp.broadcast_to(indices, (weight.shape[axis], indices.shape[-1]))
+    return jax.vmap(lambda own, index: jnp.take(own, index, axis=axis), in_axes=(axis, 0), out_axes=axis)(weight, each)
+
+
+def _take_on_mesh(
+    weight: Array, indices: Int[Array, "*b k"], *, axis: int, groups: int, of_experts: bool = False
+) -> Array:
     """The rows of these neurons: each device takes from its own rows, and they exchange rows only if they have to."""
-    mesh, axis = mesh_of(weight), part.axes[name]
+    mesh = mesh_of(weight)
     devices = axis_size(mesh, MODEL_AXIS)
 
     def take(weight: Array, indices: Array) -> Array:
-        if not part.experts:
+        if not of_experts:
             return take_rows(weight, indices, axis)
         return jax.vmap(functools.partial(take_rows, axis=axis - 1))(weight, indices)
 
@@ -304,8 +338,8 @@ def _take_on_mesh(part: _Part, name: str, weight: Array, indices: Int[Array, "*b
         return take(weight, indices)
     stays = groups % devices == 0
     # The axis of the experts is whole on every device.
-    batch = [None] if part.experts else [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
-    axis_after = axis if part.experts else axis + len(batch)
+    batch = [None] if of_experts else [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
+    axis_after = axis if of_experts else axis + len(batch)
 
     def take_own(weight: Array, indices: Array) -> Array:
         neurons = weight.shape[axis]
@@ -315,7 +349,7 @@ def _take_on_mesh(part: _Part, name: str, weight: Array, indices: Int[Array, "*b
             return taken
         # Devices cannot send halves of bytes.
         taken = taken.astype(jnp.int8) if weight.dtype == jnp.int4 else taken
-        before = [*range(1, axis)] if part.experts else [*range(axis)]
+        before = [*range(1, axis)] if of_experts else [*range(axis)]
         own = jnp.expand_dims((at >= 0) & (at < neurons), [*before, *range(axis_after + 1, taken.ndim)])
         sent = jnp.where(own, taken, 0)
         summed = jax.lax.psum_scatter(sent, MODEL_AXIS, scatter_dimension=axis_after, tiled=True)
@@ -326,7 +360,7 @@ def _take_on_mesh(part: _Part, name: str, weight: Array, indices: Int[Array, "*b
         take_own,
         mesh=mesh,
         in_specs=(PartitionSpec(*before, MODEL_AXIS), PartitionSpec(*batch, MODEL_AXIS if stays else None)),
-        out_specs=PartitionSpec(*before, *([] if part.experts else batch), MODEL_AXIS),
+        out_specs=PartitionSpec(*before, *([] if of_experts else batch), MODEL_AXIS),
     )(weight, indices)
 
 
@@ -336,7 +370,7 @@ _gather = programs.jit(_gathered, static_argnames=("config", "weights"))
 @programs.jit(static_argnames=("config", "weights"), donate_argnames="old", keep_unused=True)
 def _overwrite(
     rows: list[dict[str, nnx.Param]],
-    outputs: list[nnx.Param | None],
+    outputs: list[_Outputs],
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,

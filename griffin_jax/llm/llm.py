@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
+from griffin_jax.adapters.adapter import Adapter, attach, stack
+from griffin_jax.adapters.library import Library
 from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
@@ -53,6 +55,9 @@ STREAM_CHUNK = 8
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
+
+AdapterLike = Adapter | Sequence[Adapter | None] | Library
+"""An adapter, one for each prompt, or a library that chooses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,7 @@ class _Decoding:
     Attributes:
         state: the answers so far.
         model: what writes them.
+        full: the full model, with the adapters that the prompts have.
         experts: the neurons it keeps; None if it is dense.
         statistics: of all that the full model has read; only used by refreshes.
         rows: likewise, what kept neurons are refitted to.
@@ -132,6 +138,7 @@ class _Decoding:
 
     state: DecodeState
     model: Transformer
+    full: Transformer
     experts: ExpertNeurons | None
     statistics: Statistics
     rows: Rows
@@ -181,7 +188,12 @@ class LLM:
         return self.model.config
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], *, experts: ExpertNeurons | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        experts: ExpertNeurons | None = None,
+        adapter: AdapterLike | None = None,
+        **options: Any,
     ) -> Generation:
         """Answers every prompt: the prompt is read by the full model, the answer written by the pruned one.
 
@@ -193,6 +205,8 @@ class LLM:
         Args:
             prompts: one or several, of any lengths, answered as one batch.
             experts: keep these neurons; `density` and `method` are not used.
+            adapter: what reads the prompts and writes the answers is the model with this adapter; or, of a list, with
+                one for each prompt, where None is the model alone; or with that which a library chooses for each.
             **options: the fields of `GriffinConfig` (density, method, shared, round_to, groups), of `Extensions`
                 (quality, prior, prior_weight, budgets, refit, ridge, calibration, calibration_weight, refresh_every,
                 speculative, draft_weights, mixed_weights) and of `GenerationConfig` (max_new_tokens, temperature,
@@ -204,15 +218,21 @@ class LLM:
 
         Raises:
             TypeError: there is no such option.
+            FileNotFoundError: an adapter of the library is not trained.
             ValueError: an argument is outside its range, a prompt is empty, prompt and answer
-                together are longer than the model's context, or the prior is another model's.
+                together are longer than the model's context, or prior, adapter or library are another model's.
         """
-        *_, (generation, _) = self._run(prompts, Request.of("generate", experts, **options), stream=False)
+        *_, (generation, _) = self._run(prompts, Request.of("generate", experts, adapter, **options), stream=False)
         assert generation is not None
         return generation
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], *, experts: ExpertNeurons | None = None, **options: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        experts: ExpertNeurons | None = None,
+        adapter: AdapterLike | None = None,
+        **options: Any,
     ) -> Iterator[list[str]]:
         """Yields the new text of every row as it is written; together it is the text of `generate`.
 
@@ -221,13 +241,14 @@ class LLM:
         Args:
             prompts: as for `generate`.
             experts: as for `generate`.
+            adapter: as for `generate`.
             **options: those of `generate`, with the same defaults.
 
         Raises:
             TypeError: there is no such option.
             ValueError: as for `generate`, or the model has no tokenizer.
         """
-        request = Request.of("stream", experts, **options)
+        request = Request.of("stream", experts, adapter, **options)
         if self.tokenizer is None:
             raise ValueError("streaming yields text, and this model has no tokenizer; use generate")
         return self._stream(prompts, request)
@@ -259,7 +280,7 @@ class LLM:
         self._check_in_place(pruner.config, 1)
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
         statistics = jitted.prefill(self.model, tokens, lengths, max_new_tokens=0).statistics
-        chosen = self._select(pruner, statistics, request.generation.seeds(len(sequences)))
+        chosen = self._select(pruner, self.model, statistics, request.generation.seeds(len(sequences)))
         return dataclasses.replace(chosen, model=None if self._in_place else self._own_fingerprint())
 
     def logits(
@@ -334,7 +355,13 @@ class LLM:
     def answering(
         self, prompts: Sequence[Prompt], request: Request, reader: Reader
     ) -> Generator[tuple[Generation | None, list[str]]]:
-        """Yields new text per row as it is written, and last the generation; prompts are read by `reader`."""
+        """Yields new text per row as it is written, and last the generation; prompts are read by `reader`.
+
+        Raises:
+            ValueError: there is an adapter, and the reader's cache is of the model without it.
+        """
+        if request.adapter is not None:
+            raise ValueError("a chat goes on with what the model has read: give it an LLM whose model has the adapter")
         return self._run(prompts, request, stream=True, reader=reader)
 
     @property
@@ -370,6 +397,7 @@ class LLM:
         sequences = self._tokenize(prompts, generation.chat)
         self._check_room(sequences, generation.max_new_tokens)
         self._check_experts(experts, len(sequences))
+        self._check_adapter(request, len(sequences))
         if experts is None and not dense:
             self._check_in_place(pruner.config, len(sequences))
         if extensions.rows and self._in_place is not None:
@@ -486,12 +514,16 @@ class LLM:
         """The way of the data: prefill -> select -> prune -> decode."""
         watch = Stopwatch()
         sampler, experts = plan.request.generation.sampler, plan.request.experts
+        full, clusters = self.model, None
+        if plan.request.adapter is not None:
+            with watch.phase("route"):
+                full, clusters = jax.block_until_ready(self._with_adapters(plan.request.adapter, plan.sequences))
         with watch.phase("prefill"):
-            prefilled = jax.block_until_ready(self._prefill(plan) if reader is None else reader.read(plan))
+            prefilled = jax.block_until_ready(self._prefill(plan, full) if reader is None else reader.read(plan))
         with watch.phase("select"):
             if plan.selects:
-                experts = jax.block_until_ready(self._select(plan.pruner, prefilled.statistics, plan.seed))
-        model = self.model
+                experts = jax.block_until_ready(self._select(plan.pruner, full, prefilled.statistics, plan.seed))
+        model = full
         with watch.phase("prune"):
             if plan.drafter is not None:
                 model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
@@ -506,10 +538,10 @@ class LLM:
         text = GrowingText(self.tokenizer, len(plan.sequences), plan.request.generation.stops)
         with watch.phase("decode"):
             state = jitted.init_decode(prefilled, sampler=sampler, eos=plan.eos, seed=plan.seed)
-            decoding = _Decoding(state, model, experts, statistics, rows)
+            decoding = _Decoding(state, model, full, experts, statistics, rows)
             written = to_host((state.tokens, state.done))
         # What decoding has taken over must not be held here, too.
-        del prefilled, state, model, experts, statistics, rows
+        del prefilled, state, model, full, experts, statistics, rows
         try:
             answers = text.update(*written, last=decoding.until >= plan.new)
             while decoding.until < plan.new and not all(text.ended):
@@ -525,14 +557,28 @@ class LLM:
                 reader.give_back(decoding.state.cache)
         if decoding.experts is not None:
             self._give_back(decoding.model)
-        yield self._generation(plan, decoding, text, answers, watch), text.pieces(last=True)
+        yield self._generation(plan, decoding, text, answers, watch, clusters), text.pieces(last=True)
 
-    def _prefill(self, plan: Plan) -> Prefilled:
+    def _with_adapters(
+        self, adapter: AdapterLike, sequences: Sequence[Sequence[int]]
+    ) -> tuple[Transformer, list[int] | None]:
+        """The model with what is asked for, and the cluster of each sequence if a library chose."""
+        if isinstance(adapter, Adapter):
+            return attach(self.model, adapter), None
+        clusters = None
+        if isinstance(adapter, Library):
+            clusters = adapter.route(adapter.embedder(self.model, self.tokenizer), sequences).tolist()
+            adapter = [adapter.adapter(cluster, self.config) for cluster in clusters]
+        if len({id(one) for one in adapter}) == 1:
+            return self.model if adapter[0] is None else attach(self.model, adapter[0]), clusters
+        return attach(self.model, stack(adapter), np.arange(len(adapter))), clusters
+
+    def _prefill(self, plan: Plan, full: Transformer) -> Prefilled:
         tokens, lengths = pad(plan.sequences, bucket(max(map(len, plan.sequences))))
         # A round of drafts may write more than was asked for.
         slots = bucket(plan.new + plan.drafts)
         return jitted.prefill(
-            self.model,
+            full,
             tokens,
             lengths,
             max_new_tokens=slots,
@@ -556,7 +602,7 @@ class LLM:
                 if plan.draft_cost is not None:
                     options |= {"cost": np.float32(plan.draft_cost), "earlier": earlier}
                 decoding.state, drafting = jitted_extensions.decode_speculative(
-                    self.model, decoding.model, decoding.state, until, drafts=plan.drafts, **options
+                    decoding.full, decoding.model, decoding.state, until, drafts=plan.drafts, **options
                 )
                 decoding.drafting = earlier + drafting
                 tokens, done, count = to_host((decoding.state.tokens, decoding.state.done, decoding.state.count))
@@ -575,20 +621,26 @@ class LLM:
         assert plan.every is not None
         decoding.until, decoding.refreshes = decoding.until + 1, decoding.refreshes + 1
         decoding.state, decoding.statistics, decoding.rows = jitted_extensions.refresh(
-            self.model, decoding.state, decoding.statistics, plan.every, rows=decoding.rows, **options
+            decoding.full, decoding.state, decoding.statistics, plan.every, rows=decoding.rows, **options
         )
         written = to_host((decoding.state.tokens, decoding.state.done))
         if decoding.until < plan.new and (plan.selects or plan.rows):
             if plan.selects:
-                decoding.experts = self._select(plan.pruner, decoding.statistics, plan.seed)
+                decoding.experts = self._select(plan.pruner, decoding.full, decoding.statistics, plan.seed)
             assert decoding.experts is not None
-            again = self.model, decoding.experts, decoding.rows
+            again = decoding.full, decoding.experts, decoding.rows
             pruned = self._prune(plan.pruner, *again, reuse=decoding.model)
             decoding.model = jax.block_until_ready(pruned)
         return written
 
     def _generation(
-        self, plan: Plan, decoding: _Decoding, text: GrowingText, answers: list[list[int]], watch: Stopwatch
+        self,
+        plan: Plan,
+        decoding: _Decoding,
+        text: GrowingText,
+        answers: list[list[int]],
+        watch: Stopwatch,
+        clusters: list[int] | None,
     ) -> Generation:
         decoded = sum(map(len, answers)) - len(answers)
         writing = watch.seconds["decode"] + watch.seconds.get("refresh", 0.0)
@@ -607,6 +659,7 @@ class LLM:
             decode_tokens_per_second=decoded / writing if decoded else float("nan"),
             refreshes=decoding.refreshes,
             drafting=decoding.drafting,
+            clusters=clusters,
         )
 
     def _pruner(self, request: Request) -> Pruner:
@@ -633,10 +686,12 @@ class LLM:
         check_kept(self.model, config.kept(self.model.config.neuron_ranges))
         return dataclasses.replace(config, groups=devices)
 
-    def _select(self, pruner: Pruner, statistics: Statistics, seed: int | Int[jax.Array, "b"]) -> ExpertNeurons:
+    def _select(
+        self, pruner: Pruner, model: Transformer, statistics: Statistics, seed: int | Int[jax.Array, "b"]
+    ) -> ExpertNeurons:
         if self._in_place is not None:
             statistics = self._in_place.in_order(statistics)
-        return pruner.select(self.model, statistics, seed)
+        return pruner.select(model, statistics, seed)
 
     def _prune(
         self, pruner: Pruner, model: Transformer, experts: ExpertNeurons, rows: Rows, reuse: Transformer | None = None
@@ -727,6 +782,32 @@ class LLM:
                 f"these experts are of another model (fingerprint {experts.model}, this one has"
                 f" {self._own_fingerprint()}); choose them with this one's LLM.experts"
             )
+
+    def _check_adapter(self, request: Request, batch: int) -> None:
+        adapter = request.adapter
+        if adapter is None:
+            return
+        if self._in_place is not None:
+            raise ValueError(
+                "with in_place rows of weights move, and those of an adapter do not: merge it, or load without"
+            )
+        if self.model.adapted:
+            raise ValueError("this model has an adapter already: make an LLM of what `detach` returns, or ask for none")
+        if request.extensions.drafter is not None:
+            raise ValueError("draft_weights are a copy of the model, which has no adapter: draft_weights=None")
+        if isinstance(adapter, Library):
+            adapter.check(self._own_fingerprint())
+            if missing := sorted(set(range(len(adapter))) - set(adapter.trained())):
+                raise FileNotFoundError(
+                    f"{adapter.folder}: cluster {missing[0]} has no adapter yet; griffin-jax moin train trains it"
+                )
+            return
+        each = [adapter] * batch if isinstance(adapter, Adapter) else list(adapter)
+        if len(each) != batch:
+            raise ValueError(f"there are {len(each)} adapters for {batch} prompts; give one for each, or one for all")
+        for one in each:
+            if one is not None:
+                one.check(self.config)
 
     def _check_in_place(self, config: GriffinConfig, batch: int) -> None:
         if self._in_place is None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
+from griffin_jax.adapters.adapter import Adapter
+from griffin_jax.adapters.library import Library
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
@@ -32,6 +35,7 @@ class Request:
         extensions: the steps beyond GRIFFIN.
         generation: what the answers are to be like.
         experts: neurons that are kept whatever the density and the method; None to select them.
+        adapter: that the model has for these prompts, one for each of them, or a library that chooses.
 
     Raises:
         ValueError: options do not go together.
@@ -41,17 +45,25 @@ class Request:
     extensions: Extensions = Extensions()
     generation: GenerationConfig = GenerationConfig()
     experts: ExpertNeurons | None = None
+    adapter: Adapter | Sequence[Adapter | None] | Library | None = None
 
     def __post_init__(self) -> None:
         self.extensions.check(self.griffin)
 
     @classmethod
-    def of(cls, function: str, experts: ExpertNeurons | None = None, **options: Any) -> Request:
+    def of(
+        cls,
+        function: str,
+        experts: ExpertNeurons | None = None,
+        adapter: Adapter | Sequence[Adapter | None] | Library | None = None,
+        **options: Any,
+    ) -> Request:
         """A request from keyword arguments.
 
         Args:
             function: what they were given to, for messages.
             experts: as the attribute.
+            adapter: as the attribute.
             **options: those of `OPTIONS`; or whole groups of them as `griffin`, `extensions` or `generation`, whose
                 values single options replace.
 
@@ -72,7 +84,7 @@ class Request:
             given = {field: options[field] for field in names_of(group) if field in options}
             whole = options.get(name)
             groups[name] = group(**given) if whole is None else dataclasses.replace(whole, **given)
-        return cls(**groups, experts=experts)
+        return cls(**groups, experts=experts, adapter=adapter)
 
 
 def signature(function: Any) -> inspect.Signature:

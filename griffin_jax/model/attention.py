@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.low_rank import plus_linear, plus_matmul
 from griffin_jax.model.norm import head_norm, softcap
 from griffin_jax.model.ops import ordered_after
 from griffin_jax.model.parameters import array_of, bias_vector, matrix
@@ -41,7 +42,8 @@ class Attention(nnx.Module):
     The projections of x are one matrix, (G, R + 2, H, D): each group has its R queries, its key and
     its value. One product reads weights faster than three do, and devices can share the groups. Matrices of integers
     have scales: `qkv_scale` for each row, or for groups of it, and `out_scale` for each output, or `out_row_scale` for
-    groups of each row.
+    groups of each row. Both may have an addition of low rank, `qkv_left` and `qkv_right`, `out_left` and `out_right`;
+    see `griffin_jax.model.low_rank`.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
@@ -53,6 +55,10 @@ class Attention(nnx.Module):
         self.qkv_bias = bias_vector((g, n // g + 2, h), dtype) if config.attention_bias else None
         self.sinks = bias_vector((n,), dtype) if config.attention_sinks else None
         self.out_bias = bias_vector((d,), dtype) if config.attention_out_bias else None
+        self.qkv_left: nnx.Param | None = nnx.data(None)
+        self.qkv_right: nnx.Param | None = nnx.data(None)
+        self.out_left: nnx.Param | None = nnx.data(None)
+        self.out_right: nnx.Param | None = nnx.data(None)
         self.query_norm = head_norm(n, config, dtype)
         self.key_norm = head_norm(g, config, dtype)
         self.norm_after_rotary = config.head_norm_after_rotary
@@ -98,6 +104,7 @@ class Attention(nnx.Module):
         mixed = mixed.swapaxes(1, 2).reshape(b, t, n * h)
         row_scale = None if self.out_row_scale is None else self.out_row_scale[...].reshape(n * h, -1)
         out = matmul(mixed, self.out[...].reshape(n * h, -1), array_of(self.out_scale), row_scale)
+        out = plus_matmul(out, mixed.reshape(b, t, n, h), self.out_left, self.out_right)
         if self.out_bias is not None:
             out = out + self.out_bias[...]
         return out, cached_keys, cached_values
@@ -211,6 +218,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b n t h"], Float[Array, "b g t h"], Float[Array, "b g t h"]]:
         """Queries, keys and values, before their norms and rotary embedding."""
         y = linear(x, self.qkv[...], array_of(self.qkv_scale))
+        y = plus_linear(y, x, self.qkv_left, self.qkv_right)
         if self.qkv_bias is not None:
             y = y + self.qkv_bias[...]
         if self.clip is not None:

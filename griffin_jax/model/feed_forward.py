@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Num
 
 from griffin_jax.model.config import Activation, ModelConfig
+from griffin_jax.model.low_rank import plus_linear, plus_matmul, plus_matrix
 from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.products import linear, linear_of_each, matmul, matmul_of_each
 from griffin_jax.model.weights import WeightFormat, dequantise
@@ -31,7 +32,10 @@ ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
 }
 """All activations but `xielu`, which takes more than x."""
 
-NEURON_AXES = {"gate_up": 1, "gate_up_scale": 1, "down": 0, "down_row_scale": 0, "gate_up_bias": 1}
+NEURON_AXES = {
+    "gate_up": 1, "gate_up_scale": 1, "down": 0, "down_row_scale": 0, "gate_up_bias": 1,
+    "gate_up_left": 1, "down_left": 0,
+}  # fmt: skip
 """The parameters of a feed-forward layer that have a row for each neuron, with the axis that counts neurons."""
 
 XIELU_SLOPE = 0.5
@@ -122,6 +126,10 @@ class NeuronModule(nnx.Module):
         self.positive_curve = bias_vector((1,), dtype) if has_curves else None
         self.negative_curve = bias_vector((1,), dtype) if has_curves else None
         self.clip, self.up_plus_one = config.ff_clip, config.up_plus_one
+        self.gate_up_left: nnx.Param | None = nnx.data(None)
+        self.gate_up_right: nnx.Param | None = nnx.data(None)
+        self.down_left: nnx.Param | None = nnx.data(None)
+        self.down_right: nnx.Param | None = nnx.data(None)
 
     def activated(self, y: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
         """z of what the matrices give, which lie along an axis: gate and up, or one if the layer is not gated."""
@@ -164,6 +172,9 @@ class FeedForward(NeuronModule):
     The neurons may lie in two groups of rows, the second of which is `rest`; see `griffin_jax.extensions.in_place` and
     `griffin_jax.extensions.mixed`. Or all rows of a group stay, and its `mask` says which of its neurons take part; see
     `griffin_jax.griffin.masked`.
+
+    The matrices may have additions of low rank, `gate_up_left` and `gate_up_right`, `down_left` and `down_right`; see
+    `griffin_jax.model.low_rank`.
     """
 
     def __init__(
@@ -200,12 +211,15 @@ class FeedForward(NeuronModule):
         return (self,)
 
     def down_matrix(self) -> Float[Array, "... f d"]:
-        """The down projection as floating numbers: itself, or what its integers stand for in float32."""
-        return floating_rows(self.down[...], array_of(self.down_scale), array_of(self.down_row_scale))
+        """The down projection as floating numbers: itself, or what its integers stand for in float32, with what is
+        added to it."""
+        own = floating_rows(self.down[...], array_of(self.down_scale), array_of(self.down_row_scale))
+        return plus_matrix(own, self.down_left, self.down_right)
 
     def gate_up_matrix(self) -> Float[Array, "a ... f d"]:
         """The matrices that multiply x as floating numbers, likewise."""
-        return floating_rows(self.gate_up[...], None, array_of(self.gate_up_scale))
+        own = floating_rows(self.gate_up[...], None, array_of(self.gate_up_scale))
+        return plus_matrix(own, self.gate_up_left, self.gate_up_right)
 
     def intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         """z, the input of the down projection: one value for each neuron and token, those of `rest` last, and zero
@@ -217,6 +231,7 @@ class FeedForward(NeuronModule):
     def _own_intermediate(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
         product = linear_of_each if self.per_sequence else linear
         y = product(x, self.gate_up[...], array_of(self.gate_up_scale))
+        y = plus_linear(y, x, self.gate_up_left, self.gate_up_right)
         if self.gate_up_bias is not None:
             bias = self.gate_up_bias[...]
             y = y + (bias.swapaxes(0, 1)[:, None] if self.per_sequence else bias)
@@ -229,6 +244,7 @@ class FeedForward(NeuronModule):
         z = z[..., :own]
         product = matmul_of_each if self.per_sequence else matmul
         y = product(z, self.down[...], array_of(self.down_scale), array_of(self.down_row_scale))
+        y = plus_matmul(y, z, self.down_left, self.down_right)
         y = y if others is None else y + others
         y = y if self.mask is None else self.mask.changed(z, y)
         return y if self.down_bias is None else y + self.down_bias[...]

@@ -58,6 +58,9 @@ def _of_experts(name: str, axes: tuple[str | None, ...]) -> tuple[str, tuple[str
     return f"experts.{name}", (None, *axes)
 
 
+ADDED_TO = ("attention.qkv", "attention.out", "ff.gate_up", "ff.down")
+"""The matrices that may have additions of low rank."""
+
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("embedding", (VOCABULARY, None)),  # (V, E)
     ("head", (VOCABULARY, None)),  # (V, E)
@@ -81,6 +84,17 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("ff.gate_up_scale", (None, SEQUENCES, NEURONS, None)),  # (A, B, K, n)
     ("ff.down_row_scale", (SEQUENCES, NEURONS, None)),  # (B, K, n)
     ("ff.down_scale", (SEQUENCES, None)),  # (B, D), where rows are refitted
+    # Additions of low rank: a row for each row of the matrix, and what they are combined of.
+    ("attention.qkv_left", (HEADS, None, None, None)),  # (G, R + 2, H, S)
+    ("attention.out_left", (HEADS, None, None)),  # (N, H, S)
+    ("ff.gate_up_left", (None, NEURONS, None)),  # (A, F, S)
+    ("ff.down_left", (NEURONS, None)),  # (F, S)
+    *((f"{matrix}_right", (None, None)) for matrix in ADDED_TO),  # (S, D)
+    ("attention.qkv_left", (HEADS, None, SEQUENCES, None, None)),  # (G, R + 2, B, H, S)
+    ("attention.out_left", (HEADS, SEQUENCES, None, None)),  # (N, B, H, S)
+    ("ff.gate_up_left", (None, SEQUENCES, NEURONS, None)),  # (A, B, F, S)
+    ("ff.down_left", (SEQUENCES, NEURONS, None)),  # (B, F, S)
+    *((f"{matrix}_right", (SEQUENCES, None, None)) for matrix in ADDED_TO),  # (B, S, D)
     # Of masked models: which neurons are kept, and what changes their rows, each for all sequences or for itself.
     ("mask.kept", (NEURONS,)),  # (F,)
     ("mask.kept", (SEQUENCES, NEURONS)),  # (B, F)

@@ -165,6 +165,14 @@ class Transformer(nnx.Module):
         return tuple(layer.ff.neurons for layer in self.layers)
 
     @property
+    def adapted(self) -> bool:
+        """Whether matrices have additions of low rank, see `griffin_jax.model.low_rank`."""
+        owners = [owner for layer in self.layers for owner in (layer.attention, *layer.ff.parts())]
+        return any(
+            value is not None for owner in owners for name, value in vars(owner).items() if name.endswith("_left")
+        )
+
+    @property
     def ff_bytes(self) -> int:
         """Bytes of all feed-forward arrays that have a row for each neuron, as their format says."""
         arrays = [rows for layer in self.layers for part in layer.ff.parts() for rows in part.rows().values()]

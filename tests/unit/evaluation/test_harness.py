@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import lm_eval
 import numpy as np
@@ -24,9 +25,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import griffin_jax as gj
+from griffin_jax.adapters.adapter import Adapter, attach, merge
+from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
+from griffin_jax.adapters.library import Library, make_library
+from griffin_jax.adapters.peft import save_adapter
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.lm_eval import ARGUMENTS, NAME, GriffinLM
+from griffin_jax.model.fingerprint import fingerprint
 
 PROJECT = Path(__file__).parents[3]
 CHAT = (
@@ -338,6 +345,49 @@ def prior(model, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("prior") / "bytes.prior"
     dataclasses.replace(measured, sensitivity=weights, strength=1.0, uniform="").save(file)
     return file
+
+
+@pytest.fixture(scope="module")
+def library(model, tmp_path_factory) -> Library:
+    """Of two clusters, whose adapters are far from changing nothing."""
+    llm, texts = model.llm, ["Rivers run.", "Rivers are.", "A shop sells pencils.", "A shop sells books."]
+    sequences = [llm.tokenizer.encode(text) for text in texts]
+    embedder = Embedder(EmbeddingConfig(layers=0, tokens=8), llm.model)
+    folder = tmp_path_factory.mktemp("moin") / "library"
+    made = make_library(folder, texts, sequences, embedder, fingerprint(llm.model), count=2)
+    (folder / "adapters").mkdir()
+    for number in range(2):
+        adapter = Adapter.init(llm.config, AdapterConfig(rank=2), jax.random.key(number))
+        adapter = jax.tree.map(lambda leaf, by=0.1 * (number + 1): leaf + by, adapter)
+        save_adapter(adapter, made.adapter_folder(number), llm.config)
+    return made
+
+
+class TestAdapters:
+    REQUESTS = (("Rivers", " run."), ("A shop sells", " pencils in boxes."), ("Rivers run", " to it."))
+
+    def scores(self, lm: GriffinLM) -> list[tuple[float, bool]]:
+        return lm.loglikelihood(requests("loglikelihood", *self.REQUESTS), disable_tqdm=True)
+
+    def test_one_for_all(self, model, library):
+        lm = GriffinLM(model.folder, density=0.5, adapter=library.adapter_folder(0))
+        merged = gj.LLM(merge(attach(model.llm.model, library.adapter(0, model.llm.config))), model.llm.tokenizer)
+        expected = self.scores(GriffinLM(merged, density=0.5))
+        np.testing.assert_allclose([s for s, _ in self.scores(lm)], [s for s, _ in expected], rtol=1e-4)
+
+    def test_a_library_chooses_for_each_context(self, model, library):
+        found = self.scores(GriffinLM(model.folder, density=0.5, moin=library.folder, batch_size=2))
+        alone = [self.scores(GriffinLM(model.folder, density=0.5, adapter=library.adapter_folder(n))) for n in range(2)]
+        embedder = library.embedder(model.llm.model)
+        contexts = [model.llm.tokenizer.encode(context) for context, _ in self.REQUESTS]
+        chosen = library.route(embedder, contexts).tolist()
+        assert set(chosen) == {0, 1}
+        expected = [alone[number][row][0] for row, number in enumerate(chosen)]
+        np.testing.assert_allclose([score for score, _ in found], expected, rtol=1e-4)
+
+    def test_not_both(self, model, library):
+        with pytest.raises(ValueError, match="adapter or moin, not both"):
+            GriffinLM(model.folder, adapter=library.adapter_folder(0), moin=library.folder)
 
 
 class TestBeyond:

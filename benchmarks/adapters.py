@@ -1,0 +1,120 @@
+"""What an adapter costs: decoding with it next to the base, merged and not, and the choice of one next to prefill.
+
+All are run in turn, so that only ratios count. The adapter's numbers are random, as fast as trained ones. The last line
+is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from griffin_jax.adapters.adapter import Adapter, attach, merge
+from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
+from griffin_jax.adapters.jobs import adapter_loss
+from griffin_jax.checkpoints import demo
+from griffin_jax.generation import jitted
+from griffin_jax.llm.llm import load
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.training.config import TrainingConfig
+from griffin_jax.training.data import Batch
+from griffin_jax.training.loop import init_state, make_optimizer, make_step
+
+LENGTH = 128
+"""Tokens of a sequence that is trained on."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=demo.NAME, help="(default: %(default)s)")
+    parser.add_argument("--weights", metavar="FORMAT", help="as for griffin-jax generate")
+    parser.add_argument("--rank", type=int, default=8, metavar="R", help="(default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=999, metavar="T", help="tokens (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens decoded (default: %(default)s)")
+    parser.add_argument(
+        "--train",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also: updates of N adapters, at once and in turn (default: none)",
+    )
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> None:
+    llm = load(options.model, weights=options.weights)
+    prompt = np.random.default_rng(0).integers(0, llm.config.vocab_size, options.prompt).tolist()
+    adapter = Adapter.init(llm.config, AdapterConfig(rank=options.rank), jax.random.key(0))
+    models = {"base": llm.model, "adapted": attach(llm.model, adapter)}
+    if not llm.model.weights.quantised:
+        models["merged"] = merge(models["adapted"])
+    decoding = {name: _decoding(model, prompt, options.new) for name, model in models.items()}
+    embedder = Embedder(EmbeddingConfig(), llm.model)
+    work: dict[str, Callable[[], Any]] = {f"decode, {name}": step for name, step in decoding.items()}
+    if options.train:
+        work |= _training(llm.model, options.rank, options.train)
+    work |= {"prefill, base": _prefill(llm.model, prompt), "choice": lambda: embedder([prompt])}
+    found: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(options.repeats + 1):
+        for name, one in work.items():
+            seconds = one() if name.startswith("decode") else _seconds(one)
+            # The first round compiles.
+            if repeat:
+                found[name].append(seconds)
+    of_base = {"choice": "prefill, base"} | ({"updates at once": "updates in turn"} if options.train else {})
+    of_base |= {name: "decode, base" for name in work if name.startswith("decode")}
+    ratios = {
+        name: float(np.median(np.divide(found[name], found[base]))) for name, base in of_base.items() if name != base
+    }
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.3f} of {of_base[name]}")
+    medians = {name: float(np.median(values)) for name, values in found.items()}
+    print(json.dumps({"ratios": ratios, "seconds": medians, "rank": options.rank, "repeats": options.repeats}))
+
+
+def _training(model: Transformer, rank: int, count: int) -> dict[str, Callable[[], Any]]:
+    """An update of each of some adapters, one sequence of `LENGTH` tokens for each."""
+    config = TrainingConfig(steps=2, batch=1, length=LENGTH, warmup=1)
+    optimizer = make_optimizer(config)
+    step = make_step(adapter_loss, optimizer)
+    alone, together = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None, 0)))
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, model.config.vocab_size, (count, 1, LENGTH)).astype(np.int32)
+    batches = [Batch(jnp.asarray(each), jnp.full(1, LENGTH, jnp.int32)) for each in tokens]
+    states = [init_state(Adapter.init(model.config, AdapterConfig(rank=rank), jax.random.key(0)), optimizer)] * count
+    states_together, batches_together = (jax.tree.map(lambda *a: jnp.stack(a), *each) for each in (states, batches))
+    return {
+        "updates in turn": lambda: [alone(s, model, b)[0] for s, b in zip(states, batches, strict=True)],
+        "updates at once": lambda: together(states_together, model, batches_together)[0],
+    }
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start
+
+
+def _prefill(model: Transformer, prompt: list[int]) -> Callable[[], Any]:
+    tokens, lengths = np.asarray([prompt], np.int32), np.asarray([len(prompt)], np.int32)
+    return lambda: jitted.prefill(model, tokens, lengths, max_new_tokens=0, collect=False).logits
+
+
+def _decoding(model: Transformer, prompt: list[int], new: int) -> Callable[[], float]:
+    """Seconds of decoding alone, each time after the same prompt."""
+    tokens, lengths = np.asarray([prompt], np.int32), np.asarray([len(prompt)], np.int32)
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=new, collect=False)
+
+    def decode() -> float:
+        copied = jax.tree.map(lambda leaf: leaf.copy(), prefilled)
+        state = jax.block_until_ready(jitted.init_decode(copied))
+        return _seconds(lambda: jitted.decode(model, state, np.int32(new), eos=()).tokens)
+
+    return decode

@@ -1,0 +1,157 @@
+"""Which linear layers of a model adapters are for, as Hugging Face's models name them, and what they are here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from griffin_jax.checkpoints.families import families
+from griffin_jax.checkpoints.schema.family import rules_by_path
+from griffin_jax.checkpoints.schema.layouts import Layout, sizes_of
+from griffin_jax.model.config import ModelConfig
+
+INWARD, OUTWARD = ("query", "key", "value", "gate", "up"), ("out", "down")
+"""The matrices that read the residual stream, and those that write to it."""
+
+GROUPS = {"attention": ("query", "key", "value", "out"), "feed_forward": ("gate", "up", "down")}
+"""The matrices of a layer by the part of it that they belong to."""
+
+WIDTH = (("D",),)
+"""The axis of a tensor that is the residual stream's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A matrix of the model that is a linear layer of Hugging Face's, or some of its rows.
+
+    Attributes:
+        path: of the matrix, such as `layers.3.attention.query`.
+        layout: how the axes of the layer's weight become those of the matrix.
+    """
+
+    path: str
+    layout: Layout
+
+    @property
+    def matrix(self) -> str:
+        """The last name of the path."""
+        return self.path.rpartition(".")[-1]
+
+    @property
+    def width_first(self) -> bool:
+        """Whether the weight's first axis is the residual stream's."""
+        return tuple(factor.parts for factor in self.layout.before[0]) == WIDTH
+
+    def rows(self, factor: Float[Array, "..."], config: ModelConfig) -> Float[Array, "*rows r"]:
+        """What belongs to the rows of this matrix of one factor of an adapter.
+
+        Args:
+            factor: (rows of the layer, R), in the order of the layer.
+            config: the architecture.
+        """
+        sizes = sizes_of(config) | {"D": factor.shape[-1]}
+        # The layout of the weight holds for what has R in the place of the width.
+        return self.layout.apply(factor.T if self.width_first else factor, sizes)  # pyright: ignore
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A linear layer, as Hugging Face's models name it.
+
+    Attributes:
+        name: such as `model.layers.3.self_attn.q_proj`.
+        inputs: numbers that it reads.
+        outputs: numbers that it writes.
+        parts: the matrices that it is.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    parts: tuple[Part, ...]
+
+    @property
+    def inward(self) -> bool:
+        """Whether it reads the residual stream; else it writes to it."""
+        return self.parts[0].matrix in INWARD
+
+    @property
+    def kind(self) -> str:
+        """The last part of its name, which it shares with those of other layers."""
+        return self.name.rpartition(".")[-1]
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether its weight has the inputs first, as transformers' Conv1D."""
+        return self.parts[0].width_first == self.inward
+
+
+@functools.lru_cache(maxsize=16)
+def modules_of(config: ModelConfig) -> Mapping[str, Module]:
+    """The linear layers of a model by their names; without matrices that are no layers of their own there.
+
+    Raises:
+        ValueError: it is of no family of Hugging Face's models, or has routed experts.
+    """
+    if config.routing is not None:
+        raise ValueError("adapters are for models without routed experts")
+    family = families().get(config.family)
+    if family is None:
+        raise ValueError(f"adapters need the names of Hugging Face's models, and there is no family {config.family!r}")
+    rules, sizes = rules_by_path(family.rules, config), sizes_of(config)
+    found: dict[str, Module] = {}
+    for layer in range(config.num_layers):
+        for name in (*_matrices("attention", config), *_matrices("feed_forward", config)):
+            path = f"layers.{layer}.{'attention' if name in GROUPS['attention'] else 'ff'}.{name}"
+            rule = rules.get(path)
+            if rule is None or "{head}" in rule.name or not rule.name.endswith(".weight"):
+                continue
+            part, module = Part(path, Layout.parse(rule.layout)), rule.name.removesuffix(".weight")
+            shape = part.layout.shape_before(sizes)
+            inward = name in INWARD
+            inputs, outputs = shape if part.width_first == inward else shape[::-1]
+            parts = (*found[module].parts, part) if module in found else (part,)
+            found[module] = Module(module, inputs, outputs, parts)
+    return found
+
+
+def _matrices(group: str, config: ModelConfig) -> list[str]:
+    return [name for name in GROUPS[group] if name != "gate" or config.gated]
+
+
+def chosen_modules(config: ModelConfig, targets: Sequence[str]) -> tuple[Module, ...]:
+    """The linear layers that these names mean.
+
+    Args:
+        config: the architecture.
+        targets: `attention`, `feed_forward`, or last parts of names such as `q_proj`.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    modules = modules_of(config)
+    kinds = list(dict.fromkeys(module.kind for module in modules.values()))
+    if unknown := [name for name in targets if name not in GROUPS and name not in kinds]:
+        raise ValueError(f"targets has {unknown[0]!r}; this model has {', '.join((*GROUPS, *kinds))}")
+    there = {part.matrix for module in modules.values() for part in module.parts}
+    for group in GROUPS.keys() & set(targets):
+        if missing := [name for name in _matrices(group, config) if name not in there]:
+            raise ValueError(
+                f"targets has {group!r}, and {missing[0]} is no linear layer of its own in models of the family"
+                f" {config.family}; this model has {', '.join(kinds)}"
+            )
+
+    def wanted(module: Module) -> bool:
+        return any(module.kind == name or module.parts[0].matrix in GROUPS.get(name, ()) for name in targets)
+
+    return tuple(module for module in modules.values() if wanted(module))
+
+
+def padded(array: Float[Array, "*rows r"], start: int, size: int) -> Float[Array, "*rows s"]:
+    """The array as some of `size` columns, from `start` on, with zeros for the others."""
+    before = [(0, 0)] * (array.ndim - 1)
+    return jnp.pad(array, [*before, (start, size - start - array.shape[-1])])

@@ -1,0 +1,329 @@
+"""`griffin-jax moin`: a library of independently trained adapters, one of which answers each prompt."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
+from griffin_jax.adapters.library import Library, make_library
+from griffin_jax.cli.options import (
+    add_dtype_argument,
+    add_model_argument,
+    add_options,
+    check_output,
+    load_reader,
+    read_options,
+)
+from griffin_jax.evaluation.general_text import measure, windows
+from griffin_jax.evaluation.samples import Skipped, nothing_left, read_jsonl, read_texts
+from griffin_jax.generation.config import GenerationConfig
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.llm.llm import LLM, Prompt
+from griffin_jax.llm.results import Generation
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.training.config import TrainingConfig
+from griffin_jax.utils.messages import printable, shown
+
+DESCRIPTION = """MoIN (arXiv 2410.09687): texts are divided into clusters, an adapter is trained for each of them,
+alone, and each prompt is answered with the adapter of the cluster that it is nearest to. First `cluster`, then `train`,
+wherever and in whatever order, then `generate` and `eval`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the commands."""
+    commands = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("cluster", help="divide texts into clusters: makes a library without adapters")
+    _add_library(command, "a folder that does not exist yet")
+    _add_texts(command)
+    command.add_argument("--clusters", type=int, metavar="N", default=16, help="(default: %(default)s)")
+    command.add_argument(
+        "--random", action="store_true", help="deal texts and prompts out by chance: what clusters are compared with"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of k-means (default: %(default)s)")
+    command.add_argument(
+        "--kinds",
+        metavar="COLUMN",
+        help="of JSONL files: the kind of each text, which is only counted, for each cluster",
+    )
+    embedding = command.add_argument_group("embedding")
+    add_options(embedding, EmbeddingConfig, "layers", "tokens")
+    embedding.add_argument("--sentences", metavar="NAME", help="a model of sentence-transformers that embeds instead")
+    _add_model(command)
+
+    command = commands.add_parser("show", help="what is in each cluster, and which adapters are trained")
+    _add_library(command)
+
+    command = commands.add_parser("train", help="train adapters, all that are not finished or one of them")
+    _add_library(command)
+    command.add_argument("--cluster", type=int, metavar="I", help="only this one (default: all in turn)")
+    command.add_argument(
+        "--at-once", type=int, metavar="N", default=1, help="adapters that are trained together (default: %(default)s)"
+    )
+    command.add_argument("--save-every", type=int, metavar="N", default=100, help="updates (default: %(default)s)")
+    add_options(command.add_argument_group("adapter"), AdapterConfig)
+    add_options(command.add_argument_group("training"), TrainingConfig)
+    _add_model(command)
+
+    command = commands.add_parser("generate", help="answer prompts, each with the adapter of its cluster")
+    _add_library(command)
+    command.add_argument(
+        "--prompt", metavar="TEXT", action="append", required=True, help="the prompt; several are a batch"
+    )
+    add_options(command, GriffinConfig, "density")
+    add_options(command, GenerationConfig, "chat", "max_new_tokens", "temperature", "seed")
+    command.add_argument(
+        "--priors", action="store_true", help="choose neurons also by the prior of the cluster; prompts one by one"
+    )
+    _add_model(command)
+
+    command = commands.add_parser("prior", help="measure what the base's neurons do in the texts of each cluster")
+    _add_library(command)
+    command.add_argument("--window", metavar="T", type=int, default=512, help="tokens of a text (default: %(default)s)")
+    command.add_argument(
+        "--rows", metavar="C", type=int, default=0, help="calibration rows of each layer (default: %(default)s)"
+    )
+    command.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
+    _add_model(command)
+
+    command = commands.add_parser("eval", help="perplexity of libraries on held-out texts, next to the base")
+    command.add_argument("library", metavar="FOLDER", nargs="+", type=Path, help="libraries, all adapters trained")
+    _add_texts(command)
+    command.add_argument(
+        "--prompt-tokens", metavar="P", type=int, default=64, help="that an adapter is chosen by (default: %(default)s)"
+    )
+    command.add_argument(
+        "--length", metavar="T", type=int, default=256, help="tokens of a text, at most (default: %(default)s)"
+    )
+    command.add_argument("--oracle", action="store_true", help="also with the best adapter for each text")
+    command.add_argument(
+        "--priors", action="store_true",
+        help="instead: KL of the pruned base to the dense one, without prior, with one, and with those of clusters",
+    )  # fmt: skip
+    command.add_argument("--density", type=float, default=0.5, help="with --priors (default: %(default)s)")
+    command.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
+    command.add_argument("--output", metavar="FILE", type=Path, help="write everything as JSON")
+    _add_model(command)
+
+
+def _add_library(command: argparse.ArgumentParser, what: str = "that `moin cluster` wrote") -> None:
+    command.add_argument("library", metavar="FOLDER", type=Path, help=what)
+
+
+def _add_texts(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--text", metavar="FILE", nargs="+", type=Path, required=True,
+        help="JSONL files with a text on each line, or text files (UTF-8) that are one text each",
+    )  # fmt: skip
+    command.add_argument("--column", default="text", help="of JSONL files (default: %(default)s)")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    add_model_argument(command)
+    add_dtype_argument(command)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Runs one of the commands."""
+    commands = {"cluster": _cluster, "show": _show, "train": _train, "prior": _prior, "generate": _generate}
+    (commands | {"eval": _evaluate})[options.action](options)
+
+
+def _texts(options: argparse.Namespace) -> list[str]:
+    return [text for text, *_ in _records(options, [options.column])]
+
+
+def _records(options: argparse.Namespace, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The text of each line or file, and further columns; a text file has none, so its name stands for them."""
+    skipped, found = Skipped(), []
+    for file in options.text:
+        if file.suffix == ".jsonl":
+            found += [record.texts for record in read_jsonl(file, columns, skipped)]
+        else:
+            found += [(text, *[name] * (len(columns) - 1)) for name, text in read_texts([file], skipped)]
+    skipped.report()
+    if not found:
+        raise nothing_left(skipped, ", ".join(map(str, options.text)))
+    return found
+
+
+def _cluster(options: argparse.Namespace) -> None:
+    embedding = EmbeddingConfig(options.layers, options.tokens, options.sentences)
+    if options.clusters < 1:
+        raise ValueError(f"--clusters must be at least 1, got {options.clusters}")
+    check_output("FOLDER", options.library / "x" if options.library.is_dir() else options.library)
+    records = _records(options, [options.column, *([options.kinds] if options.kinds else [])])
+    texts = [text for text, *_ in records]
+    llm = load_reader(options)
+    assert llm.tokenizer is not None
+    made = make_library(
+        options.library,
+        texts,
+        [llm.tokenizer.encode(text) for text in texts],
+        Embedder(embedding, llm.model),
+        fingerprint(llm.model),
+        count=options.clusters,
+        method="random" if options.random else "kmeans",
+        seed=options.seed,
+    )
+    _print(made)
+    if options.kinds:
+        _print_kinds(made, {record[0]: record[1] for record in records})
+
+
+def _print_kinds(library: Library, kinds: Mapping[str, str]) -> None:
+    """How many texts of each kind are in each cluster, and how many are where most are of their kind."""
+    most = 0
+    for number in range(len(library)):
+        counts = Counter(kinds[text] for text in library.texts(number)).most_common()
+        most += counts[0][1]
+        print(f"cluster {number}: {', '.join(f'{count} {printable(kind)}' for kind, count in counts)}")
+    total = sum(cluster.count for cluster in library.clusters)
+    print(f"{most} of {total} texts ({most / total:.3f}) are in a cluster of mostly their kind")
+
+
+def _show(options: argparse.Namespace) -> None:
+    _print(Library.load(options.library))
+
+
+def _print(library: Library) -> None:
+    trained = set(library.trained())
+    for number, cluster in enumerate(library.clusters):
+        print(f"cluster {number}: {cluster.count:,} texts{', trained' if number in trained else ''}")
+        for text in cluster.typical:
+            print(f"    {shown(printable(text), sys.stdout)}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from griffin_jax.adapters.jobs import Job, train_clusters
+
+    job = Job(read_options(options, AdapterConfig), read_options(options, TrainingConfig))
+    for name, value in (("--at-once", options.at_once), ("--save-every", options.save_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    library = Library.load(options.library)
+    numbers = list(range(len(library))) if options.cluster is None else [options.cluster]
+    library.shard(numbers[0])
+    llm = load_reader(options)
+    assert llm.tokenizer is not None
+    library.check(fingerprint(llm.model))
+    done = train_clusters(
+        llm.model, llm.tokenizer, library, numbers, job,
+        base=options.model, at_once=options.at_once, save_every=options.save_every,
+    )  # fmt: skip
+    there = len(library.trained())
+    print(f"{options.library}: trained {len(done)} of {len(numbers)}; {there} of {len(library)} are there")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    griffin, generation = read_options(options, GriffinConfig), read_options(options, GenerationConfig)
+    library = Library.load(options.library)
+    llm = load_reader(options)
+    prompts: list[Prompt] = list(options.prompt)
+    settings = {"griffin": griffin, "generation": generation}
+    if options.priors:
+        answered = _answers_with_priors(llm, library, prompts, settings)
+    else:
+        answer: Generation = llm.generate(prompts, adapter=library, **settings)
+        answered = list(zip(answer.texts, answer.clusters or (), strict=True))
+    for number, (text, cluster) in enumerate(answered, start=1):
+        if len(prompts) > 1:
+            print(f"--- prompt {number}")
+        print(shown(text, sys.stdout))
+        print(f"[cluster {cluster}]", file=sys.stderr)
+
+
+def _answers_with_priors(
+    llm: LLM, library: Library, prompts: Sequence[Prompt], settings: Mapping[str, Any]
+) -> list[tuple[str, int]]:
+    """Text and cluster of each answer."""
+    answered = []
+    for prompt in prompts:
+        assert llm.tokenizer is not None
+        chat = settings["generation"].chat
+        tokens = llm.tokenizer.chat(str(prompt)) if chat else llm.tokenizer.encode(str(prompt))
+        (cluster,) = library.route(library.embedder(llm.model, llm.tokenizer), [tokens]).tolist()
+        adapter, prior = library.adapter(cluster, llm.config), library.prior(cluster)
+        answer: Generation = llm.generate(tokens, adapter=adapter, prior=prior, **settings)
+        answered.append((answer.texts[0], cluster))
+    return answered
+
+
+def _prior(options: argparse.Namespace) -> None:
+    for name, value, least in (
+        ("--window", options.window, 2),
+        ("--rows", options.rows, 0),
+        ("--batch", options.batch, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    library = Library.load(options.library)
+    llm = load_reader(options)
+    assert llm.tokenizer is not None
+    library.check(fingerprint(llm.model))
+    (library.folder / "priors").mkdir(exist_ok=True)
+    for number in range(len(library)):
+        file = library.prior_file(number)
+        if file.exists():
+            continue
+        texts = [next(windows(llm.tokenizer, text, options.window)) for text in library.texts(number)]
+        prior = measure(llm.model, texts, size=options.batch, rows=options.rows)
+        prior.save(file)
+        print(f"{file}: {prior.tokens:,} tokens in {len(texts):,} texts")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from griffin_jax.evaluation.moin import as_json, compare, table
+
+    for name, value, least in (
+        ("--prompt-tokens", options.prompt_tokens, 1),
+        ("--length", options.length, options.prompt_tokens + 1),
+        ("--batch", options.batch, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if options.output:
+        check_output("--output", options.output)
+    if options.priors and (len(options.library) > 1 or options.oracle or options.output):
+        raise ValueError("--priors is for one library, without --oracle and --output")
+    libraries = list(map(Library.load, options.library))
+    texts = _texts(options)
+    llm = load_reader(options)
+    assert llm.tokenizer is not None
+    for library in libraries:
+        library.check(fingerprint(llm.model))
+    if options.priors:
+        _evaluate_priors(llm, libraries[0], [llm.tokenizer.encode(text) for text in texts], options)
+        return
+    found = compare(
+        llm.model, libraries, [llm.tokenizer.encode(text) for text in texts],
+        prompt=options.prompt_tokens, length=options.length, size=options.batch, oracle=options.oracle,
+        tokenizer=llm.tokenizer,
+    )  # fmt: skip
+    print(f"{len(found.tokens)} texts, {sum(found.tokens):,} tokens scored")
+    print(table(found))
+    if options.output:
+        options.output.write_text(json.dumps(as_json(found)) + "\n", encoding="utf-8")
+
+
+def _evaluate_priors(
+    llm: LLM, library: Library, sequences: Sequence[Sequence[int]], options: argparse.Namespace
+) -> None:
+    from griffin_jax.evaluation.grid import RECONSTRUCTION
+    from griffin_jax.evaluation.moin import compare_priors
+
+    for steps in ("", f"+{RECONSTRUCTION}"):
+        found = compare_priors(
+            llm.model, library, sequences,
+            prompt=options.prompt_tokens, length=options.length, size=options.batch,
+            density=options.density, steps=steps, tokenizer=llm.tokenizer,
+        )  # fmt: skip
+        for name, interval in found.items():
+            print(f"{name}{steps}: KL {interval.value:.3f} ({interval.low:.3f} to {interval.high:.3f}) nats/token")

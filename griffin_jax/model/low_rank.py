@@ -1,0 +1,84 @@
+"""Additions of low rank to matrices, which are not made: (W + left right) x is W x + left (right x).
+
+Every matrix here has the width D as its last axis and a row for each head, neuron, ... before it. What is added to it
+has a row of `left` for each of its rows, and S rows of `right`, which have the width:
+
+    W'[row] = W[row] + sum_s left[row, s] right[s]
+
+So whatever keeps, moves or divides the rows of W does the same with those of `left`, and `right` stays as it is. The
+additions may be for all sequences of a batch, or for each its own; then the sequences have an axis in `right` before S,
+and in `left` before the last axis of rows.
+
+For one token the products are sums: XLA's CPU code (jax 0.10.2) joins these with each other and with what comes after,
+where products of so small matrices are calls of their own. Seen in timings of decoding.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def plus_linear(
+    y: Float[Array, "b t *rows"], x: Float[Array, "b t d"], left: nnx.Param | None, right: nnx.Param | None
+) -> Float[Array, "b t *rows"]:
+    """What `griffin_jax.model.products.linear` gives with the addition, from what it gives without.
+
+    Args:
+        y: the product of the matrix alone.
+        x: the activations.
+        left: (*rows, S), or for each sequence its own; None if nothing is added.
+        right: (S, D), or (B, S, D).
+    """
+    if left is None or right is None:
+        return y
+    rows, basis = left[...], right[...]
+    if x.shape[0] * x.shape[1] == 1:
+        low = jnp.sum(basis.reshape(-1, x.shape[-1]) * x[0, 0].astype(basis.dtype), axis=-1)
+        return (y + jnp.sum(rows.reshape(*y.shape[2:], -1) * low, axis=-1)).astype(y.dtype)
+    low = jnp.einsum("btd,sd->bts" if basis.ndim == 2 else "btd,bsd->bts", x.astype(basis.dtype), basis)
+    more = jnp.einsum("bts,...bfs->bt...f" if rows.ndim == y.ndim else "bts,...fs->bt...f", low, rows)
+    return (y + more).astype(y.dtype)
+
+
+def plus_matmul(
+    y: Float[Array, "b t d"], x: Float[Array, "b t *rows"], left: nnx.Param | None, right: nnx.Param | None
+) -> Float[Array, "b t d"]:
+    """What `griffin_jax.model.products.matmul` gives with the addition, from what it gives without.
+
+    Args:
+        y: the product of the matrix alone.
+        x: the activations, with an axis for each axis of rows.
+        left: (*rows, S), or for each sequence its own; None if nothing is added.
+        right: (S, D), or (B, S, D).
+    """
+    if left is None or right is None:
+        return y
+    rows, basis = left[...], right[...]
+    if x.shape[0] * x.shape[1] == 1:
+        own = x[0, 0].reshape(-1, 1).astype(rows.dtype)
+        low = jnp.sum(rows.reshape(own.shape[0], -1) * own, axis=0)
+        return (y + jnp.sum(low[:, None] * basis.reshape(-1, y.shape[-1]), axis=0)).astype(y.dtype)
+    axes = "nf"[-(x.ndim - 2) :]
+    of_rows = f"{axes[:-1]}bfs" if rows.ndim == x.ndim else f"{axes}s"
+    low = jnp.einsum(f"bt{axes},{of_rows}->bts", x.astype(rows.dtype), rows)
+    return (y + jnp.einsum("bts,sd->btd" if basis.ndim == 2 else "bts,bsd->btd", low, basis)).astype(y.dtype)
+
+
+def plus_matrix(
+    matrix: Float[Array, "*rows d"], left: nnx.Param | None, right: nnx.Param | None
+) -> Float[Array, "*rows d"]:
+    """The matrix with what is added to it.
+
+    Raises:
+        ValueError: each sequence of a batch has an addition of its own.
+    """
+    if left is None or right is None:
+        return matrix
+    if right[...].ndim > 2 or left[...].ndim > matrix.ndim:
+        raise ValueError(
+            "this model has an adapter for each sequence of a batch, and so no matrix for all of them; attach one"
+            " adapter, or merge it"
+        )
+    return (matrix + jnp.einsum("...s,sd->...d", left[...], right[...])).astype(matrix.dtype)
