@@ -11,11 +11,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import griffin_jax as gj
+from griffin_jax.adapters.modules import modules_of
+from griffin_jax.extensions.in_place import InPlace
+from griffin_jax.extensions.mixed import coarse
+from griffin_jax.extensions.sensitivity import sensitivity
+from griffin_jax.generation import jitted
 from griffin_jax.model import grouped
+from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig, Routing
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
 from griffin_jax.model.routed import RoutedFeedForward, choose
 from griffin_jax.model.weights import WeightFormat, dequantise, quantise
+from griffin_jax.parallel.mesh import make_mesh
 
 EXPERTS, ROWS, NEURONS, WIDTH = 6, 2, 40, 32
 FORMATS = ("float32", "bfloat16", "int8", "int8:16", "int4:16")
@@ -192,3 +200,65 @@ def test_a_step_on_cpus_copies_no_expert():
     text = jax.jit(lambda layer, x: layer(x)).lower(layer, jnp.ones((1, 1, WIDTH))).compile().as_text()
     whole = (f"f32[{EXPERTS},{NEURONS},{WIDTH}]", f"f32[{EXPERTS},{ROWS},{NEURONS},{WIDTH}]")
     assert not any(f"= {shape}" in text for shape in whole)
+
+
+@pytest.mark.parametrize("text", ["float32", "int8"])
+def test_on_a_mesh(text, rng):
+    """Each device has a part of each expert's neurons, and half of the sequences; nothing else changes."""
+    weights, whole = WeightFormat.parse(text), config(shared_width=24)
+    tokens, lengths = jnp.asarray(rng.integers(0, 64, (2, 12)), jnp.int32), jnp.asarray([12, 7])
+    griffin = gj.GriffinConfig(density=0.5, shared=True, groups=2)
+    found = []
+    for mesh in (None, make_mesh(2, 2)):
+        model = random_model(whole, mesh=mesh, weights=weights)
+        read = jitted.prefill(model, tokens, lengths, max_new_tokens=2)
+        experts = gj.select(read.statistics, griffin)
+        pruned = gj.prune(model, experts)
+        again = jitted.prefill(pruned, tokens, lengths, max_new_tokens=2)
+        found.append((read.logits, again.logits, experts.indices, pruned.layers[0].ff.experts.gate_up[...]))
+        if mesh is not None:
+            assert pruned.layers[0].ff.experts.down[...].sharding.shard_shape((6, 20, 32)) == (6, 10, 32)
+    for one, many in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * float(np.abs(np.asarray(one, float)).max()))
+
+
+def test_sequences_with_neurons_of_their_own_are_refused_copies(rng):
+    model = random_model(config())
+    read = jitted.prefill(model, jnp.asarray(rng.integers(0, 64, (2, 9))), jnp.asarray([9, 9]), max_new_tokens=2)
+    experts = gj.select(read.statistics, gj.GriffinConfig(density=0.5))
+    with pytest.raises(ValueError, match="2 sequences would each need a copy of all routed experts: mask the model"):
+        gj.prune(model, experts)
+
+
+class TestRanges:
+    def test_indices_of_each_range(self, tmp_path):
+        kept = np.concatenate([np.arange(3) + 10 * number for number in range(4)])
+        experts = gj.ExpertNeurons.from_indices([kept], [40], ranges=((10,) * 4,))
+        assert experts.shares == ((3,) * 4,)
+        experts.save(tmp_path / "experts")
+        assert gj.ExpertNeurons.load(tmp_path / "experts").shares == experts.shares
+
+    def test_ranges_keep_equally_many(self):
+        with pytest.raises(ValueError, match="of experts of layer 0, some ranges of 10 neurons keep more than others"):
+            gj.ExpertNeurons.from_indices([[0, 1, 10]], [20], ranges=((10, 10),))
+
+    def test_another_model(self):
+        experts = gj.ExpertNeurons.from_indices([[0, 100]] * 2, [240] * 2)
+        with pytest.raises(ValueError, match="a model with other routed experts"):
+            gj.prune(random_model(config()), experts)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        InPlace,
+        lambda model: coarse(model, WeightFormat.parse("int4:16")),
+        lambda model: sensitivity(model, [[1, 2, 3]]),
+        lambda model: modules_of(model.config),
+    ],
+    ids=["in_place", "mixed", "sensitivity", "adapters"],
+)
+def test_what_these_models_do_not_have(use):
+    model = random_model(config())
+    with pytest.raises(ValueError, match="routed experts"):
+        use(model)
