@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import VOCABULARY, all_cases, build_torch
 from reference import assert_close, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
 
 import griffin_jax as gj
@@ -19,27 +20,12 @@ from griffin_jax.model.cache import empty_cache
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision
 
-VOCABULARY = 96
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "mixtral": {"intermediate_size": 24, "num_local_experts": 4, "sliding_window": 9},
-    "qwen3_moe": {
-        "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8,
-        "norm_topk_prob": True, "mlp_only_layers": [1],
-    },
-    "qwen2_moe": {
-        "intermediate_size": 40, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3,
-        "shared_expert_intermediate_size": 20, "decoder_sparse_step": 2,
-    },
-    "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 8},
-    "granitemoe": {
-        "intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 1, "embedding_multiplier": 2.0,
-        "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 3.0,
-    },
-}  # fmt: skip
+ROUTED = {name: cases for name, cases in all_cases().items() if cases.routed}
+MODELS = {
+    f"{name}-{variant}": {**cases.config, **attributes}
+    for name, cases in ROUTED.items()
+    for variant, attributes in cases.variants.items()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +36,16 @@ class Pair:
     llm: gj.LLM
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def pair(request, tmp_path_factory) -> Pair:
-    torch = load_torch()
-    import transformers
+LAST = {f"{name}-{list(cases.variants)[-1]}" for name, cases in ROUTED.items()}
+"""The variants of every run, which have what the others have and more."""
 
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(request.param, **{**COMMON, **MODELS[request.param]})
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        drawn = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1)
-        parameter.copy_(drawn + 1 if "norm" in name else drawn)
-    model.save_pretrained(folder)
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in LAST)) for name in MODELS]
+)
+def pair(request, tmp_path_factory) -> Pair:
+    folder: Path = tmp_path_factory.mktemp("routed")
+    model = build_torch(request.param.partition("-")[0], MODELS[request.param], folder)
     return Pair(model, gj.load(folder, "float32"))
 
 

@@ -323,7 +323,7 @@ class TestPrograms:
         read = jitted.prefill(model, sequences, lengths, max_new_tokens=0, rows=4)
         experts = jitted.select(read.statistics, gj.GriffinConfig(groups=8))
         gather = functools.partial(pruning._gather, config=model.config, weights=model.weights)
-        outputs = [None] * len(model.layers)
+        outputs = [(None, None)] * len(model.layers)
         text = program(gather, pruning._neuron_rows(model), outputs, experts, gj.Reconstruction(read.rows))
         module = Module.parse(text)
         sizes = [collective.size for collective in module.collectives(module.run())]

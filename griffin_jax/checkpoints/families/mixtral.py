@@ -16,7 +16,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     window = attributes.take("sliding_window", int)
     return ModelConfig(
         **fields,
-        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"]),
+        rotary=read_rotary(attributes, fields["max_positions"], fields["head_dim"], theta=1e6),
         windows=windows_of(window, [True] * fields["num_layers"]),
         routing=read_routing(attributes, width=fields["ff_width"], experts=8, active=2, normalised=True),
     )

@@ -22,6 +22,8 @@ PUBLISHED = {
     "Gemma-2-9B": 9_241_705_984,
     "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-8B": 8_190_735_360,
+    "Mixtral-8x7B": 46_702_792_704,
+    "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-32B": 32_762_123_264,
     "Phi-4": 14_659_507_200,
     "OPT-6.7B": 6_658_473_984 - 2 * 4096,  # two rows of the table of positions are never used

@@ -1,0 +1,11 @@
+"""Qwen3 with routed experts."""
+
+from __future__ import annotations
+
+from cases import LLAMA_LIKE, Cases
+
+CASES = Cases(
+    config={**LLAMA_LIKE, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3},
+    variants={"usual": {}, "dense layers": {"norm_topk_prob": True, "mlp_only_layers": [1]}},
+    routed=True,
+)
