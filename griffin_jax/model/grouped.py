@@ -33,7 +33,7 @@ from griffin_jax.model.products import (
     sum_of_rows,
 )
 from griffin_jax.model.weights import dequantise, grouped
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, mesh_of
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, local_sequences, mesh_of
 
 BLOCK_TOKENS = 32
 """Tokens of an expert that go through its matrix together. Fewer read the matrix more often, more compute more for
@@ -56,7 +56,7 @@ def linear_of_experts(
         scale: of integers: one for each row (n = 1), or for each of n groups of a row.
     """
     mesh = mesh_of(weight)
-    form = _linear_pairs if _few(x, experts, weight, mesh) else _linear_blocks
+    form = _linear_pairs if _few(experts, weight, mesh) else _linear_blocks
     if mesh is None:
         return form(x, experts, weight, scale)
     tokens, neurons = _divided(x, weight.shape[2], mesh)
@@ -86,7 +86,7 @@ def matmul_of_experts(
         row_scale: of integers, for each of n groups of a row, instead.
     """
     mesh = mesh_of(weight)
-    form = _matmul_pairs if _few(z, experts, weight, mesh) else _matmul_blocks
+    form = _matmul_pairs if _few(experts, weight, mesh) else _matmul_blocks
     if mesh is None:
         return form(z, experts, weight, scale, row_scale)
     tokens, neurons = _divided(z, weight.shape[1], mesh)
@@ -110,10 +110,9 @@ def matmul_of_experts(
     )(z, experts, weight, scale, row_scale)
 
 
-def _few(x: Array, experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None) -> bool:
+def _few(experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None) -> bool:
     """Whether pairs read no more matrices than there are."""
-    devices = 1 if dividing(mesh, DATA_AXIS, x.shape[0]) is None or mesh is None else mesh.shape[DATA_AXIS]
-    return math.prod(experts.shape) // devices <= weight.shape[0]
+    return local_sequences(mesh, experts.shape[0]) * math.prod(experts.shape[1:]) <= weight.shape[0]
 
 
 def _divided(x: Array, neurons: int, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, str | None]:
@@ -131,20 +130,16 @@ def _linear_pairs(x: Array, experts: Array, weight: Array, scale: Array | None) 
         tokens, chosen = x.reshape(b * t, d).astype(jnp.float32), experts.reshape(-1)
         per_row = scale is not None and scale.shape[-1] == 1
 
-        def product(number: Array, y: Array) -> Array:
+        def product(number: Array) -> Array:
             # As everywhere on CPUs: a matrix whose use could move would be converted, all of it, before the loop.
             token, matrices, scales = here(tokens[number // k], weight, scale)
             own = matrices[chosen[number]].reshape(a * f, d)
             own_scale = None if scales is None else scales[chosen[number]].reshape(a * f, -1)
             inside = None if per_row else own_scale
             row = token @ own.T if own.dtype == jnp.float32 else one_token(token, own, inside)
-            if per_row and own_scale is not None:
-                row = row * own_scale[:, 0]
-            return jax.lax.dynamic_update_slice_in_dim(y, row.reshape(1, a, f), number, 0)
+            return row * own_scale[:, 0] if per_row and own_scale is not None else row
 
-        # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
-        empty = jnp.broadcast_to(tokens[0, 0] * 0, (b * t * k, a, f))
-        return jax.lax.fori_loop(0, b * t * k, product, empty).reshape(b, t, k, a, f)
+        return _filled(b * t * k, a * f, tokens, product).reshape(b, t, k, a, f)
 
     def at_once(x: Array, weight: Array, scale: Array | None) -> Array:
         # One kernel on GPUs, which takes the look-up of the matrices and their conversion into the sum. Seen in
@@ -168,7 +163,7 @@ def _matmul_pairs(
         e, _, d = weight.shape
         each, chosen = z.reshape(b * t * k, f).astype(jnp.float32), experts.reshape(-1)
 
-        def product(number: Array, y: Array) -> Array:
+        def product(number: Array) -> Array:
             own, matrices, scales = here(each[number], weight, row_scale)
             expert = chosen[number]
 
@@ -180,14 +175,9 @@ def _matmul_pairs(
                     return some, None
                 return some, jax.lax.dynamic_slice_in_dim(scales.reshape(e * f, -1), expert * f + start, size)
 
-            row = sum_of_rows(own, rows)
-            if scale is not None:
-                row = row * scale[expert]
-            place = number // k
-            return jax.lax.dynamic_update_slice_in_dim(y, y[place][None] + row, place, 0)
+            return sum_of_rows(own, rows)
 
-        empty = jnp.broadcast_to(each[0, 0] * 0, (b * t, d))
-        return jax.lax.fori_loop(0, b * t * k, product, empty).reshape(b, t, d)
+        return _over_choices(_filled(b * t * k, d, each, product).reshape(b, t, k, d), experts, scale)
 
     def at_once(z: Array, weight: Array, row_scale: Array | None) -> Array:
         rows = _chosen(weight, experts)
@@ -209,6 +199,27 @@ def _matmul_pairs(
         )
 
     return jax.lax.platform_dependent(z, weight, row_scale, cpu=one_by_one, default=at_once)
+
+
+def _filled(rows: int, width: int, given: Array, product: Callable[[Array], Float[Array, "d"]]) -> Float[Array, "p d"]:
+    """What `product` gives for each row, one after the other."""
+
+    def fill(number: Array, y: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(y, product(number)[None], number, 0)
+
+    return jax.lax.fori_loop(0, rows, fill, _empty(rows, width, given))
+
+
+def _empty(rows: int, width: int, given: Array) -> Float[Array, "p d"]:
+    """Anything, to be overwritten, that depends on what is given: zeros of all layers would be in memory at once."""
+    return jnp.broadcast_to(given[0, 0].astype(jnp.float32), (rows, width))
+
+
+def _over_choices(
+    y: Float[Array, "b t k d"], experts: Int[Array, "b t k"], scale: Float[Array, "e d"] | None
+) -> Float[Array, "b t d"]:
+    """The sum over the choices of each token, with the scales of their experts."""
+    return jnp.sum(y if scale is None else y * scale[experts], axis=2)
 
 
 def _chosen(arrays: Array, experts: Int[Array, "b t k"]) -> Array:
@@ -274,8 +285,7 @@ def _through_blocks(pairs: Float[Array, "p n"], at: _Sorted, product: _Product, 
         rows = product(jax.lax.dynamic_slice_in_dim(padded, start, BLOCK_TOKENS), at.owners[number])
         return jax.lax.dynamic_update_slice_in_dim(y, rows, start, 0)
 
-    empty = jnp.broadcast_to(padded[0, 0].astype(jnp.float32) * 0, (padded.shape[0], width))
-    return jax.lax.fori_loop(0, at.blocks, block, empty)[: pairs.shape[0]]
+    return jax.lax.fori_loop(0, at.blocks, block, _empty(padded.shape[0], width, padded))[: pairs.shape[0]]
 
 
 def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
@@ -307,9 +317,8 @@ def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None)
 
     tokens = x.reshape(b * t, d)[at.order // k]
     y = _by_platform(tokens, at, on_cpu, as_it_is, ragged, a * f)
-    if per_row and row_scale is not None:
-        y = y * row_scale[experts.reshape(-1)[at.order], :, 0]
-    return y[jnp.argsort(at.order)].reshape(b, t, k, a, f)
+    y = y.reshape(b, t, k, a, f)
+    return y * scale[experts][..., 0] if per_row and scale is not None else y
 
 
 def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
@@ -333,16 +342,17 @@ def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None,
         return jax.lax.ragged_dot(pairs, own, at.counts, preferred_element_type=jnp.float32)
 
     y = _by_platform(z.reshape(b * t * k, f)[at.order], at, on_cpu, as_it_is, ragged, d)
-    y = y[jnp.argsort(at.order)].reshape(b, t, k, d)
-    return jnp.sum(y if scale is None else y * scale[experts], axis=2)
+    return _over_choices(y.reshape(b, t, k, d), experts, scale)
 
 
 def _by_platform(
     pairs: Array, at: _Sorted, on_cpu: _Product, as_it_is: _Product, ragged: Callable[[Array], Array], width: int
 ) -> Array:
-    return jax.lax.platform_dependent(
+    """The product of each sorted pair with its expert's matrix, in the order that the pairs had before."""
+    y = jax.lax.platform_dependent(
         pairs,
         cpu=lambda pairs: _through_blocks(pairs, at, on_cpu, width),
         tpu=ragged,
         default=lambda pairs: _through_blocks(pairs, at, as_it_is, width),
     )
+    return y[jnp.argsort(at.order)]

@@ -85,6 +85,18 @@ class TestProducts:
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("length", [1, 9], ids=["few", "many"])
+def test_a_token_that_overflows_is_alone(length, rng):
+    """What is not finite in one sequence reaches no other."""
+    chosen = jnp.asarray(rng.permuted(np.tile(np.arange(EXPERTS), (2, length, 1)), axis=-1)[..., :2], jnp.int32)
+    z = jnp.asarray(rng.standard_normal((2, length, 2, NEURONS)), jnp.float32).at[0, 0].set(jnp.inf)
+    weight = jnp.asarray(rng.standard_normal((EXPERTS, NEURONS, WIDTH)), jnp.float32)
+    assert jnp.isfinite(jax.jit(matmul_of_experts)(z, chosen, weight)[1]).all()
+    x = jnp.asarray(rng.standard_normal((2, length, WIDTH)), jnp.float32).at[0, 0].set(jnp.inf)
+    both = jnp.asarray(rng.standard_normal((EXPERTS, ROWS, NEURONS, WIDTH)), jnp.float32)
+    assert jnp.isfinite(jax.jit(linear_of_experts)(x, chosen, both)[1]).all()
+
+
 @pytest.mark.parametrize("name", ["linear", "matmul"])
 @pytest.mark.parametrize("text", FORMATS)
 def test_few_pairs_are_the_same_on_other_platforms(name, text, rng, monkeypatch):
