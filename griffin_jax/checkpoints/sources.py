@@ -29,7 +29,7 @@ import numpy as np
 
 from griffin_jax.checkpoints.families import Family, Layout
 from griffin_jax.checkpoints.schema.family import is_ignored, rules_by_path
-from griffin_jax.checkpoints.schema.layouts import EACH, Factor, Rules, sizes_of
+from griffin_jax.checkpoints.schema.layouts import EACH, Factor, Rules, TensorRule, sizes_of
 from griffin_jax.model.assembly import parameter_shapes
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.weights import Precision, WeightFormat
@@ -248,28 +248,28 @@ class FamilySource(Source):
         is_large = math.prod(info.shape) * max(_itemsize(info.dtype), dtype.itemsize) > PIECE_BYTES
         if is_large and _is_permutation(layout) and len(names) == 1 and not rule.add:
             return self._read_in_pieces(rule.name, layout, dtype, what)
-        if len(names) > 1 and not rule.add:
-            return self._read_each(names, layout, dtype)
-        parts = [self._reader.read(name) for name in names]
-        stored = np.stack(parts) if any(each in rule.name for each in EACH) else parts[0]
-        array = layout.apply(stored, self._sizes)
+        if not any(each in rule.name for each in EACH):
+            return self._laid_out(self._reader.read(rule.name), rule, self._sizes, dtype, what)
+        # Each part along the first axis is a tensor; they are read one after the other.
+        array = np.empty(layout.shape_after(self._sizes), dtype)
+        (first,) = layout.before[0]
+        one = self._sizes | {first.letter: 1}
+        for number, name in enumerate(names):
+            part = self._reader.read(name)[None]
+            array[number] = self._laid_out(part, rule, one, dtype, f"{self.name}: {name}")[0]
+        return array
+
+    @staticmethod
+    def _laid_out(
+        stored: np.ndarray, rule: TensorRule, sizes: Mapping[str, int], dtype: np.dtype, what: str
+    ) -> np.ndarray:
+        """The parameter, or the part of it, that a tensor is."""
+        array = Layout.parse(rule.layout).apply(stored, sizes)
         if rule.add:
             array = array.astype(np.float32) + np.float32(rule.add)
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype)
         check_finite(array, stored, what)
-        return array
-
-    def _read_each(self, names: list[str], layout: Layout, dtype: np.dtype) -> np.ndarray:
-        """A parameter of which each part along the first axis is a tensor, read one after the other."""
-        array = np.empty(layout.shape_after(self._sizes), dtype)
-        (first,) = layout.before[0]
-        sizes = self._sizes | {first.letter: 1}
-        for number, name in enumerate(names):
-            stored = self._reader.read(name)
-            with np.errstate(over="ignore"):
-                array[number] = layout.apply(stored[None], sizes)[0].astype(dtype, copy=False)
-            check_finite(array[number], stored, f"{self.name}: {name}")
         return array
 
     def _read_in_pieces(self, tensor: str, layout: Layout, dtype: np.dtype, what: str) -> np.ndarray:

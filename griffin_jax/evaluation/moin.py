@@ -150,9 +150,7 @@ def compare(
         FileNotFoundError: an adapter is not trained.
         ValueError: no text has more tokens than the prompt.
     """
-    texts = [list(sequence[:length]) for sequence in sequences if len(sequence) > prompt]
-    if not texts:
-        raise ValueError(f"no text has more than {prompt} tokens")
+    texts = _longer(sequences, prompt, length)
     options = {"prompt": prompt, "length": length, "size": size, "quiet": quiet}
     rows = [Scores(BASE, tuple(score(model, texts, [None] * len(texts), description=BASE, **options)))]
     for library in libraries:
@@ -172,6 +170,18 @@ def compare(
             losses = np.min(every, axis=0)
             rows.append(Scores(f"{name}, oracle", tuple(losses.tolist()), tuple(map(int, best)), parameters))
     return Comparison(tuple(len(text) - prompt for text in texts), tuple(rows))
+
+
+def _longer(sequences: Sequence[Sequence[int]], prompt: int, length: int) -> list[list[int]]:
+    """The first `length` tokens of each text that has more than the prompt.
+
+    Raises:
+        ValueError: none has.
+    """
+    texts = [list(sequence[:length]) for sequence in sequences if len(sequence) > prompt]
+    if not texts:
+        raise ValueError(f"no text has more than {prompt} tokens")
+    return texts
 
 
 PRIORS = ("no prior", "one prior", "priors of clusters")
@@ -210,9 +220,7 @@ def compare_priors(
         FileNotFoundError: a prior was not measured.
         ValueError: no text has more tokens than the prompt.
     """
-    texts = [list(sequence[:length]) for sequence in sequences if len(sequence) > prompt]
-    if not texts:
-        raise ValueError(f"no text has more than {prompt} tokens")
+    texts = _longer(sequences, prompt, length)
     priors = [library.prior(number) for number in range(len(library))]
     one = combined(priors)
     chosen = library.route(library.embedder(model, tokenizer), [text[:prompt] for text in texts])

@@ -26,7 +26,7 @@ from griffin_jax.model.assembly import matrix_of
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import FeedForward, floating_rows
 from griffin_jax.model.parameters import Matrix, array_of
-from griffin_jax.model.routed import Experts, RoutedFeedForward
+from griffin_jax.model.routed import RoutedFeedForward
 from griffin_jax.model.sharding import VOCABULARY, divided
 from griffin_jax.model.sizes import Sizes, bytes_of, local_arrays
 from griffin_jax.model.transformer import Transformer
@@ -130,8 +130,7 @@ def round_feed_forward(ff: FeedForward | RoutedFeedForward, weights: WeightForma
     """Store the matrices of a feed-forward layer, or of its experts, in an integer format."""
     for part in ff.parts():
         gate_up = _rounded(part.gate_up, part.gate_up_scale, weights, "first")
-        outputs = "last_of_each" if isinstance(part, Experts) else "last"
-        down = _rounded(part.down, part.down_row_scale, weights, outputs, part.down_scale)
+        down = _rounded(part.down, part.down_row_scale, weights, part.down_outputs, part.down_scale)
         part.gate_up, part.gate_up_scale = gate_up.values, nnx.data(gate_up.scale)
         part.down = down.values
         part.down_scale, part.down_row_scale = nnx.data(down.scale), nnx.data(down.row_scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -182,8 +182,8 @@ class _Part:
         return "experts" if self.experts else "ff"
 
     @property
-    def axes(self) -> Mapping[str, int]:
-        return Experts.neuron_axes if self.experts else FeedForward.neuron_axes
+    def kind(self) -> type[NeuronModule]:
+        return Experts if self.experts else FeedForward
 
     def indices(self, of_layer: Int[Array, "*b k"]) -> Int[Array, "... own"]:
         """The module's own neurons that are kept: (K,), (B, K) or for experts (E, K)."""
@@ -215,7 +215,7 @@ def _kept_shapes(
     """Shape and dtype of every array of kept rows, in the order of the pytree's leaves."""
 
     def kept(part: _Part, name: str, weight: nnx.Param) -> jax.ShapeDtypeStruct:
-        axis, array, index = part.axes[name], weight[...], experts[part.layer]
+        axis, array, index = part.kind.neuron_axes[name], weight[...], experts[part.layer]
         own = (part.kept,) if part.experts or index.shape[:-1] in ((), (1,)) else (*index.shape[:-1], part.kept)
         return jax.ShapeDtypeStruct((*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype)
 
@@ -235,7 +235,9 @@ def _gathered(
     def keep(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
         index = part.indices(indices[part.layer])
         if part.experts:
-            take = functools.partial(_take_on_mesh, axis=part.axes[name], groups=experts.groups, of_experts=True)
+            take = functools.partial(
+                _take_on_mesh, axis=part.kind.neuron_axes[name], groups=experts.groups, of_experts=True
+            )
             return jax.tree.map(lambda w: take(w, index), weight)
         # What is added for each sequence of its own has an axis more.
         return jax.tree.map(lambda w: take_neurons(name, w, index, experts.groups), weight)
@@ -287,7 +289,7 @@ def _stored_down(
     """Rows of a down projection as the model stores its own: integers are rounded anew, with scales for these rows."""
     if not weights.quantised:
         return {"down": nnx.Param(matrix.astype(dtype))}
-    own = functools.partial(quantise, format=weights, outputs="last_of_each" if part.experts else "last")
+    own = functools.partial(quantise, format=weights, outputs=part.kind.down_outputs)
     numbers, scale = jax.vmap(own)(matrix) if matrix.ndim == 3 and not part.experts else own(matrix)
     name = "down_scale" if weights.group is None else "down_row_scale"
     return {"down": nnx.Param(numbers.astype(dtype)), name: nnx.Param(scale)}

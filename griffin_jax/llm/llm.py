@@ -33,7 +33,7 @@ from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import check_kept
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.memory import free_for, needs_of
-from griffin_jax.llm.request import Request, signature
+from griffin_jax.llm.request import AdapterLike, Request, signature
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
@@ -55,9 +55,6 @@ STREAM_CHUNK = 8
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat."""
-
-AdapterLike = Adapter | Sequence[Adapter | None] | Library
-"""An adapter, one for each prompt, or a library that chooses."""
 
 
 @dataclasses.dataclass(frozen=True)

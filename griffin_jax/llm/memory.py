@@ -99,11 +99,8 @@ class Needs:
                 held["tokenizer"] = TOKENIZER_BYTES * self.config.vocab_size
             if self.precision.weights != WeightFormat("float32"):
                 # Some rows of a matrix at a time are converted in products with many tokens.
-                held["rows in float32"] = (
-                    8
-                    * BLOCK_ROWS
-                    * max(self.config.width, *self.config.neuron_ranges[0], *self.config.neuron_ranges[-1])
-                )
+                widest = max(self.config.width, *map(max, self.config.neuron_ranges))
+                held["rows in float32"] = 8 * BLOCK_ROWS * widest
         loading = {} if self.loaded else {"loading": self.loading()}
         worst = max(({**held, **phase} for phase in (loading, *phases)), key=lambda parts: sum(parts.values()))
         # Devices that are one processor's have one memory.

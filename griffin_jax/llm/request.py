@@ -16,6 +16,9 @@ from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.utils.deprecation import warn_renamed
 from griffin_jax.utils.options import names_of
 
+AdapterLike = Adapter | Sequence[Adapter | None] | Library
+"""An adapter, one for each prompt, or a library that chooses."""
+
 GROUPS: dict[str, Any] = {"griffin": GriffinConfig, "extensions": Extensions, "generation": GenerationConfig}
 """The options classes, by the argument that takes one whole."""
 
@@ -45,7 +48,7 @@ class Request:
     extensions: Extensions = Extensions()
     generation: GenerationConfig = GenerationConfig()
     experts: ExpertNeurons | None = None
-    adapter: Adapter | Sequence[Adapter | None] | Library | None = None
+    adapter: AdapterLike | None = None
 
     def __post_init__(self) -> None:
         self.extensions.check(self.griffin)
@@ -55,7 +58,7 @@ class Request:
         cls,
         function: str,
         experts: ExpertNeurons | None = None,
-        adapter: Adapter | Sequence[Adapter | None] | Library | None = None,
+        adapter: AdapterLike | None = None,
         **options: Any,
     ) -> Request:
         """A request from keyword arguments.

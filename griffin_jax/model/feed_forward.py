@@ -17,7 +17,7 @@ from griffin_jax.model.config import Activation, ModelConfig
 from griffin_jax.model.low_rank import plus_linear, plus_matmul, plus_matrix
 from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.products import linear, linear_of_each, matmul, matmul_of_each
-from griffin_jax.model.weights import WeightFormat, dequantise
+from griffin_jax.model.weights import Outputs, WeightFormat, dequantise
 
 QUICK = 1.702
 """The slope of the sigmoid in `gelu_quick`."""
@@ -110,9 +110,11 @@ class NeuronModule(nnx.Module):
 
     Attributes:
         neuron_axes: the parameters that have a row for each neuron, with the axis that counts neurons.
+        down_outputs: which axes of the down projection count outputs, see `griffin_jax.model.weights.quantise`.
     """
 
     neuron_axes: ClassVar[Mapping[str, int]] = NEURON_AXES
+    down_outputs: ClassVar[Outputs] = "last"
     gate_up: nnx.Param
     gate_up_scale: nnx.Param | None
     gate_up_bias: nnx.Param | None
@@ -189,7 +191,7 @@ class FeedForward(NeuronModule):
         a, f, d = 2 if config.gated else 1, config.ff_width if neurons is None else neurons, config.width
         gate_up = matrix(rngs, (a, f, d), fan_in=d, weights=weights)
         self.gate_up, self.gate_up_scale = gate_up.values, gate_up.scale
-        down = matrix(rngs, (f, d), fan_in=f, weights=weights, outputs="last")
+        down = matrix(rngs, (f, d), fan_in=f, weights=weights, outputs=self.down_outputs)
         self.down, self.down_scale, self.down_row_scale = down.values, down.scale, down.row_scale
         self.gate_up_bias = bias_vector((a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None

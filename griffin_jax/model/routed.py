@@ -21,7 +21,7 @@ from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, Mask, Neuro
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
 from griffin_jax.model.ops import float32_product
 from griffin_jax.model.parameters import array_of, bias_vector, floating, matrix
-from griffin_jax.model.weights import WeightFormat
+from griffin_jax.model.weights import Outputs, WeightFormat
 
 LEAST_SUM = 1e-20
 """What a sum of weights is at least before they are divided by it, as in DeepSeek V3."""
@@ -123,6 +123,7 @@ class Experts(NeuronModule):
     """
 
     neuron_axes: ClassVar[Mapping[str, int]] = {name: axis + 1 for name, axis in NEURON_AXES.items()}
+    down_outputs: ClassVar[Outputs] = "last_of_each"
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
         super().__init__(config, dtype)
@@ -130,7 +131,7 @@ class Experts(NeuronModule):
         e, a, f, d = config.routing.experts, 2 if config.gated else 1, config.routing.width, config.width
         gate_up = matrix(rngs, (e, a, f, d), fan_in=d, weights=weights)
         self.gate_up, self.gate_up_scale = gate_up.values, gate_up.scale
-        down = matrix(rngs, (e, f, d), fan_in=f, weights=weights, outputs="last_of_each")
+        down = matrix(rngs, (e, f, d), fan_in=f, weights=weights, outputs=self.down_outputs)
         self.down, self.down_scale, self.down_row_scale = down.values, down.scale, down.row_scale
         self.gate_up_bias = bias_vector((e, a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((e, d), dtype) if config.ff_bias else None
@@ -258,8 +259,5 @@ def _masked(z: RoutedActivations, mask: Mask) -> RoutedActivations:
         kept = jnp.take(of_experts, z.experts, axis=0, mode="clip")
     else:
         kept = jnp.take_along_axis(of_experts, z.experts.reshape(b, t * k)[..., None], axis=1).reshape(b, t, k, f)
-    shared = z.shared
-    if shared is not None:
-        rest = mask.kept[..., z.count * f :]
-        shared = jnp.where(rest if rest.ndim == 1 else rest[:, None], shared, 0)
+    shared = None if z.shared is None else Mask(mask.kept[..., z.count * f :]).apply(z.shared)
     return dataclasses.replace(z, z=jnp.where(kept, z.z, 0), shared=shared)

@@ -74,7 +74,7 @@ class Sizes:
         # Neurons of experts are as large as others.
         part = "ff.experts" if config.routed(0) else "ff"
         rows = [of_layer[path] for name in NEURON_AXES if (path := f"layers.0.{part}.{name}") in of_layer]
-        self.row = sum(map(bytes_of, rows)) / sum(config.neuron_ranges[0][: _ranges_of_rows(config)])
+        self.row = sum(map(bytes_of, rows)) / math.prod(of_layer[f"layers.0.{part}.down"].shape[:-1])
         itemsize = precision.itemsize
         groups = config.kv_heads // (devices if divided(config, devices)[HEADS] else 1)
         self.cache = 2 * config.num_layers * batch * groups * config.head_dim * slots * itemsize
@@ -117,11 +117,6 @@ class Sizes:
     def step(self, kept: Sequence[int] | None) -> int:
         """Bytes that one decode step must read: of tables only the tokens' rows, of the cache all slots."""
         return self.weights(kept) - self.ff(kept) + self.read(kept) - self.tables + self.table_rows + self.cache
-
-
-def _ranges_of_rows(config: ModelConfig) -> int:
-    """Number of ranges of the first layer whose neurons are in one module."""
-    return config.routing.experts if config.routing is not None and config.routed(0) else 1
 
 
 def bytes_of(array: jax.ShapeDtypeStruct) -> int:
