@@ -15,14 +15,17 @@ import griffin_jax as gj
 from griffin_jax.adapters.modules import modules_of
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.mixed import coarse
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.extensions.sensitivity import sensitivity
 from griffin_jax.generation import jitted
+from griffin_jax.griffin.select import magnitude
 from griffin_jax.model import grouped
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig, Routing
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
+from griffin_jax.model.parameters import array_of
 from griffin_jax.model.routed import RoutedFeedForward, choose
-from griffin_jax.model.weights import WeightFormat, dequantise, quantise
+from griffin_jax.model.weights import WeightFormat, dequantise, floating_rows, quantise
 from griffin_jax.parallel.mesh import make_mesh
 from griffin_jax.training.data import Batch
 from griffin_jax.training.loss import next_token_loss
@@ -371,6 +374,75 @@ def test_sequences_with_neurons_of_their_own_are_refused_copies(rng):
     experts = gj.select(read.statistics, gj.GriffinConfig(density=0.5))
     with pytest.raises(ValueError, match="2 sequences would each need a copy of all routed experts: mask the model"):
         gj.prune(model, experts)
+
+
+class TestUnreadExperts:
+    """A prompt of one token reads two of six experts; the others keep their largest neurons."""
+
+    def read(self, text="float32", mesh=None):
+        model = random_model(config(shared_width=24), weights=WeightFormat.parse(text), mesh=mesh)
+        tokens, lengths = jnp.asarray([[5, 0], [9, 0]], jnp.int32), jnp.asarray([1, 1])
+        return model, jitted.prefill(model, tokens, lengths, max_new_tokens=1).statistics
+
+    def expected(self, model, statistics, keeps=20, groups=1):
+        """The neurons of the first layer's experts, for each sequence."""
+        gate, up = np.moveaxis(np.asarray(floating_rows_of(model), np.float64), 1, 0)
+        largest = np.linalg.norm(gate, axis=-1) * np.linalg.norm(up, axis=-1)
+        for squares in np.asarray(statistics.squares[0]):
+            scores = squares[: EXPERTS * NEURONS].reshape(EXPERTS, NEURONS)
+            read = scores.any(axis=-1)
+            assert 0 < read.sum() < EXPERTS
+            scores = np.where(read[:, None], scores, largest).reshape(EXPERTS * groups, -1)
+            kept = np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, : keeps // groups], axis=-1)
+            yield (kept + np.arange(EXPERTS * groups)[:, None] * NEURONS // groups).reshape(-1)
+
+    @pytest.mark.parametrize("text", ["float32", "int8"])
+    def test_they_keep_their_largest_neurons(self, text):
+        model, statistics = self.read(text)
+        griffin = gj.GriffinConfig(0.5)
+        want = np.stack(list(self.expected(model, statistics)))
+        for experts in (
+            gj.select(statistics, griffin, model=model),
+            Pruner(griffin).select(model, statistics),
+            jitted.select(statistics, griffin, magnitudes=magnitude(model)),
+        ):
+            np.testing.assert_array_equal(experts[0][:, : want.shape[1]], want)
+            assert experts.shares[0] == (20,) * EXPERTS + (12,)
+
+    def test_on_a_mesh_in_groups(self):
+        model, statistics = self.read(mesh=make_mesh(1, 2))
+        experts = Pruner(gj.GriffinConfig(0.5, groups=2)).select(model, statistics)
+        alone, _ = self.read()
+        for sequence, want in enumerate(self.expected(alone, statistics, groups=2)):
+            np.testing.assert_array_equal(experts[0][sequence, : want.size], want)
+
+    def test_with_a_prior_those_of_general_text(self, rng):
+        model, statistics = self.read()
+        general = [rng.random(neurons).astype(np.float32) for neurons in model.neurons]
+        # General text reads all experts but one that the first prompt does not read, either.
+        read = np.asarray(statistics.squares[0][0])[: EXPERTS * NEURONS].reshape(EXPERTS, -1).any(axis=-1)
+        never, other = np.flatnonzero(~read)[:2]
+        general[0][never * NEURONS : (never + 1) * NEURONS] = 0
+        prior = gj.Prior(tuple(map(jnp.asarray, general)), (), "0" * 16, 1)
+        pruner = dataclasses.replace(Pruner(gj.GriffinConfig(0.5)), fuse=prior.fusion())
+        kept = np.asarray(pruner.select(model, statistics)[0][0])
+        for expert, by in ((other, general[0]), (never, np.asarray(magnitude(model)[0]))):
+            own = by[expert * NEURONS : (expert + 1) * NEURONS]
+            want = expert * NEURONS + np.sort(np.argsort(-own)[:20])
+            np.testing.assert_array_equal(kept[(kept >= expert * NEURONS) & (kept < (expert + 1) * NEURONS)], want)
+
+    def test_magnitudes_are_computed_once_for_the_same_weights(self):
+        model = random_model(config())
+        first = jitted.magnitudes_of(model)
+        assert jitted.magnitudes_of(model) is first
+        experts = model.layers[0].ff.experts
+        experts.gate_up = nnx.Param(2 * experts.gate_up[...])
+        np.testing.assert_allclose(jitted.magnitudes_of(model)[0], 4 * first[0], rtol=1e-6)
+
+
+def floating_rows_of(model):
+    experts = model.layers[0].ff.experts
+    return floating_rows(experts.gate_up[...], None, array_of(experts.gate_up_scale))
 
 
 class TestRanges:
