@@ -34,6 +34,7 @@ from griffin_jax.model.products import (
     blocks_of_sums,
     here,
     one_token,
+    rows_first,
     sum_of_rows,
 )
 from griffin_jax.model.weights import dequantise, floating_rows, grouped
@@ -41,8 +42,11 @@ from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, local_seq
 
 BLOCK_TOKENS = 32
 """Tokens of an expert that go through its matrix together. Fewer read the matrix more often, more compute more for
-places that no token is in. Seen in timings on CPUs with 64 tokens an expert: 16 and 128 take up to half as long
-again."""
+places that no token is in."""
+
+CPU_BLOCKS = (8, 16, 32, 48, 64, 80, 96, 128)
+"""The same on CPUs, where a block has the least of these sizes that its tokens fit into. Seen in timings with 64 tokens
+an expert (768 x 2,048, 128 experts): blocks of 32 take a third longer."""
 
 
 def linear_of_experts(
@@ -196,7 +200,7 @@ def _sums_of_experts(
         count: number of experts.
     """
     k, m, each, n = left.shape[2], left.shape[3], right.shape[2], right.shape[3]
-    at = _sorted(experts, count)
+    at = _Sorted.of(experts, count)
     pairs, others = left.reshape(-1, m)[at.order], right.reshape(-1, n)[at.order // (k // each)]
 
     def ragged(pairs: Array, others: Array) -> Array:
@@ -206,20 +210,20 @@ def _sums_of_experts(
         return jax.lax.ragged_dot_general(pairs, others, at.counts, numbers, preferred_element_type=jnp.float32)
 
     def in_blocks(pairs: Array, others: Array) -> Array:
-        ends = jnp.cumsum(at.counts)
+        blocks = _Blocks.of(at, BLOCK_TOKENS)
         padded = [jnp.pad(array, ((0, BLOCK_TOKENS), (0, 0))) for array in (pairs, others)]
 
         def block(number: Array, sums: Array) -> Array:
-            start, owner = at.starts[number], at.owners[number]
+            start, owner = blocks.starts[number], blocks.owners[number]
             # The places of the next expert are not in the sum, whatever they hold.
-            own = (start + jnp.arange(BLOCK_TOKENS) < ends[owner])[:, None]
+            own = (jnp.arange(BLOCK_TOKENS) < blocks.counts[number])[:, None]
             mine, theirs = (
                 jnp.where(own, jax.lax.dynamic_slice_in_dim(array, start, BLOCK_TOKENS), 0) for array in padded
             )
             product = jnp.einsum("tm,tn->mn", mine, theirs, preferred_element_type=jnp.float32)
             return sums.at[owner].add(product)
 
-        return jax.lax.fori_loop(0, at.blocks, block, jnp.zeros((count, m, n), jnp.float32))
+        return jax.lax.fori_loop(0, blocks.number, block, jnp.zeros((count, m, n), jnp.float32))
 
     return jax.lax.platform_dependent(pairs, others, tpu=ragged, default=in_blocks)
 
@@ -342,73 +346,104 @@ class _Sorted:
     Attributes:
         order: the pair at each place.
         counts: number of pairs of each expert.
-        blocks: number of blocks, of which each has pairs of one expert only.
-        starts: the place at which each block begins. Where an expert has no more pairs, its last block reaches into the
-            places of the next one, whose own block is computed later.
-        owners: the expert of each block.
     """
 
     order: Int[Array, "p"]
     counts: Int[Array, "e"]
-    blocks: Int[Array, ""]
+
+    @classmethod
+    def of(cls, experts: Int[Array, "b t k"], count: int) -> _Sorted:
+        chosen = experts.reshape(-1)
+        counts = jnp.sum(chosen[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+        return cls(jnp.argsort(chosen, stable=True).astype(jnp.int32), counts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Blocks:
+    """Sorted pairs in blocks, of which each has pairs of one expert only.
+
+    Attributes:
+        number: number of blocks.
+        starts: the place at which each begins. Where an expert has no more pairs, its last block reaches into the
+            places of the next one, whose own block is computed later.
+        owners: the expert of each.
+        counts: number of pairs of its own of each.
+    """
+
+    number: Int[Array, ""]
     starts: Int[Array, "m"]
     owners: Int[Array, "m"]
+    counts: Int[Array, "m"]
+
+    @classmethod
+    def of(cls, at: _Sorted, size: int) -> _Blocks:
+        """Blocks of `size` pairs, but for the last one of each expert."""
+        pairs, experts = at.order.shape[0], at.counts.shape[0]
+        blocks = -(-at.counts // size)
+        ends = jnp.cumsum(blocks)
+        number = jnp.arange(pairs // size + min(experts, pairs), dtype=jnp.int32)
+        owners = jnp.minimum(jnp.searchsorted(ends, number, side="right"), experts - 1).astype(jnp.int32)
+        before = (number - (ends - blocks)[owners]) * size
+        starts = (jnp.cumsum(at.counts) - at.counts)[owners] + before
+        return cls(ends[-1], starts, owners, jnp.minimum(at.counts[owners] - before, size))
 
 
-_Product = Callable[[Array, Array], Array]
-"""A function of some pairs and the number of their expert."""
+_Product = Callable[[Array, Array, Array], Array]
+"""A function of a block of pairs, the number of their expert, and the number of pairs in the block: the first rows."""
 
 
-def _sorted(experts: Int[Array, "b t k"], count: int) -> _Sorted:
-    chosen = experts.reshape(-1)
-    order = jnp.argsort(chosen, stable=True)
-    counts = jnp.sum(chosen[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
-    ends = jnp.cumsum(counts)
-    blocks = -(-counts // BLOCK_TOKENS)
-    block_ends = jnp.cumsum(blocks)
-    number = jnp.arange(chosen.shape[0] // BLOCK_TOKENS + min(count, chosen.shape[0]), dtype=jnp.int32)
-    owners = jnp.minimum(jnp.searchsorted(block_ends, number, side="right"), count - 1).astype(jnp.int32)
-    within = number - (block_ends - blocks)[owners]
-    starts = (ends - counts)[owners] + within * BLOCK_TOKENS
-    return _Sorted(order.astype(jnp.int32), counts, block_ends[-1], starts, owners)
-
-
-def _through_blocks(pairs: Float[Array, "p n"], at: _Sorted, product: _Product, width: int) -> Array:
+def _through_blocks(pairs: Float[Array, "p n"], at: _Sorted, product: _Product, width: int, size: int) -> Array:
     """The product of each sorted pair with its expert's matrix, (P, width).
 
     Args:
         pairs: the pairs, in the order of `at`.
         at: their order.
-        product: function of some pairs and the number of their expert.
+        product: what a block is multiplied by.
         width: number of columns of the result.
+        size: number of pairs of a block, at most.
     """
-    padded = jnp.pad(pairs, ((0, BLOCK_TOKENS), (0, 0)))
+    padded, blocks = jnp.pad(pairs, ((0, size), (0, 0))), _Blocks.of(at, size)
 
     def block(number: Array, y: Array) -> Array:
-        start = at.starts[number]
-        rows = product(jax.lax.dynamic_slice_in_dim(padded, start, BLOCK_TOKENS), at.owners[number])
+        start = blocks.starts[number]
+        own = jax.lax.dynamic_slice_in_dim(padded, start, size)
+        rows = product(own, blocks.owners[number], blocks.counts[number])
         return jax.lax.dynamic_update_slice_in_dim(y, rows, start, 0)
 
-    return jax.lax.fori_loop(0, at.blocks, block, _empty(padded.shape[0], width, padded))[: pairs.shape[0]]
+    return jax.lax.fori_loop(0, blocks.number, block, _empty(padded.shape[0], width, padded))[: pairs.shape[0]]
+
+
+def _of_first(count: Array, product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    """`product` of the first `count` rows of a block, with anything for the others, on CPUs.
+
+    Programs have fixed shapes, so there is one for each size of `CPU_BLOCKS`.
+    """
+    size = jnp.searchsorted(jnp.asarray(CPU_BLOCKS), count)
+
+    def of(size: int, rows: Array, matrix: Array) -> Array:
+        return jnp.pad(product(rows[:size], matrix), ((0, rows.shape[0] - size), (0, 0)))
+
+    return functools.partial(jax.lax.switch, size, [functools.partial(of, size) for size in CPU_BLOCKS])
 
 
 def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
     b, t, k = experts.shape
     e, a, f, d = weight.shape
-    at = _sorted(experts, e)
+    at = _Sorted.of(experts, e)
     rows = weight.reshape(e, a * f, d)
     row_scale = None if scale is None else scale.reshape(e, a * f, -1)
     per_row = scale is not None and scale.shape[-1] == 1
     inside = None if per_row else row_scale
 
-    def on_cpu(tokens: Array, expert: Array) -> Array:
+    def on_cpu(tokens: Array, expert: Array, count: Array) -> Array:
         tokens, rows_, scales = here(tokens, rows, inside)
-        own = rows_[expert]
+        product, own = _of_first(count, rows_first), rows_[expert]
         if own.dtype == jnp.float32:
-            return tokens @ own.T
-        return blocks_of_rows(tokens.astype(jnp.float32), own, None if scales is None else scales[expert])
+            return product(tokens, own)
+        return blocks_of_rows(tokens.astype(jnp.float32), own, None if scales is None else scales[expert], product)
 
-    def as_it_is(tokens: Array, expert: Array) -> Array:
+    def as_it_is(tokens: Array, expert: Array, _: Array) -> Array:
         own = rows[expert] if inside is None else dequantise(rows[expert], inside[expert], x.dtype)
         return jnp.einsum("td,fd->tf", tokens, own.astype(x.dtype), preferred_element_type=jnp.float32)
 
@@ -428,16 +463,16 @@ def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None)
 def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
     b, t, k, f = z.shape
     e, _, d = weight.shape
-    at = _sorted(experts, e)
+    at = _Sorted.of(experts, e)
 
-    def on_cpu(pairs: Array, expert: Array) -> Array:
+    def on_cpu(pairs: Array, expert: Array, count: Array) -> Array:
         pairs, matrices, scales = here(pairs, weight, row_scale)
-        own = matrices[expert]
+        product, own = _of_first(count, jnp.matmul), matrices[expert]
         if own.dtype == jnp.float32:
-            return pairs @ own
-        return blocks_of_sums(pairs.astype(jnp.float32), own, None if scales is None else scales[expert])
+            return product(pairs, own)
+        return blocks_of_sums(pairs.astype(jnp.float32), own, None if scales is None else scales[expert], product)
 
-    def as_it_is(pairs: Array, expert: Array) -> Array:
+    def as_it_is(pairs: Array, expert: Array, _: Array) -> Array:
         own = weight[expert] if row_scale is None else dequantise(weight[expert], row_scale[expert], z.dtype)
         return jnp.einsum("tf,fd->td", pairs, own.astype(z.dtype), preferred_element_type=jnp.float32)
 
@@ -455,8 +490,8 @@ def _by_platform(
     """The product of each sorted pair with its expert's matrix, in the order that the pairs had before."""
     y = jax.lax.platform_dependent(
         pairs,
-        cpu=lambda pairs: _through_blocks(pairs, at, on_cpu, width),
+        cpu=lambda pairs: _through_blocks(pairs, at, on_cpu, width, CPU_BLOCKS[-1]),
         tpu=ragged,
-        default=lambda pairs: _through_blocks(pairs, at, as_it_is, width),
+        default=lambda pairs: _through_blocks(pairs, at, as_it_is, width, BLOCK_TOKENS),
     )
     return y[jnp.argsort(at.order)]

@@ -53,6 +53,7 @@ def pair(request, tmp_path_factory) -> Pair:
 def small_blocks(monkeypatch):
     """Experts with several blocks of tokens."""
     monkeypatch.setattr(grouped, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(grouped, "CPU_BLOCKS", (2, 8))
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -38,6 +38,7 @@ FORMATS = ("float32", "bfloat16", "int8", "int8:16", "int4:16")
 def few_tokens_a_block(monkeypatch):
     """Several blocks for some experts, and some that are not full."""
     monkeypatch.setattr(grouped, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(grouped, "CPU_BLOCKS", (1, 4))
 
 
 def stored(rng, shape, text, outputs):
