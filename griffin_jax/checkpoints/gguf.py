@@ -14,7 +14,7 @@ import numpy as np
 
 from griffin_jax.checkpoints.families import families, gguf_family_of
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.family import GgufFamily
+from griffin_jax.checkpoints.schema.family import GgufFamily, fitting_rules
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.gguf_tokenizer import UnknownTokenizerError, end_tokens
@@ -54,7 +54,7 @@ class GgufFile(Reader):
         gguf = self.family.gguf
         assert gguf is not None
         self.files = [file]
-        self.rules, self.ignored, self.copies = gguf.rules_of(tensors), gguf.ignored, {}
+        self.ignored, self.copies = gguf.ignored, {}
         self._tensors = tensors
         self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -67,6 +67,7 @@ class GgufFile(Reader):
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
+        self.rules = fitting_rules((gguf.rules, *gguf.alternatives), self.config, tensors)
         self._numbers = self._read_numbers(gguf)
         self.tensors |= {name: TensorInfo(number.shape, "F32") for name, number in self._numbers.items()}
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
-from griffin_jax.checkpoints.schema.family import is_ignored, rules_by_path
-from griffin_jax.checkpoints.schema.layouts import sizes_of
+from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names
+from griffin_jax.checkpoints.schema.layouts import Rules
 from griffin_jax.checkpoints.sources import (
     FLOATS,
     PICKLE_HELP,
@@ -85,7 +85,7 @@ class HuggingFaceFolder(Reader):
         self.name = str(folder)
         self._folder = folder
         self.family, self.config = read_hf_config(folder)
-        self.rules, self.ignored, self.copies = self.family.rules, self.family.ignored, self.family.copies
+        self.ignored, self.copies = self.family.ignored, self.family.copies
         self.tensors, self.problems = {}, []
         self._files: dict[str, Path] = {}
         self._pickles: dict[Path, PickleFile] = {}
@@ -99,7 +99,7 @@ class HuggingFaceFolder(Reader):
         if listed:
             self._check_index(listed)
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
-        self._stored = self._names_in_family()
+        self.rules, self._stored = self._rules_and_names()
         self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
         if self.family.leaves_out:
             message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
@@ -157,15 +157,13 @@ class HuggingFaceFolder(Reader):
             missing += f"; did you mean {files[0]}?"
         raise FileNotFoundError(missing)
 
-    def _names_in_family(self) -> dict[str, str]:
-        """The stored name of every tensor, by its name in the family.
+    def _rules_and_names(self) -> tuple[Rules, dict[str, str]]:
+        """The rules for this checkpoint, and the stored name of every tensor by its name in them.
 
         In checkpoints of the bare model, as AutoModel saves it, names lack the prefix of the part in the whole; torch's
         wrappers leave names of their own in them. What is taken away or added is what gives the most names that the
         family has. Names that it does not have then either stay as they are stored.
         """
-        sizes = sizes_of(self.config)
-        known = {name for rule in rules_by_path(self.rules, self.config).values() for name in rule.tensors(sizes)}
         plain = self.family.name_of
 
         def bare(name: str) -> str:
@@ -177,13 +175,16 @@ class HuggingFaceFolder(Reader):
         ways: list[Callable[[str], str]] = [
             plain, lambda name: whole(plain(name)), bare, lambda name: whole(bare(name))
         ]  # fmt: skip
-        found = [{way(name): name for name in self.tensors} for way in ways]
-        best = max(found, key=lambda names: len(known & names.keys()))
+        renamed = [{way(name): name for name in self.tensors} for way in ways]
+        every = (self.family.rules, *self.family.alternatives)
+        rules = fitting_rules(every, self.config, set().union(*renamed))
+        known = known_names(rules, self.config)
+        best = max(renamed, key=lambda names: len(known & names.keys()))
 
         def belongs(name: str) -> bool:
             return name in known or name in self.copies or is_ignored(name, self.ignored)
 
-        return {name if belongs(name) else stored: stored for name, stored in best.items()}
+        return rules, {name if belongs(name) else stored: stored for name, stored in best.items()}
 
     def _shards(self) -> dict[str, Path]:
         """The file of every tensor according to the index; empty if all are in one file."""

@@ -246,8 +246,10 @@ class FamilySource(Source):
         what = f"{self.name}: {names[0]}"
         info = self._reader.tensors[names[0]]
         is_large = math.prod(info.shape) * max(_itemsize(info.dtype), dtype.itemsize) > PIECE_BYTES
-        if is_large and _is_permutation(layout) and len(names) == 1 and not rule.add:
+        if is_large and len(names) == 1 and _is_permutation(layout) and not rule.add:
             return self._read_in_pieces(rule.name, layout, dtype, what)
+        if is_large and len(names) == 1 and (first := _first_axis(layout)):
+            return self._read_some_at_a_time(rule, layout, first, dtype, what)
         if not any(each in rule.name for each in EACH):
             return self._laid_out(self._reader.read(rule.name), rule, self._sizes, dtype, what)
         # Each part along the first axis is a tensor; they are read one after the other.
@@ -292,6 +294,19 @@ class FamilySource(Source):
                 piece = stored.astype(dtype, copy=False)
             check_finite(piece, stored, what)
             in_order[start:stop] = piece.reshape(stop - start, *shape[1:])
+        return array
+
+    def _read_some_at_a_time(
+        self, rule: TensorRule, layout: Layout, first: str, dtype: np.dtype, what: str
+    ) -> np.ndarray:
+        """A parameter whose first axis is that of the tensor, such as experts, with memory for it and some of these."""
+        array = np.empty(layout.shape_after(self._sizes), dtype)
+        info = self._reader.tensors[rule.name]
+        step = max(1, PIECE_BYTES // (math.prod(info.shape[1:]) * max(_itemsize(info.dtype), dtype.itemsize)))
+        for start in range(0, len(array), step):
+            stop = min(start + step, len(array))
+            stored = self._reader.read_rows(rule.name, start, stop)
+            array[start:stop] = self._laid_out(stored, rule, self._sizes | {first: stop - start}, dtype, what)
         return array
 
     def tokenizer(self) -> Tokenizer | None:
@@ -368,6 +383,12 @@ def _is_permutation(layout: Layout) -> bool:
     """Whether a layout only moves axes, and names each of them once."""
     before, after = _factors(layout.before), _factors(layout.after)
     return set(before) == set(after) and len(set(before)) == len(before) == len(after)
+
+
+def _first_axis(layout: Layout) -> str | None:
+    """The letter of the axis that comes first before and after, whole and alone; None if there is none."""
+    before, after = layout.before[0], layout.after[0]
+    return before[0].letter if before == after and len(before) == 1 and len(before[0].parts) == 1 else None
 
 
 def _itemsize(dtype: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from griffin_jax.checkpoints.families.granite import read_multipliers
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.experts import read_routing
+from griffin_jax.checkpoints.schema.experts import read_routing, stacked_rules
 from griffin_jax.checkpoints.schema.family import Family
 from griffin_jax.checkpoints.schema.layouts import layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
@@ -37,6 +37,7 @@ FAMILY = Family(
     title="Granite 3 with experts (1B-A400M, 3B-A800M)",
     read_config=read_config,
     rules=RULES + EXPERT_RULES,
+    alternatives=(RULES + stacked_rules("block_sparse_moe", "router"),),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,

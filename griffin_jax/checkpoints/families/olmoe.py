@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
 from griffin_jax.checkpoints.families.olmo2 import HEAD_NORMS
-from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES
+from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES, STACKED_RULES
 from griffin_jax.checkpoints.schema.attributes import Attributes
 from griffin_jax.checkpoints.schema.experts import read_routing
 from griffin_jax.checkpoints.schema.family import Family
@@ -38,6 +38,7 @@ FAMILY = Family(
     title="OLMoE",
     read_config=read_config,
     rules=RULES + HEAD_NORMS + EXPERT_RULES,
+    alternatives=(RULES + HEAD_NORMS + STACKED_RULES,),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
-from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES
+from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES, STACKED_RULES
 from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
 from griffin_jax.checkpoints.schema.experts import read_dense_layers, read_routing
 from griffin_jax.checkpoints.schema.family import Family
@@ -53,6 +53,7 @@ FAMILY = Family(
     title="Qwen1.5-MoE, Qwen2-57B-A14B",
     read_config=read_config,
     rules=RULES + EXPERT_RULES + SHARED_RULES,
+    alternatives=(RULES + STACKED_RULES + SHARED_RULES,),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,

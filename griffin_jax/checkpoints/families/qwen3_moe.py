@@ -7,12 +7,13 @@ import dataclasses
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
 from griffin_jax.checkpoints.families.qwen3 import HEAD_NORMS
 from griffin_jax.checkpoints.schema.attributes import Attributes, windows_of
-from griffin_jax.checkpoints.schema.experts import expert_rules, read_dense_layers, read_routing
+from griffin_jax.checkpoints.schema.experts import expert_rules, read_dense_layers, read_routing, stacked_rules
 from griffin_jax.checkpoints.schema.family import Family
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 EXPERT_RULES = expert_rules("mlp", "gate", "gate_proj", "up_proj", "down_proj")
+STACKED_RULES = stacked_rules("mlp", "gate")
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
@@ -44,6 +45,7 @@ FAMILY = Family(
     title="Qwen3 with experts (30B-A3B, 235B-A22B)",
     read_config=read_config,
     rules=RULES + HEAD_NORMS + EXPERT_RULES,
+    alternatives=(RULES + HEAD_NORMS + STACKED_RULES,),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,

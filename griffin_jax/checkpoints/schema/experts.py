@@ -65,3 +65,21 @@ def expert_rules(module: str, router: str, gate: str, up: str, down: str) -> tup
         (f"{module}.experts.{{expert}}.{up}.weight", "ff.experts.up", "X M D"),
         (f"{module}.experts.{{expert}}.{down}.weight", "ff.experts.down", "X D M -> X M D"),
     )
+
+
+def stacked_rules(module: str, router: str) -> tuple[TensorRule, ...]:
+    """Rules for layers whose experts' tensors are one of each kind, as transformers holds them since its version 5.
+
+    It writes them like this where it is not asked for the names that a model was published with.
+
+    Args:
+        module: path of the feed-forward module in a layer, such as `mlp`.
+        router: name of the router in it.
+    """
+    return layer_rules(
+        f"model.layers.{{layer}}.{module}.",
+        (f"{router}.weight", "ff.router", "X D"),
+        ("experts.gate_up_proj", "ff.experts.gate", "X ([M]+M) D -> X M D"),
+        ("experts.gate_up_proj", "ff.experts.up", "X (M+[M]) D -> X M D"),
+        ("experts.down_proj", "ff.experts.down", "X D M -> X M D"),
+    )
