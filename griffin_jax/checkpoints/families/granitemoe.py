@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from griffin_jax.checkpoints.families.granite import read_multipliers
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from typing import Any
+
+from griffin_jax.checkpoints.families.granite import read_gguf_granite, read_multipliers
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, PAIRED_GGUF_RULES, RULES, read_fields
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.experts import read_routing, stacked_rules
-from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.experts import read_gguf_experts, read_routing, stacked_rules
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
 from griffin_jax.checkpoints.schema.layouts import layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
@@ -22,6 +24,13 @@ def read_config(attributes: Attributes) -> ModelConfig:
         # A softmax over the chosen experts is what is left of one over all, divided by its sum.
         routing=read_routing(attributes, width=fields["ff_width"], experts=8, active=2, normalised=True),
     )
+
+
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    values = read_gguf_granite(attributes, tensors)
+    del values["mlp_bias"]
+    return values | read_gguf_experts(attributes)
 
 
 EXPERT_RULES = layer_rules(
@@ -41,4 +50,5 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    gguf=GgufFamily(("granitemoe",), read_gguf_config, PAIRED_GGUF_RULES),
 )

@@ -31,4 +31,5 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    also_gguf=("llama",),
 )

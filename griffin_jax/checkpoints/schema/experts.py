@@ -35,6 +35,25 @@ def read_routing(
     return Routing(attributes.count(count, experts), attributes.count("num_experts_per_tok", active), width, **fields)
 
 
+SOFTMAX, SIGMOID = 1, 2
+"""llama.cpp's numbers of what a router's logits become, `expert_gating_func`."""
+
+
+def read_gguf_experts(attributes: Attributes, count: str = "num_local_experts") -> dict[str, Any]:
+    """llama.cpp's metadata of experts that a softmax chooses, in the terms of config.json.
+
+    Args:
+        attributes: attributes of the metadata.
+        count: name of the attribute with the number of experts.
+
+    Raises:
+        ValueError: a field is missing, or the experts are chosen or weighted in another way.
+    """
+    attributes.require("expert_count", "expert_used_count")
+    attributes.expect(expert_gating_func=SOFTMAX, expert_weights_scale=1.0)
+    return {count: attributes.count("expert_count"), "num_experts_per_tok": attributes.count("expert_used_count")}
+
+
 def read_dense_layers(attributes: Attributes, layers: int) -> tuple[int, ...]:
     """The layers without experts, as Qwen's configurations list them.
 

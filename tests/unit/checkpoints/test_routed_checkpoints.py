@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from cases import all_cases, build_torch
+from cases import LLAMA_LIKE, all_cases, build_torch
+from checkpoints_gguf import write_twin
+from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
 from safetensors.numpy import load_file, save_file
 
 from griffin_jax.checkpoints import sources
-from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.checkpoints.loading import convert, load_model, open_source
+from griffin_jax.model.assembly import assemble
+from griffin_jax.model.weights import WeightFormat
 
 ROUTED = {name: cases for name, cases in all_cases().items() if cases.routed}
 
@@ -70,3 +75,98 @@ def test_missing_and_misshapen_tensors_of_all_experts_are_named(saved, tmp_path)
         save_file({**others, name: weights[name][1:]}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=f"1 misshapen: {name} is"):
             open_source(tmp_path)
+
+
+# ---- GGUF files ----
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"), [(family, variant) for family, cases in ROUTED.items() for variant in cases.variants]
+)
+def test_gguf_twins_are_the_same_model(family, variant, tmp_path):
+    cases = ROUTED[family]
+    build_torch(family, {**cases.config, **cases.variants[variant]}, tmp_path)
+    if variant not in cases.not_in_gguf:
+        twin = write_twin(tmp_path, tmp_path / "twin.gguf")
+        assert open_source(twin).config == open_source(tmp_path).config
+        assert_same(parameters(twin), parameters(tmp_path))
+        return
+    try:
+        config = open_source(write_twin(tmp_path, tmp_path / "twin.gguf")).config
+    except (AssertionError, KeyError, ValueError):
+        return
+    assert config != open_source(tmp_path).config, f"a GGUF file can say it: {cases.not_in_gguf[variant]}"
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory) -> Path:
+    """Four experts whose rows divide into blocks of 32 numbers."""
+    folder = tmp_path_factory.mktemp("mixtral")
+    build_torch("mixtral", {**LLAMA_LIKE, "intermediate_size": 64, "num_local_experts": 4}, folder)
+    return folder
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("weights", ["int8", "int8:32", "int4"])
+def test_quantised_experts_become_integers(mixtral, tmp_path, weights):
+    """One expert after the other, to what all of them as floating numbers become."""
+    twin = write_twin(mixtral, tmp_path / "twin.gguf", GGMLQuantizationType.Q8_0)
+    convert(twin, tmp_path / "native", weights=weights, progress=False)
+    config, format = open_source(twin).config, WeightFormat.parse(weights)
+    dequantised = parameters(twin)
+    for path, array in parameters(mixtral).items():
+        np.testing.assert_allclose(dequantised[path], array, rtol=0, atol=np.abs(array).max() / 200, err_msg=path)
+    expected = assemble(config, dequantised.items(), np.float32, format)
+    for leaf, ours in zip(*map(jax.tree.leaves, (load_model(tmp_path / "native")[0], expected)), strict=True):
+        np.testing.assert_array_equal(leaf, ours)
+
+
+def test_the_first_files_of_mixtral_have_a_tensor_for_each_expert(mixtral, tmp_path):
+    def add(writer: GGUFWriter) -> None:
+        for name, array in load_file(mixtral / "model.safetensors").items():
+            if ".experts." in name:
+                _, _, block, _, _, expert, matrix, _ = name.split(".")
+                part = {"w1": "gate", "w2": "down", "w3": "up"}[matrix]
+                writer.add_tensor(f"blk.{block}.ffn_{part}.{expert}.weight", array)
+
+    whole = write_twin(mixtral, tmp_path / "whole.gguf")
+    each = write_twin(mixtral, tmp_path / "each.gguf", extra=[add], without=".experts.")
+    assert_same(parameters(each), parameters(whole))
+
+
+def test_an_axis_of_one_may_be_left_out(tmp_path):
+    """llama.cpp counts no axes: a matrix of one row is a vector to it, and is stored as one when it is quantised."""
+    cases = ROUTED["qwen2_moe"]
+    build_torch("qwen2_moe", {**cases.config, "num_hidden_layers": 1}, tmp_path)
+    gate = load_file(tmp_path / "model.safetensors")["model.layers.0.mlp.shared_expert_gate.weight"]
+    assert gate.shape == (1, 32)
+
+    def add(writer: GGUFWriter) -> None:
+        writer.add_tensor("blk.0.ffn_gate_inp_shexp.weight", gate[0])
+
+    vector = write_twin(tmp_path, tmp_path / "vector.gguf", extra=[add], without="shared_expert_gate")
+    assert_same(parameters(vector), parameters(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("expert_gating_func", ExpertGatingFuncType.SIGMOID, "expert_gating_func is 2; only 1 is supported"),
+        ("expert_weights_scale", 2.5, "expert_weights_scale is 2.5; only 1.0 is supported"),
+        ("expert_group_count", 2, "does not know what to do with llama.expert_group_count=2"),
+    ],
+)
+def test_what_a_family_does_not_do_is_refused(mixtral, tmp_path, field, value, message):
+    file = write_twin(mixtral, tmp_path / "x.gguf", extra=[lambda writer: getattr(writer, f"add_{field}")(value)])
+    with pytest.raises(ValueError, match=message):
+        open_source(file)
+
+
+def test_experts_of_a_family_without_them_are_refused(tmp_path):
+    cases = all_cases()["qwen2"]
+    build_torch("qwen2", cases.config, tmp_path)
+    file = write_twin(tmp_path, tmp_path / "x.gguf", extra=[lambda writer: writer.add_expert_count(8)])
+    with pytest.raises(ValueError, match=r"does not know what to do with qwen2\.expert_count=8"):
+        open_source(file)
+    none = write_twin(tmp_path, tmp_path / "y.gguf", extra=[lambda writer: writer.add_expert_count(0)])
+    assert open_source(none).config.routing is None
