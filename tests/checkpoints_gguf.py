@@ -350,6 +350,13 @@ def olmoe_fields(config: Config) -> Fields:
     return standard_fields(config) | expert_fields(config)
 
 
+def gpt_oss_fields(config: Config) -> Fields:
+    return olmoe_fields(config) | {
+        "sliding_window": config["sliding_window"],
+        "expert_feed_forward_length": config["intermediate_size"],
+    }
+
+
 def qwen_moe_fields(config: Config) -> Fields:
     """That the weights are divided by their sum is not written: llama.cpp does so for Qwen3, and not for Qwen2."""
     return olmoe_fields(config) | {
@@ -541,6 +548,23 @@ def granitemoe_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, 
             yield f"blk.{block}.ffn_{part}_exps.weight", half
 
 
+def gpt_oss_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """Gate and up, which take turns in one tensor, are divided, and matrices turned."""
+    for name, array in tensors:
+        module, experts, matrix = name.partition(".experts.")
+        if not experts:
+            yield (f"{name}.weight" if name.endswith(".sinks") else name), array
+            continue
+        kind = "bias" if matrix.endswith("_bias") else "weight"
+        matrix = matrix.removesuffix("_bias")
+        array = array if kind == "bias" else array.swapaxes(1, 2)
+        parts = {matrix: array}
+        if matrix == "gate_up_proj":
+            parts = {"gate_proj": array[:, ::2], "up_proj": array[:, 1::2]}
+        for part, values in parts.items():
+            yield f"{module}.experts.{part}.{kind}", values
+
+
 def chatglm_tensors(tensors: Tensors, config: Config) -> Tensors:
     return [(name.removeprefix("transformer."), array) for name, array in tensors]
 
@@ -679,5 +703,6 @@ RECIPES = {
     "qwen2_moe": Recipe(gguf.MODEL_ARCH.QWEN2MOE, qwen_moe_fields, qwen_moe_tensors),
     "qwen3_moe": Recipe(gguf.MODEL_ARCH.QWEN3MOE, qwen_moe_fields, qwen_moe_tensors),
     "olmoe": Recipe(gguf.MODEL_ARCH.OLMOE, olmoe_fields, qwen_moe_tensors),
+    "gpt_oss": Recipe(gguf.MODEL_ARCH.GPT_OSS, gpt_oss_fields, gpt_oss_tensors),
     "granitemoe": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
 }

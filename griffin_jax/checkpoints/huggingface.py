@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from griffin_jax.checkpoints import mxfp4
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
 from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names
@@ -62,6 +63,9 @@ def has_weights(folder: Path) -> bool:
     return _SAFETENSORS.is_in(folder) or _PICKLE.is_in(folder)
 
 
+STORED = {**FLOATS, "U8": np.dtype(np.uint8)}
+"""Dtypes of what is read from safetensors."""
+
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 """What torch's DataParallel, compile, FSDP and checkpointing put into the names of tensors."""
 
@@ -95,6 +99,7 @@ class HuggingFaceFolder(Reader):
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
         for file in shards:
             self._open(file)
+        self._packed = self._join_packed()
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
@@ -123,10 +128,17 @@ class HuggingFaceFolder(Reader):
                 if other is not pickle:
                     other.release()
             return pickle.read(name, start, stop)
+        if name in self._packed:
+            return mxfp4.dequantise(*(self._read_stored(*part, start, stop) for part in self._packed[name]))
+        return self._read_stored(name, info, start, stop)
+
+    def _read_stored(self, name: str, info: TensorInfo, start: int, stop: int | None) -> np.ndarray:
+        """Rows of a tensor of safetensors as they are stored."""
+        file = self._files[name]
         num_rows, *row = info.shape or (1,)
         stop = num_rows if stop is None else stop
         count = math.prod(row)
-        dtype = FLOATS[info.dtype]
+        dtype = STORED[info.dtype]
         try:
             at = self._starts[name] + start * count * dtype.itemsize
             values = np.fromfile(file, dtype, (stop - start) * count, offset=at)
@@ -221,6 +233,21 @@ class HuggingFaceFolder(Reader):
         )
         self.tensors.update(tensors)
         self._files.update(dict.fromkeys(tensors, file))
+
+    def _join_packed(self) -> dict[str, tuple[tuple[str, TensorInfo], ...]]:
+        """Take numbers and scales of four bits for one tensor, by the name of its numbers; gives both parts."""
+        packed = {}
+        for name, blocks in list(self.tensors.items()):
+            base = name.removesuffix(mxfp4.BLOCKS)
+            if base == name or blocks.dtype != "U8" or len(blocks.shape) < 3:
+                continue
+            scales = self.tensors.pop(base + mxfp4.SCALES, None)
+            self.tensors[name] = mxfp4.whole(blocks)
+            if wrong := mxfp4.problem(base, blocks, scales):
+                self.problems.append(wrong)
+            elif scales is not None:
+                packed[name] = (name, blocks), (base + mxfp4.SCALES, scales)
+        return packed
 
     def _check_index(self, listed: Mapping[str, Path]) -> None:
         misplaced = [

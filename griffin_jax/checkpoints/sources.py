@@ -40,6 +40,9 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
           "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
 """Floating dtypes of weights, by their names in safetensors and GGUF."""
 
+MXFP4 = "MXFP4"
+"""Name of the dtype of `griffin_jax.checkpoints.mxfp4`, and of the same numbers in GGUF files."""
+
 LISTED = 8
 """Number of tensors of a kind that a message names, at most."""
 
@@ -457,7 +460,7 @@ def listed_names(kind: str, names: list[str]) -> list[str]:
 
 
 def is_supported(dtype: str) -> bool:
-    return dtype in FLOATS or is_quantised(dtype)
+    return dtype in FLOATS or dtype == MXFP4 or is_quantised(dtype)
 
 
 def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:

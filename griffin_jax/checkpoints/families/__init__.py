@@ -29,13 +29,12 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "its experts, router or attention are computed in a way that is not supported yet": (
         "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp",
         "qwen4_exp_text", "flex_olmo", "phimoe", "granitemoeshared", "granitemoehybrid",
-        "granitemoe_swa", "deepseek_v4", "gpt_oss", "dbrx", "jetmoe",
+        "granitemoe_swa", "deepseek_v4", "dbrx", "jetmoe",
         "glm4_moe", "ernie4_5_moe", "minimax", "minimax_m2", "minimax_m3_vl_text",
         "llama4", "llama4_text", "afmoe", "aria_text", "beam", "cohere2_moe", "dots1",
         "exaone_moe", "flint", "hunyuan_v1_moe", "hy_v3",
         "inkling_text", "inkling2_text", "inkling2_loop_text", "kolibri1", "laguna", "lara_mini",
         "lfm2_moe", "mellum", "mimo_v2_flash", "sarvam_moe", "solar_open", "zaya",
-        "gpt-oss",
     ),
     "it reads or writes more than text, and of such models only gemma3 and mistral3 are supported": (
         "gemma3n", "gemma4", "gemma4_unified", "mllama", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",

@@ -78,6 +78,7 @@ class Family:
             models whose text model is a part of a larger one.
         leaves_out: what the models read or write besides text, which is left out here; empty if nothing is.
         constants: regular expressions of ignored tensors that hold a number, each with that number.
+        quantisations: values of `quant_method` whose tensors are read.
         unsaid_tie: whether a configuration that does not say if the head is tied leaves it to the stored tensors.
     """
 
@@ -94,6 +95,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     leaves_out: str = ""
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    quantisations: tuple[str, ...] = ()
     unsaid_tie: bool = False
 
     def name_of(self, stored: str) -> str:
@@ -106,13 +108,15 @@ class Family:
         Raises:
             ValueError: an attribute is missing, out of range or not understood.
         """
-        if values.get("quantization_config"):
+        method = (values.get("quantization_config") or {}).get("quant_method")
+        if values.get("quantization_config") and method not in self.quantisations:
             raise ValueError(
                 f"{where}: quantised checkpoints are not supported, and quantization_config is "
                 f"{values['quantization_config']!r}; use the unquantised one, or a GGUF file"
             )
         attributes = Attributes(values, where)
         attributes.take("model_type", str)
+        attributes.ignore("quantization_config")
         try:
             config = self.read_config(attributes)
             config = dataclasses.replace(config, max_positions=extended_positions(config))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import LLAMA_LIKE, all_cases, build_torch
+from cases import LLAMA_LIKE, all_cases, build_torch, rewrite_config
 from checkpoints_gguf import write_twin
 from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter
+from reference import load_torch
 from safetensors.numpy import load_file, save_file
 
-from griffin_jax.checkpoints import sources
+from griffin_jax.checkpoints import mxfp4, sources
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
 from griffin_jax.model.assembly import assemble
 from griffin_jax.model.weights import WeightFormat
@@ -75,6 +78,111 @@ def test_missing_and_misshapen_tensors_of_all_experts_are_named(saved, tmp_path)
         save_file({**others, name: weights[name][1:]}, tmp_path / "model.safetensors")
         with pytest.raises(ValueError, match=f"1 misshapen: {name} is"):
             open_source(tmp_path)
+
+
+# ---- four bits ----
+
+PACKED = {**LLAMA_LIKE, "head_dim": 16, "intermediate_size": 64, "num_local_experts": 3, "num_experts_per_tok": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A tiny gpt-oss, whose experts are of four bits in one folder, and what transformers reads of them in another."""
+
+    folder: Path
+    weights: dict[str, np.ndarray]
+    dequantised: Path
+
+    def write(self, folder: Path, **changes: np.ndarray | None) -> Path:
+        """The same, in two files, with changed tensors of the first layer's experts."""
+        shutil.copytree(self.folder, folder)
+        named = {f"model.layers.0.mlp.experts.{name}": array for name, array in changes.items()}
+        weights = {name: array for name, array in {**self.weights, **named}.items() if array is not None}
+        # Numbers in one file, scales in the other.
+        files = {"model-1.safetensors": {}, "model-2.safetensors": {}}
+        for name, array in weights.items():
+            files[f"model-{1 + name.endswith('_scales')}.safetensors"][name] = array
+        for file, tensors in files.items():
+            save_file(tensors, folder / file)
+        listed = {name: file for file, tensors in files.items() for name in tensors}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+        return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Packed:
+    torch = load_torch()
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    folder, dequantised = tmp_path_factory.mktemp("packed"), tmp_path_factory.mktemp("dequantised")
+    build_torch("gpt_oss", PACKED, dequantised)
+    rng = np.random.default_rng(0)
+    floating = load_file(dequantised / "model.safetensors")
+    weights = dict(floating)
+    for name in [name for name in floating if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, summed, outputs = weights.pop(name).shape
+        blocks = rng.integers(0, 256, (experts, outputs, summed // 32, 16), np.uint8)
+        scales = rng.integers(110, 130, (experts, outputs, summed // 32), np.uint8)
+        weights |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        parts = torch.tensor(blocks), torch.tensor(scales)
+        floating[name] = convert_moe_packed_tensors(*parts, dtype=torch.float32).contiguous().numpy()
+    save_file(floating, dequantised / "model.safetensors")
+    config = json.loads((dequantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return Packed(folder, weights, dequantised)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_experts_of_four_bits_are_what_transformers_reads(packed, tmp_path):
+    folder = packed.write(tmp_path / "packed")
+    assert_same(parameters(folder), parameters(packed.dequantised))
+    assert open_source(folder).dtype == np.float32
+    assert open_source(folder).origin("layers.0.ff.experts.up").dtype == "MXFP4"
+
+
+def test_every_byte_and_scale_of_four_bits():
+    """As the specification says it: sign, exponent with a bias of 1, mantissa; a power of two with a bias of 127."""
+    blocks = np.arange(256, dtype=np.uint8).reshape(16, 1, 16)
+    numbers = mxfp4.dequantise(blocks, np.full((16, 1), 127, np.uint8)).reshape(256, 2)
+    for byte, pair in enumerate(numbers):
+        for number, bits in zip(pair, (byte & 15, byte >> 4), strict=True):
+            sign, exponent, mantissa = bits >> 3, (bits >> 1) & 3, bits & 1
+            magnitude = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+            assert number == (-1) ** sign * magnitude
+    twos = np.full((255, 1, 16), 0x22, np.uint8)
+    scaled = mxfp4.dequantise(twos, np.arange(255, dtype=np.uint8)[:, None])
+    np.testing.assert_array_equal(scaled[:, 0], np.ldexp(np.float32(1), np.arange(-127, 128)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"down_proj_scales": None}, r"1 missing: model\.layers\.0\.mlp\.experts\.down_proj_scales"),
+        ({"down_proj_blocks": None}, r"1 missing: .*down_proj_blocks; 1 unexpected: .*down_proj_scales"),
+        ({"down_proj_scales": np.ones((3, 32, 1), np.uint8)}, r"down_proj_scales is \(3, 32, 1\) of U8, not"),
+        ({"down_proj_blocks": np.ones((3, 32, 2, 8), np.uint8)}, r"down_proj_blocks is \(3, 32, 2, 8\) of U8, not"),
+        ({"down_proj_scales": np.ones((3, 32, 2), np.int8)}, r"down_proj_scales is \(3, 32, 2\) of I8, not"),
+    ],
+)  # fmt: skip
+def test_parts_of_four_bits_that_do_not_fit_are_named(packed, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(packed.write(tmp_path / "packed", **changes))
+
+
+def test_a_scale_that_is_no_number(packed, tmp_path):
+    scales = packed.weights["model.layers.0.mlp.experts.down_proj_scales"].copy()
+    scales[1, 2, 0] = 255
+    source = open_source(packed.write(tmp_path / "packed", down_proj_scales=scales))
+    with pytest.raises(ValueError, match="down_proj_blocks: holds NaN or infinite values"):
+        source.read("layers.0.ff.experts.down", np.dtype(np.float32))
+
+
+def test_other_quantisations_of_gpt_oss_are_refused(packed, tmp_path):
+    folder = packed.write(tmp_path / "packed")
+    rewrite_config(folder, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="quantised checkpoints are not supported"):
+        open_source(folder)
 
 
 # ---- GGUF files ----
