@@ -400,6 +400,10 @@ def phi3_fields(config: Config) -> Fields:
     }
 
 
+def phimoe_fields(config: Config) -> Fields:
+    return phi3_fields(config) | expert_fields(config)
+
+
 def stablelm_fields(config: Config) -> Fields:
     return size_fields(config) | {
         "rope_dimension_count": int(rope_of(config)["partial_rotary_factor"] * head_dim_of(config)),
@@ -600,6 +604,10 @@ def phi3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.nda
             yield f"rope_factors_{length}.weight", np.asarray(factors, np.float32)
 
 
+def phimoe_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return joined_experts(phi3_tensors(tensors, config))
+
+
 def stablelm_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """The norms of a layer's heads are one matrix."""
     norms: dict[str, dict[int, np.ndarray]] = {}
@@ -704,5 +712,6 @@ RECIPES = {
     "qwen3_moe": Recipe(gguf.MODEL_ARCH.QWEN3MOE, qwen_moe_fields, qwen_moe_tensors),
     "olmoe": Recipe(gguf.MODEL_ARCH.OLMOE, olmoe_fields, qwen_moe_tensors),
     "gpt_oss": Recipe(gguf.MODEL_ARCH.GPT_OSS, gpt_oss_fields, gpt_oss_tensors),
+    "phimoe": Recipe(gguf.MODEL_ARCH.PHIMOE, phimoe_fields, phimoe_tensors),
     "granitemoe": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
 }

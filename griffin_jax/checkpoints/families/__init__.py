@@ -28,7 +28,7 @@ SAME = {"gpt-sw3": "gpt2"}
 REFUSED: dict[str, tuple[str, ...]] = {
     "its experts, router or attention are computed in a way that is not supported yet": (
         "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp",
-        "qwen4_exp_text", "flex_olmo", "phimoe", "granitemoeshared", "granitemoehybrid",
+        "qwen4_exp_text", "flex_olmo", "granitemoeshared", "granitemoehybrid",
         "granitemoe_swa", "deepseek_v4", "dbrx", "jetmoe",
         "glm4_moe", "ernie4_5_moe", "minimax", "minimax_m2", "minimax_m3_vl_text",
         "llama4", "llama4_text", "afmoe", "aria_text", "beam", "cohere2_moe", "dots1",
