@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     extra: Iterable[Callable[[gguf.GGUFWriter], None]] = (),
     leave_out: Collection[str] = (),
+    without: str | None = None,
 ) -> Path:
     """Hugging Face tensors and configuration as a GGUF file.
 
@@ -48,6 +50,7 @@ def write_gguf(
         metadata: further fields, for example those of a tokenizer.
         extra: called with the writer, for anything else.
         leave_out: fields to leave out, each by a part of the name of the method that would add it.
+        without: a part of the names of tensors to leave out; None for all tensors.
     """
     recipe = RECIPES[config["model_type"]]
     # Of models that read more than text, the converter writes the text model.
@@ -69,7 +72,11 @@ def write_gguf(
             add_field(writer, name, value)
     for add in extra:
         add(writer)
-    kept = [(name, array) for name, array in weights.items() if not name.endswith(NOT_PARAMETERS)]
+    kept = [
+        (name, array)
+        for name, array in weights.items()
+        if not name.endswith(NOT_PARAMETERS) and (without is None or without not in name)
+    ]
     for name, array in recipe.tensors(kept, config):
         add_tensor(writer, to_gguf_name(name, recipe.architecture), array, quantise)
     writer.write_header_to_file()
@@ -192,6 +199,14 @@ def rope_fields(config: Config) -> Fields:
 
 def standard_fields(config: Config) -> Fields:
     return size_fields(config) | head_fields(config) | rope_fields(config)
+
+
+def expert_fields(config: Config) -> Fields:
+    """What every architecture says of routed experts."""
+    return {
+        "expert_count": first(config, "num_local_experts", "num_experts"),
+        "expert_used_count": config["num_experts_per_tok"],
+    }
 
 
 def smollm3_fields(config: Config) -> Fields:
@@ -323,6 +338,33 @@ def granite_fields(config: Config) -> Fields:
     }
 
 
+def granitemoe_fields(config: Config) -> Fields:
+    return granite_fields(config) | expert_fields(config)
+
+
+def mixtral_fields(config: Config) -> Fields:
+    return llama_fields(config) | expert_fields(config)
+
+
+def olmoe_fields(config: Config) -> Fields:
+    return standard_fields(config) | expert_fields(config)
+
+
+def gpt_oss_fields(config: Config) -> Fields:
+    return olmoe_fields(config) | {
+        "sliding_window": config["sliding_window"],
+        "expert_feed_forward_length": config["intermediate_size"],
+    }
+
+
+def qwen_moe_fields(config: Config) -> Fields:
+    """That the weights are divided by their sum is not written: llama.cpp does so for Qwen3, and not for Qwen2."""
+    return olmoe_fields(config) | {
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+    }
+
+
 def gemma_fields(config: Config) -> Fields:
     """Without the base of the rotary embedding, as with StableLM, Falcon and GPT-NeoX."""
     return size_fields(config) | head_fields(config)
@@ -356,6 +398,10 @@ def phi3_fields(config: Config) -> Fields:
         "rope_freq_base": rope["rope_theta"],
         "sliding_window": config.get("sliding_window") or 0,
     }
+
+
+def phimoe_fields(config: Config) -> Fields:
+    return phi3_fields(config) | expert_fields(config)
 
 
 def stablelm_fields(config: Config) -> Fields:
@@ -472,6 +518,57 @@ def llama3_factors(rope: Config, head_dim: int) -> np.ndarray:
     return np.where(wavelengths < context / high, 1, between).astype(np.float32)
 
 
+def joined_experts(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a layer's experts of each kind as one, where each is by itself."""
+    each: dict[str, dict[int, np.ndarray]] = {}
+    for name, array in tensors:
+        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+\.weight)", name):
+            each.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = array
+        else:
+            yield name, array
+    for name, arrays in each.items():
+        layer = name.partition(".block_sparse_moe.")[0].removeprefix("model.")
+        named = name if "block_sparse_moe" not in name else f"{layer}.feed_forward.experts.{name.split('.')[-2]}.weight"
+        yield named, np.stack([arrays[expert] for expert in range(len(arrays))])
+
+
+def qwen_moe_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return joined_experts(tensors)
+
+
+def mixtral_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return joined_experts(llama_tensors(tensors, config))
+
+
+def granitemoe_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """Gate and up of all experts, which are one tensor, are divided."""
+    for name, array in llama_tensors(tensors, config):
+        module, fused, _ = name.partition(".input_linear.weight")
+        if not fused:
+            yield name, array
+            continue
+        block = module.split(".")[2]
+        for part, half in zip(("gate", "up"), np.split(array, 2, axis=-2), strict=True):
+            yield f"blk.{block}.ffn_{part}_exps.weight", half
+
+
+def gpt_oss_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """Gate and up, which take turns in one tensor, are divided, and matrices turned."""
+    for name, array in tensors:
+        module, experts, matrix = name.partition(".experts.")
+        if not experts:
+            yield (f"{name}.weight" if name.endswith(".sinks") else name), array
+            continue
+        kind = "bias" if matrix.endswith("_bias") else "weight"
+        matrix = matrix.removesuffix("_bias")
+        array = array if kind == "bias" else array.swapaxes(1, 2)
+        parts = {matrix: array}
+        if matrix == "gate_up_proj":
+            parts = {"gate_proj": array[:, ::2], "up_proj": array[:, 1::2]}
+        for part, values in parts.items():
+            yield f"{module}.experts.{part}.{kind}", values
+
+
 def chatglm_tensors(tensors: Tensors, config: Config) -> Tensors:
     return [(name.removeprefix("transformer."), array) for name, array in tensors]
 
@@ -505,6 +602,10 @@ def phi3_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.nda
     for length in ("long", "short"):
         if factors := rope_of(config).get(f"{length}_factor"):
             yield f"rope_factors_{length}.weight", np.asarray(factors, np.float32)
+
+
+def phimoe_tensors(tensors: Tensors, config: Config) -> Tensors:
+    return joined_experts(phi3_tensors(tensors, config))
 
 
 def stablelm_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
@@ -606,4 +707,11 @@ RECIPES = {
     "jais2": Recipe(gguf.MODEL_ARCH.JAIS2, jais2_fields),
     "apertus": Recipe(gguf.MODEL_ARCH.APERTUS, smollm3_fields, apertus_tensors, apertus_numbers),
     "mpt": Recipe(gguf.MODEL_ARCH.MPT, mpt_fields),
+    "mixtral": Recipe(gguf.MODEL_ARCH.LLAMA, mixtral_fields, mixtral_tensors),
+    "qwen2_moe": Recipe(gguf.MODEL_ARCH.QWEN2MOE, qwen_moe_fields, qwen_moe_tensors),
+    "qwen3_moe": Recipe(gguf.MODEL_ARCH.QWEN3MOE, qwen_moe_fields, qwen_moe_tensors),
+    "olmoe": Recipe(gguf.MODEL_ARCH.OLMOE, olmoe_fields, qwen_moe_tensors),
+    "gpt_oss": Recipe(gguf.MODEL_ARCH.GPT_OSS, gpt_oss_fields, gpt_oss_tensors),
+    "phimoe": Recipe(gguf.MODEL_ARCH.PHIMOE, phimoe_fields, phimoe_tensors),
+    "granitemoe": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import mmap
 import struct
 import warnings
@@ -14,7 +15,8 @@ import numpy as np
 
 from griffin_jax.checkpoints.families import families, gguf_family_of
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.family import GgufFamily
+from griffin_jax.checkpoints.schema.family import GgufFamily, fitting_rules, rules_by_path
+from griffin_jax.checkpoints.schema.layouts import sizes_of
 from griffin_jax.checkpoints.sources import FLOATS, Reader, TensorInfo, check_plausible, is_supported
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.gguf_tokenizer import UnknownTokenizerError, end_tokens
@@ -23,6 +25,9 @@ from griffin_jax.utils.messages import CheckpointWarning, brief, is_panic, print
 
 NO_TOKENIZER = (None, "none", "no_vocab")
 """Values of `tokenizer.ggml.model` of files that have none."""
+
+OF_EXPERTS = ("expert_count", "expert_used_count")
+"""Metadata that some files of dense models have, too, as zeros."""
 
 # ---- GGUF files ----
 
@@ -54,9 +59,8 @@ class GgufFile(Reader):
         gguf = self.family.gguf
         assert gguf is not None
         self.files = [file]
-        self.rules, self.ignored, self.copies = gguf.rules_of(tensors), gguf.ignored, {}
+        self.ignored, self.copies = gguf.ignored, {}
         self._tensors = tensors
-        self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.problems = []
         self._numbers: dict[str, np.ndarray] = {}
@@ -67,6 +71,9 @@ class GgufFile(Reader):
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
+        self.rules = fitting_rules((gguf.rules, *gguf.alternatives), self.config, tensors)
+        self._tensors = self._with_outer_axes_of_one()
+        self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
         self._numbers = self._read_numbers(gguf)
         self.tensors |= {name: TensorInfo(number.shape, "F32") for name, number in self._numbers.items()}
 
@@ -107,10 +114,11 @@ class GgufFile(Reader):
 
     def _read_config(self, gguf: GgufFamily) -> ModelConfig:
         prefix = f"{self.metadata['general.architecture']}."
-        attributes = Attributes(
-            {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)},
-            f"{self.name}: {prefix[:-1]} metadata",
-        )
+        fields = {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
+        for name in OF_EXPERTS:
+            if fields.get(name) == 0:
+                del fields[name]
+        attributes = Attributes(fields, f"{self.name}: {prefix[:-1]} metadata")
         values = gguf.read_config(attributes, self)
         self.family = families()[values.pop("model_type", self.family.model_type)]
         embedding = self.shapes.get("token_embd.weight")
@@ -131,6 +139,15 @@ class GgufFile(Reader):
             "eos_token_id": ends,
         }
         return self.family.model_config(values, self.name)
+
+    def _with_outer_axes_of_one(self) -> dict[str, _GgufTensor]:
+        """The tensors with as many axes as the rules say: outermost ones of one entry are left out in some files."""
+        sizes, tensors = sizes_of(self.config), dict(self._tensors)
+        for rule in rules_by_path(self.rules, self.config).values():
+            for name, shape in rule.tensors(sizes).items():
+                if name in tensors and _inner(tensors[name].shape) == _inner(shape):
+                    tensors[name] = dataclasses.replace(tensors[name], shape=shape)
+        return tensors
 
     def _read_numbers(self, gguf: GgufFamily) -> dict[str, np.ndarray]:
         """Parameters that are not tensors, but numbers in the metadata, by the names of `GgufFamily.numbers`."""
@@ -161,6 +178,11 @@ class GgufFile(Reader):
         if tensor.dtype in FLOATS:
             return raw.view(FLOATS[tensor.dtype]).reshape(tensor.shape)
         return _dequantise(raw, tensor.dtype, tensor.shape)
+
+
+def _inner(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without its outermost axes of one entry."""
+    return tuple(itertools.dropwhile(lambda size: size == 1, shape))
 
 
 def read_gguf_tokenizer(metadata: Mapping[str, Any], where: str) -> Tokenizer:

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from griffin_jax.checkpoints import mxfp4
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
-from griffin_jax.checkpoints.schema.family import is_ignored, rules_by_path
-from griffin_jax.checkpoints.schema.layouts import sizes_of
+from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names
+from griffin_jax.checkpoints.schema.layouts import Rules
 from griffin_jax.checkpoints.sources import (
     FLOATS,
     PICKLE_HELP,
@@ -62,6 +63,9 @@ def has_weights(folder: Path) -> bool:
     return _SAFETENSORS.is_in(folder) or _PICKLE.is_in(folder)
 
 
+STORED = {**FLOATS, "U8": np.dtype(np.uint8)}
+"""Dtypes of what is read from safetensors."""
+
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 """What torch's DataParallel, compile, FSDP and checkpointing put into the names of tensors."""
 
@@ -85,7 +89,7 @@ class HuggingFaceFolder(Reader):
         self.name = str(folder)
         self._folder = folder
         self.family, self.config = read_hf_config(folder)
-        self.rules, self.ignored, self.copies = self.family.rules, self.family.ignored, self.family.copies
+        self.ignored, self.copies = self.family.ignored, self.family.copies
         self.tensors, self.problems = {}, []
         self._files: dict[str, Path] = {}
         self._pickles: dict[Path, PickleFile] = {}
@@ -95,11 +99,12 @@ class HuggingFaceFolder(Reader):
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
         for file in shards:
             self._open(file)
+        self._packed = self._join_packed()
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
-        self._stored = self._names_in_family()
+        self.rules, self._stored = self._rules_and_names()
         self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
         if self.family.leaves_out:
             message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
@@ -123,10 +128,17 @@ class HuggingFaceFolder(Reader):
                 if other is not pickle:
                     other.release()
             return pickle.read(name, start, stop)
+        if name in self._packed:
+            return mxfp4.dequantise(*(self._read_stored(*part, start, stop) for part in self._packed[name]))
+        return self._read_stored(name, info, start, stop)
+
+    def _read_stored(self, name: str, info: TensorInfo, start: int, stop: int | None) -> np.ndarray:
+        """Rows of a tensor of safetensors as they are stored."""
+        file = self._files[name]
         num_rows, *row = info.shape or (1,)
         stop = num_rows if stop is None else stop
         count = math.prod(row)
-        dtype = FLOATS[info.dtype]
+        dtype = STORED[info.dtype]
         try:
             at = self._starts[name] + start * count * dtype.itemsize
             values = np.fromfile(file, dtype, (stop - start) * count, offset=at)
@@ -157,15 +169,13 @@ class HuggingFaceFolder(Reader):
             missing += f"; did you mean {files[0]}?"
         raise FileNotFoundError(missing)
 
-    def _names_in_family(self) -> dict[str, str]:
-        """The stored name of every tensor, by its name in the family.
+    def _rules_and_names(self) -> tuple[Rules, dict[str, str]]:
+        """The rules for this checkpoint, and the stored name of every tensor by its name in them.
 
         In checkpoints of the bare model, as AutoModel saves it, names lack the prefix of the part in the whole; torch's
         wrappers leave names of their own in them. What is taken away or added is what gives the most names that the
         family has. Names that it does not have then either stay as they are stored.
         """
-        sizes = sizes_of(self.config)
-        known = {name for rule in rules_by_path(self.rules, self.config).values() for name in rule.tensors(sizes)}
         plain = self.family.name_of
 
         def bare(name: str) -> str:
@@ -177,13 +187,16 @@ class HuggingFaceFolder(Reader):
         ways: list[Callable[[str], str]] = [
             plain, lambda name: whole(plain(name)), bare, lambda name: whole(bare(name))
         ]  # fmt: skip
-        found = [{way(name): name for name in self.tensors} for way in ways]
-        best = max(found, key=lambda names: len(known & names.keys()))
+        renamed = [{way(name): name for name in self.tensors} for way in ways]
+        every = (self.family.rules, *self.family.alternatives)
+        rules = fitting_rules(every, self.config, set().union(*renamed))
+        known = known_names(rules, self.config)
+        best = max(renamed, key=lambda names: len(known & names.keys()))
 
         def belongs(name: str) -> bool:
             return name in known or name in self.copies or is_ignored(name, self.ignored)
 
-        return {name if belongs(name) else stored: stored for name, stored in best.items()}
+        return rules, {name if belongs(name) else stored: stored for name, stored in best.items()}
 
     def _shards(self) -> dict[str, Path]:
         """The file of every tensor according to the index; empty if all are in one file."""
@@ -220,6 +233,21 @@ class HuggingFaceFolder(Reader):
         )
         self.tensors.update(tensors)
         self._files.update(dict.fromkeys(tensors, file))
+
+    def _join_packed(self) -> dict[str, tuple[tuple[str, TensorInfo], ...]]:
+        """Take numbers and scales of four bits for one tensor, by the name of its numbers; gives both parts."""
+        packed = {}
+        for name, blocks in list(self.tensors.items()):
+            base = name.removesuffix(mxfp4.BLOCKS)
+            if base == name or blocks.dtype != "U8" or len(blocks.shape) < 3:
+                continue
+            scales = self.tensors.pop(base + mxfp4.SCALES, None)
+            self.tensors[name] = mxfp4.whole(blocks)
+            if wrong := mxfp4.problem(base, blocks, scales):
+                self.problems.append(wrong)
+            elif scales is not None:
+                packed[name] = (name, blocks), (base + mxfp4.SCALES, scales)
+        return packed
 
     def _check_index(self, listed: Mapping[str, Path]) -> None:
         misplaced = [

@@ -37,7 +37,7 @@ from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source, loading_bytes
 from griffin_jax.checkpoints.verification import Verification, VerificationError
-from griffin_jax.model.assembly import assemble, in_format, matrix_of, stored_arrays
+from griffin_jax.model.assembly import assemble, divides, in_format, in_format_by_pieces, matrix_of, stored_arrays
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
 from griffin_jax.model.sizes import bytes_of, local_arrays
@@ -454,9 +454,12 @@ def convert(
             if path in opened.shapes and not jnp.issubdtype(arrays[path].dtype, jnp.integer):
                 return opened.read(path, arrays[path].dtype)
             # Integers and their scales are made together; whichever is asked for first, the other one comes next.
-            matrix = matrix_of(path)
-            made = in_format([(matrix, opened.read(matrix, np.dtype(np.float32)))], opened.config, precision)
-            of_matrix.update({name: np.asarray(array) for name, array in made})
+            matrix, floating = matrix_of(path), np.dtype(np.float32)
+            if divides(matrix, precision):
+                made = in_format_by_pieces(matrix, opened.pieces(matrix, floating), opened.config, precision)
+            else:
+                made = dict(in_format([(matrix, opened.read(matrix, floating))], opened.config, precision))
+            of_matrix.update({name: np.asarray(array) for name, array in made.items()})
             return of_matrix.pop(path)
 
         native.write(folder, opened.config, precision, read, tokenizer, opened.name, hashes)

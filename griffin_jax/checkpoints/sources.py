@@ -40,6 +40,9 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
           "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
 """Floating dtypes of weights, by their names in safetensors and GGUF."""
 
+MXFP4 = "MXFP4"
+"""Name of the dtype of `griffin_jax.checkpoints.mxfp4`, and of the same numbers in GGUF files."""
+
 LISTED = 8
 """Number of tensors of a kind that a message names, at most."""
 
@@ -122,6 +125,14 @@ class Source(abc.ABC):
         Raises:
             ValueError: the parameter cannot be read, or holds values that are not finite in `dtype`.
         """
+
+    def pieces(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """A parameter, some entries of its first axis after the other; all together where that needs little memory.
+
+        Raises:
+            ValueError: see `read`.
+        """
+        yield self.read(path, dtype)
 
     @abc.abstractmethod
     def tokenizer(self) -> Tokenizer | None:
@@ -242,22 +253,49 @@ class FamilySource(Source):
 
     def read(self, path: str, dtype: np.dtype) -> np.ndarray:
         rule, layout = self._rules[path], Layout.parse(self._rules[path].layout)
-        names = list(rule.tensors(self._sizes))
-        what = f"{self.name}: {names[0]}"
-        info = self._reader.tensors[names[0]]
-        is_large = math.prod(info.shape) * max(_itemsize(info.dtype), dtype.itemsize) > PIECE_BYTES
-        if is_large and _is_permutation(layout) and len(names) == 1 and not rule.add:
-            return self._read_in_pieces(rule.name, layout, dtype, what)
-        if not any(each in rule.name for each in EACH):
-            return self._laid_out(self._reader.read(rule.name), rule, self._sizes, dtype, what)
-        # Each part along the first axis is a tensor; they are read one after the other.
-        array = np.empty(layout.shape_after(self._sizes), dtype)
-        (first,) = layout.before[0]
-        one = self._sizes | {first.letter: 1}
-        for number, name in enumerate(names):
-            part = self._reader.read(name)[None]
-            array[number] = self._laid_out(part, rule, one, dtype, f"{self.name}: {name}")[0]
-        return array
+        if self._in_pieces(rule, layout, dtype):
+            array, stop = np.empty(layout.shape_after(self._sizes), dtype), 0
+            for piece in self.pieces(path, dtype):
+                start, stop = stop, stop + len(piece)
+                array[start:stop] = piece
+            return array
+        what = f"{self.name}: {rule.name}"
+        if self._is_large(rule.name, dtype) and _is_permutation(layout) and not rule.add:
+            return self._read_turned(rule.name, layout, dtype, what)
+        return self._laid_out(self._reader.read(rule.name), rule, self._sizes, dtype, what)
+
+    def pieces(self, path: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+        rule, layout = self._rules[path], Layout.parse(self._rules[path].layout)
+        if not self._in_pieces(rule, layout, dtype):
+            yield self.read(path, dtype)
+            return
+        names, letter = list(rule.tensors(self._sizes)), layout.before[0][0].letter
+        if len(names) > 1:
+            # Each entry of the first axis is a tensor.
+            for name in names:
+                part = self._reader.read(name)[None]
+                yield self._laid_out(part, rule, self._sizes | {letter: 1}, dtype, f"{self.name}: {name}")
+            return
+        count, *row = self._reader.tensors[rule.name].shape
+        step = max(1, PIECE_BYTES // (math.prod(row) * self._widest(rule.name, dtype)))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            stored = self._reader.read_rows(rule.name, start, stop)
+            sizes = self._sizes | {letter: stop - start}
+            yield self._laid_out(stored, rule, sizes, dtype, f"{self.name}: {rule.name}")
+
+    def _in_pieces(self, rule: TensorRule, layout: Layout, dtype: np.dtype) -> bool:
+        """Whether a parameter is read some entries of its first axis after the other."""
+        if any(each in rule.name for each in EACH):
+            return True
+        return _keeps_first_axis(layout) and self._is_large(rule.name, dtype)
+
+    def _is_large(self, name: str, dtype: np.dtype) -> bool:
+        return math.prod(self._reader.tensors[name].shape) * self._widest(name, dtype) > PIECE_BYTES
+
+    def _widest(self, name: str, dtype: np.dtype) -> int:
+        """Bytes of a number of a tensor, as it is stored or wanted."""
+        return max(_itemsize(self._reader.tensors[name].dtype), dtype.itemsize)
 
     @staticmethod
     def _laid_out(
@@ -272,7 +310,7 @@ class FamilySource(Source):
         check_finite(array, stored, what)
         return array
 
-    def _read_in_pieces(self, tensor: str, layout: Layout, dtype: np.dtype, what: str) -> np.ndarray:
+    def _read_turned(self, tensor: str, layout: Layout, dtype: np.dtype, what: str) -> np.ndarray:
         """A parameter, read with memory for it and for some rows of the tensor."""
         before, after = _factors(layout.before), _factors(layout.after)
         shape = [factor.size(self._sizes) for factor in before]
@@ -283,8 +321,7 @@ class FamilySource(Source):
         )
         # Rows of the tensor for each index of the first factor.
         rows = math.prod(factor.size(self._sizes) for factor in layout.before[0][1:])
-        info = self._reader.tensors[tensor]
-        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * max(_itemsize(info.dtype), dtype.itemsize)))
+        step = max(1, PIECE_BYTES // (math.prod(shape[1:]) * self._widest(tensor, dtype)))
         for start in range(0, shape[0], step):
             stop = min(start + step, shape[0])
             stored = self._reader.read_rows(tensor, start * rows, stop * rows)
@@ -370,6 +407,12 @@ def _is_permutation(layout: Layout) -> bool:
     return set(before) == set(after) and len(set(before)) == len(before) == len(after)
 
 
+def _keeps_first_axis(layout: Layout) -> bool:
+    """Whether the first axis of a tensor is that of the parameter, whole and by itself."""
+    before, after = layout.before[0], layout.after[0]
+    return before == after and len(before) == 1 and len(before[0].parts) == 1
+
+
 def _itemsize(dtype: str) -> int:
     """Bytes of a value of a stored dtype; quantised ones become float32."""
     return FLOATS.get(dtype, FLOATS["F32"]).itemsize
@@ -436,7 +479,7 @@ def listed_names(kind: str, names: list[str]) -> list[str]:
 
 
 def is_supported(dtype: str) -> bool:
-    return dtype in FLOATS or is_quantised(dtype)
+    return dtype in FLOATS or dtype == MXFP4 or is_quantised(dtype)
 
 
 def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:

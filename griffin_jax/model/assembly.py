@@ -98,8 +98,7 @@ def in_format(
         if wanted is None or not jnp.issubdtype(wanted.dtype, jnp.integer) or jnp.issubdtype(kind, jnp.integer):
             yield path, array
             continue
-        name = path.rpartition(".")[-1]
-        weights = precision.weights.of_vocabulary() if name in VOCABULARY_MATRICES else precision.weights
+        weights = _format_of(path, precision)
         if jnp.shape(array) != wanted.shape:
             raise ValueError(f"parameter {path!r} has the shape {jnp.shape(array)}, not {wanted.shape}")
         numbers, scale = _rounded(array, weights, outputs_of(path))
@@ -112,6 +111,38 @@ def in_format(
             scale = jax.device_put(scale, NamedSharding(sharding.mesh, spec))
         yield path, numbers
         yield scale_path, scale
+
+
+def _format_of(path: str, precision: Precision) -> WeightFormat:
+    """How a matrix is stored."""
+    is_vocabulary = path.rpartition(".")[-1] in VOCABULARY_MATRICES
+    return precision.weights.of_vocabulary() if is_vocabulary else precision.weights
+
+
+def divides(path: str, precision: Precision) -> bool:
+    """Whether entries of a matrix's first axis become integers each for themselves."""
+    return outputs_of(path) != "last" or _format_of(path, precision).group is not None
+
+
+def in_format_by_pieces(
+    path: str, pieces: Iterable[np.ndarray], config: ModelConfig, precision: Precision
+) -> dict[str, np.ndarray]:
+    """A matrix as integers and their scales, for which only these are whole in memory.
+
+    Args:
+        path: path of the matrix, of which `divides` is true.
+        pieces: its entries along the first axis as floating numbers, some after the other.
+        config: the architecture.
+        precision: how it is to be stored.
+    """
+    weights, stored, stop = _format_of(path, precision), stored_arrays(config, precision), 0
+    paths = path, scale_of(path, weights)
+    found = {each: np.empty(stored[each].shape, stored[each].dtype) for each in paths}
+    for piece in pieces:
+        start, stop = stop, stop + len(piece)
+        for each, part in zip(paths, _rounded(piece, weights, outputs_of(path)), strict=True):
+            found[each][start:stop] = np.asarray(part)
+    return found
 
 
 def dotted(path: tuple[object, ...]) -> str:

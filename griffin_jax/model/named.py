@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +35,9 @@ _LLAMA_3_1 = Rotary(500_000.0, "llama3", factor=8.0, original_positions=8192, lo
 _GEMMA: dict[str, Any] = {
     "head_dim": 256, "activation": "gelu_tanh", "norm_eps": 1e-6, "norm_plus_one": True, "tied_head": True,
 }  # fmt: skip
+_GPT_OSS_ROTARY = Rotary(
+    150_000.0, "yarn", factor=32.0, original_positions=4096, truncate=False, attention_factor=0.1 * math.log(32) + 1
+)
 _QWEN_3: dict[str, Any] = {"family": "qwen3", "head_dim": 128, "norm_eps": 1e-6, "head_norm": "shared"}
 
 NAMED: Mapping[str, ModelConfig] = MappingProxyType({
@@ -61,6 +65,12 @@ NAMED: Mapping[str, ModelConfig] = MappingProxyType({
     "Qwen3-30B-A3B": _llama(
         151936, 2048, 6144, 48, 32, 4, 40960, 1e6, routing=Routing(128, 8, 768, normalised=True),
         **(_QWEN_3 | {"family": "qwen3_moe"}),
+    ),
+    "gpt-oss-20b": _llama(
+        201088, 2880, 2880, 24, 64, 8, 131072, 150_000.0, family="gpt_oss", head_dim=64, rotary=_GPT_OSS_ROTARY,
+        windows=(128, 0) * 12, activation="gelu_quick", ff_clip=7.0, up_plus_one=True, attention_sinks=True,
+        attention_bias=True, attention_out_bias=True, ff_bias=True,
+        routing=Routing(32, 4, 2880, normalised=True, router_bias=True),
     ),
     "Qwen3-32B": _llama(151936, 5120, 25600, 64, 64, 8, 40960, 1e6, **_QWEN_3),
     "Phi-4": _llama(100352, 5120, 17920, 40, 40, 10, 16384, 250_000.0, family="phi3"),

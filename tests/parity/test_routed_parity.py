@@ -68,6 +68,21 @@ def test_steps(pair, rng):
     assert_close(stepwise_logits(pair.llm.model, pieces, 12), torch_logits(pair.torch, tokens))
 
 
+def test_ragged_rows_with_sinks(pair, rng):
+    """Rows of different lengths with padding between their tokens, as prompts and steps; others are as dense models."""
+    if not pair.llm.model.config.attention_sinks:
+        pytest.skip("attention is that of dense models")
+    columns, lengths = 24, (1, 7, 24)
+    padded = np.full((len(lengths), columns), -1, np.int32)
+    places = [np.sort(rng.permutation(columns)[:length]) for length in lengths]
+    rows = [rng.integers(3, VOCABULARY, length).astype(np.int32) for length in lengths]
+    for line, place, row in zip(padded, places, rows, strict=True):
+        line[place] = row
+    logits = stepwise_logits(pair.llm.model, np.split(padded, [10, *range(20, columns)], axis=1), 40)
+    for line, place, row in zip(logits, places, rows, strict=True):
+        assert_close(line[place], torch_logits(pair.torch, [row])[0])
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_statistics_and_neurons_of_each_expert(pair, rng):
     """Ragged rows read in chunks, against each token's intermediates added up by NumPy."""
@@ -141,6 +156,8 @@ def _zero_others(torch: Any, pair: Pair, layer: int, kept: np.ndarray) -> None:
         module.down_proj.weight[:, torch.tensor(~is_kept)] = 0
         return
     stacked = module.experts.down_proj
+    # In gpt-oss it lies the other way.
+    stacked = stacked.swapaxes(1, 2) if pair.llm.config.family == "gpt_oss" else stacked
     own = stacked.shape[0] * stacked.shape[2]
     of_experts = torch.tensor(is_kept[:own].reshape(stacked.shape[0], 1, stacked.shape[2]))
     stacked.mul_(of_experts)
@@ -161,7 +178,7 @@ def test_bytes_of_a_step(pair):
     sizes = Sizes(config, 1, 8, Precision.of(jnp.float32), shared=True)
     routing = config.routing
     assert routing is not None
-    row = (3 * config.width) * 4
+    row = (3 * config.width + 2 * config.ff_bias) * 4
     read = [
         routing.active * routing.width + routing.shared_width if config.routed(layer) else config.ff_width
         for layer in range(config.num_layers)

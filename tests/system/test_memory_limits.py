@@ -6,12 +6,21 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from checkpoints_gguf import qwen_moe_fields
 
 from griffin_jax.checkpoints import native
+from griffin_jax.checkpoints.families import families
+from griffin_jax.checkpoints.schema.family import rules_by_path
+from griffin_jax.checkpoints.schema.layouts import sizes_of
 from griffin_jax.model.assembly import parameter_shapes, random_model
 from griffin_jax.model.config import ModelConfig
 
@@ -118,6 +127,104 @@ def test_loading_takes_little_more_than_the_weights(tmp_path):
         ratios.append(json.loads(ran.stdout) / weights)
     print(f"{ratios} times the weights of {weights / 1e6:.0f} MB")
     assert min(ratios) <= 1.4
+
+
+CONVERT = """
+import sys, warnings
+from griffin_jax.checkpoints.loading import convert
+warnings.simplefilter("ignore")
+report = convert(sys.argv[1], sys.argv[2], weights=sys.argv[3], progress=False)
+print(report.largest_bytes, report.peak_memory - report.memory_before)
+"""
+
+EXPERTS = {
+    "model_type": "qwen3_moe", "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 6144,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False,
+}  # fmt: skip
+"""Layers of Qwen3-30B-A3B."""
+
+
+def sparse_safetensors(folder: Path, layers: int) -> Path:
+    """A model of zeros in bfloat16, one file for each layer, that takes no room on the disk."""
+    folder.mkdir()
+    values = EXPERTS | {"num_hidden_layers": layers}
+    (folder / "config.json").write_text(json.dumps(values))
+    config = families()["qwen3_moe"].model_config(values, "config.json")
+    sizes, listed = sizes_of(config), {}
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    rules = rules_by_path(families()["qwen3_moe"].rules, config)
+    for path in parameter_shapes(config):
+        file = f"model-{path.split('.')[1] if path.startswith('layers.') else 'rest'}.safetensors"
+        for name, shape in rules[path].tensors(sizes).items():
+            files.setdefault(file, {})[name] = shape
+            listed[name] = file
+    for file, shapes in files.items():
+        header, end = {}, 0
+        for name, shape in shapes.items():
+            start, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        packed = json.dumps(header).encode()
+        with (folder / file).open("wb") as opened:
+            opened.write(struct.pack("<Q", len(packed)) + packed)
+            opened.truncate(8 + len(packed) + end)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    return folder
+
+
+def sparse_gguf(file: Path, layers: int) -> Path:
+    """The same as a GGUF file in Q8_0."""
+    values = EXPERTS | {"num_hidden_layers": layers}
+    config = families()["qwen3_moe"].model_config(values, "config.json")
+    family = families()["qwen3_moe"].gguf
+    assert family is not None
+    writer = gguf.GGUFWriter(file, "qwen3moe")
+    for name, value in qwen_moe_fields(values).items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+    rules, size = rules_by_path(family.rules, config), 0
+    for path in parameter_shapes(config):
+        for name, shape in rules[path].tensors(sizes_of(config)).items():
+            kind = gguf.GGMLQuantizationType["F32" if len(shape) == 1 else "Q8_0"]
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+            taken = math.prod(shape) // block * block_bytes
+            stored = (*shape[:-1], shape[-1] // block * block_bytes) if block > 1 else shape
+            dtype = np.dtype(np.float32 if block == 1 else np.uint8)
+            writer.add_tensor_info(name, stored, dtype, taken, raw_dtype=None if block == 1 else kind)
+            size += -(-taken // 32) * 32
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with file.open("r+b") as opened:
+        begin = opened.seek(0, os.SEEK_END)
+        opened.truncate(-(-begin // 32) * 32 + size)
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "weights"), [("safetensors", "bfloat16"), ("safetensors", "int8"), ("GGUF", "int8")])
+def test_conversions_of_experts(tmp_path, kind, weights):
+    """What all conversions promise, 1.5 x largest tensor + 1 GiB, for models of 8 GB; as floating numbers a layer's
+    experts of one kind have 0.8 GB."""
+    if kind == "GGUF":
+        source = sparse_gguf(tmp_path / "model.gguf", layers=12)
+        size = source.stat().st_size
+    else:
+        source = sparse_safetensors(tmp_path / "hf", layers=6)
+        size = sum(file.stat().st_size for file in source.iterdir())
+    assert size > 8e9
+    ran = subprocess.run(
+        [sys.executable, "-c", CONVERT, str(source), str(tmp_path / "native"), weights],
+        env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    shutil.rmtree(tmp_path / "native", ignore_errors=True)
+    assert ran.returncode == 0, ran.stderr
+    largest, used = map(int, ran.stdout.split())
+    print(f"{kind} of {size / 1e9:.1f} GB to {weights}: {used / 1e6:,.0f} MB, largest tensor {largest / 1e6:,.0f} MB")
+    assert used < 1.5 * largest + (1 << 30) < size / 5
 
 
 resource = pytest.importorskip("resource")

@@ -28,14 +28,13 @@ SAME = {"gpt-sw3": "gpt2"}
 REFUSED: dict[str, tuple[str, ...]] = {
     "its experts, router or attention are computed in a way that is not supported yet": (
         "qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp",
-        "qwen4_exp_text", "flex_olmo", "phimoe", "granitemoeshared", "granitemoehybrid",
-        "granitemoe_swa", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "gpt_oss", "dbrx", "jetmoe",
-        "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "ernie4_5_moe", "minimax", "minimax_m2", "minimax_m3_vl_text",
-        "llama4", "llama4_text", "afmoe", "aria_text", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "dots1",
-        "dots3_note", "dots3_note_text", "exaone_moe", "flint", "hunyuan_v1_moe", "hy_v3", "hy_v4",
-        "inkling_text", "inkling2_text", "inkling2_loop_text", "kimi_linear", "kolibri1", "laguna", "lara_mini",
-        "lfm2_moe", "longcat_flash", "mellum", "mimo_v2_flash", "sarvam_mla", "sarvam_moe", "solar_open", "zaya",
-        "qwen2moe", "qwen3moe", "deepseek2", "gpt-oss",
+        "qwen4_exp_text", "flex_olmo", "granitemoeshared", "granitemoehybrid",
+        "granitemoe_swa", "deepseek_v4", "dbrx", "jetmoe",
+        "glm4_moe", "ernie4_5_moe", "minimax", "minimax_m2", "minimax_m3_vl_text",
+        "llama4", "llama4_text", "afmoe", "aria_text", "beam", "cohere2_moe", "dots1",
+        "exaone_moe", "flint", "hunyuan_v1_moe", "hy_v3",
+        "inkling_text", "inkling2_text", "inkling2_loop_text", "kolibri1", "laguna", "lara_mini",
+        "lfm2_moe", "mellum", "mimo_v2_flash", "sarvam_moe", "solar_open", "zaya",
     ),
     "it reads or writes more than text, and of such models only gemma3 and mistral3 are supported": (
         "gemma3n", "gemma4", "gemma4_unified", "mllama", "llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl",
@@ -56,7 +55,9 @@ REFUSED: dict[str, tuple[str, ...]] = {
         "lfm2", "lfm3", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "xlstm", "rwkv6", "rwkv7",
     ),
     "its keys and values come from a latent vector (MLA), and only attention with keys and values is supported": (
-        "minicpm3", "youtu",
+        "minicpm3", "youtu", "deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2", "bailing_hybrid",
+        "dots3_note", "dots3_note_text", "glm4_moe_lite", "glm_moe_dsa", "hy_v4", "kimi_linear", "longcat_flash",
+        "sarvam_mla", "deepseek2",
     ),
     "its attention is none of softmax over scores of queries and keys alone: it has sinks, gates, differences, hashes "
     "or scores of its own": (
@@ -79,7 +80,6 @@ NOT_IN_GGUF: dict[str, tuple[str, ...]] = {
     "llama.cpp does not convert it": (
         "codegen", "cwm", "gpt_neo", "gptj", "helium", "hyperclovax", "ministral", "opt", "vaultgemma",
     ),
-    "experts in GGUF files are not supported yet": ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe"),
 }  # fmt: skip
 """Families that are not read from GGUF files, by the reason.
 

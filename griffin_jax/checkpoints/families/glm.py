@@ -65,6 +65,6 @@ FAMILY = Family(
     copies=COPIES,
     # Queries, keys and values are one tensor in files of models published as ChatGLM, in the same form but for names.
     gguf=GgufFamily(
-        ("chatglm",), read_gguf_config, GGUF_RULES + GGUF_GATE_UP, fused_rules=FUSED_GGUF_RULES + GGUF_GATE_UP
+        ("chatglm",), read_gguf_config, GGUF_RULES + GGUF_GATE_UP, alternatives=(FUSED_GGUF_RULES + GGUF_GATE_UP,)
     ),
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from griffin_jax.checkpoints.families.granite import read_multipliers
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from typing import Any
+
+from griffin_jax.checkpoints.families.granite import read_gguf_granite, read_multipliers
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, PAIRED_GGUF_RULES, RULES, read_fields
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.experts import read_routing
-from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.experts import read_gguf_experts, read_routing, stacked_rules
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
 from griffin_jax.checkpoints.schema.layouts import layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
@@ -24,6 +26,13 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    values = read_gguf_granite(attributes, tensors)
+    del values["mlp_bias"]
+    return values | read_gguf_experts(attributes)
+
+
 EXPERT_RULES = layer_rules(
     "model.layers.{layer}.block_sparse_moe.",
     ("router.layer.weight", "ff.router", "X D"),
@@ -37,7 +46,9 @@ FAMILY = Family(
     title="Granite 3 with experts (1B-A400M, 3B-A800M)",
     read_config=read_config,
     rules=RULES + EXPERT_RULES,
+    alternatives=(RULES + stacked_rules("block_sparse_moe", "router"),),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    gguf=GgufFamily(("granitemoe",), read_gguf_config, PAIRED_GGUF_RULES),
 )

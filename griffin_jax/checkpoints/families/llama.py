@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from griffin_jax.checkpoints.schema.attributes import SIZES, Attributes, read_activation, read_gguf_sizes, read_sizes
+from griffin_jax.checkpoints.schema.experts import read_gguf_experts
 from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
-from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, TensorRule, layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -108,6 +109,13 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     }
 
 
+def read_gguf_llama(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """The same of a file whose architecture is called llama: with several experts, it is Mixtral."""
+    if attributes.take("expert_count", int) is None:
+        return read_gguf_config(attributes, tensors)
+    return read_gguf_fields(attributes, tensors) | read_gguf_experts(attributes) | {"model_type": "mixtral"}
+
+
 def _gguf_scaling(attributes: Attributes) -> dict[str, Any] | None:
     kind = attributes.take("rope.scaling.type", str, default="none")
     values = {
@@ -145,6 +153,14 @@ PAIRED_GGUF_RULES = (
     TensorRule("blk.{layer}.attn_k.bias", "layers.{layer}.attention.key_bias", "(G P 2) -> G (2 P)"),
 )
 
+# The first files of Mixtral have a tensor for each expert.
+EACH_EXPERT_GGUF_RULES = layer_rules(
+    "blk.{layer}.",
+    ("ffn_gate.{expert}.weight", "ff.experts.gate", "X M D"),
+    ("ffn_up.{expert}.weight", "ff.experts.up", "X M D"),
+    ("ffn_down.{expert}.weight", "ff.experts.down", "X D M -> X M D"),
+)
+
 # Old checkpoints store the wavelengths, which follow from the configuration.
 IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 # Written by some tools into models whose head is tied. If it differed, the configuration would be wrong about the tie,
@@ -159,5 +175,11 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
-    gguf=GgufFamily(("llama",), read_gguf_config, PAIRED_GGUF_RULES, ignored=(r"rope_freqs\.weight",)),
+    gguf=GgufFamily(
+        ("llama",),
+        read_gguf_llama,
+        PAIRED_GGUF_RULES,
+        ignored=(r"rope_freqs\.weight",),
+        alternatives=(PAIRED_GGUF_RULES + EACH_EXPERT_GGUF_RULES,),
+    ),
 )

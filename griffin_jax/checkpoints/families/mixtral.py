@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
 from griffin_jax.checkpoints.schema.attributes import Attributes, windows_of
-from griffin_jax.checkpoints.schema.experts import expert_rules, read_routing
+from griffin_jax.checkpoints.schema.experts import expert_rules, read_routing, stacked_rules
 from griffin_jax.checkpoints.schema.family import Family
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
@@ -27,7 +27,9 @@ FAMILY = Family(
     title="Mixtral 8x7B, 8x22B",
     read_config=read_config,
     rules=RULES + expert_rules("block_sparse_moe", "gate", "w1", "w3", "w2"),
+    alternatives=(RULES + stacked_rules("mlp", "gate"),),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    also_gguf=("llama",),
 )

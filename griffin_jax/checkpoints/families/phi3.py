@@ -56,7 +56,7 @@ RULES = (
 )
 
 
-def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+def read_gguf_fields(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
     """llama.cpp's metadata in the terms of config.json.
 
     llama.cpp does not apply the window that it stores. It was there in training, so it is applied here.
@@ -85,6 +85,7 @@ def _gguf_longrope(attributes: Attributes, tensors: StoredTensors) -> dict[str, 
     }
 
 
+ROTARY_FACTORS = (r"rope_factors_(long|short)\.weight",)
 GGUF_RULES = (
     *FUSED_GGUF_RULES,
     # Gate and up together, though the name tells only of the latter.
@@ -103,5 +104,5 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
-    gguf=GgufFamily(("phi3",), read_gguf_config, GGUF_RULES, ignored=(r"rope_factors_(long|short)\.weight",)),
+    gguf=GgufFamily(("phi3",), read_gguf_fields, GGUF_RULES, ignored=ROTARY_FACTORS),
 )

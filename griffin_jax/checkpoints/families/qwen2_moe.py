@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
-from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES, STACKED_RULES
 from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
-from griffin_jax.checkpoints.schema.experts import read_dense_layers, read_routing
-from griffin_jax.checkpoints.schema.family import Family
-from griffin_jax.checkpoints.schema.layouts import layer_rules
+from griffin_jax.checkpoints.schema.experts import read_dense_layers, read_gguf_experts, read_routing
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -40,6 +41,19 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json."""
+    values = read_gguf_fields(attributes, tensors) | read_gguf_experts(attributes, "num_experts")
+    # llama.cpp's own defaults, for the first files.
+    neurons, active = values["intermediate_size"], values["num_experts_per_tok"]
+    return values | {
+        "qkv_bias": "blk.0.attn_q.bias" in tensors.shapes,
+        "moe_intermediate_size": attributes.take("expert_feed_forward_length", int, default=neurons // active),
+        "shared_expert_intermediate_size": attributes.take("expert_shared_feed_forward_length", int, default=neurons),
+        "norm_topk_prob": attributes.take("expert_weights_norm", bool, default=False),
+    }
+
+
 SHARED_RULES = layer_rules(
     "model.layers.{layer}.",
     ("mlp.shared_expert.gate_proj.weight", "ff.shared.gate", "S D"),
@@ -53,7 +67,9 @@ FAMILY = Family(
     title="Qwen1.5-MoE, Qwen2-57B-A14B",
     read_config=read_config,
     rules=RULES + EXPERT_RULES + SHARED_RULES,
+    alternatives=(RULES + STACKED_RULES + SHARED_RULES,),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    gguf=GgufFamily(("qwen2moe",), read_gguf_config, GGUF_RULES),
 )

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
-from griffin_jax.checkpoints.families.qwen3 import HEAD_NORMS
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.checkpoints.families.qwen3 import GGUF_HEAD_NORMS, HEAD_NORMS
 from griffin_jax.checkpoints.schema.attributes import Attributes, windows_of
-from griffin_jax.checkpoints.schema.experts import expert_rules, read_dense_layers, read_routing
-from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.experts import (
+    expert_rules,
+    read_dense_layers,
+    read_gguf_experts,
+    read_routing,
+    stacked_rules,
+)
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
 EXPERT_RULES = expert_rules("mlp", "gate", "gate_proj", "up_proj", "down_proj")
+STACKED_RULES = stacked_rules("mlp", "gate")
 
 
 def read_config(attributes: Attributes) -> ModelConfig:
@@ -39,12 +48,28 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json. It divides the weights by their sum without being told."""
+    attributes.require("expert_feed_forward_length")
+    return (
+        read_gguf_fields(attributes, tensors)
+        | read_gguf_experts(attributes)
+        | {
+            "attention_bias": "blk.0.attn_q.bias" in tensors.shapes,
+            "moe_intermediate_size": attributes.count("expert_feed_forward_length"),
+            "norm_topk_prob": attributes.take("expert_weights_norm", bool, default=True),
+        }
+    )
+
+
 FAMILY = Family(
     model_type="qwen3_moe",
     title="Qwen3 with experts (30B-A3B, 235B-A22B)",
     read_config=read_config,
     rules=RULES + HEAD_NORMS + EXPERT_RULES,
+    alternatives=(RULES + HEAD_NORMS + STACKED_RULES,),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    gguf=GgufFamily(("qwen3moe",), read_gguf_config, GGUF_RULES + GGUF_HEAD_NORMS),
 )

@@ -315,7 +315,7 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
         required: names of further fields that must be there.
 
     Raises:
-        ValueError: a field is missing or of another type, or the model is a mixture of experts.
+        ValueError: a field is missing or of another type.
     """
     attributes.require(
         "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length", *required
@@ -327,9 +327,6 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     if value_dim != head_dim:
         raise ValueError(f"{attributes.where}: attention.value_length is {value_dim}, but keys have {head_dim}")
     turning = attributes.take("rope.dimension_count", int, default=head_dim)
-    if experts := attributes.take("expert_count", int, default=0):
-        raise ValueError(f"{attributes.where}: mixtures of experts are not supported (expert_count is {experts})")
-    attributes.take("expert_used_count", int)
     return {
         "hidden_size": width,
         "intermediate_size": attributes.take("feed_forward_length", int),

@@ -35,6 +35,25 @@ def read_routing(
     return Routing(attributes.count(count, experts), attributes.count("num_experts_per_tok", active), width, **fields)
 
 
+SOFTMAX, SIGMOID = 1, 2
+"""llama.cpp's numbers of what a router's logits become, `expert_gating_func`."""
+
+
+def read_gguf_experts(attributes: Attributes, count: str = "num_local_experts") -> dict[str, Any]:
+    """llama.cpp's metadata of experts that a softmax chooses, in the terms of config.json.
+
+    Args:
+        attributes: attributes of the metadata.
+        count: name of the attribute with the number of experts.
+
+    Raises:
+        ValueError: a field is missing, or the experts are chosen or weighted in another way.
+    """
+    attributes.require("expert_count", "expert_used_count")
+    attributes.expect(expert_gating_func=SOFTMAX, expert_weights_scale=1.0)
+    return {count: attributes.count("expert_count"), "num_experts_per_tok": attributes.count("expert_used_count")}
+
+
 def read_dense_layers(attributes: Attributes, layers: int) -> tuple[int, ...]:
     """The layers without experts, as Qwen's configurations list them.
 
@@ -64,4 +83,22 @@ def expert_rules(module: str, router: str, gate: str, up: str, down: str) -> tup
         (f"{module}.experts.{{expert}}.{gate}.weight", "ff.experts.gate", "X M D"),
         (f"{module}.experts.{{expert}}.{up}.weight", "ff.experts.up", "X M D"),
         (f"{module}.experts.{{expert}}.{down}.weight", "ff.experts.down", "X D M -> X M D"),
+    )
+
+
+def stacked_rules(module: str, router: str) -> tuple[TensorRule, ...]:
+    """Rules for layers whose experts' tensors are one of each kind, as transformers holds them since its version 5.
+
+    It writes them like this where it is not asked for the names that a model was published with.
+
+    Args:
+        module: path of the feed-forward module in a layer, such as `mlp`.
+        router: name of the router in it.
+    """
+    return layer_rules(
+        f"model.layers.{{layer}}.{module}.",
+        (f"{router}.weight", "ff.router", "X D"),
+        ("experts.gate_up_proj", "ff.experts.gate", "X ([M]+M) D -> X M D"),
+        ("experts.gate_up_proj", "ff.experts.up", "X (M+[M]) D -> X M D"),
+        ("experts.down_proj", "ff.experts.down", "X D M -> X M D"),
     )

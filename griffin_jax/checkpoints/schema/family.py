@@ -11,13 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from griffin_jax.checkpoints.schema.attributes import Attributes, check_attributes
-from griffin_jax.checkpoints.schema.layouts import Rules, TensorRule
+from griffin_jax.checkpoints.schema.layouts import Rules, TensorRule, sizes_of
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.utils.messages import brief
 
@@ -48,7 +48,7 @@ class GgufFamily:
         ignored: regular expressions of tensors that are read in another way or not needed.
         numbers: names of metadata that hold a number for each layer, or one for all. Each number is read like a tensor
             of one value that has this name in the layer.
-        fused_rules: rules for files whose queries, keys and values are one tensor, if both kinds of files exist.
+        alternatives: other such rules, for files whose tensors have other names; see `fitting_rules`.
     """
 
     architectures: tuple[str, ...]
@@ -56,11 +56,7 @@ class GgufFamily:
     rules: Rules
     ignored: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
-    fused_rules: Rules | None = None
-
-    def rules_of(self, stored: Collection[str]) -> Rules:
-        """The rules for a file with these tensors."""
-        return self.fused_rules if self.fused_rules and "blk.0.attn_qkv.weight" in stored else self.rules
+    alternatives: tuple[Rules, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +68,7 @@ class Family:
         title: what people call its models, for the list of supported models.
         read_config: function that takes every attribute it knows and returns the architecture.
         rules: rules that say which tensor goes where.
+        alternatives: other such rules, for checkpoints whose tensors have other names; see `fitting_rules`.
         prefix: prefix of the names of most tensors, which checkpoints of the bare model lack.
         ignored: regular expressions of tensors that say nothing that the configuration does not say.
         copies: tensors that may be present although their rule does not apply, each with the one that it must equal.
@@ -81,6 +78,7 @@ class Family:
             models whose text model is a part of a larger one.
         leaves_out: what the models read or write besides text, which is left out here; empty if nothing is.
         constants: regular expressions of ignored tensors that hold a number, each with that number.
+        quantisations: values of `quant_method` whose tensors are read.
         unsaid_tie: whether a configuration that does not say if the head is tied leaves it to the stored tensors.
     """
 
@@ -88,6 +86,7 @@ class Family:
     title: str
     read_config: Callable[[Attributes], ModelConfig]
     rules: Rules
+    alternatives: tuple[Rules, ...] = ()
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -96,6 +95,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     leaves_out: str = ""
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    quantisations: tuple[str, ...] = ()
     unsaid_tie: bool = False
 
     def name_of(self, stored: str) -> str:
@@ -108,13 +108,15 @@ class Family:
         Raises:
             ValueError: an attribute is missing, out of range or not understood.
         """
-        if values.get("quantization_config"):
+        method = (values.get("quantization_config") or {}).get("quant_method")
+        if values.get("quantization_config") and method not in self.quantisations:
             raise ValueError(
                 f"{where}: quantised checkpoints are not supported, and quantization_config is "
                 f"{values['quantization_config']!r}; use the unquantised one, or a GGUF file"
             )
         attributes = Attributes(values, where)
         attributes.take("model_type", str)
+        attributes.ignore("quantization_config")
         try:
             config = self.read_config(attributes)
             config = dataclasses.replace(config, max_positions=extended_positions(config))
@@ -182,6 +184,17 @@ def rules_by_path(rules: Rules, config: ModelConfig) -> dict[str, TensorRule]:
             else [template]
         )
     }
+
+
+def known_names(rules: Rules, config: ModelConfig) -> set[str]:
+    """The names of all tensors that rules read, those of parameters that the model lacks included."""
+    sizes = sizes_of(config)
+    return {name for rule in rules_by_path(rules, config).values() for name in rule.tensors(sizes)}
+
+
+def fitting_rules(ways: Sequence[Rules], config: ModelConfig, stored: Collection[str]) -> Rules:
+    """Of several rules those that read the most tensors of a checkpoint; of equally good ones the first."""
+    return max(ways, key=lambda rules: len(known_names(rules, config).intersection(stored)))
 
 
 def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:

@@ -22,6 +22,7 @@ def read_rotary(
     original: int | None = None,
     kinds: Mapping[str, str] | None = None,
     query_growth: str = "",
+    magnitudes: bool = False,
 ) -> Rotary:
     """Rotary embedding, from `rope_theta` and `rope_scaling` or from transformers 5's `rope_parameters`.
 
@@ -34,6 +35,7 @@ def read_rotary(
         original: the family's default for the context of the unscaled model, in tokens; None to look in `rope_scaling`.
         kinds: meanings of all kinds that the family has, by their names there; None for the usual ones.
         query_growth: the family's name for `Rotary.query_growth`, if it has that.
+        magnitudes: whether `short_mscale` and `long_mscale` say what the attention factor of LongRoPE is.
 
     Raises:
         ValueError: the kind is not supported, or an attribute is missing or not understood.
@@ -59,6 +61,7 @@ def read_rotary(
         original=original,
         kinds=kinds,
         query_growth=query_growth,
+        magnitudes=magnitudes,
     )
 
 
@@ -73,6 +76,7 @@ def rotary_of(
     original: int | None = None,
     kinds: Mapping[str, str] | None = None,
     query_growth: str = "",
+    magnitudes: bool = False,
 ) -> Rotary:
     """Rotary embedding from the value of `rope_scaling` or `rope_parameters`.
 
@@ -86,6 +90,7 @@ def rotary_of(
         original: context of the unscaled model, in tokens, which takes precedence over that in `parameters`.
         kinds: meanings of all allowed kinds, by their names; None for the usual ones.
         query_growth: name of `Rotary.query_growth` in `parameters`, if the family has that.
+        magnitudes: whether `short_mscale` and `long_mscale` say what the attention factor of LongRoPE is.
 
     Raises:
         ValueError: the kind is not supported, or an attribute is missing or not understood.
@@ -132,6 +137,8 @@ def rotary_of(
         rotary = _read_yarn(rope, plain, original or max_positions, max_positions)
     elif kind == "longrope":
         rotary = _read_longrope(rope, plain, original or max_positions, max_positions)
+        if magnitudes:
+            rotary = dataclasses.replace(rotary, attention_factor=_read_magnitude(rope))
     else:
         raise ValueError(f"{rope.where}: kind {kind!r}; supported are default, linear, dynamic, llama3, yarn, longrope")
     if query_growth:
@@ -164,6 +171,15 @@ def _read_longrope(rope: Attributes, plain: Rotary, original: int, max_positions
         short_factors=tuple(map(float, factors["short_factor"])),
         long_factors=tuple(map(float, factors["long_factor"])),
     )
+
+
+def _read_magnitude(rope: Attributes) -> float:
+    names = "short_mscale", "long_mscale"
+    rope.require(*names)
+    short, long = (rope.take(name, float) for name in names)
+    if short != long:
+        raise ValueError(f"{rope.where}: short_mscale is {short} and long_mscale {long}; only equal ones are supported")
+    return short
 
 
 def _read_yarn(rope: Attributes, plain: Rotary, original: int, max_positions: int) -> Rotary:

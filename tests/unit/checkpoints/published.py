@@ -55,6 +55,16 @@ SUMMARY = {
     "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
     "summary_type": "cls_index", "summary_use_proj": True,
 }  # fmt: skip
+GPT_OSS = {
+    "attention_bias": True, "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64,
+    "initial_context_length": 4096, "max_position_embeddings": 131072, "num_experts_per_tok": 4,
+    "output_router_logits": False, "pad_token_id": 199999, "quantization_config": {
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+        "lm_head"], "quant_method": "mxfp4"}, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False}, "rope_theta": 150000, "router_aux_loss_coef": 0.9,
+    "sliding_window": 128, "swiglu_limit": 7.0,
+}  # fmt: skip
 GPT2_DROPOUT = {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1, "layer_norm_epsilon": 1e-05}
 LOCAL_LAST = ["sliding_attention"] * 3 + ["full_attention"]
 LLAMA_31 = {**UNBIASED, "rms_norm_eps": 1e-05, "rope_theta": 500000.0}
@@ -425,6 +435,17 @@ PUBLISHED: dict[str, tuple[float | None, Values]] = {
         embedding_multiplier=12.0, logits_scaling=6.0, num_experts_per_tok=8, num_local_experts=32,
         output_router_logits=False, residual_multiplier=0.22, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=10000,
         router_aux_loss_coef=0.0, tie_word_embeddings=True)),
+    "gpt-oss-20b": (20914.8, of("gpt_oss", "GptOssForCausalLM", SILU, GPT_OSS, sizes(2880, 2880, 24, 64, 8, 201088),
+        layer_types=["sliding_attention", "full_attention"] * 12, num_local_experts=32)),
+    "gpt-oss-120b": (116829.2, of("gpt_oss", "GptOssForCausalLM", SILU, GPT_OSS, sizes(2880, 2880, 36, 64, 8, 201088),
+        layer_types=["sliding_attention", "full_attention"] * 18, num_local_experts=128)),
+    "Phi-3.5-MoE-instruct": (41873.2, of("phimoe", "PhiMoEForCausalLM", SILU,
+        sizes(4096, 6400, 32, 32, 8, 32064), tokens(1, 32000, 131072), attention_bias=True, hidden_dropout=0.0,
+        input_jitter_noise=0.01, lm_head_bias=True, num_experts_per_tok=2, num_local_experts=16,
+        original_max_position_embeddings=4096, output_router_logits=False, rms_norm_eps=1e-05,
+        rope_scaling={"long_factor": [1.01] * 64, "long_mscale": 1.243163121016122, "short_factor": [1.0] * 64,
+            "original_max_position_embeddings": 4096, "short_mscale": 1.243163121016122, "type": "longrope"},
+        rope_theta=10000.0, router_aux_loss_coef=0.0, router_jitter_noise=0.01, sliding_window=131072)),
     "gemma-2b": (2506.2, of("gemma", "GemmaForCausalLM", GEMMA, sizes(2048, 16384, 18, 8, 1, 256000))),
     "codegemma-7b": (8537.7, of("gemma", "GemmaForCausalLM", GEMMA, sizes(3072, 24576, 28, 16, 16, 256000))),
     "gemma-2-2b": (2614.3, of("gemma2", "Gemma2ForCausalLM", GEMMA_2, sizes(2304, 9216, 26, 8, 4, 256000))),

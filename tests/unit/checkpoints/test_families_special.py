@@ -15,7 +15,7 @@ import pytest
 from cases import LLAMA_LIKE, VOCABULARY, build_torch
 from cases.mpt import CASES as MPT
 from cases.phi3 import longrope
-from reference import torch_logits
+from reference import assert_close, stepwise_logits, torch_logits
 
 import griffin_jax as gj
 from griffin_jax.checkpoints.families import families, family_of
@@ -98,6 +98,35 @@ def test_attention_factor_of_longrope(more, tmp_path):
     rotary = read(json.loads((tmp_path / "config.json").read_text())).rotary
     assert rotary is not None
     assert rotary.attention_factor == model.model.rotary_emb.attention_scaling
+
+
+PHIMOE = {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def phimoe_rope(short: float, long: float) -> dict[str, Any]:
+    return {"rope_parameters": longrope(4, original_max_position_embeddings=16, short_mscale=short, long_mscale=long)}
+
+
+def test_attention_factor_of_phimoe_is_given():
+    rotary = read({**PHIMOE, "model_type": "phimoe", **phimoe_rope(1.3, 1.3)}).rotary
+    assert rotary is not None
+    assert (rotary.kind, rotary.attention_factor, rotary.original_positions) == ("longrope", 1.3, 16)
+    with pytest.raises(ValueError, match=r"short_mscale is 1\.3 and long_mscale 1\.2; only equal ones are supported"):
+        read({**PHIMOE, "model_type": "phimoe", **phimoe_rope(1.3, 1.2)})
+
+
+@pytest.mark.slow
+def test_long_texts_of_phimoe_have_the_long_factors(tmp_path, rng, monkeypatch):
+    """As in the code that it was published with; transformers 5 takes the short ones, and is helped here."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    model = build_torch("phimoe", {**PHIMOE, **phimoe_rope(1.3, 1.3)}, tmp_path)
+    tokens = rng.integers(3, VOCABULARY, (1, 40)).astype(np.int32)
+    ours = stepwise_logits(gj.load(tmp_path, "float32").model, [tokens], 40)
+    monkeypatch.setattr(
+        model.model.rotary_emb, "rope_init_fn", lambda config: ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=17)
+    )
+    assert_close(ours, torch_logits(model, tokens))
 
 
 # ---- Published configurations ----

@@ -472,7 +472,7 @@ def test_gguf_rope_factors_of_one_change_nothing(tmp_path, weights):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (lambda writer: writer.add_expert_count(8), "mixtures of experts"),
+        (lambda writer: writer.add_expert_count(8), "missing expert_used_count"),
         (lambda writer: writer.add_sliding_window(512), "llama.attention.sliding_window=512"),
         (lambda writer: writer.add_uint32("split.count", 2), "one part of several"),
         (lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "missing short_factor"),
