@@ -33,12 +33,14 @@ class Choices:
     """What a layer in training found at its input; what an observer sees of it.
 
     Attributes:
+        inputs: x, which gradients do not pass.
         outputs: E_i(x) of every expert, float32.
         logits: of the router, float32.
         chosen: 1 for the experts that the router chooses.
         labels: 1 for those that the dense layer says are best.
     """
 
+    inputs: Float[Array, "b t d"]
     outputs: Float[Array, "b t e d"]
     logits: Float[Array, "b t e"]
     chosen: Float[Array, "b t e"]
@@ -81,7 +83,7 @@ class TrainingLayer(nnx.Module):
         labels = oracle_labels(own, target, routing.active, routing.scale, self.oracle)
         logits = self.layer.logits(fixed)
         chosen = k_hot(jax.lax.top_k(logits, routing.active)[1], routing.experts)
-        return Choices(outputs, logits, chosen, labels)
+        return Choices(fixed, outputs, logits, chosen, labels)
 
     def project(self, z: Choices) -> Float[Array, "b t d"]:
         """The layer's output."""
@@ -151,7 +153,8 @@ def trainable(model: Transformer, *, experts: bool) -> Parameters:
     found = []
     for layer in model.layers:
         named = {name: _of_path(layer.ff, name) for name in names}
-        found.append({name: p[...].astype(jnp.float32) for name, p in named.items() if p is not None})
+        # Copies, since a training state is given away to the next one, and the model stays the teacher.
+        found.append({name: jnp.array(p[...], jnp.float32) for name, p in named.items() if p is not None})
     return tuple(found)
 
 
