@@ -12,6 +12,9 @@ from griffin_jax.utils.options import check_choice, number, option, whole
 
 Objective = Literal["kl", "ce"]
 
+ROUTER_FINAL = 0.05
+"""Part of the routers' learning rate that is left at the end of the first stage."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FactorConfig:
@@ -23,7 +26,8 @@ class FactorConfig:
         grouping: how neurons are grouped, see `griffin_jax.factor.grouping`.
         scale: what the sum of the chosen experts is multiplied by; FactorLLM has N / k.
         oracle: which experts are best for a token, see `griffin_jax.factor.losses.oracle_labels`.
-        centred: whether what each expert gives on average, where it is not chosen, becomes the layer's.
+        uncentred: whether what each expert gives on average, where it is not chosen, is left to it instead of becoming
+            the layer's.
 
     Raises:
         ValueError: a value is outside its range.
@@ -37,10 +41,7 @@ class FactorConfig:
         "each", "which experts are best for a token: those of least error, each alone, or the best set together",
         choices=get_args(Oracle), type=str,
     )  # fmt: skip
-    centred: bool = option(
-        True,
-        "whether what an expert gives on average, where it is not chosen, stays in the layer (--no-centred)",
-    )
+    uncentred: bool = option(False, "leave what an expert gives on average, where it is not chosen, to the expert")
 
     def __post_init__(self) -> None:
         check_choice("grouping", self.grouping, get_args(Grouping))
@@ -116,9 +117,9 @@ class FactorTraining:
             object.__setattr__(self, name, getattr(checked, name))
         if self.batch % self.accumulate:
             raise ValueError(f"{self.batch} sequences cannot be read in {self.accumulate} equal parts")
-        if self.batch * self.length % self.router_updates:
+        if self.router_updates > self.batch * (self.length - 1):
             raise ValueError(
-                f"{self.batch} sequences of {self.length} tokens cannot be divided among {self.router_updates} updates"
+                f"{self.batch} sequences of {self.length} tokens are too few for {self.router_updates} updates"
             )
 
     def together(self) -> TrainingConfig:
@@ -130,9 +131,13 @@ class FactorTraining:
 
     def routers(self) -> TrainingConfig:
         """The first stage, in updates."""
-        return dataclasses.replace(
-            self.together(),
+        return TrainingConfig(
             steps=max(self.router_steps, 1) * self.router_updates,
-            warmup=0,
+            batch=self.batch,
+            length=self.length,
             learning_rate=self.router_rate,
+            warmup=0,
+            final=ROUTER_FINAL,
+            beta2=self.beta2,
+            seed=self.seed,
         )

@@ -32,7 +32,8 @@ def activations(model: Transformer, packed: Packed, *, seed: int = 0) -> list[Fl
     batch = _some(packed, seed)
     wanted = batch.tokens.shape[1]
     rows = jitted.prefill(model, batch.tokens, batch.lengths, max_new_tokens=0, rows=wanted).rows
-    return [to_host(layer).reshape(-1, layer.shape[-1]).astype(np.float16) for layer in rows]
+    real = np.arange(wanted) < np.asarray(batch.lengths)[:, None]
+    return [to_host(layer)[real].astype(np.float16) for layer in rows]
 
 
 def centred(model: Transformer, packed: Packed, *, oracle: Oracle = "each", seed: int = 0) -> Transformer:

@@ -1,8 +1,8 @@
 """Training a factored model: routers by forward passes alone, then experts and routers end to end.
 
 Both stages have a pure step, `router_step` and `expert_step`, to jit or to put into a loop of your own;
-`train_factors` is such a loop. Their teacher is the untrained factored model itself, whose experts together are the dense
-layer.
+`train_factors` is such a loop. The teacher is the untrained factored model itself: all its experts together are the
+dense layer.
 """
 
 from __future__ import annotations
@@ -220,8 +220,13 @@ def train_factors(
     """
     curve = Curve(None if folder is None else folder / CURVE, training.batch * training.length)
     batches = packed.batches(training.batch, seed=training.seed)
-    run = {"texts": packed.digest, "oracle": oracle, "training": dataclasses.asdict(training)}
-    about = json.dumps({"model": fingerprint(model), **run})
+    run = {"model": fingerprint(model), "texts": packed.digest, "oracle": oracle}
+    # Routers that are there serve for another second stage, too.
+    alone = {"updates": training.router_updates, "balance": _ratio(training)}
+    abouts = {
+        ROUTERS: json.dumps({**run, **dataclasses.asdict(training.routers()), **alone}),
+        TOGETHER: json.dumps({**run, **dataclasses.asdict(training)}),
+    }
 
     def stage(name: str, parameters: Parameters, step: Step, steps: int, first: int) -> Parameters:
         state, _ = train(
@@ -231,7 +236,7 @@ def train_factors(
             lambda number: batches(first + number),
             steps,
             folder=None if folder is None else folder / name,
-            about=about,
+            about=abouts[name],
             save_every=save_every,
             description=name,
             record=functools.partial(curve.add, name, first),
