@@ -38,6 +38,7 @@ COMMANDS = {
     "eval": ("evaluate", "what pruning costs in quality: divergence, perplexity or ROUGE on your own texts"),
     "flocking": ("flocking", "the paper's figures of why pruning works, for your own model and texts"),
     "moin": ("moin", "a library of independently trained adapters, one of which answers each prompt"),
+    "factorize": ("factorize", "divide a dense model into experts, and train routers to choose among them"),
     "prior": ("prior", "measure what a model's neurons do in general text, which helps to choose among them"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness with the model griffin_jax; takes its arguments"),
 }

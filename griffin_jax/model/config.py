@@ -20,7 +20,7 @@ RotaryKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
 NormKind = Literal["rms", "layer"]
 NormPlacement = Literal["pre", "post", "output", "sandwich"]
 HeadNorm = Literal["none", "shared", "own", "joint"]
-RouterScores = Literal["softmax", "sigmoid", "sparsemixer"]
+RouterScores = Literal["softmax", "sigmoid", "sparsemixer", "equal"]
 
 
 LARGEST_SIZE = 2**31 - 1
@@ -183,7 +183,8 @@ class Routing:
         active: number of experts that each token chooses.
         width: F_e, the number of neurons of each expert.
         scores: what the router's logits become. `softmax` over all experts; `sigmoid` of each (DeepSeek V3);
-            `sparsemixer` (arXiv 2409.12136, Phi-3.5-MoE): each choice has its softmax over the logits that are near it.
+            `sparsemixer` (arXiv 2409.12136, Phi-3.5-MoE): each choice has its softmax over the logits that are near it;
+            `equal` (FactorLLM, arXiv 2408.11855): logits only choose, and all chosen experts have the weight 1.
         normalised: whether the weights of the chosen experts are divided by their sum.
         scale: factor of the weights.
         router_bias: whether the router's logits have a bias (gpt-oss).
@@ -196,6 +197,8 @@ class Routing:
         shared_width: number of neurons that every token reads, too: those of the shared experts; 0 for none.
         shared_gate: whether the shared experts' output is multiplied by a sigmoid of the input (Qwen2-MoE).
         dense_layers: numbers of the layers that have `ff_width` neurons and no router.
+        centred: whether the layer has a bias, which is added whichever experts a token chooses, next to those of the
+            experts' down projections: what experts give on average can be the layer's, and each of them what differs.
 
     Raises:
         ValueError: a value is outside its range, or contradicts another.
@@ -216,6 +219,7 @@ class Routing:
     shared_width: int = 0
     shared_gate: bool = False
     dense_layers: tuple[int, ...] = ()
+    centred: bool = False
 
     def __post_init__(self) -> None:
         check_choice("router scores", self.scores, get_args(RouterScores))
@@ -238,6 +242,8 @@ class Routing:
             raise ValueError(
                 "sparsemixer chooses one expert after the other, without groups, biases or a sum of weights"
             )
+        if self.scores == "equal" and self.normalised:
+            raise ValueError("equal weights are not divided by their sum; give a scale")
         if self.shared_width < 0 or (self.shared_gate and not self.shared_width):
             raise ValueError(f"shared_width must be at least 0, and above for a shared_gate, got {self.shared_width}")
 

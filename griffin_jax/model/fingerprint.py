@@ -21,8 +21,9 @@ from griffin_jax.parallel.mesh import mesh_of
 BLOCK = 1 << 22
 """Numbers that are added up at a time."""
 
-LATER_FIELDS = ("ff_clip=None", "up_plus_one=False", "attention_sinks=False", "routing=None")
-"""Fields that `ModelConfig` got later, as models have them that have nothing of the kind: these keep their hashes."""
+LATER_FIELDS = ("ff_clip=None", "up_plus_one=False", "attention_sinks=False", "routing=None", "centred=False")
+"""Fields that `ModelConfig` and its parts got later, as models have them that have nothing of the kind: these keep
+their hashes."""
 
 
 def fingerprint(model: Transformer) -> str:

@@ -7,7 +7,8 @@ after the other, and those of the shared experts, which every token reads, come 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from griffin_jax.model.config import ModelConfig, Routing
+from griffin_jax.model.config import ModelConfig, RouterScores, Routing
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, Mask, NeuronModule
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
 from griffin_jax.model.ops import float32_product
@@ -67,6 +68,13 @@ def everywhere(z: Activations) -> Float[Array, "b t n"]:
     return z.everywhere() if isinstance(z, RoutedActivations) else z
 
 
+_SCORES: dict[RouterScores, Callable[[Array], Array]] = {
+    "softmax": functools.partial(jax.nn.softmax, axis=-1),
+    "sigmoid": jax.nn.sigmoid,
+    "equal": lambda logits: logits,
+}
+
+
 def choose(
     logits: Float[Array, "b t e"], routing: Routing, choice_bias: Float[Array, "e"] | None = None
 ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
@@ -79,11 +87,13 @@ def choose(
     """
     if routing.scores == "sparsemixer":
         return _sparsemixer(logits, routing)
-    scores = jax.nn.softmax(logits, axis=-1) if routing.scores == "softmax" else jax.nn.sigmoid(logits)
+    scores = _SCORES[routing.scores](logits)
     ranked = scores if choice_bias is None else scores + choice_bias.astype(jnp.float32)
     if routing.groups > 1:
         ranked = _of_best_groups(ranked, routing)
     experts = jax.lax.top_k(ranked, routing.active)[1]
+    if routing.scores == "equal":
+        return experts, jnp.full(experts.shape, routing.scale, jnp.float32)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if routing.normalised:
         weights = weights / jnp.maximum(jnp.sum(weights, axis=-1, keepdims=True), LEAST_SUM)
@@ -134,7 +144,8 @@ class Experts(NeuronModule):
         down = matrix(rngs, (e, f, d), fan_in=f, weights=weights, outputs=self.down_outputs)
         self.down, self.down_scale, self.down_row_scale = down.values, down.scale, down.row_scale
         self.gate_up_bias = bias_vector((e, a, f), dtype) if config.ff_bias else None
-        self.down_bias = bias_vector((e, d), dtype) if config.ff_bias else None
+        has_bias = config.ff_bias or config.routing.centred
+        self.down_bias = bias_vector((e, d), dtype) if has_bias else None
 
     def intermediate(
         self, x: Float[Array, "b t d"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
@@ -185,6 +196,7 @@ class RoutedFeedForward(nnx.Module):
         width = routing.shared_width
         self.shared = FeedForward(config, dtype, weights, rngs, neurons=width) if width else None
         self.shared_gate = floating(rngs, (d,), fan_in=d, dtype=dtype) if routing.shared_gate else None
+        self.down_bias = bias_vector((d,), dtype) if routing.centred else None
         self.mask: Mask | None = nnx.data(None)
 
     @property
@@ -206,12 +218,14 @@ class RoutedFeedForward(nnx.Module):
         """A second group of rows, which only layers without a router have."""
         return None
 
+    def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        """The router's scores of all experts, float32."""
+        logits = float32_product("btd,ed->bte", x, self.router[...])
+        return logits if self.router_bias is None else logits + self.router_bias[...].astype(jnp.float32)
+
     def choose(self, x: Float[Array, "b t d"]) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
         """The experts that each token chooses, and their weights; see `choose`."""
-        logits = float32_product("btd,ed->bte", x, self.router[...])
-        if self.router_bias is not None:
-            logits = logits + self.router_bias[...].astype(jnp.float32)
-        return choose(logits, self.routing, array_of(self.choice_bias))
+        return choose(self.logits(x), self.routing, array_of(self.choice_bias))
 
     def down_matrix(self) -> Float[Array, "n d"]:
         """The down projections of all neurons as floating numbers."""
@@ -244,6 +258,8 @@ class RoutedFeedForward(nnx.Module):
         y = self.experts.project(z.z, z.experts, z.weights)
         if self.shared is not None and z.shared is not None:
             y = y + self.shared.project(z.shared).astype(jnp.float32)
+        if self.down_bias is not None:
+            y = y + self.down_bias[...].astype(jnp.float32)
         y = y.astype(z.z.dtype)
         return y if self.mask is None or not self.mask.changes else self.mask.changed(z.everywhere(), y)
 

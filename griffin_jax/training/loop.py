@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -15,12 +15,19 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
+from griffin_jax.parallel.mesh import to_host
 from griffin_jax.training.config import TrainingConfig
 
 Parameters = TypeVar("Parameters")
 
 Loss = Callable[[Any, Any, Any], Float[Array, ""]]
 """A function of what is trained, of what is not, and of a batch."""
+
+MeasuredLoss = Callable[[Any, Any, Any], tuple[Float[Array, ""], Mapping[str, Array]]]
+"""The same, with further figures that are only shown and kept."""
+
+LOSS = "loss"
+"""Name of the loss among the figures of an update."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,8 +46,12 @@ class TrainingState(Generic[Parameters]):
     step: Int[Array, "*n"]
 
 
-Step = Callable[[TrainingState, Any, Any], tuple[TrainingState, Float[Array, "*n"]]]
-"""A function of a state, of what is not trained and of a batch: the next state, and the loss before the update."""
+Record = Callable[[int, Mapping[str, np.ndarray]], Mapping[str, str]]
+"""A function of the number of an update and of its figures: what a progress bar shows of them."""
+
+Step = Callable[[TrainingState, Any, Any], tuple[TrainingState, Any]]
+"""A function of a state, of what is not trained and of a batch: the next state, and the loss before the update, or
+several figures by their names, `LOSS` among them."""
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
@@ -74,11 +85,46 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
 
     def step(state: TrainingState, frozen: Any, batch: Any) -> tuple[TrainingState, Array]:
         value, gradients = jax.value_and_grad(loss)(state.parameters, frozen, batch)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        return TrainingState(parameters, optimizer_state, state.step + 1), value
+        return updated(state, gradients, optimizer), value
 
     return step
+
+
+def make_measured_step(loss: MeasuredLoss, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Step:
+    """`make_step` of a loss that has further figures, which the step returns next to it.
+
+    Args:
+        loss: to be made smaller, and the figures.
+        optimizer: such as `make_optimizer` gives.
+        accumulate: parts that a batch is differentiated in, so that memory is that of one part; gradients, loss and
+            figures are means over the parts. It divides the leading axis of everything in a batch.
+    """
+
+    def differentiated(parameters: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+        (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, frozen, batch)
+        return gradients, {LOSS: value, **figures}
+
+    def step(state: TrainingState, frozen: Any, batch: Any) -> tuple[TrainingState, Mapping[str, Array]]:
+        if accumulate == 1:
+            gradients, figures = differentiated(state.parameters, frozen, batch)
+            return updated(state, gradients, optimizer), figures
+        parts = jax.tree.map(lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, differentiated(state.parameters, frozen, part)), None
+
+        first, others = (jax.tree.map(take, parts) for take in (lambda leaf: leaf[0], lambda leaf: leaf[1:]))
+        total, _ = jax.lax.scan(add, differentiated(state.parameters, frozen, first), others)
+        gradients, figures = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return updated(state, gradients, optimizer), figures
+
+    return step
+
+
+def updated(state: TrainingState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainingState:
+    """The state after an update with these gradients."""
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+    return TrainingState(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1)
 
 
 def train(
@@ -92,6 +138,7 @@ def train(
     about: str = "",
     save_every: int = 100,
     description: str = "training",
+    record: Record | None = None,
     quiet: bool = False,
 ) -> tuple[TrainingState[Parameters], list[float]]:
     """Makes updates until there were `steps`, and goes on where an earlier call was interrupted.
@@ -109,6 +156,7 @@ def train(
         about: what is trained, on what and how; a checkpoint of something else is an error.
         save_every: updates between two checkpoints; there is one after the last, too.
         description: for the progress bar.
+        record: is given the number of each update and its figures, and returns what the progress bar shows.
         quiet: no progress bar.
 
     Returns:
@@ -119,7 +167,7 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     if folder is None:
-        return _run(step, state, frozen, batches, steps, None, about, save_every, description, quiet)
+        return _run(step, state, frozen, batches, steps, None, about, save_every, description, record, quiet)
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     with ocp.CheckpointManager(folder.absolute(), options=options) as manager:
         if (latest := manager.latest_step()) is not None:
@@ -132,7 +180,7 @@ def train(
                 )
             restored = manager.restore(latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
             state = restored["state"]
-        return _run(step, state, frozen, batches, steps, manager, about, save_every, description, quiet)
+        return _run(step, state, frozen, batches, steps, manager, about, save_every, description, record, quiet)
 
 
 def _run(
@@ -145,19 +193,22 @@ def _run(
     about: str,
     save_every: int,
     description: str,
+    record: Record | None,
     quiet: bool,
 ) -> tuple[TrainingState[Parameters], list[float]]:
     losses: list[float] = []
     first = int(np.max(np.asarray(state.step)))
     with tqdm(total=steps, initial=first, unit="step", desc=description, disable=quiet or None) as progress:
         for number in range(first, steps):
-            state, loss = step(state, frozen, batches(number))
-            losses.append(float(np.mean(np.asarray(loss))))
+            state, found = step(state, frozen, batches(number))
+            figures = to_host(found if isinstance(found, Mapping) else {LOSS: found})
+            losses.append(float(np.mean(figures[LOSS])))
             if not np.isfinite(losses[-1]):
                 raise FloatingPointError(
                     f"{description}: the loss of step {number} is {losses[-1]}; lower learning_rate"
                 )
-            progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+            shown = record(number, figures) if record is not None else {}
+            progress.set_postfix(loss=f"{losses[-1]:.3f}", **shown, refresh=False)
             progress.update()
             if manager is not None and ((number + 1) % save_every == 0 or number + 1 == steps):
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({"about": about}))

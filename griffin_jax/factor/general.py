@@ -1,0 +1,86 @@
+"""What general text says about a model's neurons and experts before any training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from griffin_jax.factor.layer import in_training
+from griffin_jax.factor.losses import Oracle
+from griffin_jax.factor.training import read, trained
+from griffin_jax.generation import jitted
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import to_host
+from griffin_jax.training.data import Batch, Packed
+from griffin_jax.utils import programs
+
+TOKENS = 2048
+"""Tokens of text that are enough for groups and means."""
+
+
+def activations(model: Transformer, packed: Packed, *, seed: int = 0) -> list[Float[np.ndarray, "t _f"]]:
+    """Relative activations of each layer for at most about `TOKENS` tokens, float16; for grouping by coactivation.
+
+    Args:
+        model: a dense model.
+        packed: the texts.
+        seed: of the order in which sequences are taken.
+    """
+    batch = _some(packed, seed)
+    wanted = batch.tokens.shape[1]
+    rows = jitted.prefill(model, batch.tokens, batch.lengths, max_new_tokens=0, rows=wanted).rows
+    real = np.arange(wanted) < np.asarray(batch.lengths)[:, None]
+    return [to_host(layer)[real].astype(np.float16) for layer in rows]
+
+
+def centred(model: Transformer, packed: Packed, *, oracle: Oracle = "each", seed: int = 0) -> Transformer:
+    """A factored model before training, whose layers have what each expert gives on average where it is not chosen.
+
+    That mean is subtracted from what the expert gives, so that all experts together are what they were. An expert that
+    is always chosen has the mean of all tokens.
+
+    Args:
+        model: a factored model before training.
+        packed: the texts.
+        oracle: how labels are found, which stand for the choices.
+        seed: of the order in which sequences are taken.
+    """
+    parameters = []
+    for layer, mean in zip(model.layers, unchosen_means(model, _some(packed, seed), oracle), strict=True):
+        experts, whole = layer.ff.experts.down_bias[...], layer.ff.down_bias[...]
+        parameters.append(
+            {
+                "experts.down_bias": experts.astype(jnp.float32) - mean,
+                "down_bias": whole.astype(jnp.float32) + jnp.sum(mean, axis=0),
+            }
+        )
+    return trained(model, tuple(parameters))
+
+
+def _some(packed: Packed, seed: int) -> Batch:
+    return packed.batches(max(TOKENS // packed.tokens.shape[1], 1), seed=seed)(0)
+
+
+@programs.jit(static_argnames="oracle")
+def unchosen_means(model: Transformer, batch: Batch, oracle: Oracle) -> tuple[Float[Array, "e d"], ...]:
+    """What each expert of each layer gives on average to tokens that should not choose it.
+
+    Args:
+        model: a factored model before training.
+        batch: the tokens.
+        oracle: how labels are found.
+    """
+
+    def observe(_number: int, z: Any, real: Array) -> Array:
+        def mean(weights: Array) -> Array:
+            total = jnp.sum(weights, axis=(0, 1))[:, None]
+            return jnp.einsum("bte,bted->ed", weights, z.outputs) / jnp.maximum(total, 1), total  # pyright: ignore
+
+        every = jnp.broadcast_to(real[..., None], z.labels.shape).astype(jnp.float32)
+        (others, count), (overall, _) = mean(every * (1 - z.labels)), mean(every)
+        return jnp.where(count > 0, others, overall)
+
+    return read(in_training(model, routes="all", oracle=oracle), batch, observe)[2]

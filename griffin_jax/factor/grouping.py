@@ -1,0 +1,132 @@
+"""Which neurons of a feed-forward layer form an expert: groups of equal size.
+
+contiguous    in the order of the checkpoint
+random        by chance
+kmeans        neurons that look for the same input: size-constrained k-means of their input rows
+coactivation  neurons that fire together in general text: the same k-means of their activations
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from griffin_jax.model.feed_forward import FeedForward
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.parallel.mesh import to_host
+from griffin_jax.utils.options import check_choice
+
+Grouping = Literal["contiguous", "random", "kmeans", "coactivation"]
+
+ROUNDS = 10
+"""Times that k-means assigns points to groups of equal size and moves its centroids, at most."""
+
+Groups = Int[np.ndarray, "e f"]
+"""The neurons of each expert of a layer."""
+
+
+def group_neurons(
+    model: Transformer,
+    experts: int,
+    grouping: Grouping,
+    *,
+    activations: Sequence[Float[np.ndarray, "t _f"]] = (),
+    seed: int = 0,
+) -> tuple[Groups, ...]:
+    """The groups of every layer.
+
+    Args:
+        model: a dense model.
+        experts: number of groups, which divides the neurons of a layer.
+        grouping: how neurons are grouped.
+        activations: relative activations of each layer for some tokens of general text, which `coactivation` needs; see
+            `griffin_jax.factor.activations`.
+        seed: of random groups, and of k-means.
+
+    Raises:
+        ValueError: there is no such grouping, it lacks activations, or the experts do not divide the neurons.
+        ImportError: k-means needs scikit-learn and it is not installed.
+    """
+    check_choice("grouping", grouping, get_args(Grouping))
+    if grouping == "coactivation" and len(activations) != len(model.layers):
+        raise ValueError(
+            f"grouping 'coactivation' needs the activations of {len(model.layers)} layers, got {len(activations)}"
+        )
+    found = []
+    for number, layer in enumerate(model.layers):
+        check_divisible(layer.ff.neurons, experts)
+        layer_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+        if grouping == "contiguous":
+            groups = np.arange(layer.ff.neurons).reshape(experts, -1)
+        elif grouping == "random":
+            groups = np.random.default_rng(layer_seed).permutation(layer.ff.neurons).reshape(experts, -1)
+        elif grouping == "kmeans":
+            groups = balanced_clusters(input_rows(layer.ff), experts, layer_seed)
+        else:
+            groups = balanced_clusters(firing_patterns(activations[number]), experts, layer_seed)
+        # Within a group the order means nothing; rising is that of the checkpoint.
+        found.append(np.sort(groups, axis=1).astype(np.int32))
+    return tuple(found)
+
+
+def check_divisible(neurons: int, experts: int) -> None:
+    """Raise `ValueError` unless so many experts share the neurons of a layer evenly."""
+    if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
+        raise ValueError(f"experts must be a whole number of at least 1, got {experts!r}")
+    if neurons % experts:
+        possible = ", ".join(str(count) for count in range(1, 4 * experts + 1) if neurons % count == 0)
+        raise ValueError(f"{experts} experts cannot share {neurons} neurons evenly; these can: {possible}")
+
+
+def input_rows(layer: FeedForward) -> Float[np.ndarray, "f n"]:
+    """What each neuron multiplies its input by: its row of every matrix, of length 1 together."""
+    rows = np.asarray(to_host(layer.gate_up_matrix()), np.float32)
+    return _normalised(rows.swapaxes(0, 1).reshape(rows.shape[1], -1))
+
+
+def firing_patterns(activations: Float[np.ndarray, "t f"]) -> Float[np.ndarray, "f t"]:
+    """How strongly each neuron takes part at each token, less its mean, of length 1: products are correlations."""
+    strength = np.abs(activations.astype(np.float32)).T
+    return _normalised(strength - strength.mean(axis=1, keepdims=True))
+
+
+def _normalised(rows: Float[np.ndarray, "f n"]) -> Float[np.ndarray, "f n"]:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1)
+
+
+def balanced_clusters(points: Float[np.ndarray, "f n"], count: int, seed: int) -> Groups:
+    """Clusters of equal size, by k-means whose assignment is the cheapest one of equal sizes.
+
+    The centroids begin as those of k-means without that constraint. The assignment is exact (`scipy`'s linear sum
+    assignment, with a place of each cluster for each of its points).
+
+    Args:
+        points: one row for each.
+        count: number of clusters, which divides that of the points.
+        seed: of the first centroids.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+        from sklearn.cluster import KMeans
+    except ImportError as error:
+        raise ImportError("k-means needs scikit-learn: pip install 'griffin-jax[factor]'") from error
+    means: Any = KMeans(count, n_init=1, random_state=seed % 2**32)  # pyright: ignore[reportArgumentType]
+    centroids = means.fit(points).cluster_centers_
+    size = len(points) // count
+    labels = np.full(len(points), -1)
+    for _ in range(ROUNDS):
+        # Squared distances, but for what is the same for all centroids.
+        costs = np.square(centroids).sum(axis=1) - 2 * points @ centroids.T
+        assigned = linear_sum_assignment(np.repeat(costs, size, axis=1))[1] // size
+        if np.array_equal(assigned, labels):
+            break
+        labels = assigned
+        centroids = np.stack([points[labels == cluster].mean(axis=0) for cluster in range(count)])
+    return np.stack([np.flatnonzero(labels == cluster) for cluster in range(count)])
