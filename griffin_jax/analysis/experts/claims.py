@@ -191,7 +191,7 @@ def with_depth(values: Float[np.ndarray, "l"]) -> float:
 
     if np.ptp(values) == 0:
         return 0.0
-    return float(spearmanr(np.arange(len(values)), values).statistic)
+    return float(spearmanr(np.arange(len(values)), values)[0])
 
 
 def _resampled_with_depth(values: Float[np.ndarray, "l"], seed: int, resamples: int = 2000) -> Interval:

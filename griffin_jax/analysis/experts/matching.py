@@ -55,7 +55,7 @@ def match(
     similar = products / np.where(lengths > 0, lengths, 1)[:, None] / np.where(other_lengths > 0, other_lengths, 1)
     _, partners = linear_sum_assignment(similar, maximize=True)
     after = _cosine(np.arange(len(chosen)), partners, products, lengths, other_lengths)
-    return Matching(chosen, partners, before, after, float(kendalltau(chosen, partners).statistic))
+    return Matching(chosen, partners, before, after, float(kendalltau(chosen, partners)[0]))
 
 
 def _cosine(

@@ -74,9 +74,9 @@ class Comparison:
 
 def active_share(a: Float[Array, "*b f"]) -> Float[Array, "*b"]:
     """Which share of the neurons is active: (sum a^2)^2 / (F sum a^4), 1 if all are alike and 1 / F if only one is."""
-    squares = jnp.square(a.astype(jnp.float32))
-    # As shares of the largest, whose squares cannot overflow.
-    squares = squares / jnp.maximum(jnp.max(squares, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    # As shares of the largest, whose powers cannot overflow.
+    size = jnp.abs(a.astype(jnp.float32))
+    squares = jnp.square(size / jnp.maximum(jnp.max(size, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
     fourth = jnp.sum(jnp.square(squares), axis=-1)
     return jnp.where(fourth > 0, jnp.square(jnp.sum(squares, axis=-1)) / (jnp.maximum(fourth, 1) * a.shape[-1]), 0)
 

@@ -230,7 +230,7 @@ def _random_masks(masks: tuple[Any, ...], config: GriffinConfig, seed: int) -> t
     """As many neurons of each layer, drawn for each set."""
     random = dataclasses.replace(config, method="random")
     statistics = Statistics(tuple(jnp.zeros(mask.shape) for mask in masks), jnp.ones(len(masks[0]), jnp.int32))
-    seeds = np.arange(seed, seed + len(masks[0]), dtype=np.int32)
+    seeds = jnp.arange(seed, seed + len(masks[0]), dtype=jnp.int32)
     return select(statistics, random, seed=seeds).masks()
 
 

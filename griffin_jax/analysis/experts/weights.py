@@ -45,7 +45,8 @@ def analyse(experts: Experts, layers: Sequence[int], sampling: Sampling) -> dict
         sampling: how much is compared.
 
     Returns:
-        For each kind of matrix a dictionary whose values are lists over the layers, for JSON.
+        `layers`, and for each kind of matrix a dictionary of numbers, whose values are lists over the layers, and of
+        what is drawn, which are arrays with an axis for the layers.
     """
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in experts.kinds}
     steps = [(layer, kind) for layer in layers for kind in experts.kinds]
@@ -58,8 +59,13 @@ def analyse(experts: Experts, layers: Sequence[int], sampling: Sampling) -> dict
         # Nothing but what it comes to outlives a matrix: the next one is read into its place.
         found[kind].append(analyse_matrix(experts.matrix(layer, kind), router, sampling, rng))
     return {"layers": list(layers)} | {
-        kind: {name: [layer[name] for layer in of_layers] for name in of_layers[0]} for kind, of_layers in found.items()
+        kind: {name: _joined([layer[name] for layer in of_layers]) for name in of_layers[0]}
+        for kind, of_layers in found.items()
     }
+
+
+def _joined(of_layers: list[Any]) -> Any:
+    return np.stack(of_layers) if isinstance(of_layers[0], np.ndarray) else of_layers
 
 
 def analyse_matrix(
@@ -78,7 +84,7 @@ def analyse_matrix(
     neurons, neurons_explained = neuron_components(matrix, NEURON_POINTS, 3, rng)
     matched = [match(matrix[a], matrix[b], sampling.neurons, rng) for a, b in _pairs(len(matrix), sampling.pairs, rng)]
     return {
-        "similarity": similarity.tolist(),
+        "similarity": similarity,
         "mean_similarity": float(pairs_of(similarity).mean()),
         "outlier": least,
         "outlier_distance": distance if np.isfinite(distance) else None,
@@ -89,10 +95,31 @@ def analyse_matrix(
         "matched_before": float(np.mean([found.before for found in matched])),
         "matched_after": float(np.mean([found.after for found in matched])),
         "matched_tau": float(np.mean([found.tau for found in matched])),
-        "components": coordinates.tolist(),
-        "components_explained": explained.tolist(),
-        "neuron_components": neurons.round(6).tolist(),
-        "neuron_components_explained": neurons_explained.tolist(),
+        "components": coordinates,
+        "components_explained": float(explained.sum()),
+        "neuron_components": neurons,
+        "neuron_components_explained": float(neurons_explained.sum()),
+    }
+
+
+def numbers_of(found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of an analysis without what is drawn, for JSON."""
+    return {
+        kind: {name: values for name, values in parts.items() if not isinstance(values, np.ndarray)}
+        if isinstance(parts, dict)
+        else parts
+        for kind, parts in found.items()
+    }
+
+
+def arrays_of(found: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What is drawn, by names such as `gate similarity`."""
+    return {
+        f"{kind} {name}": values
+        for kind, parts in found.items()
+        if isinstance(parts, dict)
+        for name, values in parts.items()
+        if isinstance(values, np.ndarray)
     }
 
 

@@ -318,4 +318,5 @@ class TestAll:
             assert abs(tau) < 0.15
             (before,), (after,) = found[kind]["matched_before"], found[kind]["matched_after"]
             assert abs(before) < 0.1 < after
-        assert json.dumps(found, allow_nan=False)
+        assert json.dumps(weights.numbers_of(found), allow_nan=False)
+        assert {f"{kind} similarity" for kind in random.kinds} <= weights.arrays_of(found).keys()
