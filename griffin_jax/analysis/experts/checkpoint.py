@@ -78,7 +78,7 @@ class RandomExperts:
         seed: of the numbers.
     """
 
-    layers = (0,)
+    layers: tuple[int, ...] = (0,)
 
     def __init__(self, config: ModelConfig, seed: int):
         assert config.routing is not None

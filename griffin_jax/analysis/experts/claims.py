@@ -1,8 +1,9 @@
 """Numbers of texts with intervals, and the three findings of "A Closer Look" judged by them.
 
 By a number a finding *holds* if its whole 95% interval lies beyond chance, on the side that the finding says, and so
-does the interval of its difference from the same number of each null model, text by text: a random model has neurons
-that differ from text to text, too. It *fails* if the interval lies on the other side of chance. Otherwise it is *open*.
+does the interval of its difference from the same number of each null model, text by text. Where it lies beyond chance,
+and a null model does not stay behind, the number *is no proof*: a random model has neurons that differ from text to
+text, too. It *fails* if the interval lies on the other side of chance. Otherwise it is *open*.
 Numbers of texts have bootstrap intervals over texts; what weights alone say has no texts, and its intervals are over
 layers.
 """
@@ -21,7 +22,7 @@ from griffin_jax.analysis.experts.texts import Measured
 from griffin_jax.evaluation.intervals import Interval, mean
 from griffin_jax.evaluation.report import as_json
 
-HOLDS, FAILS, OPEN = "holds", "fails", "open"
+HOLDS, NO_PROOF, FAILS, OPEN = "holds", "no proof", "fails", "open"
 
 FINE_GRAINED = "Neurons act like fine-grained experts."
 LARGE_NORMS = "Routers favour experts with large outputs."
@@ -44,8 +45,8 @@ OF_SETS = {
 LEAST_LAYERS = 3
 """With so many there is nothing to say about depth."""
 
-Number = Callable[[Measured], Float[np.ndarray, "n"]]
-"""A number of each text."""
+Number = Callable[[Measured], Float[np.ndarray, "n"] | None]
+"""A number of each text; None where it is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Evidence:
         right = 1 if self.above else -1
         if side != right:
             return FAILS
-        return HOLDS if all(_side(difference, 0.0) == right for difference in self.beyond.values()) else OPEN
+        return HOLDS if all(_side(difference, 0.0) == right for difference in self.beyond.values()) else NO_PROOF
 
     def to_json(self) -> dict[str, Any]:
         """For results."""
@@ -122,34 +123,35 @@ def evidence_of_texts(
     """
 
     def judged(claim: str, what: str, number: Number, chance: float, above: bool = True) -> Evidence:
-        own, others = number(measured), {name: number(null) for name, null in nulls.items()}
+        own = number(measured)
+        others = {name: found for name, null in nulls.items() if (found := number(null)) is not None}
+        assert own is not None
         return Evidence(
             claim, what, _mean_of_known(own, seed), chance, above, "texts",
             {name: _mean_of_known(values, seed) for name, values in others.items()},
             {name: _mean_of_known(own - values, seed) for name, values in others.items()},
         )  # fmt: skip
 
+    def of_layers(name: str, less: str | None = None) -> Number:
+        def number(found: Measured) -> Float[np.ndarray, "n"] | None:
+            known = found.numbers | found.compared
+            if name not in known:
+                return None
+            values = known[name] if less is None else known[name] - known[less]
+            return values.mean(axis=0)
+
+        return number
+
     names = OF_ROUTERS if routed else OF_SETS
     found = [
-        judged(
-            FINE_GRAINED, OVERLAP, lambda m: _over_layers(m, "overlap_own") - _over_layers(m, "overlap_others"), 0.0
-        ),
-        judged(FINE_GRAINED, KEPT, lambda m: _over_layers(m, "kept_over_dropped_norm"), 1.0),
+        judged(FINE_GRAINED, OVERLAP, of_layers("overlap_own", less="overlap_others"), 0.0),
+        judged(FINE_GRAINED, KEPT, of_layers("kept_over_dropped_norm"), measured.chance["kept_over_dropped_norm"]),
+        *(judged(LARGE_NORMS, what, of_layers(name), measured.chance[name]) for name, what in names.items()),
     ]
-    for name, chance in (
-        ("largest_chosen", measured.chance["largest_chosen"]),
-        ("rank_correlation", 0.0),
-        ("chosen_over_other_norm", 1.0),
-    ):
-        found.append(judged(LARGE_NORMS, names[name], lambda m, name=name: _over_layers(m, name), chance))
     if len(measured.layers) > LEAST_LAYERS:
         what = "rank correlation of depth and similarity of outputs, without the last layer"
         found.append(judged(DEPTH, what, _depth_of_texts, 0.0, above=False))
     return found
-
-
-def _over_layers(measured: Measured, name: str) -> Float[np.ndarray, "n"]:
-    return (measured.numbers | measured.compared)[name].mean(axis=0)
 
 
 def _depth_of_texts(measured: Measured) -> Float[np.ndarray, "n"]:
@@ -191,7 +193,8 @@ def with_depth(values: Float[np.ndarray, "l"]) -> float:
 
     if np.ptp(values) == 0:
         return 0.0
-    return float(spearmanr(np.arange(len(values)), values)[0])
+    found: Any = spearmanr(np.arange(len(values)), values)
+    return float(found.statistic)
 
 
 def _resampled_with_depth(values: Float[np.ndarray, "l"], seed: int, resamples: int = 2000) -> Interval:
@@ -210,12 +213,16 @@ def _resampled_with_depth(values: Float[np.ndarray, "l"], seed: int, resamples: 
 
 
 def verdicts(evidence: Sequence[Evidence]) -> dict[str, str]:
-    """The verdict on each finding: that of its numbers where they agree, else open."""
+    """The verdict on each finding: that of its numbers where they agree, else open.
+
+    Numbers that are no proof, or open, say nothing for or against one that holds or fails.
+    """
     found: dict[str, str] = {}
     for claim in (FINE_GRAINED, LARGE_NORMS, DEPTH):
         said = {each.verdict for each in evidence if each.claim == claim}
         if said:
-            found[claim] = said.pop() if len(said) == 1 else OPEN
+            decided = said & {HOLDS, FAILS} or said
+            found[claim] = decided.pop() if len(decided) == 1 else OPEN
     return found
 
 

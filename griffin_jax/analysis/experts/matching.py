@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Num
@@ -55,7 +56,8 @@ def match(
     similar = products / np.where(lengths > 0, lengths, 1)[:, None] / np.where(other_lengths > 0, other_lengths, 1)
     _, partners = linear_sum_assignment(similar, maximize=True)
     after = _cosine(np.arange(len(chosen)), partners, products, lengths, other_lengths)
-    return Matching(chosen, partners, before, after, float(kendalltau(chosen, partners)[0]))
+    order: Any = kendalltau(chosen, partners)
+    return Matching(chosen, partners, before, after, float(order.statistic))
 
 
 def _cosine(

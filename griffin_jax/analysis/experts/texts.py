@@ -148,10 +148,7 @@ def layers_of(config: ModelConfig) -> tuple[int, ...]:
     return routed or tuple(range(config.num_layers))
 
 
-def measure(
-    model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence[int], reading: Reading,
-    random_sets: int | None = None,
-) -> Measured:  # fmt: skip
+def measure(model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence[int], reading: Reading) -> Measured:
     """All numbers of some texts and layers.
 
     Args:
@@ -159,8 +156,6 @@ def measure(
         texts: two or more, of one length each and two tokens or more.
         layers: all with a router, or all without.
         reading: how they are read.
-        random_sets: of a model without routers, compare sets of neurons that are drawn with this seed instead of
-            GRIFFIN's.
     """
     config, layers = model.config, tuple(layers)
     found: list[list[Any]] = [[] for _ in layers]
@@ -173,33 +168,51 @@ def measure(
     numbers = _numbers_of_halves(of_halves, ranges)
     chance = {"overlap": _expected_overlap(ranges[0], reading.griffin)}
     if config.routing is None:
-        sets = min(reading.sets, len(texts))
-        masks = tuple(layer.first[:sets] for layer in of_halves)
-        if random_sets is not None:
-            masks = _random_masks(masks, reading.griffin, random_sets)
-        comparisons = _compared_sets(model, texts[:sets], layers, masks, reading.size)
-        chosen, active = np.zeros((len(layers), 0, 0), bool), 1
-    else:
-        comparisons, active = [layer[1] for layer in joined], config.routing.active
-        every = np.stack([layer[2] for layer in joined])[:, :, : len(texts[0])]
-        chosen = every[:, 0]
-        kept = max(1, int(reading.density * config.routing.experts))
-        numbers |= _numbers_of_choices(every, kept)
-        chance["choice_overlap"] = expected_jaccard(kept, config.routing.experts)
+        masks = tuple(layer.first[: reading.sets] for layer in of_halves)
+        return _compared(_compare_sets(model, texts, layers, masks, reading.size), layers, numbers, chance, 1)
+    every = np.stack([layer[2] for layer in joined])[:, :, : len(texts[0])]
+    kept = max(1, int(reading.density * config.routing.experts))
+    numbers |= _numbers_of_choices(every, kept)
+    chance["choice_overlap"] = expected_jaccard(kept, config.routing.experts)
+    comparisons = [layer[1] for layer in joined]
+    measured = _compared(comparisons, layers, numbers, chance, config.routing.active)
+    return dataclasses.replace(measured, chosen=every[:, 0], token_cosines=measured.token_cosines[:, : len(texts[0])])
+
+
+def measure_random_sets(
+    model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence[int], reading: Reading, seed: int
+) -> Measured:
+    """What sets of neurons say that are drawn at random, as many and as large as GRIFFIN's of the same texts."""
+    layers = tuple(layers)
+    count = min(reading.sets, len(texts))
+    empty = tuple(jnp.zeros((count, model.config.neurons[layer])) for layer in layers)
+    random = dataclasses.replace(reading.griffin, method="random")
+    seeds = jnp.arange(seed, seed + count, dtype=jnp.int32)
+    masks = select(Statistics(empty, jnp.ones(count, jnp.int32)), random, seed=seeds).masks()
+    return _compared(_compare_sets(model, texts, layers, masks, reading.size), layers, {}, {}, 1)
+
+
+def _compared(
+    comparisons: Sequence[Comparison],
+    layers: tuple[int, ...],
+    numbers: dict[str, Any],
+    chance: dict[str, float],
+    active: int,
+) -> Measured:
+    """Numbers that are known already, and those of comparisons of experts of which tokens choose `active`."""
     experts = comparisons[0].ranks.shape[-1]
-    compared = _numbers_of_comparisons(comparisons, active)
-    chance |= {"largest_chosen": active / experts, "top_is_largest": 1 / experts, "rank_correlation": 0.0}
-    tokens = np.stack([layer.tokens for layer in comparisons])
+    tokens = np.stack([layer.tokens for layer in comparisons]).sum(axis=1)[:, None, None]
     return Measured(
         layers=layers,
         numbers=numbers,
-        compared=compared,
-        chance=chance,
-        similarity=np.stack([layer.similarity.sum(axis=0) for layer in comparisons])
-        / tokens.sum(axis=1)[:, None, None],
+        compared=_numbers_of_comparisons(comparisons, active),
+        chance=chance
+        | {"largest_chosen": active / experts, "top_is_largest": 1 / experts, "rank_correlation": 0.0}
+        | {"chosen_over_other_norm": 1.0, "kept_over_dropped_norm": 1.0, "kept_over_dropped_weight": 1.0},
+        similarity=np.stack([layer.similarity.sum(axis=0) for layer in comparisons]) / tokens,
         ranks=np.stack([layer.ranks.sum(axis=0) for layer in comparisons]),
-        chosen=chosen,
-        token_cosines=np.stack([layer.token_cosines[0] for layer in comparisons])[:, : len(texts[0])],
+        chosen=np.zeros((len(layers), 0, 0), bool),
+        token_cosines=np.stack([layer.token_cosines[0] for layer in comparisons]),
     )
 
 
@@ -213,9 +226,11 @@ def _batches(
         yield (*pad([*batch, *[batch[-1]] * (size - len(batch))], length), len(batch))
 
 
-def _compared_sets(
+def _compare_sets(
     model: Transformer, texts: Sequence[Sequence[int]], layers: tuple[int, ...], masks: tuple[Any, ...], size: int
 ) -> list[Comparison]:
+    """Sets of neurons, each of which is that of one of the first texts, compared on the second halves of these."""
+    texts = texts[: len(masks[0])]
     found: list[list[Any]] = [[] for _ in layers]
     start = 0
     for tokens, lengths, count in _batches(texts, size, "sets"):
@@ -224,14 +239,6 @@ def _compared_sets(
             parts.append(jax.tree.map(lambda array, count=count: np.asarray(array)[:count], comparison))
         start += count
     return [jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts) for parts in found]
-
-
-def _random_masks(masks: tuple[Any, ...], config: GriffinConfig, seed: int) -> tuple[Any, ...]:
-    """As many neurons of each layer, drawn for each set."""
-    random = dataclasses.replace(config, method="random")
-    statistics = Statistics(tuple(jnp.zeros(mask.shape) for mask in masks), jnp.ones(len(masks[0]), jnp.int32))
-    seeds = jnp.arange(seed, seed + len(masks[0]), dtype=jnp.int32)
-    return select(statistics, random, seed=seeds).masks()
 
 
 def _expected_overlap(ranges: Sequence[int], config: GriffinConfig) -> float:

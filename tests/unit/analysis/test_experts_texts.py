@@ -252,8 +252,8 @@ class TestSets:
 
     def test_random_sets_have_nothing_of_their_text(self, dense):
         model, measured, _ = dense
-        drawn = texts.measure(model, TEXTS, range(LAYERS), READING, random_sets=1)
-        np.testing.assert_array_equal(drawn.numbers["overlap_own"], measured.numbers["overlap_own"])
+        drawn = texts.measure_random_sets(model, TEXTS, range(LAYERS), READING, 1)
+        assert not drawn.numbers
         assert not np.allclose(drawn.compared["similarity"], measured.compared["similarity"])
         gain = measured.compared["chosen_over_other_norm"].mean()
         assert gain > 1.1
@@ -325,8 +325,9 @@ def measured_with(similarity: np.ndarray, **numbers: float) -> Measured:
     }  # fmt: skip
     every = {name: values(value) for name, value in (defaults | numbers).items()}
     empty = np.zeros((shape[0], 0, 0), int)
+    chance = {name: defaults[name] for name in list(defaults)[2:]}
     return Measured(
-        tuple(range(shape[0])), every, {"similarity": similarity}, {"largest_chosen": 0.25}, empty, empty,
+        tuple(range(shape[0])), every, {"similarity": similarity}, chance, empty, empty,
         empty.astype(bool), np.zeros((shape[0], 0)),
     )  # fmt: skip
 
@@ -345,7 +346,7 @@ class TestClaims:
         assert set(claims.verdicts(evidence).values()) == {"holds"}
         # What a random model has as well is no finding.
         evidence = claims.evidence_of_texts(planted, {"random": random, "same": planted}, True, 0)
-        assert {each.verdict for each in evidence} == {"open"}
+        assert {each.verdict for each in evidence} == {"no proof"}
         assert "holds" not in claims.verdicts(claims.evidence_of_texts(random, {}, True, 0)).values()
         against = measured_with(1 - falling, overlap_own=0.3, kept_over_dropped_norm=0.5, largest_chosen=0.1,
                                 rank_correlation=-0.5, chosen_over_other_norm=0.9)  # fmt: skip
