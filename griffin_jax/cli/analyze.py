@@ -41,7 +41,7 @@ from griffin_jax.evaluation.samples import (
     read_texts,
     sha256_of_files,
 )
-from griffin_jax.griffin.config import check_density
+from griffin_jax.griffin.config import GriffinConfig, check_density
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.utils.wholefile import replacing, write_text
@@ -120,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
     source = open_source(options.model, options.allow_pickle)
     config = source.config
     layers = _chosen_layers(options, config)
+    GriffinConfig(options.density).kept_of_ranges(config.neuron_ranges)
     routed = config.routing is not None
     found = null = None
     if not routed and not options.files:

@@ -25,6 +25,9 @@ TITLES = {"up": "Wup", "gate": "Wact", "down": "Wdown"}
 BRIGHTEST = 99.5
 """Per cent of the numbers of a heat map that are within its colour scale."""
 
+NULL = "null: "
+"""What labels of null models begin with."""
+
 Lines = Mapping[str, Sequence[Mapping[str, float | None]] | Sequence[float]]
 
 
@@ -80,7 +83,8 @@ def heat_maps(
     for panel in panels.flat[len(at) :]:
         panel.axis("off")
     if not own_scale:
-        figure.colorbar(panels.flat[0].images[0], ax=panels, location="bottom", shrink=0.6, aspect=40, extend="both")
+        bar = figure.colorbar(panels.flat[0].images[0], ax=panels, location="bottom", shrink=0.6, aspect=40)
+        bar.ax.tick_params(labelsize=7)
     figure.supxlabel(axes[0], fontsize="small")
     figure.supylabel(axes[1], fontsize="small")
     figure.suptitle(title, fontsize="medium")
@@ -96,7 +100,7 @@ def by_layer(
 
     Args:
         layers: their numbers.
-        panels: by title, lines by label. Labels of null models begin with `null`.
+        panels: by title, lines by label; those of null models, which begin with `NULL`, are grey.
         chances: by title of the panel, horizontal lines by label.
     """
     columns = min(2, len(panels))
@@ -104,9 +108,11 @@ def by_layer(
     figure = new_figure(WIDTH, 0.5 + 2.6 * rows)
     drawn = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (title, lines) in zip(drawn, panels.items(), strict=False):
+        nulls = [label for label in lines if label.startswith(NULL)]
         for number, (label, values) in enumerate(lines.items()):
-            null = label.startswith("null")
-            style = {"color": "0.55", "linestyle": (":", "-.")[number % 2]} if null else {"color": f"C{number}"}
+            style = {"color": f"C{number}", "linestyle": "-"}
+            if label in nulls:
+                style = {"color": "0.55", "linestyle": ("-.", ":")[nulls.index(label) % 2]}
             _line(axis, layers, values, label, style)
         for number, (label, value) in enumerate((chances or {}).get(title, {}).items()):
             axis.axhline(value, color="C3", linestyle=("--", ":")[number % 2], linewidth=1, label=label)
@@ -131,7 +137,7 @@ def _line(axis: Any, layers: Sequence[int], values: Sequence[Any], label: str, s
         if len(value) == 1 < len(layers):
             axis.axhline(value[0], linewidth=1, label=label, **style)
             return
-    axis.plot(layers, value, "o", markersize=2, linewidth=1.2, label=label, **{"linestyle": "-", **style})
+    axis.plot(layers, value, "o", markersize=2, linewidth=1.2, label=label, **style)
 
 
 def points(coordinates: Float[np.ndarray, "l e 2"], layers: Sequence[int], title: str) -> Any:
@@ -187,7 +193,8 @@ def tokens_by_layer(values: Float[np.ndarray, "l t"], layers: Sequence[int], tit
     axis.set_yticks(places, [str(layers[place]) for place in places])
     axis.set_xlabel("token")
     axis.set_ylabel("layer")
-    figure.colorbar(drawn, ax=axis)
+    figure.colorbar(drawn, ax=axis).ax.tick_params(labelsize=7)
+    axis.tick_params(labelsize=7)
     axis.set_title(title, fontsize="medium")
     return figure
 
@@ -207,7 +214,7 @@ def states(arrays: Mapping[int, Float[np.ndarray, "t e f"]], title: str) -> Any:
             panel.set_title(f"expert {expert}" if values.shape[1] > 1 else "", fontsize="x-small")
             panel.tick_params(labelsize=6)
         row[0].set_ylabel(f"layer {layer}: token", fontsize="small")
-        figure.colorbar(row[0].images[0], ax=list(row), extend="max", aspect=25)
+        figure.colorbar(row[0].images[0], ax=list(row), extend="max", aspect=25).ax.tick_params(labelsize=7)
     figure.supxlabel("neuron", fontsize="small")
     figure.suptitle(title, fontsize="medium")
     return figure

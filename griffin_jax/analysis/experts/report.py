@@ -139,7 +139,12 @@ def _figures_of_weights(weights: Mapping[str, Any], null: Mapping[str, Any]) -> 
 
     def lines(name: str, title: str) -> dict[str, Any]:
         each = {figures.TITLES[kind]: weights[kind][name] for kind in kinds}
-        return {title: {**each, "null: random weights": [float(np.mean([null[kind][name][0] for kind in kinds]))]}}
+        return {
+            title: {
+                **each,
+                f"{figures.NULL}{RANDOM_WEIGHTS}": [float(np.mean([null[kind][name][0] for kind in kinds]))],
+            }
+        }
 
     similar = {}
     for kind in kinds:
@@ -169,7 +174,9 @@ def _figures_of_weights(weights: Mapping[str, Any], null: Mapping[str, Any]) -> 
     routers = {
         "R² of experts' mean neurons on the router's rows": {
             **{figures.TITLES[kind]: weights[kind]["router_r2"] for kind in kinds},
-            "null: rows given at random": np.mean([weights[kind]["router_r2_permuted"] for kind in kinds], axis=0),
+            f"{figures.NULL}rows given at random": np.mean(
+                [weights[kind]["router_r2_permuted"] for kind in kinds], axis=0
+            ),
         }
     }
     return {
@@ -190,7 +197,7 @@ def _figures_of_texts(results: Mapping[str, Any], drawing: Drawing) -> Images:
         if null:
             first = names[0][0]
             found |= {
-                f"null: {title}": found["numbers"][first]["layers"]
+                f"{figures.NULL}{title}": found["numbers"][first]["layers"]
                 for title, found in nulls.items()
                 if first in found["numbers"]
             }
@@ -281,10 +288,10 @@ def rows_of_weights(results: Mapping[str, Any], key: str, seed: int) -> list[dic
 
 def rows_of_texts(results: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     """Rows of a table: means over layers with intervals over texts, next to null models."""
-    texts = results["texts"]
+    texts, routed = results["texts"], results["kind"] == "routed"
     return [
         {
-            "title": title,
+            "title": title if routed else title.replace("expert", "set"),
             "found": texts["numbers"][name]["mean"],
             "chance": texts["chance"].get(CHANCES.get(name, name)),
             "nulls": {
