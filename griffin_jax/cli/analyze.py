@@ -231,7 +231,7 @@ def _of_texts(
     model, config = llm.model, llm.config
     measured = texts.measure(model, read, layers, reading)
     drawn = [layers[place] for place in shown_layers(layers, 3)]
-    states = texts.gate_states(model, np.asarray(read[:1]), np.asarray([options.tokens]), tuple(drawn))
+    states = texts.gate_states(model, read[0], drawn)
     nulls = {}
     if config.routing is None:
         nulls[RANDOM_SETS] = texts.measure_random_sets(model, read, layers, reading, options.seed)
@@ -243,7 +243,7 @@ def _of_texts(
     drawing = Drawing(
         similarity=measured.similarity, ranks=measured.ranks, chosen=measured.chosen,
         token_cosines=measured.token_cosines,
-        states={layer: np.asarray(array, np.float32) for layer, array in zip(drawn, states, strict=True)},
+        states=states,
     )  # fmt: skip
     return measured, nulls, drawing, {"used": len(read), "left_out": as_json(skipped), "dtype": str(dtype)}
 

@@ -367,6 +367,7 @@ class Needs:
             {
                 "cache": self._sizes(batch, length, True).cache,
                 "reading": self._activations(batch, length, 0),
+                "layers' inputs": self.itemsize * c.num_layers * read * c.width,
                 "experts' outputs": 3 * 4 * experts * read * c.width,
                 "pairs of experts": 4 * 4 * experts**2 * read,
                 "all neurons": 3 * 4 * read * max(c.neurons),

@@ -97,7 +97,7 @@ def gates_only(experts: Experts) -> Experts:
 
 
 def of_each_expert(
-    experts: Experts, x: Float[Array, "b t d"], number: Int[Array, ""]
+    x: Float[Array, "b t d"], number: Int[Array, ""]
 ) -> tuple[Int[Array, "b t 1"], Float[Array, "b t 1"]]:
     """Choices with which every token chooses one expert, with the weight 1."""
     shape = (*x.shape[:2], 1)
@@ -110,7 +110,7 @@ def answers_of_experts(ff: RoutedFeedForward, seen: Seen) -> Answers:
     gates = gates_only(ff.experts)
 
     def answer(number: Array) -> tuple[Array, Array]:
-        experts, weights = of_each_expert(ff.experts, seen.x, number)
+        experts, weights = of_each_expert(seen.x, number)
         z = ff.experts.intermediate(seen.x, experts, weights)
         active = active_share(gates.intermediate(seen.x, experts, weights)[..., 0, :])
         return ff.experts.project(z, experts, weights).astype(jnp.float32), active

@@ -29,7 +29,7 @@ from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.routed import RoutedActivations
+from griffin_jax.model.routed import RoutedActivations, RoutedFeedForward
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
@@ -82,64 +82,65 @@ class Reading:
         return GriffinConfig(self.density)
 
 
-@programs.jit(static_argnames=("layers", "config"))
-def read(
-    model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], layers: tuple[int, ...],
-    config: GriffinConfig,
-) -> tuple[tuple[Halves, Comparison | None, Bool[Array, "b t e"] | None], ...]:  # fmt: skip
-    """Of each of `layers` the halves, and where it has a router the comparison of its experts and the choices."""
-    ranges = model.config.neuron_ranges
-
-    def look(number: int, ff: Any, seen: Seen) -> Any:
-        if number not in layers:
-            return None
-        found = halves(ff, seen, ranges[number], config)
-        if not isinstance(seen.z, RoutedActivations):
-            return found, None, None
-        answers = answers_of_experts(ff, seen)
-        return found, compare(answers, seen.real), answers.chosen
-
-    seen = watch(model, tokens, lengths, look)
-    return tuple(seen[layer] for layer in layers)
+@programs.jit(static_argnames="layers")
+def inputs(
+    model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], layers: tuple[int, ...]
+) -> tuple[tuple[Float[Array, "b t d"], ...], Bool[Array, "b t"]]:
+    """What goes into the feed-forward module of each of `layers`, and which tokens are real."""
+    wanted = set(layers)
+    seen = watch(model, tokens, lengths, lambda number, ff, seen: seen.x if number in wanted else None)
+    return tuple(seen[layer] for layer in layers), jnp.arange(tokens.shape[1]) < lengths[:, None]
 
 
-@programs.jit(static_argnames=("layers",))
+@programs.jit(static_argnames=("ranges", "config"))
+def read_layer(
+    ff: Any, x: Float[Array, "b t d"], real: Bool[Array, "b t"], ranges: tuple[int, ...], config: GriffinConfig
+) -> tuple[Halves, Comparison | None, Bool[Array, "b t e"] | None]:
+    """Of a layer the halves, and if it has a router the comparison of its experts and the choices.
+
+    It is compiled once for all layers of a kind. What all experts answer is much more work than the intermediates,
+    which are computed here once more.
+    """
+    seen = Seen(x, ff.intermediate(x), real)
+    found = halves(ff, seen, ranges, config)
+    if not isinstance(seen.z, RoutedActivations):
+        return found, None, None
+    answers = answers_of_experts(ff, seen)
+    return found, compare(answers, real), answers.chosen
+
+
+@programs.jit
 def read_sets(
-    model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], layers: tuple[int, ...],
-    sets: tuple[Bool[Array, "e _f"], ...], own: Int[Array, "b"],
-) -> tuple[Comparison, ...]:  # fmt: skip
+    ff: Any, x: Float[Array, "b t d"], real: Bool[Array, "b t"], sets: Bool[Array, "e f"], own: Int[Array, "b"]
+) -> Comparison:
     """The comparison of sets of neurons on the second halves of texts, of which set `own` is a text's own."""
-
-    def look(number: int, ff: Any, seen: Seen) -> Any:
-        if number not in layers:
-            return None
-        answers = answers_of_sets(ff, seen, sets[layers.index(number)], own)
-        return compare(answers, second_half(seen.real))
-
-    seen = watch(model, tokens, lengths, look)
-    return tuple(seen[layer] for layer in layers)
+    seen = Seen(x, ff.intermediate(x), real)
+    return compare(answers_of_sets(ff, seen, sets, own), second_half(real))
 
 
-@programs.jit(static_argnames=("layers",))
-def gate_states(
-    model: Transformer, tokens: Int[Array, "1 t"], lengths: Int[Array, "1"], layers: tuple[int, ...]
-) -> tuple[Float[Array, "t e f"], ...]:
+@programs.jit
+def states_of_layer(ff: Any, x: Float[Array, "1 t d"]) -> Float[Array, "t e f"]:
     """D7: act(Wg x) of the first neurons of every expert, or of a layer without experts z, for the tokens of a text."""
+    if not isinstance(ff, RoutedFeedForward):
+        return ff.intermediate(x)[0, :, None, :SHOWN_NEURONS]
+    gates = gates_only(ff.experts)
 
-    def look(number: int, ff: Any, seen: Seen) -> Any:
-        if number not in layers:
-            return None
-        if not isinstance(seen.z, RoutedActivations):
-            return seen.z[0, :, None, :SHOWN_NEURONS]
-        gates = gates_only(ff.experts)
+    def states(expert: Array) -> Array:
+        return gates.intermediate(x, *of_each_expert(x, expert))[0, :, 0, :SHOWN_NEURONS]
 
-        def states(expert: Array) -> Array:
-            return gates.intermediate(seen.x, *of_each_expert(gates, seen.x, expert))[0, :, 0, :SHOWN_NEURONS]
+    return jnp.moveaxis(jax.lax.map(states, jnp.arange(ff.routing.experts)), 0, 1)
 
-        return jnp.moveaxis(jax.lax.map(states, jnp.arange(seen.z.count)), 0, 1)
 
-    seen = watch(model, tokens, lengths, look)
-    return tuple(seen[layer] for layer in layers)
+def gate_states(
+    model: Transformer, text: Sequence[int], layers: Sequence[int]
+) -> dict[int, Float[np.ndarray, "t e f"]]:
+    """Intermediate states of a text in some layers; float32."""
+    tokens, lengths = pad([text], bucket(len(text)))
+    found, _ = inputs(model, tokens, lengths, tuple(layers))
+    return {
+        layer: np.asarray(states_of_layer(model.layers[layer].ff, x)[: len(text)], np.float32)
+        for layer, x in zip(layers, found, strict=True)
+    }
 
 
 def layers_of(config: ModelConfig) -> tuple[int, ...]:
@@ -160,7 +161,9 @@ def measure(model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence
     config, layers = model.config, tuple(layers)
     found: list[list[Any]] = [[] for _ in layers]
     for tokens, lengths, count in _batches(texts, reading.size, "texts"):
-        for parts, of_layer in zip(found, read(model, tokens, lengths, layers, reading.griffin), strict=True):
+        seen, real = inputs(model, tokens, lengths, layers)
+        for parts, layer, x in zip(found, layers, seen, strict=True):
+            of_layer = read_layer(model.layers[layer].ff, x, real, config.neuron_ranges[layer], reading.griffin)
             parts.append(jax.tree.map(lambda array, count=count: np.asarray(array)[:count], of_layer))
     joined = [jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts) for parts in found]
     of_halves = [layer[0] for layer in joined]
@@ -235,7 +238,9 @@ def _compare_sets(
     start = 0
     for tokens, lengths, count in _batches(texts, size, "sets"):
         own = np.minimum(start + np.arange(size, dtype=np.int32), len(texts) - 1)
-        for parts, comparison in zip(found, read_sets(model, tokens, lengths, layers, masks, own), strict=True):
+        seen, real = inputs(model, tokens, lengths, layers)
+        for parts, layer, x, sets in zip(found, layers, seen, masks, strict=True):
+            comparison = read_sets(model.layers[layer].ff, x, real, sets, jnp.asarray(own))
             parts.append(jax.tree.map(lambda array, count=count: np.asarray(array)[:count], comparison))
         start += count
     return [jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts) for parts in found]
