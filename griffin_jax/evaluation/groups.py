@@ -76,7 +76,8 @@ def compare_groups(
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         prefilled = batch.prefill(model, bucket(new))
-        chosen = {variant: jitted.select(prefilled.statistics, config) for variant, config in rules.items()}
+        given = {"magnitudes": jitted.magnitudes_of(model)}
+        chosen = {variant: jitted.select(prefilled.statistics, config, **given) for variant, config in rules.items()}
         best = {variant.density: chosen[variant] for variant, config in rules.items() if config.groups == 1}
 
         def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:

@@ -24,13 +24,13 @@ from flax import nnx
 from griffin_jax.griffin.prune import check_whole
 from griffin_jax.model.assembly import matrix_of
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import FeedForward, floating_rows
+from griffin_jax.model.feed_forward import FeedForward
 from griffin_jax.model.parameters import Matrix, array_of
 from griffin_jax.model.routed import RoutedFeedForward
 from griffin_jax.model.sharding import VOCABULARY, divided
 from griffin_jax.model.sizes import Sizes, bytes_of, local_arrays
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import Outputs, Precision, WeightFormat, held, quantise
+from griffin_jax.model.weights import Outputs, Precision, WeightFormat, floating_rows, held, quantise
 from griffin_jax.parallel.mesh import mesh_of
 
 BLOCK = 1 << 22

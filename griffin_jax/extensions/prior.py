@@ -196,7 +196,8 @@ def _layers(
 class Fusion:
     """Fuses the scores of a prompt by rank with those of general text: (1 - w) * rank(s) + w * rank(p), float32.
 
-    The smallest value has rank 0. Of equal values the first has the highest rank, since `select` takes it first.
+    A value's rank is the number of smaller ones, so that equal values have equal ranks, and the other text decides. So
+    it does for routed experts that no token of the prompt chose.
 
     Attributes:
         squares: p^2 of every neuron of each layer.
@@ -240,8 +241,13 @@ def check_weight(weight: object) -> Any:
 
 
 def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    order = jnp.argsort(score, axis=-1, stable=True, descending=True)
-    return (score.shape[-1] - 1 - jnp.argsort(order, axis=-1)).astype(jnp.float32)
+    order = jnp.argsort(score, axis=-1)
+    rising = jnp.take_along_axis(score, order, axis=-1)
+    place = jnp.broadcast_to(jnp.arange(score.shape[-1], dtype=jnp.int32), score.shape)
+    # Of equal values, the place of the first one.
+    larger = jnp.diff(rising, axis=-1, prepend=rising[..., :1]) > 0
+    ranks = jax.lax.cummax(jnp.where(larger, place, 0), axis=score.ndim - 1)
+    return jnp.take_along_axis(ranks, jnp.argsort(order, axis=-1), axis=-1).astype(jnp.float32)
 
 
 def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, round_to: int = 1) -> tuple[int, ...]:

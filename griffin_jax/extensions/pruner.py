@@ -89,7 +89,8 @@ class Pruner:
         """
         # Elsewhere the model would be one more input to check and hash.
         scored = model if self.config.method == "magnitude" else None
-        return jitted.select(statistics, self.config, model=scored, seed=seed, fuse=self.fuse)
+        given = {"seed": seed, "fuse": self.fuse, "magnitudes": jitted.magnitudes_of(model)}
+        return jitted.select(statistics, self.config, model=scored, **given)
 
     def refit(self, rows: Rows) -> Reconstruction | None:
         """What the kept rows are fitted to; None without a refit, or without rows."""

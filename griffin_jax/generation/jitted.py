@@ -7,16 +7,21 @@ its gather is jitted inside, and jit would copy the arrays that it passes throug
 
 from __future__ import annotations
 
+import weakref
+
 from jax import Array
+from jax.core import Tracer
 
 from griffin_jax.generation import conversation, scoring
 from griffin_jax.generation import decode as decoding
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.generation.prefill import prefill as _prefill
 from griffin_jax.generation.sampling import Greedy, Sampler
+from griffin_jax.griffin.select import magnitude
 from griffin_jax.griffin.select import select as _select
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.cache import KVCache
+from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
 prefill = programs.jit(_prefill, static_argnames=("max_new_tokens", "chunk", "collect", "rows"))
@@ -54,3 +59,22 @@ def _init_decode(
     nothing = logits[:, :0]
     prefilled = Prefilled(logits, nothing, cache, Statistics((), tokens), max_new_tokens)
     return decoding.init_decode(prefilled, sampler=sampler, eos=eos, seed=seed)
+
+
+_magnitude = programs.jit(magnitude)
+_known: weakref.WeakKeyDictionary[Transformer, tuple[list[weakref.ref[Array]], tuple[Array, ...]]]
+_known = weakref.WeakKeyDictionary()
+"""The magnitudes of models, and the matrices that they were computed of."""
+
+
+def magnitudes_of(model: Transformer) -> tuple[Array, ...] | None:
+    """What `griffin_jax.select` takes as `magnitudes`: computed once for a model; None if it has no routed experts."""
+    if model.config.routing is None:
+        return None
+    matrices = [part.gate_up.get_value() for layer in model.layers for part in layer.ff.parts()]
+    if any(isinstance(matrix, Tracer) for matrix in matrices):
+        return magnitude(model)
+    known = _known.get(model)
+    if known is None or any(ref() is not matrix for ref, matrix in zip(known[0], matrices, strict=True)):
+        known = _known[model] = [weakref.ref(matrix) for matrix in matrices], _magnitude(model)
+    return known[1]

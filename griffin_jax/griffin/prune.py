@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, NeuronModule, floating_rows
+from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, NeuronModule
 from griffin_jax.model.low_rank import plus_matrix
 from griffin_jax.model.ops import take_rows
 from griffin_jax.model.parameters import array_of
 from griffin_jax.model.routed import Experts
 from griffin_jax.model.sharding import check_mesh, parameter_spec
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.model.weights import WeightFormat, quantise
+from griffin_jax.model.weights import WeightFormat, floating_rows, quantise
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 from griffin_jax.utils import programs
 from griffin_jax.utils.deprecation import renamed_arguments

@@ -15,8 +15,12 @@ from griffin_jax.griffin.config import GriffinConfig, Method
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.config import MOST_LAYERS
+from griffin_jax.model.feed_forward import NeuronModule
+from griffin_jax.model.low_rank import plus_matrix
 from griffin_jax.model.ops import top_k
+from griffin_jax.model.parameters import array_of
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import floating_rows
 from griffin_jax.utils.deprecation import warn_renamed
 
 DRAWING: tuple[Method, ...] = ("sample", "topk_sample", "random")
@@ -51,11 +55,14 @@ def _taking_prior(select: Select) -> Select:
 
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
     """The score of every neuron from its weights alone: ||Wg_j|| * ||Wu_j|| if gated, else ||Wu_j||. Float32."""
+    return tuple(jnp.concatenate([_magnitude(part) for part in layer.ff.parts()]) for layer in model.layers)
 
-    def score(gate_up: Array) -> Array:
-        return jnp.prod(jnp.linalg.norm(gate_up.astype(jnp.float32), axis=-1), axis=0)
 
-    return tuple(score(layer.ff.gate_up_matrix()) for layer in model.layers)
+def _magnitude(part: NeuronModule) -> Float[Array, "f"]:
+    matrix = floating_rows(part.gate_up[...], None, array_of(part.gate_up_scale))
+    matrix = plus_matrix(matrix, part.gate_up_left, part.gate_up_right)
+    norms = jnp.linalg.norm(matrix.astype(jnp.float32), axis=-1)
+    return jnp.prod(norms, axis=part.neuron_axes["gate_up"] - 1).reshape(-1)
 
 
 @_taking_prior
@@ -66,6 +73,7 @@ def select(
     model: Transformer | None = None,
     seed: int | Int[Array, "*b"] = 0,
     fuse: Fuse | None = None,
+    magnitudes: tuple[Float[Array, "_f"], ...] | None = None,
 ) -> ExpertNeurons:
     """Choose the neurons to keep, in each layer independently.
 
@@ -74,12 +82,15 @@ def select(
         config: density, method, groups, and whether the batch shares its neurons. With `shared` a neuron's
             score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
             equal weight.
-        model: the full model; only `method="magnitude"` needs it.
+        model: the full model; `method="magnitude"` needs it, and a model with routed experts in place of `magnitudes`.
         seed: for the methods that draw: one for the whole batch, or one for each sequence, whose draws then do not
             depend on its batch.
         fuse: beyond GRIFFIN, for `method="topk"`: turns the prompt's scores of every layer into others of the same
             shapes, such as `Prior.fusion` does with what neurons do in general text. A pytree, so that `select` can
             be jitted with it.
+        magnitudes: of a model with routed experts, what `magnitude` gives for it, which needs to be computed only once.
+            Where no token of the prompts chose an expert, and what `fuse` adds says nothing of it either, it keeps its
+            largest neurons; its first ones if neither this nor the model is given.
 
     Returns:
         Expert neurons of shape (K,) if shared, else (B, K); K is static.
@@ -111,12 +122,32 @@ def select(
         raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
     ranges = statistics.ranges or tuple((width,) for width in neurons)
     shares = config.kept_of_ranges(ranges)
+    if statistics.ranges and config.method not in ("random", "magnitude"):
+        magnitudes = magnitude(model) if magnitudes is None and model is not None else magnitudes
+        if magnitudes is not None:
+            layers = zip(scores, magnitudes, ranges, strict=True)
+            scores = tuple(_largest_where_alike(*layer, config.group_count) for layer in layers)
     indices = tuple(
         _chosen(score, sizes, kept, config, keys, layer)
         for layer, (score, sizes, kept) in enumerate(zip(scores, ranges, shares, strict=True))
     )
     of_ranges = (ranges, shares) if statistics.ranges else ()
     return ExpertNeurons(indices, neurons, config.group_count, None, *of_ranges)
+
+
+def _largest_where_alike(
+    score: Float[Array, "*b f"], magnitude: Float[Array, "f"], sizes: tuple[int, ...], groups: int
+) -> Float[Array, "*b f"]:
+    """The scores of a layer, but magnitudes in groups of its ranges whose neurons all have the same score."""
+    found, start = [], 0
+    for size, alike in itertools.groupby(sizes):
+        stop = start + len(list(alike)) * size
+        own = score[..., start:stop].reshape(*score.shape[:-1], -1, size // groups)
+        by_size = magnitude[start:stop].reshape(own.shape[-2:])
+        says_nothing = jnp.max(own, axis=-1, keepdims=True) == jnp.min(own, axis=-1, keepdims=True)
+        found.append(jnp.where(says_nothing, by_size, own).reshape(*score.shape[:-1], -1))
+        start = stop
+    return jnp.concatenate(found, axis=-1)
 
 
 def _chosen(

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float
 
 from griffin_jax.model.config import Activation, ModelConfig
 from griffin_jax.model.low_rank import plus_linear, plus_matmul, plus_matrix
 from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.products import linear, linear_of_each, matmul, matmul_of_each
-from griffin_jax.model.weights import Outputs, WeightFormat, dequantise
+from griffin_jax.model.weights import Outputs, WeightFormat, floating_rows
 
 QUICK = 1.702
 """The slope of the sigmoid in `gelu_quick`."""
@@ -253,18 +253,3 @@ class FeedForward(NeuronModule):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         return self.project(self.intermediate(x))
-
-
-def floating_rows(
-    weight: Num[Array, "*rows d"], scale: Float[Array, "*b d"] | None, row_scale: Float[Array, "*rows n"] | None
-) -> Float[Array, "*rows d"]:
-    """A matrix as floating numbers, from what is stored of it.
-
-    Args:
-        weight: its numbers, floating or integers.
-        scale: the scale of each output along the last axis, for all sequences or for each its own.
-        row_scale: the scales of groups of each row.
-    """
-    if scale is not None:
-        return weight.astype(jnp.float32) * (scale if scale.ndim == 1 else scale[:, None])
-    return weight if row_scale is None else dequantise(weight, row_scale)

@@ -10,11 +10,15 @@ matrix of each in blocks. No expert has a capacity, and no token is dropped.
 `jax.lax.ragged_dot` is this product, too. XLA for CPUs and GPUs (jax 0.10.2) makes of it a product of every token with
 every expert: 76 s instead of 1.4 for 1,024 tokens with 4 of 64 experts (768 x 2,048, 2 cores), and for 1,024 tokens
 with 8 of 128 experts temporaries of 4.7 GB in a program compiled for an H100. On TPUs it is a kernel, and used here.
+
+Both products have derivatives with respect to everything but the choices and integers. They are products of the same
+kind, and one more, a matrix for each expert that is a sum over its pairs; nothing but the operands is kept for them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +36,7 @@ from griffin_jax.model.products import (
     one_token,
     sum_of_rows,
 )
-from griffin_jax.model.weights import dequantise, grouped
+from griffin_jax.model.weights import dequantise, floating_rows, grouped
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, local_sequences, mesh_of
 
 BLOCK_TOKENS = 32
@@ -56,7 +60,7 @@ def linear_of_experts(
         scale: of integers: one for each row (n = 1), or for each of n groups of a row.
     """
     mesh = mesh_of(weight)
-    form = _linear_pairs if _few(experts, weight, mesh) else _linear_blocks
+    form = functools.partial(_linear, _few(experts, weight, mesh))
     if mesh is None:
         return form(x, experts, weight, scale)
     tokens, neurons = _divided(x, weight.shape[2], mesh)
@@ -86,7 +90,7 @@ def matmul_of_experts(
         row_scale: of integers, for each of n groups of a row, instead.
     """
     mesh = mesh_of(weight)
-    form = _matmul_pairs if _few(experts, weight, mesh) else _matmul_blocks
+    form = functools.partial(_matmul, _few(experts, weight, mesh))
     if mesh is None:
         return form(z, experts, weight, scale, row_scale)
     tokens, neurons = _divided(z, weight.shape[1], mesh)
@@ -118,6 +122,106 @@ def _few(experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None) -> boo
 def _divided(x: Array, neurons: int, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, str | None]:
     """How tokens and neurons are divided among devices, each of which sorts its own tokens."""
     return PartitionSpec(dividing(mesh, DATA_AXIS, x.shape[0])), dividing(mesh, MODEL_AXIS, neurons)
+
+
+# ---- On one device, with derivatives ----
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(few: bool, x: Array, experts: Array, weight: Array, scale: Array | None) -> Float[Array, "b t k a f"]:
+    return (_linear_pairs if few else _linear_blocks)(x, experts, weight, scale)
+
+
+def _linear_forward(few: bool, *operands: Any) -> tuple[Array, tuple]:
+    return _linear(few, *operands), operands
+
+
+def _linear_backward(few: bool, operands: tuple, change: Float[Array, "b t k a f"]) -> tuple:
+    x, experts, weight, scale = operands
+    rows = weight.reshape(weight.shape[0], -1, weight.shape[-1])
+    row_scale = None if scale is None else scale.reshape(*rows.shape[:2], -1)
+    change = change.reshape(*experts.shape, -1).astype(x.dtype)
+    of_x: Array = _matmul(few, change, experts, rows, None, row_scale)
+    of_x = of_x.astype(x.dtype)
+    of_matrix = _sums_of_experts(change, x[:, :, None], experts, weight.shape[0]).reshape(weight.shape)
+    if scale is None:
+        return of_x, None, of_matrix.astype(weight.dtype), None
+    (of_scale,) = jax.vjp(functools.partial(dequantise, weight), scale)[1](of_matrix)
+    return of_x, None, None, of_scale
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(
+    few: bool, z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
+) -> Float[Array, "b t d"]:
+    return (_matmul_pairs if few else _matmul_blocks)(z, experts, weight, scale, row_scale)
+
+
+def _matmul_forward(few: bool, *operands: Any) -> tuple[Array, tuple]:
+    return _matmul(few, *operands), operands
+
+
+def _matmul_backward(few: bool, operands: tuple, change: Float[Array, "b t d"]) -> tuple:
+    z, experts, weight, scale, row_scale = operands
+    change = change[:, :, None]
+    # Where experts have scales of their own, each choice of a token is a token.
+    scaled = change if scale is None else change * scale[experts]
+    b, t, each, d = scaled.shape
+    tokens, choices = scaled.reshape(b, t * each, d).astype(z.dtype), experts.reshape(b, t * each, -1)
+    rows = weight[:, None]
+    of_z: Array = _linear(few, tokens, choices, rows, None if row_scale is None else row_scale[:, None])
+    of_z = of_z.reshape(z.shape).astype(z.dtype)
+    of_matrix = _sums_of_experts(z, change.astype(z.dtype), experts, weight.shape[0])
+    if scale is None and row_scale is None:
+        return of_z, None, of_matrix.astype(weight.dtype), None, None
+    of_scales = jax.vjp(functools.partial(floating_rows, weight), scale, row_scale)[1](of_matrix)
+    return of_z, None, None, *of_scales
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _sums_of_experts(
+    left: Float[Array, "b t k m"], right: Float[Array, "b t each n"], experts: Int[Array, "b t k"], count: int
+) -> Float[Array, "e m n"]:
+    """For each expert the sum over its pairs of left^T right, float32.
+
+    Args:
+        left: of each pair.
+        right: of each pair, or of each token (`each` is 1).
+        experts: the experts that each token chose.
+        count: number of experts.
+    """
+    k, m, each, n = left.shape[2], left.shape[3], right.shape[2], right.shape[3]
+    at = _sorted(experts, count)
+    pairs, others = left.reshape(-1, m)[at.order], right.reshape(-1, n)[at.order // (k // each)]
+
+    def ragged(pairs: Array, others: Array) -> Array:
+        numbers = jax.lax.RaggedDotDimensionNumbers(
+            dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+        )
+        return jax.lax.ragged_dot_general(pairs, others, at.counts, numbers, preferred_element_type=jnp.float32)
+
+    def in_blocks(pairs: Array, others: Array) -> Array:
+        ends = jnp.cumsum(at.counts)
+        padded = [jnp.pad(array, ((0, BLOCK_TOKENS), (0, 0))) for array in (pairs, others)]
+
+        def block(number: Array, sums: Array) -> Array:
+            start, owner = at.starts[number], at.owners[number]
+            # The places of the next expert are not in the sum, whatever they hold.
+            own = (start + jnp.arange(BLOCK_TOKENS) < ends[owner])[:, None]
+            mine, theirs = (
+                jnp.where(own, jax.lax.dynamic_slice_in_dim(array, start, BLOCK_TOKENS), 0) for array in padded
+            )
+            product = jnp.einsum("tm,tn->mn", mine, theirs, preferred_element_type=jnp.float32)
+            return sums.at[owner].add(product)
+
+        return jax.lax.fori_loop(0, at.blocks, block, jnp.zeros((count, m, n), jnp.float32))
+
+    return jax.lax.platform_dependent(pairs, others, tpu=ragged, default=in_blocks)
 
 
 # ---- Few pairs ----

@@ -17,11 +17,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.model.config import ModelConfig, Routing
-from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, Mask, NeuronModule, floating_rows
+from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, Mask, NeuronModule
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
 from griffin_jax.model.ops import float32_product
 from griffin_jax.model.parameters import array_of, bias_vector, floating, matrix
-from griffin_jax.model.weights import Outputs, WeightFormat
+from griffin_jax.model.weights import Outputs, WeightFormat, floating_rows
 
 LEAST_SUM = 1e-20
 """What a sum of weights is at least before they are divided by it, as in DeepSeek V3."""

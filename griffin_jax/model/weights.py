@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from griffin_jax.utils.messages import shortened
 
@@ -200,6 +200,21 @@ def grouped(numbers: Int[Array, "*rows d"], scale: Float[Array, "*rows n"]) -> F
     """What integers stand for, in float32, with an axis for the groups and one for the numbers of a group."""
     groups = numbers.astype(jnp.float32).reshape(*scale.shape, -1)
     return groups * scale[..., None].astype(jnp.float32)
+
+
+def floating_rows(
+    weight: Num[Array, "*rows d"], scale: Float[Array, "*b d"] | None, row_scale: Float[Array, "*rows n"] | None
+) -> Float[Array, "*rows d"]:
+    """A matrix as floating numbers, from what is stored of it.
+
+    Args:
+        weight: its numbers, floating or integers.
+        scale: the scale of each output along the last axis, for all sequences or for each its own.
+        row_scale: the scales of groups of each row.
+    """
+    if scale is not None:
+        return weight.astype(jnp.float32) * (scale if scale.ndim == 1 else scale[:, None])
+    return weight if row_scale is None else dequantise(weight, row_scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,15 +15,20 @@ import griffin_jax as gj
 from griffin_jax.adapters.modules import modules_of
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.mixed import coarse
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.extensions.sensitivity import sensitivity
 from griffin_jax.generation import jitted
+from griffin_jax.griffin.select import magnitude
 from griffin_jax.model import grouped
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig, Routing
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
+from griffin_jax.model.parameters import array_of
 from griffin_jax.model.routed import RoutedFeedForward, choose
-from griffin_jax.model.weights import WeightFormat, dequantise, quantise
+from griffin_jax.model.weights import WeightFormat, dequantise, floating_rows, quantise
 from griffin_jax.parallel.mesh import make_mesh
+from griffin_jax.training.data import Batch
+from griffin_jax.training.loss import next_token_loss
 
 EXPERTS, ROWS, NEURONS, WIDTH = 6, 2, 40, 32
 FORMATS = ("float32", "bfloat16", "int8", "int8:16", "int4:16")
@@ -83,6 +88,82 @@ class TestProducts:
         got = jax.jit(matmul_of_experts)(z, jnp.asarray(chosen, jnp.int32), numbers, *scales)
         want = np.einsum("btkf,btkfd->btd", z.astype(np.float64), exact[chosen])
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def floating_experts(numbers, scale, text, outputs):
+    """What numbers and scales stand for, as one formula that can be differentiated."""
+    if scale is None:
+        return numbers.astype(jnp.float32)
+    wide = numbers.astype(jnp.float32)
+    if outputs == "last_of_each" and WeightFormat.parse(text).group is None:
+        return wide * scale[:, None]
+    each = wide.reshape(*scale.shape, -1) * scale[..., None].astype(jnp.float32)
+    return each.reshape(numbers.shape)
+
+
+@pytest.mark.usefixtures("few_tokens_a_block")
+@pytest.mark.parametrize("text", ["float32", "int8", "int8:16"])
+@pytest.mark.parametrize("case", [1, 2], ids=["few", "many"])
+class TestGradients:
+    """Against products with the matrices of all experts, of which the chosen ones are looked up."""
+
+    def compared(self, product, reference, given, numbers):
+        def of_inputs(function):
+            return lambda given, scale, *weight: function(given, *(weight or (numbers,)), scale)
+
+        arguments = (*given, numbers) if jnp.issubdtype(numbers.dtype, jnp.floating) else given
+        wanted = tuple(number for number, array in enumerate(arguments) if array is not None)
+        got = jax.jit(jax.grad(of_inputs(product), wanted))(*arguments)
+        want = jax.grad(of_inputs(reference), wanted)(*arguments)
+        assert len(got) == 2
+        for one, other in zip(got, want, strict=True):
+            assert one.dtype == other.dtype
+            largest = float(jnp.abs(other.astype(jnp.float32)).max())
+            # Scales of groups are float16, and their gradients too.
+            close = 1e-5 if one.dtype == jnp.float32 else 1e-3
+            np.testing.assert_allclose(one, other, rtol=close, atol=close * largest)
+
+    def test_linear(self, text, case, rng):
+        shape, chosen = list(cases())[case]
+        numbers, scale, _ = stored(rng, (EXPERTS, ROWS, NEURONS, WIDTH), text, "first")
+        x = jnp.asarray(rng.standard_normal((*shape, WIDTH)), jnp.float32)
+        weigh = jnp.asarray(rng.standard_normal((*chosen.shape, ROWS, NEURONS)), jnp.float32)
+        experts = jnp.asarray(chosen, jnp.int32)
+
+        def reference(x, numbers, scale):
+            exact = floating_experts(numbers, scale, text, "first")
+            return jnp.sum(weigh * jnp.einsum("btd,btkafd->btkaf", x, exact[chosen]))
+
+        def product(x, numbers, scale):
+            return jnp.sum(weigh * linear_of_experts(x, experts, numbers, scale))
+
+        self.compared(product, reference, (x, scale), numbers)
+
+    def test_matmul(self, text, case, rng):
+        shape, chosen = list(cases())[case]
+        numbers, scale, _ = stored(rng, (EXPERTS, NEURONS, WIDTH), text, "last_of_each")
+        z = jnp.asarray(rng.standard_normal((*chosen.shape, NEURONS)), jnp.float32)
+        weigh = jnp.asarray(rng.standard_normal((*shape, WIDTH)), jnp.float32)
+        experts, of_rows = jnp.asarray(chosen, jnp.int32), WeightFormat.parse(text).group is not None
+
+        def reference(z, numbers, scale):
+            exact = floating_experts(numbers, scale, text, "last_of_each")
+            return jnp.sum(weigh * jnp.einsum("btkf,btkfd->btd", z, exact[chosen]))
+
+        def product(z, numbers, scale):
+            scales = (None, scale) if of_rows else (scale, None)
+            return jnp.sum(weigh * matmul_of_experts(z, experts, numbers, *scales))
+
+        self.compared(product, reference, (z, scale), numbers)
+
+
+@pytest.mark.parametrize("length", [1, 9], ids=["few", "many"])
+def test_gradients_keep_nothing_but_the_operands(length, rng):
+    chosen = jnp.asarray(rng.permuted(np.tile(np.arange(EXPERTS), (2, length, 1)), axis=-1)[..., :2], jnp.int32)
+    x = jnp.ones((2, length, WIDTH), jnp.float32)
+    weight = jnp.ones((EXPERTS, ROWS, NEURONS, WIDTH), jnp.float32)
+    kept = jax.tree.leaves(jax.vjp(lambda x, weight: linear_of_experts(x, chosen, weight), x, weight)[1])
+    assert sum(array.nbytes for array in kept) == x.nbytes + weight.nbytes + chosen.nbytes
 
 
 @pytest.mark.parametrize("length", [1, 9], ids=["few", "many"])
@@ -206,6 +287,59 @@ def test_a_layer_is_the_weighted_sum_of_its_experts(fields, tokens, rng):
     np.testing.assert_allclose(dense, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
+def of_all_experts(layer, x):
+    """The layer with every expert computed for every token, and those that it did not choose left out."""
+    gate, up = jnp.einsum("eafd,btd->abtef", layer.experts.gate_up[...], x)
+    outputs = jnp.einsum("btef,efd->bted", jax.nn.silu(gate) * up, layer.experts.down[...])
+    scores = jax.nn.softmax(jnp.einsum("ed,btd->bte", layer.router[...], x), axis=-1)
+    chosen = scores >= jnp.sort(scores, axis=-1)[..., -2:-1]
+    weights = jnp.where(chosen, scores, 0) / jnp.sum(jnp.where(chosen, scores, 0), axis=-1, keepdims=True)
+    y = jnp.einsum("bte,bted->btd", weights, outputs)
+    if layer.shared is None:
+        return y
+    gate, up = jnp.einsum("afd,btd->abtf", layer.shared.gate_up[...], x)
+    opened = jax.nn.sigmoid(jnp.einsum("d,btd->bt", layer.shared_gate[...], x))
+    return y + opened[..., None] * ((jax.nn.silu(gate) * up) @ layer.shared.down[...])
+
+
+@pytest.mark.usefixtures("few_tokens_a_block")
+@pytest.mark.parametrize("fields", [{}, {"shared_width": 24, "shared_gate": True}], ids=["experts", "shared"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_gradients_of_a_layer(fields, tokens, rng):
+    """Of x, the router, experts and shared experts."""
+    layer = RoutedFeedForward(config(**fields), jnp.float32, WeightFormat("float32"), nnx.Rngs(0))
+    x = jnp.asarray(rng.standard_normal((2, tokens, WIDTH)), jnp.float32)
+    weigh = jnp.asarray(rng.standard_normal((2, tokens, WIDTH)), jnp.float32)
+    got, want = (
+        jax.jit(jax.grad(lambda layer, x, form=form: jnp.sum(weigh * form(layer, x)), (0, 1)))(layer, x)
+        for form in (lambda layer, x: layer(x), of_all_experts)
+    )
+    for (path, one), other in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        largest = float(jnp.abs(other).max())
+        assert largest > 0, path
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
+
+
+@pytest.mark.parametrize("text", ["float32", "int8"])
+def test_gradients_on_a_mesh(text, rng):
+    """Of a whole model: each device has a part of each expert's neurons and half of the sequences."""
+    batch = Batch(rng.integers(0, 64, (4, 12)).astype(np.int32), np.asarray([12, 7, 12, 9], np.int32))
+    found = []
+    for mesh in (None, make_mesh(2, 2)):
+        model = random_model(config(shared_width=24), mesh=mesh, weights=WeightFormat.parse(text))
+        # Of integers, gradients reach what lies below the experts.
+        graph, trained, rest = nnx.split(model, lambda _, leaf: jnp.issubdtype(leaf.dtype, jnp.floating), ...)
+
+        def loss(trained, rest, graph=graph):
+            return next_token_loss(nnx.merge(graph, trained, rest), batch)
+
+        found.append(jax.jit(jax.grad(loss))(trained, rest))
+    for (path, one), many in zip(jax.tree.leaves_with_path(found[0]), jax.tree.leaves(found[1]), strict=True):
+        largest = float(np.abs(np.asarray(one, float)).max())
+        assert largest > 0, path
+        np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
+
+
 def test_a_step_on_cpus_copies_no_expert():
     """The loop reads rows of the experts that were chosen: no matrix of an expert is written to memory."""
     layer = RoutedFeedForward(config(), jnp.float32, WeightFormat("int8"), nnx.Rngs(0))
@@ -240,6 +374,75 @@ def test_sequences_with_neurons_of_their_own_are_refused_copies(rng):
     experts = gj.select(read.statistics, gj.GriffinConfig(density=0.5))
     with pytest.raises(ValueError, match="2 sequences would each need a copy of all routed experts: mask the model"):
         gj.prune(model, experts)
+
+
+class TestUnreadExperts:
+    """A prompt of one token reads two of six experts; the others keep their largest neurons."""
+
+    def read(self, text="float32", mesh=None):
+        model = random_model(config(shared_width=24), weights=WeightFormat.parse(text), mesh=mesh)
+        tokens, lengths = jnp.asarray([[5, 0], [9, 0]], jnp.int32), jnp.asarray([1, 1])
+        return model, jitted.prefill(model, tokens, lengths, max_new_tokens=1).statistics
+
+    def expected(self, model, statistics, keeps=20, groups=1):
+        """The neurons of the first layer's experts, for each sequence."""
+        gate, up = np.moveaxis(np.asarray(floating_rows_of(model), np.float64), 1, 0)
+        largest = np.linalg.norm(gate, axis=-1) * np.linalg.norm(up, axis=-1)
+        for squares in np.asarray(statistics.squares[0]):
+            scores = squares[: EXPERTS * NEURONS].reshape(EXPERTS, NEURONS)
+            read = scores.any(axis=-1)
+            assert 0 < read.sum() < EXPERTS
+            scores = np.where(read[:, None], scores, largest).reshape(EXPERTS * groups, -1)
+            kept = np.sort(np.argsort(-scores, axis=-1, kind="stable")[:, : keeps // groups], axis=-1)
+            yield (kept + np.arange(EXPERTS * groups)[:, None] * NEURONS // groups).reshape(-1)
+
+    @pytest.mark.parametrize("text", ["float32", "int8"])
+    def test_they_keep_their_largest_neurons(self, text):
+        model, statistics = self.read(text)
+        griffin = gj.GriffinConfig(0.5)
+        want = np.stack(list(self.expected(model, statistics)))
+        for experts in (
+            gj.select(statistics, griffin, model=model),
+            Pruner(griffin).select(model, statistics),
+            jitted.select(statistics, griffin, magnitudes=magnitude(model)),
+        ):
+            np.testing.assert_array_equal(experts[0][:, : want.shape[1]], want)
+            assert experts.shares[0] == (20,) * EXPERTS + (12,)
+
+    def test_on_a_mesh_in_groups(self):
+        model, statistics = self.read(mesh=make_mesh(1, 2))
+        experts = Pruner(gj.GriffinConfig(0.5, groups=2)).select(model, statistics)
+        alone, _ = self.read()
+        for sequence, want in enumerate(self.expected(alone, statistics, groups=2)):
+            np.testing.assert_array_equal(experts[0][sequence, : want.size], want)
+
+    def test_with_a_prior_those_of_general_text(self, rng):
+        model, statistics = self.read()
+        general = [rng.random(neurons).astype(np.float32) for neurons in model.neurons]
+        # General text reads all experts but one that the first prompt does not read, either.
+        read = np.asarray(statistics.squares[0][0])[: EXPERTS * NEURONS].reshape(EXPERTS, -1).any(axis=-1)
+        never, other = np.flatnonzero(~read)[:2]
+        general[0][never * NEURONS : (never + 1) * NEURONS] = 0
+        prior = gj.Prior(tuple(map(jnp.asarray, general)), (), "0" * 16, 1)
+        pruner = dataclasses.replace(Pruner(gj.GriffinConfig(0.5)), fuse=prior.fusion())
+        kept = np.asarray(pruner.select(model, statistics)[0][0])
+        for expert, by in ((other, general[0]), (never, np.asarray(magnitude(model)[0]))):
+            own = by[expert * NEURONS : (expert + 1) * NEURONS]
+            want = expert * NEURONS + np.sort(np.argsort(-own)[:20])
+            np.testing.assert_array_equal(kept[(kept >= expert * NEURONS) & (kept < (expert + 1) * NEURONS)], want)
+
+    def test_magnitudes_are_computed_once_for_the_same_weights(self):
+        model = random_model(config())
+        first = jitted.magnitudes_of(model)
+        assert jitted.magnitudes_of(model) is first
+        experts = model.layers[0].ff.experts
+        experts.gate_up = nnx.Param(2 * experts.gate_up[...])
+        np.testing.assert_allclose(jitted.magnitudes_of(model)[0], 4 * first[0], rtol=1e-6)
+
+
+def floating_rows_of(model):
+    experts = model.layers[0].ff.experts
+    return floating_rows(experts.gate_up[...], None, array_of(experts.gate_up_scale))
 
 
 class TestRanges:
