@@ -33,6 +33,8 @@ from jaxtyping import install_import_hook
 # theirs to refuse.
 HOOKED = [
     "analysis.flocking",
+    "analysis.experts.choices", "analysis.experts.components", "analysis.experts.matching", "analysis.experts.routers",
+    "analysis.experts.similarity",
     "extensions.prior", "extensions.reconstruction", "extensions.refresh", "extensions.speculative",
     "generation.decode", "generation.padding", "generation.prefill", "generation.scoring",
     "griffin.masked", "griffin.neurons", "griffin.prune", "griffin.select", "griffin.statistic",

@@ -37,6 +37,7 @@ COMMANDS = {
     "bench": ("bench", "what pruning gains on this machine, next to what its memory bandwidth allows"),
     "eval": ("evaluate", "what pruning costs in quality: divergence, perplexity or ROUGE on your own texts"),
     "flocking": ("flocking", "the paper's figures of why pruning works, for your own model and texts"),
+    "analyze": ("analyze", "a closer look at a model's experts: their weights, their outputs, and who chooses them"),
     "moin": ("moin", "a library of independently trained adapters, one of which answers each prompt"),
     "factorize": ("factorize", "divide a dense model into experts, and train routers to choose among them"),
     "prior": ("prior", "measure what a model's neurons do in general text, which helps to choose among them"),
@@ -44,7 +45,7 @@ COMMANDS = {
 }
 """The module of each command, and what it does."""
 
-CACHED = ("generate", "chat", "eval", "flocking", "prior")
+CACHED = ("generate", "chat", "eval", "flocking", "analyze", "prior")
 """Commands that keep the programs they compile, for the next time."""
 
 UNPARSED = ("lm-eval",)

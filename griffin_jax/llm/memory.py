@@ -352,6 +352,29 @@ class Needs:
         found = self.scoring(batch, prompt, new, 1, answers=True)
         return found | {"statistics of windows": of_windows // self._parts}
 
+    def analysis(self, batch: int, tokens: int, sets: int) -> Parts:
+        """What comparing the outputs of experts needs, see `griffin_jax.analysis.experts`.
+
+        Args:
+            batch: texts at a time.
+            tokens: of each text.
+            sets: neuron sets that stand for experts in a model without routers.
+        """
+        c, length = self.config, bucket(tokens)
+        experts = sets if c.routing is None else c.routing.experts
+        read = self.rows(batch) * length
+        return self._worst(
+            {
+                "cache": self._sizes(batch, length, True).cache,
+                "reading": self._activations(batch, length, 0),
+                "layers' inputs": self.itemsize * c.num_layers * read * c.width,
+                "experts' outputs": 3 * 4 * experts * read * c.width,
+                "pairs of experts": 4 * 4 * experts**2 * read,
+                "all neurons": 3 * 4 * read * max(c.neurons),
+            },
+            programs=2,
+        )
+
     def prior(self, batch: int, window: int, *, rows: int, sketched: int, budgets: bool, written: bool) -> Parts:
         """What measuring a prior needs, see `griffin_jax.evaluation.general_text`.
 

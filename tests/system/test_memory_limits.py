@@ -230,7 +230,7 @@ def test_conversions_of_experts(tmp_path, kind, weights):
 resource = pytest.importorskip("resource")
 STARTED = """
 import jax, jax.numpy as jnp
-from griffin_jax.cli import bench, chat, evaluate, flocking, generate, prior
+from griffin_jax.cli import analyze, bench, chat, evaluate, flocking, generate, prior
 jax.jit(lambda x: (x @ x).sum())(jnp.ones((8, 8))).block_until_ready()
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmSize")))
 """
@@ -273,7 +273,9 @@ class TestAddressSpace:
     """Nothing is killed, aborts or prints a traceback: what does not fit is refused before it is begun."""
 
     @pytest.mark.parametrize("megabytes", [100, 600, 900])
-    @pytest.mark.parametrize("command", ["generate", "chat", "eval divergence", "prior", "flocking", "bench"])
+    @pytest.mark.parametrize(
+        "command", ["generate", "chat", "eval divergence", "prior", "flocking", "analyze", "bench"]
+    )
     def test_commands_say_so_in_one_line(self, demo_gguf, tmp_path, command, megabytes):
         (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "It is slow. " * 200}) + "\n", encoding="utf-8")
         texts, output = str(tmp_path / "texts.jsonl"), ["--output", str(tmp_path / "output")]
@@ -283,9 +285,11 @@ class TestAddressSpace:
             "eval divergence": [texts, *output],
             "prior": ["--text", texts, *output],
             "flocking": [texts, *output],
+            "analyze": [str(demo_gguf), texts, *output],
             "bench": ["--prompt", "64", "--new", "16"],
         }[command]
-        arguments = ["-m", "griffin_jax.cli.main", *command.split(), "--model", str(demo_gguf), *more]
+        model = [] if command == "analyze" else ["--model", str(demo_gguf)]
+        arguments = ["-m", "griffin_jax.cli.main", *command.split(), *model, *more]
         ran = limited(megabytes, *arguments)
         # A chat that has begun goes on after a turn that does not fit.
         begun = command == "chat" and megabytes == 900

@@ -201,13 +201,18 @@ class TestCommands:
         assert err.endswith("free; take a smaller --batch, --weights of fewer bits or shorter texts\n")
         assert err.count("\n") == 1
 
-    @pytest.mark.parametrize("command", ["prior", "flocking"])
+    @pytest.mark.parametrize("command", ["prior", "flocking", "analyze"])
     def test_others_are_refused_before_loading(self, worded, texts, tmp_path, monkeypatch, capsys, command):
         monkeypatch.setattr(options.memory, "free", lambda devices: 1000)
         monkeypatch.setattr(options, "load", lambda *_: pytest.fail("loaded"))
-        wanted = [command, *(["--self-generated", "2"] if command == "prior" else [str(texts)])]
+        model = str(worded.folder)
+        wanted = {
+            "prior": ["--self-generated", "2", "--model", model],
+            "flocking": [str(texts), "--model", model],
+            "analyze": [model, str(texts)],
+        }[command]
         output = str(tmp_path / ("prior" if command == "prior" else "folder"))
-        assert main.main([*wanted, "--model", str(worded.folder), "--output", output]) == 2
+        assert main.main([command, *wanted, "--output", output]) == 2
         assert "are free; take " in capsys.readouterr().err
 
     def test_the_harness(self, worded, monkeypatch):
