@@ -393,17 +393,21 @@ _Product = Callable[[Array, Array, Array], Array]
 """A function of a block of pairs, the number of their expert, and the number of pairs in the block: the first rows."""
 
 
-def _through_blocks(pairs: Float[Array, "p n"], at: _Sorted, product: _Product, width: int, size: int) -> Array:
-    """The product of each sorted pair with its expert's matrix, (P, width).
+def _through_blocks(
+    given: Float[Array, "r n"], rows: Int[Array, "p"], at: _Sorted, product: _Product, width: int, size: int
+) -> Float[Array, "q w"]:
+    """The product of each sorted pair with its expert's matrix, and as many more rows as a block has.
 
     Args:
-        pairs: the pairs, in the order of `at`.
-        at: their order.
+        given: what is multiplied.
+        rows: the row of it that belongs to each pair, in the order of `at`.
+        at: the order of the pairs.
         product: what a block is multiplied by.
         width: number of columns of the result.
         size: number of pairs of a block, at most.
     """
-    padded, blocks = jnp.pad(pairs, ((0, size), (0, 0))), _Blocks.of(at, size)
+    # The last block may reach beyond the last pair.
+    padded, blocks = given[jnp.pad(rows, (0, size))], _Blocks.of(at, size)
 
     def block(number: Array, y: Array) -> Array:
         start = blocks.starts[number]
@@ -411,7 +415,7 @@ def _through_blocks(pairs: Float[Array, "p n"], at: _Sorted, product: _Product, 
         rows = product(own, blocks.owners[number], blocks.counts[number])
         return jax.lax.dynamic_update_slice_in_dim(y, rows, start, 0)
 
-    return jax.lax.fori_loop(0, blocks.number, block, _empty(padded.shape[0], width, padded))[: pairs.shape[0]]
+    return jax.lax.fori_loop(0, blocks.number, block, _empty(padded.shape[0], width, padded))
 
 
 def _of_first(count: Array, product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
@@ -454,8 +458,7 @@ def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None)
         )
         return jax.lax.ragged_dot_general(tokens, own, at.counts, numbers, preferred_element_type=jnp.float32)
 
-    tokens = x.reshape(b * t, d)[at.order // k]
-    y = _by_platform(tokens, at, on_cpu, as_it_is, ragged, a * f)
+    y = _by_platform(x.reshape(b * t, d), at.order // k, at, on_cpu, as_it_is, ragged, a * f)
     y = y.reshape(b, t, k, a, f)
     return y * scale[experts][..., 0] if per_row and scale is not None else y
 
@@ -480,18 +483,24 @@ def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None,
         own = weight.astype(z.dtype) if row_scale is None else dequantise(weight, row_scale, z.dtype)
         return jax.lax.ragged_dot(pairs, own, at.counts, preferred_element_type=jnp.float32)
 
-    y = _by_platform(z.reshape(b * t * k, f)[at.order], at, on_cpu, as_it_is, ragged, d)
+    y = _by_platform(z.reshape(b * t * k, f), at.order, at, on_cpu, as_it_is, ragged, d)
     return _over_choices(y.reshape(b, t, k, d), experts, scale)
 
 
 def _by_platform(
-    pairs: Array, at: _Sorted, on_cpu: _Product, as_it_is: _Product, ragged: Callable[[Array], Array], width: int
-) -> Array:
-    """The product of each sorted pair with its expert's matrix, in the order that the pairs had before."""
-    y = jax.lax.platform_dependent(
-        pairs,
-        cpu=lambda pairs: _through_blocks(pairs, at, on_cpu, width, CPU_BLOCKS[-1]),
-        tpu=ragged,
-        default=lambda pairs: _through_blocks(pairs, at, as_it_is, width, BLOCK_TOKENS),
+    given: Array,
+    rows: Int[Array, "p"],
+    at: _Sorted,
+    on_cpu: _Product,
+    as_it_is: _Product,
+    ragged: Callable[[Array], Array],
+    width: int,
+) -> Float[Array, "p w"]:
+    """The product of each pair's row of `given` with its expert's matrix, in the order that the pairs had before."""
+    inverse = jnp.argsort(at.order)
+    return jax.lax.platform_dependent(
+        given,
+        cpu=lambda given: _through_blocks(given, rows, at, on_cpu, width, CPU_BLOCKS[-1])[inverse],
+        tpu=lambda given: ragged(given[rows])[inverse],
+        default=lambda given: _through_blocks(given, rows, at, as_it_is, width, BLOCK_TOKENS)[inverse],
     )
-    return y[jnp.argsort(at.order)]
