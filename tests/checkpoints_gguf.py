@@ -339,7 +339,11 @@ def granite_fields(config: Config) -> Fields:
 
 
 def granitemoe_fields(config: Config) -> Fields:
-    return granite_fields(config) | expert_fields(config)
+    return (
+        granite_fields(config)
+        | expert_fields(config)
+        | {"expert_shared_feed_forward_length": config.get("shared_intermediate_size") or None}
+    )
 
 
 def mixtral_fields(config: Config) -> Fields:
@@ -541,15 +545,15 @@ def mixtral_tensors(tensors: Tensors, config: Config) -> Tensors:
 
 
 def granitemoe_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
-    """Gate and up of all experts, which are one tensor, are divided."""
+    """Gate and up, which are one tensor, are divided."""
     for name, array in llama_tensors(tensors, config):
         module, fused, _ = name.partition(".input_linear.weight")
         if not fused:
             yield name, array
             continue
-        block = module.split(".")[2]
+        block, kind = module.split(".")[2], "shexp" if module.endswith("shared_mlp") else "exps"
         for part, half in zip(("gate", "up"), np.split(array, 2, axis=-2), strict=True):
-            yield f"blk.{block}.ffn_{part}_exps.weight", half
+            yield f"blk.{block}.ffn_{part}_{kind}.weight", half
 
 
 def gpt_oss_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
@@ -712,6 +716,7 @@ RECIPES = {
     "qwen3_moe": Recipe(gguf.MODEL_ARCH.QWEN3MOE, qwen_moe_fields, qwen_moe_tensors),
     "olmoe": Recipe(gguf.MODEL_ARCH.OLMOE, olmoe_fields, qwen_moe_tensors),
     "gpt_oss": Recipe(gguf.MODEL_ARCH.GPT_OSS, gpt_oss_fields, gpt_oss_tensors),
+    "granitemoeshared": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
     "phimoe": Recipe(gguf.MODEL_ARCH.PHIMOE, phimoe_fields, phimoe_tensors),
     "granitemoe": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
 }

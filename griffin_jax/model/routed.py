@@ -101,12 +101,12 @@ def choose(
 
 
 def _of_best_groups(scores: Float[Array, "b t e"], routing: Routing) -> Float[Array, "b t e"]:
-    """The scores, and zero outside of a token's best groups, as DeepSeek's models have it."""
+    """The scores, and those outside of a token's best groups so low that nothing is chosen there (DeepSeek)."""
     grouped = scores.reshape(*scores.shape[:-1], routing.groups, -1)
     ranks = jnp.sum(jax.lax.top_k(grouped, routing.group_best)[0], axis=-1)
     best = jax.lax.top_k(ranks, routing.active_groups)[1]
     taken = jnp.any(best[..., None] == jnp.arange(routing.groups), axis=-2)
-    return jnp.where(taken[..., None], grouped, 0).reshape(scores.shape)
+    return jnp.where(taken[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def _sparsemixer(logits: Float[Array, "b t e"], routing: Routing) -> tuple[Array, Array]:

@@ -125,7 +125,9 @@ def build_torch(model_type: str, attributes: Mapping[str, Any], folder: Path, se
     # than a mean, and which key wins hangs on the last bit.
     center = 0.0 if model_type.startswith(("gemma", "nemotron", "vaultgemma")) else 1.0
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        # What is added to the scores of experts is no parameter in some models.
+        biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
+        for name, parameter in [*model.named_parameters(), *biases]:
             if parameter.ndim > 1 or name.endswith("bias"):
                 parameter.normal_(std=0.2)
             else:

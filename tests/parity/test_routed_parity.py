@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import VOCABULARY, all_cases, build_torch
+from cases import VOCABULARY, all_cases, build_torch, model_config
 from reference import assert_close, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
 
 import griffin_jax as gj
@@ -36,13 +37,27 @@ class Pair:
     llm: gj.LLM
 
 
-LAST = {f"{name}-{list(cases.variants)[-1]}" for name, cases in ROUTED.items()}
+LAST = [f"{name}-{list(cases.variants)[-1]}" for name, cases in ROUTED.items()]
 """The variants of every run, which have what the others have and more."""
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in LAST)) for name in MODELS]
-)
+def structure(name: str) -> tuple[Any, ...]:
+    """What all but the logits of whole sequences depends on: what is around the neurons of an expert."""
+    config = model_config(name.partition("-")[0], MODELS[name])
+    assert config.routing is not None
+    return config.ff_bias, config.attention_sinks, config.routing.shared_width > 0, config.routing.shared_gate
+
+
+def variants(usual: Collection[str]) -> list[Any]:
+    """Every variant, of which some are for every run."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in usual)) for name in MODELS]
+
+
+STRUCTURES = list({structure(name): name for name in reversed(LAST)}.values())
+of_each_structure = pytest.mark.parametrize("pair", variants(STRUCTURES), indirect=True)
+
+
+@pytest.fixture(scope="module", params=variants(LAST))
 def pair(request, tmp_path_factory) -> Pair:
     folder: Path = tmp_path_factory.mktemp("routed")
     model = build_torch(request.param.partition("-")[0], MODELS[request.param], folder)
@@ -62,16 +77,16 @@ def test_whole_sequences(pair, rng):
     assert_close(stepwise_logits(pair.llm.model, [tokens], 60), torch_logits(pair.torch, tokens))
 
 
+@of_each_structure
 def test_steps(pair, rng):
     tokens = rng.integers(3, VOCABULARY, (1, 12)).astype(np.int32)
     pieces = [tokens[:, :5], *(tokens[:, t : t + 1] for t in range(5, 12))]
     assert_close(stepwise_logits(pair.llm.model, pieces, 12), torch_logits(pair.torch, tokens))
 
 
+@pytest.mark.parametrize("pair", [name for name in LAST if name.startswith("gpt_oss")], indirect=True)
 def test_ragged_rows_with_sinks(pair, rng):
     """Rows of different lengths with padding between their tokens, as prompts and steps; others are as dense models."""
-    if not pair.llm.model.config.attention_sinks:
-        pytest.skip("attention is that of dense models")
     columns, lengths = 24, (1, 7, 24)
     padded = np.full((len(lengths), columns), -1, np.int32)
     places = [np.sort(rng.permutation(columns)[:length]) for length in lengths]
@@ -83,6 +98,7 @@ def test_ragged_rows_with_sinks(pair, rng):
         assert_close(line[place], torch_logits(pair.torch, [row])[0])
 
 
+@of_each_structure
 @pytest.mark.usefixtures("small_blocks")
 def test_statistics_and_neurons_of_each_expert(pair, rng):
     """Ragged rows read in chunks, against each token's intermediates added up by NumPy."""
@@ -112,6 +128,7 @@ def test_statistics_and_neurons_of_each_expert(pair, rng):
             np.testing.assert_array_equal(experts[layer][sequence], np.concatenate(kept))
 
 
+@of_each_structure
 def test_pruned_is_masked(pair, rng):
     """The gathered rows compute what the full model does in which only they take part."""
     model = pair.llm.model
@@ -123,6 +140,7 @@ def test_pruned_is_masked(pair, rng):
     assert_close(stepwise_logits(pruned, [tokens], 20), stepwise_logits(mask(model, experts), [tokens], 20))
 
 
+@of_each_structure
 def test_tokens_of_pruned_torch(pair, rng):
     """Greedy tokens at a density equal those of the torch model whose other neurons' down projections are zero."""
     torch = load_torch()
@@ -146,6 +164,10 @@ def test_tokens_of_pruned_torch(pair, rng):
     assert answer == got[: len(answer)]
 
 
+SHARED_DOWN = ("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "shared_mlp.output_linear")
+"""The down projections of shared experts in torch models."""
+
+
 def _zero_others(torch: Any, pair: Pair, layer: int, kept: np.ndarray) -> None:
     """Make all neurons of a layer of the torch model zero that are not kept."""
     module = pair.torch.model.layers[layer]
@@ -162,9 +184,12 @@ def _zero_others(torch: Any, pair: Pair, layer: int, kept: np.ndarray) -> None:
     of_experts = torch.tensor(is_kept[:own].reshape(stacked.shape[0], 1, stacked.shape[2]))
     stacked.mul_(of_experts)
     if own < is_kept.size:
-        module.shared_expert.down_proj.weight[:, torch.tensor(~is_kept[own:])] = 0
+        modules = dict(pair.torch.model.layers[layer].named_modules())
+        shared = next(modules[name] for name in SHARED_DOWN if name in modules)
+        shared.weight[:, torch.tensor(~is_kept[own:])] = 0
 
 
+@of_each_structure
 def test_own_neurons_of_a_batch(pair, rng):
     """Each answer of a batch is that of its prompt alone."""
     prompts = [rng.integers(3, VOCABULARY, length).tolist() for length in (12, 5)]
@@ -190,6 +215,7 @@ def test_bytes_of_a_step(pair):
     assert sizes.weights(None) == sum(leaf.nbytes for leaf in jax.tree.leaves(pair.llm.model))
 
 
+@of_each_structure
 def test_native_checkpoint(pair, tmp_path, rng):
     """Converted, stored as int8, and read again."""
     prompt = [rng.integers(3, VOCABULARY, 9).tolist()]

@@ -27,10 +27,12 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 
 def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
-    """llama.cpp's metadata in the terms of config.json."""
-    values = read_gguf_granite(attributes, tensors)
+    """llama.cpp's metadata in the terms of config.json. With a shared expert, the family is another."""
+    values = read_gguf_granite(attributes, tensors) | read_gguf_experts(attributes)
     del values["mlp_bias"]
-    return values | read_gguf_experts(attributes)
+    if shared := attributes.take("expert_shared_feed_forward_length", int):
+        return values | {"model_type": "granitemoeshared", "shared_intermediate_size": shared}
+    return values
 
 
 EXPERT_RULES = layer_rules(
@@ -41,12 +43,14 @@ EXPERT_RULES = layer_rules(
     ("output_linear.weight", "ff.experts.down", "X D M -> X M D"),
 )
 
+STACKED_RULES = stacked_rules("block_sparse_moe", "router")
+
 FAMILY = Family(
     model_type="granitemoe",
     title="Granite 3 with experts (1B-A400M, 3B-A800M)",
     read_config=read_config,
     rules=RULES + EXPERT_RULES,
-    alternatives=(RULES + stacked_rules("block_sparse_moe", "router"),),
+    alternatives=(RULES + STACKED_RULES,),
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,

@@ -8,7 +8,12 @@ from typing import Any
 from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES, STACKED_RULES
 from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
-from griffin_jax.checkpoints.schema.experts import read_dense_layers, read_gguf_experts, read_routing
+from griffin_jax.checkpoints.schema.experts import (
+    read_dense_layers,
+    read_gguf_experts,
+    read_routing,
+    shared_rules,
+)
 from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
 from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
@@ -54,12 +59,8 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
     }
 
 
-SHARED_RULES = layer_rules(
-    "model.layers.{layer}.",
-    ("mlp.shared_expert.gate_proj.weight", "ff.shared.gate", "S D"),
-    ("mlp.shared_expert.up_proj.weight", "ff.shared.up", "S D"),
-    ("mlp.shared_expert.down_proj.weight", "ff.shared.down", "D S -> S D"),
-    ("mlp.shared_expert_gate.weight", "ff.shared_gate", "1 D -> D"),
+SHARED_RULES = shared_rules("mlp.shared_expert") + layer_rules(
+    "model.layers.{layer}.", ("mlp.shared_expert_gate.weight", "ff.shared_gate", "1 D -> D")
 )
 
 FAMILY = Family(

@@ -35,6 +35,44 @@ def read_routing(
     return Routing(attributes.count(count, experts), attributes.count("num_experts_per_tok", active), width, **fields)
 
 
+def read_deepseek_routing(
+    attributes: Attributes, layers: int, *, width: int, normalised: bool, dense: int, **defaults: int
+) -> Routing:
+    """How a model chooses experts in the way of DeepSeek V3, by the names that such configurations have.
+
+    Args:
+        attributes: attributes of the configuration.
+        layers: number of layers.
+        width: default of `moe_intermediate_size`.
+        normalised: default of `norm_topk_prob`.
+        dense: default of `first_k_dense_replace`.
+        defaults: those of other numbers, where there are any.
+    """
+    attributes.rename(num_local_experts="n_routed_experts")
+    attributes.ignore(*TRAINING_ONLY)
+    attributes.expect(scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
+    counts = {
+        name: attributes.count(name, defaults.get(name))
+        for name in ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")
+    }
+    width = attributes.count("moe_intermediate_size", width)
+    groups = attributes.count("n_group", 1)
+    return Routing(
+        counts["n_routed_experts"],
+        counts["num_experts_per_tok"],
+        width,
+        scores="sigmoid",
+        normalised=attributes.take("norm_topk_prob", bool, default=normalised),
+        scale=attributes.take("routed_scaling_factor", float, default=1.0),
+        choice_bias=True,
+        groups=groups,
+        active_groups=attributes.count("topk_group", 1),
+        group_best=2 if groups > 1 else 1,
+        shared_width=width * counts["n_shared_experts"],
+        dense_layers=tuple(range(min(attributes.take("first_k_dense_replace", int, default=dense), layers))),
+    )
+
+
 SOFTMAX, SIGMOID = 1, 2
 """llama.cpp's numbers of what a router's logits become, `expert_gating_func`."""
 
@@ -84,6 +122,23 @@ def expert_rules(module: str, router: str, gate: str, up: str, down: str) -> tup
         (f"{module}.experts.{{expert}}.{up}.weight", "ff.experts.up", "X M D"),
         (f"{module}.experts.{{expert}}.{down}.weight", "ff.experts.down", "X D M -> X M D"),
     )
+
+
+def shared_rules(module: str) -> tuple[TensorRule, ...]:
+    """Rules for experts that every token reads, which are one feed-forward layer.
+
+    Args:
+        module: path of that layer in a layer of the model, such as `mlp.shared_experts`.
+    """
+    return layer_rules(
+        f"model.layers.{{layer}}.{module}.",
+        ("gate_proj.weight", "ff.shared.gate", "S D"),
+        ("up_proj.weight", "ff.shared.up", "S D"),
+        ("down_proj.weight", "ff.shared.down", "D S -> S D"),
+    )
+
+
+CHOICE_BIAS = layer_rules("model.layers.{layer}.", ("mlp.gate.e_score_correction_bias", "ff.choice_bias", "X"))
 
 
 def stacked_rules(module: str, router: str) -> tuple[TensorRule, ...]:

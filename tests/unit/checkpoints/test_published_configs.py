@@ -45,9 +45,15 @@ def test_every_family_of_the_table_is_among_them():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_they_have_the_published_number_of_parameters(name, tmp_path):
     config, millions = read(tmp_path, name), PUBLISHED[name][0]
-    # All layers have the same shapes, and tracing each of 80 takes most of a second.
-    single = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], unrotated_layers=())
-    parameters = size(parameter_shapes(single), config.num_layers)
+    # All layers of a kind have the same shapes, and tracing each of 80 takes most of a second.
+    single = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], unrotated_layers=(), routing=None)
+    dense = 0 if config.routing is None else len(config.routing.dense_layers)
+    parameters = size(parameter_shapes(single), dense if config.routing else config.num_layers)
+    if config.routing is not None:
+        routing = dataclasses.replace(config.routing, dense_layers=())
+        layer = parameter_shapes(dataclasses.replace(single, routing=routing))
+        layer = {path: shape for path, shape in layer.items() if path.startswith("layers.")}
+        parameters += size(layer, config.num_layers - dense)
     if millions is not None:
         assert parameters / 1e6 == pytest.approx(millions, rel=0.015)
 
