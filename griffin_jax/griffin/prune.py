@@ -235,10 +235,8 @@ def _gathered(
     def keep(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
         index = part.indices(indices[part.layer])
         if part.experts:
-            take = functools.partial(
-                _take_on_mesh, axis=part.kind.neuron_axes[name], groups=experts.groups, of_experts=True
-            )
-            return jax.tree.map(lambda w: take(w, index), weight)
+            take = functools.partial(_take_of_experts, axis=part.kind.neuron_axes[name], groups=experts.groups)
+            return jax.tree.map(lambda w: take(w, index, by_expert=config.expert_parallel), weight)
         # What is added for each sequence of its own has an axis more.
         return jax.tree.map(lambda w: take_neurons(name, w, index, experts.groups), weight)
 
@@ -322,6 +320,17 @@ def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"], groups: 
     # Each sequence has rows of its own.
     each = jnp.broadcast_to(indices, (weight.shape[axis], indices.shape[-1]))
     return jax.vmap(lambda own, index: jnp.take(own, index, axis=axis), in_axes=(axis, 0), out_axes=axis)(weight, each)
+
+
+def _take_of_experts(weight: Array, indices: Int[Array, "e k"], *, axis: int, groups: int, by_expert: bool) -> Array:
+    """The rows of these neurons of each expert."""
+    mesh = mesh_of(weight)
+    if not by_expert or axis_size(mesh, MODEL_AXIS) == 1:
+        return _take_on_mesh(weight, indices, axis=axis, groups=groups, of_experts=True)
+    # Each device has all rows of its experts.
+    own = PartitionSpec(MODEL_AXIS)
+    take = jax.vmap(functools.partial(take_rows, axis=axis - 1))
+    return jax.shard_map(take, mesh=mesh, in_specs=(own, own), out_specs=own)(weight, indices)
 
 
 def _take_on_mesh(

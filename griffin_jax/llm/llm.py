@@ -38,6 +38,7 @@ from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.sharding import neuron_groups
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
@@ -681,7 +682,7 @@ class LLM:
         if config.groups is not None or devices == 1:
             return config
         check_kept(self.model, config.kept(self.model.config.neuron_ranges))
-        return dataclasses.replace(config, groups=devices)
+        return dataclasses.replace(config, groups=neuron_groups(self.model.config, devices))
 
     def _select(
         self, pruner: Pruner, model: Transformer, statistics: Statistics, seed: int | Int[jax.Array, "b"]
@@ -844,6 +845,7 @@ def load(
     in_place: bool = False,
     mesh: Mesh | None = None,
     weights: str | None = None,
+    expert_parallel: bool = False,
 ) -> LLM:
     """A language model, ready to answer.
 
@@ -865,6 +867,8 @@ def load(
             `griffin_jax.parallel.mesh`. Answers are those of one device, with `groups` given.
         weights: how the matrices are stored: "int8", "int4", "bfloat16", ...; fewer bits are read faster. See
             `load_model`.
+        expert_parallel: whether devices that share a model with routed experts have whole experts each; see
+            `load_model`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -874,5 +878,5 @@ def load(
     """
     if in_place and mesh is not None:
         raise ValueError("in_place moves rows of weights, and not between devices: leave out in_place or mesh")
-    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh, weights)
+    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh, weights, expert_parallel)
     return LLM(model, tokenizer, str(source), in_place=in_place)
