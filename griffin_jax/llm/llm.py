@@ -20,7 +20,7 @@ from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
-from griffin_jax.extensions.mixed import MixedFormat, coarse, prune_mixed, select_mixed
+from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
@@ -689,6 +689,7 @@ class LLM:
     ) -> ExpertNeurons:
         if self._in_place is not None:
             statistics = self._in_place.in_order(statistics)
+            return pruner.select(model, statistics, seed, self._in_place.magnitudes)
         return pruner.select(model, statistics, seed)
 
     def _prune(
@@ -707,8 +708,12 @@ class LLM:
         """The model with the kept rows only, in two formats."""
         if self._few is None:
             self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
-        chosen = select_mixed(statistics, pruner.config, mixed, fuse=pruner.fuse)
-        return prune_mixed(self.model, self._few[1], *chosen)
+        magnitudes = jitted.magnitudes_of(self.model)
+        chosen = select_mixed(statistics, pruner.config, mixed, fuse=pruner.fuse, magnitudes=magnitudes)
+        several = not pruner.config.shared and statistics.tokens.shape[0] > 1
+        # Each sequence would need a copy of all routed experts.
+        form = mask_mixed if several and self.model.config.routing is not None else prune_mixed
+        return form(self.model, self._few[1], *chosen)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.

@@ -129,9 +129,9 @@ class Experts(NeuronModule):
     """The experts of a layer, neuron-major: `gate_up` is (E, A, F_e, D), with A = 2, or 1 if not gated, and `down`
     (E, F_e, D).
 
-    After pruning each expert has K rows instead of F_e. Integers have scales as in `FeedForward`: `gate_up_scale`
-    (E, A, F_e, n); for `down` either `down_scale` for each output of an expert, (E, D), or `down_row_scale`,
-    (E, F_e, n).
+    After pruning each expert has K rows instead of F_e, and the rows may lie in two groups, as in `FeedForward`.
+    Integers have scales as in `FeedForward`: `gate_up_scale` (E, A, F_e, n); for `down` either `down_scale` for each
+    output of an expert, (E, D), or `down_row_scale`, (E, F_e, n).
     """
 
     neuron_axes: ClassVar[Mapping[str, int]] = {name: axis + 1 for name, axis in NEURON_AXES.items()}
@@ -153,19 +153,23 @@ class Experts(NeuronModule):
     def intermediate(
         self, x: Float[Array, "b t d"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
     ) -> Float[Array, "b t k *m f"]:
-        """z of each choice, times its weight."""
+        """z of each choice, times its weight; after an expert's own rows those of `rest`."""
         parameters = self.gate_up[...], array_of(self.gate_up_scale), array_of(self.gate_up_bias)
         y = linear_of_experts(x, experts, *parameters, by_expert=self.by_expert)
         # Of a device that has not the expert, products are zeros, and so is what any activation makes of them.
         z = self.activated(y.astype(x.dtype), axis=y.ndim - 2)
-        return (z * weights.reshape(*weights.shape, *[1] * (z.ndim - 3))).astype(x.dtype)
+        z = (z * weights.reshape(*weights.shape, *[1] * (z.ndim - 3))).astype(x.dtype)
+        return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x, experts, weights)], axis=-1)
 
     def project(
         self, z: Float[Array, "b t k *m f"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
     ) -> Float[Array, "b t d"]:
         """The weighted sum of the outputs of the chosen experts, float32."""
+        own = self.down.shape[1]
         scales = array_of(self.down_scale), array_of(self.down_row_scale)
-        y = matmul_of_experts(z, experts, self.down[...], *scales)
+        y = matmul_of_experts(z[..., :own], experts, self.down[...], *scales)
+        if self.rest is not None:
+            y = y + self.rest.project(z[..., own:], experts, weights)
         if self.down_bias is not None:
             bias = jnp.take(self.down_bias[...], experts, axis=0, mode="clip")
             y = y + float32_product("btk,btkd->btd", weights, bias)
@@ -218,9 +222,9 @@ class RoutedFeedForward(nnx.Module):
         return False
 
     @property
-    def rest(self) -> None:
-        """A second group of rows, which only layers without a router have."""
-        return None
+    def rest(self) -> NeuronModule | None:
+        """A second group of rows, if any part has one."""
+        return next((part.rest for part in self.parts() if part.rest is not None), None)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
         """The router's scores of all experts, float32."""
