@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> None:
     if llm.model.config.routing is not None:
         raise ValueError(
             "flocking compares the neurons that texts choose, and of a routed expert that a text does not reach it"
-            " chooses none"
+            " chooses none; griffin-jax analyze compares them within the experts that both texts reach"
         )
     GriffinConfig(min(densities)).kept(llm.model.neurons)
 
