@@ -92,20 +92,20 @@ class Module:
 
 @functools.lru_cache(maxsize=16)
 def modules_of(config: ModelConfig) -> Mapping[str, Module]:
-    """The linear layers of a model by their names; without matrices that are no layers of their own there.
+    """The linear layers of a model by their names; without matrices that are no layers of their own there, and without
+    those of routed and shared experts.
 
     Raises:
-        ValueError: it is of no family of Hugging Face's models, or has routed experts.
+        ValueError: it is of no family of Hugging Face's models.
     """
-    if config.routing is not None:
-        raise ValueError("adapters are for models without routed experts")
     family = families().get(config.family)
     if family is None:
         raise ValueError(f"adapters need the names of Hugging Face's models, and there is no family {config.family!r}")
     rules, sizes = rules_by_path(family.rules, config), sizes_of(config)
     found: dict[str, Module] = {}
     for layer in range(config.num_layers):
-        for name in (*_matrices("attention", config), *_matrices("feed_forward", config)):
+        dense = () if config.routed(layer) else _matrices("feed_forward", config)
+        for name in (*_matrices("attention", config), *dense):
             path = f"layers.{layer}.{'attention' if name in GROUPS['attention'] else 'ff'}.{name}"
             rule = rules.get(path)
             if rule is None or "{head}" in rule.name or not rule.name.endswith(".weight"):
@@ -140,9 +140,12 @@ def chosen_modules(config: ModelConfig, targets: Sequence[str]) -> tuple[Module,
     there = {part.matrix for module in modules.values() for part in module.parts}
     for group in GROUPS.keys() & set(targets):
         if missing := [name for name in _matrices(group, config) if name not in there]:
+            why = "is no linear layer of its own"
+            if config.routing is not None and group == "feed_forward":
+                why = "of routed experts has no adapter, which is for layers that every token reads,"
             raise ValueError(
-                f"targets has {group!r}, and {missing[0]} is no linear layer of its own in models of the family"
-                f" {config.family}; this model has {', '.join(kinds)}"
+                f"targets has {group!r}, and {missing[0]} {why} in models of the family {config.family}; this model"
+                f" has {', '.join(kinds)}"
             )
 
     def wanted(module: Module) -> bool:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
 from griffin_jax.aot import compilers
 from griffin_jax.aot.hlo import Collective, Module
 from griffin_jax.aot.targets import Chip, gpu_target_config, target, topology
@@ -30,10 +32,11 @@ from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.padding import bucket
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.sharding import check_mesh, divided, with_kv_copies
+from griffin_jax.model.sharding import check_mesh, divided, neuron_groups, with_kv_copies, with_whole_experts
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import LAYER_SCOPE
 from griffin_jax.model.weights import WeightFormat
+from griffin_jax.parallel.mesh import MODEL_AXIS
 
 TPU_VMEM = 1
 """XLA's number for the memory space on a TPU core, which weights are fetched into ahead of their use."""
@@ -116,6 +119,7 @@ class Report:
             together as there are.
         refusals: what XLA said about programs that it did not compile.
         speculative: drafts of a round of speculative decoding, if it was compiled.
+        expert_parallel: whether devices have whole experts each.
     """
 
     target: str
@@ -141,6 +145,7 @@ class Report:
     refusals: tuple[str, ...]
     speculative: int | None = None
     masked: bool = False
+    expert_parallel: bool = False
 
     @property
     def speedup_ceiling(self) -> float | None:
@@ -166,6 +171,7 @@ def compile_for(
     config: ModelConfig,
     *,
     devices: int = 1,
+    expert_parallel: bool = False,
     density: float | Sequence[float] = 0.5,
     round_to: int = 1,
     groups: int | None = None,
@@ -189,9 +195,11 @@ def compile_for(
         name: of the chip, one of `griffin_jax.aot.targets.TARGETS`.
         config: the model.
         devices: how many of the chip the model is divided among, as `griffin_jax.model.sharding` says.
+        expert_parallel: whether these have whole experts each, of a model with routed experts.
         density: share of neurons kept; one for all layers or one for each.
         round_to: the number of kept neurons is rounded up to a multiple of this.
-        groups: of so many equal ranges of neurons, each keeps as many, see `GriffinConfig`; as many as devices if None.
+        groups: of so many equal ranges of neurons, each keeps as many, see `GriffinConfig`; if None as many as devices,
+            where these have a part of any range.
         shared: whether the batch shares its experts, or every sequence has its own.
         batch: sequences.
         prompt: tokens of each.
@@ -224,11 +232,13 @@ def compile_for(
     if prompt + new > config.max_positions:
         raise ValueError(f"{prompt} + {new} tokens are more than the model's context of {config.max_positions} tokens")
     precision = precision_of(config, parse_dtype(dtype), parse_weights(weights))
+    if expert_parallel:
+        config = with_whole_experts(config, AbstractMesh((devices,), (MODEL_AXIS,)))
     widths = config.neuron_ranges
     griffin = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups)
     kept, shares = griffin.kept(widths), griffin.kept_of_ranges(widths)
     check_mesh(config, devices, kept)
-    groups = devices if groups is None else groups
+    groups = neuron_groups(config, devices) if groups is None else groups
     config = with_kv_copies(config, devices)
     slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
@@ -301,7 +311,7 @@ def compile_for(
         parameters=sizes.parameters, ff_width=max(config.neurons), cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
-        speculative=speculative, masked=sizes.masked(kept),
+        speculative=speculative, masked=sizes.masked(kept), expert_parallel=expert_parallel,
     )  # fmt: skip
 
 
@@ -374,7 +384,6 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     from griffin_jax.model.assembly import abstract_model
     from griffin_jax.model.feed_forward import FeedForward
     from griffin_jax.model.transformer import Transformer
-    from griffin_jax.parallel.mesh import MODEL_AXIS
 
     if task["gpu"]:
         described = topologies.get_topology_desc(

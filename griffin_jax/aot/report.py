@@ -63,6 +63,8 @@ def table(model: str, report: Report) -> str:
     lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
     if report.kv_copies > 1:
         lines.append(f"Each key/value head is there {report.kv_copies} times, so that the devices can share attention.")
+    if report.expert_parallel:
+        lines.append("Devices have whole experts each: all that a token chooses may be experts of one device.")
     if several:
         counted = "kernels" if chip.gpu else "operations"
         lines.append(f"Bytes and {counted} are those of each device. Ceilings do not count communication.")

@@ -52,6 +52,7 @@ from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.sharding import neuron_groups
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
@@ -194,7 +195,8 @@ class Plan:
 
     def pruner(self, variant: Variant) -> Pruner:
         """How a row prunes."""
-        shared, groups = variant.shared or self.in_place, axis_size(self.mesh, MODEL_AXIS)
+        shared = variant.shared or self.in_place
+        groups = neuron_groups(self.config, axis_size(self.mesh, MODEL_AXIS))
         config = GriffinConfig(variant.density, shared=shared, round_to=self.round_to, groups=groups)
         if self.prior is None or variant.quality != "best":
             return Pruner.of(config)

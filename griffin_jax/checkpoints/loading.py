@@ -39,7 +39,7 @@ from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source, l
 from griffin_jax.checkpoints.verification import Verification, VerificationError
 from griffin_jax.model.assembly import assemble, divides, in_format, in_format_by_pieces, matrix_of, stored_arrays
 from griffin_jax.model.config import ModelConfig
-from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies
+from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies, with_whole_experts
 from griffin_jax.model.sizes import bytes_of, local_arrays
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
@@ -208,6 +208,7 @@ def load_model(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     weights: str | WeightFormat | None = None,
+    expert_parallel: bool = False,
 ) -> tuple[Transformer, Tokenizer | None]:
     """A model ready to run, and its tokenizer if it has one.
 
@@ -225,6 +226,8 @@ def load_model(
         weights: how the matrices are stored: `int8`, `int8:64` (with a scale for each group of 64), `int4`, `int4:64`,
             or a dtype, with products computed in `dtype` nevertheless. By default integers stay what they are in a
             native folder, and everything else is of `dtype`. See `griffin_jax.model.weights`.
+        expert_parallel: of a model with routed experts, whether devices along the mesh's axis `model` have whole
+            experts each, instead of a part of the neurons of every one.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -232,7 +235,7 @@ def load_model(
         ValueError: the dtype or the format of weights is not allowed, groups do not divide the rows, the model is not
             supported, its files are malformed or its weights not finite, the tokenizer does not fit, or a sharding does
             not divide a parameter; or there are both a mesh and a sharding, the mesh has other axes, or it cannot share
-            the neurons evenly.
+            the neurons or experts evenly; or devices are to have whole experts where there is no mesh or no expert.
 
     Warns:
         NarrowingWarning: `dtype` or a floating dtype of `weights` is given and is narrower than that of stored weights.
@@ -242,7 +245,7 @@ def load_model(
         raise ValueError("a mesh says how the parameters are divided: give it or a sharding, not both")
     mesh = None if mesh is None else checked_mesh(mesh)
     opened = open_source(source, allow_pickle)
-    config = opened.config
+    config = with_whole_experts(opened.config, mesh) if expert_parallel else opened.config
     if mesh is not None:
         devices = axis_size(mesh, MODEL_AXIS)
         check_mesh(config, devices)

@@ -121,7 +121,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
         check_finite(array, array, path)
         return array
 
-    config = dataclasses.replace(model.config, kv_copies=1)
+    config = dataclasses.replace(model.config, kv_copies=1, expert_parallel=False)
     write(folder, config, precision, read, tokenizer, source="a model in memory")
     return folder
 

@@ -38,7 +38,7 @@ from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.named import NAMED, named
-from griffin_jax.model.sharding import check_mesh, with_kv_copies
+from griffin_jax.model.sharding import check_mesh, with_kv_copies, with_whole_experts
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
@@ -180,6 +180,7 @@ def check(options: argparse.Namespace) -> Plan:
         raise ValueError(f"--mesh does not go with {other}: give one of the two")
     config, source = _config(options)
     random = source is None
+    config = with_whole_experts(config, mesh) if options.expert_parallel else config
     check_mesh(config, axis_size(mesh, MODEL_AXIS))
     config = with_kv_copies(config, axis_size(mesh, MODEL_AXIS))
     for prompt, new in lengths:
@@ -339,7 +340,12 @@ def _load(options: argparse.Namespace, plan: Plan, precision: Precision) -> Tran
         return random_model(plan.config, plan.dtype, mesh=plan.mesh, weights=precision.weights)
     weights = None if options.weights is None else precision.weights
     model, _ = loading.load_model(
-        options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=plan.mesh, weights=weights
+        options.model,
+        options.dtype,
+        allow_pickle=options.allow_pickle,
+        mesh=plan.mesh,
+        weights=weights,
+        expert_parallel=options.expert_parallel,
     )
     return model
 

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="divide heads, neurons and vocabulary among N of the chip; all bytes are then those of each"
         " (default: %(default)s)",
     )
+    parser.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="these have whole experts each, of a model with routed experts (default: neurons of every expert)",
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
     parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
@@ -78,10 +83,11 @@ def run(options: argparse.Namespace) -> None:
     if options.layers is not None:
         config = with_layers(config, options.layers)
     report = compile_for(
-        options.target, config, devices=options.devices, density=options.density, round_to=options.round_to,
-        groups=options.groups, shared=options.shared, batch=options.batch, prompt=options.prompt, new=options.new,
-        dtype=options.dtype, weights=options.weights, quality=options.quality, refresh_every=options.refresh_every,
-        speculative=options.speculative, hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
+        options.target, config, devices=options.devices, expert_parallel=options.expert_parallel,
+        density=options.density, round_to=options.round_to, groups=options.groups, shared=options.shared,
+        batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype, weights=options.weights,
+        quality=options.quality, refresh_every=options.refresh_every, speculative=options.speculative,
+        hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
         print(json.dumps({"model": options.model, **report.to_json()}))

@@ -709,7 +709,7 @@ def _groups(
     if options.method != "topk":
         raise ValueError(f"groups are compared by topk, got --method {options.method}")
     densities = [variant.density for variant in variants if variant.method == "topk"]
-    rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.neurons)
+    rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.config.neuron_ranges)
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, prompt, new)
     items = list(itertools.islice(_divergence_items(options, llm, [options.column], skipped), options.limit))

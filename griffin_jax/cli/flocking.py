@@ -138,7 +138,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--layer: the model's layers are 0 to {count - 1}, got {options.layer}")
     if llm.model.config.routing is not None:
         raise ValueError(
-            "flocking compares neurons of whole layers, which models with routed experts do not choose from"
+            "flocking compares the neurons that texts choose, and of a routed expert that a text does not reach it"
+            " chooses none; griffin-jax analyze compares them within the experts that both texts reach"
         )
     GriffinConfig(min(densities)).kept(llm.model.neurons)
 

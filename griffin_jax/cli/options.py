@@ -156,16 +156,22 @@ def add_weights_argument(parser: Any) -> None:
 
 
 def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare --mesh."""
+    """Declare --mesh and --expert-parallel."""
     parser.add_argument(
         "--mesh",
         metavar="data=D,model=M",
         help="D x M devices: batches are divided among D of them, the model among M (one that is left out is 1)",
     )
+    parser.add_argument(
+        "--expert-parallel",
+        action="store_true",
+        help="of a model with routed experts, the M devices of --mesh have whole experts each (default: a part of the"
+        " neurons of every expert)",
+    )
 
 
 def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare --mesh and --distributed."""
+    """Declare --mesh, --expert-parallel and --distributed."""
     add_mesh_argument(parser)
     add_distributed_argument(parser)
 
@@ -189,7 +195,14 @@ def load_chosen(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
     Raises:
         ValueError: as `load`.
     """
-    return load(options.model, options.dtype, allow_pickle=options.allow_pickle, mesh=mesh, weights=options.weights)
+    return load(
+        options.model,
+        options.dtype,
+        allow_pickle=options.allow_pickle,
+        mesh=mesh,
+        weights=options.weights,
+        expert_parallel=getattr(options, "expert_parallel", False),
+    )
 
 
 def load_reader(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
@@ -210,7 +223,10 @@ def chosen_needs(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs
     Raises:
         ValueError: as `load`.
     """
-    return needs_before_loading(options.model, options.dtype, options.weights, options.allow_pickle, mesh)
+    whole_experts = getattr(options, "expert_parallel", False)
+    return needs_before_loading(
+        options.model, options.dtype, options.weights, options.allow_pickle, mesh, whole_experts
+    )
 
 
 def add_batch_argument(parser: Any, largest: int, what: str = "texts at a time") -> None:

@@ -110,7 +110,7 @@ def bytes_per_token(
     if not isinstance(weights, MixedFormat):
         return sizes(weights).step(kept.kept(config.neuron_ranges))
     precise, others = weights.counts(kept, config.neuron_ranges)
-    return sizes(weights.fine).step(precise) + sizes(weights.coarse).ff(others)
+    return sizes(weights.fine).step(precise) + sizes(weights.coarse).read(others)
 
 
 def compare_formats(
@@ -193,7 +193,9 @@ def _mixed(
     assert few is not None
     for variant in variants:
         config, fuse = _config(variant, extensions), variant.pruner(extensions).fuse if variant.steps else None
-        yield variant, mask_mixed(model, few, *select_mixed(prompts.statistics, config, weights, fuse=fuse))
+        magnitudes = jitted.magnitudes_of(model)
+        chosen = select_mixed(prompts.statistics, config, weights, fuse=fuse, magnitudes=magnitudes)
+        yield variant, mask_mixed(model, few, *chosen)
 
 
 def _entry(weights: Format, item: Item) -> str:

@@ -35,13 +35,13 @@ METRICS = (Metric("overlap", "overlap", 3), *FORCED)
 Rules = Mapping[Variant, GriffinConfig]
 
 
-def rules(densities: Sequence[float], groups: Sequence[int], widths: Sequence[int]) -> Rules:
+def rules(densities: Sequence[float], groups: Sequence[int], widths: Sequence[int | Sequence[int]]) -> Rules:
     """For every density the best of all neurons, and of each number of groups.
 
     Args:
         densities: shares of neurons kept.
         groups: numbers of groups.
-        widths: neurons of each layer.
+        widths: neurons of each layer, or of the ranges that they lie in, such as those of routed experts.
 
     Raises:
         ValueError: a value is outside its range, or groups cannot have or keep equally many neurons.

@@ -112,6 +112,7 @@ class GriffinLM(TemplateLM):
         allow_pickle: whether to read PyTorch's pickle files.
         data: devices that batches are divided among, as in `--mesh data=2,model=4`.
         model: devices that the model is divided among.
+        expert_parallel: whether these have whole experts each, of a model with routed experts.
         batch_size: different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps neurons of
             its own, so where answers are written as many sets of kept weights are in memory.
         max_batch_size: the most that "auto" takes.
@@ -149,6 +150,7 @@ class GriffinLM(TemplateLM):
         allow_pickle: bool = False,
         data: int = 1,
         model: int = 1,
+        expert_parallel: bool = False,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
@@ -187,7 +189,7 @@ class GriffinLM(TemplateLM):
         wanted, largest = _rows(batch_size, max_batch_size)
         _check_device(device)
         self.batch_size, line = self._fitting_batch(
-            path, dtype, weights, allow_pickle, mesh, wanted, largest, max_length
+            path, dtype, weights, allow_pickle, mesh, expert_parallel, wanted, largest, max_length
         )
         if wanted is None:
             logger.info(line)
@@ -195,7 +197,14 @@ class GriffinLM(TemplateLM):
         self._llm = (
             path
             if isinstance(path, LLM)
-            else load(str(path), dtype, allow_pickle=allow_pickle, mesh=mesh, weights=weights)
+            else load(
+                str(path),
+                dtype,
+                allow_pickle=allow_pickle,
+                mesh=mesh,
+                weights=weights,
+                expert_parallel=expert_parallel,
+            )
         )
         if self._llm.tokenizer is None:
             raise ValueError(f"{self._llm.name} has no tokenizer, and the harness's requests are texts")
@@ -232,6 +241,7 @@ class GriffinLM(TemplateLM):
         weights: str | None,
         allow_pickle: bool,
         mesh: Mesh | None,
+        expert_parallel: bool,
         wanted: int | None,
         largest: int,
         max_length: int | None,
@@ -240,7 +250,7 @@ class GriffinLM(TemplateLM):
         if isinstance(path, LLM):
             needs, devices = needs_of(path.model), path.model.embedding[...].devices()
         else:
-            needs = needs_before_loading(path, dtype, weights, allow_pickle, mesh)
+            needs = needs_before_loading(path, dtype, weights, allow_pickle, mesh, expert_parallel)
             devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
         length = min(USUAL_LENGTH, needs.config.max_positions)
         # Other lengths are refused once the model's context is known.

@@ -117,7 +117,7 @@ def step_bytes(
     if weights is None:
         return full.step(kept), full.step(None)
     few = Sizes(one, 1, slots, Precision(precision.dtype, weights), shared=True)
-    return drafter_bytes(one, few.precision) - few.ff(None) + few.ff(kept) + few.cache, full.step(None)
+    return drafter_bytes(one, few.precision) - few.ff(None) + few.read(kept) + few.cache, full.step(None)
 
 
 def _is_of_a_matrix(path: str, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> bool:

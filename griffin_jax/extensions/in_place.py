@@ -9,6 +9,7 @@ successor. That takes memory for one more matrix.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from griffin_jax.generation import jitted
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
+from griffin_jax.griffin.prune import neuron_modules, parts_of_neurons
 from griffin_jax.griffin.statistic import Statistics
-from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward
+from griffin_jax.model.feed_forward import NEURON_AXES, NeuronModule
 from griffin_jax.model.ops import take_rows
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
@@ -30,11 +33,12 @@ class _Rows:
 
     Attributes:
         groups: the kept rows, and the others if there are any.
-        order: the neuron of each row; one object for all parameters of a layer whose rows correspond.
+        order: the neuron of each row, of each expert if there are some; one object for all parameters of a module whose
+            rows correspond.
     """
 
     groups: tuple[Array, ...]
-    order: Int[Array, "f"]
+    order: Int[Array, "*e f"]
 
 
 class InPlace:
@@ -46,26 +50,20 @@ class InPlace:
     Args:
         model: the full model, which is used up: its feed-forward arrays belong to this object from now on.
 
-    Raises:
-        ValueError: the model has routed experts.
+    Attributes:
+        magnitudes: of a model with routed experts, as for `griffin_jax.select`, in the order of the checkpoint.
     """
 
     def __init__(self, model: Transformer):
-        if model.config.routing is not None:
-            raise ValueError("in_place is for models without routed experts; prune them next to the full model")
         # Of this one everything but the neurons' rows is used.
         self._template = model
         self._model: Transformer | None = model
-        self._layers: list[dict[str, _Rows]] = []
-        for layer, neurons in zip(model.layers, model.neurons, strict=True):
-            order = jnp.arange(neurons, dtype=jnp.int32)
-            self._layers.append(
-                {
-                    name: _Rows((getattr(layer.ff, name)[...],), order)
-                    for name in NEURON_AXES
-                    if getattr(layer.ff, name) is not None
-                }
-            )
+        self.magnitudes = jitted.magnitudes_of(model)
+        self._parts: list[dict[str, _Rows]] = []
+        for part in neuron_modules(model):
+            shape = part.down.shape[:-1]
+            order = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+            self._parts.append({name: _Rows((rows[...],), order) for name, rows in part.rows().items()})
 
     @property
     def model(self) -> Transformer:
@@ -90,9 +88,11 @@ class InPlace:
 
     def in_order(self, statistics: Statistics) -> Statistics:
         """Statistics of `model`, with the neurons in the order of the checkpoint."""
-        squares = zip(statistics.squares, self._layers, strict=True)
-        ordered = tuple(_inverse_take(s, _order(layer)) for s, layer in squares)
-        return dataclasses.replace(statistics, squares=ordered)
+        left, ordered = iter(self._parts), []
+        for layer, squares in zip(self._template.layers, statistics.squares, strict=True):
+            orders = [_order(next(left)) for _ in layer.ff.parts()]
+            ordered.append(_inverse_take(squares, orders))
+        return dataclasses.replace(statistics, squares=tuple(ordered))
 
     def prune(self, experts: ExpertNeurons) -> Transformer:
         """Regroup `model`, and return the pruned model, which is valid until the next call.
@@ -111,71 +111,82 @@ class InPlace:
                 " one set for the batch: select with shared=True"
             )
         self._model = None
-        for layer, indices in zip(self._layers, experts, strict=True):
-            chosen, others, order = _places(_order(layer), indices.reshape(-1))
-            for name in layer:
-                _move(layer, name, chosen, others, order)
+        places = parts_of_neurons(self._template.config, experts)
+        for part, at in zip(self._parts, places, strict=True):
+            chosen, others, order = _places(_order(part), at.indices(experts[at.layer].reshape(-1)))
+            for name in part:
+                _move(part, name, chosen, others, order)
         self._template = self._model = self._built(dense=True)
         return self._built(dense=False)
 
     def _finish(self) -> None:
-        """Give all parameters of a layer the order of its first one, whose rows are moved before the others'."""
-        for layer in self._layers:
-            order, kept = _order(layer), _size(*next(iter(layer.items())))
-            for name, rows in layer.items():
+        """Give all parameters of a module the order of its first one, whose rows are moved before the others'."""
+        for part in self._parts:
+            order, kept = _order(part), _size(*next(iter(part.items())))
+            for name, rows in part.items():
                 if rows.order is not order:
-                    places = _inverse(rows.order)[order]
-                    _move(layer, name, places[:kept], places[kept:], order)
+                    places = jnp.take_along_axis(_inverse(rows.order), order, axis=-1)
+                    _move(part, name, places[..., :kept], places[..., kept:], order)
 
     def _built(self, *, dense: bool) -> Transformer:
         model: Transformer = jax.tree.map(lambda leaf: leaf, self._template)
-        for layer, rows in zip(model.layers, self._layers, strict=True):
+        for part, rows in zip(neuron_modules(model), self._parts, strict=True):
             rest = {name: one.groups[1] for name, one in rows.items() if dense and len(one.groups) == 2}
-            _put(layer.ff, {name: one.groups[0] for name, one in rows.items()}, rest)
+            _put(part, {name: one.groups[0] for name, one in rows.items()}, rest)
         return model
 
 
-def _order(layer: dict[str, _Rows]) -> Int[Array, "f"]:
-    """The neuron of each row of a layer."""
-    return next(iter(layer.values())).order
+def _order(part: dict[str, _Rows]) -> Int[Array, "*e f"]:
+    """The neuron of each row of a module."""
+    return next(iter(part.values())).order
 
 
 def _size(name: str, rows: _Rows) -> int:
     """The number of rows of the first group."""
-    return rows.groups[0].shape[NEURON_AXES[name]]
+    return rows.groups[0].shape[NEURON_AXES[name] + rows.order.ndim - 1]
 
 
 def _move(
-    layer: dict[str, _Rows], name: str, chosen: Int[Array, "k"], others: Int[Array, "rest"], order: Int[Array, "f"]
+    part: dict[str, _Rows],
+    name: str,
+    chosen: Int[Array, "*e k"],
+    others: Int[Array, "*e rest"],
+    order: Int[Array, "*e f"],
 ) -> None:
     """Regroup the rows of one parameter; whatever happens, it is recorded with the order that it has."""
-    old = layer[name].groups
+    old = part[name].groups
     kept, rest = jax.block_until_ready(_regroup(name, old, chosen, others))
-    layer[name] = _Rows((kept, rest) if others.size else (kept,), order)
+    part[name] = _Rows((kept, rest) if others.size else (kept,), order)
     # Deleted now and not when the last reference goes, or all layers would be in memory twice. (Rows cannot change
     # places within the memory that they are read from.)
     for array in old:
         array.delete()
 
 
-def _put(ff: FeedForward, kept: dict[str, Array], rest: dict[str, Array]) -> None:
-    """Give a layer these rows, in one group, or in two if there is a rest."""
-    ff.rest = nnx.data(None)
+def _put(part: NeuronModule, kept: dict[str, Array], rest: dict[str, Array]) -> None:
+    """Give a module these rows, in one group, or in two if there is a rest."""
+    part.rest = nnx.data(None)
     if rest:
-        others: FeedForward = jax.tree.map(lambda leaf: leaf, ff)
+        others: NeuronModule = jax.tree.map(lambda leaf: leaf, part)
         others.down_bias = None
         for name, array in rest.items():
             setattr(others, name, nnx.Param(array))
-        ff.rest = nnx.data(others)
+        part.rest = nnx.data(others)
     for name, array in kept.items():
-        setattr(ff, name, nnx.Param(array))
+        setattr(part, name, nnx.Param(array))
 
 
 @programs.jit
 def _places(
-    order: Int[Array, "f"], indices: Int[Array, "k"]
-) -> tuple[Int[Array, "k"], Int[Array, "rest"], Int[Array, "f"]]:
+    order: Int[Array, "*e f"], indices: Int[Array, "*e k"]
+) -> tuple[Int[Array, "*e k"], Int[Array, "*e rest"], Int[Array, "*e f"]]:
     """The places of the rows of the neurons `indices` and of the others, and the neuron of each row afterwards."""
+    if order.ndim == 2:
+        return jax.vmap(_places_of_one)(order, indices)
+    return _places_of_one(order, indices)
+
+
+def _places_of_one(order: Array, indices: Array) -> tuple[Array, Array, Array]:
     chosen = _inverse(order)[indices]
     is_kept = jnp.zeros(order.shape, bool).at[chosen].set(True)
     (others,) = jnp.nonzero(~is_kept, size=order.shape[0] - indices.shape[0])
@@ -184,9 +195,15 @@ def _places(
 
 @programs.jit(static_argnames="name")
 def _regroup(
-    name: str, groups: Sequence[Array], chosen: Int[Array, "k"], others: Int[Array, "rest"]
+    name: str, groups: Sequence[Array], chosen: Int[Array, "*e k"], others: Int[Array, "*e rest"]
 ) -> tuple[Array, Array]:
-    """The rows at the places `chosen`, and those at `others`."""
+    """The rows at the places `chosen`, and those at `others`; of experts for each of them."""
+    if chosen.ndim == 2:
+        return jax.vmap(functools.partial(_regroup_one, name))(groups, chosen, others)
+    return _regroup_one(name, groups, chosen, others)
+
+
+def _regroup_one(name: str, groups: Sequence[Array], chosen: Array, others: Array) -> tuple[Array, Array]:
     axis = NEURON_AXES[name]
 
     def take(places: Int[Array, "n"]) -> Array:
@@ -201,10 +218,18 @@ def _regroup(
     return take(chosen), take(others)
 
 
-def _inverse(order: Int[Array, "f"]) -> Int[Array, "f"]:
+def _inverse(order: Int[Array, "*e f"]) -> Int[Array, "*e f"]:
+    if order.ndim == 2:
+        return jax.vmap(_inverse)(order)
     return jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=order.dtype))
 
 
 @programs.jit
-def _inverse_take(squares: Array, order: Int[Array, "f"]) -> Array:
-    return squares[:, _inverse(order)]
+def _inverse_take(squares: Array, orders: list[Array]) -> Array:
+    """The statistics of a layer, of whose modules these are the orders."""
+    found, start = [], 0
+    for order in orders:
+        own = squares[:, start : start + order.size].reshape(-1, *order.shape)
+        found.append(jnp.take_along_axis(own, _inverse(order)[None], axis=-1).reshape(len(squares), -1))
+        start += order.size
+    return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)

@@ -15,13 +15,14 @@ them may be chosen.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.extensions.drafter import round_feed_forward
 from griffin_jax.generation import jitted
@@ -31,7 +32,7 @@ from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import check_whole, prune
 from griffin_jax.griffin.select import Fuse
 from griffin_jax.griffin.statistic import Statistics
-from griffin_jax.model.feed_forward import FeedForward
+from griffin_jax.model.feed_forward import Mask, NeuronModule
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils import programs
@@ -137,8 +138,6 @@ def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
         ValueError: groups of the format do not divide the model's rows, or the model is no full one.
     """
     check_whole(model)
-    if model.config.routing is not None:
-        raise ValueError("neurons of two formats are for models without routed experts")
     weights.check(model.config.width)
     few: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for layer in few.layers:
@@ -147,7 +146,12 @@ def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
 
 
 def select_mixed(
-    statistics: Statistics, config: GriffinConfig, mixed: MixedFormat, *, fuse: Fuse | None = None
+    statistics: Statistics,
+    config: GriffinConfig,
+    mixed: MixedFormat,
+    *,
+    fuse: Fuse | None = None,
+    magnitudes: tuple[Float[Array, "_f"], ...] | None = None,
 ) -> tuple[ExpertNeurons | None, ExpertNeurons | None]:
     """The neurons to keep in the first format, and those to keep in the second one.
 
@@ -156,6 +160,7 @@ def select_mixed(
         config: how many neurons are kept in all, by method `topk`.
         mixed: which part of them is precise.
         fuse: as for `griffin_jax.select`.
+        magnitudes: likewise.
 
     Returns:
         The precise neurons and the others; None instead of no neuron.
@@ -166,11 +171,11 @@ def select_mixed(
     """
     if config.method != "topk":
         raise ValueError(f'neurons are precise by their rank, which method "topk" gives; method is {config.method!r}')
-    kept = jitted.select(statistics, config, fuse=fuse)
+    kept = jitted.select(statistics, config, fuse=fuse, magnitudes=magnitudes)
     fewer = mixed.precise(config)
     if fewer is None:
         return None, kept
-    precise = jitted.select(statistics, fewer, fuse=fuse)
+    precise = jitted.select(statistics, fewer, fuse=fuse, magnitudes=magnitudes)
     return precise, _others(kept, precise) if precise.kept != kept.kept else None
 
 
@@ -183,7 +188,11 @@ def _others(kept: ExpertNeurons, precise: ExpertNeurons) -> ExpertNeurons:
         return jnp.argsort(~(of_all & ~of_precise), axis=-1)[..., :k].astype(jnp.int32)
 
     layers = zip(kept.masks(), precise.masks(), kept.kept, precise.kept, strict=True)
-    return ExpertNeurons(tuple(indices(a, p, k - few) for a, p, k, few in layers), kept.neurons, kept.groups)
+    found = tuple(indices(a, p, k - few) for a, p, k, few in layers)
+    shares = tuple(
+        tuple(k - few for k, few in zip(*layer, strict=True)) for layer in zip(kept.shares, precise.shares, strict=True)
+    )
+    return dataclasses.replace(kept, indices=found, shares=shares)
 
 
 def prune_mixed(
@@ -239,19 +248,40 @@ def _only(
 def _joined(model: Transformer, other: Transformer) -> Transformer:
     """The first model, whose feed-forward layers have the rows of the second one behind their own."""
     joined: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    for layer, more in zip(joined.layers, other.layers, strict=True):
-        rest: FeedForward = jax.tree.map(lambda leaf: leaf, more.ff)
-        # The outputs of both are added up, and the bias is in one of them.
-        rest.down_bias = None
-        layer.ff.rest = nnx.data(rest)
+    for number, (layer, more) in enumerate(zip(joined.layers, other.layers, strict=True)):
+        for part, others in zip(layer.ff.parts(), more.ff.parts(), strict=True):
+            rest: NeuronModule = jax.tree.map(lambda leaf: leaf, others)
+            # The outputs of both are added up, and the bias is in one of them.
+            rest.down_bias = None
+            part.rest = nnx.data(rest)
+        if model.config.routed(number) and layer.ff.mask is not None:
+            sizes = model.config.neuron_ranges[number]
+            layer.ff.mask = nnx.data(Mask(_side_by_side(layer.ff.mask.kept, more.ff.mask.kept, sizes)))
     return joined
+
+
+def _side_by_side(
+    first: Bool[Array, "*b f"], second: Bool[Array, "*b f"], sizes: tuple[int, ...]
+) -> Bool[Array, "*b both"]:
+    """Two masks of all neurons of a layer as one, range by range."""
+    found, start = [], 0
+    for size, alike in itertools.groupby(sizes):
+        stop = start + len(list(alike)) * size
+        both = [part[..., start:stop].reshape(*part.shape[:-1], -1, size) for part in (first, second)]
+        found.append(jnp.concatenate(both, axis=-1).reshape(*first.shape[:-1], -1))
+        start = stop
+    return jnp.concatenate(found, axis=-1)
 
 
 def _groups(mixed: Transformer) -> tuple[Transformer, Transformer]:
     """The two models that `_joined` made one of."""
     first, second = (jax.tree.map(lambda leaf: leaf, mixed) for _ in range(2))
-    for layer, other in zip(first.layers, second.layers, strict=True):
-        rest = other.ff.rest
-        assert rest is not None
-        layer.ff.rest, other.ff = nnx.data(None), rest
+    for number, (layer, other) in enumerate(zip(first.layers, second.layers, strict=True)):
+        for part in layer.ff.parts():
+            part.rest = nnx.data(None)
+        if mixed.config.routed(number):
+            other.ff.experts = other.ff.experts.rest
+            other.ff.shared = nnx.data(None if other.ff.shared is None else other.ff.shared.rest)
+        else:
+            other.ff = other.ff.rest
     return first, second

@@ -76,20 +76,29 @@ class Pruner:
         together = self.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
         return rows_of_each(self.rows, batch, together)
 
-    def select(self, model: Transformer, statistics: Statistics, seed: int | Int[Array, "*b"] = 0) -> ExpertNeurons:
+    def select(
+        self,
+        model: Transformer,
+        statistics: Statistics,
+        seed: int | Int[Array, "*b"] = 0,
+        magnitudes: tuple[Float[Array, "_f"], ...] | None = None,
+    ) -> ExpertNeurons:
         """The neurons to keep, by what was recorded of the prompts.
 
         Args:
             model: the full one.
             statistics: of the prompts.
             seed: for the methods that draw: one, or one for each sequence.
+            magnitudes: as for `griffin_jax.select`; those of the model if None.
 
         Raises:
             ValueError: as `griffin_jax.select`.
         """
         # Elsewhere the model would be one more input to check and hash.
         scored = model if self.config.method == "magnitude" else None
-        given = {"seed": seed, "fuse": self.fuse, "magnitudes": jitted.magnitudes_of(model)}
+        if magnitudes is None:
+            magnitudes = jitted.magnitudes_of(model)
+        given = {"seed": seed, "fuse": self.fuse, "magnitudes": magnitudes}
         return jitted.select(statistics, self.config, model=scored, **given)
 
     def refit(self, rows: Rows) -> Reconstruction | None:

@@ -115,21 +115,21 @@ def prune(
     check_kept(model, experts.kept)
     rows = _neuron_rows(model)
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    outputs = [(part.down_scale, part.down_right) for part in _parts(model)] if refit is not None else []
+    outputs = [(part.down_scale, part.down_right) for part in neuron_modules(model)] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
-    for part, kept in zip(_parts(pruned), gathered, strict=True):
+    for part, kept in zip(neuron_modules(pruned), gathered, strict=True):
         for name, weight in kept.items():
             setattr(part, name, weight)
     return pruned
 
 
-def _parts(model: Transformer) -> list[NeuronModule]:
+def neuron_modules(model: Transformer) -> list[NeuronModule]:
     """The modules with neurons, layer by layer."""
     return [part for layer in model.layers for part in layer.ff.parts()]
 
 
 def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
-    return [part.rows() for part in _parts(model)]
+    return [part.rows() for part in neuron_modules(model)]
 
 
 _Outputs = tuple[nnx.Param | None, nnx.Param | None]
@@ -158,7 +158,7 @@ def _gather_into(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
+class NeuronPart:
     """Where the neurons of a module are among those of its layer.
 
     Attributes:
@@ -194,18 +194,19 @@ class _Part:
         return own.reshape(-1, count, self.kept)[0] - self.size * jnp.arange(count, dtype=own.dtype)[:, None]
 
 
-def _parts_of(config: ModelConfig, experts: ExpertNeurons) -> list[_Part]:
+def parts_of_neurons(config: ModelConfig, experts: ExpertNeurons) -> list[NeuronPart]:
+    """Where the neurons of each module are, in the order of `neuron_modules`."""
     found = []
     for layer, neurons in enumerate(experts.neurons):
         if not config.routed(layer):
-            found.append(_Part(layer, 0, 0, neurons, 0, experts.kept[layer]))
+            found.append(NeuronPart(layer, 0, 0, neurons, 0, experts.kept[layer]))
             continue
         sizes, shares = experts.ranges[layer], experts.shares[layer]
         assert config.routing is not None
         count = config.routing.experts
-        found.append(_Part(layer, count, 0, sizes[0], 0, shares[0]))
+        found.append(NeuronPart(layer, count, 0, sizes[0], 0, shares[0]))
         if len(sizes) > count:
-            found.append(_Part(layer, 0, count * sizes[0], sizes[count], count * shares[0], shares[count]))
+            found.append(NeuronPart(layer, 0, count * sizes[0], sizes[count], count * shares[0], shares[count]))
     return found
 
 
@@ -214,12 +215,12 @@ def _kept_shapes(
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every array of kept rows, in the order of the pytree's leaves."""
 
-    def kept(part: _Part, name: str, weight: nnx.Param) -> jax.ShapeDtypeStruct:
+    def kept(part: NeuronPart, name: str, weight: nnx.Param) -> jax.ShapeDtypeStruct:
         axis, array, index = part.kind.neuron_axes[name], weight[...], experts[part.layer]
         own = (part.kept,) if part.experts or index.shape[:-1] in ((), (1,)) else (*index.shape[:-1], part.kept)
         return jax.ShapeDtypeStruct((*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype)
 
-    parts = zip(rows, _parts_of(config, experts), strict=True)
+    parts = zip(rows, parts_of_neurons(config, experts), strict=True)
     found = [{name: kept(part, name, weight) for name, weight in layer.items()} for layer, part in parts]
     return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(found)]
 
@@ -232,22 +233,20 @@ def _gathered(
     config: ModelConfig,
     weights: WeightFormat,
 ) -> list[dict[str, nnx.Param]]:
-    def keep(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
+    def keep(part: NeuronPart, name: str, weight: nnx.Param) -> nnx.Param:
         index = part.indices(indices[part.layer])
         if part.experts:
-            take = functools.partial(
-                _take_on_mesh, axis=part.kind.neuron_axes[name], groups=experts.groups, of_experts=True
-            )
-            return jax.tree.map(lambda w: take(w, index), weight)
+            take = functools.partial(_take_of_experts, axis=part.kind.neuron_axes[name], groups=experts.groups)
+            return jax.tree.map(lambda w: take(w, index, by_expert=config.expert_parallel), weight)
         # What is added for each sequence of its own has an axis more.
         return jax.tree.map(lambda w: take_neurons(name, w, index, experts.groups), weight)
 
-    def place(part: _Part, name: str, weight: nnx.Param) -> nnx.Param:
+    def place(part: NeuronPart, name: str, weight: nnx.Param) -> nnx.Param:
         return jax.tree.map(lambda w: _placed(f"{part.path}.{name}", w, config, mesh), weight)
 
     mesh = mesh_of(rows[0]["down"][...])
     indices = tuple(index[0] if index.ndim == 2 and index.shape[0] == 1 else index for index in experts)
-    parts = _parts_of(config, experts)
+    parts = parts_of_neurons(config, experts)
     kept = [
         {name: keep(part, name, weight) for name, weight in own.items()} for own, part in zip(rows, parts, strict=True)
     ]
@@ -260,7 +259,7 @@ def _gathered(
 
 def _refit(
     refit: Refit,
-    parts: list[_Part],
+    parts: list[NeuronPart],
     rows: list[dict[str, nnx.Param]],
     outputs: list[_Outputs],
     indices: tuple[Int[Array, "*b _k"], ...],
@@ -284,7 +283,7 @@ def _down(rows: dict[str, nnx.Param], scale: nnx.Param | None) -> Float[Array, "
 
 
 def _stored_down(
-    part: _Part, matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: DTypeLike
+    part: NeuronPart, matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: DTypeLike
 ) -> dict[str, nnx.Param]:
     """Rows of a down projection as the model stores its own: integers are rounded anew, with scales for these rows."""
     if not weights.quantised:
@@ -322,6 +321,17 @@ def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"], groups: 
     # Each sequence has rows of its own.
     each = jnp.broadcast_to(indices, (weight.shape[axis], indices.shape[-1]))
     return jax.vmap(lambda own, index: jnp.take(own, index, axis=axis), in_axes=(axis, 0), out_axes=axis)(weight, each)
+
+
+def _take_of_experts(weight: Array, indices: Int[Array, "e k"], *, axis: int, groups: int, by_expert: bool) -> Array:
+    """The rows of these neurons of each expert."""
+    mesh = mesh_of(weight)
+    if not by_expert or axis_size(mesh, MODEL_AXIS) == 1:
+        return _take_on_mesh(weight, indices, axis=axis, groups=groups, of_experts=True)
+    # Each device has all rows of its experts.
+    own = PartitionSpec(MODEL_AXIS)
+    take = jax.vmap(functools.partial(take_rows, axis=axis - 1))
+    return jax.shard_map(take, mesh=mesh, in_specs=(own, own), out_specs=own)(weight, indices)
 
 
 def _take_on_mesh(

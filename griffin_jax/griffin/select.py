@@ -55,14 +55,15 @@ def _taking_prior(select: Select) -> Select:
 
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
     """The score of every neuron from its weights alone: ||Wg_j|| * ||Wu_j|| if gated, else ||Wu_j||. Float32."""
-    return tuple(jnp.concatenate([_magnitude(part) for part in layer.ff.parts()]) for layer in model.layers)
+    return tuple(jnp.concatenate([_magnitude(part).reshape(-1) for part in layer.ff.parts()]) for layer in model.layers)
 
 
-def _magnitude(part: NeuronModule) -> Float[Array, "f"]:
+def _magnitude(part: NeuronModule) -> Float[Array, "*e f"]:
     matrix = floating_rows(part.gate_up[...], None, array_of(part.gate_up_scale))
     matrix = plus_matrix(matrix, part.gate_up_left, part.gate_up_right)
     norms = jnp.linalg.norm(matrix.astype(jnp.float32), axis=-1)
-    return jnp.prod(norms, axis=part.neuron_axes["gate_up"] - 1).reshape(-1)
+    own = jnp.prod(norms, axis=part.neuron_axes["gate_up"] - 1)
+    return own if part.rest is None else jnp.concatenate([own, _magnitude(part.rest)], axis=-1)
 
 
 @_taking_prior

@@ -57,6 +57,9 @@ def token_statistic(z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b
 def _of_experts(z: RoutedActivations, real: Bool[Array, "b t"]) -> Float[Array, "b n"]:
     """The statistic of each expert over its own tokens, and of the shared ones over all."""
     squares = jnp.square(relative_activations(z.z))
+    if squares.ndim == 5:
+        # One of the devices has the expert, the others zeros.
+        squares = jnp.sum(squares, axis=3)
     chose = (z.experts[..., None] == jnp.arange(z.count)) & real[:, :, None, None]
     # As a product, since sums over places that differ from token to token are slow on CPUs and GPUs.
     by_expert = jnp.einsum("btke,btkf->bef", chose.astype(jnp.float32), squares, precision=jax.lax.Precision.HIGHEST)

@@ -20,7 +20,7 @@ from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
-from griffin_jax.extensions.mixed import MixedFormat, coarse, prune_mixed, select_mixed
+from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
@@ -38,6 +38,7 @@ from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.sharding import neuron_groups
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
@@ -681,13 +682,14 @@ class LLM:
         if config.groups is not None or devices == 1:
             return config
         check_kept(self.model, config.kept(self.model.config.neuron_ranges))
-        return dataclasses.replace(config, groups=devices)
+        return dataclasses.replace(config, groups=neuron_groups(self.model.config, devices))
 
     def _select(
         self, pruner: Pruner, model: Transformer, statistics: Statistics, seed: int | Int[jax.Array, "b"]
     ) -> ExpertNeurons:
         if self._in_place is not None:
             statistics = self._in_place.in_order(statistics)
+            return pruner.select(model, statistics, seed, self._in_place.magnitudes)
         return pruner.select(model, statistics, seed)
 
     def _prune(
@@ -706,8 +708,12 @@ class LLM:
         """The model with the kept rows only, in two formats."""
         if self._few is None:
             self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
-        chosen = select_mixed(statistics, pruner.config, mixed, fuse=pruner.fuse)
-        return prune_mixed(self.model, self._few[1], *chosen)
+        magnitudes = jitted.magnitudes_of(self.model)
+        chosen = select_mixed(statistics, pruner.config, mixed, fuse=pruner.fuse, magnitudes=magnitudes)
+        several = not pruner.config.shared and statistics.tokens.shape[0] > 1
+        # Each sequence would need a copy of all routed experts.
+        form = mask_mixed if several and self.model.config.routing is not None else prune_mixed
+        return form(self.model, self._few[1], *chosen)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
@@ -844,6 +850,7 @@ def load(
     in_place: bool = False,
     mesh: Mesh | None = None,
     weights: str | None = None,
+    expert_parallel: bool = False,
 ) -> LLM:
     """A language model, ready to answer.
 
@@ -865,6 +872,8 @@ def load(
             `griffin_jax.parallel.mesh`. Answers are those of one device, with `groups` given.
         weights: how the matrices are stored: "int8", "int4", "bfloat16", ...; fewer bits are read faster. See
             `load_model`.
+        expert_parallel: whether devices that share a model with routed experts have whole experts each; see
+            `load_model`.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or only pickle files and they are not allowed.
@@ -874,5 +883,5 @@ def load(
     """
     if in_place and mesh is not None:
         raise ValueError("in_place moves rows of weights, and not between devices: leave out in_place or mesh")
-    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh, weights)
+    model, tokenizer = load_model(os.fspath(source), dtype, sharding, allow_pickle, mesh, weights, expert_parallel)
     return LLM(model, tokenizer, str(source), in_place=in_place)

@@ -27,7 +27,7 @@ from griffin_jax.generation.scoring import LOGITS_BYTES
 from griffin_jax.model.attention import QUERY_BLOCK
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.products import BLOCK_ROWS
-from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies
+from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies, with_whole_experts
 from griffin_jax.model.sizes import Sizes, local_arrays
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
@@ -410,6 +410,7 @@ def needs_before_loading(
     weights: str | None = None,
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
+    expert_parallel: bool = False,
 ) -> Needs:
     """What work with a model needs, from its files' headers alone; arguments are those of `griffin_jax.load`.
 
@@ -419,9 +420,10 @@ def needs_before_loading(
     """
     parts = axis_size(mesh, MODEL_AXIS)
     opened = open_source(os.fspath(source), allow_pickle)
-    check_mesh(opened.config, parts)
-    precision = precision_of(opened.config, parse_dtype(dtype), parse_weights(weights), opened)
-    return Needs(with_kv_copies(opened.config, parts), precision, mesh, jax.default_backend())
+    config = with_whole_experts(opened.config, mesh) if expert_parallel else opened.config
+    check_mesh(config, parts)
+    precision = precision_of(config, parse_dtype(dtype), parse_weights(weights), opened)
+    return Needs(with_kv_copies(config, parts), precision, mesh, jax.default_backend())
 
 
 def needs_of(model: Transformer) -> Needs:

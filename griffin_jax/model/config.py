@@ -314,6 +314,8 @@ class ModelConfig:
         kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
             Not a property of a checkpoint: more devices than heads are given copies, which change no result; see
             `griffin_jax.model.sharding.with_kv_copies`.
+        expert_parallel: whether devices that share the model have whole experts each, instead of a part of the neurons
+            of every one. Not a property of a checkpoint, either; see `griffin_jax.model.sharding.with_whole_experts`.
 
     Raises:
         ValueError: a value is outside its range, or contradicts another.
@@ -368,6 +370,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     kv_copies: int = 1
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         check_choice("activation", self.activation, get_args(Activation))
@@ -402,6 +405,8 @@ class ModelConfig:
         self._check_positions()
         if self.routing is not None and any(not 0 <= n < self.num_layers for n in self.routing.dense_layers):
             raise ValueError(f"dense_layers must lie in [0, {self.num_layers - 1}], got {self.routing.dense_layers}")
+        if self.expert_parallel and self.routing is None:
+            raise ValueError("expert_parallel is for models with routed experts")
         for token in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"special token {token} is outside the vocabulary of {self.vocab_size}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +111,7 @@ class NeuronModule(nnx.Module):
     Attributes:
         neuron_axes: the parameters that have a row for each neuron, with the axis that counts neurons.
         down_outputs: which axes of the down projection count outputs, see `griffin_jax.model.weights.quantise`.
+        rest: a second group of rows, see `griffin_jax.extensions.in_place` and `griffin_jax.extensions.mixed`.
     """
 
     neuron_axes: ClassVar[Mapping[str, int]] = NEURON_AXES
@@ -121,6 +122,7 @@ class NeuronModule(nnx.Module):
     down: nnx.Param
     down_scale: nnx.Param | None
     down_row_scale: nnx.Param | None
+    down_bias: nnx.Param | None
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike):
         self.activation: Activation = config.activation
@@ -132,6 +134,7 @@ class NeuronModule(nnx.Module):
         self.gate_up_right: nnx.Param | None = nnx.data(None)
         self.down_left: nnx.Param | None = nnx.data(None)
         self.down_right: nnx.Param | None = nnx.data(None)
+        self.rest: Self | None = nnx.data(None)
 
     def activated(self, y: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
         """z of what the matrices give, which lie along an axis: gate and up, or one if the layer is not gated."""
@@ -146,7 +149,7 @@ class NeuronModule(nnx.Module):
     @property
     def neurons(self) -> int:
         """Number of neurons, those of all experts together."""
-        return math.prod(self.down.shape[:-1])
+        return math.prod(self.down.shape[:-1]) + (0 if self.rest is None else self.rest.neurons)
 
     def rows(self) -> dict[str, nnx.Param]:
         """The parameters with a row for each neuron that there are."""
@@ -195,7 +198,6 @@ class FeedForward(NeuronModule):
         self.down, self.down_scale, self.down_row_scale = down.values, down.scale, down.row_scale
         self.gate_up_bias = bias_vector((a, f), dtype) if config.ff_bias else None
         self.down_bias = bias_vector((d,), dtype) if config.ff_bias else None
-        self.rest: FeedForward | None = nnx.data(None)
         self.mask: Mask | None = nnx.data(None)
 
     @property

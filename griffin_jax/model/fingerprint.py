@@ -21,7 +21,10 @@ from griffin_jax.parallel.mesh import mesh_of
 BLOCK = 1 << 22
 """Numbers that are added up at a time."""
 
-LATER_FIELDS = ("ff_clip=None", "up_plus_one=False", "attention_sinks=False", "routing=None", "centred=False")
+LATER_FIELDS = (
+    "ff_clip=None", "up_plus_one=False", "attention_sinks=False", "routing=None", "centred=False",
+    "expert_parallel=False",
+)  # fmt: skip
 """Fields that `ModelConfig` and its parts got later, as models have them that have nothing of the kind: these keep
 their hashes."""
 
@@ -36,7 +39,7 @@ def fingerprint(model: Transformer) -> str:
         model: the full model; models of different dtypes have different hashes.
     """
     config = model.config
-    described = repr(dataclasses.replace(config, kv_copies=1))
+    described = repr(dataclasses.replace(config, kv_copies=1, expert_parallel=False))
     for later in LATER_FIELDS:
         described = described.replace(f", {later}", "")
     whole = hashlib.sha256(described.encode())

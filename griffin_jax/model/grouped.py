@@ -38,7 +38,7 @@ from griffin_jax.model.products import (
     sum_of_rows,
 )
 from griffin_jax.model.weights import dequantise, floating_rows, grouped
-from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, dividing, local_sequences, mesh_of
+from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, local_sequences, mesh_of
 
 BLOCK_TOKENS = 32
 """Tokens of an expert that go through its matrix together. Fewer read the matrix more often, more compute more for
@@ -54,7 +54,10 @@ def linear_of_experts(
     experts: Int[Array, "b t k"],
     weight: Num[Array, "e a f d"],
     scale: Float[Array, "e a f n"] | None = None,
-) -> Float[Array, "b t k a f"]:
+    bias: Float[Array, "e a f"] | None = None,
+    *,
+    by_expert: bool = False,
+) -> Float[Array, "b t k *m a f"]:
     """Each token times every row of the matrices of its experts, float32.
 
     Args:
@@ -62,23 +65,34 @@ def linear_of_experts(
         experts: the experts that each of them chose.
         weight: the matrices of all experts.
         scale: of integers: one for each row (n = 1), or for each of n groups of a row.
+        bias: is added to each row's product.
+        by_expert: whether devices that share the model have whole experts each, instead of rows of all of them. The
+            result then has an axis m for these devices, and is zero but for the one that has the expert.
     """
     mesh = mesh_of(weight)
-    form = functools.partial(_linear, _few(experts, weight, mesh))
+    by_expert = by_expert and axis_size(mesh, MODEL_AXIS) > 1
+    form = _form(experts, weight, mesh, by_expert)
+
+    def product(x: Array, experts: Array, weight: Array, scale: Array | None, bias: Array | None) -> Array:
+        own = _of_device(experts, weight.shape[0]) if by_expert else experts
+        y: Array = _linear(form, x, own, weight, scale)
+        if bias is not None:
+            y = y + _or_zero(form, _chosen(bias, own).astype(jnp.float32), own, weight.shape[0])
+        return y[:, :, :, None] if by_expert else y
+
     if mesh is None:
-        return form(x, experts, weight, scale)
+        return product(x, experts, weight, scale, bias)
     tokens, neurons = _divided(x, weight.shape[2], mesh)
+    rows, out = PartitionSpec(None, None, neurons), PartitionSpec(*tokens, None, None, None, neurons)
+    if by_expert:
+        rows, out = PartitionSpec(MODEL_AXIS), PartitionSpec(*tokens, None, None, MODEL_AXIS)
     return jax.shard_map(
-        form,
-        mesh=mesh,
-        in_specs=(tokens, tokens, PartitionSpec(None, None, neurons), PartitionSpec(None, None, neurons)),
-        out_specs=PartitionSpec(*tokens, None, None, None, neurons),
-        check_vma=False,
-    )(x, experts, weight, scale)
+        product, mesh=mesh, in_specs=(tokens, tokens, rows, rows, rows), out_specs=out, check_vma=False
+    )(x, experts, weight, scale, bias)
 
 
 def matmul_of_experts(
-    z: Float[Array, "b t k f"],
+    z: Float[Array, "b t k *m f"],
     experts: Int[Array, "b t k"],
     weight: Num[Array, "e f d"],
     scale: Float[Array, "e d"] | None = None,
@@ -87,40 +101,53 @@ def matmul_of_experts(
     """Each choice's z @ the matrix of its expert, summed over the choices of a token; float32.
 
     Args:
-        z: what each token and choice has for the neurons of its expert.
+        z: what each token and choice has for the neurons of its expert; with an axis for devices if these have whole
+            experts each, see `linear_of_experts`.
         experts: the experts that each token chose.
         weight: the matrices of all experts.
         scale: of integers, for each output of an expert.
         row_scale: of integers, for each of n groups of a row, instead.
     """
-    mesh = mesh_of(weight)
-    form = functools.partial(_matmul, _few(experts, weight, mesh))
+    mesh, by_expert = mesh_of(weight), z.ndim == 5
+    form = _form(experts, weight, mesh, by_expert)
     if mesh is None:
-        return form(z, experts, weight, scale, row_scale)
+        y: Array = _matmul(form, z, experts, weight, scale, row_scale)
+        return y
     tokens, neurons = _divided(z, weight.shape[1], mesh)
+    of_z, rows, outputs = PartitionSpec(*tokens, None, None, neurons), PartitionSpec(None, neurons), PartitionSpec()
+    if by_expert:
+        of_z, rows, outputs = PartitionSpec(*tokens, None, None, MODEL_AXIS), *[PartitionSpec(MODEL_AXIS)] * 2
 
-    def summed(*operands: Any) -> Array:
-        y = form(*operands)
-        return y if neurons is None else jax.lax.psum(y, MODEL_AXIS)
+    def summed(z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+        if by_expert:
+            z, experts = z[:, :, :, 0], _of_device(experts, weight.shape[0])
+        y: Array = _matmul(form, z, experts, weight, scale, row_scale)
+        return jax.lax.psum(y, MODEL_AXIS) if by_expert or neurons is not None else y
 
     return jax.shard_map(
-        summed,
-        mesh=mesh,
-        in_specs=(
-            PartitionSpec(*tokens, None, None, neurons),
-            tokens,
-            PartitionSpec(None, neurons),
-            PartitionSpec(),
-            PartitionSpec(None, neurons),
-        ),
-        out_specs=tokens,
-        check_vma=False,
+        summed, mesh=mesh, in_specs=(of_z, tokens, rows, outputs, rows), out_specs=tokens, check_vma=False
     )(z, experts, weight, scale, row_scale)
 
 
-def _few(experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None) -> bool:
-    """Whether pairs read no more matrices than there are."""
-    return local_sequences(mesh, experts.shape[0]) * math.prod(experts.shape[1:]) <= weight.shape[0]
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """Which form a product takes.
+
+    Attributes:
+        few: whether pairs go through their matrices one after the other.
+        partial: whether some choices are none, since another device has their experts. They have the number after the
+            last expert, read nothing on CPUs, and give zeros.
+    """
+
+    few: bool
+    partial: bool
+
+
+def _form(experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None, by_expert: bool) -> _Form:
+    """Pairs are few if they read no more matrices than there are on a device."""
+    pairs = local_sequences(mesh, experts.shape[0]) * math.prod(experts.shape[1:])
+    matrices = weight.shape[0] // (axis_size(mesh, MODEL_AXIS) if by_expert else 1)
+    return _Form(pairs <= matrices, by_expert)
 
 
 def _divided(x: Array, neurons: int, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, str | None]:
@@ -128,24 +155,38 @@ def _divided(x: Array, neurons: int, mesh: Mesh | AbstractMesh) -> tuple[Partiti
     return PartitionSpec(dividing(mesh, DATA_AXIS, x.shape[0])), dividing(mesh, MODEL_AXIS, neurons)
 
 
+def _of_device(experts: Int[Array, "b t k"], count: int) -> Int[Array, "b t k"]:
+    """The choices as numbers of this device's own experts, of which it has so many, and none of the others."""
+    own = experts - jax.lax.axis_index(MODEL_AXIS) * count
+    return jnp.where((own >= 0) & (own < count), own, count)
+
+
+def _or_zero(form: _Form, y: Float[Array, "b t k *n"], experts: Int[Array, "b t k"], count: int) -> Array:
+    """What choices give; zeros for those that are none."""
+    if not form.partial:
+        return y
+    return jnp.where((experts < count).reshape(*experts.shape, *[1] * (y.ndim - 3)), y, 0)
+
+
 # ---- On one device, with derivatives ----
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(few: bool, x: Array, experts: Array, weight: Array, scale: Array | None) -> Float[Array, "b t k a f"]:
-    return (_linear_pairs if few else _linear_blocks)(x, experts, weight, scale)
+def _linear(form: _Form, x: Array, experts: Array, weight: Array, scale: Array | None) -> Float[Array, "b t k a f"]:
+    y = _linear_pairs(form, x, experts, weight, scale) if form.few else _linear_blocks(x, experts, weight, scale)
+    return _or_zero(form, y, experts, weight.shape[0])
 
 
-def _linear_forward(few: bool, *operands: Any) -> tuple[Array, tuple]:
-    return _linear(few, *operands), operands
+def _linear_forward(form: _Form, *operands: Any) -> tuple[Array, tuple]:
+    return _linear(form, *operands), operands
 
 
-def _linear_backward(few: bool, operands: tuple, change: Float[Array, "b t k a f"]) -> tuple:
+def _linear_backward(form: _Form, operands: tuple, change: Float[Array, "b t k a f"]) -> tuple:
     x, experts, weight, scale = operands
     rows = weight.reshape(weight.shape[0], -1, weight.shape[-1])
     row_scale = None if scale is None else scale.reshape(*rows.shape[:2], -1)
     change = change.reshape(*experts.shape, -1).astype(x.dtype)
-    of_x: Array = _matmul(few, change, experts, rows, None, row_scale)
+    of_x: Array = _matmul(form, change, experts, rows, None, row_scale)
     of_x = of_x.astype(x.dtype)
     of_matrix = _sums_of_experts(change, x[:, :, None], experts, weight.shape[0]).reshape(weight.shape)
     if scale is None:
@@ -159,24 +200,25 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _matmul(
-    few: bool, z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
+    form: _Form, z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
 ) -> Float[Array, "b t d"]:
-    return (_matmul_pairs if few else _matmul_blocks)(z, experts, weight, scale, row_scale)
+    z = _or_zero(form, z, experts, weight.shape[0])
+    return (_matmul_pairs if form.few else _matmul_blocks)(form, z, experts, weight, scale, row_scale)
 
 
-def _matmul_forward(few: bool, *operands: Any) -> tuple[Array, tuple]:
-    return _matmul(few, *operands), operands
+def _matmul_forward(form: _Form, *operands: Any) -> tuple[Array, tuple]:
+    return _matmul(form, *operands), operands
 
 
-def _matmul_backward(few: bool, operands: tuple, change: Float[Array, "b t d"]) -> tuple:
+def _matmul_backward(form: _Form, operands: tuple, change: Float[Array, "b t d"]) -> tuple:
     z, experts, weight, scale, row_scale = operands
     change = change[:, :, None]
     # Where experts have scales of their own, each choice of a token is a token.
-    scaled = change if scale is None else change * scale[experts]
+    scaled = change if scale is None else change * _chosen(scale, experts)
     b, t, each, d = scaled.shape
     tokens, choices = scaled.reshape(b, t * each, d).astype(z.dtype), experts.reshape(b, t * each, -1)
     rows = weight[:, None]
-    of_z: Array = _linear(few, tokens, choices, rows, None if row_scale is None else row_scale[:, None])
+    of_z: Array = _linear(form, tokens, choices, rows, None if row_scale is None else row_scale[:, None])
     of_z = of_z.reshape(z.shape).astype(z.dtype)
     of_matrix = _sums_of_experts(z, change.astype(z.dtype), experts, weight.shape[0])
     if scale is None and row_scale is None:
@@ -231,7 +273,7 @@ def _sums_of_experts(
 # ---- Few pairs ----
 
 
-def _linear_pairs(x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
+def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
     def one_by_one(x: Array, weight: Array, scale: Array | None) -> Array:
         b, t, k = experts.shape
         _, a, f, d = weight.shape
@@ -247,7 +289,7 @@ def _linear_pairs(x: Array, experts: Array, weight: Array, scale: Array | None) 
             row = token @ own.T if own.dtype == jnp.float32 else one_token(token, own, inside)
             return row * own_scale[:, 0] if per_row and own_scale is not None else row
 
-        return _filled(b * t * k, a * f, tokens, product).reshape(b, t, k, a, f)
+        return _filled(form, chosen, weight.shape[0], a * f, tokens, product).reshape(b, t, k, a, f)
 
     def at_once(x: Array, weight: Array, scale: Array | None) -> Array:
         # One kernel on GPUs, which takes the look-up of the matrices and their conversion into the sum. Seen in
@@ -264,7 +306,7 @@ def _linear_pairs(x: Array, experts: Array, weight: Array, scale: Array | None) 
 
 
 def _matmul_pairs(
-    z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
+    form: _Form, z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
 ) -> Float[Array, "b t d"]:
     def one_by_one(z: Array, weight: Array, row_scale: Array | None) -> Array:
         b, t, k, f = z.shape
@@ -285,7 +327,8 @@ def _matmul_pairs(
 
             return sum_of_rows(own, rows)
 
-        return _over_choices(_filled(b * t * k, d, each, product).reshape(b, t, k, d), experts, scale)
+        y = _filled(form, chosen, e, d, each, product).reshape(b, t, k, d)
+        return _over_choices(_or_zero(form, y, experts, e), experts, scale)
 
     def at_once(z: Array, weight: Array, row_scale: Array | None) -> Array:
         rows = _chosen(weight, experts)
@@ -309,13 +352,25 @@ def _matmul_pairs(
     return jax.lax.platform_dependent(z, weight, row_scale, cpu=one_by_one, default=at_once)
 
 
-def _filled(rows: int, width: int, given: Array, product: Callable[[Array], Float[Array, "d"]]) -> Float[Array, "p d"]:
-    """What `product` gives for each row, one after the other."""
+def _filled(
+    form: _Form,
+    chosen: Int[Array, "p"],
+    count: int,
+    width: int,
+    given: Array,
+    product: Callable[[Array], Float[Array, "d"]],
+) -> Float[Array, "p d"]:
+    """What `product` gives for each pair, one after the other; anything for choices that are none."""
 
-    def fill(number: Array, y: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(y, product(number)[None], number, 0)
+    def fill(pair: Array, y: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(y, product(pair)[None], pair, 0)
 
-    return jax.lax.fori_loop(0, rows, fill, _empty(rows, width, given))
+    y = _empty(chosen.shape[0], width, given)
+    if not form.partial:
+        return jax.lax.fori_loop(0, chosen.shape[0], fill, y)
+    some = chosen < count
+    order = jnp.argsort(~some, stable=True)
+    return jax.lax.fori_loop(0, jnp.sum(some), lambda number, y: fill(order[number], y), y)
 
 
 def _empty(rows: int, width: int, given: Array) -> Float[Array, "p d"]:
@@ -327,7 +382,7 @@ def _over_choices(
     y: Float[Array, "b t k d"], experts: Int[Array, "b t k"], scale: Float[Array, "e d"] | None
 ) -> Float[Array, "b t d"]:
     """The sum over the choices of each token, with the scales of their experts."""
-    return jnp.sum(y if scale is None else y * scale[experts], axis=2)
+    return jnp.sum(y if scale is None else y * _chosen(scale, experts), axis=2)
 
 
 def _chosen(arrays: Array, experts: Int[Array, "b t k"]) -> Array:
@@ -345,7 +400,7 @@ class _Sorted:
 
     Attributes:
         order: the pair at each place.
-        counts: number of pairs of each expert.
+        counts: number of pairs of each expert; choices that are none come after all of them.
     """
 
     order: Int[Array, "p"]
@@ -460,10 +515,12 @@ def _linear_blocks(x: Array, experts: Array, weight: Array, scale: Array | None)
 
     y = _by_platform(x.reshape(b * t, d), at.order // k, at, on_cpu, as_it_is, ragged, a * f)
     y = y.reshape(b, t, k, a, f)
-    return y * scale[experts][..., 0] if per_row and scale is not None else y
+    return y * _chosen(scale, experts)[..., 0] if per_row and scale is not None else y
 
 
-def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+def _matmul_blocks(
+    form: _Form, z: Array, experts: Array, weight: Array, scale: Array | None, row_scale: Array | None
+) -> Array:
     b, t, k, f = z.shape
     e, _, d = weight.shape
     at = _Sorted.of(experts, e)
@@ -484,7 +541,7 @@ def _matmul_blocks(z: Array, experts: Array, weight: Array, scale: Array | None,
         return jax.lax.ragged_dot(pairs, own, at.counts, preferred_element_type=jnp.float32)
 
     y = _by_platform(z.reshape(b * t * k, f), at.order, at, on_cpu, as_it_is, ragged, d)
-    return _over_choices(y.reshape(b, t, k, d), experts, scale)
+    return _over_choices(_or_zero(form, y.reshape(b, t, k, d), experts, e), experts, scale)
 
 
 def _by_platform(

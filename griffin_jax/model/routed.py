@@ -36,14 +36,15 @@ class RoutedActivations:
     Attributes:
         experts: the experts that each token chose, int32; the best one first.
         weights: the factor of each choice, float32, which is in `z` already.
-        z: the intermediates of each choice.
+        z: the intermediates of each choice. Where devices have whole experts each, with an axis for these devices after
+            that of the choices, and zeros but for the one that has the expert.
         shared: those of the shared experts, with their factor, too; None if there are none.
         count: E, the number of experts.
     """
 
     experts: Int[Array, "b t k"]
     weights: Float[Array, "b t k"]
-    z: Float[Array, "b t k f"]
+    z: Float[Array, "b t k *m f"]
     shared: Float[Array, "b t s"] | None
     count: int = dataclasses.field(metadata={"static": True})
 
@@ -52,9 +53,10 @@ class RoutedActivations:
 
         The layer is the dense one whose intermediates are these. That takes E / k times the memory.
         """
-        b, t, _, f = self.z.shape
+        z = self.z if self.z.ndim == 4 else jnp.sum(self.z, axis=3)
+        b, t, _, f = z.shape
         batch, token = jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None]
-        spread = jnp.zeros((b, t, self.count, f), self.z.dtype).at[batch, token, self.experts].set(self.z)
+        spread = jnp.zeros((b, t, self.count, f), self.z.dtype).at[batch, token, self.experts].set(z)
         spread = spread.reshape(b, t, -1)
         return spread if self.shared is None else jnp.concatenate([spread, self.shared], axis=-1)
 
@@ -127,9 +129,9 @@ class Experts(NeuronModule):
     """The experts of a layer, neuron-major: `gate_up` is (E, A, F_e, D), with A = 2, or 1 if not gated, and `down`
     (E, F_e, D).
 
-    After pruning each expert has K rows instead of F_e. Integers have scales as in `FeedForward`: `gate_up_scale`
-    (E, A, F_e, n); for `down` either `down_scale` for each output of an expert, (E, D), or `down_row_scale`,
-    (E, F_e, n).
+    After pruning each expert has K rows instead of F_e, and the rows may lie in two groups, as in `FeedForward`.
+    Integers have scales as in `FeedForward`: `gate_up_scale` (E, A, F_e, n); for `down` either `down_scale` for each
+    output of an expert, (E, D), or `down_row_scale`, (E, F_e, n).
     """
 
     neuron_axes: ClassVar[Mapping[str, int]] = {name: axis + 1 for name, axis in NEURON_AXES.items()}
@@ -138,6 +140,7 @@ class Experts(NeuronModule):
     def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
         super().__init__(config, dtype)
         assert config.routing is not None
+        self.by_expert = config.expert_parallel
         e, a, f, d = config.routing.experts, 2 if config.gated else 1, config.routing.width, config.width
         gate_up = matrix(rngs, (e, a, f, d), fan_in=d, weights=weights)
         self.gate_up, self.gate_up_scale = gate_up.values, gate_up.scale
@@ -149,19 +152,24 @@ class Experts(NeuronModule):
 
     def intermediate(
         self, x: Float[Array, "b t d"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
-    ) -> Float[Array, "b t k f"]:
-        """z of each choice, times its weight."""
-        y = linear_of_experts(x, experts, self.gate_up[...], array_of(self.gate_up_scale))
-        if self.gate_up_bias is not None:
-            y = y + jnp.take(self.gate_up_bias[...], experts, axis=0, mode="clip").astype(jnp.float32)
-        return (self.activated(y.astype(x.dtype), axis=3) * weights[..., None]).astype(x.dtype)
+    ) -> Float[Array, "b t k *m f"]:
+        """z of each choice, times its weight; after an expert's own rows those of `rest`."""
+        parameters = self.gate_up[...], array_of(self.gate_up_scale), array_of(self.gate_up_bias)
+        y = linear_of_experts(x, experts, *parameters, by_expert=self.by_expert)
+        # Of a device that has not the expert, products are zeros, and so is what any activation makes of them.
+        z = self.activated(y.astype(x.dtype), axis=y.ndim - 2)
+        z = (z * weights.reshape(*weights.shape, *[1] * (z.ndim - 3))).astype(x.dtype)
+        return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x, experts, weights)], axis=-1)
 
     def project(
-        self, z: Float[Array, "b t k f"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
+        self, z: Float[Array, "b t k *m f"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
     ) -> Float[Array, "b t d"]:
         """The weighted sum of the outputs of the chosen experts, float32."""
+        own = self.down.shape[1]
         scales = array_of(self.down_scale), array_of(self.down_row_scale)
-        y = matmul_of_experts(z, experts, self.down[...], *scales)
+        y = matmul_of_experts(z[..., :own], experts, self.down[...], *scales)
+        if self.rest is not None:
+            y = y + self.rest.project(z[..., own:], experts, weights)
         if self.down_bias is not None:
             bias = jnp.take(self.down_bias[...], experts, axis=0, mode="clip")
             y = y + float32_product("btk,btkd->btd", weights, bias)
@@ -214,9 +222,9 @@ class RoutedFeedForward(nnx.Module):
         return False
 
     @property
-    def rest(self) -> None:
-        """A second group of rows, which only layers without a router have."""
-        return None
+    def rest(self) -> NeuronModule | None:
+        """A second group of rows, if any part has one."""
+        return next((part.rest for part in self.parts() if part.rest is not None), None)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
         """The router's scores of all experts, float32."""
@@ -269,11 +277,12 @@ class RoutedFeedForward(nnx.Module):
 
 def _masked(z: RoutedActivations, mask: Mask) -> RoutedActivations:
     """z, zero where a neuron is not kept."""
-    b, t, k, f = z.z.shape
+    (b, t, k), f = z.experts.shape, z.z.shape[-1]
     of_experts = mask.kept[..., : z.count * f].reshape(*mask.kept.shape[:-1], z.count, f)
     if of_experts.ndim == 2:
         kept = jnp.take(of_experts, z.experts, axis=0, mode="clip")
     else:
         kept = jnp.take_along_axis(of_experts, z.experts.reshape(b, t * k)[..., None], axis=1).reshape(b, t, k, f)
     shared = None if z.shared is None else Mask(mask.kept[..., z.count * f :]).apply(z.shared)
+    kept = kept if z.z.ndim == 4 else kept[:, :, :, None]
     return dataclasses.replace(z, z=jnp.where(kept, z.z, 0), shared=shared)

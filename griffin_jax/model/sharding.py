@@ -26,7 +26,7 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 
-HEADS, NEURONS, VOCABULARY, SEQUENCES = "heads", "neurons", "vocabulary", "sequences"
+HEADS, NEURONS, VOCABULARY, SEQUENCES, EXPERTS = "heads", "neurons", "vocabulary", "sequences", "experts"
 
 NORMS = (
     "norm", "embedding_norm", "attention_norm", "attention_out_norm", "attention_sum_norm", "ff_norm", "ff_out_norm",
@@ -54,8 +54,9 @@ FEED_FORWARD: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def _of_experts(name: str, axes: tuple[str | None, ...]) -> tuple[str, tuple[str | None, ...]]:
-    """The rule for the same array of each of several experts, which all devices have their neurons of."""
-    return f"experts.{name}", (None, *axes)
+    """The rule for the same array of each of several experts. Devices have neurons of all of them, or whole ones; what
+    is added to a sum over devices they all have."""
+    return f"experts.{name}", (None if name == "down_bias" else EXPERTS, *axes)
 
 
 ADDED_TO = ("attention.qkv", "attention.out", "ff.gate_up", "ff.down")
@@ -151,6 +152,10 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
+    if config.expert_parallel and config.routing is not None and config.routing.experts % devices:
+        count = config.routing.experts
+        possible = ", ".join(str(divisor) for divisor in range(1, count + 1) if count % divisor == 0)
+        raise ValueError(f"{devices} devices cannot share {count} experts evenly; these can: {possible}")
     together = _smallest_share(config)
     if together % devices:
         possible = ", ".join(str(count) for count in range(1, 2 * devices + 1) if together % count == 0)
@@ -166,8 +171,33 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
 
 
 def _smallest_share(config: ModelConfig) -> int:
-    """Neurons that are divided together: the greatest common divisor of the layers' and of the experts' numbers."""
-    return math.gcd(*(size for ranges in config.neuron_ranges for size in ranges))
+    """Neurons that are divided together: the greatest common divisor of the layers' and of the experts' numbers.
+
+    Where devices have whole experts, that of the shared experts' and dense layers'; 0 if there are none.
+    """
+    return math.gcd(*(size for layer in range(config.num_layers) for size in _divided_ranges(config, layer)))
+
+
+def _divided_ranges(config: ModelConfig, layer: int) -> tuple[int, ...]:
+    """The sizes of a layer's ranges of neurons of which devices have a part each."""
+    whole = config.routing.experts if config.expert_parallel and config.routing and config.routed(layer) else 0
+    return config.neuron_ranges[layer][whole:]
+
+
+def neuron_groups(config: ModelConfig, devices: int) -> int:
+    """In how many groups neurons are selected (`GriffinConfig.groups`) so that pruning moves no row between devices."""
+    return devices if _smallest_share(config) else 1
+
+
+def with_whole_experts(config: ModelConfig, mesh: Mesh | AbstractMesh | None) -> ModelConfig:
+    """The config of the same model whose devices have whole experts each, instead of a part of each one's neurons.
+
+    Raises:
+        ValueError: the model has no routed experts, or is on one device.
+    """
+    if mesh is None:
+        raise ValueError("expert_parallel says how a mesh divides the experts: give a mesh (--mesh)")
+    return dataclasses.replace(config, expert_parallel=True)
 
 
 def divided(config: ModelConfig, devices: int) -> dict[str, bool]:
@@ -211,14 +241,18 @@ def parameter_spec(
     Raises:
         ValueError: no rule is for such an array.
     """
-    shared = divided(config, axis_size(mesh, MODEL_AXIS))
+    whats = axes_of(path, shape)
+    whole_experts = config.expert_parallel and EXPERTS in whats
+    shared = divided(config, axis_size(mesh, MODEL_AXIS)) | {EXPERTS: whole_experts}
+    if whole_experts:
+        shared[NEURONS] = False
 
     def axis(what: str | None, size: int) -> str | None:
         if what == SEQUENCES:
             return dividing(mesh, DATA_AXIS, size)
         return dividing(mesh, MODEL_AXIS, size) if what is not None and shared[what] else None
 
-    axes = [axis(what, size) for what, size in zip(axes_of(path, shape), shape, strict=True)]
+    axes = [axis(what, size) for what, size in zip(whats, shape, strict=True)]
     return PartitionSpec(*axes) if any(axes) else PartitionSpec()
 
 

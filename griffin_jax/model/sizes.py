@@ -30,14 +30,18 @@ def masks_are_less(neurons: int, kept: int, sets: int) -> bool:
     return sets > 1 and sets * kept >= neurons
 
 
-def part_read(config: ModelConfig, layer: int, tokens: int = 1) -> float:
-    """Part of a layer's neurons that so many tokens read at a step: of routed experts those that they choose, no two of
-    them the same one, if there are enough."""
+def part_read(config: ModelConfig, layer: int, tokens: int = 1, devices: int = 1) -> float:
+    """Part of a layer's neurons on each of some devices that so many tokens read at a step.
+
+    Of routed experts these are those that they choose, no two of them the same one, if there are enough. Where devices
+    have whole experts each, all choices may be experts of one device.
+    """
     routing = config.routing
     if routing is None or not config.routed(layer):
         return 1.0
-    chosen = min(routing.experts, routing.active * tokens) * routing.width
-    return (chosen + routing.shared_width) / config.neurons[layer]
+    parts = devices if config.expert_parallel else 1
+    chosen = min(routing.experts // parts, routing.active * tokens) * routing.width
+    return (parts * chosen + routing.shared_width) / config.neurons[layer]
 
 
 class Sizes:
@@ -103,7 +107,7 @@ class Sizes:
         """Bytes of these rows that a step reads; see `part_read`."""
         rows = self.config.neurons if kept is None or self.masked(kept) else kept
         sets = 1 if kept is None or self.masked(kept) else self.sets
-        read = sum(k * part_read(self.config, layer, self.batch) for layer, k in enumerate(rows))
+        read = sum(k * part_read(self.config, layer, self.batch, self.devices) for layer, k in enumerate(rows))
         return int(read / self.devices * sets * self.row)
 
     def copied(self, kept: Sequence[int]) -> int:

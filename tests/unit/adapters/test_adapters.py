@@ -24,6 +24,8 @@ from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.reconstruction import Reconstruction
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.masked import mask
+from griffin_jax.model.assembly import random_model, split
+from griffin_jax.model.config import Routing
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.sharding import model_shardings
 from griffin_jax.model.weights import dequantise
@@ -381,3 +383,46 @@ def test_a_native_folder_is_for_the_model_alone(model, pair, tmp_path):
         gj.save(attach(model, pair[0]), tmp_path / "model")
     gj.save(merge(attach(model, pair[0])), tmp_path / "model")
     assert not gj.load(tmp_path / "model", "float32").model.adapted
+
+
+class TestRoutedExperts:
+    """Adapters of attention, next to experts that have none."""
+
+    CONFIG = gj.ModelConfig("mixtral", 101, 32, 48, 1, 4, 2, 8, 64, routing=Routing(6, 2, 20, normalised=True))
+
+    def test_attached_is_merged_is_added_to_the_matrix(self):
+        model, adapter = random_model(self.CONFIG), drawn(self.CONFIG, 0, targets="attention")
+        attached = attach(model, adapter)
+        merged = merge(attached)
+        close(logits(attached, TOKENS), logits(merged, TOKENS))
+        query = adapter.factors["model.layers.0.self_attn.q_proj"]
+        change = adapter.scale * np.asarray(query.b, np.float64) @ np.asarray(query.a, np.float64)
+        after, before = (
+            split("layers.0.attention.qkv", each.layers[0].attention.qkv[...], self.CONFIG)["layers.0.attention.query"]
+            for each in (merged, model)
+        )
+        close((np.asarray(after, np.float64) - np.asarray(before, np.float64)).reshape(change.shape), change)
+
+    def test_training_reaches_them_through_the_experts(self):
+        """The change of the loss along the gradient is the gradient's square."""
+        model, adapter = random_model(self.CONFIG), drawn(self.CONFIG, 0, targets="q_proj")
+        batch, step = Batch(TOKENS, np.asarray([12, 9], np.int32)), 3e-3
+
+        @jax.jit
+        def loss(adapter):
+            return next_token_loss(attach(model, adapter), batch)
+
+        gradient = jax.jit(jax.grad(loss))(adapter)
+        square = sum(float(jnp.sum(jnp.square(leaf))) for leaf in jax.tree.leaves(gradient))
+        ahead, behind = (
+            float(loss(jax.tree.map(lambda x, g, sign=sign: x + sign * step * g, adapter, gradient)))
+            for sign in (1, -1)
+        )
+        assert square > 0
+        assert (ahead - behind) / (2 * step) == pytest.approx(square, rel=0.02)
+
+    def test_experts_have_none(self):
+        with pytest.raises(
+            ValueError, match=r"gate of routed experts has no adapter.* has q_proj, k_proj, v_proj, o_p"
+        ):
+            drawn(self.CONFIG, 0, targets="feed_forward")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hlo_reads import looked_up
 
 from griffin_jax.aot import compilation, compilers
 from griffin_jax.aot.compilation import compile_for, inspect
@@ -326,6 +327,27 @@ def test_integers_are_neither_copied_nor_converted(weights, batch, devices, mode
         # more tokens, the down projection.
         rows = named(model).width if batch == 1 else compiled.kept[0]
         assert compiled.temporaries < rows * row // devices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_experts", [False, True])
+@pytest.mark.parametrize("model", ["Mixtral-8x7B", "Qwen3-30B-A3B"])
+def test_a_step_reads_the_chosen_experts(cuda, tmp_path, model, whole_experts):
+    """As many matrices as a token chooses, dense and pruned, of four devices a quarter of each or whole ones."""
+    config = named(model, layers=1)
+    options = {"devices": 4, "round_to": 4, "prompt": 128, "new": 64, "expert_parallel": whole_experts}
+    report = compile_for("h100", config, density=0.5, **options, hlo=tmp_path)
+    routing, parts = config.routing, 1 if whole_experts else 4
+    for name, compiled, width in (
+        ("dense", report.dense, routing.width),
+        ("pruned", report.pruned, routing.width // 2),
+    ):
+        row = width // parts * config.width
+        held = routing.experts // (4 // parts)
+        program = (tmp_path / f"{name}.txt").read_text()
+        assert looked_up(program, {held * 2 * row, held * row}) == (3 * routing.active * row, [])
+        assert compiled.ff_copies_per_step == compiled.cache_copies_per_step == ()
+        assert compiled.collectives_in_layers == {"all-reduce": 2}
 
 
 @pytest.mark.usefixtures("cuda")

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hlo_reads import looked_up
+from reference import unchecked
 
 import griffin_jax as gj
-from griffin_jax.adapters.modules import modules_of
-from griffin_jax.extensions.in_place import InPlace
-from griffin_jax.extensions.mixed import coarse
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.extensions.sensitivity import sensitivity
 from griffin_jax.generation import jitted
@@ -22,10 +21,13 @@ from griffin_jax.griffin.select import magnitude
 from griffin_jax.model import grouped
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig, Routing
+from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
 from griffin_jax.model.parameters import array_of
 from griffin_jax.model.routed import RoutedFeedForward, choose
-from griffin_jax.model.weights import WeightFormat, dequantise, floating_rows, quantise
+from griffin_jax.model.sharding import neuron_groups
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.weights import Precision, WeightFormat, dequantise, floating_rows, quantise
 from griffin_jax.parallel.mesh import make_mesh
 from griffin_jax.training.data import Batch
 from griffin_jax.training.loss import next_token_loss
@@ -321,13 +323,15 @@ def test_gradients_of_a_layer(fields, tokens, rng):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
 
 
-@pytest.mark.parametrize("text", ["float32", "int8"])
-def test_gradients_on_a_mesh(text, rng):
-    """Of a whole model: each device has a part of each expert's neurons and half of the sequences."""
+@pytest.mark.parametrize(("text", "division"), [("int8", "neurons"), ("float32", "neurons"), ("float32", "experts")])
+def test_gradients_on_a_mesh(text, division, rng):
+    """Of a whole model: each device has a part of each expert's neurons, or whole ones, and half of the sequences."""
     batch = Batch(rng.integers(0, 64, (4, 12)).astype(np.int32), np.asarray([12, 7, 12, 9], np.int32))
     found = []
     for mesh in (None, make_mesh(2, 2)):
-        model = random_model(config(shared_width=24), mesh=mesh, weights=WeightFormat.parse(text))
+        whole_experts = mesh is not None and division == "experts"
+        divided = dataclasses.replace(config(shared_width=24), expert_parallel=whole_experts, num_layers=1)
+        model = random_model(divided, mesh=mesh, weights=WeightFormat.parse(text))
         # Of integers, gradients reach what lies below the experts.
         graph, trained, rest = nnx.split(model, lambda _, leaf: jnp.issubdtype(leaf.dtype, jnp.floating), ...)
 
@@ -341,32 +345,93 @@ def test_gradients_on_a_mesh(text, rng):
         np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
 
 
-def test_a_step_on_cpus_copies_no_expert():
-    """The loop reads rows of the experts that were chosen: no matrix of an expert is written to memory."""
-    layer = RoutedFeedForward(config(), jnp.float32, WeightFormat("int8"), nnx.Rngs(0))
-    text = jax.jit(lambda layer, x: layer(x)).lower(layer, jnp.ones((1, 1, WIDTH))).compile().as_text()
-    whole = (f"f32[{EXPERTS},{NEURONS},{WIDTH}]", f"f32[{EXPERTS},{ROWS},{NEURONS},{WIDTH}]")
-    assert not any(f"= {shape}" in text for shape in whole)
-
-
 @pytest.mark.parametrize("text", ["float32", "int8"])
-def test_on_a_mesh(text, rng):
-    """Each device has a part of each expert's neurons, and half of the sequences; nothing else changes."""
-    weights, whole = WeightFormat.parse(text), config(shared_width=24)
+def test_a_step_on_cpus_reads_the_chosen_experts(text):
+    """And no other one, dense or pruned: of their matrices the loop reads nothing else, and copies nothing."""
+    model = random_model(dataclasses.replace(config(shared_width=24), num_layers=1), weights=WeightFormat.parse(text))
+    read = jitted.prefill(model, jnp.zeros((1, 4), jnp.int32), jnp.asarray([4]), max_new_tokens=8)
+    pruned = gj.prune(model, gj.select(read.statistics, gj.GriffinConfig(0.5)))
+    state = jitted.init_decode(read)
+    for each, neurons in ((model, NEURONS), (pruned, NEURONS // 2)):
+        with unchecked():
+            program = jax.jit(gj.decode).lower(each, state, 8).compile().as_text()
+        matrices = {EXPERTS * ROWS * neurons * WIDTH, EXPERTS * neurons * WIDTH}
+        assert looked_up(program, matrices) == (2 * (ROWS + 1) * neurons * WIDTH, [])
+
+
+def with_biases(model, rng):
+    """The model with biases that are not zero, of experts and elsewhere."""
+    for layer in model.layers:
+        for part in layer.ff.parts():
+            for bias in (part.gate_up_bias, part.down_bias):
+                values = jnp.asarray(rng.standard_normal(bias.shape), jnp.float32)
+                bias.set_value(jax.device_put(values, bias.get_value().sharding))
+    return model
+
+
+@pytest.mark.parametrize(("text", "division"), [("float32", "neurons"), ("int8", "neurons"), ("int8", "experts")])
+def test_on_a_mesh(text, division, rng):
+    """Each device has a part of each expert's neurons, or whole experts, and half of the sequences; nothing else
+    changes: prompts, statistics, neurons, and the tokens of the pruned model."""
+    weights = WeightFormat.parse(text)
+    whole = dataclasses.replace(config(shared_width=24), ff_bias=True, num_layers=1)
     tokens, lengths = jnp.asarray(rng.integers(0, 64, (2, 12)), jnp.int32), jnp.asarray([12, 7])
-    griffin = gj.GriffinConfig(density=0.5, shared=True, groups=2)
-    found = []
+    griffin, found = gj.GriffinConfig(density=0.5, shared=True, groups=2), []
     for mesh in (None, make_mesh(2, 2)):
-        model = random_model(whole, mesh=mesh, weights=weights)
-        read = jitted.prefill(model, tokens, lengths, max_new_tokens=2)
+        divided = dataclasses.replace(whole, expert_parallel=mesh is not None and division == "experts")
+        model = with_biases(random_model(divided, mesh=mesh, weights=weights), np.random.default_rng(5))
+        read = jitted.prefill(model, tokens, lengths, max_new_tokens=4)
         experts = gj.select(read.statistics, griffin)
         pruned = gj.prune(model, experts)
-        again = jitted.prefill(pruned, tokens, lengths, max_new_tokens=2)
-        found.append((read.logits, again.logits, experts.indices, pruned.layers[0].ff.experts.gate_up[...]))
+        again = jitted.prefill(pruned, tokens, lengths, max_new_tokens=4)
+        found.append((read.logits, read.statistics.squares, again.logits, experts.indices))
+        found[-1] += (
+            pruned.layers[0].ff.experts.gate_up[...],
+            jitted.decode(pruned, jitted.init_decode(read), 4).tokens,
+        )
         if mesh is not None:
-            assert pruned.layers[0].ff.experts.down[...].sharding.shard_shape((6, 20, 32)) == (6, 10, 32)
+            shape = (6, 10, 32) if division == "neurons" else (3, 20, 32)
+            assert pruned.layers[0].ff.experts.down[...].sharding.shard_shape((6, 20, 32)) == shape
     for one, many in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * float(np.abs(np.asarray(one, float)).max()))
+
+
+class TestWholeExperts:
+    def test_a_checkpoint_is_read_and_written(self, tmp_path, rng):
+        model = random_model(config())
+        gj.save(model, tmp_path / "one")
+        loaded = gj.load(tmp_path / "one", mesh=make_mesh(1, 2), expert_parallel=True).model
+        assert loaded.layers[0].ff.experts.gate_up[...].sharding.shard_shape((6, 2, 40, 32)) == (3, 2, 40, 32)
+        assert fingerprint(loaded) == fingerprint(model)
+        gj.save(loaded, tmp_path / "again")
+        assert gj.load(tmp_path / "again").config == model.config
+
+    def test_what_each_device_reads_and_holds(self):
+        """All choices of a token may be experts of one device."""
+        sizes = [
+            Sizes(each, 1, 8, Precision.of(jnp.float32), shared=True, devices=2)
+            for each in (config(shared_width=24), dataclasses.replace(config(shared_width=24), expert_parallel=True))
+        ]
+        row, kept = 3 * WIDTH * 4, [EXPERTS * NEURONS // 2 + 12] * 2
+        assert [size.ff(None) for size in sizes] == [2 * (EXPERTS * NEURONS + 24) * row // 2] * 2
+        assert [size.read(None) for size in sizes] == [2 * (NEURONS + 12) * row, 2 * (2 * NEURONS + 12) * row]
+        assert sizes[1].read(kept) == sizes[1].read(None) // 2
+
+    def test_groups_are_for_what_is_divided(self):
+        whole = dataclasses.replace(config(), expert_parallel=True)
+        assert neuron_groups(config(), 2) == 2
+        assert neuron_groups(whole, 2) == 1
+        assert neuron_groups(dataclasses.replace(config(shared_width=24), expert_parallel=True), 2) == 2
+
+    def test_what_cannot_be(self, tmp_path, tiny):
+        whole = dataclasses.replace(config(), expert_parallel=True)
+        with pytest.raises(ValueError, match="4 devices cannot share 6 experts evenly; these can: 1, 2, 3, 6"):
+            random_model(whole, mesh=make_mesh(1, 4))
+        gj.save(random_model(config()), tmp_path / "one")
+        with pytest.raises(ValueError, match="give a mesh"):
+            gj.load(tmp_path / "one", expert_parallel=True)
+        with pytest.raises(ValueError, match="expert_parallel is for models with routed experts"):
+            dataclasses.replace(tiny.llm.config, expert_parallel=True)
 
 
 def test_sequences_with_neurons_of_their_own_are_refused_copies(rng):
@@ -464,17 +529,6 @@ class TestRanges:
             gj.prune(random_model(config()), experts)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        InPlace,
-        lambda model: coarse(model, WeightFormat.parse("int4:16")),
-        lambda model: sensitivity(model, [[1, 2, 3]]),
-        lambda model: modules_of(model.config),
-    ],
-    ids=["in_place", "mixed", "sensitivity", "adapters"],
-)
-def test_what_these_models_do_not_have(use):
-    model = random_model(config())
+def test_what_these_models_do_not_have():
     with pytest.raises(ValueError, match="routed experts"):
-        use(model)
+        sensitivity(random_model(config()), [[1, 2, 3]])
