@@ -66,7 +66,7 @@ class TrainingLayer(nnx.Module):
         layer: RoutedFeedForward,
         teacher: Experts | None = None,
         routes: Routes = "router",
-        oracle: Oracle = "each",
+        oracle: Oracle = "joint",
     ):
         self.layer, self.teacher = layer, teacher
         self.routes: Routes = routes
@@ -118,7 +118,7 @@ def in_training(
     parameters: Parameters = (),
     *,
     routes: Routes = "router",
-    oracle: Oracle = "each",
+    oracle: Oracle = "joint",
 ) -> Transformer:
     """A factored model whose layers compute all their experts; see `TrainingLayer`.
 

@@ -93,7 +93,7 @@ def _stacked(layers: tuple[dict[str, Array], ...]) -> dict[str, Array]:
     return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
-def router_step(config: ModelConfig, training: FactorTraining, oracle: Oracle = "each") -> Step:
+def router_step(config: ModelConfig, training: FactorTraining, oracle: Oracle = "joint") -> Step:
     """The pure step of the first stage: a batch is read densely, and every layer's router learns from what it saw.
 
     The tokens of the batch are divided among `training.router_updates` updates, each token of a text with others than
@@ -149,7 +149,7 @@ def _ratio(training: FactorTraining) -> float:
 
 
 def expert_loss(
-    parameters: Parameters, model: Transformer, batch: Batch, *, training: FactorTraining, oracle: Oracle = "each"
+    parameters: Parameters, model: Transformer, batch: Batch, *, training: FactorTraining, oracle: Oracle = "joint"
 ) -> tuple[Float[Array, ""], Figures]:
     """The loss of the second stage, and the figures of it.
 
@@ -180,7 +180,7 @@ def expert_loss(
     return whole, {training.objective: value, **figures}
 
 
-def expert_step(training: FactorTraining, oracle: Oracle = "each") -> Step:
+def expert_step(training: FactorTraining, oracle: Oracle = "joint") -> Step:
     """The pure step of the second stage: a function of a `TrainingState` of `trainable(model, experts=True)`, of the
     untrained factored model, and of a batch."""
     loss = functools.partial(expert_loss, training=training, oracle=oracle)
@@ -192,7 +192,7 @@ def train_factors(
     packed: Packed,
     training: FactorTraining,
     *,
-    oracle: Oracle = "each",
+    oracle: Oracle = "joint",
     folder: Path | None = None,
     save_every: int = 50,
     quiet: bool = False,
