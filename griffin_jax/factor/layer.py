@@ -72,6 +72,11 @@ class TrainingLayer(nnx.Module):
         self.routes: Routes = routes
         self.oracle: Oracle = oracle
 
+    @property
+    def neurons(self) -> int:
+        """The neurons of all experts."""
+        return self.layer.neurons
+
     def intermediate(self, x: Float[Array, "b t d"]) -> Choices:
         """Everything about the experts at this input."""
         routing = self.layer.routing

@@ -276,7 +276,7 @@ class Curve:
         self._file, self._tokens = file, tokens
         self._found: dict[tuple[str, int], dict[str, Any]] = {}
         for line in load_curve(file) if file is not None and file.is_file() else ():
-            self._found[line["stage"], line["step"]] = line
+            _put(self._found, line)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -287,7 +287,7 @@ class Curve:
         """Keeps the figures of a step; returns what a progress bar shows of them."""
         line = {"stage": stage, "step": step, "tokens": (first + step + 1) * self._tokens}
         line |= {name: np.asarray(value, np.float64).round(6).tolist() for name, value in figures.items()}
-        self._found[stage, step] = line
+        _put(self._found, line)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
@@ -298,10 +298,16 @@ class Curve:
 
 def load_curve(file: Path) -> list[dict[str, Any]]:
     """The lines of a file that `train_factors` wrote, each step once."""
-    found = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for text in file.read_text(encoding="utf-8").splitlines():
         # A killed run may have left half a line.
         if text.endswith("}"):
-            line = json.loads(text)
-            found[line["stage"], line["step"]] = line
+            _put(found, json.loads(text))
     return sorted(found.values(), key=lambda line: line["tokens"])
+
+
+def _put(found: dict[tuple[str, int], dict[str, Any]], line: dict[str, Any]) -> None:
+    """Adds a line; those of later steps of its stage are of a run that ended otherwise."""
+    for stage, step in [key for key in found if key[0] == line["stage"] and key[1] > line["step"]]:
+        del found[stage, step]
+    found[line["stage"], line["step"]] = line

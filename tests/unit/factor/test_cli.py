@@ -15,16 +15,22 @@ PASSAGES = ["The river has three bridges. ", "To bake bread without a scale, tak
 
 
 @pytest.fixture(scope="module")
-def made(worded, tmp_path_factory):
-    """A factored model whose training is as short as can be, its text, and where it is."""
+def folder(primed, tmp_path_factory):
+    """A dense model and texts."""
     folder = tmp_path_factory.mktemp("factored")
-    gj.save(worded.llm.model, folder / "dense", worded.llm.tokenizer)
-    texts = folder / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text * 20}) + "\n" for text in PASSAGES))
+    gj.save(primed.llm.model, folder / "dense", primed.llm.tokenizer)
+    lines = [json.dumps({"text": text * 20}) + "\n" for text in PASSAGES]
+    (folder / "texts.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(folder):
+    """The folder with a factored model in it, whose training is as short as can be."""
     arguments = [
-        "factorize", str(folder / "small"), "--model", str(folder / "dense"), "--text", str(texts), "--length", "16",
-        "--batch", "2", "--grouping", "coactivation", "--router-steps", "3", "--steps", "2", "--warmup", "1",
-        "--plot", str(folder / "curve.png"),
+        "factorize", str(folder / "small"), "--model", str(folder / "dense"), "--text", str(folder / "texts.jsonl"),
+        "--length", "16", "--batch", "2", "--grouping", "coactivation", "--router-steps", "3", "--steps", "2",
+        "--warmup", "1", "--plot", str(folder / "curve.png"),
     ]  # fmt: skip
     assert main(arguments) == 0
     return folder
@@ -40,6 +46,7 @@ def test_what_it_writes_is_a_model(made):
     assert (made / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_the_dense_model(made, capsys):
     """On the same tokens: its rows are those of the table, and all experts are the dense model."""
     arguments = [
@@ -68,8 +75,8 @@ def test_it_is_compared_with_the_dense_model(made, capsys):
         (["--save-every", "0"], "--save-every must be at least 1"),
     ],
 )
-def test_errors_are_one_line(made, more, message, capsys):
-    base = ["factorize", str(made / "other"), "--model", str(made / "dense"), "--text", str(made / "texts.jsonl")]
+def test_errors_are_one_line(folder, more, message, capsys):
+    base = ["factorize", str(folder / "other"), "--model", str(folder / "dense"), "--text", str(folder / "texts.jsonl")]
     try:
         code = main([*base, *more])
     except SystemExit as ended:
@@ -77,11 +84,11 @@ def test_errors_are_one_line(made, more, message, capsys):
     assert code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert message in lines[-1]
-    assert not (made / "other").exists()
+    assert not (folder / "other").exists()
 
 
-def test_other_models_are_not_compared(made, capsys):
-    arguments = ["eval", "divergence", str(made / "texts.jsonl"), "--model", str(made / "dense"), "--output"]
-    arguments += [str(made / "x"), "--prompt-tokens", "24", "--new-tokens", "8"]
-    assert main([*arguments, "--factored", str(made / "dense")]) == 2
+def test_other_models_are_not_compared(folder, capsys):
+    arguments = ["eval", "divergence", str(folder / "texts.jsonl"), "--model", str(folder / "dense"), "--output"]
+    arguments += [str(folder / "x"), "--prompt-tokens", "24", "--new-tokens", "8"]
+    assert main([*arguments, "--factored", str(folder / "dense")]) == 2
     assert "is not divided into experts" in capsys.readouterr().err
