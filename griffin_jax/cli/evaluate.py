@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from griffin_jax import __version__
 from griffin_jax.cli.options import (
@@ -612,9 +612,10 @@ def _factored(options: argparse.Namespace, llm: LLM) -> list[Factored]:
     names = [folder.name for folder in options.factored]
     if len(set(names)) < len(names):
         raise ValueError(f"folders of --factored have the same name: {', '.join(names)}")
-    found = []
+    found, mesh = [], mesh_of(llm.model.embedding[...])
+    assert not isinstance(mesh, AbstractMesh)
     for name, folder in zip(names, options.factored, strict=True):
-        other = load(folder, options.dtype, mesh=mesh_of(llm.model.embedding[...]))
+        other = load(folder, options.dtype, mesh=mesh)
         check_comparable(llm.config, other.config, str(folder))
         found.append(Factored(name, other.model, densities, options.oracle_routing))
     return found

@@ -64,10 +64,7 @@ class Factored:
         share = share_read(self.model.config)
         own = Variant(self.name, share)
         inside = [Variant(f"{self.name}+{INSIDE}", share * density) for density in self.densities]
-        return (own, *inside, *(self._routed(oracle) for oracle in self.oracles))
-
-    def _routed(self, oracle: Oracle) -> Variant:
-        return Variant(f"{self.name}, oracle {oracle}", share_read(self.model.config))
+        return (own, *inside, *(Variant(f"{self.name}, oracle {oracle}", share) for oracle in self.oracles))
 
     def score(self, dense: Transformer, batch: Batch, answers: Answers, room: int) -> list[dict[str, Any]]:
         """Scores of given answers of every row, as `score_models` has them; each model reads the prompt itself.
@@ -79,7 +76,8 @@ class Factored:
             room: tokens that an answer may have.
         """
         prefilled = batch.prefill(self.model, room)
-        own, *inside = self.variants[: 1 + len(self.densities)]
+        own, *rest = self.variants
+        inside, of_oracles = rest[: len(self.densities)], rest[len(self.densities) :]
 
         def rows(following: Statistics) -> Iterator[tuple[Variant, Transformer]]:
             yield own, self.model
@@ -89,12 +87,12 @@ class Factored:
                 yield variant, pruned
 
         scores = _scored(self.model, rows, prefilled, answers, dense)
-        for oracle in self.oracles:
+        for oracle, variant in zip(self.oracles, of_oracles, strict=True):
             routed = in_training(self.model, routes="oracle", oracle=oracle)
             read = jitted.prefill(
                 routed, batch.prompts, batch.prompt_lengths, max_new_tokens=room, longest=room, collect=False
             )
-            more = _scored(dense, lambda _: [(self._routed(oracle), routed)], read, answers, dense)  # noqa: B023
+            more = _scored(dense, lambda _: [(variant, routed)], read, answers, dense)  # noqa: B023
             for whole, further in zip(scores, more, strict=True):
                 whole |= further
         return scores
