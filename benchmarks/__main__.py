@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import adapters, gpu, memory, routed, run
+from benchmarks import adapters, factored, gpu, memory, routed, run
 from griffin_jax.cli.main import Parser, guarded
 
 
 def main() -> int:
     parser = Parser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (run, gpu, memory, adapters, routed):
+    for module in (run, gpu, memory, adapters, routed, factored):
         name = module.__name__.rpartition(".")[2]
         # What the command was called before it measured more than one density at a time.
         aliases = ["speed"] if module is run else []

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     bandwidth = measure_bandwidth()
     for repeat in range(options.repeats + 1):
         for name, model in models.items():
-            seconds = _seconds(model, prompt, options.new)
+            seconds = timed_answer(model, prompt, options.new)
             # The first round compiles.
             for phase, value in seconds.items() if repeat else ():
                 found[name][phase].append(value)
@@ -84,7 +84,7 @@ def _twin(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, routing=None, ff_width=read)
 
 
-def _seconds(model: Transformer, prompt: np.ndarray, new: int) -> dict[str, float]:
+def timed_answer(model: Transformer, prompt: np.ndarray, new: int) -> dict[str, float]:
     """Seconds of the prompt, and of the answer's other tokens."""
     lengths = np.asarray([prompt.shape[1]], np.int32)
 

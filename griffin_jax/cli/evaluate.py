@@ -8,10 +8,10 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from griffin_jax import __version__
 from griffin_jax.cli.options import (
@@ -33,6 +33,7 @@ from griffin_jax.cli.options import (
 )
 from griffin_jax.evaluation import drafts, front, front_report, groups, report, tasks
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.factored import Factored, check_comparable
 from griffin_jax.evaluation.grid import (
     BASELINES,
     BUDGETS,
@@ -66,14 +67,15 @@ from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.extensions.speculative import MOST_DRAFTS
-from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.llm.llm import LLM
+from griffin_jax.factor.losses import Oracle
+from griffin_jax.griffin.config import GriffinConfig, check_density
+from griffin_jax.llm.llm import LLM, load
 from griffin_jax.llm.memory import Needs, Parts, needs_of
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.distributed import is_first
-from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
 from griffin_jax.utils.options import count_or, whole
 from griffin_jax.utils.wholefile import write_text
 
@@ -133,6 +135,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_lengths(kind)
     _add_reference(kind)
     _add_common(kind, size=4)
+    others = kind.add_argument_group("factored models")
+    others.add_argument(
+        "--factored", metavar="FOLDER", nargs="+", type=Path, default=[],
+        help="also score these, which griffin-jax factorize made of the model; all are held next to it",
+    )  # fmt: skip
+    others.add_argument(
+        "--inside", metavar="D", type=str, default="",
+        help="shares of each expert's neurons that GRIFFIN keeps in them, separated by commas (default: none)",
+    )  # fmt: skip
+    others.add_argument(
+        "--oracle-routing", metavar="O", choices=get_args(Oracle), nargs="+", default=[],
+        help=f"also with the best experts for each token instead of the router's, of {', '.join(get_args(Oracle))}; for"
+        " models whose experts are not trained",
+    )  # fmt: skip
     kind.set_defaults(prepare=_divergence)
 
     kind = kinds.add_parser(
@@ -545,6 +561,11 @@ def _divergence(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
     items, settings = _continued(options, llm, skipped)
+    others = _factored(options, llm)
+    every = (*variants, *(variant for other in others for variant in other.variants))
+    if others:
+        settings |= {"factored": {other.name: fingerprint(other.model) for other in others}}
+        settings |= {"rows": [variant.name for variant in every]}
 
     def tabulate(figures: report.Figures) -> str:
         return "\n\n".join(
@@ -571,11 +592,33 @@ def _divergence(
             size=options.batch,
             seed=options.seed,
             extensions=extensions,
+            factored=others,
         ),
-        lambda scores: report.divergence_figures(scores, variants, options.seed),
+        lambda scores: report.divergence_figures(scores, every, options.seed),
         tabulate,
         plot,
     )
+
+
+def _factored(options: argparse.Namespace, llm: LLM) -> list[Factored]:
+    """The factored models of the options.
+
+    Raises:
+        ValueError: one is not of this model, or two have the same name.
+    """
+    densities = numbers("--inside", options.inside, float) if options.inside else []
+    for density in densities:
+        check_density(density)
+    names = [folder.name for folder in options.factored]
+    if len(set(names)) < len(names):
+        raise ValueError(f"folders of --factored have the same name: {', '.join(names)}")
+    found, mesh = [], mesh_of(llm.model.embedding[...])
+    assert not isinstance(mesh, AbstractMesh)
+    for name, folder in zip(names, options.factored, strict=True):
+        other = load(folder, options.dtype, mesh=mesh)
+        check_comparable(llm.config, other.config, str(folder))
+        found.append(Factored(name, other.model, densities, options.oracle_routing))
+    return found
 
 
 def _choose_front(options: argparse.Namespace) -> None:

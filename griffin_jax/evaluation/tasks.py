@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
+from griffin_jax.evaluation.factored import Answers, Factored
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.journal import Journal
@@ -50,8 +51,11 @@ def divergence(
     size: int,
     seed: int,
     extensions: Extensions = DEFAULTS,
+    factored: Sequence[Factored] = (),
 ) -> dict[str, Any]:
     """Scores of the real continuation and of the dense model's own (greedy, at most `new` tokens).
+
+    Factored models, if there are some, are scored on the same tokens.
 
     Returns:
         For each text `real` and `own`, each as `score_answers` has them with one length.
@@ -66,6 +70,14 @@ def divergence(
             kind: score_answers(model, variants, prefilled, *answers, batch.seeds, [length], extensions)
             for kind, answers in {REAL: (batch.answers, batch.answer_lengths), OWN: own}.items()
         }
+        for kind, (tokens, lengths) in (
+            {REAL: (batch.answers, batch.answer_lengths), OWN: own}.items() if factored else ()
+        ):
+            hidden, _ = jitted.teacher_force(model, prefilled, jnp.asarray(tokens), jnp.asarray(lengths))
+            for other in factored:
+                scores = other.score(model, batch, Answers(tokens, lengths, length, hidden), bucket(length))
+                for whole, more in zip(found[kind], scores, strict=True):
+                    whole |= more
         return [{kind: found[kind][index] for kind in found} for index in range(len(batch.items))]
 
     return evaluate(items, score, journal, size=size, seed=seed)

@@ -38,7 +38,7 @@ class FactorConfig:
     grouping: Grouping = option("kmeans", "how neurons are grouped", choices=get_args(Grouping), type=str)
     scale: float = option(1.0, "of the sum of the chosen experts; FactorLLM has N / K", metavar="S")
     oracle: Oracle = option(
-        "each", "which experts are best for a token: those of least error, each alone, or the best set together",
+        "joint", "which experts are best for a token: those of least error, each alone, or the best set together",
         choices=get_args(Oracle), type=str,
     )  # fmt: skip
     uncentred: bool = option(False, "leave what an expert gives on average, where it is not chosen, to the expert")
@@ -83,12 +83,12 @@ class FactorTraining:
 
     router_steps: int = option(100, "batches that routers are trained on, before all else; 0 for none", metavar="N")
     router_updates: int = option(4, "updates of each of these batches", metavar="N")
-    router_rate: float = option(3e-3, "learning rate of the routers alone", metavar="R")
+    router_rate: float = option(1e-2, "learning rate of the routers alone", metavar="R")
     steps: int = option(0, "updates of experts and routers together; 0 for none", metavar="N")
     batch: int = option(4, "sequences of an update", metavar="B")
     accumulate: int = option(1, "parts that a batch is differentiated in, one after the other", metavar="N")
     length: int = option(256, "tokens of a sequence", metavar="T")
-    learning_rate: float = option(2e-4, "of experts and routers together", metavar="R")
+    learning_rate: float = option(5e-4, "of experts and routers together", metavar="R")
     warmup: int = option(10, "updates until the learning rate is reached", metavar="N")
     final: float = option(0.05, "part of the learning rate that is left at the end", metavar="P")
     weight_decay: float = option(1e-5, "of AdamW", metavar="W")

@@ -36,7 +36,7 @@ def activations(model: Transformer, packed: Packed, *, seed: int = 0) -> list[Fl
     return [to_host(layer)[real].astype(np.float16) for layer in rows]
 
 
-def centred(model: Transformer, packed: Packed, *, oracle: Oracle = "each", seed: int = 0) -> Transformer:
+def centred(model: Transformer, packed: Packed, *, oracle: Oracle = "joint", seed: int = 0) -> Transformer:
     """A factored model before training, whose layers have what each expert gives on average where it is not chosen.
 
     That mean is subtracted from what the expert gives, so that all experts together are what they were. An expert that

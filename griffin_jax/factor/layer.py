@@ -66,11 +66,16 @@ class TrainingLayer(nnx.Module):
         layer: RoutedFeedForward,
         teacher: Experts | None = None,
         routes: Routes = "router",
-        oracle: Oracle = "each",
+        oracle: Oracle = "joint",
     ):
         self.layer, self.teacher = layer, teacher
         self.routes: Routes = routes
         self.oracle: Oracle = oracle
+
+    @property
+    def neurons(self) -> int:
+        """The neurons of all experts."""
+        return self.layer.neurons
 
     def intermediate(self, x: Float[Array, "b t d"]) -> Choices:
         """Everything about the experts at this input."""
@@ -118,7 +123,7 @@ def in_training(
     parameters: Parameters = (),
     *,
     routes: Routes = "router",
-    oracle: Oracle = "each",
+    oracle: Oracle = "joint",
 ) -> Transformer:
     """A factored model whose layers compute all their experts; see `TrainingLayer`.
 

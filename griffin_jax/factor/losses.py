@@ -26,7 +26,7 @@ CLIP = 1e-7
 
 
 def oracle_labels(
-    outputs: Float[Array, "*t e d"], target: Float[Array, "*t d"], active: int, scale: float, oracle: Oracle = "each"
+    outputs: Float[Array, "*t e d"], target: Float[Array, "*t d"], active: int, scale: float, oracle: Oracle = "joint"
 ) -> Float[Array, "*t e"]:
     """1 for each expert that a token should choose, 0 for the others; float32.
 

@@ -93,7 +93,7 @@ def _stacked(layers: tuple[dict[str, Array], ...]) -> dict[str, Array]:
     return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
-def router_step(config: ModelConfig, training: FactorTraining, oracle: Oracle = "each") -> Step:
+def router_step(config: ModelConfig, training: FactorTraining, oracle: Oracle = "joint") -> Step:
     """The pure step of the first stage: a batch is read densely, and every layer's router learns from what it saw.
 
     The tokens of the batch are divided among `training.router_updates` updates, each token of a text with others than
@@ -149,7 +149,7 @@ def _ratio(training: FactorTraining) -> float:
 
 
 def expert_loss(
-    parameters: Parameters, model: Transformer, batch: Batch, *, training: FactorTraining, oracle: Oracle = "each"
+    parameters: Parameters, model: Transformer, batch: Batch, *, training: FactorTraining, oracle: Oracle = "joint"
 ) -> tuple[Float[Array, ""], Figures]:
     """The loss of the second stage, and the figures of it.
 
@@ -180,7 +180,7 @@ def expert_loss(
     return whole, {training.objective: value, **figures}
 
 
-def expert_step(training: FactorTraining, oracle: Oracle = "each") -> Step:
+def expert_step(training: FactorTraining, oracle: Oracle = "joint") -> Step:
     """The pure step of the second stage: a function of a `TrainingState` of `trainable(model, experts=True)`, of the
     untrained factored model, and of a batch."""
     loss = functools.partial(expert_loss, training=training, oracle=oracle)
@@ -192,7 +192,7 @@ def train_factors(
     packed: Packed,
     training: FactorTraining,
     *,
-    oracle: Oracle = "each",
+    oracle: Oracle = "joint",
     folder: Path | None = None,
     save_every: int = 50,
     quiet: bool = False,
@@ -276,7 +276,7 @@ class Curve:
         self._file, self._tokens = file, tokens
         self._found: dict[tuple[str, int], dict[str, Any]] = {}
         for line in load_curve(file) if file is not None and file.is_file() else ():
-            self._found[line["stage"], line["step"]] = line
+            _put(self._found, line)
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -287,7 +287,7 @@ class Curve:
         """Keeps the figures of a step; returns what a progress bar shows of them."""
         line = {"stage": stage, "step": step, "tokens": (first + step + 1) * self._tokens}
         line |= {name: np.asarray(value, np.float64).round(6).tolist() for name, value in figures.items()}
-        self._found[stage, step] = line
+        _put(self._found, line)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with self._file.open("a", encoding="utf-8") as file:
@@ -298,10 +298,16 @@ class Curve:
 
 def load_curve(file: Path) -> list[dict[str, Any]]:
     """The lines of a file that `train_factors` wrote, each step once."""
-    found = {}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     for text in file.read_text(encoding="utf-8").splitlines():
         # A killed run may have left half a line.
         if text.endswith("}"):
-            line = json.loads(text)
-            found[line["stage"], line["step"]] = line
+            _put(found, json.loads(text))
     return sorted(found.values(), key=lambda line: line["tokens"])
+
+
+def _put(found: dict[tuple[str, int], dict[str, Any]], line: dict[str, Any]) -> None:
+    """Adds a line; those of later steps of its stage are of a run that ended otherwise."""
+    for stage, step in [key for key in found if key[0] == line["stage"] and key[1] > line["step"]]:
+        del found[stage, step]
+    found[line["stage"], line["step"]] = line

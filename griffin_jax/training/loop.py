@@ -208,7 +208,7 @@ def _run(
                     f"{description}: the loss of step {number} is {losses[-1]}; lower learning_rate"
                 )
             shown = record(number, figures) if record is not None else {}
-            progress.set_postfix(loss=f"{losses[-1]:.3f}", **shown, refresh=False)
+            progress.set_postfix({LOSS: f"{losses[-1]:.3f}", **shown}, refresh=False)
             progress.update()
             if manager is not None and ((number + 1) % save_every == 0 or number + 1 == steps):
                 args = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({"about": about}))

@@ -215,7 +215,7 @@ class TestStep:
 
     def test_parts_of_a_batch_are_the_whole(self, model):
         texts = pack([np.random.default_rng(3).integers(0, 64, 72).tolist()], TRAINING.length)
-        training = dataclasses.replace(TRAINING, batch=4, steps=1)
+        training = dataclasses.replace(TRAINING, router_steps=0, batch=4, steps=1)
         runs = [train_factors(model, texts, dataclasses.replace(training, accumulate=n), quiet=True) for n in (1, 2)]
         for name in ("loss", "kl"):
             np.testing.assert_allclose(runs[0][1][-1][name], runs[1][1][-1][name], rtol=1e-5)

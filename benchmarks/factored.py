@@ -1,0 +1,89 @@
+"""What a factored model gains: a dense model next to itself, divided into experts of which each token reads some.
+
+A well-known model gets random weights in true shape, except for a vocabulary of 256 tokens, and so next to no head;
+any other is loaded. Training changes no speed, so routers are random. Both are run in turn. The last line is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from benchmarks.routed import VOCABULARY, timed_answer
+from griffin_jax.bench.runner import measure_bandwidth
+from griffin_jax.factor.factorize import check_factors, divide, factored_config
+from griffin_jax.factor.grouping import group_neurons
+from griffin_jax.llm.llm import load
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.named import NAMED, named
+from griffin_jax.model.sizes import Sizes
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import Precision, WeightFormat
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="Llama-2-13B", help="a well-known one or a checkpoint (default: %(default)s)"
+    )
+    parser.add_argument("--layers", type=int, default=2, metavar="L", help="of a well-known one (default: %(default)s)")
+    parser.add_argument("--experts", type=int, default=4, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--active", type=int, default=2, metavar="K", help="(default: %(default)s)")
+    parser.add_argument("--weights", default="float32", metavar="FORMAT", help="(default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=256, metavar="T", help="tokens (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens decoded (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> None:
+    models = _models(options)
+    dense = models["dense"]
+    prompt = np.random.default_rng(0).integers(0, dense.config.vocab_size, (1, options.prompt)).astype(np.int32)
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    bandwidth = measure_bandwidth()
+    for repeat in range(options.repeats + 1):
+        for name, model in models.items():
+            # The first round compiles.
+            for phase, value in timed_answer(model, prompt, options.new).items() if repeat else ():
+                found[name][phase].append(value)
+    bandwidth = max(bandwidth, measure_bandwidth())
+    medians = {name: {phase: float(np.median(v)) for phase, v in each.items()} for name, each in found.items()}
+    slots = options.prompt + options.new
+    precision = Precision.of(dense.dtype, dense.weights)
+    read = {name: Sizes(model.config, 1, slots, precision, shared=True).step(None) for name, model in models.items()}
+    print(
+        f"{options.model}: {len(dense.layers)} layers, {precision}, {options.active} of {options.experts} experts,"
+        f" {options.prompt} + {options.new} tokens, batch 1, {jax.default_backend()}, bandwidth"
+        f" {bandwidth / 1e9:.1f} GB/s, medians of {options.repeats}"
+    )
+    for name, each in medians.items():
+        step = each["decode"] / options.new
+        print(
+            f"{name:8} prefill {each['prefill'] * 1e3:9,.1f} ms   decode {step * 1e3:7.2f} ms/token,"
+            f" {read[name] / 1e6:,.1f} MB read at {read[name] / step / 1e9:.1f} GB/s"
+        )
+    ratios = {phase: medians["dense"][phase] / medians["factored"][phase] for phase in ("prefill", "decode")}
+    print(
+        f"factored is {ratios['decode']:.2f} times as fast in decoding, of {read['dense'] / read['factored']:.2f} that"
+        f" bytes allow, and {ratios['prefill']:.2f} times in reading the prompt"
+    )
+    print(json.dumps({"ratios": ratios, "seconds": medians, "read": read, "bandwidth": bandwidth}))
+
+
+def _models(options: argparse.Namespace) -> dict[str, Transformer]:
+    """The dense model and the factored one."""
+    if options.model not in NAMED:
+        dense = load(options.model, weights=options.weights).model
+        check_factors(dense.config, options.experts, options.active)
+        groups = group_neurons(dense, options.experts, "contiguous")
+        return {"dense": dense, "factored": divide(dense, groups, options.active)}
+    config = dataclasses.replace(named(options.model, options.layers), vocab_size=VOCABULARY)
+    check_factors(config, options.experts, options.active)
+    dtype = np.dtype("bfloat16") if jax.default_backend() != "cpu" else np.dtype(np.float32)
+    configs = {"dense": config, "factored": factored_config(config, options.experts, options.active)}
+    weights = WeightFormat.parse(options.weights)
+    return {name: random_model(each, dtype, weights=weights) for name, each in configs.items()}
