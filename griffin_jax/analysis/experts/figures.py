@@ -74,7 +74,7 @@ def heat_maps(
     for panel, place in zip(panels.flat, at, strict=False):
         own = matrices[place][counted] if own_scale else every
         panel.imshow(matrices[place], vmin=own.min(), vmax=own.max(), cmap="viridis", interpolation="nearest")
-        low_high = f"\n{own.min():.2f} to {own.max():.2f}" if own_scale else ""
+        low_high = f"\n{own.min():.2g} to {own.max():.2g}" if own_scale else ""
         panel.set_title(f"layer {layers[place]}{low_high}", fontsize="x-small")
         panel.tick_params(labelsize=6, length=2)
         if matrices.shape[-1] <= 8:
