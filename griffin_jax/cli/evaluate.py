@@ -31,7 +31,7 @@ from griffin_jax.cli.options import (
     numbers,
     read_options,
 )
-from griffin_jax.evaluation import drafts, front, front_report, groups, report, tasks
+from griffin_jax.evaluation import drafts, front, front_report, groups, problems, report, solve, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.factored import Factored, check_comparable
 from griffin_jax.evaluation.grid import (
@@ -51,6 +51,7 @@ from griffin_jax.evaluation.grid import (
     rows_of,
 )
 from griffin_jax.evaluation.journal import Journal, open_journal
+from griffin_jax.evaluation.problems import COLUMNS, HUMANEVAL, Problem
 from griffin_jax.evaluation.prompts import SENTENCES, STOP, summarization_prompt
 from griffin_jax.evaluation.samples import (
     Skipped,
@@ -61,6 +62,7 @@ from griffin_jax.evaluation.samples import (
     read_texts,
     sha256_of_files,
 )
+from griffin_jax.evaluation.sandbox import Limits, check_sandbox
 from griffin_jax.extensions.config import Extensions, check_quality
 from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.mixed import MixedFormat
@@ -84,6 +86,9 @@ FORMAT = "griffin_jax eval 1"
 
 QUANTISED = ("int8", "int4")
 """Formats that stand next to a model's own where none are named."""
+
+WRITTEN = ("summarize", "solve")
+"""Evaluations of answers to whole prompts."""
 
 RESULTS, TABLE = "results.json", "table.txt"
 
@@ -272,6 +277,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_common(kind, size=1)
     kind.set_defaults(prepare=_summarize)
 
+    kind = kinds.add_parser(
+        "solve",
+        help="how many problems are solved: HumanEval's functions, GSM8K's numbers",
+        description="Every problem is put to the model as a user's message and answered greedily. Counted are the"
+        " answers that are right: by the tests of the function that was asked for (pass@1), or by the final number."
+        " Compared is the dense model with models of each density and each format of the weights.",
+    )
+    kind.add_argument(
+        "file", metavar="FILE", type=Path,
+        help=f"JSONL (UTF-8), one problem a line, with the columns {'; '.join(map(', '.join, COLUMNS.values()))}",
+    )  # fmt: skip
+    kind.add_argument("--format", choices=COLUMNS, required=True, help="what the file holds")
+    kind.add_argument(
+        "--run-code", action="store_true",
+        help=f"run programs that the model writes, which {HUMANEVAL} needs: in processes with limits, and without"
+        " network where the system lets them; a container is safer",
+    )  # fmt: skip
+    limits = Limits()
+    kind.add_argument(
+        "--seconds", type=int, metavar="N", default=limits.seconds,
+        help="of processor time for a program (default: %(default)s)",
+    )  # fmt: skip
+    kind.add_argument(
+        "--megabytes", type=int, metavar="N", default=limits.megabytes,
+        help="of memory for a program (default: %(default)s)",
+    )  # fmt: skip
+    kind.add_argument(
+        "--new-tokens", type=int, metavar="N", default=512, help="of the longest answer (default: %(default)s)"
+    )
+    _add_model(kind, weights=False)
+    what = kind.add_argument_group("what is compared")
+    what.add_argument(
+        "--weights", dest="formats", metavar="FORMAT",
+        help="formats of the matrices beside the model's own, separated by commas, such as int8,int4:64",
+    )  # fmt: skip
+    add_options(what, GriffinConfig, "density", type=str, default="0.75,0.5", metavar="D", help="separated by commas")
+    _add_qualities(what)
+    _add_sample(what, size=1)
+    _add_prior(kind, ", for all formats of it")
+    _add_output(kind)
+    kind.set_defaults(
+        prepare=_solve, choose=_choose_solve, check=_check_stored,
+        weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
+    )  # fmt: skip
+
 
 def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="JSONL (UTF-8), one text a line")
@@ -453,7 +503,7 @@ def _lengths(options: argparse.Namespace) -> list[int]:
     """Tokens of the longest prompt and of what follows it, as far as the options tell."""
     if options.task == "perplexity":
         return [max(numbers(f"--{name}-tokens", getattr(options, f"{name}_tokens"), int)) for name in ("prompt", "new")]
-    return [1 if options.task == "summarize" or options.reference else options.prompt_tokens, options.new_tokens]
+    return [1 if options.task in WRITTEN or options.reference else options.prompt_tokens, options.new_tokens]
 
 
 def _texts(items: Sequence[Item]) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
@@ -477,8 +527,9 @@ def _batch(
     models = len(variants) * (1 + len(options.groups.split(","))) if options.task == "groups" else len(variants)
 
     def needed(batch: int) -> Parts:
-        if options.task == "summarize":
-            return needs.generation(batch, prompt, new, kept, rows=rows, calibration=calibration, repeated=True)
+        if options.task in WRITTEN:
+            parts = needs.generation(batch, prompt, new, kept, rows=rows, calibration=calibration, repeated=True)
+            return parts | _quantised(options, needs) if options.task == "solve" else parts
         if options.task == "drafts":
             formats = [weights for weights in options.formats if weights is not None]
             largest = max(formats, key=lambda weights: weights.bits, default=None)
@@ -884,13 +935,98 @@ def _prompts(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterato
             text = summarization_prompt(text, examples, options.format)
         tokens = llm.tokenizer.chat(text) if options.chat else llm.tokenizer.encode(text)
         if len(tokens) + options.new_tokens > llm.config.max_positions:
-            skipped.add(
-                f"prompt and {options.new_tokens} new tokens longer than the model's context of"
-                f" {llm.config.max_positions}",
-                record.name,
-            )
+            skipped.add(_too_long(options, llm), record.name)
         else:
             yield Item(record.name, tokens, reference=reference)
+
+
+def _choose_solve(options: argparse.Namespace) -> None:
+    """Sets the methods, the prior, the formats and the limits of the options, as far as no model is needed for it.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality or format, a number is less than 1, or programs are not to be run.
+    """
+    options.limits = Limits(options.seconds, options.megabytes)
+    whole("--new-tokens", options.new_tokens, 1)
+    if options.format == HUMANEVAL:
+        if not options.run_code:
+            raise ValueError(f"--format {HUMANEVAL} runs programs that the model writes: allow it with --run-code")
+        check_sandbox(options.limits)
+    _choose_qualities(options)
+    options.reference = None
+    options.formats = [WeightFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+
+
+def _check_stored(
+    options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions
+) -> None:
+    """Puts the model's own format first, and raises `ValueError` unless this model can have the others."""
+    own = needs.precision.weights
+    options.formats = list(dict.fromkeys([own, *options.formats]))
+    if own.quantised and len(options.formats) > 1:
+        raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
+    for weights in options.formats:
+        weights.check(needs.config.width, needs.config.embedding_width)
+
+
+def _solve(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    asked = dict(itertools.islice(_problems(options, llm, skipped), options.limit))
+    items, decided = [item for item, _ in asked.values()], {name: problem for name, (_, problem) in asked.items()}
+    slots = max((len(item.prompt) for item in items), default=0) + options.new_tokens
+
+    def figures(scores: dict[str, Any]) -> report.Figures:
+        sizes = {
+            (str(weights), variant): front.bytes_per_token(
+                llm.config, llm.model.dtype, weights, slots, variant, extensions
+            )
+            for weights in options.formats
+            for variant in variants
+        }
+        return solve.figures(scores, variants, options.qualities, sizes, options.seed)
+
+    return Evaluation(
+        items,
+        {
+            "format": options.format, "new": options.new_tokens,
+            "weights": [str(weights) for weights in options.formats],
+            "limits": dataclasses.asdict(options.limits) if options.format == HUMANEVAL else None,
+        },
+        lambda journal: solve.solve(
+            llm, items, decided, variants, options.formats, journal, new=options.new_tokens, size=options.batch,
+            seed=options.seed, extensions=extensions,
+        ),
+        figures,
+        solve.table,
+        solve.plot,
+    )  # fmt: skip
+
+
+def _problems(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterator[tuple[str, tuple[Item, Problem]]]:
+    """Name, prompt and verdict of every problem."""
+    assert llm.tokenizer is not None
+    for record in read_jsonl(options.file, COLUMNS[options.format], skipped):
+        try:
+            if options.format == HUMANEVAL:
+                prompt, test, name = record.texts
+                problem = problems.humaneval(prompt, test, name, options.limits)
+            else:
+                question, answer = record.texts
+                problem = problems.gsm8k(question, answer)
+        except ValueError as error:
+            skipped.add(str(error), record.name)
+            continue
+        tokens = llm.tokenizer.chat(problem.question)
+        if len(tokens) + options.new_tokens > llm.config.max_positions:
+            skipped.add(_too_long(options, llm), record.name)
+        else:
+            yield record.name, (Item(record.name, tokens), problem)
+
+
+def _too_long(options: argparse.Namespace, llm: LLM) -> str:
+    return f"prompt and {options.new_tokens} new tokens longer than the model's context of {llm.config.max_positions}"
 
 
 def _check_lengths(llm: LLM, prompt: int, new: int) -> None:

@@ -161,7 +161,7 @@ def summarize(
         text = strings.cut(tokens)
         return tokenizer.decode(tokens) if text is None else text
 
-    def ended(tokens: Sequence[int]) -> bool:
+    def ended(_: int, tokens: Sequence[int]) -> bool:
         return strings.cut(tokens) is not None
 
     def score(batch: Batch) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def generate(
     prefilled: Prefilled,
     new: int,
     eos: tuple[int, ...],
-    ended: Callable[[Sequence[int]], bool] = lambda tokens: False,
+    ended: Callable[[int, Sequence[int]], bool] = lambda row, tokens: False,
 ) -> list[list[int]]:
     """Greedy answers after prompts, whose cache stays as it is.
 
@@ -211,7 +211,7 @@ def generate(
         prefilled: the prompts, with room for the answers.
         new: tokens of the longest answer.
         eos: any of these tokens ends an answer, and is its last one.
-        ended: whether a growing answer needs no more tokens.
+        ended: whether the growing answer of a row needs no more tokens.
     """
     cache = _copy(prefilled.cache)
     statistics = Statistics((), prefilled.statistics.tokens)
@@ -220,7 +220,7 @@ def generate(
     while True:
         tokens, done = to_host((answer.tokens, answer.done))
         rows = [[int(token) for token in row if token >= 0] for row in tokens]
-        if until >= new or all(end or ended(row) for end, row in zip(done, rows, strict=True)):
+        if until >= new or all(end or ended(*row) for end, row in zip(done, enumerate(rows), strict=True)):
             return rows
         until = min(until + CHUNK, new)
         answer = jitted.decode(model, answer, np.int32(until), eos=eos)

@@ -1,0 +1,223 @@
+"""How many problems a model solves, and how many of those that the dense model solves it keeps.
+
+Every format of the weights is combined with every density, as in `griffin_jax.evaluation.front`; what is compared are
+the verdicts on greedy answers instead of distributions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+from tqdm import tqdm
+
+from griffin_jax.evaluation.batches import Batch, Item, batches
+from griffin_jax.evaluation.front import stored_as
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
+from griffin_jax.evaluation.intervals import mean
+from griffin_jax.evaluation.journal import Journal
+from griffin_jax.evaluation.problems import Problem
+from griffin_jax.evaluation.report import Figures, as_json, cell, draw_legend, draw_line
+from griffin_jax.evaluation.tasks import generate
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.generation.padding import bucket
+from griffin_jax.llm.llm import LLM
+from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import WeightFormat
+from griffin_jax.utils.figures import new_figure
+
+
+def solve(
+    llm: LLM,
+    items: Sequence[Item],
+    problems: Mapping[str, Problem],
+    variants: Sequence[Variant],
+    formats: Sequence[WeightFormat],
+    journal: Journal,
+    *,
+    new: int,
+    size: int,
+    seed: int,
+    extensions: Extensions = DEFAULTS,
+) -> dict[str, dict[str, Any]]:
+    """Every variant's greedy answers in every format, and whether they are right.
+
+    Args:
+        llm: the model, with floating weights if there are several formats.
+        items: the questions as prompts.
+        problems: what decides about an answer, by the item's name.
+        variants: of the densities and methods, without the oracle and without refreshes.
+        formats: how matrices are stored.
+        journal: what is done already.
+        new: tokens of the longest answer.
+        size: questions in a batch.
+        seed: of all draws.
+        extensions: what the steps beyond GRIFFIN take.
+
+    Returns:
+        For each format, by its name, for each text and variant `text`, the answer up to where it is complete, and
+        `solved`.
+    """
+    assert llm.tokenizer is not None
+    tokenizer, eos = llm.tokenizer, llm.config.eos_token_ids
+
+    def answers(model: Transformer, batch: Batch) -> list[dict[str, Any]]:
+        asked = [problems[item.name] for item in batch.items]
+        asked += asked[-1:] * (size - len(asked))
+
+        def ended(row: int, tokens: Sequence[int]) -> bool:
+            return asked[row].end(tokenizer.decode(tokens)) is not None
+
+        prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))
+        found: list[dict[str, Any]] = [{} for _ in batch.items]
+        each = models(model, variants, prefilled, prefilled.statistics, batch.seeds, extensions)
+        for variant, pruned in each:
+            written = generate(pruned, prefilled, new, eos, ended)
+            for verdicts, problem, tokens in zip(found, asked, written, strict=False):
+                text = tokenizer.decode(tokens)
+                text = text[: problem.end(text)]
+                verdicts[variant.name] = {"text": text, "solved": problem.solved(text)}
+        return found
+
+    missing = {each: [item for item in items if _entry(each, item) not in journal.scores] for each in formats}
+    done = sum(len(items) - len(texts) for texts in missing.values())
+    with tqdm(total=len(formats) * len(items), initial=done, unit="problem", disable=None) as progress:
+        for weights, texts in missing.items():
+            if not texts:
+                continue
+            progress.set_description(str(weights))
+            stored = stored_as(llm.model, weights)
+            for batch in batches(texts, size, seed):
+                named = zip(batch.items, answers(stored, batch), strict=True)
+                journal.add({_entry(weights, item): found for item, found in named})
+                progress.update(len(batch.items))
+            del stored
+    return {str(each): {item.name: journal.scores[_entry(each, item)] for item in items} for each in formats}
+
+
+def _entry(weights: WeightFormat, item: Item) -> str:
+    """What a journal calls the verdicts on a problem in a format."""
+    return f"{weights}: {item.name}"
+
+
+def figures(
+    scores: Mapping[str, Mapping[str, Any]],
+    variants: Sequence[Variant],
+    qualities: Mapping[str, str],
+    bytes_of: Mapping[tuple[str, Variant], int],
+    seed: int,
+) -> Figures:
+    """One entry for each format and variant, against the dense model in the first format.
+
+    Args:
+        scores: from `solve`.
+        variants: its variants, the dense one first.
+        qualities: for people, what a method is.
+        bytes_of: bytes per token of a format and a variant.
+        seed: of the bootstrap.
+
+    Returns:
+        Entries with `solved`, `problems`, the intervals `share` (of all problems) and `kept` (of those that the dense
+        model solves, None if it solves none), `lost` and `gained` (solved by one of both), and `p` of McNemar's exact
+        test that both solve equally many.
+    """
+    dense = [text[DENSE]["solved"] for text in next(iter(scores.values())).values()]
+    found = []
+    for weights, texts in scores.items():
+        for variant in variants:
+            solved = [text[variant.name]["solved"] for text in texts.values()]
+            kept = [float(here) for here, there in zip(solved, dense, strict=True) if there]
+            lost, gained = len(kept) - int(sum(kept)), sum(solved) - int(sum(kept))
+            found.append(
+                {
+                    "weights": weights,
+                    "quality": qualities.get(variant.method, variant.method),
+                    "method": variant.method,
+                    "density": variant.density,
+                    "bytes_per_token": bytes_of[weights, variant],
+                    "problems": len(solved),
+                    "solved": sum(solved),
+                    "share": as_json(mean([float(value) for value in solved], seed)),
+                    "kept": as_json(mean(kept, seed)) if kept else None,
+                    "lost": lost,
+                    "gained": gained,
+                    "p": mcnemar(lost, gained),
+                }
+            )
+    return found
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """The exact two-sided p-value of McNemar's test, from the problems that only one of two models solves."""
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def table(figures: Figures) -> str:
+    """Rows of figures with their intervals."""
+    width = max([8, *(len(entry["weights"]) + 1 for entry in figures)])
+    problems = figures[0]["problems"]
+    lines = [
+        f"greedy answers to {problems} problems, against the dense model of the first row:",
+        f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{'solved':>8}{'of all':>22}"
+        f"{'kept of dense':>22}{'lost':>6}{'gained':>8}{'p':>9}",
+    ]
+    for entry in figures:
+        share, kept = (_share(entry[name]) for name in ("share", "kept"))
+        lines.append(
+            f"{entry['weights']:{width}}{entry['quality']:8}{entry['density']:>8g}"
+            f"{entry['bytes_per_token'] / 1e6:>10,.1f}{entry['solved']:>8}{share:>22}{kept:>22}"
+            f"{entry['lost']:>6}{entry['gained']:>8}{entry['p']:>9.2g}"
+        )
+    return "\n".join(
+        [*lines, "", "p: McNemar's exact test that both solve equally many; lost, gained: solved by one of both"]
+    )
+
+
+def _share(figure: Mapping[str, float | None] | None) -> str:
+    return "-" if figure is None else cell(figure, 3)
+
+
+def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
+    """The share of solved problems against megabytes per token, a line for each format and quality.
+
+    Args:
+        figures: those of `figures`.
+        title: of the whole.
+        file: a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure = new_figure(6.4, 4.6)
+    figure.suptitle(title, fontsize="medium")
+    axis = figure.subplots()
+    formats = list(dict.fromkeys(entry["weights"] for entry in figures))
+    qualities = list(dict.fromkeys(entry["quality"] for entry in figures if entry["method"] != DENSE))
+    # Where nothing is pruned, dense rows are all there is.
+    names = qualities or list(dict.fromkeys(entry["quality"] for entry in figures))
+    for number, weights in enumerate(formats):
+        for quality, style in zip(names, ("-", "--"), strict=False):
+            line = [
+                entry
+                for entry in figures
+                if entry["weights"] == weights and (entry["quality"] == quality or entry["method"] == DENSE)
+            ]
+            draw_line(
+                axis, [entry["bytes_per_token"] / 1e6 for entry in line], [entry["share"] for entry in line],
+                elinewidth=0.8, marker="o", linewidth=1.2, linestyle=style, color=f"C{number % 10}",
+                label=f"{weights}, {quality}",
+            )  # fmt: skip
+    for entry in figures:
+        axis.annotate(
+            f"{entry['density']:g}", (entry["bytes_per_token"] / 1e6, entry["share"]["value"]), fontsize=7,
+            color="0.2", xytext=(5, 4), textcoords="offset points",
+        )  # fmt: skip
+    axis.set_xlabel("MB read per token (points: density)")
+    axis.set_ylabel("share of problems solved")
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+    draw_legend(figure, axis, columns=3)
+    figure.savefig(file, format="png")
