@@ -302,7 +302,25 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
         matrix = grouped(rows, _chosen(scale, experts))
         return jnp.sum(matrix * token.reshape(*token.shape[:-1], *matrix.shape[-2:]), axis=(-2, -1))
 
-    return jax.lax.platform_dependent(x, weight, scale, cpu=one_by_one, default=at_once)
+    def in_turn(x: Array, weight: Array, scale: Array | None) -> Array:
+        # On TPUs XLA takes the look-up of one matrix into its product. Of a look-up of several it makes slices of the
+        # columns of all matrices, which it writes to memory. Seen in programs compiled for TPU v5e (jax 0.10.2).
+        b, t, k = experts.shape
+        e, a, f, d = weight.shape
+        tokens, chosen = x.reshape(b * t, d), experts.reshape(-1)
+        per_row = scale is not None and scale.shape[-1] == 1
+
+        def product(number: Array) -> Array:
+            own, own_scale = weight[chosen[number]], None if scale is None else scale[chosen[number]]
+            matrix = own.astype(x.dtype)
+            if own_scale is not None and not per_row:
+                matrix = dequantise(own, own_scale, x.dtype)
+            rows = jnp.einsum("d,afd->af", tokens[number // k], matrix, preferred_element_type=jnp.float32)
+            return (rows * own_scale[..., 0] if per_row and own_scale is not None else rows).reshape(-1)
+
+        return _filled(form, chosen, e, a * f, tokens, product).reshape(b, t, k, a, f)
+
+    return jax.lax.platform_dependent(x, weight, scale, cpu=one_by_one, tpu=in_turn, default=at_once)
 
 
 def _matmul_pairs(
@@ -343,13 +361,23 @@ def _matmul_pairs(
         if scale is not None:
             sums = sums * _chosen(scale, experts)[:, :, :, None]
         # In two passes, as `griffin_jax.model.products` adds up rows.
-        return jax.lax.platform_dependent(
-            sums,
-            tpu=lambda sums: jnp.sum(sums, axis=(2, 3)),
-            default=lambda sums: jnp.sum(jax.lax.optimization_barrier(sums), axis=(2, 3)),
-        )
+        return jnp.sum(jax.lax.optimization_barrier(sums), axis=(2, 3))
 
-    return jax.lax.platform_dependent(z, weight, row_scale, cpu=one_by_one, default=at_once)
+    def in_turn(z: Array, weight: Array, row_scale: Array | None) -> Array:
+        b, t, k, f = z.shape
+        e, _, d = weight.shape
+        each, chosen = z.reshape(b * t * k, f), experts.reshape(-1)
+
+        def product(number: Array) -> Array:
+            expert = chosen[number]
+            own = weight[expert]
+            matrix = own.astype(z.dtype) if row_scale is None else dequantise(own, row_scale[expert], z.dtype)
+            return jnp.einsum("f,fd->d", each[number], matrix, preferred_element_type=jnp.float32)
+
+        y = _filled(form, chosen, e, d, each, product).reshape(b, t, k, d)
+        return _over_choices(_or_zero(form, y, experts, e), experts, scale)
+
+    return jax.lax.platform_dependent(z, weight, row_scale, cpu=one_by_one, tpu=in_turn, default=at_once)
 
 
 def _filled(

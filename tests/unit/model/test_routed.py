@@ -181,10 +181,11 @@ def test_a_token_that_overflows_is_alone(length, rng):
     assert jnp.isfinite(jax.jit(linear_of_experts)(x, chosen, both)[1]).all()
 
 
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("name", ["linear", "matmul"])
 @pytest.mark.parametrize("text", FORMATS)
-def test_few_pairs_are_the_same_on_other_platforms(name, text, rng, monkeypatch):
-    """The form for GPUs, computed on a CPU."""
+def test_few_pairs_are_the_same_on_other_platforms(name, text, platform, rng, monkeypatch):
+    """The forms for GPUs and TPUs, computed on a CPU."""
     chosen = jnp.asarray([[[4, 0]], [[1, 4]]], jnp.int32)
     if name == "linear":
         numbers, scale, _ = stored(rng, (EXPERTS, ROWS, NEURONS, WIDTH), text, "first")
@@ -197,7 +198,11 @@ def test_few_pairs_are_the_same_on_other_platforms(name, text, rng, monkeypatch)
     shape = (2, 1, WIDTH) if name == "linear" else (2, 1, 2, NEURONS)
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     here = product(x, chosen)
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *given, default, **_: default(*given))
+
+    def chosen_form(*given, default, **others):
+        return others.get(platform, default)(*given)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen_form)
     there = product(x, chosen)
     np.testing.assert_allclose(here, there, rtol=1e-5, atol=1e-5 * float(jnp.abs(here).max()))
 
