@@ -9,7 +9,6 @@ outside of the current folder are refused.
 
 import contextlib
 import os
-import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +47,9 @@ def leave_network() -> None:
 
 def limit(seconds: int, memory: int) -> None:
     """Limits of the process: processor time, address space in bytes, files, and no further processes."""
+    # Only Unix has it, and the parent reads this module everywhere.
+    import resource
+
     limits = {
         resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: memory,

@@ -217,7 +217,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
         )  # fmt: skip
     axis.set_xlabel("MB read per token (points: density)")
     axis.set_ylabel("share of problems solved")
-    axis.set_ylim(0, 1)
+    axis.set_ylim(-0.02, 1.02)
     axis.grid(alpha=0.3)
     draw_legend(figure, axis, columns=3)
     figure.savefig(file, format="png")
