@@ -60,8 +60,8 @@ def all_cases() -> dict[str, Cases]:
 
 TOKENWISE = frozenset({
     "family", "vocab_size", "width", "ff_width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions",
-    "kv_copies", "activation", "norm", "norm_eps", "norm_scale", "norm_bias", "norm_plus_one", "final_norm",
-    "head_norm_after_rotary", "shared_norm", "attention_scale",
+    "kv_copies", "expert_parallel", "activation", "norm", "norm_eps", "norm_scale", "norm_bias", "norm_plus_one",
+    "final_norm", "head_norm_after_rotary", "shared_norm", "attention_scale",
     "ff_clip", "up_plus_one", "qkv_clip", "embedding_width", "embedding_scale", "embedding_norm", "residual_scale",
     "logit_scale", "logit_softcap", "tied_head", "head_bias", "attention_bias", "attention_out_bias", "bos_token_id",
     "eos_token_ids",

@@ -30,7 +30,11 @@ def usual(model_type: str) -> dict[str, Any]:
 
 
 # What the defaults leave out.
-SMALL = {"llama": {"head_dim": None}}
+SMALL = {
+    "llama": {"head_dim": None},
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2},
+    "glm4_moe": {"head_dim": 128},
+}
 
 
 def config_or_message(family: Family, values: dict[str, Any]) -> ModelConfig | str:

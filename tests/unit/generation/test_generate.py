@@ -12,7 +12,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from conftest import PASSAGES, first_and_slow
-from reference import torch_greedy, unchecked
+from reference import assert_close, torch_greedy, unchecked
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
@@ -117,7 +117,7 @@ class TestSameTokens:
         logits = tiny.llm.logits([prompt + out], prompt_length=len(prompt), density=0.5)
         assert np.argmax(logits[0], axis=-1)[len(prompt) - 1 : -1].tolist() == out
         dense = tiny.llm.logits([prompt + out], prompt_length=len(prompt), density=1.0)
-        np.testing.assert_allclose(dense[0, : len(prompt)], logits[0, : len(prompt)], rtol=1e-5, atol=1e-5)
+        assert_close(dense[0, : len(prompt)], logits[0, : len(prompt)])
         assert np.abs(dense[0, len(prompt) :] - logits[0, len(prompt) :]).max() > 0.01
 
     def test_a_loop_asked_for_more_than_there_is_room_for(self, tiny):
