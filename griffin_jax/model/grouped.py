@@ -286,7 +286,7 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
             own = matrices[chosen[number]].reshape(a * f, d)
             own_scale = None if scales is None else scales[chosen[number]].reshape(a * f, -1)
             inside = None if per_row else own_scale
-            row = token @ own.T if own.dtype == jnp.float32 else one_token(token, own, inside)
+            row = one_token(token, own, inside)
             return row * own_scale[:, 0] if per_row and own_scale is not None else row
 
         return _filled(form, chosen, weight.shape[0], a * f, tokens, product).reshape(b, t, k, a, f)
