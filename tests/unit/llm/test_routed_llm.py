@@ -39,6 +39,7 @@ def llm(tmp_path_factory) -> gj.LLM:
     return gj.LLM(random_model(CONFIG), Tokenizer.from_folder(folder), "routed")
 
 
+@pytest.mark.slow
 def test_in_place(llm, rng):
     """Every neuron held once; a prompt of one token leaves experts unread, which keep their largest neurons."""
     single = gj.LLM(random_model(CONFIG), None, "routed", in_place=True)
@@ -88,6 +89,7 @@ def test_bits_by_importance(rng):
     assert_close(stepwise_logits(again, [tokens], 16), got)
 
 
+@pytest.mark.slow
 def test_answers_in_two_formats_of_a_batch(rng):
     """Each sequence's answer is that of its prompt alone."""
     few = gj.LLM(random_model(CONFIG, weights=WeightFormat("int8")), None, "routed")

@@ -328,7 +328,10 @@ def test_gradients_of_a_layer(fields, tokens, rng):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
 
 
-@pytest.mark.parametrize(("text", "division"), [("int8", "neurons"), ("float32", "neurons"), ("float32", "experts")])
+@pytest.mark.parametrize(
+    ("text", "division"),
+    [("float32", "experts"), *(pytest.param(text, "neurons", marks=pytest.mark.slow) for text in ("float32", "int8"))],
+)
 def test_gradients_on_a_mesh(text, division, rng):
     """Of a whole model: each device has a part of each expert's neurons, or whole ones, and half of the sequences."""
     batch = Batch(rng.integers(0, 64, (4, 12)).astype(np.int32), np.asarray([12, 7, 12, 9], np.int32))
@@ -374,7 +377,10 @@ def with_biases(model, rng):
     return model
 
 
-@pytest.mark.parametrize(("text", "division"), [("float32", "neurons"), ("int8", "neurons"), ("int8", "experts")])
+@pytest.mark.parametrize(
+    ("text", "division"),
+    [("float32", "neurons"), ("int8", "experts"), pytest.param("int8", "neurons", marks=pytest.mark.slow)],
+)
 def test_on_a_mesh(text, division, rng):
     """Each device has a part of each expert's neurons, or whole experts, and half of the sequences; nothing else
     changes: prompts, statistics, neurons, and the tokens of the pruned model."""
