@@ -14,14 +14,11 @@ import json
 import jax
 import numpy as np
 
-from benchmarks.routed import VOCABULARY, timed_answer
-from griffin_jax.bench.runner import measure_bandwidth
+from benchmarks.routed import VOCABULARY, compare, random_models
 from griffin_jax.factor.factorize import check_factors, divide, factored_config
 from griffin_jax.factor.grouping import group_neurons
 from griffin_jax.llm.llm import load
-from griffin_jax.model.assembly import random_model
 from griffin_jax.model.named import NAMED, named
-from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 
@@ -43,29 +40,16 @@ def run(options: argparse.Namespace) -> None:
     models = _models(options)
     dense = models["dense"]
     prompt = np.random.default_rng(0).integers(0, dense.config.vocab_size, (1, options.prompt)).astype(np.int32)
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
-    bandwidth = measure_bandwidth()
-    for repeat in range(options.repeats + 1):
-        for name, model in models.items():
-            # The first round compiles.
-            for phase, value in timed_answer(model, prompt, options.new).items() if repeat else ():
-                found[name][phase].append(value)
-    bandwidth = max(bandwidth, measure_bandwidth())
-    medians = {name: {phase: float(np.median(v)) for phase, v in each.items()} for name, each in found.items()}
-    slots = options.prompt + options.new
+    measured = compare(models, prompt, options.new, options.repeats)
+    medians, read, bandwidth = measured.medians, measured.read, measured.bandwidth
     precision = Precision.of(dense.dtype, dense.weights)
-    read = {name: Sizes(model.config, 1, slots, precision, shared=True).step(None) for name, model in models.items()}
     print(
         f"{options.model}: {len(dense.layers)} layers, {precision}, {options.active} of {options.experts} experts,"
         f" {options.prompt} + {options.new} tokens, batch 1, {jax.default_backend()}, bandwidth"
         f" {bandwidth / 1e9:.1f} GB/s, medians of {options.repeats}"
     )
-    for name, each in medians.items():
-        step = each["decode"] / options.new
-        print(
-            f"{name:8} prefill {each['prefill'] * 1e3:9,.1f} ms   decode {step * 1e3:7.2f} ms/token,"
-            f" {read[name] / 1e6:,.1f} MB read at {read[name] / step / 1e9:.1f} GB/s"
-        )
+    for name in medians:
+        print(measured.line(name))
     ratios = {phase: medians["dense"][phase] / medians["factored"][phase] for phase in ("prefill", "decode")}
     print(
         f"factored is {ratios['decode']:.2f} times as fast in decoding, of {read['dense'] / read['factored']:.2f} that"
@@ -83,7 +67,5 @@ def _models(options: argparse.Namespace) -> dict[str, Transformer]:
         return {"dense": dense, "factored": divide(dense, groups, options.active)}
     config = dataclasses.replace(named(options.model, options.layers), vocab_size=VOCABULARY)
     check_factors(config, options.experts, options.active)
-    dtype = np.dtype("bfloat16") if jax.default_backend() != "cpu" else np.dtype(np.float32)
     configs = {"dense": config, "factored": factored_config(config, options.experts, options.active)}
-    weights = WeightFormat.parse(options.weights)
-    return {name: random_model(each, dtype, weights=weights) for name, each in configs.items()}
+    return random_models(configs, WeightFormat.parse(options.weights))

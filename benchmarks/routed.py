@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,38 +44,72 @@ def run(options: argparse.Namespace) -> None:
     routed = dataclasses.replace(config, vocab_size=VOCABULARY)
     configs = {"routed": routed, "dense": _twin(routed)}
     weights = WeightFormat.parse(options.weights)
-    dtype = np.dtype("bfloat16") if jax.default_backend() != "cpu" else np.dtype(np.float32)
-    models = {name: random_model(each, dtype, weights=weights) for name, each in configs.items()}
+    models = random_models(configs, weights)
     prompt = np.random.default_rng(0).integers(0, VOCABULARY, (1, options.prompt)).astype(np.int32)
-    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
-    bandwidth = measure_bandwidth()
-    for repeat in range(options.repeats + 1):
-        for name, model in models.items():
-            seconds = timed_answer(model, prompt, options.new)
-            # The first round compiles.
-            for phase, value in seconds.items() if repeat else ():
-                found[name][phase].append(value)
-    bandwidth = max(bandwidth, measure_bandwidth())
-    medians = {name: {phase: float(np.median(v)) for phase, v in each.items()} for name, each in found.items()}
+    measured = compare(models, prompt, options.new, options.repeats)
+    medians, read, bandwidth = measured.medians, measured.read, measured.bandwidth
     ratios = {phase: medians["routed"][phase] / medians["dense"][phase] for phase in ("prefill", "decode")}
-    slots = options.prompt + options.new
-    read = {
-        name: Sizes(each, 1, slots, Precision.of(dtype, weights), shared=True).step(None)
-        for name, each in configs.items()
-    }
     print(
         f"{options.model}: {options.layers} layers, {weights}, {options.prompt} + {options.new} tokens, batch 1,"
         f" {jax.default_backend()}, bandwidth {bandwidth / 1e9:.1f} GB/s, medians of {options.repeats}"
     )
     for name, each in medians.items():
         step = each["decode"] / options.new
-        print(
-            f"{name:7} prefill {each['prefill'] * 1e3:9,.1f} ms   decode {step * 1e3:7.2f} ms/token,"
-            f" {read[name] / 1e6:,.1f} MB read at {read[name] / step / 1e9:.1f} GB/s,"
-            f" {step / (read[name] / bandwidth):.2f} of the time that these bytes take"
-        )
+        print(f"{measured.line(name)}, {step / (read[name] / bandwidth):.2f} of the time that these bytes take")
     print(f"routed / dense: prefill {ratios['prefill']:.2f}, decode {ratios['decode']:.2f}")
     print(json.dumps({"ratios": ratios, "seconds": medians, "read": read, "bandwidth": bandwidth}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """What answers of several models take, one at a time.
+
+    Attributes:
+        new: tokens of an answer.
+        medians: seconds of `prefill` and of `decode`, all tokens of it, of each model.
+        read: bytes that a step of each reads.
+        bandwidth: bytes per second that memory gives, at best.
+    """
+
+    new: int
+    medians: dict[str, dict[str, float]]
+    read: dict[str, int]
+    bandwidth: float
+
+    def line(self, name: str) -> str:
+        """A model's figures, for people."""
+        width, read = max(map(len, self.medians)), self.read[name]
+        prefill, step = self.medians[name]["prefill"], self.medians[name]["decode"] / self.new
+        return (
+            f"{name:{width}} prefill {prefill * 1e3:9,.1f} ms   decode {step * 1e3:7.2f} ms/token,"
+            f" {read / 1e6:,.1f} MB read at {read / step / 1e9:.1f} GB/s"
+        )
+
+
+def compare(models: Mapping[str, Transformer], prompt: np.ndarray, new: int, repeats: int) -> Compared:
+    """Times answers of `new` tokens of all models in turn."""
+    found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
+    bandwidth = measure_bandwidth()
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            # The first round compiles.
+            for phase, value in _timed(model, prompt, new).items() if repeat else ():
+                found[name][phase].append(value)
+    bandwidth = max(bandwidth, measure_bandwidth())
+    medians = {name: {phase: float(np.median(v)) for phase, v in each.items()} for name, each in found.items()}
+    read = {
+        name: Sizes(model.config, 1, prompt.shape[1] + new, Precision.of(model.dtype, model.weights), shared=True).step(
+            None
+        )
+        for name, model in models.items()
+    }
+    return Compared(new, medians, read, bandwidth)
+
+
+def random_models(configs: Mapping[str, ModelConfig], weights: WeightFormat) -> dict[str, Transformer]:
+    """Models with random weights, of the dtype that this platform computes in."""
+    dtype = np.dtype("bfloat16") if jax.default_backend() != "cpu" else np.dtype(np.float32)
+    return {name: random_model(each, dtype, weights=weights) for name, each in configs.items()}
 
 
 def _twin(config: ModelConfig) -> ModelConfig:
@@ -84,7 +119,7 @@ def _twin(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, routing=None, ff_width=read)
 
 
-def timed_answer(model: Transformer, prompt: np.ndarray, new: int) -> dict[str, float]:
+def _timed(model: Transformer, prompt: np.ndarray, new: int) -> dict[str, float]:
     """Seconds of the prompt, and of the answer's other tokens."""
     lengths = np.asarray([prompt.shape[1]], np.int32)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +24,10 @@ from griffin_jax.checkpoints.sources import Source
 from griffin_jax.cli.options import (
     add_batch_argument,
     add_dtype_argument,
+    add_excerpt_arguments,
     add_pickle_argument,
     check_batch,
+    check_files,
     check_folder,
     check_matplotlib,
     chosen_batch,
@@ -36,9 +39,9 @@ from griffin_jax.evaluation.samples import (
     Skipped,
     as_json,
     excerpt,
+    long_enough,
     nothing_left,
-    read_jsonl,
-    read_texts,
+    read_files,
     sha256_of_files,
 )
 from griffin_jax.griffin.config import GriffinConfig, check_density
@@ -70,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     read = parser.add_argument_group("texts")
     read.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
-    read.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
-    read.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+    add_excerpt_arguments(read)
     read.add_argument(
         "--limit",
         type=int,
@@ -177,10 +179,7 @@ def _check(options: argparse.Namespace) -> None:
     check_batch(options)
     check_folder("--output", options.output, RESULTS)
     check_matplotlib("analyze")
-    if len(set(options.files)) < len(options.files):
-        raise ValueError(f"a file is given twice: {', '.join(map(str, options.files))}")
-    if missing := [file for file in options.files if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
+    check_files(options.files, once=True)
 
 
 def _chosen_layers(options: argparse.Namespace, config: ModelConfig) -> tuple[int, ...]:
@@ -250,20 +249,10 @@ def _of_texts(
 
 def _texts(options: argparse.Namespace, llm: Any, skipped: Skipped) -> list[list[int]]:
     """Tokens of the first texts that are long enough."""
-    cut, found = excerpt(options.after, options.before), []
-    for file in options.files:
-        if file.suffix == ".jsonl":
-            named = ((record.name, record.texts[0]) for record in read_jsonl(file, [options.column], skipped))
-        else:
-            named = read_texts([file], skipped)
-        for name, text in named:
-            if len(found) == options.limit:
-                break
-            tokens = llm.tokenizer.encode(cut(text))
-            if len(tokens) < options.tokens:
-                skipped.add(f"shorter than {options.tokens} tokens", name)
-            else:
-                found.append(tokens[: options.tokens])
+    cut = excerpt(options.after, options.before)
+    named = ((name, cut(text)) for name, text in read_files(options.files, options.column, skipped))
+    usable = itertools.islice(long_enough(named, llm.tokenizer.encode, options.tokens, skipped), options.limit)
+    found = [tokens[: options.tokens] for _, tokens in usable]
     skipped.report()
     if not found:
         raise nothing_left(skipped, ", ".join(map(str, options.files)))

@@ -17,10 +17,12 @@ from griffin_jax import __version__
 from griffin_jax.cli.options import (
     add_batch_argument,
     add_dtype_argument,
+    add_excerpt_arguments,
     add_mesh_arguments,
     add_model_argument,
     add_options,
     check_batch,
+    check_files,
     check_folder,
     check_output,
     check_plot,
@@ -326,8 +328,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="JSONL (UTF-8), one text a line")
     parser.add_argument("--column", default=column, help=f"that holds the {column} (default: %(default)s)")
-    parser.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
-    parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+    add_excerpt_arguments(parser)
 
 
 def _add_lengths(parser: argparse.ArgumentParser, new: str = "tokens scored, at most of the dense model's own") -> None:
@@ -430,8 +431,7 @@ def run(options: argparse.Namespace) -> None:
     if options.task == "summarize":
         tasks.rouge_scorer(options.stem)
     files = options.files if options.task == "perplexity" else [options.file]
-    if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
+    check_files(files)
 
     mesh = chosen_mesh(options)
     check_batch(options, mesh)
@@ -751,13 +751,7 @@ def _front(
     slots = max((len(item.prompt) + len(item.answer) for item in items), default=0)
 
     def figures(scores: dict[str, Any]) -> report.Figures:
-        sizes = {
-            (str(weights), variant): front.bytes_per_token(
-                llm.config, llm.model.dtype, weights, slots, variant, extensions
-            )
-            for weights in options.formats
-            for variant in variants
-        }
+        sizes = _bytes_per_token(options, llm, variants, extensions, slots)
         return front.figures(scores, variants, options.qualities, sizes, options.seed)
 
     return Evaluation(
@@ -771,6 +765,18 @@ def _front(
         front_report.table,
         front_report.plot,
     )  # fmt: skip
+
+
+def _bytes_per_token(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, slots: int
+) -> dict[tuple[str, Variant], int]:
+    """What a token of every format and variant reads, by the format's name."""
+    config, dtype = llm.config, llm.model.dtype
+    return {
+        (str(weights), variant): front.bytes_per_token(config, dtype, weights, slots, variant, extensions)
+        for weights in options.formats
+        for variant in variants
+    }
 
 
 def _drafts(
@@ -978,13 +984,7 @@ def _solve(
     slots = max((len(item.prompt) for item in items), default=0) + options.new_tokens
 
     def figures(scores: dict[str, Any]) -> report.Figures:
-        sizes = {
-            (str(weights), variant): front.bytes_per_token(
-                llm.config, llm.model.dtype, weights, slots, variant, extensions
-            )
-            for weights in options.formats
-            for variant in variants
-        }
+        sizes = _bytes_per_token(options, llm, variants, extensions, slots)
         return solve.figures(scores, variants, options.qualities, sizes, options.seed)
 
     return Evaluation(

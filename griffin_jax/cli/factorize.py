@@ -15,6 +15,7 @@ from griffin_jax.cli.options import (
     add_mesh_argument,
     add_model_argument,
     add_options,
+    check_files,
     check_output,
     check_plot,
     chosen_mesh,
@@ -22,7 +23,7 @@ from griffin_jax.cli.options import (
     load_reader,
     read_options,
 )
-from griffin_jax.evaluation.samples import Skipped, nothing_left, read_jsonl, read_texts
+from griffin_jax.evaluation.samples import Skipped, nothing_left, read_files
 from griffin_jax.factor.config import FactorConfig, FactorTraining
 from griffin_jax.factor.factorize import check_factors
 from griffin_jax.llm.llm import LLM
@@ -72,8 +73,7 @@ def run(options: argparse.Namespace) -> None:
     check_output("OUTPUT", options.output)
     if options.plot is not None:
         check_plot("--plot", options.plot)
-    if missing := [file for file in options.text if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
+    check_files(options.text)
     mesh = chosen_mesh(options)
     needs = chosen_needs(options, mesh)
     check_factors(needs.config, factors.experts, factors.active)
@@ -125,12 +125,8 @@ def packed_texts(llm: LLM, files: Sequence[Path], column: str, length: int) -> P
         FileNotFoundError: a file does not exist.
         ValueError: no text can be used.
     """
-    skipped, texts = Skipped(), []
-    for file in files:
-        if file.suffix == ".jsonl":
-            texts += [record.texts[0] for record in read_jsonl(file, [column], skipped)]
-        else:
-            texts += [text for _, text in read_texts([file], skipped)]
+    skipped = Skipped()
+    texts = [text for _, text in read_files(files, column, skipped)]
     skipped.report(sys.stderr)
     if not texts:
         raise nothing_left(skipped, ", ".join(map(str, files)))

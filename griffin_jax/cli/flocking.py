@@ -17,8 +17,10 @@ from griffin_jax.analysis.flocking import Texts, heat_maps, measure
 from griffin_jax.cli.options import (
     add_batch_argument,
     add_dtype_argument,
+    add_excerpt_arguments,
     add_mesh_argument,
     add_model_argument,
+    check_files,
     check_folder,
     check_matplotlib,
     chosen_batch,
@@ -32,9 +34,9 @@ from griffin_jax.evaluation.samples import (
     Skipped,
     as_json,
     excerpt,
+    long_enough,
     nothing_left,
-    read_jsonl,
-    read_texts,
+    read_files,
     sha256_of_files,
 )
 from griffin_jax.griffin.config import GriffinConfig, check_density
@@ -61,8 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     texts = parser.add_argument_group("texts")
     texts.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
-    texts.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
-    texts.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+    add_excerpt_arguments(texts)
     texts.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     texts.add_argument(
         "--prompt-tokens", type=int, metavar="P", default=256,
@@ -113,10 +114,7 @@ def run(options: argparse.Namespace) -> None:
     folder: Path = options.output
     check_folder("--output", folder, RESULTS)
     check_matplotlib("flocking")
-    if len(set(options.files)) < len(options.files):
-        raise ValueError(f"a file is given twice: {', '.join(map(str, options.files))}")
-    if missing := [file for file in options.files if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
+    check_files(options.files, once=True)
 
     mesh = chosen_mesh(options)
     needs = chosen_needs(options, mesh)
@@ -229,18 +227,5 @@ def _texts(
     """Name and tokens of the texts that are long enough."""
     cut = excerpt(options.after, options.before)
     needed = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
-    for name, text in _read(options, skipped):
-        tokens = encode(cut(text))
-        if len(tokens) < needed:
-            skipped.add(f"shorter than {needed} tokens", name)
-        else:
-            yield name, tokens
-
-
-def _read(options: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[str, str]]:
-    for file in options.files:
-        if file.suffix == ".jsonl":
-            for record in read_jsonl(file, [options.column], skipped):
-                yield record.name, record.texts[0]
-        else:
-            yield from read_texts([file], skipped)
+    named = ((name, cut(text)) for name, text in read_files(options.files, options.column, skipped))
+    return long_enough(named, encode, needed, skipped)

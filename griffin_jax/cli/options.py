@@ -314,6 +314,23 @@ def check_folder(name: str, folder: Path, result: str) -> None:
     check_output(name, folder / result if folder.exists() else folder)
 
 
+def check_files(files: Sequence[Path], once: bool = False) -> None:
+    """Raise unless all files exist.
+
+    Args:
+        files: what is to be read.
+        once: whether each may be given once only.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is given twice.
+    """
+    if once and len(set(files)) < len(files):
+        raise ValueError(f"a file is given twice: {', '.join(map(str, files))}")
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"there is no file {missing[0]}")
+
+
 def check_plot(name: str, path: Path) -> None:
     """Raise unless a PNG can be drawn there.
 
@@ -332,6 +349,12 @@ def check_matplotlib(name: str) -> None:
     """Raise `ImportError` unless plots can be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(f"{name} needs matplotlib: pip install 'griffin-jax[plot]'")
+
+
+def add_excerpt_arguments(parser: Any) -> None:
+    """Declare what of each text is used."""
+    parser.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
+    parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
 
 
 def add_distributed_argument(parser: argparse.ArgumentParser) -> None:

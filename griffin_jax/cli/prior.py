@@ -12,6 +12,7 @@ from griffin_jax.cli.options import (
     add_dtype_argument,
     add_mesh_argument,
     add_model_argument,
+    check_files,
     check_output,
     chosen_batch,
     chosen_mesh,
@@ -72,8 +73,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be less than 2**31, got {options.seed}")
     output = options.output or prior_path(options.model)
     check_output("--output", output)
-    if missing := [file for file in options.text or () if not file.is_file()]:
-        raise FileNotFoundError(f"there is no file {missing[0]}")
+    check_files(options.text or ())
 
     mesh = chosen_mesh(options)
     if options.batch is not None and options.batch < 1:

@@ -145,7 +145,7 @@ def compare_formats(
         For each format, by its name, and each text what `score_answers` has with one length.
     """
     model, rows = llm.model, rows_of(variants, extensions)
-    missing = {each: [item for item in items if _entry(each, item) not in journal.scores] for each in formats}
+    missing = {each: [item for item in items if entry_name(each, item) not in journal.scores] for each in formats}
     streams: dict[str, Float[np.ndarray, "r d"]] = {}
     for batch in batches([item for item in items if any(item in texts for texts in missing.values())], size, seed):
         tokens = batch.answers, batch.answer_lengths
@@ -175,10 +175,10 @@ def compare_formats(
                     stored, every, prefilled, batch.answers, batch.answer_lengths, [room], against=(model, reference)
                 )
                 named = zip(batch.items, scores, strict=False)
-                journal.add({_entry(weights, item): found for item, found in named})
+                journal.add({entry_name(weights, item): found for item, found in named})
                 progress.update(len(batch.items))
             del stored, few
-    return {str(each): {item.name: journal.scores[_entry(each, item)] for item in items} for each in formats}
+    return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 
 
 def _mixed(
@@ -198,9 +198,22 @@ def _mixed(
         yield variant, mask_mixed(model, few, *chosen)
 
 
-def _entry(weights: Format, item: Item) -> str:
+def entry_name(weights: Format, item: Item) -> str:
     """What a journal calls the scores of a text in a format."""
     return f"{weights}: {item.name}"
+
+
+def row_head(
+    weights: str, variant: Variant, qualities: Mapping[str, str], bytes_of: Mapping[tuple[str, Variant], int]
+) -> dict[str, Any]:
+    """What an entry of the figures begins with."""
+    return {
+        "weights": weights,
+        "quality": qualities.get(variant.method, variant.method),
+        "method": variant.method,
+        "density": variant.density,
+        "bytes_per_token": bytes_of[weights, variant],
+    }
 
 
 def _room(batch: Batch, new: int) -> int:
@@ -225,14 +238,7 @@ def figures(
         seed: of the bootstrap.
     """
     found = [
-        {
-            "weights": weights,
-            "quality": qualities.get(variant.method, variant.method),
-            "method": variant.method,
-            "density": variant.density,
-            "bytes_per_token": bytes_of[weights, variant],
-        }
-        | forced_figures(list(texts.values()), variant, 0, seed)
+        row_head(weights, variant, qualities, bytes_of) | forced_figures(list(texts.values()), variant, 0, seed)
         for weights, texts in scores.items()
         for variant in variants
     ]

@@ -99,6 +99,34 @@ def _texts(line: bytes, columns: Sequence[str]) -> tuple[str, ...] | str:
     return tuple(found[column] for column in columns)
 
 
+def read_files(files: Iterable[Path], column: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
+    """Name and text of every line of JSONL files, and of every other file.
+
+    Args:
+        files: what is read, in this order.
+        column: of JSONL that holds the text.
+        skipped: what cannot be used, and why, is added.
+    """
+    for file in files:
+        if file.suffix == ".jsonl":
+            for record in read_jsonl(file, [column], skipped):
+                yield record.name, record.texts[0]
+        else:
+            yield from read_texts([file], skipped)
+
+
+def long_enough(
+    texts: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], least: int, skipped: Skipped
+) -> Iterator[tuple[str, list[int]]]:
+    """Name and tokens of the texts that have `least` tokens or more; the others are added to `skipped`."""
+    for name, text in texts:
+        tokens = encode(text)
+        if len(tokens) < least:
+            skipped.add(f"shorter than {least} tokens", name)
+        else:
+            yield name, tokens
+
+
 def read_texts(files: Sequence[str | os.PathLike[str]], skipped: Skipped) -> Iterator[tuple[str, str]]:
     """Name and text of every file; those without one are noted in `skipped`.
 

@@ -14,7 +14,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
-from griffin_jax.evaluation.front import stored_as
+from griffin_jax.evaluation.front import entry_name, row_head, stored_as
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
@@ -81,7 +81,7 @@ def solve(
                 verdicts[variant.name] = {"text": text, "solved": problem.solved(text)}
         return found
 
-    missing = {each: [item for item in items if _entry(each, item) not in journal.scores] for each in formats}
+    missing = {each: [item for item in items if entry_name(each, item) not in journal.scores] for each in formats}
     done = sum(len(items) - len(texts) for texts in missing.values())
     with tqdm(total=len(formats) * len(items), initial=done, unit="problem", disable=None) as progress:
         for weights, texts in missing.items():
@@ -91,15 +91,10 @@ def solve(
             stored = stored_as(llm.model, weights)
             for batch in batches(texts, size, seed):
                 named = zip(batch.items, answers(stored, batch), strict=True)
-                journal.add({_entry(weights, item): found for item, found in named})
+                journal.add({entry_name(weights, item): found for item, found in named})
                 progress.update(len(batch.items))
             del stored
-    return {str(each): {item.name: journal.scores[_entry(each, item)] for item in items} for each in formats}
-
-
-def _entry(weights: WeightFormat, item: Item) -> str:
-    """What a journal calls the verdicts on a problem in a format."""
-    return f"{weights}: {item.name}"
+    return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 
 
 def figures(
@@ -131,12 +126,8 @@ def figures(
             kept = [float(here) for here, there in zip(solved, dense, strict=True) if there]
             lost, gained = len(kept) - int(sum(kept)), sum(solved) - int(sum(kept))
             found.append(
-                {
-                    "weights": weights,
-                    "quality": qualities.get(variant.method, variant.method),
-                    "method": variant.method,
-                    "density": variant.density,
-                    "bytes_per_token": bytes_of[weights, variant],
+                row_head(weights, variant, qualities, bytes_of)
+                | {
                     "problems": len(solved),
                     "solved": sum(solved),
                     "share": as_json(mean([float(value) for value in solved], seed)),
