@@ -29,11 +29,29 @@ class Greedy:
 
     def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, "b"]) -> Int[Array, "b"]:
         del keys
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return first_largest(logits)
 
     def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
         """The probability with which each token is taken, float32: 1 or 0."""
-        return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=jnp.float32)
+        return jax.nn.one_hot(first_largest(logits), logits.shape[-1], dtype=jnp.float32)
+
+
+def first_largest(logits: Float[Array, "*b v"]) -> Int[Array, "*b"]:
+    """The place of the largest number, of equally large ones the first: `jnp.argmax`, as int32.
+
+    XLA's CPU code (jax 0.10.2) finds the place and the number together, one by one; the number alone, and then its
+    place, many at a time. Seen in timings of 151,936 logits: 0.2 ms instead of 0.7.
+    """
+
+    def number_then_place(logits: Array) -> Array:
+        smaller = logits < jnp.max(logits, axis=-1, keepdims=True)
+        places = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        return jnp.min(jnp.where(smaller, logits.shape[-1], places), axis=-1)
+
+    def together(logits: Array) -> Array:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return jax.lax.platform_dependent(logits, cpu=number_then_place, default=together)
 
 
 @jax.tree_util.register_pytree_with_keys_class

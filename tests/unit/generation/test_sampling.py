@@ -9,7 +9,7 @@ import pytest
 
 import griffin_jax as gj
 from griffin_jax.generation.config import GenerationConfig
-from griffin_jax.generation.sampling import Sample, sampler
+from griffin_jax.generation.sampling import Sample, first_largest, sampler
 from griffin_jax.llm.request import Request
 
 NAN, INFINITE = float("nan"), float("inf")
@@ -105,3 +105,16 @@ def test_answers_take_such_numbers(tiny):
     for prompts in ([b"hello"], [bytearray(b"he")], [[5], b"a"]):
         with pytest.raises(ValueError, match="give text, token ids"):
             tiny.llm.generate(prompts)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_the_first_of_the_largest_is_found(rng, dtype):
+    logits = np.asarray(rng.integers(-3, 4, (5, 7, 40)), dtype)
+    logits[0, 0], logits[0, 1], logits[0, 2, 1:] = -np.inf, np.inf, -np.inf
+    found = jax.jit(first_largest)(logits)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(logits.astype(np.float32), axis=-1))
+
+
+def test_what_is_no_number_gives_a_token_all_the_same():
+    assert 0 <= int(first_largest(jnp.asarray([0.0, np.nan, 1.0]))) < 3
