@@ -17,10 +17,10 @@ from griffin_jax.cli.options import (
     add_model_argument,
     add_options,
     chosen_mesh,
-    chosen_prior,
     load_chosen,
     read_options,
 )
+from griffin_jax.cli.prior import chosen_prior
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig, parse_density

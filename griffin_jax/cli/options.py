@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from griffin_jax.checkpoints import demo
 from griffin_jax.checkpoints.native import DTYPES
-from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.griffin.config import parse_density
 from griffin_jax.llm.llm import LLM, load
 from griffin_jax.llm.memory import Needs, Parts, fitting, needs_before_loading
@@ -122,18 +121,6 @@ def read_options(options: argparse.Namespace, group: type[Group], **changes: Any
     fields: Any = dataclasses.fields(group)  # pyright: ignore[reportArgumentType]
     given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
     return group(**(given | changes))
-
-
-def chosen_prior(options: argparse.Namespace) -> Prior | None:
-    """The prior of --prior, or of quality "best" the one next to the model.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
-    if options.quality == "best":
-        return load_for_best(options.model, options.prior)
-    return Prior.load(options.prior) if options.prior else None
 
 
 def add_dtype_argument(parser: Any, *, weights: bool = True) -> None:

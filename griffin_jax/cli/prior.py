@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,12 +31,23 @@ from griffin_jax.evaluation.general_text import (
     windows,
     with_budgets,
 )
+from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_texts
-from griffin_jax.extensions.prior import prior_path
+from griffin_jax.extensions.prior import Prior, load_for_best, prior_path
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
 from griffin_jax.llm.memory import Parts
+from griffin_jax.model.fingerprint import fingerprint
 
 DESCRIPTION = general_text.__doc__
+
+OF_MODEL = ("model", "dtype", "weights", "allow_pickle", "mesh", "expert_parallel", "distributed")
+"""The options of all commands that say which model is loaded, and how."""
+
+QUICK = {"self_generated": 16, "window": 256, "budget_texts": 0}
+"""Of a prior that nobody has given a text for: what takes minutes on a CPU."""
+
+THOROUGH = {"window": 512, "budget_texts": 32}
+"""Of one that is measured over what was asked for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,28 +55,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_argument(parser)
-    text = parser.add_mutually_exclusive_group(required=True)
+    text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
-    text.add_argument("--self-generated", metavar="N", type=int, help="N texts that the dense model writes")
-    parser.add_argument(
-        "--window", metavar="T", type=int, default=512, help="tokens of each text, at most (default: %(default)s)"
-    )
+    text.add_argument(
+        "--self-generated", metavar="N", type=int,
+        help=f"N texts that the dense model writes (default without --text: {QUICK['self_generated']} of"
+        f" {QUICK['window']} tokens and no --budget-texts, which takes minutes)",
+    )  # fmt: skip
+    parser.add_argument("--window", metavar="T", type=int, help="tokens of each text, at most (default: 512)")
     parser.add_argument(
         "--rows", metavar="C", type=int, default=DEFAULT_CALIBRATION,
         help="calibration rows of each layer, for reconstruction; 0 for none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--budget-texts", metavar="N", type=int, default=32,
+        "--budget-texts", metavar="N", type=int,
         help="texts that the sensitivity of neurons is measured on, by a backward pass over each; 0 for none"
-        " (default: %(default)s)",
+        " (default: 32)",
     )  # fmt: skip
     add_batch_argument(parser, 4)
     parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(default: next to the model, *.prior.safetensors)")
 
 
+def chosen_prior(options: argparse.Namespace) -> Prior | None:
+    """The prior of --prior, or of quality "best" the one next to the model, which is measured if there is none yet.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    if options.quality == "best":
+        return prior_for_best(options)
+    return Prior.load(options.prior) if options.prior else None
+
+
+def prior_for_best(options: argparse.Namespace) -> Prior:
+    """The prior of --prior, or the one next to the model, which is measured if there is none yet; see `QUICK`.
+
+    Args:
+        options: those of a command that loads a model.
+
+    Raises:
+        FileNotFoundError: the file of --prior is not there.
+        MemoryError: there is not enough to measure it.
+        ValueError: the file is damaged.
+    """
+    if options.prior or prior_path(options.model).is_file():
+        return load_for_best(options.model, options.prior)
+    output = prior_path(options.model)
+    print(
+        f"--quality best needs a prior, and there is no {output} yet: the model writes {QUICK['self_generated']} short"
+        " texts and is measured on them, once. griffin-jax prior --text measures a better one on your texts",
+        file=sys.stderr,
+    )
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    of_model = {name: value for name, value in vars(options).items() if name in OF_MODEL}
+    # What goes to stdout is the answer's.
+    with contextlib.redirect_stdout(sys.stderr):
+        run(argparse.Namespace(**(vars(parser.parse_args([])) | of_model)))
+    return Prior.load(output)
+
+
 def run(options: argparse.Namespace) -> None:
     """Measures a prior and writes its file."""
+    named = options.text or options.self_generated is not None
+    for name, value in (THOROUGH if named else QUICK).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     least = {"--window": 2, "--rows": 0, "--budget-texts": 0, "--self-generated": 1, "--seed": 0}
     for name, minimum in least.items():
         value = getattr(options, name[2:].replace("-", "_"))
@@ -88,6 +147,7 @@ def run(options: argparse.Namespace) -> None:
     options.batch = chosen_batch(options, needed, "a shorter --window or fewer --rows", mesh)
     llm = load_chosen(options, mesh)
     window = min(options.window, llm.config.max_positions)
+    journal = None
     if options.text:
         if llm.tokenizer is None:
             raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts; give --self-generated")
@@ -99,7 +159,12 @@ def run(options: argparse.Namespace) -> None:
         if not texts:
             raise nothing_left(skipped, ", ".join(map(str, options.text)))
     else:
-        texts = self_generated(llm.model, options.self_generated, window, size=options.batch, seed=options.seed)
+        written = output.with_name(f"{output.name}.part")
+        asked = {"model": fingerprint(llm.model), "texts": options.self_generated, "window": window}
+        journal = Journal.going_on(written, asked | {"seed": options.seed})
+        texts = self_generated(
+            llm.model, options.self_generated, window, size=options.batch, seed=options.seed, journal=journal
+        )
     held_out = _held_out(texts) if options.budget_texts else []
     measured = [text for number, text in enumerate(texts) if number not in held_out]
     prior = measure(llm.model, measured, size=options.batch, rows=options.rows, seed=options.seed)
@@ -110,6 +175,8 @@ def run(options: argparse.Namespace) -> None:
     elif options.budget_texts:
         prior = dataclasses.replace(prior, uniform=f"fewer than {LEAST_TEXTS} texts are too few to try budgets on")
     prior.save(output)
+    if journal is not None:
+        journal.remove()
     rows = prior.rows[0].shape[0] if prior.rows else 0
     print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
     if prior.strength:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from griffin_jax.evaluation.batches import Item, batches
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DEFAULTS, DENSE, PRIOR, RECONSTRUCTION, Variant
+from griffin_jax.evaluation.journal import Journal
 from griffin_jax.extensions import sketch
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, DEFAULT_ROWS
@@ -63,7 +64,14 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]
 
 
 def self_generated(
-    model: Transformer, count: int, length: int, *, size: int, seed: int = 0, quiet: bool = False
+    model: Transformer,
+    count: int,
+    length: int,
+    *,
+    size: int,
+    seed: int = 0,
+    quiet: bool = False,
+    journal: Journal | None = None,
 ) -> list[list[int]]:
     """Texts that a model writes by itself at temperature 1; they do not depend on the batch.
 
@@ -74,6 +82,7 @@ def self_generated(
         size: texts in a batch.
         seed: of the draws.
         quiet: no progress bar.
+        journal: what was written before an interruption, and goes on to be.
 
     Raises:
         ValueError: a text would be longer than the model's context.
@@ -87,11 +96,12 @@ def self_generated(
     init_decode = config.bos_token_id
     firsts = [int(rng.integers(config.vocab_size)) if init_decode is None else init_decode for rng in seeds]
     draws = np.asarray([rng.integers(1 << 31) for rng in seeds], np.int32)
-    texts = []
-    with tqdm(total=count, unit="text", desc="writing", disable=quiet or None) as progress:
-        for start in range(0, count, size):
+    texts: dict[str, list[int]] = dict(journal.scores) if journal is not None else {}
+    left = [number for number in range(count) if str(number) not in texts]
+    with tqdm(total=count, initial=count - len(left), unit="text", desc="writing", disable=quiet or None) as progress:
+        for start in range(0, len(left), size):
             # The last batch is filled with its last text, so that it has the shape of the others.
-            rows = np.minimum(np.arange(start, start + size), count - 1)
+            rows = np.asarray(left)[np.minimum(np.arange(start, start + size), len(left) - 1)]
             tokens, lengths = pad([[firsts[row]] for row in rows], bucket(1))
             prefilled = jitted.prefill(
                 model, tokens, lengths, max_new_tokens=bucket(length - 1), longest=length - 1, collect=False
@@ -99,13 +109,16 @@ def self_generated(
             draw = {"sampler": Sample(temperature=1.0), "eos": config.eos_token_ids}
             answer = jitted.init_decode(prefilled, seed=jnp.asarray(draws[rows]), **draw)
             answer = jitted.decode(model, answer, np.int32(length - 1), **draw)
-            written = to_host(answer.tokens)[: count - start]
-            texts += [
-                [firsts[row], *row_tokens[row_tokens >= 0].tolist()]
+            written = to_host(answer.tokens)[: len(left) - start]
+            more = {
+                str(row): [firsts[row], *row_tokens[row_tokens >= 0].tolist()]
                 for row, row_tokens in zip(rows, written, strict=False)
-            ]
+            }
+            if journal is not None:
+                journal.add(more)
+            texts |= more
             progress.update(len(written))
-    return texts
+    return [texts[str(number)] for number in range(count)]
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -49,6 +50,20 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
         self.scores.update(scores)
+
+    @classmethod
+    def going_on(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Journal:
+        """The journal of these settings, whatever is in its folder of others: what only saves time may be dropped."""
+        try:
+            return cls(folder, settings)
+        except ValueError:
+            return cls(folder, settings, overwrite=True)
+
+    def remove(self) -> None:
+        """Deletes the file, and its folder if nothing else is in it."""
+        self._file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._file.is_file():

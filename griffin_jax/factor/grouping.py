@@ -8,6 +8,7 @@ coactivation  neurons that fire together in general text: the same k-means of th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -101,8 +102,7 @@ def _normalised(rows: Float[np.ndarray, "f n"]) -> Float[np.ndarray, "f n"]:
 def balanced_clusters(points: Float[np.ndarray, "f n"], count: int, seed: int) -> Groups:
     """Clusters of equal size, by k-means whose assignment is the cheapest one of equal sizes.
 
-    The centroids begin as those of k-means without that constraint. The assignment is exact (`scipy`'s linear sum
-    assignment, with a place of each cluster for each of its points).
+    The centroids begin as those of k-means without that constraint.
 
     Args:
         points: one row for each.
@@ -113,20 +113,82 @@ def balanced_clusters(points: Float[np.ndarray, "f n"], count: int, seed: int) -
         ImportError: scikit-learn is not installed.
     """
     try:
-        from scipy.optimize import linear_sum_assignment
         from sklearn.cluster import KMeans
     except ImportError as error:
         raise ImportError("k-means needs scikit-learn: pip install 'griffin-jax[factor]'") from error
     means: Any = KMeans(count, n_init=1, random_state=seed % 2**32)  # pyright: ignore[reportArgumentType]
     centroids = means.fit(points).cluster_centers_
-    size = len(points) // count
     labels = np.full(len(points), -1)
     for _ in range(ROUNDS):
         # Squared distances, but for what is the same for all centroids.
         costs = np.square(centroids).sum(axis=1) - 2 * points @ centroids.T
-        assigned = linear_sum_assignment(np.repeat(costs, size, axis=1))[1] // size
+        assigned = cheapest_of_equal_sizes(costs)
         if np.array_equal(assigned, labels):
             break
         labels = assigned
         centroids = np.stack([points[labels == cluster].mean(axis=0) for cluster in range(count)])
     return np.stack([np.flatnonzero(labels == cluster) for cluster in range(count)])
+
+
+def cheapest_of_equal_sizes(costs: Float[np.ndarray, "f n"]) -> Int[np.ndarray, "f"]:
+    """The assignment of points to clusters of equal size that costs least in all.
+
+    Each point begins where it is cheapest, which is the best assignment for the sizes that come of it. Then the
+    clusters with too many points give them away one by one, each time by the cheapest chain of moves that ends where
+    some are missing; that keeps the assignment the best one for its sizes (successive shortest paths: Ahuja, Magnanti
+    and Orlin, Network Flows, 1993, section 9.7). The paths lead over n clusters, not over F points: 4,864 neurons of a
+    layer take a fraction of a second, where a linear sum assignment with a place for each of them takes minutes.
+
+    Args:
+        costs: of each point in each of the clusters, whose number divides that of the points.
+    """
+    points, count = costs.shape
+    costs = costs.astype(np.float64)
+    labels = costs.argmin(axis=1)
+    missing = points // count - np.bincount(labels, minlength=count)
+    moves, movers = np.full((count, count), np.inf), np.zeros((count, count), np.int64)
+
+    def look_again(cluster: int) -> None:
+        """The cheapest move from this cluster to each of the others."""
+        members = np.flatnonzero(labels == cluster)
+        if not len(members):
+            moves[cluster] = np.inf
+            return
+        extra = costs[members] - costs[members, cluster][:, None]
+        cheapest = extra.argmin(axis=0)
+        moves[cluster], movers[cluster] = extra[cheapest, np.arange(count)], members[cheapest]
+
+    for cluster in range(count):
+        look_again(cluster)
+    while (missing < 0).any():
+        chain = _cheapest_chain(moves, missing)
+        for source, target in itertools.pairwise(chain):
+            labels[movers[source, target]] = target
+        missing[chain[0]] += 1
+        missing[chain[-1]] -= 1
+        for cluster in chain:
+            look_again(cluster)
+    return labels
+
+
+def _cheapest_chain(moves: Float[np.ndarray, "n n"], missing: Int[np.ndarray, "n"]) -> list[int]:
+    """The cheapest way from any cluster with too many points to any with too few (Bellman and Ford).
+
+    Args:
+        moves: cost of the cheapest move between each two clusters, no cycle of which has negative costs.
+        missing: points that each cluster has too few; negative if it has too many.
+    """
+    distance, before = np.where(missing < 0, 0.0, np.inf), np.full(len(missing), -1)
+    for _ in missing:
+        over = distance[:, None] + moves
+        nearest = over.argmin(axis=0)
+        # What is shorter by rounding alone could lead in a circle.
+        shorter = over.min(axis=0) < distance - 1e-12 * (1 + np.abs(np.where(np.isfinite(distance), distance, 0)))
+        if not shorter.any():
+            break
+        distance = np.where(shorter, over.min(axis=0), distance)
+        before = np.where(shorter, nearest, before)
+    chain = [int(np.where(missing > 0, distance, np.inf).argmin())]
+    while before[chain[0]] >= 0:
+        chain.insert(0, int(before[chain[0]]))
+    return chain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,9 +13,11 @@ from conftest import PASSAGES
 from reference import oracle_positions, oracle_squares, oracle_topk, torch_intermediates
 
 import griffin_jax as gj
+from griffin_jax.cli import prior as prior_command
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation import general_text
 from griffin_jax.evaluation.general_text import measure, self_generated, windows
+from griffin_jax.evaluation.journal import Journal
 from griffin_jax.extensions.prior import PRIOR_FORMAT, prior_path
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.utils.arrayfile import save_arrays
@@ -254,6 +257,47 @@ class TestCommand:
         assert (found.rows, found.tokens) == ((), expected.tokens)
         assert found.uniform == "fewer than 5 texts are too few to try budgets on"
 
+    def test_is_measured_when_it_is_first_needed(self, worded, tmp_path, capsys, monkeypatch):
+        """What is asked for is measured over what the model writes by itself, once, and said on stderr."""
+        shutil.copytree(worded.folder, tmp_path / "model")
+        monkeypatch.setitem(prior_command.QUICK, "self_generated", 3)
+        monkeypatch.setitem(prior_command.QUICK, "window", 9)
+        answer = ["generate", "--model", str(tmp_path / "model"), "--quality", "best", "--prompt", "The river"]
+        answer += ["--max-new-tokens", "4"]
+        printed = []
+        for said in ("there is no", "tokens/s"):
+            assert main(answer) == 0
+            out, err = capsys.readouterr()
+            assert said in err
+            printed.append(out)
+        assert "there is no" not in err
+        assert printed[0] == printed[1]
+        assert [file.name for file in tmp_path.iterdir() if "prior" in file.name] == ["model.prior.safetensors"]
+        model = worded.llm.model
+        expected = measure(model, self_generated(model, 3, 9, size=4, quiet=True), size=4, quiet=True)
+        found = gj.Prior.load(tmp_path / "model.prior.safetensors")
+        np.testing.assert_array_equal(found.squares, expected.squares)
+        best = worded.llm.generate("The river", quality="best", prior=found, max_new_tokens=4)
+        assert printed[0] == f"{best.texts[0]}\n"
+
+    def test_texts_go_on_after_an_interruption(self, tiny, tmp_path):
+        class Interrupted(Journal):
+            def add(self, scores):
+                super().add(scores)
+                raise KeyboardInterrupt
+
+        settings = {"seed": 3}
+        with pytest.raises(KeyboardInterrupt):
+            self_generated(tiny.llm.model, 5, 12, size=2, seed=3, quiet=True, journal=Interrupted(tmp_path, settings))
+        journal = Journal.going_on(tmp_path, settings)
+        assert sorted(journal.scores) == ["0", "1"]
+        journal.scores["0"] = [1, 5]
+        found = self_generated(tiny.llm.model, 5, 12, size=2, seed=3, quiet=True, journal=journal)
+        assert found == [[1, 5], *self_generated(tiny.llm.model, 5, 12, size=2, seed=3, quiet=True)[1:]]
+        assert not Journal.going_on(tmp_path, {"seed": 4}).scores
+        journal.remove()
+        assert not tmp_path.exists()
+
     def test_lies_beside_the_model(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         Path("model").mkdir()
@@ -267,7 +311,6 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ((), "one of the arguments --text --self-generated is required"),
             (("--text", "none.txt"), "there is no file none.txt"),
             (("--self-generated", 0), "--self-generated must be at least 1, got 0"),
             (("--self-generated", 1, "--window", 1), "--window must be at least 2, got 1"),

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 import griffin_jax as gj
 from griffin_jax.factor.factorize import divide, factorize
-from griffin_jax.factor.grouping import balanced_clusters, firing_patterns, group_neurons
+from griffin_jax.factor.grouping import balanced_clusters, cheapest_of_equal_sizes, firing_patterns, group_neurons
 from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
@@ -109,6 +110,17 @@ class TestGroups:
         groups = balanced_clusters(points, 2, seed=0)
         assert groups.shape == (2, 6)
         assert any({9, 10, 11} <= set(group.tolist()) for group in groups)
+
+    @pytest.mark.parametrize("kind", ["any", "tied", "one cluster is cheap for all"])
+    def test_the_assignment_is_the_cheapest(self, rng, kind):
+        for count, size in ((1, 4), (2, 1), (3, 7), (6, 9)):
+            costs = rng.normal(size=(count * size, count))
+            costs = np.round(costs) if kind == "tied" else costs - 5 * (kind != "any") * (np.arange(count) == 0)
+            labels = cheapest_of_equal_sizes(costs)
+            np.testing.assert_array_equal(np.bincount(labels, minlength=count), size)
+            points, places = linear_sum_assignment(np.repeat(costs, size, axis=1))
+            cheapest = costs[points, places // size].sum()
+            np.testing.assert_allclose(costs[points, labels].sum(), cheapest, rtol=0, atol=1e-12)
 
     def test_neurons_that_fire_together_are_together(self, rng):
         first = rng.random(200) < 0.5
