@@ -40,7 +40,7 @@ from griffin_jax.model.fingerprint import fingerprint
 
 DESCRIPTION = general_text.__doc__
 
-OF_MODEL = ("model", "dtype", "weights", "allow_pickle", "mesh", "expert_parallel", "distributed")
+OF_MODEL = ("model", "dtype", "weights", "allow_pickle", "mesh", "expert_parallel")
 """The options of all commands that say which model is loaded, and how."""
 
 QUICK = {"self_generated": 16, "window": 256, "budget_texts": 0}
@@ -100,7 +100,7 @@ def prior_for_best(options: argparse.Namespace) -> Prior:
         MemoryError: there is not enough to measure it.
         ValueError: the file is damaged.
     """
-    if options.prior or prior_path(options.model).is_file():
+    if options.prior or prior_path(options.model).is_file() or getattr(options, "distributed", None):
         return load_for_best(options.model, options.prior)
     output = prior_path(options.model)
     print(
@@ -119,7 +119,7 @@ def prior_for_best(options: argparse.Namespace) -> Prior:
 
 def run(options: argparse.Namespace) -> None:
     """Measures a prior and writes its file."""
-    named = options.text or options.self_generated is not None
+    named = any(vars(options)[name] is not None for name in ("text", "self_generated"))
     for name, value in (THOROUGH if named else QUICK).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -147,7 +147,6 @@ def run(options: argparse.Namespace) -> None:
     options.batch = chosen_batch(options, needed, "a shorter --window or fewer --rows", mesh)
     llm = load_chosen(options, mesh)
     window = min(options.window, llm.config.max_positions)
-    journal = None
     if options.text:
         if llm.tokenizer is None:
             raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts; give --self-generated")
@@ -159,12 +158,9 @@ def run(options: argparse.Namespace) -> None:
         if not texts:
             raise nothing_left(skipped, ", ".join(map(str, options.text)))
     else:
-        written = output.with_name(f"{output.name}.part")
-        asked = {"model": fingerprint(llm.model), "texts": options.self_generated, "window": window}
-        journal = Journal.going_on(written, asked | {"seed": options.seed})
-        texts = self_generated(
-            llm.model, options.self_generated, window, size=options.batch, seed=options.seed, journal=journal
-        )
+        journal = _journal(options, output, fingerprint(llm.model))
+        count, seed = options.self_generated, options.seed
+        texts = self_generated(llm.model, count, window, size=options.batch, seed=seed, journal=journal)
     held_out = _held_out(texts) if options.budget_texts else []
     measured = [text for number, text in enumerate(texts) if number not in held_out]
     prior = measure(llm.model, measured, size=options.batch, rows=options.rows, seed=options.seed)
@@ -175,14 +171,20 @@ def run(options: argparse.Namespace) -> None:
     elif options.budget_texts:
         prior = dataclasses.replace(prior, uniform=f"fewer than {LEAST_TEXTS} texts are too few to try budgets on")
     prior.save(output)
-    if journal is not None:
-        journal.remove()
+    if not options.text:
+        _journal(options, output, prior.model).remove()
     rows = prior.rows[0].shape[0] if prior.rows else 0
     print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
     if prior.strength:
         print(f"layers keep shares of their own, {prior.strength:g} of the way to those with the least loss")
     else:
         print(f"layers keep the same share: {prior.uniform}")
+
+
+def _journal(options: argparse.Namespace, output: Path, model: str) -> Journal:
+    """The texts that are written, next to the prior until that is there."""
+    settings = {"model": model, "texts": options.self_generated, "window": options.window, "seed": options.seed}
+    return Journal.going_on(output.with_name(f"{output.name}.part"), settings)
 
 
 def _held_out(texts: Sequence[Sequence[int]]) -> list[int]:
