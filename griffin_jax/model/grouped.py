@@ -334,23 +334,12 @@ def _one_expert(
     """One token times the rows of one expert, on CPUs; `scale` is that of groups."""
     parts = parts_of(x)
     if parts is not None and DOTS_FUSE and scale is None:
-        if _in_branches(weight):
+        if weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES:
             return bfloat16_token(x, weight, expert, parts)
         if parts > 1 and weight.dtype == jnp.int8:
             rows = weight.shape[1]
             return long_token(x, weight.reshape(-1, weight.shape[2]), expert * rows, rows, parts)
     return one_token(x, weight[expert], scale)
-
-
-def _in_branches(weight: Array) -> bool:
-    """Whether a program for CPUs has a branch for each expert; see `griffin_jax.model.products.bfloat16_token`."""
-    return weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES
-
-
-def _cut(number: int, rows: Array, width: int, start: int, size: int) -> tuple[Array, None]:
-    """Some rows of one of several matrices that lie one after the other."""
-    first = number * width + start
-    return rows[first : first + size], None
 
 
 def _matmul_pairs(
@@ -364,10 +353,6 @@ def _matmul_pairs(
         def product(number: Array) -> Array:
             own, matrices, scales = here(each[number], weight, row_scale)
             expert = chosen[number]
-
-            if _in_branches(matrices):
-                cuts = [functools.partial(_cut, number, matrices.reshape(e * f, d), f) for number in range(e)]
-                return jax.lax.switch(expert, [functools.partial(sum_of_rows, rows=cut) for cut in cuts], own)
 
             def rows(start: int, size: int) -> tuple[Array, Array | None]:
                 # Rows of all experts: a part of one expert's matrix would be copied, after all of that. Seen in

@@ -253,7 +253,7 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
     each part is multiplied by all rows cut into as many, of which only those that belong to it count: two passes over a
     matrix of 13,824 x 5,120 in bfloat16 take 12 ms, sums of products 100; two of 6,912 x 5,120 in float32, looked up
     among those of several experts, 20, sums 62, and the product, for which XLA copies the matrix, 363. Seen in timings;
-    in a loop over tokens passes over int8 take four times as long as sums (but see `long_token`).
+    in a loop over tokens passes over int8 take four times as long as sums (but see `long_token`, for experts).
     """
     passes = weight.dtype in (jnp.bfloat16, jnp.float32)
     matrix, parts = wide(weight, scale), parts_of(x, MOST_PASSES if passes else 1)
