@@ -369,6 +369,46 @@ def qwen_moe_fields(config: Config) -> Fields:
     }
 
 
+def deepseek_fields(config: Config) -> Fields:
+    """Of models whose experts are chosen in the way of DeepSeek V3."""
+    return standard_fields(config) | {
+        "expert_count": config["n_routed_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_count": config["n_shared_experts"],
+        "leading_dense_block_count": config["first_k_dense_replace"],
+        "expert_weights_scale": config["routed_scaling_factor"],
+        "expert_weights_norm": config["norm_topk_prob"],
+        "expert_gating_func": gguf.ExpertGatingFuncType.SIGMOID,
+    }
+
+
+def glm4_moe_fields(config: Config) -> Fields:
+    """Layers that draft count as others."""
+    drafting = config.get("num_nextn_predict_layers")
+    return (
+        deepseek_fields(config)
+        | {"rope_dimension_count": partial_rotary_fields(config)["rope_dimension_count"]}
+        | {"block_count": config["num_hidden_layers"] + (drafting or 0), "nextn_predict_layers": drafting}
+    )
+
+
+def ernie_moe_fields(config: Config) -> Fields:
+    """The width of shared experts is computed from what is not about them."""
+    shared = config["moe_num_shared_experts"]
+    return standard_fields(config) | {
+        "expert_count": config["moe_num_experts"],
+        "expert_used_count": config["moe_k"],
+        "interleave_moe_layer_step": config["moe_layer_interval"],
+        "leading_dense_block_count": config["moe_layer_start_index"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_shared_count": shared,
+        "expert_shared_feed_forward_length": config["intermediate_size"] // kv_heads_of(config) if shared else None,
+    }
+
+
 def gemma_fields(config: Config) -> Fields:
     """Without the base of the rotary embedding, as with StableLM, Falcon and GPT-NeoX."""
     return size_fields(config) | head_fields(config)
@@ -538,6 +578,12 @@ def joined_experts(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
 
 def qwen_moe_tensors(tensors: Tensors, config: Config) -> Tensors:
     return joined_experts(tensors)
+
+
+def choice_bias_tensors(tensors: Tensors, config: Config) -> Tensors:
+    """The names that the list of tensors has for what is added to the scores of experts."""
+    renamed = [(name.replace("e_score_correction_bias", "e_score_correction.bias"), array) for name, array in tensors]
+    return joined_experts(renamed)
 
 
 def mixtral_tensors(tensors: Tensors, config: Config) -> Tensors:
@@ -718,5 +764,8 @@ RECIPES = {
     "gpt_oss": Recipe(gguf.MODEL_ARCH.GPT_OSS, gpt_oss_fields, gpt_oss_tensors),
     "granitemoeshared": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
     "phimoe": Recipe(gguf.MODEL_ARCH.PHIMOE, phimoe_fields, phimoe_tensors),
+    "dots1": Recipe(gguf.MODEL_ARCH.DOTS1, deepseek_fields, choice_bias_tensors),
+    "glm4_moe": Recipe(gguf.MODEL_ARCH.GLM4_MOE, glm4_moe_fields, choice_bias_tensors),
+    "ernie4_5_moe": Recipe(gguf.MODEL_ARCH.ERNIE4_5_MOE, ernie_moe_fields, choice_bias_tensors),
     "granitemoe": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
 }

@@ -10,12 +10,18 @@ Drawn and measured are
                            window, and of all that followed so far
 
 next to what sets of neurons chosen at random would have.
+
+Neurons of routed experts are compared expert by expert: each has those that its own tokens need. The similarity of a
+layer is the mean over the experts that both texts reach, each weighted by the tokens that it has of the text that gives
+it fewer; shared experts, which all tokens read, count as one more. (The sets that are called experts elsewhere on this
+page, as the paper does, are the kept neurons.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,9 +41,15 @@ from griffin_jax.griffin.select import select
 from griffin_jax.griffin.statistic import Statistics, relative_activations, token_statistic
 from griffin_jax.llm.llm import LLM
 from griffin_jax.model.cache import EMPTY, empty_cache
-from griffin_jax.model.routed import Activations, everywhere
+from griffin_jax.model.routed import Activations, RoutedActivations
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
+
+Ranges = tuple[int, ...]
+"""Sizes of the ranges of a layer's neurons, see `ModelConfig.neuron_ranges`."""
+
+Similar = Callable[[Bool[Array, "*a e f"], Bool[Array, "*b e f"]], Float[Array, "*c e"]]
+"""How alike sets of neurons are, expert by expert."""
 
 SHOWN = 512
 """Tokens and neurons of a heat map of relative activations, as in the paper."""
@@ -58,9 +70,52 @@ def jaccard_of_pairs(masks: Bool[Array, "n f"]) -> Float[Array, "n n"]:
 
 
 def mean_of_pairs(similarity: Float[Array, "n n"]) -> Float[Array, ""]:
-    """The mean over pairs of different texts; at least two texts."""
-    texts = similarity.shape[0]
-    return jnp.sum(jnp.where(jnp.eye(texts, dtype=bool), 0.0, similarity)) / (texts * (texts - 1))
+    """The mean over pairs of different texts, without those that are NaN; at least two texts."""
+    return jnp.nanmean(jnp.where(jnp.eye(similarity.shape[0], dtype=bool), jnp.nan, similarity))
+
+
+def by_expert(array: Array, ranges: Ranges) -> Iterator[Array]:
+    """What a layer's neurons have, (..., f), as (..., E, F_e): first of its experts, then of the shared ones.
+
+    Args:
+        array: one value for each neuron.
+        ranges: sizes of the layer's ranges, one for all neurons of a dense layer.
+    """
+    start = 0
+    for size, alike in itertools.groupby(ranges):
+        count = len(list(alike))
+        own = array[..., start : start + count * size]
+        yield own.reshape(*own.shape[:-1], count, size)
+        start += count * size
+
+
+def mean_over_experts(
+    first: Float[Array, "*a f"], second: Float[Array, "*b f"], ranges: Ranges, similar: Similar, config: GriffinConfig
+) -> Float[Array, "..."]:
+    """How alike the neurons are that two texts choose in a layer, over the experts that both of them reach.
+
+    Args:
+        first: s^2 of a text, or of several.
+        second: that of others, with axes that go together with those of `first`.
+        ranges: sizes of the layer's ranges.
+        similar: similarity of masks (..., E, F_e) for each expert.
+        config: how neurons are chosen.
+
+    Returns:
+        NaN where texts have no expert in common.
+    """
+    chosen = (by_expert(expert_masks(squares, config, ranges), ranges) for squares in (first, second))
+    found = jnp.concatenate([similar(*masks) for masks in zip(*chosen, strict=True)], axis=-1)
+    if len(ranges) == 1:
+        return found[..., 0]
+    # A token adds one to the statistic of each of its experts.
+    tokens = (
+        jnp.concatenate([part.sum(axis=-1) for part in by_expert(squares, ranges)], axis=-1)
+        for squares in (first, second)
+    )
+    weights = jnp.minimum(*tokens)
+    total = jnp.sum(weights, axis=-1)
+    return jnp.where(total > 0, jnp.sum(weights * found, axis=-1) / jnp.where(total > 0, total, 1.0), jnp.nan)
 
 
 def expected_jaccard(kept: int, neurons: int) -> float:
@@ -75,30 +130,33 @@ def expected_jaccard(kept: int, neurons: int) -> float:
     return float(np.sum(hypergeom.pmf(shared, neurons, kept, kept) * shared / (2 * kept - shared)))
 
 
-def expert_masks(squares: Float[Array, "*b f"], config: GriffinConfig) -> Bool[Array, "*b f"]:
+def expert_masks(squares: Float[Array, "*b f"], config: GriffinConfig, ranges: Ranges = ()) -> Bool[Array, "*b f"]:
     """The experts that s^2 of one layer selects, for every sequence its own."""
     rows = squares.reshape(-1, squares.shape[-1])
-    statistics = Statistics((rows,), jnp.ones(rows.shape[0], jnp.int32))
+    statistics = Statistics((rows,), jnp.ones(rows.shape[0], jnp.int32), (ranges,) if len(ranges) > 1 else ())
     return select(statistics, config).masks()[0].reshape(squares.shape)
 
 
-@programs.jit(static_argnames="configs")
-def similarity(squares: Float[Array, "n f"], configs: tuple[GriffinConfig, ...]) -> Float[Array, "densities"]:
+@programs.jit(static_argnames=("configs", "ranges"))
+def similarity(
+    squares: Float[Array, "n f"], configs: tuple[GriffinConfig, ...], ranges: Ranges
+) -> Float[Array, "densities"]:
     """Mean Jaccard similarity of the experts of different texts in one layer, for each of `configs`."""
-    return jnp.stack([mean_of_pairs(jaccard_of_pairs(expert_masks(squares, config))) for config in configs])
+
+    def of_pairs(masks: Bool[Array, "n 1 e f"], _: Bool[Array, "n e f"]) -> Float[Array, "n n e"]:
+        return jax.vmap(jaccard_of_pairs, in_axes=1, out_axes=-1)(masks[:, 0])
+
+    return jnp.stack(
+        [mean_of_pairs(mean_over_experts(squares[:, None], squares, ranges, of_pairs, config)) for config in configs]
+    )
 
 
-@programs.jit(static_argnames="configs")
+@programs.jit(static_argnames=("configs", "ranges"))
 def similarities(
-    first: Float[Array, "layers *#b f"], second: Float[Array, "layers *#b f"], configs: tuple[GriffinConfig, ...]
-) -> Float[Array, "densities layers ..."]:
-    """Jaccard similarity of the experts that the statistics in equal places select, for each of `configs`."""
-
-    def of_layer(squares: tuple[Array, Array]) -> Array:
-        return jnp.stack([jaccard(*(expert_masks(s, config) for s in squares)) for config in configs])
-
-    # Layer by layer, so that selecting is compiled once.
-    return jax.lax.map(of_layer, (first, second)).swapaxes(0, 1)
+    first: Float[Array, "*#b f"], second: Float[Array, "*#b f"], configs: tuple[GriffinConfig, ...], ranges: Ranges
+) -> Float[Array, "densities ..."]:
+    """Jaccard similarity of the experts that two statistics of one layer select, for each of `configs`."""
+    return jnp.stack([mean_over_experts(first, second, ranges, jaccard, config) for config in configs])
 
 
 @programs.jit(static_argnames=("layers", "neurons"))
@@ -109,7 +167,7 @@ def activations(
     layers: tuple[int, ...],
     neurons: int,
 ) -> tuple[Float[Array, "b t _n"], ...]:
-    """|zbar| of the first neurons of some layers, in the model's dtype.
+    """|zbar| of the first neurons of some layers, in the model's dtype; of routed experts within each of them.
 
     Args:
         model: the full model or a pruned one.
@@ -126,8 +184,11 @@ def activations(
     def observe(layer: int, z: Activations, real: Array) -> Array | None:
         if layer not in layers:
             return None
-        whole = everywhere(z)
-        return jnp.abs(relative_activations(whole))[..., :neurons].astype(whole.dtype)
+        if isinstance(z, RoutedActivations):
+            shared = None if z.shared is None else relative_activations(z.shared)
+            z = dataclasses.replace(z, z=relative_activations(z.z), shared=shared)
+            return jnp.abs(z.everywhere())[..., :neurons].astype(model.dtype)
+        return jnp.abs(relative_activations(z))[..., :neurons].astype(z.dtype)
 
     positions = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(positions < lengths[:, None], positions, EMPTY)
@@ -139,8 +200,8 @@ def activations(
 @programs.jit(static_argnames="window")
 def window_statistics(
     model: Transformer, prefilled: Prefilled, answers: Int[Array, "b r"], window: int
-) -> Float[Array, "layers b windows f"]:
-    """GRIFFIN's s^2 over successive windows of the tokens that follow a prompt, in one pass.
+) -> tuple[Float[Array, "b windows _f"], ...]:
+    """GRIFFIN's s^2 of every layer over successive windows of the tokens that follow a prompt, in one pass.
 
     Args:
         model: the full model.
@@ -156,7 +217,7 @@ def window_statistics(
         return jax.vmap(token_statistic, in_axes=(None, 0), out_axes=1)(z, masks)
 
     _, _, statistics = model(jnp.maximum(answers, 0), positions, prefilled.cache, observe=observe)
-    return jnp.stack(statistics)
+    return tuple(statistics)
 
 
 def permuted(item: Item, lead: int, rng: np.random.Generator) -> Item:
@@ -219,17 +280,19 @@ def measure(
 
     Returns:
         Plain numbers. `similarity` has for each of `KINDS`, and `own_permutation` for a text and its permutation,
-        one list over layers for each density: means over pairs and over texts. `stability` has `windows` (the prompt's
-        experts and those of a window), `so_far` (those of all up to the end of a window), and `other_windows` and
-        `other_so_far` (likewise with the experts of the prompt before this one, which the first has not): for each
-        density a list over layers of lists over windows, means over the `texts` that reached the end of a window;
-        None where there are none.
+        one list over layers for each density: means over pairs and over texts, None where there are none. `stability`
+        has `windows` (the prompt's experts and those of a window), `so_far` (those of all up to the end of a window),
+        and `other_windows` and `other_so_far` (likewise with the experts of the prompt before this one, which the first
+        has not): for each density a list over layers of lists over windows, means over the `texts` that reached the end
+        of a window; None where there are none.
     """
     configs = tuple(GriffinConfig(density) for density in densities)
-    neurons = llm.model.neurons[0]
+    ranges = llm.config.neuron_ranges
+    # Of several experts one counts, and layers without any are fewer.
+    neurons = max(ranges, key=len)[0]
     kept = [config.kept([neurons])[0] for config in configs]
     followed = _Followed(llm, configs, new, window)
-    statistics: dict[str, np.ndarray] = {}
+    statistics: dict[str, list[np.ndarray]] = {}
     compared: dict[str, Any] = {}
     own_permutation: list[Any] = []
     with tqdm(total=len(KINDS) * len(texts.items), unit="text", desc="reading", disable=None, leave=False) as bar:
@@ -237,17 +300,18 @@ def measure(
             found = []
             for batch in batches(texts.of_kind(kind, seed), size, seed):
                 prefilled = batch.prefill(llm.model, bucket(new))
-                squares = jnp.stack(prefilled.statistics.squares)
+                squares = prefilled.statistics.squares
                 if kind == TEXTS:
                     followed.add(batch, prefilled, squares)
-                found.append(np.asarray(squares[:, : len(batch.items)]))
+                found.append([np.asarray(layer[: len(batch.items)]) for layer in squares])
                 bar.update(len(batch.items))
-            statistics[kind] = np.concatenate(found, axis=1)
-            compared[kind] = np.stack([similarity(layer, configs) for layer in statistics[kind]], axis=1).tolist()
+            statistics[kind] = [np.concatenate(layer) for layer in zip(*found, strict=True)]
+            layers = zip(statistics[kind], ranges, strict=True)
+            compared[kind] = _plain(np.stack([similarity(layer, configs, own) for layer, own in layers], axis=1))
             if kind == PERMUTED:
-                pairs = zip(statistics.pop(TEXTS), statistics[PERMUTED], strict=True)
-                layers = [similarities(text[None], other[None], configs).mean(axis=-1) for text, other in pairs]
-                own_permutation = np.concatenate(layers, axis=1).tolist()
+                pairs = zip(statistics.pop(TEXTS), statistics[PERMUTED], ranges, strict=True)
+                layers = [np.asarray(similarities(text, other, configs, own)) for text, other, own in pairs]
+                own_permutation = _means(np.stack(layers, axis=1))
             if kind != TEXTS:
                 del statistics[kind]
     return {
@@ -266,11 +330,11 @@ class _Followed:
 
     def __init__(self, llm: LLM, configs: tuple[GriffinConfig, ...], new: int, window: int):
         self._llm, self._configs, self._new, self._window = llm, configs, new, window
-        self._before: Array | None = None
+        self._before: tuple[Array, ...] | None = None
         self._found: dict[str, list[np.ndarray]] = {name: [] for name in STABILITY}
         self._reached: list[np.ndarray] = []
 
-    def add(self, batch: Batch, prefilled: Prefilled, squares: Float[Array, "layers b f"]) -> None:
+    def add(self, batch: Batch, prefilled: Prefilled, squares: tuple[Float[Array, "b _f"], ...]) -> None:
         """Takes the texts of a batch."""
         rows, new = len(batch.items), self._new
         if batch.items[0].answer:
@@ -284,21 +348,24 @@ class _Followed:
         reached = np.cumsum(tokens[:rows] != EMPTY, axis=1)[:, self._window - 1 :: self._window]
         reached = reached == self._window * np.arange(1, new // self._window + 1)
         # Of each text the one before it, also across batches.
-        others = jnp.concatenate([squares[:, :1] if self._before is None else self._before, squares[:, :-1]], axis=1)
-        so_far = jnp.cumsum(windows, axis=2)
+        before = squares if self._before is None else self._before
+        others = [jnp.concatenate([last[:1], layer[:-1]]) for last, layer in zip(before, squares, strict=True)]
+        so_far = [jnp.cumsum(layer, axis=1) for layer in windows]
         for name, prompts, followed in (
             ("windows", squares, windows),
             ("so_far", squares, so_far),
             ("other_windows", others, windows),
             ("other_so_far", others, so_far),
         ):
-            values = np.asarray(similarities(prompts[:, :, None], followed, self._configs))[:, :, :rows]
+            layers = zip(prompts, followed, self._llm.config.neuron_ranges, strict=True)
+            each = [similarities(prompt[:, None], window, self._configs, ranges) for prompt, window, ranges in layers]
+            values = np.stack(each, axis=1)[:, :, :rows]
             values = np.where(reached, values, np.nan)
             if name.startswith("other") and self._before is None:
                 values[:, :, 0] = np.nan
             self._found[name].append(values)
         self._reached.append(reached)
-        self._before = squares[:, rows - 1 : rows]
+        self._before = tuple(layer[rows - 1 : rows] for layer in squares)
 
     def means(self) -> dict[str, Any]:
         """Over the texts, for JSON."""
@@ -308,13 +375,18 @@ class _Followed:
         }
 
 
-def _means(values: Float[np.ndarray, "densities layers n windows"]) -> list[Any]:
+def _means(values: Float[np.ndarray, "densities layers n ..."]) -> list[Any]:
     """Means over texts without those that are NaN; None where all are."""
     known = ~np.isnan(values)
     count = known.sum(axis=2)
-    means = (np.where(known, values, 0.0).sum(axis=2) / np.maximum(count, 1)).astype(object)
-    means[count == 0] = None
-    return means.tolist()
+    return _plain(np.where(count, np.where(known, values, 0.0).sum(axis=2) / np.maximum(count, 1), np.nan))
+
+
+def _plain(values: Float[np.ndarray, "..."]) -> list[Any]:
+    """For JSON, with None where a number is NaN."""
+    found = values.astype(object)
+    found[np.isnan(values)] = None
+    return found.tolist()
 
 
 def heat_maps(model: Transformer, tokens: Sequence[int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "t f"]]:

@@ -51,7 +51,8 @@ def table(results: Results) -> str:
     lines = [
         f"{results['model_name']}, {results['dtype']}: {results['used']} texts of {results['prompt']} tokens,"
         f" {results['left_out']['count']} left out;",
-        f"experts are {results['kept'][at]:,} of {results['neurons']:,} neurons (density {results['density']:g})",
+        f"experts are {results['kept'][at]:,} of {results['neurons']:,} neurons{_of_each(results)} (density"
+        f" {results['density']:g})",
         "",
         f"{'Jaccard similarity of experts':{width}}{'mean':>6}  {'lowest layer':>14}  {'highest layer':>14}",
     ]
@@ -64,6 +65,10 @@ def table(results: Results) -> str:
         cells = (f"{f'{known[layer]:.3f} (in {layer})':>14}" for layer in (low, high))
         lines.append(f"{title:{width}}{np.mean(list(known.values())):6.3f}  {'  '.join(cells)}")
     return "\n".join([*lines, f"{RANDOM_EXPERTS:{width}}{results['random_experts'][at]:6.3f}"])
+
+
+def _of_each(results: Results) -> str:
+    return " of each routed expert" if results.get("routed") else ""
 
 
 def plot_activations(
@@ -115,10 +120,10 @@ def plot_similarity(results: Results, file: str | os.PathLike[str]) -> None:
     layers, densities, at = results["layers"], results["densities"], _drawn(results)
     colours = _layer_colours(layers)
     for axis, (kind, title) in zip(axes, KINDS.items(), strict=False):
-        values = np.asarray(results["similarity"][kind])
+        values = np.asarray(results["similarity"][kind], np.float64)
         for layer in range(layers):
             axis.plot(densities, values[:, layer], color=colours.to_rgba(layer), linewidth=0.9)
-        axis.plot(densities, values.mean(axis=1), "o-", color="black", markersize=3, label="mean of layers")
+        axis.plot(densities, np.nanmean(values, axis=1), "o-", color="black", markersize=3, label="mean of layers")
         axis.plot(densities, results["random_experts"], "--", color="C3", label=RANDOM_EXPERTS)
         axis.set_title(title, fontsize="medium")
         axis.set_xlabel("density (share of neurons that are experts)")

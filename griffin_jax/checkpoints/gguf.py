@@ -59,7 +59,7 @@ class GgufFile(Reader):
         gguf = self.family.gguf
         assert gguf is not None
         self.files = [file]
-        self.ignored, self.copies = gguf.ignored, {}
+        self.copies = {}
         self._tensors = tensors
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self.problems = []
@@ -71,6 +71,7 @@ class GgufFile(Reader):
         except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: malformed, its metadata do not go together ({brief(error)})") from error
         check_plausible(self.name, self.config, list(self.shapes.values()))
+        self.ignored = gguf.ignored + self._drafting_layers()
         self.rules = fitting_rules((gguf.rules, *gguf.alternatives), self.config, tensors)
         self._tensors = self._with_outer_axes_of_one()
         self.tensors = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
@@ -139,6 +140,12 @@ class GgufFile(Reader):
             "eos_token_id": ends,
         }
         return self.family.model_config(values, self.name)
+
+    def _drafting_layers(self) -> tuple[str, ...]:
+        """Regular expressions of what is in the layers after the last one, which draft the token after the next one."""
+        drafting = self.metadata.get(f"{self.metadata['general.architecture']}.nextn_predict_layers", 0)
+        layers = self.config.num_layers
+        return tuple(rf"blk\.{layer}\..*" for layer in range(layers, layers + drafting))
 
     def _with_outer_axes_of_one(self) -> dict[str, _GgufTensor]:
         """The tensors with as many axes as the rules say: outermost ones of one entry are left out in some files."""

@@ -329,9 +329,8 @@ def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Pr
         )
         shapes = [(min(DEFAULT_CALIBRATION, width), width) for width in config.neurons]
         rows = tuple(jnp.asarray(draw.standard_normal(s) * s[1] ** -0.5, jnp.float16) for s in shapes)
-        if config.routing is not None:
-            return Prior(squares, rows, "random", 0)
-        return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="")
+        ranges = () if config.routing is None else config.neuron_ranges
+        return Prior(squares, rows, "random", 0, weights, strength=0.5, uniform="", ranges=ranges)
     return load_for_best(options.model, options.prior)
 
 

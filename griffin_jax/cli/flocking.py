@@ -134,12 +134,7 @@ def run(options: argparse.Namespace) -> None:
     layers = list(dict.fromkeys([0, count // 2, count - 1])) if layers is None else layers
     if not all(0 <= layer < count for layer in layers):
         raise ValueError(f"--layer: the model's layers are 0 to {count - 1}, got {options.layer}")
-    if llm.model.config.routing is not None:
-        raise ValueError(
-            "flocking compares the neurons that texts choose, and of a routed expert that a text does not reach it"
-            " chooses none; griffin-jax analyze compares them within the experts that both texts reach"
-        )
-    GriffinConfig(min(densities)).kept(llm.model.neurons)
+    GriffinConfig(min(densities)).kept(llm.config.neuron_ranges)
 
     skipped = Skipped()
     whole = dict(itertools.islice(_texts(options, llm.tokenizer.encode, skipped), options.limit))
@@ -172,6 +167,7 @@ def run(options: argparse.Namespace) -> None:
         "model": fingerprint(llm.model),
         "dtype": str(llm.model.dtype),
         "layers": count,
+        "routed": llm.config.routing is not None,
         "files": [str(file) for file in options.files],
         "texts": sha256_of_files(options.files),
         "column": options.column,

@@ -165,6 +165,7 @@ def measure(
         sketch.leading_rows(products, bases, sketched, rows) if rows else (),
         fingerprint(model),
         sum(map(len, texts)),
+        ranges=() if model.config.routing is None else model.config.neuron_ranges,
     )
 
 
@@ -208,8 +209,6 @@ def with_budgets(
         seed: of the draws.
         quiet: no progress bar.
     """
-    if model.config.routing is not None:
-        return dataclasses.replace(prior, uniform="layers with routed experts all keep the same share")
     prior = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet))
     steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
     variant = Variant("+".join(["topk", *steps]), TRIAL_DENSITY)

@@ -23,6 +23,7 @@ loses, so that going the whole way is too far.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -61,6 +62,8 @@ class Prior:
             without layers if it was not measured.
         strength: how far the shares of layers are on the way from equal ones (0) to those with the least loss (1).
         uniform: why all layers keep the same share; empty if they keep different ones.
+        ranges: of a model with routed experts, sizes of the ranges that each layer's neurons lie in, as
+            `ModelConfig.neuron_ranges`. All experts of a layer keep equally many.
     """
 
     squares: tuple[Float[Array, "_f"], ...]
@@ -70,6 +73,7 @@ class Prior:
     sensitivity: tuple[Float[Array, "_f"], ...] = ()
     strength: float = dataclasses.field(default=0.0, metadata={"static": True})
     uniform: str = dataclasses.field(default="the sensitivity of neurons was not measured", metadata={"static": True})
+    ranges: tuple[tuple[int, ...], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def check(self, model: str) -> None:
         """Raise `ValueError` unless this prior belongs to a model.
@@ -86,7 +90,8 @@ class Prior:
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
         """The config with a density for each layer, which keeps as many neurons in all.
 
-        Every layer keeps a multiple of `config.round_to` and of `config.groups`.
+        Every layer keeps a multiple of `config.round_to` and of `config.groups`, and each of its routed experts does.
+        Layers without experts, where others have some, keep the config's density.
 
         Args:
             config: a config with one density for all layers.
@@ -101,16 +106,22 @@ class Prior:
             raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
         if not self.strength:
             return config
-        widths = [squares.shape[0] for squares in self.squares]
+        ranges = self.ranges or tuple((squares.shape[0],) for squares in self.squares)
+        alike = [layer for layer, sizes in enumerate(ranges) if len(sizes) == max(map(len, ranges))]
         losses = [
-            np.asarray(squares, np.float64) * np.asarray(weight, np.float64)
-            for squares, weight in zip(self.squares, self.sensitivity, strict=True)
+            _by_rank(
+                np.asarray(self.squares[layer], np.float64) * np.asarray(self.sensitivity[layer], np.float64),
+                ranges[layer],
+            )
+            for layer in alike
         ]
         round_to = math.lcm(config.round_to, config.group_count)
-        uniform = config.kept(widths)
+        uniform = config.kept([len(loss) for loss in losses])
         kept = between(uniform, share_out(losses, uniform, round_to=round_to), self.strength, round_to=round_to)
-        density = tuple(density_that_keeps(k, width) for k, width in zip(kept, widths, strict=True))
-        return dataclasses.replace(config, density=density)
+        density = [config.density] * len(ranges)
+        for layer, k, loss in zip(alike, kept, losses, strict=True):
+            density[layer] = density_that_keeps(k, len(loss))
+        return dataclasses.replace(config, density=tuple(density))
 
     def fusion(self, weight: float | Float[Array, ""] = DEFAULT_WEIGHT) -> Fusion:
         """The function that `select` takes as `fuse`.
@@ -135,6 +146,8 @@ class Prior:
         arrays |= {f"layers.{layer}.sensitivity": np.asarray(weight) for layer, weight in enumerate(self.sensitivity)}
         counts = {"tokens": str(self.tokens), "layers": str(len(self.squares))}
         metadata = {"model": self.model, "strength": repr(self.strength), "uniform": self.uniform, **counts}
+        if self.ranges:
+            metadata["ranges"] = json.dumps(self.ranges)
         save_arrays(path, PRIOR_FORMAT, arrays, metadata)
 
     @classmethod
@@ -158,8 +171,11 @@ class Prior:
             if not 0 <= strength <= bool(weights):
                 raise ValueError(f"strength {strength} of budgets with {len(weights)} layers of sensitivity")
             counts = metadata["model"], int(metadata["tokens"])
-            return cls(squares, rows, *counts, weights, strength, metadata["uniform"])
-        except (KeyError, ValueError) as error:
+            ranges = tuple(map(tuple, json.loads(metadata.get("ranges", "[]"))))
+            if ranges and [sum(sizes) for sizes in ranges] != [layer.shape[0] for layer in squares]:
+                raise ValueError(f"ranges {ranges!r:.200} are those of other layers")
+            return cls(squares, rows, *counts, weights, strength, metadata["uniform"], ranges)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -248,6 +264,23 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     larger = jnp.diff(rising, axis=-1, prepend=rising[..., :1]) > 0
     ranks = jax.lax.cummax(jnp.where(larger, place, 0), axis=score.ndim - 1)
     return jnp.take_along_axis(ranks, jnp.argsort(order, axis=-1), axis=-1).astype(jnp.float32)
+
+
+def _by_rank(losses: Float[np.ndarray, "f"], sizes: Sequence[int]) -> Float[np.ndarray, "f_e"]:
+    """What is lost with the neurons of each rank, the best of each range first, if all ranges drop equal shares.
+
+    Args:
+        losses: the loss from dropping each neuron.
+        sizes: of the ranges, the first of which has a neuron of every rank.
+    """
+    found, start = np.zeros(sizes[0]), 0
+    for size in sizes:
+        best_first = -np.sort(-losses[start : start + size])
+        # How many neurons of the first range are kept, less one, where this many of these are.
+        rank = -(-np.arange(1, size + 1) * sizes[0] // size) - 1
+        found += np.bincount(rank, best_first, sizes[0])
+        start += size
+    return found
 
 
 def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, round_to: int = 1) -> tuple[int, ...]:

@@ -11,6 +11,9 @@ measures it in all layers at once.
 The first half of a text stands for a prompt, which the full model reads whatever is pruned. What counts is how the
 neurons change the predictions of the other half at its own tokens. So an early layer, which later tokens look back at,
 is not weighed by more tokens than an answer has.
+
+Of routed experts, zbar is the relative activation within an expert, and the mean is over the tokens that chose it: as
+the statistic of a prompt counts those, the product of both is the loss.
 """
 
 from __future__ import annotations
@@ -26,9 +29,13 @@ from tqdm import tqdm
 
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.model.cache import EMPTY, empty_cache
-from griffin_jax.model.routed import Activations, everywhere
+from griffin_jax.model.ops import float32_product
+from griffin_jax.model.routed import Activations, RoutedActivations
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
+
+Seen = tuple[tuple[tuple[Array, Array], ...], ...]
+"""What `_square_norms` gives for each layer."""
 
 HORIZON = 128
 """Number of tokens of a text that stand for an answer, at most."""
@@ -50,28 +57,29 @@ def sensitivity(
         c of each layer, float32, in nats.
 
     Raises:
-        ValueError: no text has at least two tokens, or the model has routed experts.
+        ValueError: no text has at least two tokens.
     """
-    if model.config.routing is not None:
-        raise ValueError("the sensitivity of neurons is not measured in models with routed experts")
     long = [text[: 2 * HORIZON] for text in texts if len(text) > 1]
     if not long:
         raise ValueError("sensitivity needs texts of at least two tokens")
-    sums, count = [np.zeros(neurons, np.float64) for neurons in model.neurons], 0
+    sums, counts = ([np.zeros(neurons, np.float64) for neurons in model.neurons] for _ in range(2))
     for number, text in enumerate(tqdm(long, unit="text", desc="differentiating", disable=quiet or None)):
         tokens, lengths = pad([text], bucket(len(text)))
-        squares = squared_gradients(model, tokens, lengths, jax.random.key(np.uint32(seed + number)))
-        for total, layer in zip(sums, squares, strict=True):
-            total += np.asarray(layer, np.float64)
-        count += len(text) - len(text) // 2
-    return tuple(jnp.asarray(total / count, jnp.float32) for total in sums)
+        squares, read = squared_gradients(model, tokens, lengths, jax.random.key(np.uint32(seed + number)))
+        for totals, layers in ((sums, squares), (counts, read)):
+            for total, layer in zip(totals, layers, strict=True):
+                total += np.asarray(layer, np.float64)
+    # Of an expert that no token chose, both are 0.
+    return tuple(
+        jnp.asarray(total / np.maximum(count, 1), jnp.float32) for total, count in zip(sums, counts, strict=True)
+    )
 
 
 @programs.jit
 def squared_gradients(
     model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], key: Key[Array, ""]
-) -> tuple[Float[Array, "_f"], ...]:
-    """sum_t (dl / dzbar_tj)^2 of every layer, over the second half of each text. Float32.
+) -> tuple[tuple[Float[Array, "_f"], ...], tuple[Float[Array, "_f"], ...]]:
+    """sum_t (dl / dzbar_tj)^2 of every layer, over the second half of each text, and by how many tokens. Float32.
 
     Args:
         model: the full model.
@@ -83,35 +91,57 @@ def squared_gradients(
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
     counted = (columns >= lengths[:, None] // 2) & (columns < lengths[:, None])
 
-    def read(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        """Logits and norms of z, with these offsets added to the outputs of the down projections."""
+    def read(offsets: tuple[Array, ...]) -> tuple[Array, Seen]:
+        """Logits, and norms of z and who has one, with these offsets added to the outputs of the down projections."""
         changed: Transformer = jax.tree.map(lambda leaf: leaf, model)
         for layer, offset in zip(changed.layers, offsets, strict=True):
             bias = layer.ff.down_bias
             # A bias is the same for every token; here every token has its own.
             layer.ff.down_bias = nnx.data(nnx.Param(offset if bias is None else offset + bias[...]))
         cache = empty_cache(model.config, tokens.shape[0], tokens.shape[1], model.dtype)
-        hidden, _, norms = changed(tokens, positions, cache, read_slots=0, observe=_square_norm)
-        return model.logits(hidden), norms
+        hidden, _, seen = changed(tokens, positions, cache, read_slots=0, observe=_square_norms)
+        return model.logits(hidden), seen
 
-    def loss(offsets: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        logits, norms = read(offsets)
+    def loss(offsets: tuple[Array, ...]) -> tuple[Array, Seen]:
+        logits, seen = read(offsets)
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(logits))
         predicted = jax.nn.log_softmax(logits)
         losses = -jnp.take_along_axis(predicted, drawn[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(counted, losses, 0.0)), norms
+        return jnp.sum(jnp.where(counted, losses, 0.0)), seen
 
     nothing = tuple(jnp.zeros((*tokens.shape, model.config.width), model.dtype) for _ in model.layers)
-    gradients, norms = jax.grad(loss, has_aux=True)(nothing)
-    found = []
-    for layer, gradient, norm in zip(model.layers, gradients, norms, strict=True):
+    gradients, seen = jax.grad(loss, has_aux=True)(nothing)
+    squares, counts = [], []
+    for layer, gradient, parts in zip(model.layers, gradients, seen, strict=True):
         # dl/dz = W_down dl/dy, and zbar = z / ||z||.
         by_neuron = jnp.einsum("btd,fd->btf", gradient, layer.ff.down_matrix(), preferred_element_type=jnp.float32)
-        weight = jnp.where(counted, norm, 0.0)
-        found.append(jnp.einsum("bt,btf->f", weight, jnp.square(by_neuron), precision=jax.lax.Precision.HIGHEST))
-    return tuple(found)
+        start, sums, tokens_of = 0, [], []
+        for module, (norm, chose) in zip(layer.ff.parts(), parts, strict=True):
+            own = by_neuron[..., start : start + module.neurons].reshape(*norm.shape, -1)
+            weight = jnp.where(counted[..., None], norm, 0.0)
+            sums.append(float32_product("bte,btef->ef", weight, jnp.square(own)).reshape(-1))
+            count = jnp.sum(counted[..., None] & chose, axis=(0, 1), dtype=jnp.float32)
+            tokens_of.append(jnp.repeat(count, own.shape[-1]))
+            start += module.neurons
+        squares.append(jnp.concatenate(sums))
+        counts.append(jnp.concatenate(tokens_of))
+    return tuple(squares), tuple(counts)
 
 
-def _square_norm(_layer: int, z: Activations, _real: Array) -> Float[Array, "b t"]:
-    """The observer of ||z||^2."""
-    return jnp.sum(jnp.square(everywhere(z).astype(jnp.float32)), axis=-1)
+def _square_norms(_layer: int, z: Activations, _real: Array) -> tuple[tuple[Array, Array], ...]:
+    """The observer of ||z||^2 within each expert, and of who chose it, (B, T, E), for each part of a layer.
+
+    What all tokens read counts as one expert.
+    """
+
+    def of_all(z: Array) -> tuple[Array, Array]:
+        norm = jnp.sum(jnp.square(z.astype(jnp.float32)), axis=-1, keepdims=True)
+        return norm, jnp.ones_like(norm, bool)
+
+    if not isinstance(z, RoutedActivations):
+        return (of_all(z),)
+    choices = z.experts[..., None] == jnp.arange(z.count)
+    norms = jnp.sum(jnp.square(z.z.astype(jnp.float32)), axis=tuple(range(3, z.z.ndim)))
+    # A token chooses each expert once at most.
+    experts = jnp.sum(jnp.where(choices, norms[..., None], 0.0), axis=2), jnp.any(choices, axis=2)
+    return (experts,) if z.shared is None else (experts, of_all(z.shared))

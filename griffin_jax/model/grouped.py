@@ -29,11 +29,16 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Num
 
 from griffin_jax.model.products import (
+    DOTS_FUSE,
+    MOST_BRANCHES,
     ROW_PARTS,
+    bfloat16_token,
     blocks_of_rows,
     blocks_of_sums,
     here,
+    long_token,
     one_token,
+    parts_of,
     rows_first,
     sum_of_rows,
 )
@@ -276,20 +281,20 @@ def _sums_of_experts(
 def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: Array | None) -> Array:
     def one_by_one(x: Array, weight: Array, scale: Array | None) -> Array:
         b, t, k = experts.shape
-        _, a, f, d = weight.shape
+        e, a, f, d = weight.shape
         tokens, chosen = x.reshape(b * t, d).astype(jnp.float32), experts.reshape(-1)
         per_row = scale is not None and scale.shape[-1] == 1
 
         def product(number: Array) -> Array:
             # As everywhere on CPUs: a matrix whose use could move would be converted, all of it, before the loop.
             token, matrices, scales = here(tokens[number // k], weight, scale)
-            own = matrices[chosen[number]].reshape(a * f, d)
-            own_scale = None if scales is None else scales[chosen[number]].reshape(a * f, -1)
+            expert = chosen[number]
+            own_scale = None if scales is None else scales[expert].reshape(a * f, -1)
             inside = None if per_row else own_scale
-            row = one_token(token, own, inside)
+            row = _one_expert(token, matrices.reshape(e, a * f, d), expert, inside)
             return row * own_scale[:, 0] if per_row and own_scale is not None else row
 
-        return _filled(form, chosen, weight.shape[0], a * f, tokens, product).reshape(b, t, k, a, f)
+        return _filled(form, chosen, e, a * f, tokens, product).reshape(b, t, k, a, f)
 
     def at_once(x: Array, weight: Array, scale: Array | None) -> Array:
         # One kernel on GPUs, which takes the look-up of the matrices and their conversion into the sum. Seen in
@@ -321,6 +326,20 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
         return _filled(form, chosen, e, a * f, tokens, product).reshape(b, t, k, a, f)
 
     return jax.lax.platform_dependent(x, weight, scale, cpu=one_by_one, tpu=in_turn, default=at_once)
+
+
+def _one_expert(
+    x: Float[Array, "d"], weight: Num[Array, "e r d"], expert: Int[Array, ""], scale: Array | None
+) -> Float[Array, "r"]:
+    """One token times the rows of one expert, on CPUs; `scale` is that of groups."""
+    parts = parts_of(x)
+    if parts is not None and DOTS_FUSE and scale is None:
+        if weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES:
+            return bfloat16_token(x, weight, expert, parts)
+        if parts > 1 and weight.dtype == jnp.int8:
+            rows = weight.shape[1]
+            return long_token(x, weight.reshape(-1, weight.shape[2]), expert * rows, rows, parts)
+    return one_token(x, weight[expert], scale)
 
 
 def _matmul_pairs(

@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from griffin_jax.model.weights import dequantise, grouped
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
@@ -38,6 +38,12 @@ in its cpu_instruction_fusion)."""
 
 MOST_PASSES = 4
 """Parts of a longer vector, at most, that are each multiplied by the whole matrix."""
+
+PASS_BYTES = 8 << 20
+"""Size of the rows of an expert's matrix that a long vector is multiplied by in all passes, before the next rows."""
+
+MOST_BRANCHES = 16
+"""Matrices in bfloat16, at most, each of which has a branch of its own, since a program has as many for each layer."""
 
 FEW_TOKENS = 4
 """Tokens that are multiplied one by one, with converted numbers that never reach memory. Seen in timings: two tokens
@@ -248,18 +254,84 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
     each part is multiplied by all rows cut into as many, of which only those that belong to it count: two passes over a
     matrix of 13,824 x 5,120 in bfloat16 take 12 ms, sums of products 100; two of 6,912 x 5,120 in float32, looked up
     among those of several experts, 20, sums 62, and the product, for which XLA copies the matrix, 363. Seen in timings;
-    in a loop over tokens passes over int8 take four times as long as sums.
+    in a loop over tokens passes over int8 take four times as long as sums (but see `long_token`, for experts).
     """
     passes = weight.dtype in (jnp.bfloat16, jnp.float32)
-    matrix, most = wide(weight, scale), MOST_PASSES if passes else 1
-    parts = next((n for n in range(1, most + 1) if x.shape[0] % n == 0 and x.nbytes // n < FUSED_BYTES), None)
+    matrix, parts = wide(weight, scale), parts_of(x, MOST_PASSES if passes else 1)
     if parts is None or (scale is None and not DOTS_FUSE):
         return jnp.sum(matrix * x, axis=-1)
     if parts == 1:
         return x @ matrix.T
-    rows = matrix.reshape(-1, x.shape[0] // parts)
-    each = [(part @ rows.T).reshape(-1, parts)[:, number] for number, part in enumerate(x.reshape(parts, -1))]
+    return _in_passes(x.reshape(parts, -1), matrix.reshape(-1, x.shape[0] // parts))
+
+
+def parts_of(x: Float[Array, "d"], most: int = MOST_PASSES) -> int | None:
+    """Into how many equal parts a vector is divided for XLA's CPU code; None if `most` are too few."""
+    return next((n for n in range(1, most + 1) if x.shape[0] % n == 0 and x.nbytes // n < FUSED_BYTES), None)
+
+
+def _in_passes(x: Float[Array, "p n"], rows: Float[Array, "fp n"]) -> Float[Array, "f"]:
+    """The parts of a vector times those of each row, of which only those that belong together count."""
+    each = [(part @ rows.T).reshape(-1, len(x))[:, number] for number, part in enumerate(x)]
     return jnp.sum(jnp.stack(each), axis=0)
+
+
+def long_token(
+    x: Float[Array, "d"], weight: Num[Array, "r d"], start: Int[Array, ""], count: int, parts: int
+) -> Float[Array, "{count}"]:
+    """`one_token` of a long vector and some rows of a larger matrix of int8.
+
+    The passes are over blocks of the rows, which stay in the processor's cache for the second one. There are two blocks
+    at least: what is in no loop XLA's CPU code (jax 0.10.2) copies. Seen in timings of two of four experts (6,912 x
+    5,120 each): 7 ms, in passes over all rows 10, as sums of products 250.
+
+    Args:
+        x: the vector, float32.
+        weight: the larger matrix, int8.
+        start: the first of the rows.
+        count: how many rows.
+        parts: of the vector, as `parts_of` gives.
+    """
+    flat, tokens = weight.reshape(-1, weight.shape[1] // parts), x.reshape(parts, -1)
+    blocks = max(2, -(-count * weight.shape[1] // PASS_BYTES))
+    size = -(-count // blocks)
+
+    def fill(block: Array, y: Array) -> Array:
+        # The last block begins where it ends with the last row.
+        first = jnp.minimum(block * size, count - size)
+        rows = jax.lax.dynamic_slice_in_dim(flat, (start + first) * parts, size * parts)
+        return jax.lax.dynamic_update_slice_in_dim(y, _in_passes(tokens, wide(rows, None)), first, 0)
+
+    # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
+    return jax.lax.fori_loop(0, blocks, fill, jnp.broadcast_to(x[0], (count,)))
+
+
+def bfloat16_token(
+    x: Float[Array, "d"], weight: Num[Array, "e r d"], expert: Int[Array, ""], parts: int
+) -> Float[Array, "r"]:
+    """`one_token` of a vector and one of a few matrices in bfloat16.
+
+    XLA's CPU code (jax 0.10.2) has no look-up in bfloat16: it converts all matrices to float32 first, at every token.
+    So there is a branch for each matrix, and for each part of the vector, since a matrix that two products take is
+    copied. Seen in timings of two of four experts: 6,912 x 5,120 14 ms instead of 200, 6,912 x 2,048 4 instead of 53.
+
+    Args:
+        x: the vector, float32.
+        weight: the matrices.
+        expert: the number of one of them.
+        parts: of the vector, as `parts_of` gives.
+    """
+    tokens = x.reshape(parts, -1)
+
+    def branch(number: int, matrix: int, part: Array) -> Array:
+        rows = wide(weight[matrix], None).reshape(-1, tokens.shape[1])
+        return (part @ rows.T).reshape(-1, parts)[:, number]
+
+    def in_branches(number: int) -> Array:
+        branches = [functools.partial(branch, number, matrix) for matrix in range(weight.shape[0])]
+        return jax.lax.switch(expert, branches, tokens[number])
+
+    return jnp.sum(jnp.stack([in_branches(number) for number in range(parts)]), axis=0)
 
 
 def rows_first(x: Float[Array, "t d"], weight: Float[Array, "f d"]) -> Float[Array, "t f"]:

@@ -16,5 +16,6 @@ CASES = Cases(
             "n_group": 4, "topk_group": 2, "sliding_window": 9, "max_window_layers": 1, "routed_scaling_factor": 1.5,
         },
     },
+    not_in_gguf={"groups, windows": "llama.cpp has no windows in this architecture"},
     routed=True,
 )  # fmt: skip

@@ -206,9 +206,9 @@ def sparse_gguf(file: Path, layers: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "weights"), [("safetensors", "bfloat16"), ("safetensors", "int8"), ("GGUF", "int8")])
 def test_conversions_of_experts(tmp_path, kind, weights):
-    """Of safetensors what all conversions promise, 1.5 x largest tensor + 1 GiB, for models of 8 GB.
+    """Of models of 8 GB: half a GiB less than what all conversions promise, which is 1.5 x largest tensor + 1 GiB.
 
-    Of GGUF files, where it varies between runs (1.1 to 1.8 GB were seen), a quarter of the file.
+    More is taken where the memory that TensorStore's threads have freed is not given back: 1.1 to 1.8 GB of GGUF files.
     """
     if kind == "GGUF":
         source = sparse_gguf(tmp_path / "model.gguf", layers=12)
@@ -226,9 +226,9 @@ def test_conversions_of_experts(tmp_path, kind, weights):
     assert ran.returncode == 0, ran.stderr
     largest, used = map(int, ran.stdout.split())
     print(f"{kind} of {size / 1e9:.1f} GB to {weights}: {used / 1e6:,.0f} MB, largest tensor {largest / 1e6:,.0f} MB")
-    limit = 1.5 * largest + (1 << 30)
+    limit = 1.5 * largest + (1 << 29)
     assert limit < size / 4
-    assert used < (size / 4 if kind == "GGUF" else limit)
+    assert used < limit
 
 
 resource = pytest.importorskip("resource")

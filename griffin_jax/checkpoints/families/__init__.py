@@ -80,7 +80,6 @@ NOT_IN_GGUF: dict[str, tuple[str, ...]] = {
     "llama.cpp does not convert it": (
         "codegen", "cwm", "gpt_neo", "gptj", "helium", "hyperclovax", "ministral", "opt", "vaultgemma",
     ),
-    "its files were not looked at yet": ("dots1", "ernie4_5_moe", "glm4_moe"),
 }  # fmt: skip
 """Families that are not read from GGUF files, by the reason.
 

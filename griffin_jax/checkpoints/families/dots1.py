@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
-from griffin_jax.checkpoints.families.qwen3 import HEAD_NORMS
+from typing import Any
+
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
+from griffin_jax.checkpoints.families.qwen3 import GGUF_HEAD_NORMS, HEAD_NORMS
 from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES, STACKED_RULES
 from griffin_jax.checkpoints.schema.attributes import Attributes, read_layer_types, windows_of
-from griffin_jax.checkpoints.schema.experts import CHOICE_BIAS, read_deepseek_routing, shared_rules
-from griffin_jax.checkpoints.schema.family import Family
+from griffin_jax.checkpoints.schema.experts import (
+    CHOICE_BIAS,
+    read_deepseek_routing,
+    read_gguf_deepseek,
+    shared_rules,
+)
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -28,6 +36,15 @@ def read_config(attributes: Attributes) -> ModelConfig:
     )
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json. It has no windows."""
+    return (
+        read_gguf_fields(attributes, tensors)
+        | read_gguf_deepseek(attributes)
+        | {"attention_bias": "blk.0.attn_q.bias" in tensors.shapes, "sliding_window": None}
+    )
+
+
 OTHERS = HEAD_NORMS + CHOICE_BIAS + shared_rules("mlp.shared_experts")
 
 FAMILY = Family(
@@ -39,4 +56,5 @@ FAMILY = Family(
     prefix="model.",
     ignored=IGNORED,
     copies=COPIES,
+    gguf=GgufFamily(("dots1",), read_gguf_config, GGUF_RULES + GGUF_HEAD_NORMS),
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_fields, read_gguf_fields
 from griffin_jax.checkpoints.families.qwen3_moe import EXPERT_RULES, STACKED_RULES
 from griffin_jax.checkpoints.schema.attributes import Attributes
-from griffin_jax.checkpoints.schema.experts import read_routing, shared_rules
-from griffin_jax.checkpoints.schema.family import Family
-from griffin_jax.checkpoints.schema.layouts import layer_rules
+from griffin_jax.checkpoints.schema.experts import read_gguf_experts, read_routing, shared_rules
+from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
+from griffin_jax.checkpoints.schema.layouts import GGUF_RULES, layer_rules
 from griffin_jax.checkpoints.schema.rotary import read_rotary
 from griffin_jax.model.config import ModelConfig
 
@@ -51,6 +52,23 @@ def _dense_layers(attributes: Attributes, layers: int) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if (layer + 1) % step or not first <= layer <= last)
 
 
+def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
+    """llama.cpp's metadata in the terms of config.json. All layers from the first one with experts may have them."""
+    # The converter divides numbers that have nothing to do with it; shared experts are as wide as the others.
+    attributes.ignore("expert_shared_feed_forward_length")
+    attributes.require("interleave_moe_layer_step", "leading_dense_block_count")
+    return (
+        read_gguf_fields(attributes, tensors)
+        | read_gguf_experts(attributes, "moe_num_experts")
+        | {
+            "moe_intermediate_size": attributes.count("expert_feed_forward_length"),
+            "moe_num_shared_experts": attributes.take("expert_shared_count", int, default=0),
+            "moe_layer_interval": attributes.count("interleave_moe_layer_step"),
+            "moe_layer_start_index": attributes.take("leading_dense_block_count", int),
+        }
+    )
+
+
 OTHERS = shared_rules("mlp.shared_experts")
 PUBLISHED_BIAS = layer_rules(
     "model.layers.{layer}.", ("mlp.moe_statics.e_score_correction_bias", "ff.choice_bias", "1 X -> X")
@@ -69,4 +87,5 @@ FAMILY = Family(
     # What drafts the token after the next one, which transformers does not read either.
     ignored=(*IGNORED, r"model\.mtp_.*"),
     copies=COPIES,
+    gguf=GgufFamily(("ernie4_5-moe",), read_gguf_config, GGUF_RULES),
 )

@@ -92,6 +92,26 @@ def read_gguf_experts(attributes: Attributes, count: str = "num_local_experts") 
     return {count: attributes.count("expert_count"), "num_experts_per_tok": attributes.count("expert_used_count")}
 
 
+def read_gguf_deepseek(attributes: Attributes) -> dict[str, Any]:
+    """llama.cpp's metadata of experts that are chosen in the way of DeepSeek V3, in the terms of config.json.
+
+    Raises:
+        ValueError: a field is missing, or the experts are chosen in another way.
+    """
+    attributes.expect(expert_gating_func=SIGMOID)
+    return {
+        "n_routed_experts": attributes.count("expert_count"),
+        "num_experts_per_tok": attributes.count("expert_used_count"),
+        "moe_intermediate_size": attributes.count("expert_feed_forward_length"),
+        "n_shared_experts": attributes.count("expert_shared_count"),
+        "first_k_dense_replace": attributes.take("leading_dense_block_count", int, default=0),
+        "n_group": attributes.count("expert_group_count", 1),
+        "topk_group": attributes.count("expert_group_used_count", 1),
+        "norm_topk_prob": attributes.take("expert_weights_norm", bool, default=False),
+        "routed_scaling_factor": attributes.take("expert_weights_scale", float, default=1.0),
+    }
+
+
 def read_dense_layers(attributes: Attributes, layers: int) -> tuple[int, ...]:
     """The layers without experts, as Qwen's configurations list them.
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import LLAMA_LIKE, build_torch
 from conftest import first_and_slow
 from reference import TinyLlama, assert_close, oracle_squares, oracle_topk, torch_greedy, torch_intermediates
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -102,6 +103,45 @@ class TestReadings:
                 for number, start in enumerate(range(PROMPT, PROMPT + NEW, WINDOW)):
                     expected = oracle_squares(z[start : start + WINDOW])
                     np.testing.assert_allclose(windows[layer, row, number], expected, rtol=1e-4, atol=1e-6)
+
+
+class TestExperts:
+    """Three experts of eight neurons, of which each text reaches some, and shared ones of six."""
+
+    RANGES, CONFIG = (8, 8, 8, 6), gj.GriffinConfig(0.5)
+
+    @pytest.fixture
+    def squares(self, rng) -> np.ndarray:
+        found = rng.random((4, 30)).astype(np.float32)
+        found[0, :8] = found[1, 8:16] = found[2, :24] = found[3, :16] = 0
+        return found
+
+    def of_sets(self, first: np.ndarray, second: np.ndarray) -> float:
+        found, weights = [], []
+        ends = np.cumsum(self.RANGES)
+        for a, b in zip(np.split(first, ends[:-1]), np.split(second, ends[:-1]), strict=True):
+            found.append(similarity_of_sets(experts(a, 0.5), experts(b, 0.5)))
+            weights.append(min(a.sum(), b.sum()))
+        return np.average(found, weights=weights)
+
+    def test_each_counts_by_its_tokens(self, squares):
+        pairs = [(squares[a], squares[b]) for a, b in itertools.combinations(range(4), 2)]
+        expected = [self.of_sets(*pair) for pair in pairs]
+        assert len(set(expected)) > 3
+        first, second = (jnp.stack(each) for each in zip(*pairs, strict=True))
+        found = flocking.similarities(first, second, (self.CONFIG,), self.RANGES)
+        np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+        (mean,) = flocking.similarity(jnp.asarray(squares), (self.CONFIG,), self.RANGES)
+        np.testing.assert_allclose(mean, np.mean(expected), rtol=1e-6)
+
+    def test_without_a_common_expert(self, squares):
+        """Nothing can be compared, unless there are others, of which the mean is."""
+        first, second = jnp.asarray(squares[[0, 2], :24])
+        ranges = self.RANGES[:3]
+        assert np.isnan(flocking.similarities(first, second, (self.CONFIG,), ranges)).all()
+        three = jnp.asarray(squares[[0, 2, 3], :24])
+        of_two = flocking.similarities(three[0], three[2], (self.CONFIG,), ranges)
+        np.testing.assert_allclose(flocking.similarity(three, (self.CONFIG,), ranges), of_two, rtol=1e-6)
 
 
 class TestPrompts:
@@ -231,6 +271,39 @@ def test_text_files_and_chosen_pictures(worded, texts, tmp_path, capsys):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(tmp_path / "out" / "activations.npz") as maps:
         assert {name: maps[name].shape for name in maps} == {"text 3, layer 2": (25, 48)}
+
+
+@pytest.mark.slow
+def test_routed_experts_next_to_a_dense_layer(texts, tmp_path, capsys):
+    """Layers differ in their neurons; a dense one has no experts."""
+    backend = Tokenizer(models.WordLevel({f"w{number}": number for number in range(101)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "model")
+    attributes = {"mlp_only_layers": [0], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    build_torch("qwen3_moe", {**LLAMA_LIKE, **attributes}, tmp_path / "model")
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in written(texts)))
+    arguments = [str(file), "--model", str(tmp_path / "model"), "--layer", "0,1", "--continuation", "text", "--json"]
+    assert command(tmp_path / "out", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "experts are 12 of 24 neurons of each routed expert (density 0.5)" in out
+    results = json.loads(out.splitlines()[-1])
+    llm = gj.load(tmp_path / "model", "float32")
+    prompts = [jitted.prefill(llm.model, *gj.pad([text[:PROMPT]], 16), max_new_tokens=0) for text in texts]
+    squares = [[np.asarray(layer[0]) for layer in prompt.statistics.squares] for prompt in prompts]
+    dense = [experts(layers[0], 0.5) for layers in squares]
+    routed = [layers[1].reshape(4, 24) for layers in squares]
+    expected = [
+        [similarity_of_sets(*pair) for pair in itertools.combinations(dense, 2)],
+        [
+            np.average(
+                [similarity_of_sets(experts(a, 0.5), experts(b, 0.5)) for a, b in zip(first, second, strict=True)],
+                weights=np.minimum(first.sum(axis=1), second.sum(axis=1)),
+            )
+            for first, second in itertools.combinations(routed, 2)
+        ],
+    ]
+    assert results["similarity"]["texts"][1] == pytest.approx(np.mean(expected, axis=1), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -171,14 +171,20 @@ def test_parts_of_an_array_are_whole_chunks_and_bounded(monkeypatch, shape, chun
 
 
 def test_parameters_are_read_one_batch_at_a_time(tmp_path, monkeypatch):
-    """What is read must have been written before more is read, or memory would grow with the model."""
+    """What is read must have been written, and its memory given back, before more is read.
+
+    Or memory would grow with the model.
+    """
     monkeypatch.setattr(checkpoint, "BATCH_BYTES", 1)
+    returned: list[bool] = []
+    monkeypatch.setattr(checkpoint.memory, "give_back", lambda: returned.append(True))
     config = open_source(checkpoints.write(tmp_path / "hf")).config
     shapes = parameter_shapes(config)
     written: list[int] = []
 
     def read(path: str) -> np.ndarray:
         folder = next(tmp_path.glob(".native.partial-*"))
+        assert len(returned) == len(written)
         written.append(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
         return np.full(shapes[path], 1.5, np.float32)
 

@@ -306,6 +306,25 @@ def test_what_a_family_does_not_do_is_refused(mixtral, tmp_path, field, value, m
         open_source(file)
 
 
+def test_layers_that_draft_are_left_out(tmp_path):
+    """As transformers leaves them out, too: they come after the last one, and the file counts them among the others."""
+    cases = ROUTED["glm4_moe"]
+    build_torch("glm4_moe", cases.config, tmp_path)
+
+    def add(writer: GGUFWriter) -> None:
+        for name, shape in {"nextn.eh_proj": (32, 64), "attn_norm": (32,), "ffn_gate_exps": (8, 24, 32)}.items():
+            writer.add_tensor(f"blk.3.{name}.weight", np.zeros(shape, np.float32))
+
+    rewrite_config(tmp_path, num_nextn_predict_layers=1)
+    twin = open_source(write_twin(tmp_path, tmp_path / "twin.gguf", extra=[add]))
+    assert twin.config.num_layers == 3
+    assert twin.ignored == ["blk.3.attn_norm.weight", "blk.3.ffn_gate_exps.weight", "blk.3.nextn.eh_proj.weight"]
+    assert_same(parameters(tmp_path / "twin.gguf"), parameters(tmp_path))
+    rewrite_config(tmp_path, num_nextn_predict_layers=0)
+    with pytest.raises(ValueError, match=r"unexpected: blk\.3\.attn_norm"):
+        open_source(write_twin(tmp_path, tmp_path / "other.gguf", extra=[add]))
+
+
 def test_experts_of_a_family_without_them_are_refused(tmp_path):
     cases = all_cases()["qwen2"]
     build_torch("qwen2", cases.config, tmp_path)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import load_torch
+from reference import load_torch, torch_intermediates
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
@@ -20,6 +20,8 @@ from griffin_jax.extensions.prior import between, share_out
 from griffin_jax.extensions.sensitivity import sensitivity, squared_gradients
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.config import density_that_keeps
+from griffin_jax.model.assembly import assemble, disassemble, random_model
+from griffin_jax.model.config import Routing
 
 TEXTS = [list(range(start, start + 12)) for start in range(10, 90, 11)]
 
@@ -65,7 +67,8 @@ class TestSensitivity:
         positions = jnp.arange(16)[None]
         hidden, _, _ = model(tokens, positions, gj.empty_cache(model.config, 1, 16, model.dtype), read_slots=0)
         drawn = np.asarray(jax.random.categorical(key, model.logits(hidden)))[0, : len(text)]
-        got = squared_gradients(model, tokens, lengths, key)
+        got, counts = squared_gradients(model, tokens, lengths, key)
+        assert all((count == len(text) // 2).all() for count in counts)
         for layer, expected in zip(got, torch_squared_gradients(tiny.torch, text, drawn.tolist()), strict=True):
             assert expected.max() > 0
             np.testing.assert_allclose(layer, expected, rtol=1e-4, atol=1e-5 * expected.max())
@@ -74,7 +77,7 @@ class TestSensitivity:
         model = tiny.llm.model
         got = sensitivity(model, [TEXTS[0], [5], TEXTS[1]], seed=7, quiet=True)
         parts = [
-            squared_gradients(model, *gj.pad([text], 16), jax.random.key(7 + number))
+            squared_gradients(model, *gj.pad([text], 16), jax.random.key(7 + number))[0]
             for number, text in enumerate(TEXTS[:2])
         ]
         for layer, *sums in zip(got, *parts, strict=True):
@@ -83,6 +86,47 @@ class TestSensitivity:
     def test_refused_without_tokens_that_count(self, tiny):
         with pytest.raises(ValueError, match="texts of at least two tokens"):
             sensitivity(tiny.llm.model, [[1], [2]])
+
+    def test_within_experts_that_all_tokens_read(self, tiny):
+        """A dense model whose neurons four experts share: gradients are the same, norms are each expert's own."""
+        dense, text = tiny.llm.model, TEXTS[0]
+        routing = Routing(4, 4, 12, scores="equal")
+        config = dataclasses.replace(dense.config, routing=routing)
+        arrays = {}
+        for path, array in disassemble(dense):
+            layer, ff, name = path.rpartition(".ff.")
+            arrays[f"{layer}.ff.experts.{name}" if ff else path] = array.reshape(4, 12, -1) if ff else array
+        arrays |= {f"layers.{layer}.ff.router": jnp.zeros((4, config.width)) for layer in range(config.num_layers)}
+        model = assemble(config, arrays.items(), np.float32)
+        tokens, lengths = map(jnp.asarray, gj.pad([text], 16))
+        found, counts = squared_gradients(model, tokens, lengths, jax.random.key(3))
+        dense_found, _ = squared_gradients(dense, tokens, lengths, jax.random.key(3))
+        assert all((count == len(text) // 2).all() for count in counts)
+        half = slice(len(text) // 2, len(text))
+        for ours, whole, z in zip(found, dense_found, torch_intermediates(tiny.torch, text), strict=True):
+            parts = z[half].reshape(len(text) // 2, 4, 12)
+            least, most = (each(np.sum(parts**2, axis=-1), axis=0) for each in (np.min, np.max))
+            share = np.sum(parts**2, axis=-1) / np.sum(z[half] ** 2, axis=-1, keepdims=True)
+            assert (most > 1.1 * least).all()
+            ratio = np.asarray(ours / whole).reshape(4, 12)
+            # Each token's square of the gradient is multiplied by the expert's share of its norm.
+            assert (ratio >= share.min(axis=0)[:, None] * 0.999).all()
+            assert (ratio <= share.max(axis=0)[:, None] * 1.001).all()
+
+    def test_of_the_tokens_that_chose_an_expert(self, tiny):
+        config = dataclasses.replace(tiny.llm.config, routing=Routing(4, 1, 12, shared_width=6))
+        model = random_model(config)
+        tokens, lengths = map(jnp.asarray, gj.pad([TEXTS[0]], 16))
+        found, counts = squared_gradients(model, tokens, lengths, jax.random.key(3))
+        prefilled = jitted.prefill(model, tokens[:, :12], lengths, max_new_tokens=0)
+        first = jitted.prefill(model, tokens[:, :6], lengths // 2, max_new_tokens=0)
+        for squares, count, whole, before in zip(
+            found, counts, prefilled.statistics.squares, first.statistics.squares, strict=True
+        ):
+            # A token adds one to the statistic of its expert.
+            own = np.asarray(whole - before)[0, :48].reshape(4, 12).sum(axis=1)
+            np.testing.assert_allclose(count, [*np.repeat(own, 12), *[6] * 6], atol=1e-4)
+            assert ((np.asarray(squares) > 0) == (np.asarray(count) > 0.5)).all()
 
 
 class TestShares:
@@ -147,6 +191,30 @@ class TestPrior:
         assert half == between(config.kept(neurons), best, 0.5, round_to=round_to)
         assert sum(half) == sum(kept)
 
+    @pytest.mark.parametrize("round_to", [1, 2])
+    def test_experts_of_a_layer_keep_equally_many(self, rng, round_to):
+        """The best of all shares; a layer without experts keeps that of the config."""
+        ranges = ((6, 6, 12), (20,), (6, 6, 12), (6, 6, 12))
+        squares, weights = (
+            tuple(jnp.asarray(rng.gamma(0.5, 1 + 3 * n, sum(sizes)), jnp.float32) for n, sizes in enumerate(ranges))
+            for _ in range(2)
+        )
+        prior = gj.Prior(squares, (), "m", 9, weights, strength=1.0, uniform="", ranges=ranges)
+        shares = prior.budgeted(gj.GriffinConfig(0.5, round_to=round_to)).kept_of_ranges(ranges)
+
+        def lost(kept: tuple[int, ...]) -> float:
+            total = 0.0
+            for layer, k in zip((0, 2, 3), kept, strict=True):
+                parts = np.split(np.float64(squares[layer]) * weights[layer], (6, 12))
+                total += sum(np.sort(part)[: len(part) - k * len(part) // 6].sum() for part in parts)
+            return total
+
+        # Half of six, rounded up.
+        total, allowed = 3 * (3 if round_to == 1 else 4), [range(round_to, 7, round_to)] * 3
+        best = min((kept for kept in itertools.product(*allowed) if sum(kept) == total), key=lost)
+        assert [layer for layer in shares if len(layer) == 3] == [(k, k, 2 * k) for k in best]
+        assert shares[1] == (10,)
+
     def test_not_used_where_they_do_not_pay(self, prior):
         config = gj.GriffinConfig(0.5)
         assert dataclasses.replace(prior, strength=0.0).budgeted(config) is config
@@ -183,10 +251,11 @@ class TestPrior:
 
     def test_saved_and_loaded(self, prior, tmp_path):
         lost = dataclasses.replace(prior, strength=0.0, sensitivity=(), uniform="they lost")
-        for saved in (prior, dataclasses.replace(prior, strength=0.25), lost):
+        routed = dataclasses.replace(prior, ranges=((12, 36),) * 3)
+        for saved in (prior, dataclasses.replace(prior, strength=0.25), lost, routed):
             saved.save(tmp_path / "p")
             again = gj.Prior.load(tmp_path / "p")
-            assert (again.strength, again.uniform) == (saved.strength, saved.uniform)
+            assert (again.strength, again.uniform, again.ranges) == (saved.strength, saved.uniform, saved.ranges)
             assert len(again.sensitivity) == len(saved.sensitivity)
             for a, b in zip(saved.sensitivity, again.sensitivity, strict=True):
                 np.testing.assert_array_equal(a, b)

@@ -15,7 +15,6 @@ from reference import unchecked
 
 import griffin_jax as gj
 from griffin_jax.extensions.pruner import Pruner
-from griffin_jax.extensions.sensitivity import sensitivity
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.select import magnitude
 from griffin_jax.model import grouped
@@ -91,6 +90,33 @@ class TestProducts:
         got = jax.jit(matmul_of_experts)(z, jnp.asarray(chosen, jnp.int32), numbers, *scales)
         want = np.einsum("btkf,btkfd->btd", z.astype(np.float64), exact[chosen])
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("branches", [EXPERTS, EXPERTS - 1])
+@pytest.mark.parametrize("block", [10, 1 << 20], ids=["many blocks", "few"])
+def test_long_vectors_of_few_pairs(text, branches, block, rng, monkeypatch):
+    """Too long for one product on CPUs: in two parts, each with blocks of rows of which the last ones overlap."""
+    monkeypatch.setattr("griffin_jax.model.products.FUSED_BYTES", 4 * WIDTH // 2 + 1)
+    monkeypatch.setattr("griffin_jax.model.products.PASS_BYTES", block * WIDTH)
+    monkeypatch.setattr(grouped, "MOST_BRANCHES", branches)
+    TestProducts().test_linear(text, 1, rng)
+    TestProducts().test_matmul(text, 1, rng)
+    if block == 10:
+        numbers, scale, exact = stored(rng, (EXPERTS, ROWS, NEURONS - 3, WIDTH), text, "first")
+        x = rng.standard_normal((1, 1, WIDTH)).astype(np.float32)
+        got = jax.jit(linear_of_experts)(x, jnp.asarray([[[3]]]), numbers, scale)
+        want = np.einsum("btd,afd->btaf", x.astype(np.float64), exact[3])[:, :, None]
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("text", ["float32", "bfloat16", "int8"])
+def test_matrices_that_a_long_vector_chooses_are_not_copied(text, rng):
+    """Nor converted in memory, on CPUs: neither those of all experts nor one of them."""
+    numbers, scale, _ = stored(rng, (4, ROWS, NEURONS, 8192), text, "first")
+    x, chosen = jnp.zeros((1, 1, 8192)), jnp.asarray([[[3, 1]]])
+    program = jax.jit(linear_of_experts).lower(x, chosen, numbers, scale).compile()
+    assert program.memory_analysis().temp_size_in_bytes < ROWS * NEURONS * 8192 // 4
 
 
 def floating_experts(numbers, scale, text, outputs):
@@ -538,8 +564,3 @@ class TestRanges:
         experts = gj.ExpertNeurons.from_indices([[0, 100]] * 2, [240] * 2)
         with pytest.raises(ValueError, match="a model with other routed experts"):
             gj.prune(random_model(config()), experts)
-
-
-def test_what_these_models_do_not_have():
-    with pytest.raises(ValueError, match="routed experts"):
-        sensitivity(random_model(config()), [[1, 2, 3]])
