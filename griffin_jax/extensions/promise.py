@@ -37,8 +37,9 @@ TRIALS = (32, 16, 8)
 """Tokens of a trial: the most of these that the prompt is long enough for. Few, because each compiles anew."""
 
 PART = 32
-"""A prompt has at least so many tokens for each of the trial. Two or three densities are tried, so that reading the
-trial again and again, with the scores over the vocabulary, takes about a tenth of the time of reading the prompt."""
+"""A prompt has at least so many tokens for each of the trial. Two densities are tried, or three where much can be
+pruned, so that reading the trial again and again, with the scores over the vocabulary, takes about a tenth of the time
+of reading the prompt."""
 
 SHORTEST = min(TRIALS) * PART
 """Tokens of the shortest prompt that has a trial."""
@@ -71,12 +72,12 @@ class LastTokens:
     Attributes:
         before: the prompts without them, with room for them.
         tokens: themselves, the same number for every prompt.
-        hidden: the full model's residual stream that scores each of them.
+        dense: the full model's log p of each of them but the first.
     """
 
     before: Prefilled
     tokens: Int[Array | np.ndarray, "b t"]
-    hidden: Float[Array, "b t d"]
+    dense: Float[Array, "b s v"]
 
     def divergences(
         self, model: Transformer, pruner: Pruner, seed: int | Int[Array, "*b"] = 0
@@ -94,8 +95,7 @@ class LastTokens:
         """
         scorer = pruner.scorer(model, self.before.statistics, self.before.rows, seed=seed)
         hidden, _ = jitted.teacher_force(scorer, self.before, self.tokens, _all_of(self.tokens))
-        (found,) = jitted.compare(model, self.hidden, (hidden,), self.tokens)
-        return to_host(found.kl)[:, 1:]
+        return to_host(jitted.divergences(model, self.dense, hidden[:, 1:]))
 
 
 def read_last(
@@ -114,7 +114,7 @@ def read_last(
     hidden, prefilled = jitted.extend(model, before, tokens, _all_of(tokens))
     # The cache of the whole prompts begins with that of the tokens before: one of them is enough.
     before = dataclasses.replace(before, cache=prefilled.cache.without_last(tokens.shape[1]))
-    return prefilled, LastTokens(before, tokens, hidden)
+    return prefilled, LastTokens(before, tokens, jitted.log_probabilities(model, hidden[:, 1:]))
 
 
 def _all_of(tokens: Int[Array | np.ndarray, "b t"]) -> Int[np.ndarray, "b"]:

@@ -220,7 +220,7 @@ class Needs:
         if trial:
             # Reading the trial makes another cache, and each model that is tried on it one of its own.
             tried = held | {"statistics": 2 * held["statistics"], "copy of the cache": held["cache"]}
-            tried["rows of the refit"] *= 2
+            tried |= {"rows of the refit": 2 * held["rows of the refit"], "dense scores": self._logits(own * trial)}
             refit = {"rows": rows, "calibration": calibration, "shared": shared}
             trying = self._forcing(batch, trial, sizes.slots, tried, 1, **refit)
         if drafter is not None:
