@@ -44,7 +44,7 @@ of reading the prompt."""
 SHORTEST = min(TRIALS) * PART
 """Tokens of the shortest prompt that has a trial."""
 
-MARGIN = 1.0
+MARGIN = 3.0
 """Standard errors of the mean divergence that are added to it."""
 
 

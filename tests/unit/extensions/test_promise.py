@@ -14,7 +14,8 @@ from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
-from griffin_jax.extensions.promise import MARGIN, Outcome, choose, trial_tokens, tried_densities
+from griffin_jax.extensions import promise
+from griffin_jax.extensions.promise import Outcome, choose, trial_tokens, tried_densities
 from griffin_jax.generation import jitted
 from griffin_jax.llm.memory import needs_of
 
@@ -66,12 +67,13 @@ def by_hand(model: gj.Transformer, prompt: list[int], densities: tuple[float, ..
     return found
 
 
-def test_is_what_a_loop_over_rows_and_densities_finds(long, prompts):
+def test_is_what_a_loop_over_rows_and_densities_finds(long, prompts, monkeypatch):
+    monkeypatch.setattr(promise, "MARGIN", 1.0)
     densities = tried_densities(0.5)
     assert densities == (0.5, 0.65, 0.8, 0.9)
     divergences = np.asarray([by_hand(long.llm.model, prompt, densities) for prompt in prompts])
     mean = divergences.mean(axis=-1)
-    bound = mean + MARGIN * divergences.std(axis=-1, ddof=1) / np.sqrt(7)
+    bound = mean + divergences.std(axis=-1, ddof=1) / np.sqrt(7)
     worst = bound.max(axis=0)
     # Bisection finds what looking at each finds, and no two densities are the same.
     assert (np.diff(worst) < 0).all()
