@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -69,7 +70,7 @@ from griffin_jax.extensions.config import Extensions, check_quality
 from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
-from griffin_jax.extensions.promise import SHORTEST, trial_tokens, tried_densities
+from griffin_jax.extensions.promise import MARGIN, SHORTEST, trial_tokens, tried_densities
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.extensions.speculative import MOST_DRAFTS
 from griffin_jax.factor.losses import Oracle
@@ -243,6 +244,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--max-divergence", dest="promises", metavar="NATS", default="0.05,0.1,0.2",
         help="what is promised, in nats per token, separated by commas (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument(
+        "--margin", type=float, metavar="Z", default=MARGIN,
+        help="standard errors that are added to the mean of a trial; answers have the default (default: %(default)s)",
     )  # fmt: skip
     add_options(what, GriffinConfig, "density", type=str, metavar="D", help="the least that may be taken")
     _add_qualities(what)
@@ -843,6 +848,8 @@ def _choose_promise(options: argparse.Namespace) -> None:
     options.promises = numbers("--max-divergence", options.promises, float)
     for most in options.promises:
         Extensions(max_divergence=most)
+    if not 0 <= options.margin < math.inf:
+        raise ValueError(f"--margin must be at least 0, got {options.margin}")
     _choose_qualities(options)
     (least, *more) = numbers("--density", str(options.density), float)
     if more:
@@ -883,7 +890,9 @@ def _promise(
             llm, items, variants, journal, trial=trial, new=new, size=options.batch, seed=options.seed,
             extensions=extensions,
         ),
-        lambda scores: promise.figures(scores, kinds, variants, options.qualities, options.promises, options.seed),
+        lambda scores: promise.figures(
+            scores, kinds, variants, options.qualities, options.promises, options.seed, options.margin
+        ),
         promise.table,
         promise.plot,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, cell, draw_legend, draw_line
 from griffin_jax.evaluation.tasks import OWN, REAL, generate
 from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.promise import Promised, choose, read_last
+from griffin_jax.extensions.promise import MARGIN, Promised, choose, read_last
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.llm.llm import LLM
 from griffin_jax.utils.figures import new_figure
@@ -98,17 +98,18 @@ def try_densities(
     return evaluate(items, score, journal, size=size, seed=seed)
 
 
-def promised(text: Mapping[str, Any], variants: Sequence[Variant], most: float) -> Promised:
+def promised(text: Mapping[str, Any], variants: Sequence[Variant], most: float, margin: float = MARGIN) -> Promised:
     """What would have been taken for a text.
 
     Args:
         text: one of the scores of `try_densities`.
         variants: those of one method that may be taken.
         most: nats per token that are promised.
+        margin: standard errors.
     """
     ladder = sorted(variants, key=lambda variant: variant.density)
     trials = [np.asarray([text[TRIAL][variant.name]]) for variant in ladder]
-    return choose(trials.__getitem__, [variant.density for variant in ladder], most)
+    return choose(trials.__getitem__, [variant.density for variant in ladder], most, margin)
 
 
 def figures(
@@ -118,8 +119,11 @@ def figures(
     qualities: Mapping[str, str],
     promises: Sequence[float],
     seed: int,
+    margin: float = MARGIN,
 ) -> Figures:
     """One entry for each quality, promise and kind of text, and one for all texts together if there are several kinds.
+
+    After these, for each density, what it would be to take the same for all texts.
 
     Args:
         scores: from `try_densities`.
@@ -128,6 +132,7 @@ def figures(
         qualities: the names of the methods for people.
         promises: nats per token.
         seed: of the bootstrap.
+        margin: standard errors.
     """
     groups = {kind: [name for name in scores if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
     if len(groups) > 1:
@@ -140,16 +145,20 @@ def figures(
             for most in promises:
                 for kind, names in groups.items():
                     texts = [scores[name] for name in names]
-                    yield {"kind": kind, "quality": qualities[method], "most": most, "texts": len(texts)} | _figures(
-                        texts, own, most, seed
-                    )
+                    densities = [promised(text, own, most, margin).density for text in texts]
+                    head = {"quality": qualities[method], "most": most, "texts": len(texts)}
+                    yield {"kind": kind, **head} | _figures(texts, method, densities, most, seed)
+                texts, head = list(scores.values()), head | {"texts": len(scores)}
+                for density in sorted(variant.density for variant in own):
+                    same = _figures(texts, method, [density] * len(texts), most, seed)
+                    yield {"kind": f"{ALL} at {density:g}", **head} | same
 
     return list(entries())
 
 
-def _figures(texts: Sequence[Mapping[str, Any]], variants: Sequence[Variant], most: float, seed: int) -> dict[str, Any]:
-    method = variants[0].method
-    densities = [promised(text, variants, most).density for text in texts]
+def _figures(
+    texts: Sequence[Mapping[str, Any]], method: str, densities: Sequence[float], most: float, seed: int
+) -> dict[str, Any]:
     found: dict[str, Any] = {
         "density": as_json(mean(densities, seed)),
         "dense": sum(density == 1 for density in densities) / len(densities),
@@ -180,6 +189,7 @@ def table(found: Figures) -> str:
     lines.append(
         "\npromised, KL: nats per token. dense: texts for which nothing was pruned. holds: share of texts whose answer"
         " keeps\nthe promise, with its Wilson interval. own: the dense model's own answer. real: what really follows."
+        "\nat: the same density for all texts, whatever a trial says."
     )
     return "\n".join(lines)
 
@@ -204,6 +214,7 @@ def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
         "own_holds": "holds for its own answer",
         "real_holds": "holds for what follows",
     }
+    found = [entry for entry in found if not entry["kind"].startswith(f"{ALL} at")]
     lines = list(dict.fromkeys((entry["kind"], entry["quality"]) for entry in found))
     names = list(dict.fromkeys(kind for kind, _ in lines))
     for axis, (key, label) in zip(axes, panels.items(), strict=True):

@@ -52,6 +52,9 @@ def test_command(long, tmp_path, capsys):
         1,
     )
     assert (loose["dense"], loose["density"]["value"], loose["real_holds"]["value"]) == (0, 0.5, 1)
+    # Of the least density, whatever a trial says, all figures are the same.
+    same = next(e for e in figures if (e["most"], e["kind"]) == (1e3, "all texts at 0.5"))
+    assert same | {"kind": "all texts"} == loose
     # The Wilson interval of 3 in 3.
     assert loose["real_holds"]["low"] == pytest.approx(3 / (3 + 1.959964**2), abs=1e-4)
 
@@ -75,6 +78,7 @@ def test_command(long, tmp_path, capsys):
     ("options", "message"),
     [
         (["--max-divergence", "0"], "max_divergence must be above 0"),
+        (["--margin", "-1"], "--margin must be at least 0"),
         (["--density", "1"], "--density 1 is the dense model"),
         (["--density", "0.5,0.25"], "--density is the least one that may be taken"),
         (["--prompt-tokens", "255"], "too short for a trial: --prompt-tokens 256 or more"),
