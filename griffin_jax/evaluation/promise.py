@@ -143,12 +143,12 @@ def figures(
         for method in methods:
             own = [variant for variant in variants if variant.method == method]
             for most in promises:
+                head = {"quality": qualities[method], "most": most}
                 for kind, names in groups.items():
                     texts = [scores[name] for name in names]
                     densities = [promised(text, own, most, margin).density for text in texts]
-                    head = {"quality": qualities[method], "most": most, "texts": len(texts)}
                     yield {"kind": kind, **head} | _figures(texts, method, densities, most, seed)
-                texts, head = list(scores.values()), head | {"texts": len(scores)}
+                texts = list(scores.values())
                 for density in sorted(variant.density for variant in own):
                     same = _figures(texts, method, [density] * len(texts), most, seed)
                     yield {"kind": f"{ALL} at {density:g}", **head} | same
@@ -160,6 +160,7 @@ def _figures(
     texts: Sequence[Mapping[str, Any]], method: str, densities: Sequence[float], most: float, seed: int
 ) -> dict[str, Any]:
     found: dict[str, Any] = {
+        "texts": len(texts),
         "density": as_json(mean(densities, seed)),
         "dense": sum(density == 1 for density in densities) / len(densities),
     }
