@@ -45,8 +45,8 @@ SHORTEST = min(TRIALS) * PART
 """Tokens of the shortest prompt that has a trial."""
 
 MARGIN = 3.0
-"""Standard errors of the mean divergence that are added to it: with so many the promise was kept for nine of ten of the
-dense model's own answers, on each of four kinds of text taken together (`griffin-jax eval promise`)."""
+"""Standard errors of the mean divergence that are added to it: with so many the promise was kept for nine in ten of a
+model's own answers to prompts of four kinds, as `griffin-jax eval promise` counts. Of texts by others it takes more."""
 
 
 def trial_tokens(prompt: int, new: int | None = None) -> int:
