@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +34,7 @@ from griffin_jax.cli.options import (
     numbers,
     read_options,
 )
-from griffin_jax.evaluation import drafts, front, front_report, groups, problems, report, solve, tasks
+from griffin_jax.evaluation import drafts, front, front_report, groups, problems, promise, report, solve, tasks
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.factored import Factored, check_comparable
 from griffin_jax.evaluation.grid import (
@@ -69,6 +70,7 @@ from griffin_jax.extensions.config import Extensions, check_quality
 from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
+from griffin_jax.extensions.promise import MARGIN, SHORTEST, trial_tokens, tried_densities
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.extensions.speculative import MOST_DRAFTS
 from griffin_jax.factor.losses import Oracle
@@ -223,6 +225,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind.set_defaults(
         prepare=_drafts, choose=_choose_drafts, check=_check_drafters,
         reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every, batch=1, largest_batch=1,
+    )  # fmt: skip
+
+    kind = kinds.add_parser(
+        "promise",
+        help="max_divergence: how often the promise holds on the answer, and at which densities",
+        description="The first tokens of each text are read densely; models of a few densities are tried on the last of"
+        " them, and then scored on what follows: on the dense model's own greedy answer, and on what really follows."
+        " Shown is, for each promise and each file, which densities are taken and how often the promise holds. --limit"
+        " counts the texts of each file.",
+    )
+    kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="JSONL (UTF-8), one text a line")
+    kind.add_argument("--column", default="text", help="that holds the text (default: %(default)s)")
+    add_excerpt_arguments(kind)
+    _add_lengths(kind)
+    _add_model(kind)
+    what = kind.add_argument_group("what is compared")
+    what.add_argument(
+        "--max-divergence", dest="promises", metavar="NATS", default="0.05,0.1,0.2",
+        help="what is promised, in nats per token, separated by commas (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument(
+        "--margin", type=float, metavar="Z", default=MARGIN,
+        help="standard errors that are added to the mean of a trial; answers have the default (default: %(default)s)",
+    )  # fmt: skip
+    add_options(what, GriffinConfig, "density", type=str, metavar="D", help="the least that may be taken")
+    _add_qualities(what)
+    _add_sample(what, size=4)
+    _add_prior(kind)
+    _add_output(kind)
+    kind.set_defaults(
+        prepare=_promise, choose=_choose_promise, reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
+        prompt_tokens=512,
     )  # fmt: skip
 
     kind = kinds.add_parser(
@@ -430,8 +464,8 @@ def run(options: argparse.Namespace) -> None:
         check_output("--json-file", options.json_file)
     if options.task == "summarize":
         tasks.rouge_scorer(options.stem)
-    files = options.files if options.task == "perplexity" else [options.file]
-    check_files(files)
+    files = options.files if hasattr(options, "files") else [options.file]
+    check_files(files, once=options.task == "promise")
 
     mesh = chosen_mesh(options)
     check_batch(options, mesh)
@@ -537,7 +571,7 @@ def _batch(
             return needs.generation(
                 batch, prompt, new + most, kept, rows=rows, calibration=calibration, drafts=most, drafter=largest
             )
-        answers = options.task == "divergence"
+        answers = options.task in ("divergence", "promise")
         parts = needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
         return parts | _quantised(options, needs) if options.task == "front" else parts
 
@@ -603,7 +637,7 @@ def _continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
-    items = list(itertools.islice(_divergence_items(options, llm, columns, skipped), options.limit))
+    items = list(itertools.islice(_divergence_items(options, llm, options.file, columns, skipped), options.limit))
     settings = {"columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new}
     return items, settings
 
@@ -803,6 +837,67 @@ def _drafts(
     )
 
 
+def _choose_promise(options: argparse.Namespace) -> None:
+    """Sets the promises, the methods, the prior and the densities of the options.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality, a number is outside its range, the prompts are too short for a trial, or
+            two files have the same name.
+    """
+    options.promises = numbers("--max-divergence", options.promises, float)
+    for most in options.promises:
+        Extensions(max_divergence=most)
+    if not 0 <= options.margin < math.inf:
+        raise ValueError(f"--margin must be at least 0, got {options.margin}")
+    _choose_qualities(options)
+    (least, *more) = numbers("--density", str(options.density), float)
+    if more:
+        raise ValueError(f"--density is the least one that may be taken, give one, got {options.density}")
+    check_density(least)
+    options.density = ",".join(map(str, tried_densities(least)))
+    if not options.density:
+        raise ValueError("--density 1 is the dense model; give the least density that may be taken")
+    if not trial_tokens(options.prompt_tokens):
+        raise ValueError(
+            f"prompts of {options.prompt_tokens} tokens are too short for a trial: --prompt-tokens {SHORTEST} or more"
+        )
+    if len({file.name for file in options.files}) < len(options.files):
+        raise ValueError("files are shown by their names, and two have the same")
+
+
+def _promise(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    prompt, new = options.prompt_tokens, options.new_tokens
+    _check_lengths(llm, prompt, new)
+    of_files = {
+        file.name: list(
+            itertools.islice(_divergence_items(options, llm, file, [options.column], skipped), options.limit)
+        )
+        for file in options.files
+    }
+    items = [item for found in of_files.values() for item in found]
+    kinds = {item.name: kind for kind, found in of_files.items() for item in found}
+    trial = trial_tokens(prompt)
+    return Evaluation(
+        items,
+        {
+            "column": options.column, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
+            "trial": trial, "weights": str(llm.model.weights),
+        },
+        lambda journal: promise.try_densities(
+            llm, items, variants, journal, trial=trial, new=new, size=options.batch, seed=options.seed,
+            extensions=extensions,
+        ),
+        lambda scores: promise.figures(
+            scores, kinds, variants, options.qualities, options.promises, options.seed, options.margin
+        ),
+        promise.table,
+        promise.plot,
+    )  # fmt: skip
+
+
 def _groups(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
@@ -812,7 +907,9 @@ def _groups(
     rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.config.neuron_ranges)
     prompt, new = options.prompt_tokens, options.new_tokens
     _check_lengths(llm, prompt, new)
-    items = list(itertools.islice(_divergence_items(options, llm, [options.column], skipped), options.limit))
+    items = list(
+        itertools.islice(_divergence_items(options, llm, options.file, [options.column], skipped), options.limit)
+    )
     return Evaluation(
         items,
         {
@@ -829,12 +926,12 @@ def _groups(
 
 
 def _divergence_items(
-    options: argparse.Namespace, llm: LLM, columns: Sequence[str], skipped: Skipped
+    options: argparse.Namespace, llm: LLM, file: Path, columns: Sequence[str], skipped: Skipped
 ) -> Iterator[Item]:
     assert llm.tokenizer is not None
     cut = excerpt(options.after, options.before)
     prompt, new = options.prompt_tokens, options.new_tokens
-    for record in read_jsonl(options.file, columns, skipped):
+    for record in read_jsonl(file, columns, skipped):
         tokens = llm.tokenizer.encode(cut(record.texts[0]))
         if options.reference:
             # Encoded together, since words may be cut otherwise where two texts meet.

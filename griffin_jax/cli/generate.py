@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ from griffin_jax.cli.options import (
 )
 from griffin_jax.cli.prior import chosen_prior
 from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.promise import SHORTEST, Promised
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         beyond, Extensions,
         "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative", "draft_weights",
-        "mixed_weights",
+        "mixed_weights", "max_divergence",
     )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
@@ -75,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
         " several prompts), density and method (null with --experts), kept, refreshes, drafting"
-        " (null without --speculative), seconds, decode_tokens_per_second",
+        " (null without --speculative), promised (null without --max-divergence), seconds, decode_tokens_per_second",
     )
 
 
@@ -120,6 +122,8 @@ def run(options: argparse.Namespace) -> None:
             print(_summary(generation, llm, seconds), file=sys.stderr)
     if options.save_experts and generation.experts is not None:
         generation.experts.save(options.save_experts)
+    elif options.save_experts:
+        print("--save-experts: the dense model was taken, so there are no experts to save", file=sys.stderr)
 
 
 def _streamed(llm: LLM, prompts: Sequence[Prompt], settings: dict[str, Any]) -> Generation:
@@ -148,11 +152,11 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
     }
     if len(generation.texts) == 1:
         fields = {name: values[0] for name, values in fields.items()}
-    rate, drafting = generation.decode_tokens_per_second, generation.drafting
+    rate, drafting, promised = generation.decode_tokens_per_second, generation.drafting, generation.promised
     return {
         **fields,
         "model": options.model,
-        "density": None if options.experts else options.density,
+        "density": None if options.experts else options.density if promised is None else promised.density,
         "method": None if options.experts else options.method,
         "kept": generation.kept,
         "refreshes": generation.refreshes,
@@ -162,6 +166,17 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
             "passes": int(drafting.passes),
             "drafted": int(drafting.drafted.sum()),
             "accepted": int(drafting.accepted.sum()),
+        },
+        "promised": None
+        if promised is None
+        else {
+            "most": promised.most,
+            "density": promised.density,
+            "divergence": promised.divergence,
+            "tokens": promised.tokens,
+            "tried": [
+                {"density": density, **dataclasses.asdict(outcome)} for density, outcome in promised.tried.items()
+            ],
         },
         "seconds": seconds,
         "decode_tokens_per_second": rate if rate == rate else None,
@@ -177,8 +192,18 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
     if drafting is not None:
         speed += f"; {drafting.accepted.sum():,} of {drafting.drafted.sum():,} drafts accepted"
         speed += f" in {drafting.passes:,} passes of the full model"
+    promised = "" if generation.promised is None else f" {_kept_promise(generation.promised)};"
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
     return (
         f"[{sum(generation.prompt_tokens)} prompt tokens, {new} new; {kept:,} of {neurons:,} neurons kept;"
-        f" {times}{speed}]"
+        f"{promised} {times}{speed}]"
     )
+
+
+def _kept_promise(promised: Promised) -> str:
+    """Which density was taken, and what is known of its divergence."""
+    if not promised.tried:
+        return f"dense, nothing could be tried: a trial takes a prompt of {SHORTEST} tokens, and a density below 1"
+    if promised.density == 1:
+        return f"dense, since no density kept to {promised.most:g} nats/token"
+    return f"density {promised.density:g}, {promised.divergence:.3f} nats/token of {promised.most:g} promised"

@@ -60,6 +60,18 @@ def mean(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Inte
     return ratio_of_sums(values, [1.0] * len(values), seed, resamples)
 
 
+def share(outcomes: Sequence[bool]) -> Interval:
+    """The share of texts of which something is true, with its Wilson interval, which also says something where it is
+    true of all or none of them."""
+    from scipy import stats
+
+    value = sum(outcomes) / len(outcomes)
+    if len(outcomes) < 2:
+        return Interval(value, math.nan, math.nan)
+    found = stats.binomtest(sum(outcomes), len(outcomes)).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(value, float(found.low), float(found.high))
+
+
 def exponential(interval: Interval) -> Interval:
     """exp of a mean loss and its bounds: a perplexity."""
     return Interval(*(_exp(bound) for bound in dataclasses.astuple(interval)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 from griffin_jax.extensions.drafter import draft_format
@@ -12,7 +13,7 @@ from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_RO
 from griffin_jax.extensions.speculative import MOST_DRAFTS
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.model.weights import WeightFormat
-from griffin_jax.utils.options import count_or, flag, option, plain, whole
+from griffin_jax.utils.options import count_or, flag, number, option, plain, whole
 
 Quality = Literal["griffin", "best"]
 
@@ -53,6 +54,10 @@ class Extensions:
             `int4@0.25` the best quarter of the kept neurons has the model's weights, the others int4. All neurons are
             held in that format in addition to the model, from the first such answer on. See
             `griffin_jax.extensions.mixed`. None for the model's weights for all of them.
+        max_divergence: of a few fixed densities, of which `density` is the least, take the least one whose predictions
+            diverge by no more than this from the dense model's, in nats per token, as far as a trial on the last tokens
+            of the prompt can tell; all neurons if none does, or if the prompt is too short for a trial. See
+            `griffin_jax.extensions.promise`. None for `density` whatever it loses.
 
     Raises:
         ValueError: a value is outside its range, or two do not go together.
@@ -108,6 +113,11 @@ class Extensions:
         " has the model's weights, the others int4", type=str, metavar="FORMAT@PART",
     )  # fmt: skip
 
+    max_divergence: float | None = option(
+        None, "take the least of a few densities, from --density on, that diverges from the dense model by at most NATS"
+        " per token at the end of the prompt, and the dense model if none does", type=float, metavar="NATS",
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check_quality(self.quality)
         for name in ("budgets", "calibration"):
@@ -139,6 +149,15 @@ class Extensions:
                 raise ValueError("draft_weights are for drafts, and nothing is drafted: speculative=True")
         if self.mixed_weights is not None:
             self._check_mixed(self.mixed_weights)
+        if self.max_divergence is not None:
+            found = number("max_divergence", self.max_divergence, "above 0 nats per token", lambda nats: nats > 0)
+            object.__setattr__(self, "max_divergence", found)
+            if self.speculative:
+                raise ValueError(
+                    "speculative answers are the dense model's, and diverge by nothing: max_divergence=None"
+                )
+            if self.mixed_weights is not None:
+                raise ValueError("mixed_weights do not go with max_divergence: give one of the two")
 
     def _check_mixed(self, text: str) -> None:
         try:
@@ -189,6 +208,8 @@ class Extensions:
             raise ValueError(
                 f'neurons have more bits by their rank, which method "topk" gives; method is {config.method!r}'
             )
+        if self.max_divergence is not None and isinstance(config.density, Sequence):
+            raise ValueError("max_divergence takes one density as the least of all layers, and there is one for each")
         if self.prior is not None:
             check_fusion(config.method, self.prior_weight)
 

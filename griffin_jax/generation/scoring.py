@@ -200,6 +200,31 @@ def compare(
     return tuple(Comparison(*scores) for scores in _few_at_a_time(model, few, dense, pruned, answers))
 
 
+def log_probabilities(model: Transformer, hidden: Float[Array, "b r d"]) -> Float[Array, "b r v"]:
+    """What a model expects at each token, in full: log p, float32.
+
+    Args:
+        model: the model whose norm and head make the scores.
+        hidden: the residual stream from `teacher_force`.
+    """
+    return jax.nn.log_softmax(model.logits(hidden))
+
+
+def divergences(model: Transformer, dense: Float[Array, "b r v"], hidden: Float[Array, "b r d"]) -> Float[Array, "b r"]:
+    """The `kl` of `compare`, from the dense model's `log_probabilities`, which then serve several pruned models.
+
+    Args:
+        model: the full model, whose norm and head the pruned one has.
+        dense: its log p.
+        hidden: the pruned model's residual stream.
+    """
+
+    def few(p: Array, hidden: Array) -> Array:
+        return jnp.sum(jnp.exp(p) * (p - log_probabilities(model, hidden)), axis=-1)
+
+    return _few_at_a_time(model, few, dense, hidden)
+
+
 def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) -> Float[Array, "b r"]:
     return -jnp.take_along_axis(log_probabilities, answers[..., None], axis=-1)[..., 0]
 

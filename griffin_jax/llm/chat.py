@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from griffin_jax.extensions.promise import LastTokens, read_last, trial_tokens
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket
 from griffin_jax.generation.prefill import Prefilled
@@ -175,8 +176,9 @@ class Chat:
         self._kept = 0
         self._is_long = False
 
-    def read(self, plan: Plan) -> Prefilled:
-        """What the full model records of the conversation, of which it reads what it has not read yet."""
+    def read(self, plan: Plan) -> tuple[Prefilled, LastTokens | None]:
+        """What the full model records of the conversation, of which it reads what it has not read yet; and the last
+        tokens for a trial, which are among those."""
         (sequence,) = plan.sequences
         answer = bucket(plan.new + plan.drafts)
         model, is_long = self._llm.model, self._is_long_rope(len(sequence) + plan.new)
@@ -184,7 +186,9 @@ class Chat:
         if not self._goes_on(sequence) or rows != plan.rows or is_long != self._is_long:
             self._forget()
         self._kept, self._is_long = len(self._read), is_long
-        parts = _parts(sequence[len(self._read) :])
+        new = sequence[len(self._read) :]
+        trial = trial_tokens(len(sequence), len(new)) if plan.trial else 0
+        parts = _parts(new[: len(new) - trial])
         room = bucket(len(sequence) + bucket(len(parts[-1]) if parts else 1) + answer)
         state = self._state
         if state is None:
@@ -192,19 +196,23 @@ class Chat:
         elif state.cache.slots < room:
             state = dataclasses.replace(state, cache=jitted.with_room(state.cache, room))
         context = jnp.full_like(state.cache.context, len(sequence) + plan.new)
-        state = dataclasses.replace(state, cache=dataclasses.replace(state.cache, context=context), max_new_tokens=0)
+        cache = dataclasses.replace(state.cache, context=context)
+        state, last = dataclasses.replace(state, cache=cache, max_new_tokens=0), None
         # While a part is read its arrays are donated; an interruption there leaves nothing to go on with.
         self._state = None
         for part in parts:
             tokens = np.zeros((1, bucket(len(part))), np.int32)
             tokens[0, : len(part)] = part
             state = jitted.read_more(model, state, tokens, np.int32(len(part)))
+        if trial:
+            state = dataclasses.replace(state, max_new_tokens=trial)
+            state, last = read_last(model, state, np.asarray([new[-trial:]], np.int32))
         self._state, self._read = state, list(sequence)
         if plan.every:
             # A refresh takes them over, and goes on with them.
             statistics, used_rows = jax.tree.map(jnp.copy, (state.statistics, state.rows))
             state = dataclasses.replace(state, statistics=statistics, rows=used_rows)
-        return dataclasses.replace(state, max_new_tokens=answer)
+        return dataclasses.replace(state, max_new_tokens=answer), last
 
     def give_back(self, cache: KVCache) -> None:
         """Takes the cache over again, without the answer, which the full model has not read."""

@@ -21,6 +21,7 @@ from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
+from griffin_jax.extensions.promise import LastTokens, Promised, choose, read_last, trial_tokens, tried_densities
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.generation import jitted
@@ -64,7 +65,8 @@ class Plan:
 
     Attributes:
         request: the options.
-        pruner: how the model is pruned.
+        pruner: how the model is pruned; if a promise is to be kept, at the largest density that may be taken, until one
+            is chosen.
         sequences: token ids of the prompts.
         dense: whether nothing is pruned.
         kept: neurons of each layer that decoding uses.
@@ -74,6 +76,8 @@ class Plan:
             worth it; None for all of them.
         drafter: what the drafting model's matrices are stored as; None where they are the model's.
         mixed: the formats of the kept neurons; None where all of them have the model's.
+        candidates: pruners by their density, the least first, of which the first that keeps the promise is taken.
+        trial: tokens at the end of each prompt that they are tried on; 0 for no trial.
         every: tokens between two refreshes; None for none.
         rows: tokens of each prompt that kept neurons are refitted to.
         seed: of the batch, or one for each prompt.
@@ -90,6 +94,8 @@ class Plan:
     draft_cost: float | None
     drafter: WeightFormat | None
     mixed: MixedFormat | None
+    candidates: Mapping[float, Pruner]
+    trial: int
     every: int | None
     rows: int
     seed: int | Int[jax.Array, "b"]
@@ -109,8 +115,9 @@ class Plan:
 class Reader(Protocol):
     """Reads prompts in another way than `prefill`, and goes on with the cache after an answer."""
 
-    def read(self, plan: Plan) -> Prefilled:
-        """What `prefill` would give for the sequences of a plan; its cache is used up."""
+    def read(self, plan: Plan) -> tuple[Prefilled, LastTokens | None]:
+        """What `prefill` would give for the sequences of a plan, whose cache is used up, and their last tokens for a
+        trial; None if there is none, or if too few tokens are new."""
         ...
 
     def give_back(self, cache: KVCache) -> None:
@@ -207,9 +214,10 @@ class LLM:
                 one for each prompt, where None is the model alone; or with that which a library chooses for each.
             **options: the fields of `GriffinConfig` (density, method, shared, round_to, groups), of `Extensions`
                 (quality, prior, prior_weight, budgets, refit, ridge, calibration, calibration_weight, refresh_every,
-                speculative, draft_weights, mixed_weights) and of `GenerationConfig` (max_new_tokens, temperature,
-                top_k, top_p, min_p, seed, stop, stop_token_ids, ignore_eos, chat), which say what they mean; or whole
-                objects of these as `griffin`, `extensions` and `generation`, whose values single options replace.
+                speculative, draft_weights, mixed_weights, max_divergence) and of `GenerationConfig` (max_new_tokens,
+                temperature, top_k, top_p, min_p, seed, stop, stop_token_ids, ignore_eos, chat), which say what they
+                mean; or whole objects of these as `griffin`, `extensions` and `generation`, whose values single options
+                replace.
 
         Returns:
             The answers in the order of the prompts, and how they came about.
@@ -271,6 +279,10 @@ class LLM:
             ValueError: as for `generate`.
         """
         request = Request.of("experts", **options)
+        if request.extensions.max_divergence is not None:
+            raise ValueError(
+                "experts are chosen at the density that is given, and tried on nothing: max_divergence=None"
+            )
         pruner = self._pruner(request)
         pruner.config.kept(self.model.config.neuron_ranges)
         sequences = self._tokenize(prompts, request.generation.chat)
@@ -384,7 +396,8 @@ class LLM:
     def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
         extensions, generation, experts = request.extensions, request.generation, request.experts
-        pruner = self._pruner(request)
+        candidates = self._candidates(request)
+        pruner = next(reversed(candidates.values()), None) or self._pruner(request)
         selected = pruner.config.kept(self.model.config.neuron_ranges)
         mixed = self._mixed(request)
         dense = experts is None and mixed is None and selected == self.model.neurons
@@ -396,6 +409,10 @@ class LLM:
         self._check_room(sequences, generation.max_new_tokens)
         self._check_experts(experts, len(sequences))
         self._check_adapter(request, len(sequences))
+        trial = trial_tokens(min(map(len, sequences))) if candidates else 0
+        if candidates and not trial:
+            # Nothing is known of how much it would lose.
+            candidates, dense, kept = {}, True, self.model.neurons
         if experts is None and not dense:
             self._check_in_place(pruner.config, len(sequences))
         if extensions.rows and self._in_place is not None:
@@ -427,20 +444,41 @@ class LLM:
             draft_cost=self._draft_cost(request, sequences, None if dense else kept) if drafts else None,
             drafter=extensions.drafter if drafts else None,
             mixed=mixed,
+            candidates=candidates,
+            trial=trial,
             every=None if dense else extensions.refresh_every,
             rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
-        stored_as = plan.drafter or self.model.weights
-        if self._spare is not None and (self._spare.neurons, self._spare.weights) != (kept, stored_as):
-            self._spare = None
+        if not candidates:
+            self._keep_spare_for(plan)
         if self._drafter is not None and plan.drafter not in (None, self._drafter.weights):
             self._drafter = None
         if self._few is not None and mixed is not None and self._few[0] != mixed.coarse:
             self._few = None
         self._check_memory(plan)
         return plan
+
+    def _candidates(self, request: Request) -> dict[float, Pruner]:
+        """How the model may be pruned if a promise is to be kept, by density, the least first."""
+        if request.extensions.max_divergence is None:
+            return {}
+        if self._in_place is not None:
+            raise ValueError("with in_place rows of weights move, and nothing is tried before: max_divergence=None")
+        found, griffin = {}, request.griffin
+        for density in tried_densities(cast(float, griffin.density)):
+            at = dataclasses.replace(request, griffin=dataclasses.replace(griffin, density=density))
+            pruner = self._pruner(at)
+            if pruner.config.kept(self.model.config.neuron_ranges) != self.model.neurons:
+                found[density] = pruner
+        return found
+
+    def _keep_spare_for(self, plan: Plan) -> None:
+        """Drops the rows of an earlier answer unless those of this one are of the same sizes."""
+        stored_as = plan.drafter or self.model.weights
+        if self._spare is not None and (self._spare.neurons, self._spare.weights) != (plan.kept, stored_as):
+            self._spare = None
 
     def _mixed(self, request: Request) -> MixedFormat | None:
         """The formats of the kept neurons, if there are two."""
@@ -492,6 +530,7 @@ class LLM:
             drafter_is_there=self._drafter is not None,
             mixed=None if plan.mixed is None else (plan.mixed.coarse, self._in_few_bits(plan.mixed, plan.pruner)),
             mixed_is_there=self._few is not None,
+            trial=plan.trial,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
         )
@@ -509,7 +548,7 @@ class LLM:
     def _answer(
         self, plan: Plan, stream: bool, reader: Reader | None = None
     ) -> Iterator[tuple[Generation | None, list[str]]]:
-        """The way of the data: prefill -> select -> prune -> decode."""
+        """The way of the data: prefill -> (try) -> select -> prune -> decode."""
         watch = Stopwatch()
         sampler, experts = plan.request.generation.sampler, plan.request.experts
         full, clusters = self.model, None
@@ -517,7 +556,13 @@ class LLM:
             with watch.phase("route"):
                 full, clusters = jax.block_until_ready(self._with_adapters(plan.request.adapter, plan.sequences))
         with watch.phase("prefill"):
-            prefilled = jax.block_until_ready(self._prefill(plan, full) if reader is None else reader.read(plan))
+            read = self._prefill(plan, full) if reader is None else reader.read(plan)
+            prefilled, last = jax.block_until_ready(read)
+        promised = None
+        if plan.request.extensions.max_divergence is not None:
+            with watch.phase("try"):
+                plan, promised = self._promised(plan, full, last)
+        del read, last
         with watch.phase("select"):
             if plan.selects:
                 experts = jax.block_until_ready(self._select(plan.pruner, full, prefilled.statistics, plan.seed))
@@ -555,7 +600,8 @@ class LLM:
                 reader.give_back(decoding.state.cache)
         if decoding.experts is not None:
             self._give_back(decoding.model)
-        yield self._generation(plan, decoding, text, answers, watch, clusters), text.pieces(last=True)
+        generation = self._generation(plan, decoding, text, answers, watch)
+        yield dataclasses.replace(generation, clusters=clusters, promised=promised), text.pieces(last=True)
 
     def _with_adapters(
         self, adapter: AdapterLike, sequences: Sequence[Sequence[int]]
@@ -571,19 +617,42 @@ class LLM:
             return self.model if adapter[0] is None else attach(self.model, adapter[0]), clusters
         return attach(self.model, stack(adapter), np.arange(len(adapter))), clusters
 
-    def _prefill(self, plan: Plan, full: Transformer) -> Prefilled:
-        tokens, lengths = pad(plan.sequences, bucket(max(map(len, plan.sequences))))
+    def _prefill(self, plan: Plan, full: Transformer) -> tuple[Prefilled, LastTokens | None]:
+        """The prompts, and their last tokens if there is a trial."""
+        before = [sequence[: len(sequence) - plan.trial] for sequence in plan.sequences]
+        tokens, lengths = pad(before, bucket(max(map(len, before))))
         # A round of drafts may write more than was asked for.
         slots = bucket(plan.new + plan.drafts)
-        return jitted.prefill(
+        prefilled = jitted.prefill(
             full,
             tokens,
             lengths,
-            max_new_tokens=slots,
-            longest=plan.new,
+            max_new_tokens=slots + plan.trial,
+            longest=plan.new + plan.trial,
             collect=plan.selects,
             rows=plan.rows,
         )
+        if not plan.trial:
+            return prefilled, None
+        last = [sequence[-plan.trial :] for sequence in plan.sequences]
+        return read_last(full, prefilled, np.asarray(last, np.int32))
+
+    def _promised(self, plan: Plan, full: Transformer, last: LastTokens | None) -> tuple[Plan, Promised]:
+        """The plan with the least density that keeps the promise on the last tokens of the prompts, and how it does."""
+        most = cast(float, plan.request.extensions.max_divergence)
+        pruners = list(plan.candidates.values())
+        if last is None:
+            promised = Promised(most, 1.0, 0, {})
+        else:
+            promised = choose(lambda at: last.divergences(full, pruners[at], plan.seed), list(plan.candidates), most)
+        if promised.density < 1:
+            pruner = plan.candidates[promised.density]
+            kept = pruner.config.kept(self.model.config.neuron_ranges)
+            plan = dataclasses.replace(plan, pruner=pruner, kept=kept)
+        else:
+            plan = dataclasses.replace(plan, dense=True, kept=self.model.neurons, every=None, rows=0)
+        self._keep_spare_for(plan)
+        return plan, promised
 
     def _write_more(
         self, plan: Plan, decoding: _Decoding, watch: Stopwatch
@@ -638,7 +707,6 @@ class LLM:
         text: GrowingText,
         answers: list[list[int]],
         watch: Stopwatch,
-        clusters: list[int] | None,
     ) -> Generation:
         decoded = sum(map(len, answers)) - len(answers)
         writing = watch.seconds["decode"] + watch.seconds.get("refresh", 0.0)
@@ -657,7 +725,6 @@ class LLM:
             decode_tokens_per_second=decoded / writing if decoded else float("nan"),
             refreshes=decoding.refreshes,
             drafting=decoding.drafting,
-            clusters=clusters,
         )
 
     def _pruner(self, request: Request) -> Pruner:

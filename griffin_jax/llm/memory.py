@@ -183,6 +183,7 @@ class Needs:
         drafter_is_there: bool = False,
         mixed: tuple[WeightFormat, Sequence[int]] | None = None,
         mixed_is_there: bool = False,
+        trial: int = 0,
         in_place: bool = False,
         spare: int = 0,
         repeated: bool = False,
@@ -205,6 +206,7 @@ class Needs:
             mixed: a format that other neurons are held in, and how many of the kept ones of each layer have it; None
                 where all have the model's.
             mixed_is_there: whether all neurons are held in it already.
+            trial: tokens at the end of the prompts that pruned models are tried on.
             in_place: whether every neuron is held once.
             spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
             repeated: whether the same is done again and again: the kept rows of the answer before are there while the
@@ -212,8 +214,15 @@ class Needs:
         """
         c, own = self.config, self.rows(batch)
         collect = kept is not None and select
-        held, reading = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
-        sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared, refitted=rows > 0)
+        held, reading = self._reading(batch, bucket(prompt), bucket(new) + trial, collect=collect, rows=rows)
+        sizes = self._sizes(batch, bucket(prompt) + bucket(new) + trial, shared, refitted=rows > 0)
+        trying: list[Parts] = []
+        if trial:
+            # Reading the trial makes another cache, and each model that is tried on it one of its own.
+            tried = held | {"statistics": 2 * held["statistics"], "copy of the cache": held["cache"]}
+            tried |= {"rows of the refit": 2 * held["rows of the refit"], "dense scores": self._logits(own * trial)}
+            refit = {"rows": rows, "calibration": calibration, "shared": shared}
+            trying = self._forcing(batch, trial, sizes.slots, tried, 1, **refit)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
             few = 0 if drafter_is_there else self.in_memory(drafter_bytes(c, precision, self._parts), drafter)
@@ -253,7 +262,7 @@ class Needs:
             # The systems of all layers are solved together.
             solving = c.num_layers * 4 * sets * system * (2 * system + 3 * c.width)
             pruning["refitting"] = made + dropped + solving
-        return self._worst(reading, pruning, decoding)
+        return self._worst(reading, *trying, pruning, decoding, programs=2 if trial else 1)
 
     def _in_two_formats(
         self, batch: int, shared: bool, kept: Sequence[int], weights: WeightFormat, others: Sequence[int]
@@ -316,28 +325,56 @@ class Needs:
             shared: whether the sequences keep the same neurons.
             answers: whether the dense model writes answers, too.
         """
-        c, own = self.config, self.rows(batch)
         width = bucket(new)
         held, reading = self._reading(batch, bucket(prompt), width, collect=True, rows=rows)
-        slots = bucket(prompt) + width
-        held["masks"] = 2 * own * sum(c.neurons) // self._parts
         # Statistics of the answers, which the oracle selects by.
         held["statistics"] *= 2
+        refit = {"rows": rows, "calibration": calibration, "shared": shared}
+        phases = [reading, *self._forcing(batch, width, bucket(prompt) + width, held, variants, **refit)]
+        if answers:
+            copied = {"copy of the cache": held["cache"], "decoding": 4 * self._logits(self.rows(batch))}
+            phases.append({**phases[1], "reading": 0, **copied})
+        return self._worst(*phases, programs=2)
+
+    def _forcing(
+        self,
+        batch: int,
+        width: int,
+        slots: int,
+        held: Parts,
+        variants: int,
+        *,
+        rows: int,
+        calibration: int,
+        shared: bool,
+    ) -> list[Parts]:
+        """The phases of reading given tokens with masked models and of scoring them; the first is that of reading.
+
+        Args:
+            batch: sequences.
+            width: tokens of each.
+            slots: of the cache.
+            held: what is there meanwhile.
+            variants: models whose scores are compared at a time; 0 if they are not compared.
+            rows: tokens of each prompt that kept neurons are refitted to.
+            calibration: rows of general text that they are fitted to, too.
+            shared: whether the sequences keep the same neurons.
+        """
+        c, own = self.config, self.rows(batch)
         hidden = self.itemsize * own * width * c.width
-        held["residual streams"] = (variants + 2) * hidden
+        held = held | {
+            "masks": 2 * own * sum(c.neurons) // self._parts,
+            "residual streams": (variants + 2) * hidden,
+        }
         forcing = {**held, "reading": self._activations(batch, min(width, DEFAULT_CHUNK), slots)}
-        phases = [reading, forcing]
+        phases = [forcing]
         if rows:
             sets, together = (1, rows * own) if shared else (own, rows)
             made, solution = self._refit_of_layer(sets, together, calibration)
             solved = {"solutions of the refit": c.num_layers * solution}
             phases += [{**held, **solved, "refitting": made}, {**forcing, **solved}]
         columns = min(max(LOGITS_BYTES, self._logits(own)), self._logits(own * width))
-        phases.append({**held, "logits": (variants + 4 if variants else 3) * columns})
-        if answers:
-            copied = {"copy of the cache": held["cache"], "decoding": 4 * self._logits(own)}
-            phases.append({**held, **copied})
-        return self._worst(*phases, programs=2)
+        return [*phases, {**held, "logits": (variants + 4 if variants else 3) * columns}]
 
     def flocking(self, batch: int, prompt: int, new: int, window: int) -> Parts:
         """What measuring flocking needs, see `griffin_jax.analysis.flocking`.

@@ -52,6 +52,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.extensions.check(self.griffin)
+        if self.experts is not None and self.extensions.max_divergence is not None:
+            raise ValueError("experts are kept whatever they lose: give a least density, or max_divergence=None")
 
     @classmethod
     def of(

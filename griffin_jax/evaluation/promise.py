@@ -1,0 +1,238 @@
+"""How often the promise of `max_divergence` holds on the answer that follows, and at which densities.
+
+Every density that may be taken is tried at the end of a text's prompt, and scored on what follows. Which one would have
+been taken for a promise follows from the trials, by the rule of `griffin_jax.extensions.promise`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
+from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.grid import DENSE, Variant, rows_of
+from griffin_jax.evaluation.intervals import mean, share
+from griffin_jax.evaluation.journal import Journal
+from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, cell, draw_legend, draw_line
+from griffin_jax.evaluation.tasks import OWN, REAL, generate
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.promise import MARGIN, Promised, choose, read_last
+from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.llm.llm import LLM
+from griffin_jax.utils.figures import new_figure
+
+TRIAL = "trial"
+ALL = "all texts"
+
+METRICS = (
+    Metric("density", "density", 2),
+    Metric("own_holds", "holds, own", 2),
+    Metric("own", "KL, own", 3),
+    Metric("real_holds", "holds, real", 2),
+    Metric("real", "KL, real", 3),
+)
+"""Columns of the table: what was taken, and for the dense model's own answer and for what really follows the share of
+texts where the promise holds and the mean divergence."""
+
+
+def try_densities(
+    llm: LLM,
+    items: Sequence[Item],
+    variants: Sequence[Variant],
+    journal: Journal,
+    *,
+    trial: int,
+    new: int,
+    size: int,
+    seed: int,
+    extensions: Extensions,
+) -> dict[str, Any]:
+    """Divergences of every text and variant, on the trial and on what follows the prompt.
+
+    Args:
+        llm: the model.
+        items: the texts, with prompts and answers.
+        variants: what may be taken, and the dense model.
+        journal: what is done already.
+        trial: tokens of each prompt that are its trial.
+        new: tokens of the dense model's own answer, at most.
+        size: texts in a batch.
+        seed: of all draws.
+        extensions: what the steps beyond GRIFFIN take.
+
+    Returns:
+        For each text `trial`, the divergences of single tokens by the name of each variant but the dense one, and
+        `real` and `own`, each as `score_answers` has them with one length.
+    """
+    model, eos = llm.model, llm.config.eos_token_ids
+
+    def score(batch: Batch) -> list[dict[str, Any]]:
+        length = max(new, batch.answers.shape[1])
+        cut = [dataclasses.replace(item, prompt=item.prompt[:-trial]) for item in batch.items]
+        before = batch_of(cut, size, seed).prefill(model, bucket(length) + trial, rows_of(variants, extensions))
+        ends = batch.prompt_lengths[:, None] - np.arange(trial, 0, -1)
+        prefilled, last = read_last(model, before, np.take_along_axis(batch.prompts, ends, axis=1))
+        tried = {
+            variant.name: last.divergences(model, variant.pruner(extensions), jnp.asarray(batch.seeds))
+            for variant in variants
+            if variant.method != DENSE
+        }
+        own = pad(generate(model, prefilled, new, eos), bucket(new))
+        following = {REAL: (batch.answers, batch.answer_lengths), OWN: own}
+        found = {
+            kind: score_answers(model, variants, prefilled, *answers, batch.seeds, [length], extensions)
+            for kind, answers in following.items()
+        }
+        return [
+            {TRIAL: {name: divergences[index].tolist() for name, divergences in tried.items()}}
+            | {kind: scores[index] for kind, scores in found.items()}
+            for index in range(len(batch.items))
+        ]
+
+    return evaluate(items, score, journal, size=size, seed=seed)
+
+
+def promised(text: Mapping[str, Any], variants: Sequence[Variant], most: float, margin: float = MARGIN) -> Promised:
+    """What would have been taken for a text.
+
+    Args:
+        text: one of the scores of `try_densities`.
+        variants: those of one method that may be taken.
+        most: nats per token that are promised.
+        margin: standard errors.
+    """
+    ladder = sorted(variants, key=lambda variant: variant.density)
+    trials = [np.asarray([text[TRIAL][variant.name]]) for variant in ladder]
+    return choose(trials.__getitem__, [variant.density for variant in ladder], most, margin)
+
+
+def figures(
+    scores: Mapping[str, Any],
+    kinds: Mapping[str, str],
+    variants: Sequence[Variant],
+    qualities: Mapping[str, str],
+    promises: Sequence[float],
+    seed: int,
+    margin: float = MARGIN,
+) -> Figures:
+    """One entry for each quality, promise and kind of text, and one for all texts together if there are several kinds.
+
+    After these, for each density, what it would be to take the same for all texts.
+
+    Args:
+        scores: from `try_densities`.
+        kinds: of the texts.
+        variants: its variants.
+        qualities: the names of the methods for people.
+        promises: nats per token.
+        seed: of the bootstrap.
+        margin: standard errors.
+    """
+    groups = {kind: [name for name in scores if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
+    if len(groups) > 1:
+        groups[ALL] = list(scores)
+
+    def entries() -> Iterator[dict[str, Any]]:
+        methods = dict.fromkeys(variant.method for variant in variants if variant.method != DENSE)
+        for method in methods:
+            own = [variant for variant in variants if variant.method == method]
+            for most in promises:
+                head = {"quality": qualities[method], "most": most}
+                for kind, names in groups.items():
+                    texts = [scores[name] for name in names]
+                    densities = [promised(text, own, most, margin).density for text in texts]
+                    yield {"kind": kind, **head} | _figures(texts, method, densities, most, seed)
+                texts = list(scores.values())
+                for density in sorted(variant.density for variant in own):
+                    same = _figures(texts, method, [density] * len(texts), most, seed)
+                    yield {"kind": f"{ALL} at {density:g}", **head} | same
+
+    return list(entries())
+
+
+def _figures(
+    texts: Sequence[Mapping[str, Any]], method: str, densities: Sequence[float], most: float, seed: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "texts": len(texts),
+        "density": as_json(mean(densities, seed)),
+        "dense": sum(density == 1 for density in densities) / len(densities),
+    }
+    for kind in (OWN, REAL):
+        divergences = [
+            0.0 if density == 1 else text[kind][Variant(method, density).name]["kl"][0] / text[kind]["tokens"][0]
+            for text, density in zip(texts, densities, strict=True)
+        ]
+        found[kind] = as_json(mean(divergences, seed))
+        found[f"{kind}_holds"] = as_json(share([divergence <= most for divergence in divergences]))
+    return found
+
+
+def table(found: Figures) -> str:
+    """Rows of figures with their intervals."""
+    first = max([14, *(len(entry["kind"]) + 1 for entry in found)])
+    lines = [
+        f"{'texts':{first}}{'number':>7}{'quality':>8}{'promised':>9}{'dense':>7}"
+        + "".join(f"{metric.title:>{WIDTH}}" for metric in METRICS)
+    ]
+    for entry in found:
+        cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in METRICS)
+        lines.append(
+            f"{entry['kind']:{first}}{entry['texts']:>7}{entry['quality']:>8}{entry['most']:>9g}{entry['dense']:>7.0%}"
+            f"{cells}"
+        )
+    lines.append(
+        "\npromised, KL: nats per token. dense: texts for which nothing was pruned. holds: share of texts whose answer"
+        " keeps\nthe promise, with its Wilson interval. own: the dense model's own answer. real: what really follows."
+        "\nat: the same density for all texts, whatever a trial says."
+    )
+    return "\n".join(lines)
+
+
+def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
+    """Where promises hold and which densities they take, against what was promised, a line for each kind of text.
+
+    Args:
+        found: those of `figures`.
+        title: of the whole.
+        file: a PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    figure = new_figure(10.4, 4.0)
+    figure.suptitle(title, fontsize="medium")
+    axes = figure.subplots(1, 3)
+    panels = {
+        "density": "mean density",
+        "own_holds": "holds for its own answer",
+        "real_holds": "holds for what follows",
+    }
+    found = [entry for entry in found if not entry["kind"].startswith(f"{ALL} at")]
+    lines = list(dict.fromkeys((entry["kind"], entry["quality"]) for entry in found))
+    names = list(dict.fromkeys(kind for kind, _ in lines))
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for kind, quality in lines:
+            line = [entry for entry in found if (entry["kind"], entry["quality"]) == (kind, quality)]
+            line.sort(key=lambda entry: entry["most"])
+            draw_line(
+                axis, [entry["most"] for entry in line], [entry[key] for entry in line], marker="o", linewidth=1.2,
+                linestyle="-" if quality == "griffin" else "--", color=f"C{names.index(kind) % 10}",
+                label=f"{kind}, {quality}",
+            )  # fmt: skip
+        axis.set_xscale("log")
+        axis.set_xlabel("promised (nats/token)")
+        axis.set_ylabel(label)
+        ticks = sorted({entry["most"] for entry in found})
+        axis.set_xticks(ticks, [f"{most:g}" for most in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    draw_legend(figure, axes[0])
+    figure.savefig(file, format="png")

@@ -1,0 +1,240 @@
+"""The density that a promise takes is the one that a loop over rows and densities finds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import PASSAGES
+from flax import nnx
+from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
+
+import griffin_jax as gj
+from griffin_jax.cli.main import main
+from griffin_jax.extensions.promise import Outcome, choose, trial_tokens, tried_densities
+from griffin_jax.generation import jitted
+from griffin_jax.llm import llm
+from griffin_jax.llm.memory import needs_of
+
+OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
+LONG = " ".join(PASSAGES)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory) -> TinyLlama:
+    """A tiny model that reads text, with a context for prompts that are long enough."""
+    folder = tmp_path_factory.mktemp("long") / "model"
+    folder.mkdir()
+    tiny_tokenizer(folder, PASSAGES, 320)
+    return TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(3, 320, length).tolist() for length in (260, 300, 277)]
+
+
+def without(model: gj.Transformer, dropped: list[np.ndarray]) -> gj.Transformer:
+    """The model with zeros for the rows of neurons."""
+    zeroed = jax.tree.map(lambda leaf: leaf, model)
+    for layer, neurons in zip(zeroed.layers, dropped, strict=True):
+        layer.ff.down = nnx.Param(layer.ff.down[...].at[neurons].set(0))
+    return zeroed
+
+
+def log_p(model: gj.Transformer, hidden: jax.Array) -> np.ndarray:
+    logits = np.asarray(model.logits(hidden)[0], np.float64)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def by_hand(model: gj.Transformer, prompt: list[int], densities: tuple[float, ...]) -> list[np.ndarray]:
+    """The divergences of one prompt alone at the densities: softmax, KL and the choice of neurons in NumPy."""
+    tokens, lengths = gj.pad([prompt[:-8]], 384)
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16)
+    last, real = np.asarray([prompt[-8:]], np.int32), np.asarray([8], np.int32)
+    p = log_p(model, jitted.teacher_force(model, prefilled, last, real)[0])
+    found = []
+    for density in densities:
+        k = int(48 * density)
+        kept = [oracle_topk(np.asarray(squares[0]), k) for squares in prefilled.statistics.squares]
+        pruned = without(model, [np.setdiff1d(np.arange(48), neurons) for neurons in kept])
+        q = log_p(model, jitted.teacher_force(pruned, prefilled, last, real)[0])
+        found.append((np.exp(p) * (p - q)).sum(axis=-1)[1:])
+    return found
+
+
+def test_is_what_a_loop_over_rows_and_densities_finds(long, prompts, monkeypatch):
+    # With a margin of one standard error all bounds here fall as the density grows.
+    monkeypatch.setattr(llm, "choose", functools.partial(choose, margin=1.0))
+    densities = tried_densities(0.5)
+    assert densities == (0.5, 0.65, 0.8, 0.9)
+    divergences = np.asarray([by_hand(long.llm.model, prompt, densities) for prompt in prompts])
+    mean = divergences.mean(axis=-1)
+    bound = mean + divergences.std(axis=-1, ddof=1) / np.sqrt(7)
+    worst = bound.max(axis=0)
+    # Bisection finds what looking at each finds, and no two densities are the same.
+    assert (np.diff(worst) < 0).all()
+    taken = set()
+    for most in [worst[0] + 0.01, *(worst[:-1] + worst[1:]) / 2, worst[-1] - 0.01]:
+        out = long.llm.generate(prompts, max_divergence=float(most), **OPTIONS)
+        expected = next((d for d, b in zip(densities, worst, strict=True) if b <= most), 1.0)
+        assert out.promised.density == expected
+        # As the most demanding row would alone.
+        of_rows = [next((d for d, b in zip(densities, row, strict=True) if b <= most), 1.0) for row in bound]
+        assert expected == max(of_rows)
+        assert out.kept == (int(48 * expected),) * 2
+        assert out.promised.tokens == 7
+        for density, outcome in out.promised.tried.items():
+            at = densities.index(density)
+            assert_close(np.asarray(outcome.divergence), mean[:, at])
+            assert_close(np.asarray(outcome.bound), bound[:, at])
+        assert out.promised.divergence == max(out.promised.tried[expected].divergence if expected < 1 else [0.0])
+        taken.add(expected)
+    assert taken == {*densities, 1.0}
+
+
+def test_answers_are_those_of_the_density(long, prompts):
+    generate = long.llm.generate
+    loose = generate(prompts, max_divergence=1e3, density=0.25, **OPTIONS)
+    assert loose.tokens == generate(prompts, density=0.25, **OPTIONS).tokens
+    assert loose.promised.density == 0.25
+    # The neurons are those of the whole prompts, not those that were tried.
+    for found, expected in zip(loose.experts, long.llm.experts(prompts, density=0.25), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    tight = generate(prompts, max_divergence=1e-6, refresh_every=2, **OPTIONS)
+    assert tight.tokens == generate(prompts, density=1.0, **OPTIONS).tokens
+    assert (tight.promised.density, tight.experts, tight.kept, tight.refreshes) == (1.0, None, (48, 48), 0)
+
+
+@pytest.mark.slow
+def test_answers_of_shared_and_refreshed_neurons(long, prompts):
+    options = {"shared": True, "refresh_every": 3, **OPTIONS}
+    found = long.llm.generate(prompts, max_divergence=1e3, **options)
+    expected = long.llm.generate(prompts, **options)
+    assert (found.tokens, found.refreshes) == (expected.tokens, expected.refreshes)
+
+
+@pytest.mark.slow
+def test_what_is_tried_is_refitted_as_the_answer_is(long, prompts):
+    tokens, lengths = gj.pad([prompts[0][:-8]], 256)
+    prefilled = jitted.prefill(long.llm.model, tokens, lengths, max_new_tokens=16, rows=32)
+    experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
+    pruned = gj.prune(long.llm.model, experts, refit=gj.Reconstruction(prefilled.rows))
+    last, real = np.asarray([prompts[0][-8:]], np.int32), np.asarray([8], np.int32)
+    dense, own = (jitted.teacher_force(model, prefilled, last, real)[0] for model in (long.llm.model, pruned))
+    p, q = log_p(long.llm.model, dense), log_p(long.llm.model, own)
+    out = long.llm.generate(prompts[:1], max_divergence=1e3, refit=32, **OPTIONS)
+    (found,) = out.promised.tried[0.5].divergence
+    assert_close(np.asarray(found), (np.exp(p) * (p - q)).sum(axis=-1)[1:].mean())
+
+
+@pytest.mark.parametrize(("prompt", "least"), [(slice(255), 0.5), (slice(300), 1.0)], ids=["short", "dense"])
+def test_dense_without_a_trial(long, prompts, prompt, least):
+    asked = [prompts[1], prompts[1][prompt]]
+    out = long.llm.generate(asked, max_divergence=1e3, density=least, **OPTIONS)
+    assert (out.promised.density, out.promised.tokens, out.promised.tried) == (1.0, 0, {})
+    assert out.tokens == long.llm.generate(asked, density=1.0, **OPTIONS).tokens
+
+
+def test_a_chat_tries_what_is_new(long):
+    chat, options = long.llm.chat(**OPTIONS), {"max_divergence": 1e3, **OPTIONS}
+    first = chat.say(LONG[:500], **options)
+    assert first.tokens == long.llm.generate([[{"role": "user", "content": LONG[:500]}]], **options).tokens
+    assert (first.promised.density, first.promised.tokens) == (0.5, 7)
+    messages = [*chat.messages, {"role": "user", "content": "And the bridge?"}]
+    expected = long.llm.generate([messages], **options)
+    second = chat.say("And the bridge?", **options)
+    # The same tokens of the same conversation, of which only what is new was read.
+    assert second.tokens == expected.tokens
+    assert_close(*(np.asarray(out.promised.tried[0.5].divergence) for out in (second, expected)))
+    assert chat.turns[1].read < 100
+
+
+class TestChoose:
+    @pytest.mark.parametrize("most", [0.0, 0.15, 0.25, 0.45, 0.55, 1.0])
+    def test_bisection_is_a_linear_scan(self, most):
+        losses = [0.5, 0.4, 0.3, 0.2, 0.1]
+        densities = [0.3, 0.4, 0.5, 0.6, 0.7]
+        found = choose(lambda at: np.full((2, 4), losses[at]), densities, most)
+        assert found.density == next((d for d, loss in zip(densities, losses, strict=True) if loss <= most), 1.0)
+        assert len(found.tried) <= 3
+
+    def test_what_is_taken_was_tried(self):
+        # Not falling: 0.4 is found too large, so that 0.3 is not looked at.
+        losses = [0.1, 0.5, 0.1]
+        found = choose(lambda at: np.full((1, 4), losses[at]), [0.3, 0.4, 0.5], 0.2)
+        assert found.density == 0.5
+        assert choose(lambda at: np.full((1, 4), np.nan), [0.3, 0.4], 0.2).density == 1.0
+
+    def test_the_margin_is_of_single_tokens(self):
+        values = np.asarray([[0.0, 0.0, 0.0, 0.4], [0.1, 0.1, 0.1, 0.1]])
+        outcome = Outcome.of(values, margin=2.0)
+        assert_close(np.asarray(outcome.divergence), np.asarray([0.1, 0.1]))
+        assert_close(np.asarray(outcome.bound), np.asarray([0.1 + 2 * 0.2 / 2, 0.1]))
+        assert outcome.keeps(0.31)
+        assert not outcome.keeps(0.29)
+
+    def test_tokens_of_a_trial(self):
+        assert [trial_tokens(length) for length in (1, 255, 256, 511, 512, 1024, 9999)] == [0, 0, 8, 8, 16, 32, 32]
+        assert [trial_tokens(1024, new) for new in (7, 8, 31, 32)] == [0, 8, 16, 32]
+        assert tried_densities(0.7) == (0.7, 0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_divergence": 0}, "max_divergence must be above 0 nats per token, got 0"),
+        ({"max_divergence": float("inf")}, "max_divergence must be above 0"),
+        ({"max_divergence": "a"}, "max_divergence must be above 0"),
+        ({"speculative": True}, "speculative answers are the dense model's"),
+        ({"mixed_weights": "int4@0.5"}, "mixed_weights do not go with max_divergence"),
+        ({"density": (0.5, 0.5)}, "max_divergence takes one density as the least"),
+        ({"experts": True}, "experts are kept whatever they lose"),
+    ],
+)
+def test_refused(long, prompts, options, message):
+    if "experts" in options:
+        options = {"experts": gj.ExpertNeurons.from_indices([range(24)] * 2, (48, 48))}
+    with pytest.raises(ValueError, match=message):
+        long.llm.generate(prompts, **{"max_divergence": 0.1, **options})
+
+
+def test_refused_where_nothing_can_be_tried(long, prompts):
+    with pytest.raises(ValueError, match="experts are chosen at the density that is given"):
+        long.llm.experts(prompts, max_divergence=0.1)
+    with pytest.raises(ValueError, match="with in_place rows of weights move, and nothing is tried"):
+        gj.load(long.folder, "float32", in_place=True).generate(prompts[:1], max_divergence=0.1)
+
+
+def test_memory_counts_the_trial(long):
+    needs, kept = needs_of(long.llm.model), [24, 24]
+    for rows in (0, 64):
+        without, tried = (
+            sum(needs.generation(8, 1024, 16, kept, shared=True, rows=rows, trial=trial).values()) for trial in (0, 32)
+        )
+        assert tried > without
+
+
+def test_command(long, tmp_path, capsys):
+    file = tmp_path / "prompt"
+    file.write_text(LONG[:900])
+    arguments = ["generate", "--model", long.folder, "--prompt-file", file, "--max-new-tokens", 6, "--max-divergence"]
+    arguments = [*map(str, arguments)]
+    expected = long.llm.generate(LONG[:900], max_divergence=1e3, max_new_tokens=6)
+    assert main([*arguments, "1000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tokens"], found["density"]) == (expected.tokens[0], 0.5)
+    assert found["promised"]["divergence"] == pytest.approx(expected.promised.divergence)
+    assert [tried["density"] for tried in found["promised"]["tried"]] == [*expected.promised.tried]
+    assert main([*arguments, "1000"]) == 0
+    err = capsys.readouterr().err
+    assert re.search(r"48 of 96 neurons kept; density 0\.5, \d\.\d{3} nats/token of 1000 promised; load", err)
+    assert main([*arguments, "1e-6", "--save-experts", str(tmp_path / "e")]) == 0
+    err = capsys.readouterr().err
+    assert "96 of 96 neurons kept; dense, since no density kept to 1e-06 nats/token; load" in err
+    assert "there are no experts to save" in err
