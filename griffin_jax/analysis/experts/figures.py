@@ -67,14 +67,15 @@ def heat_maps(
     at = shown_layers(layers)
     columns = min(COLUMNS, len(at))
     rows = math.ceil(len(at) / columns)
-    figure = new_figure(WIDTH, 1.1 + rows * WIDTH / max(columns, 4) * 1.12)
+    figure = new_figure(WIDTH, 1.1 + rows * (WIDTH / max(columns, 4) * 1.12 + 0.2 * own_scale))
     panels = figure.subplots(rows, columns, squeeze=False)
     counted = np.ones(matrices.shape[1:], bool) if diagonal else ~np.eye(matrices.shape[-1], dtype=bool)
     every = matrices[at][:, counted]
     for panel, place in zip(panels.flat, at, strict=False):
         own = matrices[place][counted] if own_scale else every
         panel.imshow(matrices[place], vmin=own.min(), vmax=own.max(), cmap="viridis", interpolation="nearest")
-        low_high = f"\n{own.min():.2g} to {own.max():.2g}" if own_scale else ""
+        # On lines of their own, or they would reach into the next panel.
+        low_high = f"\n{own.min():.2g}\nto {own.max():.2g}" if own_scale else ""
         panel.set_title(f"layer {layers[place]}{low_high}", fontsize="x-small")
         panel.tick_params(labelsize=6, length=2)
         if matrices.shape[-1] <= 8:
@@ -105,7 +106,7 @@ def by_layer(
     """
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = new_figure(WIDTH, 0.5 + 2.6 * rows)
+    figure = new_figure(WIDTH, 0.5 + 3.0 * rows)
     drawn = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, (title, lines) in zip(drawn, panels.items(), strict=False):
         nulls = [label for label in lines if label.startswith(NULL)]
@@ -121,7 +122,8 @@ def by_layer(
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="x-small")
+        # Below, since lines over many layers leave no room of their own.
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     for axis in drawn[len(panels) :]:
         axis.axis("off")
     return figure
