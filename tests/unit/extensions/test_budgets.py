@@ -308,10 +308,3 @@ class TestGenerate:
     def test_refused(self, tiny, options, message):
         with pytest.raises(ValueError, match=message):
             tiny.llm.generate(TEXTS[0], **options)
-
-    def test_the_file_beside_the_model_is_the_default(self, tiny, prior, tmp_path, capsys):
-        arguments = ["generate", "--model", str(tiny.folder), "--prompt", "a", "--quality", "best"]
-        assert main(arguments) == 2
-        error = capsys.readouterr().err
-        assert f"there is no file {tiny.folder}.prior.safetensors" in error
-        assert "griffin-jax prior" in error
