@@ -159,6 +159,15 @@ def worded(tmp_path_factory) -> TinyLlama:
 
 
 @pytest.fixture(scope="session")
+def long(tmp_path_factory) -> TinyLlama:
+    """A tiny model that reads text, with a context for prompts that are long enough for a trial."""
+    folder = tmp_path_factory.mktemp("long") / "model"
+    folder.mkdir()
+    tiny_tokenizer(folder, PASSAGES, 320)
+    return TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="session")
 def primed(tmp_path_factory) -> TinyLlama:
     """A tiny model that reads text, with the smallest prior next to it."""
     from griffin_jax.evaluation import general_text

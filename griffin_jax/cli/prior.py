@@ -147,6 +147,7 @@ def run(options: argparse.Namespace) -> None:
     options.batch = chosen_batch(options, needed, "a shorter --window or fewer --rows", mesh)
     llm = load_chosen(options, mesh)
     window = min(options.window, llm.config.max_positions)
+    journal = None
     if options.text:
         if llm.tokenizer is None:
             raise ValueError(f"{options.model} has no tokenizer, so it cannot read texts; give --self-generated")
@@ -171,8 +172,8 @@ def run(options: argparse.Namespace) -> None:
     elif options.budget_texts:
         prior = dataclasses.replace(prior, uniform=f"fewer than {LEAST_TEXTS} texts are too few to try budgets on")
     prior.save(output)
-    if not options.text:
-        _journal(options, output, prior.model).remove()
+    if journal is not None:
+        journal.remove()
     rows = prior.rows[0].shape[0] if prior.rows else 0
     print(f"{output}: {prior.tokens:,} tokens in {len(measured):,} texts, {rows:,} calibration rows of each layer")
     if prior.strength:

@@ -20,7 +20,7 @@ from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.front_report import MARKERS
 from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, cell, draw_legend, draw_line
+from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.drafter import step_bytes
 from griffin_jax.griffin.config import GriffinConfig
@@ -241,15 +241,12 @@ def figures(
 
 def table(found: Figures) -> str:
     """Rows of figures with their intervals."""
-    lines = [
-        f"{'drafter':10}{'quality':>8}{'density':>8}{'drafts':>7}{'a draft':>9}"
-        + "".join(f"{metric.title:>{WIDTH}}" for metric in METRICS)
-    ]
+    lines = [f"{'drafter':10}{'quality':>8}{'density':>8}{'drafts':>7}{'a draft':>9}" + titles(METRICS)]
     for entry in found:
         draft = entry["draft_bytes"] / entry["step_bytes"]
-        cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in METRICS)
         lines.append(
-            f"{entry['weights']:10}{entry['quality']:>8}{entry['density']:>8g}{entry['drafts']:>7}{draft:>9.2f}{cells}"
+            f"{entry['weights']:10}{entry['quality']:>8}{entry['density']:>8g}{entry['drafts']:>7}{draft:>9.2f}"
+            f"{cells(entry, METRICS)}"
         )
     same = min(entry["same"] for entry in found)
     lines.append(

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from griffin_jax.evaluation.grid import DENSE
-from griffin_jax.evaluation.report import TOP1, WIDTH, Figures, Metric, cell, draw_legend, draw_line
+from griffin_jax.evaluation.report import TOP1, Figures, Metric, cells, draw_legend, draw_line, titles
 from griffin_jax.utils.figures import new_figure
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
@@ -21,13 +21,12 @@ def table(figures: Figures) -> str:
     width = max([8, *(len(entry["weights"]) + 1 for entry in figures)])
     lines = [
         "what really follows, against the unquantised dense model:",
-        f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{KL.title:>{WIDTH}}{TOP1.title:>{WIDTH}}{'front':>7}",
+        f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{titles((KL, TOP1))}{'front':>7}",
     ]
     for entry in figures:
-        cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in (KL, TOP1))
         lines.append(
-            f"{entry['weights']:{width}}{entry['quality']:8}{entry['density']:>8g}{_megabytes(entry):>10,.1f}{cells}"
-            f"{'*' if entry['front'] else '':>7}".rstrip()
+            f"{entry['weights']:{width}}{entry['quality']:8}{entry['density']:>8g}{_megabytes(entry):>10,.1f}"
+            f"{cells(entry, (KL, TOP1))}{'*' if entry['front'] else '':>7}".rstrip()
         )
     return "\n".join(lines)
 

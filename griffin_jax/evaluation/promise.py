@@ -19,7 +19,7 @@ from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import DENSE, Variant, rows_of
 from griffin_jax.evaluation.intervals import mean, share
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.evaluation.report import WIDTH, Figures, Metric, as_json, cell, draw_legend, draw_line
+from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles
 from griffin_jax.evaluation.tasks import OWN, REAL, generate
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.promise import MARGIN, Promised, choose, read_last
@@ -177,15 +177,11 @@ def _figures(
 def table(found: Figures) -> str:
     """Rows of figures with their intervals."""
     first = max([14, *(len(entry["kind"]) + 1 for entry in found)])
-    lines = [
-        f"{'texts':{first}}{'number':>7}{'quality':>8}{'promised':>9}{'dense':>7}"
-        + "".join(f"{metric.title:>{WIDTH}}" for metric in METRICS)
-    ]
+    lines = [f"{'texts':{first}}{'number':>7}{'quality':>8}{'promised':>9}{'dense':>7}" + titles(METRICS)]
     for entry in found:
-        cells = "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in METRICS)
         lines.append(
             f"{entry['kind']:{first}}{entry['texts']:>7}{entry['quality']:>8}{entry['most']:>9g}{entry['dense']:>7.0%}"
-            f"{cells}"
+            f"{cells(entry, METRICS)}"
         )
     lines.append(
         "\npromised, KL: nats per token. dense: texts for which nothing was pruned. holds: share of texts whose answer"

@@ -105,10 +105,9 @@ def as_json(interval: Interval) -> dict[str, float | None]:
 def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
     """Rows of figures with their intervals."""
     first = _first_width(figures)
-    lines = [title, f"{'selection':{first}}{'density':>8}" + "".join(f"{m.title:>{WIDTH}}" for m in metrics)]
+    lines = [title, f"{'selection':{first}}{'density':>8}" + titles(metrics)]
     for entry in figures:
-        cells = "".join(f"{cell(entry[m.key], m.digits):>{WIDTH}}" for m in metrics)
-        lines.append(f"{entry['method']:{first}}{entry['density']:>8g}{cells}")
+        lines.append(f"{entry['method']:{first}}{entry['density']:>8g}{cells(entry, metrics)}")
     return "\n".join(lines)
 
 
@@ -132,6 +131,16 @@ def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[in
 def _first_width(figures: Figures) -> int:
     """Width of the column with the rows' names."""
     return max([14, *(len(entry["method"]) + 1 for entry in figures)])
+
+
+def titles(metrics: Sequence[Metric]) -> str:
+    """The head of a table's columns for these figures."""
+    return "".join(f"{metric.title:>{WIDTH}}" for metric in metrics)
+
+
+def cells(entry: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
+    """A row's columns under these `titles`."""
+    return "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in metrics)
 
 
 def cell(figure: Mapping[str, float | None], digits: int) -> str:

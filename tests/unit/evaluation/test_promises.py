@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from conftest import PASSAGES
-from reference import TinyLlama, assert_close, tiny_tokenizer
+from reference import assert_close
 
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation import promise
@@ -15,14 +15,6 @@ from griffin_jax.evaluation.grid import grid
 from griffin_jax.evaluation.journal import FILE
 
 LONG = [" ".join([*PASSAGES[at:], *PASSAGES[:at]]) for at in range(3)]
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory) -> TinyLlama:
-    folder = tmp_path_factory.mktemp("long") / "model"
-    folder.mkdir()
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2, max_position_embeddings=1024)
 
 
 def run(capsys, long, folder, *arguments: object) -> tuple[int, str, str]:

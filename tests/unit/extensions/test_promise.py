@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import PASSAGES
 from flax import nnx
-from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
+from reference import assert_close, oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
@@ -22,15 +22,6 @@ from griffin_jax.llm.memory import needs_of
 
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 LONG = " ".join(PASSAGES)
-
-
-@pytest.fixture(scope="module")
-def long(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text, with a context for prompts that are long enough."""
-    folder = tmp_path_factory.mktemp("long") / "model"
-    folder.mkdir()
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="module")
