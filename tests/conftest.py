@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import importlib.metadata
@@ -50,6 +51,7 @@ with install_import_hook([f"griffin_jax.{name}" for name in HOOKED], "beartype.b
         importlib.import_module(f"griffin_jax.{name}")
 
 import jax
+import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -120,6 +122,21 @@ def _programs_of_other_files_are_dropped() -> Iterator[None]:
     yield
     kept_programs.clear()
     jax.clear_caches()
+
+
+def drawn_adapter(
+    config: gj.ModelConfig, seed: int, rank: int = 3, targets: str = "attention,feed_forward"
+) -> gj.Adapter:
+    """An adapter whose B is not zero."""
+    from griffin_jax.adapters.adapter import Factors
+
+    random = np.random.default_rng(seed)
+    blank = gj.Adapter.init(config, gj.AdapterConfig(rank=rank, alpha=4.0, targets=targets), jax.random.key(seed))
+    factors = {
+        name: Factors(each.a, jnp.asarray(random.normal(0, 0.2, each.b.shape), jnp.float32))
+        for name, each in blank.factors.items()
+    }
+    return dataclasses.replace(blank, factors=factors)
 
 
 @pytest.fixture(scope="session")

@@ -230,6 +230,28 @@ def merge(model: Transformer) -> Transformer:
     return merged
 
 
+def merge_neurons(model: Transformer) -> Transformer:
+    """`merge` of the matrices of neurons alone, into their own memory.
+
+    Args:
+        model: from `attach`, with floating weights and with rows of neurons that nothing else needs, such as a pruned
+            model has. It is used up.
+
+    Raises:
+        ValueError: its sequences have adapters of their own.
+    """
+    merged: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    for layer in merged.layers:
+        for part in layer.ff.parts():
+            for matrix in ("gate_up", "down"):
+                left, right = getattr(part, f"{matrix}_left"), getattr(part, f"{matrix}_right")
+                if left is not None:
+                    setattr(part, matrix, nnx.Param(_sum_into(getattr(part, matrix)[...], left, right)))
+                    setattr(part, f"{matrix}_left", nnx.data(None))
+                    setattr(part, f"{matrix}_right", nnx.data(None))
+    return merged
+
+
 def unmerge(model: Transformer, adapter: Adapter) -> Transformer:
     """The model that `merge` was given, up to rounding, without its adapter.
 
@@ -244,6 +266,7 @@ def unmerge(model: Transformer, adapter: Adapter) -> Transformer:
 
 
 _sum = programs.jit(plus_matrix)
+_sum_into = programs.jit(plus_matrix, donate_argnames="matrix")
 
 
 def _matrices(model: Transformer) -> list[tuple[Any, str]]:

@@ -15,6 +15,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from griffin_jax import __version__
+from griffin_jax.adapters.healing import Healing
+from griffin_jax.adapters.peft import WEIGHTS
 from griffin_jax.cli.options import (
     add_batch_argument,
     add_dtype_argument,
@@ -43,6 +45,7 @@ from griffin_jax.evaluation.grid import (
     CALIBRATION,
     DEFAULTS,
     DENSE,
+    HEALING,
     MEASURED,
     METHODS,
     PRIOR,
@@ -220,11 +223,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
-    _add_prior(kind)
+    _add_prior(kind, healing=False)
     _add_output(kind)
     kind.set_defaults(
         prepare=_drafts, choose=_choose_drafts, check=_check_drafters,
-        reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every, batch=1, largest_batch=1,
+        reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every, batch=1, largest_batch=1, healing=None,
     )  # fmt: skip
 
     kind = kinds.add_parser(
@@ -252,11 +255,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(what, GriffinConfig, "density", type=str, metavar="D", help="the least that may be taken")
     _add_qualities(what)
     _add_sample(what, size=4)
-    _add_prior(kind)
+    _add_prior(kind, healing=False)
     _add_output(kind)
     kind.set_defaults(
         prepare=_promise, choose=_choose_promise, reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
-        prompt_tokens=512,
+        prompt_tokens=512, healing=None,
     )  # fmt: skip
 
     kind = kinds.add_parser(
@@ -399,10 +402,13 @@ def _add_sample(what: Any, size: int) -> None:
     add_batch_argument(what, size)
 
 
-def _add_prior(parser: argparse.ArgumentParser, what_for: str = "") -> None:
+def _add_prior(parser: argparse.ArgumentParser, what_for: str = "", *, healing: bool = True) -> None:
     beyond = parser.add_argument_group("beyond GRIFFIN")
     measured = f"that griffin-jax prior measured for this model{what_for} (default: the file next to it)"
     add_options(beyond, Extensions, "prior", type=Path, help=measured)
+    if healing:
+        what = "also every quality with the adapter that griffin-jax heal trained for pruned models"
+        add_options(beyond, Extensions, "healing", type=Path, help=what)
     _add_beyond(beyond)
 
 
@@ -442,6 +448,9 @@ def _add_common(parser: argparse.ArgumentParser, size: int) -> None:
     beyond = parser.add_argument_group("beyond GRIFFIN")
     measured = f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}"
     add_options(beyond, Extensions, "prior", type=Path, help=measured)
+    add_options(
+        beyond, Extensions, "healing", type=Path, help=f"that griffin-jax heal trained for this model, for +{HEALING}"
+    )
     _add_beyond(beyond)
     refresh = f"tokens, for +{REFRESH}, which scores given continuations only"
     add_options(beyond, Extensions, "refresh_every", default=DEFAULTS.refresh_every, help=refresh)
@@ -471,6 +480,8 @@ def run(options: argparse.Namespace) -> None:
     check_batch(options, mesh)
     wanted, lengths = options.batch, _lengths(options)
     needs = chosen_needs(options, mesh)
+    if _has(variants, HEALING):
+        extensions = dataclasses.replace(extensions, healing=Healing.load(options.healing, needs.config))
     if options.check is not None:
         options.check(options, needs, variants, extensions)
     options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
@@ -478,6 +489,8 @@ def run(options: argparse.Namespace) -> None:
     model = fingerprint(llm.model)
     if extensions.prior is not None:
         extensions.prior.check(model)
+    if extensions.healing is not None:
+        extensions.healing.check(llm.config, model)
     skipped = Skipped()
     evaluation: Evaluation = options.prepare(options, llm, variants, extensions, skipped)
     skipped.report()
@@ -616,7 +629,9 @@ def _extensions(options: argparse.Namespace, variants: Sequence[Variant]) -> Ext
             raise ValueError(f"{options.prior} has no budgets: {prior.uniform}")
         if _has(variants, CALIBRATION) and not prior.rows:
             raise ValueError(f"{options.prior} has no calibration rows; measure it with griffin-jax prior --rows")
-    return read_options(options, Extensions, prior=prior, refit=options.rows)
+    if _has(variants, HEALING) and options.healing is None:
+        raise ValueError(f"+{HEALING} needs --healing FOLDER; griffin-jax heal trains it")
+    return read_options(options, Extensions, prior=prior, refit=options.rows, healing=None)
 
 
 def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
@@ -629,6 +644,7 @@ def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -
         "ridge": options.ridge if uses_rows else None,
         "calibration_weight": options.calibration_weight if _has(variants, CALIBRATION) else None,
         "refresh_every": options.refresh_every if _has(variants, REFRESH) else None,
+        **({"healing": sha256_of_files([options.healing / WEIGHTS])} if _has(variants, HEALING) else {}),
     }
 
 
@@ -753,6 +769,8 @@ def _choose_qualities(options: argparse.Namespace) -> None:
             options.prior = options.prior or prior_path(options.model)
             has = {PRIOR: True, BUDGETS: prior.strength, RECONSTRUCTION: True, CALIBRATION: prior.rows}
             methods[quality] = "+".join(["topk", *(step for step, there in has.items() if there)])
+    if options.healing is not None:
+        methods |= {f"{quality}+heal": f"{method}+{HEALING}" for quality, method in methods.items()}
     options.method = ",".join(methods.values())
     options.qualities = {DENSE: "-"} | {method: quality for quality, method in methods.items()}
 

@@ -16,6 +16,7 @@ from griffin_jax.cli.options import (
     add_mesh_arguments,
     add_model_argument,
     add_options,
+    chosen_healing,
     chosen_mesh,
     load_chosen,
     read_options,
@@ -60,8 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     beyond = parser.add_argument_group("beyond GRIFFIN")
     add_options(
         beyond, Extensions,
-        "quality", "prior", "budgets", "prior_weight", "refit", "refresh_every", "speculative", "draft_weights",
-        "mixed_weights", "max_divergence",
+        "quality", "prior", "budgets", "prior_weight", "refit", "healing", "refresh_every", "speculative",
+        "draft_weights", "mixed_weights", "max_divergence",
     )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
@@ -91,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
     experts = ExpertNeurons.load(options.experts) if options.experts else None
     settings: dict[str, Any] = {
         "griffin": read_options(options, GriffinConfig),
-        "extensions": read_options(options, Extensions, prior=chosen_prior(options)),
+        "extensions": read_options(options, Extensions, prior=chosen_prior(options), healing=chosen_healing(options)),
         "generation": read_options(options, GenerationConfig),
     }
     check_options(**settings)

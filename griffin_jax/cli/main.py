@@ -41,6 +41,7 @@ COMMANDS = {
     "moin": ("moin", "a library of independently trained adapters, one of which answers each prompt"),
     "factorize": ("factorize", "divide a dense model into experts, and train routers to choose among them"),
     "prior": ("prior", "measure what a model's neurons do in general text, which helps to choose among them"),
+    "heal": ("heal", "train an adapter for pruned models, so that they predict what the full one does"),
     "lm-eval": ("lm_eval", "lm-evaluation-harness with the model griffin_jax; takes its arguments"),
 }
 """The module of each command, and what it does."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
+from griffin_jax.adapters.healing import Healing
 from griffin_jax.checkpoints import demo
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.griffin.config import parse_density
@@ -214,6 +215,16 @@ def chosen_needs(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs
     return needs_before_loading(
         options.model, options.dtype, options.weights, options.allow_pickle, mesh, whole_experts
     )
+
+
+def chosen_healing(options: argparse.Namespace) -> Healing | None:
+    """The healing of --healing, for the model that the options name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is damaged, or of another model.
+    """
+    return Healing.load(options.healing, chosen_needs(options).config) if options.healing else None
 
 
 def add_batch_argument(parser: Any, largest: int, what: str = "texts at a time") -> None:

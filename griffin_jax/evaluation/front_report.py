@@ -11,21 +11,21 @@ from griffin_jax.utils.figures import new_figure
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
 MARKERS = ("o", "s", "^", "D", "v")
-STYLES = ("-", "--", ":")
+STYLES = ("-", "--", ":", "-.")
 LABEL_SPACE = 34, 16
 """Pixels that a label of a point takes."""
 
 
 def table(figures: Figures) -> str:
     """Rows of figures with their intervals, and a star for those on the front."""
-    width = max([8, *(len(entry["weights"]) + 1 for entry in figures)])
+    width, kind = (max([8, *(len(entry[key]) + 1 for entry in figures)]) for key in ("weights", "quality"))
     lines = [
         "what really follows, against the unquantised dense model:",
-        f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{titles((KL, TOP1))}{'front':>7}",
+        f"{'weights':{width}}{'quality':{kind}}{'density':>8}{'MB/token':>10}{titles((KL, TOP1))}{'front':>7}",
     ]
     for entry in figures:
         lines.append(
-            f"{entry['weights']:{width}}{entry['quality']:8}{entry['density']:>8g}{_megabytes(entry):>10,.1f}"
+            f"{entry['weights']:{width}}{entry['quality']:{kind}}{entry['density']:>8g}{_megabytes(entry):>10,.1f}"
             f"{cells(entry, (KL, TOP1))}{'*' if entry['front'] else '':>7}".rstrip()
         )
     return "\n".join(lines)

@@ -25,10 +25,10 @@ BASELINES = (ORACLE, "magnitude", "random")
 """What stands next to every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
 PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
-REFRESH = "refresh"
-STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, REFRESH)
+HEALING, REFRESH = "healing", "refresh"
+STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, HEALING, REFRESH)
 """Beyond GRIFFIN, each after a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
-to the prior's rows, too, and all of it anew every few tokens."""
+to the prior's rows, too, an adapter that was trained for pruned models, and all of it anew every few tokens."""
 MEASURED = (PRIOR, BUDGETS, CALIBRATION)
 """The steps that need a prior."""
 
@@ -83,6 +83,7 @@ class Variant:
             prior.rows if prior is not None and CALIBRATION in steps else (),
             extensions.ridge,
             extensions.calibration_weight,
+            extensions.healing if HEALING in steps else None,
         )
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
 from griffin_jax.evaluation.front import entry_name, row_head, stored_as
+from griffin_jax.evaluation.front_report import STYLES
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
@@ -147,17 +148,17 @@ def mcnemar(lost: int, gained: int) -> float:
 
 def table(figures: Figures) -> str:
     """Rows of figures with their intervals."""
-    width = max([8, *(len(entry["weights"]) + 1 for entry in figures)])
+    width, kind = (max([8, *(len(entry[key]) + 1 for entry in figures)]) for key in ("weights", "quality"))
     problems = figures[0]["problems"]
     lines = [
         f"greedy answers to {problems} problems, against the dense model of the first row:",
-        f"{'weights':{width}}{'quality':8}{'density':>8}{'MB/token':>10}{'solved':>8}{'of all':>22}"
+        f"{'weights':{width}}{'quality':{kind}}{'density':>8}{'MB/token':>10}{'solved':>8}{'of all':>22}"
         f"{'kept of dense':>22}{'lost':>6}{'gained':>8}{'p':>9}",
     ]
     for entry in figures:
         share, kept = (_share(entry[name]) for name in ("share", "kept"))
         lines.append(
-            f"{entry['weights']:{width}}{entry['quality']:8}{entry['density']:>8g}"
+            f"{entry['weights']:{width}}{entry['quality']:{kind}}{entry['density']:>8g}"
             f"{entry['bytes_per_token'] / 1e6:>10,.1f}{entry['solved']:>8}{share:>22}{kept:>22}"
             f"{entry['lost']:>6}{entry['gained']:>8}{entry['p']:>9.2g}"
         )
@@ -190,7 +191,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     # Where nothing is pruned, dense rows are all there is.
     names = qualities or list(dict.fromkeys(entry["quality"] for entry in figures))
     for number, weights in enumerate(formats):
-        for quality, style in zip(names, ("-", "--"), strict=False):
+        for quality, style in zip(names, STYLES, strict=False):
             line = [
                 entry
                 for entry in figures

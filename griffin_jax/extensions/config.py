@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from griffin_jax.extensions.drafter import draft_format
+from griffin_jax.extensions.healing import Heals
 from griffin_jax.extensions.mixed import MixedFormat, others_format
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion, check_weight
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
@@ -40,6 +41,8 @@ class Extensions:
         ridge: of that fit; the larger, the less it changes.
         calibration: fit to the prior's calibration rows, too, if there are any.
         calibration_weight: tokens of a prompt that these count for.
+        healing: an adapter that only the pruned model has, which was trained for it to predict what the full one does:
+            a `griffin_jax.adapters.healing.Healing`, from `griffin-jax heal`.
         refresh_every: after every so many tokens the full model reads them in one pass, which corrects the cache and
             writes the next token, and neurons are chosen (and refitted) anew, by the prompt and all of the answer so
             far. 1 is dense decoding.
@@ -86,6 +89,9 @@ class Extensions:
     calibration: bool = True
     calibration_weight: float = option(
         CALIBRATION_WEIGHT, "tokens of the prompt that general text counts for in the refit", metavar="A"
+    )
+    healing: Heals | None = option(
+        None, "give the pruned model the adapter that griffin-jax heal trained for it", type=str, metavar="FOLDER"
     )
     refresh_every: int | None = option(
         None,
@@ -170,7 +176,7 @@ class Extensions:
             raise ValueError(
                 'rows in two formats are not refitted: quality="griffin" and refit=False, or no mixed_weights'
             )
-        for name in ("refresh_every", "speculative"):
+        for name in ("refresh_every", "speculative", "healing"):
             if getattr(self, name):
                 raise ValueError(f"mixed_weights do not go with {name}: give one of the two")
 

@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.healing import Heals
 from griffin_jax.extensions.prior import Fusion
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
@@ -39,6 +40,7 @@ class Pruner:
         calibration: per layer, the rows of general text that are fitted to, too.
         ridge: of the fit.
         calibration_weight: tokens of a prompt that general text counts for.
+        healing: what pruned models have in addition; None for nothing.
     """
 
     config: GriffinConfig = dataclasses.field(metadata={"static": True})
@@ -47,6 +49,7 @@ class Pruner:
     calibration: tuple[Float[Array, "_c _f"], ...] = ()
     ridge: float = 1.0
     calibration_weight: float = CALIBRATION_WEIGHT
+    healing: Heals | None = None
 
     @classmethod
     def of(cls, config: GriffinConfig, extensions: Extensions = Extensions()) -> Pruner:
@@ -64,6 +67,7 @@ class Pruner:
             prior.rows if prior is not None and extensions.rows and extensions.calibration else (),
             extensions.ridge,
             extensions.calibration_weight,
+            extensions.healing,
         )
 
     def rows_of_each(self, batch: int, experts: ExpertNeurons | None = None) -> int:
@@ -128,12 +132,12 @@ class Pruner:
         sets = 1 if experts.shared else local_sequences(mesh_of(model.embedding[...]), experts[0].shape[0])
         if model.config.routing is not None and sets > 1:
             # Each sequence would need a copy of all experts.
-            return mask(model, experts, refit=refit)
+            return self._healed(mask(model, experts, refit=refit), experts)
         if refit is None and masks_are_less(sum(model.neurons), sum(experts.kept), sets):
-            return mask(model, experts)
+            return self._healed(mask(model, experts), experts)
         if reuse is not None and any(layer.ff.mask is not None for layer in reuse.layers):
             reuse = None
-        return prune(model, experts, reuse=reuse, refit=refit)
+        return self._healed(prune(model, experts, reuse=reuse, refit=refit), experts)
 
     def mask(self, model: Transformer, experts: ExpertNeurons, rows: Rows = ()) -> Transformer:
         """What `prune` gives, without a copy of any weight: for scoring given tokens, see `griffin_jax.griffin.masked`.
@@ -146,7 +150,10 @@ class Pruner:
         Raises:
             ValueError: as `griffin_jax.griffin.masked.mask`.
         """
-        return mask(model, experts, refit=self.refit(rows))
+        return self._healed(mask(model, experts, refit=self.refit(rows)), experts)
+
+    def _healed(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:
+        return pruned if self.healing is None else self.healing.heal(pruned, experts)
 
     def scorer(
         self, model: Transformer, statistics: Statistics, rows: Rows = (), *, seed: int | Int[Array, "*b"] = 0

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
-from griffin_jax.adapters.adapter import Adapter, attach, stack
+from griffin_jax.adapters.adapter import Adapter, attach, detach, stack
 from griffin_jax.adapters.library import Library
 from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
@@ -735,6 +735,10 @@ class LLM:
             if self._in_place is not None:
                 raise ValueError("with in_place the rows of weights move, so a prior cannot be known to be theirs")
             extensions.prior.check(self._own_fingerprint())
+        if extensions.healing is not None:
+            if self._in_place is not None:
+                raise ValueError("with in_place the rows of weights move, and those of a healing do not: healing=None")
+            extensions.healing.check(self.config, self._own_fingerprint())
         return Pruner.of(config, extensions)
 
     def _own_fingerprint(self) -> str:
@@ -769,6 +773,9 @@ class LLM:
             return self._in_place.prune(experts)
         if reuse is None:
             reuse, self._spare = self._spare, None
+        if reuse is not None and reuse.adapted and not model.adapted:
+            # What is overwritten is rows as they are pruned, before they are healed.
+            reuse = detach(reuse)
         return pruner.prune(model, experts, rows, reuse=reuse)
 
     def _prune_mixed(self, mixed: MixedFormat, pruner: Pruner, statistics: Statistics) -> Transformer:

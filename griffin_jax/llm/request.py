@@ -54,6 +54,8 @@ class Request:
         self.extensions.check(self.griffin)
         if self.experts is not None and self.extensions.max_divergence is not None:
             raise ValueError("experts are kept whatever they lose: give a least density, or max_divergence=None")
+        if self.adapter is not None and self.extensions.healing is not None:
+            raise ValueError("a healing is for the model without an adapter: give one of the two")
 
     @classmethod
     def of(

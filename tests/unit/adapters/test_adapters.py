@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import drawn_adapter
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -34,17 +35,6 @@ from griffin_jax.training.data import Batch
 from griffin_jax.training.loss import next_token_loss
 
 TOKENS = np.random.default_rng(1).integers(3, 101, (2, 12)).astype(np.int32)
-
-
-def drawn(config: gj.ModelConfig, seed: int, rank: int = 3, targets: str = "attention,feed_forward") -> Adapter:
-    """An adapter whose B is not zero."""
-    random = np.random.default_rng(seed)
-    blank = Adapter.init(config, AdapterConfig(rank=rank, alpha=4.0, targets=targets), jax.random.key(seed))
-    factors = {
-        name: Factors(each.a, jnp.asarray(random.normal(0, 0.2, each.b.shape), jnp.float32))
-        for name, each in blank.factors.items()
-    }
-    return dataclasses.replace(blank, factors=factors)
 
 
 @jax.jit
@@ -83,7 +73,7 @@ def model(tiny) -> gj.Transformer:
 
 @pytest.fixture(scope="module")
 def pair(model) -> list[Adapter]:
-    return [drawn(model.config, 1), drawn(model.config, 2, rank=5)]
+    return [drawn_adapter(model.config, 1), drawn_adapter(model.config, 2, rank=5)]
 
 
 class TestAttach:
@@ -103,7 +93,7 @@ class TestAttach:
         assert fingerprint(made) != before
 
     def test_only_the_targets_are_changed(self, model):
-        made = attach(model, drawn(model.config, 1, targets="v_proj, feed_forward"))
+        made = attach(model, drawn_adapter(model.config, 1, targets="v_proj, feed_forward"))
         layer = made.layers[0]
         assert layer.attention.out_left is None
         np.testing.assert_array_equal(layer.attention.qkv_left[...][:, :-1], 0)
@@ -391,7 +381,7 @@ class TestRoutedExperts:
     CONFIG = gj.ModelConfig("mixtral", 101, 32, 48, 1, 4, 2, 8, 64, routing=Routing(6, 2, 20, normalised=True))
 
     def test_attached_is_merged_is_added_to_the_matrix(self):
-        model, adapter = random_model(self.CONFIG), drawn(self.CONFIG, 0, targets="attention")
+        model, adapter = random_model(self.CONFIG), drawn_adapter(self.CONFIG, 0, targets="attention")
         attached = attach(model, adapter)
         merged = merge(attached)
         close(logits(attached, TOKENS), logits(merged, TOKENS))
@@ -405,7 +395,7 @@ class TestRoutedExperts:
 
     def test_training_reaches_them_through_the_experts(self):
         """The change of the loss along the gradient is the gradient's square."""
-        model, adapter = random_model(self.CONFIG), drawn(self.CONFIG, 0, targets="q_proj")
+        model, adapter = random_model(self.CONFIG), drawn_adapter(self.CONFIG, 0, targets="q_proj")
         batch, step = Batch(TOKENS, np.asarray([12, 9], np.int32)), 3e-3
 
         @jax.jit
@@ -425,4 +415,4 @@ class TestRoutedExperts:
         with pytest.raises(
             ValueError, match=r"gate of routed experts has no adapter.* has q_proj, k_proj, v_proj, o_p"
         ):
-            drawn(self.CONFIG, 0, targets="feed_forward")
+            drawn_adapter(self.CONFIG, 0, targets="feed_forward")

@@ -1,0 +1,122 @@
+"""`griffin-jax heal`: train an adapter that pruned models have, so that they predict what the full one does."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.healing_training import Course, train_healing
+from griffin_jax.checkpoints.native import check_free
+from griffin_jax.cli.factorize import packed_texts
+from griffin_jax.cli.options import (
+    add_dtype_argument,
+    add_mesh_argument,
+    add_model_argument,
+    add_options,
+    check_files,
+    check_output,
+    chosen_mesh,
+    chosen_needs,
+    load_reader,
+    read_options,
+)
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.prior import Prior, load_for_best
+from griffin_jax.extensions.pruner import Pruner
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.parallel.distributed import is_first
+from griffin_jax.training.config import TrainingConfig
+
+DESCRIPTION = """Trains an adapter of low rank for the pruned forms of a model, whose own weights stay as they are. Of
+each sequence of the texts the full model reads the first tokens and chooses neurons, and what the pruned model with the
+adapter expects of the others is compared with what the full one does. One adapter serves all prompts; generate, chat
+and eval take it as --healing. The same command goes on after an interruption."""
+
+RANK, TARGETS = 16, "feed_forward"
+"""Of an adapter: what is added to neurons alone costs decoding nothing."""
+
+SHOWN = 10
+"""Updates that the figures which are shown are means of."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command."""
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; must not exist yet")
+    add_model_argument(parser)
+    add_dtype_argument(parser)
+    add_mesh_argument(parser)
+    parser.add_argument(
+        "--text", metavar="FILE", nargs="+", type=Path, required=True,
+        help="JSONL files with a text on each line, or text files (UTF-8) that are one text each",
+    )  # fmt: skip
+    parser.add_argument("--column", default="text", help="of JSONL files (default: %(default)s)")
+    pruned = parser.add_argument_group("pruned models that it is for")
+    add_options(pruned, GriffinConfig, "density")
+    add_options(pruned, Extensions, "quality", "prior", "prior_weight", "budgets", "refit")
+    adapter = parser.add_argument_group("adapter")
+    add_options(adapter, AdapterConfig, "rank", default=RANK)
+    add_options(adapter, AdapterConfig, "alpha", default=2.0 * RANK)
+    add_options(adapter, AdapterConfig, "rslora")
+    add_options(adapter, AdapterConfig, "targets", default=TARGETS)
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--prompt-tokens", metavar="P", type=int, default=Course.prompt,
+        help="tokens of a sequence that choose its neurons (default: %(default)s)",
+    )  # fmt: skip
+    add_options(training, TrainingConfig)
+    parser.add_argument("--training", metavar="FOLDER", type=Path, help="of checkpoints (default: OUTPUT.training)")
+    parser.add_argument(
+        "--save-every", metavar="N", type=int, default=50, help="updates between two checkpoints (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trains and saves."""
+    training = read_options(options, TrainingConfig)
+    course = Course(read_options(options, AdapterConfig), training, options.prompt_tokens)
+    if options.save_every < 1:
+        raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
+    check_free(options.output)
+    check_output("OUTPUT", options.output)
+    check_files(options.text)
+    prior = Prior.load(options.prior) if options.prior else None
+    if options.quality == "best" and prior is None:
+        prior = load_for_best(options.model, None)
+    griffin = read_options(options, GriffinConfig)
+    extensions = read_options(options, Extensions, prior=prior)
+    pruner = Pruner.of(griffin, extensions)
+    mesh = chosen_mesh(options)
+    needs = chosen_needs(options, mesh)
+    if pruner.config.kept(needs.config.neuron_ranges) == needs.config.neurons:
+        raise ValueError(f"density {options.density} keeps all neurons, and there is nothing to heal")
+    if training.length > needs.config.max_positions:
+        raise ValueError(f"--length {training.length} is more than the context of {needs.config.max_positions} tokens")
+    llm = load_reader(options, mesh)
+    model = fingerprint(llm.model)
+    if prior is not None:
+        prior.check(model)
+    packed = packed_texts(llm, options.text, options.column, training.length)
+    folder = options.training or options.output.with_name(f"{options.output.name}.training")
+    healing, losses = train_healing(
+        llm.model, packed, pruner, course, fingerprint=model, folder=folder, save_every=options.save_every
+    )
+    if not is_first():
+        return
+    about = {"density": options.density, "quality": options.quality, **dataclasses.asdict(course)}
+    healing.save(options.output, llm.config, options.model, about)
+    trained = training.steps * training.batch * (training.length - course.prompt)
+    print(
+        f"{options.output}: rank {healing.adapter.rank}, {healing.adapter.parameters:,} numbers, trained on"
+        f" {trained:,} tokens"
+    )
+    if losses:
+        first, last = (float(np.mean(few)) for few in (losses[:SHOWN], losses[-SHOWN:]))
+        print(
+            f"KL to the full model on texts that were new to it: {first:.3f} nats per token in the first"
+            f" {len(losses[:SHOWN])} updates of this run, {last:.3f} in the last {len(losses[-SHOWN:])}"
+        )
