@@ -164,6 +164,8 @@ class Extensions:
                 )
             if self.mixed_weights is not None:
                 raise ValueError("mixed_weights do not go with max_divergence: give one of the two")
+            if self.healing is not None:
+                raise ValueError("a trial is of models without a healing: give healing or max_divergence, not both")
 
     def _check_mixed(self, text: str) -> None:
         try:

@@ -219,6 +219,10 @@ class TestGenerate:
             tiny.llm.generate(PROMPTS, density=0.5, healing=healing, adapter=healing.adapter)
         with pytest.raises(ValueError, match="mixed_weights do not go with healing"):
             Extensions(mixed_weights="int4@0.5", healing=healing)
+        with pytest.raises(ValueError, match="a trial is of models without a healing"):
+            Extensions(max_divergence=0.1, healing=healing)
+        with pytest.raises(ValueError, match="with in_place the rows of weights move"):
+            gj.LLM(tiny.llm.model, in_place=True).generate(PROMPTS[:1], density=0.5, healing=healing)
 
 
 class TestFiles:
