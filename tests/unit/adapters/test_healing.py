@@ -222,7 +222,7 @@ class TestGenerate:
         with pytest.raises(ValueError, match="a trial is of models without a healing"):
             Extensions(max_divergence=0.1, healing=healing)
         with pytest.raises(ValueError, match="with in_place the rows of weights move"):
-            gj.LLM(tiny.llm.model, in_place=True).generate(PROMPTS[:1], density=0.5, healing=healing)
+            gj.load(tiny.folder, "float32", in_place=True).generate(PROMPTS[:1], density=0.5, healing=healing)
 
 
 class TestFiles:
