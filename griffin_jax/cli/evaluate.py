@@ -70,7 +70,7 @@ from griffin_jax.evaluation.samples import (
 )
 from griffin_jax.evaluation.sandbox import Limits, check_sandbox
 from griffin_jax.extensions.config import Extensions, check_quality
-from griffin_jax.extensions.drafter import draft_format
+from griffin_jax.extensions.drafter import draft_format, drafter_bytes
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.promise import MARGIN, SHORTEST, trial_tokens, tried_densities
@@ -186,6 +186,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="separated by commas",
     )  # fmt: skip
     _add_qualities(what)
+    what.add_argument(
+        "--drafters", metavar="FORMAT@D", default="",
+        help="also the dense model of each format by speculative decoding, with drafters of a format and a density,"
+        " separated by commas, such as int4@0.5: the bytes that it reads for a token of its own greedy continuation"
+        " (default: none)",
+    )  # fmt: skip
     _add_sample(what, size=4)
     _add_prior(kind, ", for all formats of it")
     _add_output(kind)
@@ -586,7 +592,7 @@ def _batch(
             )
         answers = options.task in ("divergence", "promise")
         parts = needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
-        return parts | _quantised(options, needs) if options.task == "front" else parts
+        return parts | _quantised(options, needs) | _of_drafters(options, needs) if options.task == "front" else parts
 
     return chosen_batch(options, needed, "--weights of fewer bits or shorter texts", mesh)
 
@@ -602,6 +608,17 @@ def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
         return bits + needs.in_memory(_sizes(needs, weights.coarse).ff(None), weights.coarse)
 
     return {"weights in another format": max(map(held, options.formats))}
+
+
+def _of_drafters(options: argparse.Namespace, needs: Needs) -> Parts:
+    """The bytes of the largest drafter, which is next to both."""
+    devices = axis_size(needs.mesh, MODEL_AXIS)
+    formats = {drafter.weights for drafter in options.drafters}
+    held = [
+        needs.in_memory(drafter_bytes(needs.config, Precision.of(needs.precision.dtype, weights), devices), weights)
+        for weights in formats
+    ]
+    return {"drafter": max(held)} if held else {}
 
 
 def _sizes(needs: Needs, weights: WeightFormat) -> Sizes:
@@ -731,6 +748,8 @@ def _choose_front(options: argparse.Namespace) -> None:
     """
     _choose_qualities(options)
     options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    names = options.drafters.split(",") if options.drafters else []
+    options.drafters = list(dict.fromkeys(map(drafts.Drafter.parse, names)))
 
 
 def _choose_drafts(options: argparse.Namespace) -> None:
@@ -794,6 +813,12 @@ def _check_formats(
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
     front.check_variants(needs.config, variants, options.formats, extensions)
+    for drafter in options.drafters:
+        drafter.weights.check(needs.config.width, needs.config.embedding_width)
+    if options.drafters and not front.pairs(options.formats, options.drafters):
+        raise ValueError(
+            "--drafters have fewer bits than the model they draft for, and no format of --weights has more"
+        )
 
 
 def _front(
@@ -801,22 +826,36 @@ def _front(
 ) -> Evaluation:
     items, settings = _continued(options, llm, skipped)
     slots = max((len(item.prompt) + len(item.answer) for item in items), default=0)
+    drafted, new = front.pairs(options.formats, options.drafters), options.new_tokens
+    if drafted and new <= MOST_DRAFTS:
+        raise ValueError(f"--new-tokens must be more than the {MOST_DRAFTS} tokens of a round of drafts, got {new}")
 
-    def figures(scores: dict[str, Any]) -> report.Figures:
+    def compare(journal: Journal) -> dict[str, Any]:
+        scores = front.compare_formats(
+            llm, items, variants, options.formats, journal, new=new, size=options.batch, seed=options.seed,
+            extensions=extensions,
+        )  # fmt: skip
+        return {"scores": scores, "drafts": front.compare_drafted(llm, items, drafted, journal, new=new)}
+
+    def figures(found: dict[str, Any]) -> report.Figures:
+        read = {
+            pair: front.drafted_bytes(
+                llm.config,
+                llm.model.dtype,
+                *pair,
+                slots,
+                new,
+                list(found["drafts"][front.drafted_name(*pair)].values()),
+            )
+            for pair in drafted
+        }
         sizes = _bytes_per_token(options, llm, variants, extensions, slots)
-        return front.figures(scores, variants, options.qualities, sizes, options.seed)
+        return front.figures(found["scores"], variants, options.qualities, sizes, options.seed, read)
 
-    return Evaluation(
-        items,
-        settings | {"weights": [str(weights) for weights in options.formats]},
-        lambda journal: front.compare_formats(
-            llm, items, variants, options.formats, journal, new=options.new_tokens, size=options.batch,
-            seed=options.seed, extensions=extensions,
-        ),
-        figures,
-        front_report.table,
-        front_report.plot,
-    )  # fmt: skip
+    settings |= {"weights": [str(weights) for weights in options.formats]}
+    if drafted:
+        settings |= {"drafters": [drafter.name for drafter in options.drafters]}
+    return Evaluation(items, settings, compare, figures, front_report.table, front_report.plot)
 
 
 def _bytes_per_token(

@@ -22,8 +22,8 @@ from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles
 from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.drafter import step_bytes
-from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.extensions.drafter import draft_format, step_bytes
+from griffin_jax.griffin.config import GriffinConfig, check_density
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.weights import Precision, WeightFormat
@@ -57,6 +57,22 @@ class Drafter:
     variant: Variant
     quality: str
     drafts: int | bool
+
+    @classmethod
+    def parse(cls, text: str) -> Drafter:
+        """`int4@0.5`: in int4, with half of the neurons, those that GRIFFIN keeps; as many drafts as are worth it.
+
+        Raises:
+            ValueError: this is no format of integers with a density after it.
+        """
+        name, _, share = text.strip().partition("@")
+        try:
+            density = float(share)
+        except ValueError:
+            raise ValueError(f"a drafter is a format with a density, such as int4@0.5, got {text!r}") from None
+        check_density(density)
+        variant = Variant(DENSE, 1.0) if density == 1 else Variant("topk", density)
+        return cls(draft_format(name), variant, "griffin", True)
 
     @property
     def format(self) -> str:
@@ -118,40 +134,47 @@ def compare_drafters(
     warm: set[Drafter | None] = set()
 
     def timed(item: Item, drafter: Drafter | None) -> Generation:
-        def answer() -> Generation:
-            density = 1.0 if drafter is None else drafter.variant.density
-            chosen = Extensions() if drafter is None else options_of(drafter, extensions)
-            return llm.generate(
-                [list(item.prompt)],
-                griffin=GriffinConfig(density),
-                extensions=chosen,
-                max_new_tokens=new,
-                ignore_eos=True,
-            )
-
         if drafter not in warm:
             # What is compiled or made once is no answer's.
-            answer()
+            continued(llm, item, drafter, new, extensions)
             warm.add(drafter)
-        return answer()
+        return continued(llm, item, drafter, new, extensions)
 
     for weights, item in tqdm(todo, unit="text", disable=None):
         dense = timed(item, None)
         found: dict[str, Any] = {DENSE: {"seconds": dense.seconds["decode"]}}
         for drafter in (each for each in every if each.weights == weights):
             out = timed(item, drafter)
-            drafting = out.drafting
-            assert drafting is not None
             same = sum(map(int.__eq__, out.tokens[0], dense.tokens[0]))
-            found[drafter.name] = {
-                "passes": int(drafting.passes),
-                "drafted": int(drafting.drafted.sum()),
-                "accepted": int(drafting.accepted.sum()),
-                "same": same,
-                "seconds": out.seconds["decode"],
-            }
+            found[drafter.name] = {**counts(out), "same": same, "seconds": out.seconds["decode"]}
         journal.add({_entry(weights, item): found})
     return {item.name: {_name(weights): journal.scores[_entry(weights, item)] for weights in formats} for item in items}
+
+
+def continued(llm: LLM, item: Item, drafter: Drafter | None, new: int, extensions: Extensions) -> Generation:
+    """The model's own greedy continuation of a prompt, by speculative decoding if there is a drafter.
+
+    Args:
+        llm: the model.
+        item: the text, of which the prompt is read.
+        drafter: what drafts.
+        new: tokens of the answer.
+        extensions: what quality best takes.
+    """
+    return llm.generate(
+        [list(item.prompt)],
+        griffin=GriffinConfig(1.0 if drafter is None else drafter.variant.density),
+        extensions=Extensions() if drafter is None else options_of(drafter, extensions),
+        max_new_tokens=new,
+        ignore_eos=True,
+    )
+
+
+def counts(out: Generation) -> dict[str, int]:
+    """Of an answer by speculative decoding: passes of the full model, drafts, and those that were accepted."""
+    assert out.drafting is not None
+    drafted, accepted = int(out.drafting.drafted.sum()), int(out.drafting.accepted.sum())
+    return {"passes": int(out.drafting.passes), "drafted": drafted, "accepted": accepted}
 
 
 def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:

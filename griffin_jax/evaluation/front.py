@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
+from griffin_jax.evaluation.drafts import Drafter, continued, counts
 from griffin_jax.evaluation.forced import score_models
+from griffin_jax.evaluation.front_report import DRAFTED
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, RECONSTRUCTION, Variant, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, forced_figures
 from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.drafter import step_bytes
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, select_mixed
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket
@@ -181,6 +185,78 @@ def compare_formats(
     return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 
 
+def pairs(formats: Sequence[Format], drafters: Sequence[Drafter]) -> list[tuple[WeightFormat, Drafter]]:
+    """Full models and their drafters: each format that has more bits than a drafter's."""
+    found = itertools.product(formats, drafters)
+    return [
+        (weights, drafter)
+        for weights, drafter in found
+        if isinstance(weights, WeightFormat) and drafter.weights is not None and drafter.weights.bits < weights.bits
+    ]
+
+
+def compare_drafted(
+    llm: LLM,
+    items: Sequence[Item],
+    drafted: Sequence[tuple[WeightFormat, Drafter]],
+    journal: Journal,
+    *,
+    new: int,
+) -> dict[str, dict[str, dict[str, int]]]:
+    """What speculative decoding needs, whose answers are those of the dense model in a format.
+
+    Args:
+        llm: the model, with floating weights.
+        items: the texts, of which the prompts are read, and continued by the model itself.
+        drafted: from `pairs`.
+        journal: what is done already.
+        new: tokens of each continuation.
+
+    Returns:
+        For each pair, by `drafted_name`, and each text the `drafts.counts`.
+    """
+    names = {pair: drafted_name(*pair) for pair in drafted}
+    todo = [(pair, item) for pair in drafted for item in items if f"{names[pair]}: {item.name}" not in journal.scores]
+    stored: LLM | None = None
+    for (weights, drafter), item in tqdm(todo, unit="text", desc="drafts", disable=None):
+        if stored is None or stored.model.weights != weights:
+            stored = LLM(stored_as(llm.model, weights), llm.tokenizer, llm.name)
+        needed = counts(continued(stored, item, drafter, new, DEFAULTS))
+        journal.add({f"{names[weights, drafter]}: {item.name}": needed})
+    return {name: {item.name: journal.scores[f"{name}: {item.name}"] for item in items} for name in names.values()}
+
+
+def drafted_name(weights: WeightFormat, drafter: Drafter) -> str:
+    """What files call a model with its drafter."""
+    return f"{weights} with {drafter.name}"
+
+
+def drafted_bytes(
+    config: ModelConfig,
+    dtype: np.dtype,
+    weights: WeightFormat,
+    drafter: Drafter,
+    slots: int,
+    new: int,
+    needed: Sequence[Mapping[str, int]],
+) -> float:
+    """Bytes that speculative decoding read for each token, drafts and passes of the full model together.
+
+    Args:
+        config: the model.
+        dtype: of the computation and the cache.
+        weights: how the full model's matrices are stored.
+        drafter: what drafts.
+        slots: tokens in the cache.
+        new: tokens of each answer, of which the first needs no step.
+        needed: the `drafts.counts` of every answer.
+    """
+    kept = _config(drafter.variant, DEFAULTS).kept(config.neuron_ranges)
+    draft, step = step_bytes(config, Precision.of(dtype, weights), slots, kept, drafter.weights)
+    read = sum(each["passes"] * step + each["drafted"] * draft for each in needed)
+    return read / ((new - 1) * len(needed))
+
+
 def _mixed(
     model: Transformer,
     few: Transformer | None,
@@ -227,8 +303,9 @@ def figures(
     qualities: Mapping[str, str],
     bytes_of: Mapping[tuple[str, Variant], int],
     seed: int,
+    drafted: Mapping[tuple[WeightFormat, Drafter], float] = MappingProxyType({}),
 ) -> Figures:
-    """One entry for each format and variant, those that read least first.
+    """One entry for each format and variant, and for each model with a drafter; those that read least first.
 
     Args:
         scores: from `compare_formats`.
@@ -236,12 +313,20 @@ def figures(
         qualities: for people, what a method is.
         bytes_of: bytes per token of a format and a variant.
         seed: of the bootstrap.
+        drafted: the `drafted_bytes` of models with drafters. They predict what the dense model of their format does.
     """
     found = [
         row_head(weights, variant, qualities, bytes_of) | forced_figures(list(texts.values()), variant, 0, seed)
         for weights, texts in scores.items()
         for variant in variants
     ]
+    for (weights, drafter), read in drafted.items():
+        full = next(entry for entry in found if entry["weights"] == str(weights) and entry["method"] == DENSE)
+        found.append(
+            full
+            | {"weights": f"{weights} ({drafter.format} drafts)", "quality": DRAFTED, "method": DRAFTED}
+            | {"density": drafter.variant.density, "bytes_per_token": read}
+        )
     found.sort(key=lambda entry: (entry["bytes_per_token"], _kl(entry)))
     marked = on_front([(entry["bytes_per_token"], _kl(entry)) for entry in found])
     return [entry | {"front": mark} for entry, mark in zip(found, marked, strict=True)]

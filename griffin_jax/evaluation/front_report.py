@@ -9,6 +9,9 @@ from griffin_jax.evaluation.grid import DENSE
 from griffin_jax.evaluation.report import TOP1, Figures, Metric, cells, draw_legend, draw_line, titles
 from griffin_jax.utils.figures import new_figure
 
+DRAFTED = "drafted"
+"""Instead of a quality: the full model decides about what a drafter writes, and density is the drafter's."""
+
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
 MARKERS = ("o", "s", "^", "D", "v")
 STYLES = ("-", "--", ":", "-.")
@@ -31,6 +34,17 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
+def _draw_drafted(axis: Any, figures: Figures, formats: list[str]) -> None:
+    """Models with drafters: stars, in the colour of the full model's format, a line for each format of drafters."""
+    for weights in dict.fromkeys(entry["weights"] for entry in figures):
+        line = [entry for entry in figures if entry["weights"] == weights]
+        draw_line(
+            axis, [_megabytes(entry) for entry in line], [entry["kl"] for entry in line], elinewidth=0.8,
+            marker="*", markersize=11, linewidth=1.2, linestyle=":", color=f"C{formats.index(weights.split()[0]) % 10}",
+            label=weights,
+        )  # fmt: skip
+
+
 def _megabytes(entry: Any) -> float:
     return entry["bytes_per_token"] / 1e6
 
@@ -50,8 +64,9 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     figure = new_figure(7.2, 5.2)
     figure.suptitle(title, fontsize="medium")
     axis = figure.subplots()
-    formats = list(dict.fromkeys(entry["weights"] for entry in reversed(figures)))
-    qualities = list(dict.fromkeys(entry["quality"] for entry in figures if entry["method"] != DENSE)) or [DENSE]
+    alone = [entry for entry in figures if entry["method"] != DRAFTED]
+    formats = list(dict.fromkeys(entry["weights"] for entry in reversed(alone)))
+    qualities = list(dict.fromkeys(entry["quality"] for entry in alone if entry["method"] != DENSE)) or [DENSE]
     shown = [entry for entry in figures if entry["kl"]["value"] is not None and entry["kl"]["value"] > 0]
     for number, weights in enumerate(formats):
         colour = f"C{number % 10}"
@@ -68,6 +83,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
             axis.axvline(
                 _megabytes(entry), color=colour, linewidth=1, alpha=0.6, linestyle="-.", label=f"{weights}, dense: KL 0"
             )
+    _draw_drafted(axis, [entry for entry in shown if entry["method"] == DRAFTED], formats)
     front = [entry for entry in shown if entry["front"]]
     places = [_megabytes(entry) for entry in front], [entry["kl"]["value"] for entry in front]
     axis.step(*places, where="post", color="0.6", linewidth=5, alpha=0.4, zorder=0)

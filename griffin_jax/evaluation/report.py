@@ -267,7 +267,7 @@ def _line(
 def draw_line(axis: Any, at: Sequence[float], figures: Figures, **style: Any) -> None:
     """Figures at these places as points of a line, with bars for their intervals."""
     values = [figure["value"] for figure in figures]
-    axis.errorbar(at, values, yerr=_bars(figures), markersize=4, capsize=2, **style)
+    axis.errorbar(at, values, yerr=_bars(figures), **{"markersize": 4, "capsize": 2, **style})
 
 
 def _bars(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:

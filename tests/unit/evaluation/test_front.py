@@ -13,8 +13,9 @@ from reference import oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
-from griffin_jax.evaluation import front, front_report
+from griffin_jax.evaluation import drafts, front, front_report
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.drafts import Drafter
 from griffin_jax.evaluation.grid import Variant, grid
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.extensions.mixed import MixedFormat, coarse
@@ -220,6 +221,49 @@ class TestFront:
         assert [line.endswith("*") for line in lines[2:]] == [entry["front"] for entry in found]
 
 
+class TestDrafters:
+    def test_only_formats_of_more_bits_have_them(self):
+        drafters = [Drafter.parse("int4:16@0.5"), Drafter.parse("int8@1")]
+        formats = [*FORMATS, MixedFormat.parse("int8+int4:16@0.5")]
+        assert [(str(weights), drafter.name) for weights, drafter in front.pairs(formats, drafters)] == [
+            ("float32", "int4:16 topk 0.5, auto drafts"),
+            ("float32", "int8 dense, auto drafts"),
+            ("int8", "int4:16 topk 0.5, auto drafts"),
+        ]
+
+    def test_bytes_are_those_of_the_passes_and_drafts_of_answers(self, primed, tmp_path):
+        new, slots = 12, 30
+        (pair,) = front.pairs([WeightFormat.parse("int8")], [Drafter.parse("int4:16@0.5")])
+        found = front.compare_drafted(primed.llm, ITEMS[:2], [pair], Journal(tmp_path, {}), new=new)
+        stored = gj.LLM(front.stored_as(primed.llm.model, pair[0]))
+        read = 0
+        full = front.bytes_per_token(primed.llm.config, np.dtype(np.float32), pair[0], slots, Variant("dense", 1.0))
+        draft, step = drafts.read_bytes(stored, pair[1], slots, gj.Extensions())
+        assert step == full
+        for item in ITEMS[:2]:
+            out = stored.generate(
+                [list(item.prompt)], density=0.5, speculative=True, draft_weights="int4:16", max_new_tokens=new,
+                ignore_eos=True,
+            )  # fmt: skip
+            dense = stored.generate([list(item.prompt)], density=1.0, max_new_tokens=new, ignore_eos=True)
+            assert out.tokens == dense.tokens
+            read += int(out.drafting.passes) * full + int(out.drafting.drafted.sum()) * draft
+        needed = list(found["int8 with int4:16 topk 0.5, auto drafts"].values())
+        measured = front.drafted_bytes(primed.llm.config, np.dtype(np.float32), *pair, slots, new, needed)
+        assert measured == pytest.approx(read / (2 * (new - 1)))
+
+    def test_they_predict_what_the_dense_model_does(self, scores):
+        bytes_of = {(w, v): 10 * n for n, (w, v) in enumerate((w, v) for w in reversed(scores) for v in reversed(ROWS))}
+        pair = WeightFormat.parse("int8"), Drafter.parse("int4:16@0.5")
+        found = front.figures(scores, ROWS, {"dense": "-", "topk": "griffin"}, bytes_of, 0, {pair: 15.0})
+        by_name = {(entry["weights"], entry["quality"]): entry for entry in found}
+        drafted, dense = by_name["int8 (int4:16 drafts)", "drafted"], by_name["int8", "-"]
+        assert drafted["kl"] == dense["kl"]
+        assert (drafted["bytes_per_token"], drafted["density"]) == (15.0, 0.5)
+        # It reads less than the dense model, and is as near.
+        assert (drafted["front"], dense["front"]) == (True, False)
+
+
 def texts(folder: Path) -> Path:
     file = folder / "FILE"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in PASSAGES), encoding="utf-8")
@@ -239,7 +283,7 @@ class TestCommand:
         arguments = (
             texts(tmp_path), "--model", primed.folder, "--dtype", "float32", "--prompt-tokens", 40, "--new-tokens", 12,
             "--density", "1,0.5", "--limit", 3, "--output", tmp_path / "out", "--plot", tmp_path / "plot.png",
-            "--json-file", tmp_path / "found.json",
+            "--json-file", tmp_path / "found.json", "--drafters", "int4:16@0.5",
         )  # fmt: skip
         code, out, err = run(capsys, *arguments)
         assert code == 0, err
@@ -249,9 +293,10 @@ class TestCommand:
         # The prior next to the model is found; it has neither budgets nor is it of another format.
         rows = {(entry["weights"], entry["quality"], entry["density"]) for entry in result["figures"]}
         kinds = [("-", 1.0), ("griffin", 0.5), ("best", 0.5)]
-        assert rows == {(weights, *kind) for weights in result["weights"] for kind in kinds}
+        drafted = {(f"{weights} (int4:16 drafts)", "drafted", 0.5) for weights in ("float32", "int8")}
+        assert rows == {(weights, *kind) for weights in result["weights"] for kind in kinds} | drafted
         assert {entry["method"] for entry in result["figures"]} == {
-            "dense", "topk", "topk+prior+reconstruction+calibration",
+            "dense", "topk", "topk+prior+reconstruction+calibration", "drafted",
         }  # fmt: skip
         own = [entry for entry in result["figures"] if (entry["weights"], entry["quality"]) == ("float32", "-")]
         assert (own[0]["kl"]["value"], own[0]["front"]) == (0.0, True)
@@ -278,6 +323,15 @@ class TestCommand:
             (["--weights", "int8+int3@0.5"], "weights are 'int3'; allowed are"),
             (["--weights", "int8+int4:24@0.5"], "groups of 24 do not divide rows of 32 weights"),
             (["--weights", "int4:24"], "groups of 24 do not divide rows of 32 weights"),
+            (["--drafters", "int4"], "a drafter is a format with a density, such as int4@0.5, got 'int4'"),
+            (["--drafters", "float32@0.5"], "draft_weights are 'float32'; allowed are int8 and int4"),
+            (["--drafters", "int4@0"], "density must be in (0, 1], got 0.0"),
+            (["--drafters", "int4:24@0.5"], "groups of 24 do not divide rows of 32 weights"),
+            (["--drafters", "int8@0.5", "--weights", "int8"], "--drafters have fewer bits than the model they draft"),
+            (
+                ["--drafters", "int4@0.5", "--prompt-tokens", "40", "--new-tokens", "8"],
+                "--new-tokens must be more than the 8 tokens of a round",
+            ),
             (["--density", "1,1.5"], "density must be in (0, 1], got 1.5"),
             (["--quality", "good"], "quality must be one of griffin, best, got 'good'"),
             (["--quality", "best", "--prior", "none"], "--quality best needs a prior, and there is no file none"),
