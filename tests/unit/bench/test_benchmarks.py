@@ -599,7 +599,7 @@ class FakeLlama:
         self.n_ctx = 0
 
 
-MATRICES, DOWN, VECTORS = 3 * (4 * 32 * 32 + 2 * 48 * 32) + 101 * 32, 3 * 48 * 32, (3 * 2 + 1) * 32
+MATRICES, DOWN, VECTORS = 2 * (4 * 32 * 32 + 2 * 48 * 32) + 101 * 32, 2 * 48 * 32, (2 * 2 + 1) * 32
 """Numbers that a step of the tiny model reads. Its embedding makes no logits, so that it is not among them."""
 
 Q8_0 = MATRICES * 34 // 32 + 2 * DOWN + 4 * VECTORS
