@@ -181,7 +181,7 @@ def long(tmp_path_factory) -> TinyLlama:
     folder = tmp_path_factory.mktemp("long") / "model"
     folder.mkdir()
     tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2, max_position_embeddings=1024)
+    return TinyLlama.build(folder, vocab_size=320, max_position_embeddings=1024)
 
 
 @pytest.fixture(scope="session")
@@ -192,7 +192,7 @@ def primed(tmp_path_factory) -> TinyLlama:
     folder = tmp_path_factory.mktemp("worded") / "model"
     folder.mkdir()
     tiny_tokenizer(folder, PASSAGES, 320)
-    found = TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
+    found = TinyLlama.build(folder, vocab_size=320)
     texts = [found.llm.tokenizer.encode(text) for text in PASSAGES[:2]]
     prior = general_text.measure(found.llm.model, texts, size=2, rows=4, quiet=True)
     prior.save(folder.with_name("model.prior.safetensors"))
@@ -202,7 +202,7 @@ def primed(tmp_path_factory) -> TinyLlama:
 @pytest.fixture(scope="session")
 def everything(tiny) -> gj.ExpertNeurons:
     """All neurons of the tiny model."""
-    return gj.ExpertNeurons.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
+    return gj.ExpertNeurons.from_indices([np.arange(48)] * 2, tiny.llm.model.neurons)
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ class TinyLlama:
     def build(cls, folder: Path, **changes: Any) -> TinyLlama:
         config = {
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float32",
-            "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "vocab_size": 101, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
             "tie_word_embeddings": False, "eos_token_id": 2, "bos_token_id": 1, "rms_norm_eps": 1e-6,
             "hidden_act": "silu",

@@ -57,6 +57,7 @@ def both(request, tmp_path_factory) -> Adapted:
     return Adapted(adapted, gj.load(folder / "base", "float32").model, folder / "adapter")
 
 
+@jax.jit
 def logits(model: gj.Transformer) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
     cache = gj.empty_cache(model.config, *TOKENS.shape, model.dtype)

@@ -15,6 +15,7 @@ from cases import VOCABULARY, all_cases, build_torch
 from reference import assert_close, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
 
 import griffin_jax as gj
+from griffin_jax.generation import jitted
 from griffin_jax.griffin.masked import mask
 from griffin_jax.model import grouped
 from griffin_jax.model.cache import empty_cache
@@ -92,24 +93,31 @@ def test_ragged_rows_with_sinks(pair, rng):
         assert_close(line[place], torch_logits(pair.torch, [row])[0])
 
 
+@jax.jit
+def intermediates(model: gj.Transformer, tokens: jax.Array) -> list[jax.Array]:
+    """z of every layer of whole sequences; of a routed layer that of all experts, with zeros where one was not read."""
+    cache = empty_cache(model.config, *tokens.shape, jnp.float32)
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+
+    def everywhere(_layer: int, z: Any, _real: jax.Array) -> jax.Array:
+        return z.everywhere() if hasattr(z, "everywhere") else z
+
+    return model(tokens, positions, cache, read_slots=0, observe=everywhere)[2]
+
+
 @of_each_structure
 @pytest.mark.usefixtures("small_blocks")
 def test_statistics_and_neurons_of_each_expert(pair, rng):
     """Ragged rows read in chunks, against each token's intermediates added up by NumPy."""
     model, lengths = pair.llm.model, np.asarray([30, 11])
     tokens = rng.integers(3, VOCABULARY, (2, 30)).astype(np.int32)
-    read = gj.prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=1, chunk=8)
+    read = jitted.prefill(model, tokens, lengths, max_new_tokens=1, chunk=8)
     config = gj.GriffinConfig(density=0.5)
     experts = gj.select(read.statistics, config)
     for sequence, length in enumerate(lengths):
-        own = jnp.asarray(tokens[sequence : sequence + 1, :length])
-        cache = empty_cache(model.config, 1, int(length), jnp.float32)
-        positions = jnp.arange(length, dtype=jnp.int32)[None]
-        # Of a dense layer z is an array, of a routed one it is spread over all experts.
-        seen = model(own, positions, cache, read_slots=0, observe=lambda _layer, z, _real: z)[2]
+        seen = intermediates(model, tokens[sequence : sequence + 1, :length])
         for layer, (z, ranges) in enumerate(zip(seen, model.config.neuron_ranges, strict=True)):
-            every = np.asarray(z.everywhere() if hasattr(z, "everywhere") else z)[0]
-            parts, kept, start = [], [], 0
+            every, parts, kept, start = np.asarray(z)[0], [], [], 0
             for size in ranges:
                 squares = oracle_squares(every[:, start : start + size])
                 parts.append(squares)
@@ -127,7 +135,7 @@ def test_pruned_is_masked(pair, rng):
     """The gathered rows compute what the full model does in which only they take part."""
     model = pair.llm.model
     tokens = jnp.asarray(rng.integers(3, VOCABULARY, (1, 20)), jnp.int32)
-    read = gj.prefill(model, tokens, jnp.asarray([20]), max_new_tokens=1)
+    read = jitted.prefill(model, tokens, jnp.asarray([20]), max_new_tokens=1)
     experts = gj.select(read.statistics, gj.GriffinConfig(density=0.5, shared=True))
     pruned = gj.prune(model, experts)
     assert pruned.neurons == gj.GriffinConfig(density=0.5).kept(model.config.neuron_ranges)

@@ -26,6 +26,7 @@ from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import measure
 from griffin_jax.evaluation.moin import BASE, compare, compare_priors, table
 from griffin_jax.extensions.prior import combined
+from griffin_jax.generation import jitted
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.training.config import TrainingConfig
 from griffin_jax.training.data import Batch
@@ -277,7 +278,7 @@ class TestPriors:
         sums = 0.0
         for row, number in zip(tokens, chosen.tolist(), strict=True):
             fuse = measured.prior(number).fusion()
-            prefilled = gj.prefill(
+            prefilled = jitted.prefill(
                 llm.model, np.asarray([row[:prompt]], np.int32), np.asarray([prompt]), max_new_tokens=0
             )
             experts = gj.select(prefilled.statistics, gj.GriffinConfig(density=0.5), fuse=fuse)

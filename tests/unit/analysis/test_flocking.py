@@ -82,10 +82,10 @@ class TestSimilarity:
 class TestReadings:
     def test_activations_are_those_of_torch(self, tiny, texts):
         tokens, lengths = gj.pad(texts, 32)
-        found = flocking.activations(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), (2, 0), 40)
+        found = flocking.activations(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), (1, 0), 40)
         for row, text in enumerate(texts):
             z = torch_intermediates(tiny.torch, text)
-            for array, layer in zip(found, (2, 0), strict=True):
+            for array, layer in zip(found, (1, 0), strict=True):
                 assert_close(np.asarray(array[row, : len(text)]), relative(z[layer])[:, :40])
 
     def test_windows_are_parts_of_the_text(self, tiny, texts):
@@ -97,7 +97,7 @@ class TestReadings:
             answers[row, : end - PROMPT] = text[PROMPT:end]
         prefilled = jitted.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=16)
         windows = np.asarray(flocking.window_statistics(tiny.llm.model, prefilled, jnp.asarray(answers), WINDOW))
-        assert windows.shape == (3, 3, NEW // WINDOW, 48)
+        assert windows.shape == (2, 3, NEW // WINDOW, 48)
         for row, (text, end) in enumerate(zip(texts, ends, strict=True)):
             for layer, z in enumerate(torch_intermediates(tiny.torch, text[:end])):
                 for number, start in enumerate(range(PROMPT, PROMPT + NEW, WINDOW)):
@@ -216,7 +216,7 @@ def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuatio
     reached = [[row for row in range(3) if len(follows[row][0]) > window] for window in range(NEW // WINDOW)]
     assert stability["texts"] == list(map(len, reached))
     assert (0 in reached[0]) == (continuation == "text")
-    for (at, density), layer in itertools.product(enumerate(DENSITIES), range(3)):
+    for (at, density), layer in itertools.product(enumerate(DENSITIES), range(2)):
         own, other = ([squares[layer] for squares in kind] for kind in (prompts, permutations))
         found = {kind: values[at][layer] for kind, values in results["similarity"].items()}
         found["own"] = results["own_permutation"][at][layer]
@@ -239,7 +239,7 @@ def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuatio
             found = {key: stability[key][at][layer][window] for key in expected}
             assert found == pytest.approx(expected, rel=1e-5)
     with np.load(tmp_path / "out" / "activations.npz") as maps:
-        assert set(maps) == {f"text {text}, layer {layer}" for text in (1, 2) for layer in range(3)}
+        assert set(maps) == {f"text {text}, layer {layer}" for text in (1, 2) for layer in range(2)}
         z = torch_intermediates(worded.torch, texts[1])
         assert_close(maps["text 2, layer 1"], relative(z[1]))
 
@@ -264,13 +264,13 @@ def test_text_files_and_chosen_pictures(worded, texts, tmp_path, capsys):
     files = [tmp_path / f"{number}.txt" for number in range(4)]
     for file, text in zip(files, written([*texts, texts[0]]), strict=True):
         file.write_text(text)
-    arguments = ["--model", str(worded.folder), "--layer", "2", "--text", "3", "--limit", "3"]
+    arguments = ["--model", str(worded.folder), "--layer", "1", "--text", "3", "--limit", "3"]
     assert command(tmp_path / "out", *map(str, files), *arguments) == 0
     assert "3 texts of 12 tokens, 0 left out" in capsys.readouterr().out
     for name in ("activations", "similarity", "stability"):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with np.load(tmp_path / "out" / "activations.npz") as maps:
-        assert {name: maps[name].shape for name in maps} == {"text 3, layer 2": (25, 48)}
+        assert {name: maps[name].shape for name in maps} == {"text 3, layer 1": (25, 48)}
 
 
 @pytest.mark.slow
@@ -328,7 +328,7 @@ def test_devices_find_what_one_does(worded, texts, tmp_path, capsys):
         (["--density", "1.5"], "density must be in (0, 1], got 1.5"),
         (["--densities", "a"], "--densities: 'a' is no list of numbers"),
         (["--densities", "0.01"], "density 0.01 keeps 0 of 48 neurons"),
-        (["--layer", "3"], "--layer: the model's layers are 0 to 2, got 3"),
+        (["--layer", "3"], "--layer: the model's layers are 0 to 1, got 3"),
         (["--text", "0"], "--text: 3 texts can be used, numbered from 1, got 0"),
         (["--text", "4"], "--text: 3 texts can be used, numbered from 1, got 4"),
         (["--limit", "1"], "line 1 can be used; similarity needs two texts or more"),

@@ -23,6 +23,7 @@ from flax import nnx
 from reference import load_torch
 from signals import AS_IN_A_TERMINAL
 
+from convert.__main__ import main as convert_command
 from griffin_jax.checkpoints import native as checkpoint
 from griffin_jax.checkpoints import sources
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
@@ -486,14 +487,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path, stored, dtype, pickled):
 # ---- the command ----
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "convert", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_command(hf_folder, tmp_path):
-    done = command(hf_folder, tmp_path / "native", "--dtype", "bfloat16")
+    command = [sys.executable, "-m", "convert", str(hf_folder), str(tmp_path / "native"), "--dtype", "bfloat16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "21 tensors" in done.stdout
     assert "bfloat16" in done.stdout
@@ -502,12 +498,14 @@ def test_the_command(hf_folder, tmp_path):
     assert load(tmp_path / "native").dtype == jnp.bfloat16
 
 
-def test_the_command_reports_errors_in_one_line(hf_folder, tmp_path):
+def test_the_command_reports_errors_in_one_line(hf_folder, tmp_path, monkeypatch, capfd):
     for arguments in ((tmp_path / "nowhere", tmp_path / "native"), (hf_folder, hf_folder)):
-        done = command(*arguments)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith("python -m convert: ")
-        assert len(done.stderr.splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        assert convert_command() == 2
+        out, err = capfd.readouterr()
+        assert out == ""
+        assert err.startswith("python -m convert: ")
+        assert len(err.splitlines()) == 1
 
 
 def test_loading_puts_weights_on_the_default_device(native):

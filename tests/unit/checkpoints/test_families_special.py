@@ -20,6 +20,7 @@ from reference import assert_close, stepwise_logits, torch_logits
 import griffin_jax as gj
 from griffin_jax.checkpoints.families import families, family_of
 from griffin_jax.checkpoints.schema.attributes import Attributes
+from griffin_jax.generation import jitted
 from griffin_jax.model.config import ModelConfig
 
 
@@ -253,7 +254,7 @@ def test_largest_alibi_bias_of_mpt(tmp_path: Path, rng):
     model.transformer.build_mpt_alibi_tensor = lambda heads, length, device: build(heads, length, 16, device)
     row = rng.integers(3, VOCABULARY, 20).astype(np.int32)
     tokens, lengths = (jnp.asarray(array) for array in gj.pad([row], 20))
-    got = gj.prefill(gj.load(tmp_path, "float32").model, tokens, lengths, max_new_tokens=4, collect=False)
+    got = jitted.prefill(gj.load(tmp_path, "float32").model, tokens, lengths, max_new_tokens=4, collect=False)
     expected = torch_logits(model, [row])[0, -1]
     np.testing.assert_allclose(np.asarray(got.logits[0]), expected, atol=1e-5 * np.abs(expected).max())
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES, first_and_slow
-from reference import TinyLlama, assert_close, oracle_topk, tiny_tokenizer
+from reference import assert_close, oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
@@ -31,14 +31,6 @@ ITEMS = [
     Item("b", [40, 41, 42], [50, 51, 52]),
     Item("c", [90, 3, 77, 3, 21], [8, 9, 10, 11]),
 ]
-
-
-@pytest.fixture(scope="session")
-def worded(tmp_path_factory) -> TinyLlama:
-    """A tiny model that reads text."""
-    folder = tmp_path_factory.mktemp("worded")
-    tiny_tokenizer(folder, PASSAGES, 320)
-    return TinyLlama.build(folder, vocab_size=320, num_hidden_layers=2)
 
 
 def jsonl(file: Path, *records: object) -> Path:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import PASSAGES, first_and_slow
-from reference import oracle_topk
+from reference import oracle_topk, step_logits
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
@@ -74,8 +74,8 @@ def predictions(model: gj.Transformer, item: Item, density: float, change=None) 
     if change is not None:
         model = change([np.argsort(-np.asarray(squares)[0], kind="stable") for squares in read.statistics.squares])
     positions = prompt.shape[1] + jnp.arange(answer.shape[1])[None]
-    hidden, _, _ = model(answer, positions, read.cache)
-    return log_softmax(np.concatenate([read.logits, model.logits(hidden)[0, :-1]]))
+    logits, _ = step_logits(model, answer, positions, read.cache)
+    return log_softmax(np.concatenate([read.logits, logits[0, :-1]]))
 
 
 class TestScores:

@@ -63,7 +63,7 @@ def model(tmp_path_factory) -> TinyLlama:
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=CHAT
     )
     tokenizer.save_pretrained(folder)
-    return TinyLlama.build(folder, vocab_size=len(names), num_hidden_layers=2)
+    return TinyLlama.build(folder, vocab_size=len(names))
 
 
 @pytest.fixture(scope="module")

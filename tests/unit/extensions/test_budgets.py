@@ -13,6 +13,7 @@ import pytest
 from reference import load_torch, torch_intermediates
 
 import griffin_jax as gj
+from griffin_jax.checkpoints.verification import dense_logits
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation.general_text import least_strength, measure, with_budgets
 from griffin_jax.evaluation.grid import DEFAULTS, Variant, models
@@ -64,9 +65,7 @@ class TestSensitivity:
         model, text = tiny.llm.model, TEXTS[0]
         tokens, lengths = map(jnp.asarray, gj.pad([text], 16))
         key = jax.random.key(3)
-        positions = jnp.arange(16)[None]
-        hidden, _, _ = model(tokens, positions, gj.empty_cache(model.config, 1, 16, model.dtype), read_slots=0)
-        drawn = np.asarray(jax.random.categorical(key, model.logits(hidden)))[0, : len(text)]
+        drawn = np.asarray(jax.random.categorical(key, dense_logits(model, tokens)))[0, : len(text)]
         got, counts = squared_gradients(model, tokens, lengths, key)
         assert all((count == len(text) // 2).all() for count in counts)
         for layer, expected in zip(got, torch_squared_gradients(tiny.torch, text, drawn.tolist()), strict=True):
@@ -221,7 +220,7 @@ class TestPrior:
 
     def test_refused_beside_densities_of_ones_own(self, prior):
         with pytest.raises(ValueError, match="one for each already"):
-            prior.budgeted(gj.GriffinConfig((0.5, 0.25, 0.5)))
+            prior.budgeted(gj.GriffinConfig((0.5, 0.25)))
 
     @pytest.mark.parametrize("best", [0.0, 0.25, 1.0])
     def test_a_trial_decides(self, tiny, monkeypatch, best):
@@ -234,7 +233,7 @@ class TestPrior:
 
         monkeypatch.setattr("griffin_jax.evaluation.general_text.score_answers", scored)
         found = with_budgets(tiny.llm.model, plain, TEXTS[:2], TEXTS[2:5], size=2, quiet=True)
-        assert len(found.sensitivity) == 3
+        assert len(found.sensitivity) == 2
         assert found.strength == best
         # Three texts with answers of six tokens.
         assert found.uniform.startswith("KL was 0.100 nats per token" if not best else "")
@@ -251,7 +250,7 @@ class TestPrior:
 
     def test_saved_and_loaded(self, prior, tmp_path):
         lost = dataclasses.replace(prior, strength=0.0, sensitivity=(), uniform="they lost")
-        routed = dataclasses.replace(prior, ranges=((12, 36),) * 3)
+        routed = dataclasses.replace(prior, ranges=((12, 36),) * 2)
         for saved in (prior, dataclasses.replace(prior, strength=0.25), lost, routed):
             saved.save(tmp_path / "p")
             again = gj.Prior.load(tmp_path / "p")
@@ -272,7 +271,7 @@ class TestEvaluation:
             pruned.neurons for _, pruned in models(model, rows, prefilled, prefilled.statistics, seeds, extensions)
         ]
         shares = [prior.budgeted(gj.GriffinConfig(density)).kept(model.neurons) for density in (0.5, 0.25)]
-        assert found == [(24, 24, 24), *shares]
+        assert found == [(24, 24), *shares]
 
     def test_summaries_are_not_refreshed(self, capsys, tmp_path):
         arguments = ["eval", "summarize", str(tmp_path / "t"), "--method", "topk+refresh"]

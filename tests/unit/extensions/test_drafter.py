@@ -23,7 +23,7 @@ from griffin_jax.model.weights import Precision, WeightFormat, quantise, stored_
 from griffin_jax.parallel.mesh import make_mesh
 
 TINY = ModelConfig(
-    family="llama", vocab_size=101, width=32, ff_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    family="llama", vocab_size=101, width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=256, tied_head=True,
 )  # fmt: skip
 PROMPTS = [list(range(3, 40)), [9, 5, 70, 11, 2, 44]]
@@ -67,10 +67,10 @@ def test_matrices_are_rounded_and_all_else_is_the_models(monkeypatch, weights, f
 
 def test_bytes_of_a_draft():
     drafter = drafter_of(random_model(TINY), "int4:16")
-    pruned = gj.prune(drafter, gj.ExpertNeurons.from_indices([np.arange(24)] * 3, drafter.neurons))
+    pruned = gj.prune(drafter, gj.ExpertNeurons.from_indices([np.arange(24)] * 2, drafter.neurons))
     sizes = Sizes(TINY, 1, 40, Precision.of("float32"), shared=True)
     read = [leaf for leaf in jax.tree.leaves(pruned) if leaf is not pruned.embedding[...] and leaf.dtype != jnp.float32]
-    assert step_bytes(TINY, Precision.of("float32"), 40, [24] * 3, WeightFormat.parse("int4:16")) == (
+    assert step_bytes(TINY, Precision.of("float32"), 40, [24] * 2, WeightFormat.parse("int4:16")) == (
         stored(read, drafter.weights) + sizes.cache,
         sizes.step(None),
     )

@@ -18,7 +18,6 @@ import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.generation import jitted
-from griffin_jax.generation.scoring import teacher_force
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
@@ -27,7 +26,7 @@ from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import make_mesh
 
 GATED = ModelConfig(
-    family="llama", vocab_size=101, width=32, ff_width=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    family="llama", vocab_size=101, width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=256,
 )  # fmt: skip
 PLAIN = dataclasses.replace(GATED, gated=False, ff_bias=True, activation="xielu")
@@ -58,11 +57,11 @@ def test_the_best_are_precise_and_the_next_are_not(prefilled, shared):
     precise, others = select_mixed(prefilled.statistics, config, MIXED)
     assert precise is not None
     assert others is not None
-    assert (precise.kept, others.kept) == ((6,) * 3, (18,) * 3)
+    assert (precise.kept, others.kept) == ((6,) * 2, (18,) * 2)
     assert precise.shared == others.shared == shared
     kept = gj.select(prefilled.statistics, config)
     best = gj.select(prefilled.statistics, gj.GriffinConfig(0.125, shared=shared))
-    for layer in range(3):
+    for layer in range(2):
         both = np.concatenate([precise[layer], others[layer]], axis=-1)
         np.testing.assert_array_equal(np.sort(both, axis=-1), kept[layer])
         np.testing.assert_array_equal(precise[layer], best[layer])
@@ -105,7 +104,7 @@ def test_pruned_and_masked_are_what_the_rows_stand_for(model, prefilled, shared,
     lengths = jnp.asarray([5, 5])
 
     def hidden(of: gj.Transformer) -> np.ndarray:
-        return np.asarray(teacher_force(of, prefilled, answers, lengths)[0])
+        return np.asarray(jitted.teacher_force(of, prefilled, answers, lengths)[0])
 
     pruned = hidden(prune_mixed(model, few, *chosen))
     assert_close(hidden(mask_mixed(model, few, *chosen)), pruned)
@@ -122,7 +121,7 @@ def test_it_decodes_and_its_memory_is_used_again(model, prefilled):
         return np.asarray(jitted.decode(pruned, jitted.init_decode(read), np.int32(8)).tokens).tolist()
 
     first = prune_mixed(model, few, precise, others)
-    assert first.neurons == (24,) * 3
+    assert first.neurons == (24,) * 2
     tokens, old = answer(first), first.layers[0].ff.rest.down[...]
     second = prune_mixed(model, few, precise, others, reuse=first)
     assert old.is_deleted()
@@ -141,7 +140,7 @@ def test_on_a_mesh(shared):
         chosen, few = select_mixed(read.statistics, config, MIXED), coarse(model, MIXED.coarse)
         answers = prompts[:, :5], jnp.asarray([5, 5])
         for make in (prune_mixed, mask_mixed):
-            found.append(np.asarray(teacher_force(make(model, few, *chosen), read, *answers)[0]))
+            found.append(np.asarray(jitted.teacher_force(make(model, few, *chosen), read, *answers)[0]))
     for other in found[1:]:
         assert_close(other, found[0])
 
@@ -196,7 +195,7 @@ class TestAnswers:
         llm = gj.LLM(model)
         out = llm.generate(self.PROMPTS, griffin=config, **self.OPTIONS)
         assert out.tokens == expected
-        assert out.kept == ((24 if density < 1 else 48),) * 3
+        assert out.kept == ((24 if density < 1 else 48),) * 2
         few = llm._few
         assert llm.generate(self.PROMPTS, griffin=config, **self.OPTIONS).tokens == expected
         assert llm._few is few is not None
@@ -219,7 +218,7 @@ class TestAnswers:
         for _ in range(2):
             llm.generate([self.PROMPTS[0]], density=0.5, **self.OPTIONS)
         first, second = asked
-        assert first["neurons in fewer bits"] == 3 * 48 * FEW_ROW
+        assert first["neurons in fewer bits"] == 2 * 48 * FEW_ROW
         assert "neurons in fewer bits" not in second
 
     @pytest.mark.parametrize("shared", [True, False])
@@ -233,7 +232,7 @@ class TestAnswers:
 
     def test_a_prior_has_a_say(self, model):
         draw = np.random.default_rng(3)
-        squares = tuple(jnp.asarray(draw.random(48), jnp.float32) for _ in range(3))
+        squares = tuple(jnp.asarray(draw.random(48), jnp.float32) for _ in range(2))
         prior = gj.Prior(squares, (), fingerprint(model), 8)
         llm = gj.LLM(model)
         out = llm.generate([self.PROMPTS[0]], density=0.5, prior=prior, prior_weight=1.0, **self.OPTIONS)

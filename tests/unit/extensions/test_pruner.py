@@ -69,7 +69,7 @@ def test_answers_are_those_of_single_prompts(tiny, options):
     together = llm.generate(PROMPTS, density=0.5, max_new_tokens=10, ignore_eos=True, **options)
     alone = [llm.generate([p], density=0.5, max_new_tokens=10, ignore_eos=True, **options).tokens[0] for p in PROMPTS]
     assert together.tokens == alone
-    assert together.kept == (24, 24, 24)
+    assert together.kept == (24, 24)
     assert together.experts is not None
     assert together.experts[0].shape == (3, 24)
     # Another answer of another shape after it.

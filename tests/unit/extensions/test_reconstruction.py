@@ -86,7 +86,7 @@ class TestChange:
         model = tiny.llm.model
         state = prefilled(model, PROMPTS)
         experts = gj.select(state.statistics, HALF)
-        more = rng.normal(size=(3, 20, 48)) if calibrated else ()
+        more = rng.normal(size=(2, 20, 48)) if calibrated else ()
         more = tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in more)
         calibration = tuple(jnp.asarray(x, jnp.float32) for x in more)
         got = changes(model, experts, gj.Reconstruction(state.rows, ridge, calibration, weight=0.3))
@@ -154,7 +154,7 @@ class TestChange:
         """Instead of a system that cannot be solved."""
         state = prefilled(tiny.llm.model, PROMPTS[:1])
         silent = tuple(rows.at[..., :24].set(0) for rows in state.rows)
-        experts = gj.ExpertNeurons.from_indices([range(24)] * 3, tiny.llm.model.neurons)
+        experts = gj.ExpertNeurons.from_indices([range(24)] * 2, tiny.llm.model.neurons)
         assert not np.any(changes(tiny.llm.model, experts, gj.Reconstruction(silent)))
         assert not np.any(changes(tiny.llm.model, experts, gj.Reconstruction(jax.tree.map(jnp.zeros_like, silent))))
 
@@ -261,9 +261,9 @@ class TestRefusals:
         experts = gj.select(state.statistics, HALF)
         for reconstruction, message in (
             (gj.Reconstruction(()), "prefill with rows=N"),
-            (gj.Reconstruction(state.rows[:2]), r"rows are of 2 layers .* the model has 3"),
-            (gj.Reconstruction(tuple(r[..., :9] for r in state.rows)), r"\[9\] neurons, the model has 3 with \[48\]"),
-            (gj.Reconstruction(state.rows, calibration=(jnp.ones((2, 9)),) * 3), r"calibration rows are of .*\[9\]"),
+            (gj.Reconstruction(state.rows[:1]), r"rows are of 1 layers .* the model has 2"),
+            (gj.Reconstruction(tuple(r[..., :9] for r in state.rows)), r"\[9\] neurons, the model has 2 with \[48\]"),
+            (gj.Reconstruction(state.rows, calibration=(jnp.ones((2, 9)),) * 2), r"calibration rows are of .*\[9\]"),
             (gj.Reconstruction(tuple(r[:2] for r in state.rows)), "rows are of 2 sequences, experts of 3"),
         ):
             with pytest.raises(ValueError, match=message):

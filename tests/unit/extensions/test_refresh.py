@@ -53,7 +53,7 @@ class TestRefresh:
         prefilled, state = written(model, PROMPTS, width, rows=48)
         whole = [prompt + row for prompt, row in zip(PROMPTS, state.tokens[:, :width].tolist(), strict=True)]
         expected = jitted.prefill(model, *map(jnp.asarray, gj.pad(whole, 48)), max_new_tokens=0, rows=48)
-        stale = np.asarray(state.cache.keys[2])
+        stale = np.asarray(state.cache.keys[1])
         state, statistics, rows = jitted_extensions.refresh(
             model, state, prefilled.statistics, width=width, rows=prefilled.rows
         )
@@ -64,7 +64,7 @@ class TestRefresh:
         for row, tokens in enumerate(whole):
             used = np.nonzero(np.asarray(state.cache.positions[row]) != gj.EMPTY)[0]
             np.testing.assert_array_equal(state.cache.positions[row][used], np.arange(len(tokens)))
-            for layer in range(3):
+            for layer in range(2):
                 for name, axis in (("keys", 2), ("values", 1)):
                     got, right = (np.asarray(getattr(c, name)[layer])[row] for c in (state.cache, expected.cache))
                     assert_close(np.take(got, used, axis), np.take(right, np.arange(len(tokens)), axis))
@@ -73,7 +73,7 @@ class TestRefresh:
                 )
                 assert_close(np.asarray(rows[layer][row]), np.asarray(expected.rows[layer][row]))
         # The pruned model had left something else there.
-        assert np.abs(stale - np.asarray(state.cache.keys[2]))[..., 41:45].max() > 0.01
+        assert np.abs(stale - np.asarray(state.cache.keys[1]))[..., 41:45].max() > 0.01
 
     @pytest.mark.parametrize("width", [2, 5, 9])
     def test_the_newest_rows_are_kept(self, tiny, width):
@@ -86,7 +86,7 @@ class TestRefresh:
         for row, prompt in enumerate(PROMPTS):
             queue = oracle_positions(len(prompt), places) + list(range(len(prompt), len(prompt) + width))
             newest = queue[-places:]
-            for layer in range(3):
+            for layer in range(2):
                 expected = np.zeros((places, 48), np.float32)
                 expected[: len(newest)] = np.asarray(every[layer])[row, newest]
                 assert_close(np.asarray(rows[layer][row]), expected)

@@ -33,7 +33,7 @@ def generate(llm: gj.LLM, prompts=PROMPTS, **options) -> gj.Generation:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> gj.Transformer:
     """With few answers, so that all can be counted."""
-    return TinyLlama.build(tmp_path_factory.mktemp("five"), vocab_size=5, num_hidden_layers=2).llm.model
+    return TinyLlama.build(tmp_path_factory.mktemp("five"), vocab_size=5).llm.model
 
 
 class TestGreedy:
@@ -94,7 +94,7 @@ class TestGreedy:
         for row, tokens in enumerate(whole):
             (used,) = np.nonzero(np.asarray(state.cache.positions[row]) != gj.EMPTY)
             np.testing.assert_array_equal(state.cache.positions[row][used], np.arange(len(tokens)))
-            for layer in range(3):
+            for layer in range(2):
                 for name, axis in (("keys", 2), ("values", 1)):
                     got, right = (np.asarray(getattr(c, name)[layer])[row] for c in (state.cache, expected))
                     assert_close(np.take(got, used, axis), np.take(right, np.arange(len(tokens)), axis))
@@ -311,7 +311,7 @@ class TestGenerate:
         with unchecked():
             text = jitted_extensions.decode_speculative.lower(model, pruned, state, 20, drafts=2).compile().as_text()
         cache = r"f32\[(1,2,8,40|1,2,40,8)\]"
-        assert len(re.findall(rf"{cache}\S* parameter\(", text)) >= 6
+        assert len(re.findall(rf"{cache}\S* parameter\(", text)) >= 4
         assert not re.search(rf"= {cache}\S* copy\(", text)
 
     @pytest.mark.parametrize(

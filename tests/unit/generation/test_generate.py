@@ -47,7 +47,7 @@ class TestSameTokens:
         dense = answer(tiny.llm, PROMPTS, density=1.0)
         for method in ("topk", "sample", "topk_sample", "random", "magnitude"):
             assert answer(tiny.llm, PROMPTS, density=1.0, method=method) == dense
-        everything = gj.ExpertNeurons.from_indices([np.arange(48)] * 3, tiny.llm.model.neurons)
+        everything = gj.ExpertNeurons.from_indices([np.arange(48)] * 2, tiny.llm.model.neurons)
         assert answer(tiny.llm, PROMPTS, experts=everything) == dense
 
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny):
@@ -122,8 +122,8 @@ class TestSameTokens:
 
     def test_a_loop_asked_for_more_than_there_is_room_for(self, tiny):
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=20)
-        state = gj.decode(tiny.llm.model, gj.init_decode(prefilled), 30)
+        prefilled = jitted.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=20)
+        state = jitted.decode(tiny.llm.model, jitted.init_decode(prefilled), 30)
         assert state.tokens.tolist() == answer(tiny.llm, PROMPTS, density=1.0)
         assert state.count == 20
 
@@ -139,7 +139,7 @@ class TestSameTokens:
         model = jax.tree.map(lambda leaf: leaf, tiny.llm.model)
         model.embedding[...] = model.embedding[...].at[0].set(jnp.inf)
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        poisoned, clean = (gj.prefill(m, tokens, lengths, max_new_tokens=20) for m in (model, tiny.llm.model))
+        poisoned, clean = (jitted.prefill(m, tokens, lengths, max_new_tokens=20) for m in (model, tiny.llm.model))
         np.testing.assert_array_equal(poisoned.logits, clean.logits)
         for a, b in zip(poisoned.statistics.squares, clean.statistics.squares, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -345,7 +345,7 @@ class TestRefusals:
             ([[5]], {"density": 0}, r"density must be in \(0, 1\]"),
             ([[5]], {"density": 1.5}, r"density must be in \(0, 1\]"),
             ([[5]], {"density": 0.01}, "keeps 0 of 48 neurons"),
-            ([[5]], {"density": [0.5]}, "1 densities for 3 layers"),
+            ([[5]], {"density": [0.5]}, "1 densities for 2 layers"),
             ([[5]], {"method": "best"}, "method is 'best'; allowed are topk"),
             ([[5]], {"round_to": 0}, "round_to must be"),
             ([[5]], {"stop": ["x"]}, "need a tokenizer"),
@@ -385,12 +385,12 @@ class TestRefusals:
 
     def test_steps_that_do_not_follow(self, tiny):
         tokens, lengths = (jnp.asarray(a) for a in gj.pad(PROMPTS, 64))
-        prefilled = gj.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=4, collect=False)
+        prefilled = jitted.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=4, collect=False)
         with pytest.raises(ValueError, match="prefill with collect=True"):
             gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
         pruned = gj.prune(tiny.llm.model, tiny.llm.experts(PROMPTS))
         with pytest.raises(ValueError, match="pruned for every sequence"):
-            gj.prune(pruned, gj.ExpertNeurons.from_indices([[1]] * 3, pruned.neurons))
+            gj.prune(pruned, gj.ExpertNeurons.from_indices([[1]] * 2, pruned.neurons))
         with pytest.raises(ValueError, match="a sequence of 37 tokens does not fit into 32"):
             gj.pad(PROMPTS, 32)
         with pytest.raises(jaxtyping.TypeCheckError):

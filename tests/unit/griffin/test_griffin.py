@@ -9,6 +9,7 @@ import pytest
 from reference import oracle_squares, oracle_topk
 
 import griffin_jax as gj
+from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import disassemble
 
 
@@ -59,8 +60,8 @@ class TestStatistic:
 
     def test_additive_over_chunks(self, tiny, rng):
         tokens, lengths = rng.integers(0, 101, (2, 30)).astype(np.int32), np.array([30, 17], np.int32)
-        whole = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=0)
-        chunked = gj.prefill(tiny.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=0, chunk=7)
+        whole = jitted.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=0)
+        chunked = jitted.prefill(tiny.llm.model, tokens, lengths, max_new_tokens=0, chunk=7)
         for a, b in zip(whole.statistics.squares, chunked.statistics.squares, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
             np.testing.assert_allclose(a.sum(axis=1), lengths, rtol=1e-5)
@@ -133,9 +134,9 @@ class TestSelect:
             gj.select(statistics(np.ones((1, 48)), [1]), gj.GriffinConfig(method="magnitude"))
 
     def test_one_density_per_layer(self, tiny):
-        assert tiny.llm.experts([[5, 6, 7]], density=[0.25, 0.5, 1.0]).kept == (12, 24, 48)
-        with pytest.raises(ValueError, match="2 densities for 3 layers"):
-            tiny.llm.experts([[5]], density=[0.5, 0.5])
+        assert tiny.llm.experts([[5, 6, 7]], density=[0.25, 1.0]).kept == (12, 48)
+        with pytest.raises(ValueError, match="3 densities for 2 layers"):
+            tiny.llm.experts([[5]], density=[0.5, 0.5, 0.5])
 
     def test_usable_under_jit_and_vmap(self, rng):
         squares = jnp.asarray(rng.uniform(size=(4, 1, 30)), jnp.float32)
@@ -174,7 +175,7 @@ class TestPrune:
         from reference import TinyLlama
 
         model = TinyLlama.build(tmp_path, mlp_bias=True).llm.model
-        experts = gj.ExpertNeurons.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons)
+        experts = gj.ExpertNeurons.from_indices([rng.permutation(48)[:20] for _ in range(2)], model.neurons)
         pruned = gj.prune(model, experts)
         whole, parts = dict(disassemble(model)), dict(disassemble(pruned))
         for layer, indices in enumerate(experts):
@@ -192,9 +193,9 @@ class TestPrune:
         ff = model.layers[0].ff
         x = jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32)
         masks = rng.permuted(np.tile(np.arange(48) < 20, (2, 1)), axis=1)
-        per_row = gj.prune(model, gj.ExpertNeurons.from_masks([masks] * 3)).layers[0].ff(x)
+        per_row = gj.prune(model, gj.ExpertNeurons.from_masks([masks] * 2)).layers[0].ff(x)
         np.testing.assert_allclose(per_row, ff.project(ff.intermediate(x) * masks[:, None]), rtol=1e-4, atol=1e-5)
-        shared = gj.prune(model, gj.ExpertNeurons.from_masks([masks[0]] * 3)).layers[0].ff(x)
+        shared = gj.prune(model, gj.ExpertNeurons.from_masks([masks[0]] * 2)).layers[0].ff(x)
         np.testing.assert_allclose(shared, ff.project(ff.intermediate(x) * masks[:1, None]), rtol=1e-4, atol=1e-5)
 
     def test_refuses_experts_of_another_model(self, tiny):
@@ -205,7 +206,7 @@ class TestPrune:
     def test_reuses_memory(self, tiny, rng):
         model = tiny.llm.model
         first, second = (
-            gj.ExpertNeurons.from_indices([rng.permutation(48)[:20] for _ in range(3)], model.neurons) for _ in range(2)
+            gj.ExpertNeurons.from_indices([rng.permutation(48)[:20] for _ in range(2)], model.neurons) for _ in range(2)
         )
         expected = [np.asarray(array) for _, array in disassemble(gj.prune(model, second))]
         old = gj.prune(model, first)
@@ -215,13 +216,13 @@ class TestPrune:
         assert all(layer.ff.gate_up[...].is_deleted() for layer in old.layers)
         for array, (_, other) in zip(expected, disassemble(new), strict=True):
             np.testing.assert_array_equal(array, other)
-        smaller = gj.prune(model, gj.ExpertNeurons.from_indices([[1, 2]] * 3, model.neurons), reuse=new)
-        assert smaller.neurons == (2, 2, 2)
+        smaller = gj.prune(model, gj.ExpertNeurons.from_indices([[1, 2]] * 2, model.neurons), reuse=new)
+        assert smaller.neurons == (2, 2)
         assert not new.layers[0].ff.gate_up[...].is_deleted()
 
     def test_does_not_take_the_models_own_memory(self, tiny):
         model = tiny.llm.model
-        everything = gj.ExpertNeurons.from_indices([range(48)] * 3, model.neurons)
+        everything = gj.ExpertNeurons.from_indices([range(48)] * 2, model.neurons)
         with pytest.raises(ValueError, match="shares its weights"):
             gj.prune(model, everything, reuse=model)
         assert not model.layers[0].ff.down[...].is_deleted()

@@ -38,7 +38,7 @@ def prior(tiny) -> gj.Prior:
 def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | None, rows: int, shared: bool):
     """Tokens of the four steps, one after the other."""
     tokens, lengths = map(jnp.asarray, gj.pad(prompts, 48))
-    prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=12, rows=rows)
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=12, rows=rows)
     experts = gj.select(
         prefilled.statistics, gj.GriffinConfig(0.5, shared=shared), fuse=None if prior is None else prior.fusion(0.3)
     )
@@ -46,7 +46,7 @@ def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | N
     if rows:
         reconstruction = Reconstruction(prefilled.rows, calibration=() if prior is None else prior.rows)
     pruned = gj.prune(model, experts, refit=reconstruction)
-    return np.asarray(gj.decode(pruned, gj.init_decode(prefilled), 12).tokens).tolist()
+    return np.asarray(jitted.decode(pruned, jitted.init_decode(prefilled), 12).tokens).tolist()
 
 
 class TestGenerate:
@@ -149,7 +149,7 @@ class TestGrid:
             Extensions(prior=prior, prior_weight=0.3, refit=5, ridge=0.5, calibration_weight=0.2),
         )
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 48))
-        prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=0, rows=5)
+        prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=0, rows=5)
         rows = [Variant(f"topk{steps}", 0.25) for steps in STEPS] + [Variant("magnitude+reconstruction", 0.25)]
         config = gj.GriffinConfig(0.25)
         for row, pruned in models(

@@ -158,7 +158,7 @@ class TestLLM:
             gj.load(tiny.folder)
 
     def test_what_fits_is_answered(self, tiny, monkeypatch):
-        needs = needs_of(tiny.llm.model).generation(1, 3, 4, [24] * 3)
+        needs = needs_of(tiny.llm.model).generation(1, 3, 4, [24] * 2)
         monkeypatch.setattr(memory, "free", lambda devices: sum(needs.values()))
         assert len(tiny.llm.generate([5, 6, 7], max_new_tokens=4, ignore_eos=True).tokens[0]) == 4
 

@@ -9,6 +9,7 @@ from conftest import first_and_slow
 from reference import TinyLlama, assert_close, stepwise_logits, torch_intermediates, torch_logits
 
 import griffin_jax as gj
+from griffin_jax.generation import jitted
 from griffin_jax.griffin.statistic import statistic
 
 # What else there is, and all other families: tests/parity/test_family_parity.py.
@@ -55,7 +56,7 @@ def test_padding_anywhere_changes_nothing(pair, rng):
 def test_ragged_batch(pair, rng):
     rows = [rng.integers(0, 101, n).astype(np.int32) for n in (1, 7, 30)]
     tokens, lengths = gj.pad(rows, 32)
-    prefilled = gj.prefill(pair.llm.model, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens=4, collect=False)
+    prefilled = jitted.prefill(pair.llm.model, tokens, lengths, max_new_tokens=4, collect=False)
     for index, row in enumerate(rows):
         assert_close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
 
