@@ -210,11 +210,12 @@ class TestGenerate:
         out = tiny.llm.generate(PROMPTS, density=0.5, healing=healing, speculative=2, **options)
         assert out.tokens == tiny.llm.generate(PROMPTS, density=1.0, **options).tokens
 
-    def test_what_does_not_go_together(self, tiny, primed, healing):
+    def test_what_does_not_go_together(self, tiny, healing):
         with pytest.raises(ValueError, match="trained for a model with other weights"):
             tiny.llm.generate(PROMPTS, density=0.5, healing=dataclasses.replace(healing, model="another"))
-        with pytest.raises(ValueError, match="the model has no such linear layer"):
-            primed.llm.generate(PROMPTS, density=0.5, healing=healing)
+        wider = dataclasses.replace(tiny.llm.config, neurons=(64, 64))
+        with pytest.raises(ValueError, match="this adapter is of another model"):
+            tiny.llm.generate(PROMPTS, density=0.5, healing=Healing(drawn_adapter(wider, 1)))
         with pytest.raises(ValueError, match="a healing is for the model without an adapter"):
             tiny.llm.generate(PROMPTS, density=0.5, healing=healing, adapter=healing.adapter)
         with pytest.raises(ValueError, match="mixed_weights do not go with healing"):
