@@ -1,4 +1,5 @@
 """What an adapter costs: decoding with it next to the base, merged and not, and the choice of one next to prefill.
+With `--train` also what updates of several adapters take, in turn and at once.
 
 All are run in turn, so that only ratios count. The adapter's numbers are random, as fast as trained ones. The last line
 is one JSON object.
@@ -7,6 +8,7 @@ is one JSON object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.training.config import TrainingConfig
 from griffin_jax.training.data import Batch
 from griffin_jax.training.loop import init_state, make_optimizer, make_step
+from griffin_jax.utils import memory
 
 LENGTH = 128
 """Tokens of a sequence that is trained on."""
@@ -58,9 +61,8 @@ def run(options: argparse.Namespace) -> None:
     decoding = {name: _decoding(model, prompt, options.new) for name, model in models.items()}
     embedder = Embedder(EmbeddingConfig(), llm.model)
     work: dict[str, Callable[[], Any]] = {f"decode, {name}": step for name, step in decoding.items()}
-    if options.train:
-        work |= _training(llm.model, options.rank, options.train)
-    work |= {"prefill, base": _prefill(llm.model, prompt), "choice": lambda: embedder([prompt])}
+    updates = _training(llm.model, options.rank, options.train) if options.train else {}
+    work |= updates | {"prefill, base": _prefill(llm.model, prompt), "choice": lambda: embedder([prompt])}
     found: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(options.repeats + 1):
         for name, one in work.items():
@@ -76,24 +78,55 @@ def run(options: argparse.Namespace) -> None:
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f} of {of_base[name]}")
     medians = {name: float(np.median(values)) for name, values in found.items()}
-    print(json.dumps({"ratios": ratios, "seconds": medians, "rank": options.rank, "repeats": options.repeats}))
+    for name, one in updates.items():
+        each = options.train / medians[name]
+        print(f"{name}: {each:.2f} a second, {memory.shown(one.bytes)} of memory next to the base")
+    taken = {name: one.bytes for name, one in updates.items()}
+    figures = {"ratios": ratios, "seconds": medians, "bytes": taken, "rank": options.rank, "repeats": options.repeats}
+    print(json.dumps(figures))
 
 
-def _training(model: Transformer, rank: int, count: int) -> dict[str, Callable[[], Any]]:
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """An update of each of some adapters.
+
+    Attributes:
+        bytes: of their states and of what one program makes for a while, as XLA has it.
+        run: makes them.
+    """
+
+    bytes: int
+    run: Callable[[], Any]
+
+    def __call__(self) -> Any:
+        return self.run()
+
+
+def _training(model: Transformer, rank: int, count: int) -> dict[str, Updates]:
     """An update of each of some adapters, one sequence of `LENGTH` tokens for each."""
     config = TrainingConfig(steps=2, batch=1, length=LENGTH, warmup=1)
     optimizer = make_optimizer(config)
     step = make_step(adapter_loss, optimizer)
-    alone, together = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None, 0)))
     random = np.random.default_rng(0)
     tokens = random.integers(0, model.config.vocab_size, (count, 1, LENGTH)).astype(np.int32)
     batches = [Batch(jnp.asarray(each), jnp.full(1, LENGTH, jnp.int32)) for each in tokens]
     states = [init_state(Adapter.init(model.config, AdapterConfig(rank=rank), jax.random.key(0)), optimizer)] * count
     states_together, batches_together = (jax.tree.map(lambda *a: jnp.stack(a), *each) for each in (states, batches))
+    alone = jax.jit(step).lower(states[0], model, batches[0]).compile()
+    vmapped = jax.jit(jax.vmap(step, in_axes=(0, None, 0)))
+    together = vmapped.lower(states_together, model, batches_together).compile()
     return {
-        "updates in turn": lambda: [alone(s, model, b)[0] for s, b in zip(states, batches, strict=True)],
-        "updates at once": lambda: together(states_together, model, batches_together)[0],
+        "updates in turn": Updates(
+            _bytes(alone, states[0]), lambda: [alone(s, model, b)[0] for s, b in zip(states, batches, strict=True)]
+        ),
+        "updates at once": Updates(
+            _bytes(together, states_together), lambda: together(states_together, model, batches_together)[0]
+        ),
     }
+
+
+def _bytes(program: Any, state: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def _seconds(work: Callable[[], Any]) -> float:
