@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from griffin_jax.checkpoints.native import check_free, save
 from griffin_jax.cli.options import (
@@ -87,7 +88,7 @@ def run(options: argparse.Namespace) -> None:
             f"{options.model} holds {needs.precision.weights}, and only floating weights are trained: give --steps 0,"
             " or --weights float32"
         )
-    _check_memory(needs, factors, training)
+    _check_memory(needs, factors, training, mesh)
     llm = load_reader(options, mesh)
     packed = packed_texts(llm, options.text, options.column, training.length)
     factored = prepared(llm, packed, factors, training.seed)
@@ -118,10 +119,10 @@ def run(options: argparse.Namespace) -> None:
         plot_curve(curve, str(options.output), options.plot)
 
 
-def _check_memory(needs: Needs, factors: FactorConfig, training: FactorTraining) -> None:
+def _check_memory(needs: Needs, factors: FactorConfig, training: FactorTraining, mesh: Mesh | None) -> None:
     """Raise `MemoryError` unless a model can be divided and trained with what is free."""
     parts = needs.factor_training(training, factors.experts, coactivation=factors.grouping == "coactivation")
-    devices = jax.devices()[:1] if needs.mesh is None else needs.mesh.devices.flat
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     shorter = ", a shorter --length or more parts (--accumulate)" if training.steps else " or a shorter --length"
     memory.check(parts, memory.free(devices), f"take a smaller --batch{shorter}")
 
