@@ -1,4 +1,5 @@
 """What an adapter costs: decoding with it next to the base, merged and not, and the choice of one next to prefill.
+With `--train` instead what updates of several adapters take, in turn and at once.
 
 All are run in turn, so that only ratios count. The adapter's numbers are random, as fast as trained ones. The last line
 is one JSON object.
@@ -7,9 +8,11 @@ is one JSON object.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +30,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.training.config import TrainingConfig
 from griffin_jax.training.data import Batch
 from griffin_jax.training.loop import init_state, make_optimizer, make_step
+from griffin_jax.utils import memory
 
 LENGTH = 128
 """Tokens of a sequence that is trained on."""
@@ -43,57 +47,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="also: updates of N adapters, at once and in turn (default: none)",
+        help="instead: updates of N adapters, at once and in turn (default: none)",
     )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
     llm = load(options.model, weights=options.weights)
+    if options.train:
+        _run_training(llm.model, options)
+        return
     prompt = np.random.default_rng(0).integers(0, llm.config.vocab_size, options.prompt).tolist()
     adapter = Adapter.init(llm.config, AdapterConfig(rank=options.rank), jax.random.key(0))
     models = {"base": llm.model, "adapted": attach(llm.model, adapter)}
     if not llm.model.weights.quantised:
         models["merged"] = merge(models["adapted"])
-    decoding = {name: _decoding(model, prompt, options.new) for name, model in models.items()}
+    work = {f"decode, {name}": _decoding(model, prompt, options.new) for name, model in models.items()}
     embedder = Embedder(EmbeddingConfig(), llm.model)
-    work: dict[str, Callable[[], Any]] = {f"decode, {name}": step for name, step in decoding.items()}
-    if options.train:
-        work |= _training(llm.model, options.rank, options.train)
-    work |= {"prefill, base": _prefill(llm.model, prompt), "choice": lambda: embedder([prompt])}
+    work["prefill, base"] = functools.partial(_seconds, _prefill(llm.model, prompt))
+    work["choice"] = functools.partial(_seconds, lambda: embedder([prompt]))
+    of_base = {name: "decode, base" for name in work if name.startswith("decode")} | {"choice": "prefill, base"}
+    print(json.dumps(_compared(work, of_base, options.repeats) | {"rank": options.rank}))
+
+
+def _compared(work: Mapping[str, Callable[[], float]], of_base: Mapping[str, str], repeats: int) -> dict[str, Any]:
+    """Runs all in turn, and prints and returns medians of what each takes next to another one.
+
+    Args:
+        work: functions that return seconds.
+        of_base: what each of them is compared with.
+        repeats: how often; once more before that, which compiles.
+    """
     found: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(options.repeats + 1):
+    for repeat in range(repeats + 1):
         for name, one in work.items():
-            seconds = one() if name.startswith("decode") else _seconds(one)
-            # The first round compiles.
+            seconds = one()
             if repeat:
                 found[name].append(seconds)
-    of_base = {"choice": "prefill, base"} | ({"updates at once": "updates in turn"} if options.train else {})
-    of_base |= {name: "decode, base" for name in work if name.startswith("decode")}
     ratios = {
         name: float(np.median(np.divide(found[name], found[base]))) for name, base in of_base.items() if name != base
     }
     for name, ratio in ratios.items():
         print(f"{name}: {ratio:.3f} of {of_base[name]}")
     medians = {name: float(np.median(values)) for name, values in found.items()}
-    print(json.dumps({"ratios": ratios, "seconds": medians, "rank": options.rank, "repeats": options.repeats}))
+    return {"ratios": ratios, "seconds": medians, "repeats": repeats}
 
 
-def _training(model: Transformer, rank: int, count: int) -> dict[str, Callable[[], Any]]:
+def _run_training(model: Transformer, options: argparse.Namespace) -> None:
+    updates = _training(model, options.rank, options.train)
+    work = {name: functools.partial(_seconds, one.run) for name, one in updates.items()}
+    found = _compared(work, {"updates at once": "updates in turn"}, options.repeats)
+    for name, one in updates.items():
+        each = options.train / found["seconds"][name]
+        print(f"{name}: {each:.2f} a second, {memory.shown(one.bytes)} of memory next to the base")
+    found["bytes"] = {name: one.bytes for name, one in updates.items()}
+    print(json.dumps(found | {"rank": options.rank, "adapters": options.train}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """An update of each of some adapters.
+
+    Attributes:
+        bytes: of their states and of what one program makes for a while, as XLA has it.
+        run: makes them.
+    """
+
+    bytes: int
+    run: Callable[[], Any]
+
+
+def _training(model: Transformer, rank: int, count: int) -> dict[str, Updates]:
     """An update of each of some adapters, one sequence of `LENGTH` tokens for each."""
     config = TrainingConfig(steps=2, batch=1, length=LENGTH, warmup=1)
     optimizer = make_optimizer(config)
     step = make_step(adapter_loss, optimizer)
-    alone, together = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None, 0)))
     random = np.random.default_rng(0)
     tokens = random.integers(0, model.config.vocab_size, (count, 1, LENGTH)).astype(np.int32)
     batches = [Batch(jnp.asarray(each), jnp.full(1, LENGTH, jnp.int32)) for each in tokens]
     states = [init_state(Adapter.init(model.config, AdapterConfig(rank=rank), jax.random.key(0)), optimizer)] * count
     states_together, batches_together = (jax.tree.map(lambda *a: jnp.stack(a), *each) for each in (states, batches))
+    alone = jax.jit(step).lower(states[0], model, batches[0]).compile()
+    vmapped = jax.jit(jax.vmap(step, in_axes=(0, None, 0)))
+    together = vmapped.lower(states_together, model, batches_together).compile()
     return {
-        "updates in turn": lambda: [alone(s, model, b)[0] for s, b in zip(states, batches, strict=True)],
-        "updates at once": lambda: together(states_together, model, batches_together)[0],
+        "updates in turn": Updates(
+            _bytes(alone, states[0]), lambda: [alone(s, model, b)[0] for s, b in zip(states, batches, strict=True)]
+        ),
+        "updates at once": Updates(
+            _bytes(together, states_together), lambda: together(states_together, model, batches_together)[0]
+        ),
     }
+
+
+def _bytes(program: Any, state: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes + sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 
 from griffin_jax.adapters.adapter import Adapter
 from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
-from griffin_jax.adapters.peft import load_adapter
+from griffin_jax.adapters.peft import WEIGHTS, load_adapter
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
@@ -173,6 +173,12 @@ class Library:
     def trained(self) -> list[int]:
         """The clusters whose adapters are finished."""
         return [number for number in range(len(self)) if self.adapter_folder(number).is_dir()]
+
+    @property
+    def adapter_bytes(self) -> int:
+        """What an adapter takes in memory, at most: the size of the largest file; 0 if none is trained."""
+        files = [self.adapter_folder(number) / WEIGHTS for number in self.trained()]
+        return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
     def adapter(self, number: int, config: ModelConfig) -> Adapter:
         """The adapter of a cluster; each is read once.

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from griffin_jax.checkpoints.native import check_free, save
 from griffin_jax.cli.options import (
@@ -27,9 +29,11 @@ from griffin_jax.evaluation.samples import Skipped, nothing_left, read_files
 from griffin_jax.factor.config import FactorConfig, FactorTraining
 from griffin_jax.factor.factorize import check_factors
 from griffin_jax.llm.llm import LLM
+from griffin_jax.llm.memory import Needs
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.training.data import Packed, pack
+from griffin_jax.utils import memory
 
 DESCRIPTION = """FactorLLM (arXiv 2408.11855): the neurons of each feed-forward layer are divided into experts, of which
 a router chooses some for each token. All experts together are the dense layer, exactly.
@@ -84,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
             f"{options.model} holds {needs.precision.weights}, and only floating weights are trained: give --steps 0,"
             " or --weights float32"
         )
+    _check_memory(needs, factors, training, mesh)
     llm = load_reader(options, mesh)
     packed = packed_texts(llm, options.text, options.column, training.length)
     factored = prepared(llm, packed, factors, training.seed)
@@ -112,6 +117,14 @@ def run(options: argparse.Namespace) -> None:
         from griffin_jax.factor.plot import plot_curve
 
         plot_curve(curve, str(options.output), options.plot)
+
+
+def _check_memory(needs: Needs, factors: FactorConfig, training: FactorTraining, mesh: Mesh | None) -> None:
+    """Raise `MemoryError` unless a model can be divided and trained with what is free."""
+    parts = needs.factor_training(training, factors.experts, coactivation=factors.grouping == "coactivation")
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    shorter = ", a shorter --length or more parts (--accumulate)" if training.steps else " or a shorter --length"
+    memory.check(parts, memory.free(devices), f"take a smaller --batch{shorter}")
 
 
 SHOWN = 10

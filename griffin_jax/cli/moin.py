@@ -8,7 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
@@ -18,6 +20,7 @@ from griffin_jax.cli.options import (
     add_model_argument,
     add_options,
     check_output,
+    chosen_needs,
     load_reader,
     read_options,
 )
@@ -29,7 +32,11 @@ from griffin_jax.llm.llm import LLM, Prompt
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.training.config import TrainingConfig
+from griffin_jax.utils import memory
 from griffin_jax.utils.messages import printable, shown
+
+if TYPE_CHECKING:
+    from griffin_jax.adapters.jobs import Job
 
 DESCRIPTION = """MoIN (arXiv 2410.09687): texts are divided into clusters, an adapter is trained for each of them,
 alone, and each prompt is answered with the adapter of the cluster that it is nearest to. First `cluster`, then `train`,
@@ -211,6 +218,7 @@ def _train(options: argparse.Namespace) -> None:
     library = Library.load(options.library)
     numbers = list(range(len(library))) if options.cluster is None else [options.cluster]
     library.shard(numbers[0])
+    _check_memory(options, job, min(options.at_once, len(numbers)))
     llm = load_reader(options)
     assert llm.tokenizer is not None
     library.check(fingerprint(llm.model))
@@ -220,6 +228,14 @@ def _train(options: argparse.Namespace) -> None:
     )  # fmt: skip
     there = len(library.trained())
     print(f"{options.library}: trained {len(done)} of {len(numbers)}; {there} of {len(library)} are there")
+
+
+def _check_memory(options: argparse.Namespace, job: Job, at_once: int) -> None:
+    """Raise `MemoryError` unless so many adapters can be trained together with what is free."""
+    needs, training = chosen_needs(options), job.training
+    parts = needs.adapter_training(job.parameters(needs.config), training.batch, training.length, at_once)
+    advice = f"take {'fewer --at-once, ' if at_once > 1 else ''}a smaller --batch or a shorter --length"
+    memory.check(parts, memory.free(jax.devices()[:1]), advice)
 
 
 def _generate(options: argparse.Namespace) -> None:

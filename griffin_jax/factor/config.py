@@ -12,6 +12,9 @@ from griffin_jax.utils.options import check_choice, number, option, whole
 
 Objective = Literal["kl", "ce"]
 
+TOKENS = 2048
+"""Tokens of text that are enough for groups and means."""
+
 ROUTER_FINAL = 0.05
 """Part of the routers' learning rate that is left at the end of the first stage."""
 

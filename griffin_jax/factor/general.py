@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from griffin_jax.factor.config import TOKENS
 from griffin_jax.factor.layer import in_training
 from griffin_jax.factor.losses import Oracle
 from griffin_jax.factor.training import read, trained
@@ -16,9 +17,6 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 from griffin_jax.training.data import Batch, Packed
 from griffin_jax.utils import programs
-
-TOKENS = 2048
-"""Tokens of text that are enough for groups and means."""
 
 
 def activations(model: Transformer, packed: Packed, *, seed: int = 0) -> list[Float[np.ndarray, "t _f"]]:

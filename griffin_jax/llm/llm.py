@@ -33,7 +33,7 @@ from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.griffin.prune import check_kept
 from griffin_jax.griffin.statistic import Statistics
-from griffin_jax.llm.memory import free_for, needs_of
+from griffin_jax.llm.memory import adapter_bytes, free_for, needs_of
 from griffin_jax.llm.request import AdapterLike, Request, signature
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
@@ -533,6 +533,7 @@ class LLM:
             trial=plan.trial,
             in_place=self._in_place is not None,
             spare=0 if self._spare is None else self._spare.ff_bytes,
+            adapters=adapter_bytes(plan.request.adapter, batch),
         )
         advice = ["take fewer prompts at a time"] if batch > 1 else []
         if pruned:

@@ -19,11 +19,15 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from griffin_jax.adapters.adapter import Adapter
+from griffin_jax.adapters.library import Library
 from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.extensions.drafter import BLOCK, drafter_bytes
+from griffin_jax.factor.config import TOKENS, FactorTraining
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
+from griffin_jax.llm.request import AdapterLike
 from griffin_jax.model.attention import QUERY_BLOCK
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.products import BLOCK_ROWS
@@ -39,7 +43,15 @@ Parts = dict[str, int]
 
 COMPILER_BYTES_PER_LAYER = 12 << 20
 """Host memory for compiling and keeping the programs of an answer, for each layer of a model. An evaluation has twice
-as many programs."""
+as many programs, and an update with its backward pass is as large as these."""
+
+ADDED = 4
+"""Numbers that are made of each number of an adapter, at most: linear layers that are one matrix here have columns of
+their own for the rows of all of them, and pruning gathers some of these rows."""
+
+STATES = 3
+"""Numbers that AdamW holds of each that is trained: itself and two moments. While it makes an update, gradients and
+updates come to them."""
 
 TOKENIZER_BYTES = 1500
 """Host memory of a tokenizer for each token of its vocabulary, with the libraries that read it."""
@@ -187,6 +199,7 @@ class Needs:
         in_place: bool = False,
         spare: int = 0,
         repeated: bool = False,
+        adapters: int = 0,
     ) -> Parts:
         """What the answers of a pruned model need: prefill, select, prune, decode.
 
@@ -211,10 +224,12 @@ class Needs:
             spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
             repeated: whether the same is done again and again: the kept rows of the answer before are there while the
                 next one begins, and the cache of the prompts is copied for every answer.
+            adapters: bytes of the prompts' adapters and of what is made of these.
         """
         c, own = self.config, self.rows(batch)
         collect = kept is not None and select
-        held, reading = self._reading(batch, bucket(prompt), bucket(new) + trial, collect=collect, rows=rows)
+        read = self._reading(batch, bucket(prompt), bucket(new) + trial, collect=collect, rows=rows)
+        held, reading = ({**parts, "adapters": adapters} for parts in read)
         sizes = self._sizes(batch, bucket(prompt) + bucket(new) + trial, shared, refitted=rows > 0)
         trying: list[Parts] = []
         if trial:
@@ -439,6 +454,117 @@ class Needs:
             half = -(-window // 2)
             phases.append(self.scoring(batch, half, half, 2, rows=256, calibration=rows))
         return self._worst(*phases, programs=2)
+
+    def adapter_training(self, parameters: int, batch: int, length: int, at_once: int = 1) -> Parts:
+        """What training adapters needs, see `griffin_jax.adapters.jobs`.
+
+        Args:
+            parameters: numbers of an adapter.
+            batch: sequences of an update of each.
+            length: tokens of a sequence.
+            at_once: adapters that are trained together.
+        """
+        numbers = 4 * at_once * parameters
+        kept = self._kept_for_gradients(batch, length, 9 * self._read_at_once())
+        return self._worst(
+            {
+                "adapters": STATES * numbers,
+                # Of what is made of an adapter there are gradients, too.
+                "gradients and updates": (2 + 2 * ADDED) * numbers,
+                "activations": at_once * kept,
+                "logits": at_once * 4 * self._logits(self.rows(batch) * length),
+            },
+            programs=2,
+        )
+
+    def factor_training(self, training: FactorTraining, experts: int, *, coactivation: bool = False) -> Parts:
+        """What dividing a dense model into experts and training these needs, see `griffin_jax.factor`.
+
+        Args:
+            training: how it is trained.
+            experts: of each layer.
+            coactivation: whether they are found by activations of all neurons.
+        """
+        neurons, length = sum(self.config.neurons) // self._parts, training.length
+        sequences = max(TOKENS // length, 1)
+        phases: list[Parts] = [{"activations": self._activations_of_experts(sequences, length, experts)}]
+        if training.router_steps:
+            phases.append(self._training_routers(training, experts))
+        if training.steps:
+            phases.append(self._training_experts(training, experts))
+        # The dense model stays, and the factored one shares all else with it.
+        copied = self.in_memory(self._sizes(1, 1, True).ff(None), self.precision.weights)
+        phases = [{"experts": copied, **phase} for phase in phases]
+        if coactivation:
+            _, reading = self._reading(sequences, length, 0, collect=True, rows=self.rows(sequences) * length)
+            phases.append(reading | {"activations of all neurons": 2 * sequences * length * neurons})
+        return self._worst(*phases, programs=2)
+
+    def _activations_of_experts(self, batch: int, tokens: int, experts: int) -> int:
+        """What one layer takes to read so many tokens, with the outputs of all its experts."""
+        return self._activations(batch, tokens, 0) + 3 * 4 * self.rows(batch) * tokens * experts * self.config.width
+
+    def _training_routers(self, training: FactorTraining, experts: int) -> Parts:
+        """Inputs and labels of all layers are kept, and divided among updates."""
+        c, tokens = self.config, self.rows(training.batch) * training.length
+        return {
+            "layers' inputs": 2 * self.itemsize * c.num_layers * tokens * (c.width + experts),
+            "activations": self._activations_of_experts(training.batch, training.length, experts),
+            "routers": 2 * STATES * 4 * c.num_layers * experts * c.width,
+        }
+
+    def _training_experts(self, training: FactorTraining, experts: int) -> Parts:
+        """An update of experts and routers together; a batch is read part by part."""
+        c, batch = self.config, training.batch // training.accumulate
+        numbers = 4 * sum(c.neurons) // self._parts * c.width * (3 if c.gated else 2)
+        kept = self._kept_for_gradients(batch, training.length, 6 * c.ff_width + 2 * experts * c.width)
+        return {
+            "trained experts": STATES * numbers,
+            # And sums of those of several parts.
+            "gradients and updates": (2 if training.accumulate == 1 else 3) * numbers,
+            "activations": kept,
+            "logits": 5 * self._logits(self.rows(batch) * training.length),
+        }
+
+    def _kept_for_gradients(self, batch: int, tokens: int, of_neurons: int) -> int:
+        """What a backward pass needs of all layers, and takes for one of them.
+
+        Of each layer XLA's CPU code was seen to hold six numbers for each one of the residual stream, two for each one
+        of queries, keys and values, and one to two for each pair of tokens and head.
+
+        Args:
+            batch: sequences.
+            tokens: of each.
+            of_neurons: numbers of a token that the feed-forward layer keeps.
+        """
+        c, rows = self.config, self.rows(batch)
+        share = self._parts if divided(c, self._parts)[HEADS] else 1
+        blocks = [(start, min(start + QUERY_BLOCK, tokens)) for start in range(0, tokens, QUERY_BLOCK)]
+        pairs = 4 * rows * c.num_heads * sum((stop - start) * stop for start, stop in blocks) // share
+        heads = 2 * (c.num_heads + 2 * c.kv_heads) * c.head_dim // share
+        itemsize = 4 if self._on_cpu else self.itemsize
+        of_token = 7 * c.width + heads + of_neurons // self._parts
+        return c.num_layers * (itemsize * rows * tokens * of_token + 2 * pairs)
+
+
+def adapter_bytes(adapter: AdapterLike | None, batch: int) -> int:
+    """Bytes that the adapters of a batch of prompts take, but for those that somebody has in memory already.
+
+    Args:
+        adapter: of `LLM.generate`.
+        batch: prompts.
+    """
+    if adapter is None:
+        return 0
+    if isinstance(adapter, Adapter):
+        return ADDED * 4 * adapter.parameters
+    if isinstance(adapter, Library):
+        size, kinds, read = adapter.adapter_bytes, min(batch, len(adapter)), min(batch, len(adapter))
+    else:
+        size = 4 * max((one.parameters for one in adapter if one is not None), default=0)
+        kinds, read = len({id(one) for one in adapter}), 0
+    # Different ones are stacked, and each prompt takes its own from the stack.
+    return size * (read + (ADDED if kinds == 1 else (2 + ADDED) * batch))
 
 
 def needs_before_loading(
