@@ -31,6 +31,9 @@ from jaxtyping import Float
 DENSITIES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
 """Densities that may be taken, of which those above the least one count. Few, because each has shapes of its own."""
 
+ENDS = 2
+"""Densities that are tried, at most."""
+
 TRIALS = (32, 16, 8)
 """Tokens of a trial: the most of these that the prompt is long enough for. Few, because each compiles anew."""
 
