@@ -37,10 +37,10 @@ ENDS = 2
 TRIALS = (32, 16, 8)
 """Tokens of a trial: the most of these that the prompt is long enough for. Few, because each compiles anew."""
 
-PART = 64
-"""A prompt has so many tokens for each of a trial, but in the shortest trial, so that the pass reads a thirty-second of
-the prompt at most. Its tokens are more costly than a prompt's: they are few, their scores over the vocabulary are
-needed, and all weights are read for them once more."""
+PART = 128
+"""A prompt has so many tokens for each of a trial longer than the shortest, so that the pass reads little of it again.
+Its tokens are more costly than a prompt's: they are few, all weights are read for them, and their scores over the
+vocabulary are needed."""
 
 SHORTEST = 256
 """Tokens of the shortest prompt that has a trial, the shortest one."""

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation.prefill import LastTokens, Prefilled
 from griffin_jax.generation.scoring import divergences
+from griffin_jax.griffin.masked import masks_of
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.feed_forward import LowRank, Mask
 from griffin_jax.model.transformer import Transformer
@@ -52,8 +53,9 @@ def try_pruners(
     last = prefilled.last
     if last is None or last.hidden.shape[1] != tokens.shape[1]:
         raise ValueError(f"nothing was recorded of the last {tokens.shape[1]} tokens: prefill with last=...")
-    scorers = [pruner.scorer(model, last.statistics, last.rows, seed=seed) for pruner in pruners]
-    masks = [tuple(layer.ff.mask for layer in scorer.layers) for scorer in scorers]
+    chosen = [pruner.select(model, last.statistics, seed) for pruner in pruners]
+    refits = [pruner.refit(last.rows) for pruner in pruners]
+    masks = [masks_of(model, experts, refit=refit) for experts, refit in zip(chosen, refits, strict=True)]
     return to_host(_divergences(model, prefilled.cache, last, tokens, masks))
 
 
@@ -63,7 +65,7 @@ def _divergences(
     cache: KVCache,
     last: LastTokens,
     tokens: Int[Array, "b t"],
-    masks: list[tuple[Mask, ...]],
+    masks: list[list[Mask]],
 ) -> Float[Array, "b c t"]:
     """As `try_pruners`, with a mask for each pruner and layer."""
     batch, length = tokens.shape

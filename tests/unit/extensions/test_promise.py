@@ -195,16 +195,8 @@ class TestChoose:
         assert not outcome.keeps(0.29)
 
     def test_tokens_of_a_trial(self):
-        assert [trial_tokens(length) for length in (255, 256, 1023, 1024, 2047, 2048, 9999)] == [
-            0,
-            8,
-            8,
-            16,
-            16,
-            32,
-            32,
-        ]
-        assert [trial_tokens(2048, new) for new in (7, 8, 31, 32)] == [0, 8, 16, 32]
+        assert [trial_tokens(length) for length in (255, 256, 2047, 2048, 4095, 4096)] == [0, 8, 8, 16, 16, 32]
+        assert [trial_tokens(4096, new) for new in (7, 8, 31, 32)] == [0, 8, 16, 32]
         assert allowed_densities(0.7) == (0.7, 0.8, 0.9)
 
 
