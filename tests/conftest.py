@@ -37,7 +37,7 @@ HOOKED = [
     "analysis.experts.choices", "analysis.experts.components", "analysis.experts.matching", "analysis.experts.routers",
     "analysis.experts.similarity",
     "extensions.prior", "extensions.promise", "extensions.reconstruction", "extensions.refresh",
-    "extensions.speculative",
+    "extensions.speculative", "extensions.trial",
     "generation.decode", "generation.padding", "generation.prefill", "generation.scoring",
     "griffin.masked", "griffin.neurons", "griffin.prune", "griffin.select", "griffin.statistic",
     "model.attention", "model.cache", "model.feed_forward", "model.norm", "model.ops", "model.positions",

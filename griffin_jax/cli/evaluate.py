@@ -73,7 +73,7 @@ from griffin_jax.extensions.config import Extensions, check_quality
 from griffin_jax.extensions.drafter import draft_format, drafter_bytes
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
-from griffin_jax.extensions.promise import MARGIN, SHORTEST, trial_tokens, tried_densities
+from griffin_jax.extensions.promise import MARGIN, SHORTEST, allowed_densities, trial_tokens
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.extensions.speculative import MOST_DRAFTS
 from griffin_jax.factor.losses import Oracle
@@ -912,7 +912,7 @@ def _choose_promise(options: argparse.Namespace) -> None:
     if more:
         raise ValueError(f"--density is the least one that may be taken, give one, got {options.density}")
     check_density(least)
-    options.density = ",".join(map(str, tried_densities(least)))
+    options.density = ",".join(map(str, allowed_densities(least)))
     if not options.density:
         raise ValueError("--density 1 is the dense model; give the least density that may be taken")
     if not trial_tokens(options.prompt_tokens):

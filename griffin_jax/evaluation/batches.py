@@ -60,10 +60,17 @@ class Batch:
     answer_lengths: Int[np.ndarray, "b"]
     seeds: Int[np.ndarray, "b"]
 
-    def prefill(self, model: Transformer, max_new_tokens: int, rows: int = 0) -> Prefilled:
-        """The prompts, read by the full model with room for an answer and with rows for a `Reconstruction`."""
+    def prefill(self, model: Transformer, max_new_tokens: int, rows: int = 0, last: int = 0) -> Prefilled:
+        """The prompts, read by the full model with room for an answer, with rows for a `Reconstruction`, and with what
+        a trial on their last tokens needs."""
         return jitted.prefill(
-            model, self.prompts, self.prompt_lengths, max_new_tokens=max_new_tokens, longest=max_new_tokens, rows=rows
+            model,
+            self.prompts,
+            self.prompt_lengths,
+            max_new_tokens=max_new_tokens,
+            longest=max_new_tokens,
+            rows=rows,
+            last=last,
         )
 
 

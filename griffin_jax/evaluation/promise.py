@@ -1,12 +1,11 @@
 """How often the promise of `max_divergence` holds on the answer that follows, and at which densities.
 
 Every density that may be taken is tried at the end of a text's prompt, and scored on what follows. Which one would have
-been taken for a promise follows from the trials, by the rule of `griffin_jax.extensions.promise`.
+been taken for a promise follows from the trials of two of them, by the rule of `griffin_jax.extensions.promise`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from griffin_jax.evaluation.batches import Batch, Item, batch_of, evaluate
+from griffin_jax.evaluation.batches import Batch, Item, evaluate
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import DENSE, Variant, rows_of
 from griffin_jax.evaluation.intervals import mean, share
@@ -22,7 +21,8 @@ from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles
 from griffin_jax.evaluation.tasks import OWN, REAL, generate
 from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.promise import MARGIN, Promised, choose, read_last
+from griffin_jax.extensions.promise import MARGIN, Promised, choose, ends_of
+from griffin_jax.extensions.trial import try_pruners
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.llm.llm import LLM
 from griffin_jax.utils.figures import new_figure
@@ -74,12 +74,11 @@ def try_densities(
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         length = max(new, batch.answers.shape[1])
-        cut = [dataclasses.replace(item, prompt=item.prompt[:-trial]) for item in batch.items]
-        before = batch_of(cut, size, seed).prefill(model, bucket(length) + trial, rows_of(variants, extensions))
+        prefilled = batch.prefill(model, bucket(length), rows_of(variants, extensions), trial)
         ends = batch.prompt_lengths[:, None] - np.arange(trial, 0, -1)
-        prefilled, last = read_last(model, before, np.take_along_axis(batch.prompts, ends, axis=1))
+        last, seeds = np.take_along_axis(batch.prompts, ends, axis=1), jnp.asarray(batch.seeds)
         tried = {
-            variant.name: last.divergences(model, variant.pruner(extensions), jnp.asarray(batch.seeds))
+            variant.name: try_pruners(model, prefilled, last, [variant.pruner(extensions)], seeds)[:, 0]
             for variant in variants
             if variant.method != DENSE
         }
@@ -108,8 +107,9 @@ def promised(text: Mapping[str, Any], variants: Sequence[Variant], most: float, 
         margin: standard errors.
     """
     ladder = sorted(variants, key=lambda variant: variant.density)
-    trials = [np.asarray([text[TRIAL][variant.name]]) for variant in ladder]
-    return choose(trials.__getitem__, [variant.density for variant in ladder], most, margin)
+    densities, trials = [variant.density for variant in ladder], text[TRIAL]
+    tried = {at: np.asarray([trials[Variant(ladder[0].method, at).name]]) for at in ends_of(densities)}
+    return choose(densities, tried, most, margin)
 
 
 def figures(

@@ -64,7 +64,7 @@ def refresh(
     positions = state.lengths[:, None] + first + jnp.arange(width, dtype=jnp.int32)
     positions = jnp.where(tokens == EMPTY, EMPTY, positions)
     cache = state.cache.without_last(width - 1)
-    x, cache, statistics, rows = read_on(model, cache, jnp.maximum(tokens, 0), positions, statistics, rows)
+    x, cache, statistics, rows, _ = read_on(model, cache, jnp.maximum(tokens, 0), positions, statistics, rows)
     return append_token(state, model.logits(x[:, -1:])[:, 0], cache, sampler, eos), statistics, rows
 
 

@@ -44,7 +44,9 @@ def start(model: Transformer, slots: int, *, rows: int = 0) -> Prefilled:
     )
 
 
-def read_more(model: Transformer, read: Prefilled, tokens: Int[Array, "1 t"], count: int | Int[Array, ""]) -> Prefilled:
+def read_more(
+    model: Transformer, read: Prefilled, tokens: Int[Array, "1 t"], count: int | Int[Array, ""], *, last: int = 0
+) -> Prefilled:
     """The full model reads more of a conversation, and adds to what it recorded of the part before.
 
     Args:
@@ -52,8 +54,9 @@ def read_more(model: Transformer, read: Prefilled, tokens: Int[Array, "1 t"], co
         read: the part before, with room for T tokens. Donate it.
         tokens: token ids, padded on the right with any token.
         count: how many of them are real, at least 1. The others take no slots.
+        last: how many of them `Prefilled.last` is to be about, see `griffin_jax.generation.scoring.extend`; static.
     """
-    _, longer = extend(model, read, tokens, jnp.asarray(count, jnp.int32)[None])
+    _, longer = extend(model, read, tokens, jnp.asarray(count, jnp.int32)[None], last=last)
     cache = longer.cache.without_last(tokens.shape[1] - count)
     return dataclasses.replace(longer, cache=cache, max_new_tokens=read.max_new_tokens)
 

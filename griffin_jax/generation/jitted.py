@@ -24,18 +24,16 @@ from griffin_jax.model.cache import KVCache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
-prefill = programs.jit(_prefill, static_argnames=("max_new_tokens", "chunk", "collect", "rows"))
+prefill = programs.jit(_prefill, static_argnames=("max_new_tokens", "chunk", "collect", "rows", "last"))
 select = programs.jit(_select, static_argnames=("config",))
 decode = programs.jit(decoding.decode, static_argnames=("eos",), donate_argnames=("state",))
 teacher_force = programs.jit(scoring.teacher_force, static_argnames=("collect",))
-extend = programs.jit(scoring.extend)
+extend = programs.jit(scoring.extend, static_argnames=("last",))
 losses = programs.jit(scoring.losses)
 compare = programs.jit(scoring.compare)
-log_probabilities = programs.jit(scoring.log_probabilities)
-divergences = programs.jit(scoring.divergences)
 teacher_forced = programs.jit(scoring.teacher_forced, static_argnames=("prompt_length", "config"))
 start = programs.jit(conversation.start, static_argnames=("slots", "rows"))
-read_more = programs.jit(conversation.read_more, donate_argnames=("read",))
+read_more = programs.jit(conversation.read_more, static_argnames=("last",), donate_argnames=("read",))
 cut = programs.jit(conversation.cut, donate_argnames=("cache",))
 with_room = programs.jit(conversation.with_room, static_argnames=("slots",))
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.generation.padding import DEFAULT_CHUNK, by_chunk, chunk_count
-from griffin_jax.generation.prefill import Prefilled, read_on
+from griffin_jax.generation.prefill import LastTokens, Prefilled, read_on
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.masked import mask
 from griffin_jax.griffin.neurons import ExpertNeurons, ranges_of
@@ -63,12 +63,12 @@ def teacher_force(
     batch = answers.shape[0]
     nothing = tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons if collect)
     nothing = Statistics(nothing, jnp.zeros((batch,), jnp.int32), ranges_of(model) if collect else ())
-    hidden, _, statistics, _ = _read(model, prefilled, answers, lengths, nothing)
+    hidden, _, statistics, _, _ = _read(model, prefilled, answers, lengths, nothing)
     return _shifted(prefilled, hidden), statistics
 
 
 def extend(
-    model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"]
+    model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"], *, last: int = 0
 ) -> tuple[Float[Array, "b r d"], Prefilled]:
     """Read more tokens of prompts, as if these had been prefilled with them.
 
@@ -77,18 +77,21 @@ def extend(
         prefilled: the prompts, with room for at least R tokens. It stays as it is.
         tokens: the tokens that follow, padded on the right with any token.
         lengths: number of real tokens of each row, in [0, R].
+        last: number of tokens at the end of each row that `Prefilled.last` is to be about, of at most `DEFAULT_CHUNK`;
+            static.
 
     Returns:
         The residual stream that scores each of the tokens, as from `teacher_force`, and the longer prompts, with room
         for R tokens less. They have statistics if there were any, and as many rows for a `Reconstruction` as before,
         in which the newest tokens have replaced the oldest.
     """
-    hidden, cache, statistics, rows = _read(model, prefilled, tokens, lengths, prefilled.statistics, prefilled.rows)
+    recorded = prefilled.statistics, prefilled.rows
+    hidden, cache, statistics, rows, before = _read(model, prefilled, tokens, lengths, *recorded, last)
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
-    last = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
-    logits = model.logits(last[:, None])[:, 0]
+    newest = jnp.where(lengths[:, None] > 0, jnp.take_along_axis(hidden, at, axis=1)[:, 0], prefilled.hidden)
+    logits = model.logits(newest[:, None])[:, 0]
     max_new_tokens = prefilled.max_new_tokens - tokens.shape[1]
-    return _shifted(prefilled, hidden), Prefilled(logits, last, cache, statistics, max_new_tokens, rows)
+    return _shifted(prefilled, hidden), Prefilled(logits, newest, cache, statistics, max_new_tokens, rows, before)
 
 
 def _shifted(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
@@ -103,22 +106,25 @@ def _read(
     lengths: Int[Array, "b"],
     statistics: Statistics,
     rows: tuple[Float[Array, "b _r _f"], ...] = (),
-) -> tuple[Float[Array, "b r d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
+    last: int = 0,
+) -> tuple[Float[Array, "b r d"], KVCache, Statistics, tuple[Float[Array, "b _r _f"], ...], LastTokens | None]:
     batch, length = tokens.shape
     steps = jnp.arange(length, dtype=jnp.int32)
     positions = jnp.where(steps < lengths[:, None], prefilled.statistics.tokens[:, None] + steps, EMPTY)
     chunks = chunk_count(length, DEFAULT_CHUNK) if length else 1
     if chunks == 1 or length % chunks:
-        return read_on(model, prefilled.cache, tokens, positions, statistics, rows)
+        return read_on(model, prefilled.cache, tokens, positions, statistics, rows, last)
+    if last:
+        raise ValueError(f"the last tokens are recorded of {DEFAULT_CHUNK} tokens at most, got {length}")
 
     def read(state: tuple[KVCache, Statistics, Any], chunk: tuple[Array, Array]):
         cache, statistics, rows = state
-        hidden, cache, statistics, rows = read_on(model, cache, *chunk, statistics, rows)
+        hidden, cache, statistics, rows, _ = read_on(model, cache, *chunk, statistics, rows)
         return (cache, statistics, rows), hidden
 
     parts = by_chunk(tokens, chunks), by_chunk(positions, chunks)
     (cache, statistics, rows), hidden = jax.lax.scan(read, (prefilled.cache, statistics, rows), parts)
-    return hidden.swapaxes(0, 1).reshape(batch, length, -1), cache, statistics, rows
+    return hidden.swapaxes(0, 1).reshape(batch, length, -1), cache, statistics, rows, None
 
 
 @jax.tree_util.register_dataclass
@@ -200,39 +206,35 @@ def compare(
     return tuple(Comparison(*scores) for scores in _few_at_a_time(model, few, dense, pruned, answers))
 
 
-def log_probabilities(model: Transformer, hidden: Float[Array, "b r d"]) -> Float[Array, "b r v"]:
-    """What a model expects at each token, in full: log p, float32.
+def divergences(
+    model: Transformer, dense: Float[Array, "b r d"], pruned: Float[Array, "b c r d"]
+) -> Float[Array, "b c r"]:
+    """The `kl` of `compare` alone, of several pruned models whose scores are made together: the head is read once.
 
     Args:
-        model: the model whose norm and head make the scores.
-        hidden: the residual stream from `teacher_force`.
-    """
-    return jax.nn.log_softmax(model.logits(hidden))
-
-
-def divergences(model: Transformer, dense: Float[Array, "b r v"], hidden: Float[Array, "b r d"]) -> Float[Array, "b r"]:
-    """The `kl` of `compare`, from the dense model's `log_probabilities`, which then serve several pruned models.
-
-    Args:
-        model: the full model, whose norm and head the pruned one has.
-        dense: its log p.
-        hidden: the pruned model's residual stream.
+        model: the full model, whose norm and head the pruned ones have.
+        dense: its residual stream.
+        pruned: those of the pruned models.
     """
 
-    def few(p: Array, hidden: Array) -> Array:
-        return jnp.sum(jnp.exp(p) * (p - log_probabilities(model, hidden)), axis=-1)
+    def few(every: Array) -> Array:
+        b, t, c, d = every.shape
+        log_p = jax.nn.log_softmax(model.logits(every.reshape(b, t * c, d))).reshape(b, t, c, -1)
+        p, q = log_p[:, :, :1], log_p[:, :, 1:]
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
-    return _few_at_a_time(model, few, dense, hidden)
+    every = jnp.concatenate([dense[:, None], pruned], axis=1).swapaxes(1, 2)
+    return _few_at_a_time(model, few, every, each=every.shape[2]).swapaxes(1, 2)
 
 
 def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) -> Float[Array, "b r"]:
     return -jnp.take_along_axis(log_probabilities, answers[..., None], axis=-1)[..., 0]
 
 
-def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any) -> Any:
-    """`score` of arrays (B, R, ...), as many columns at a time as `LOGITS_BYTES` allows."""
+def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any, each: int = 1) -> Any:
+    """`score` of arrays (B, R, ...), as many columns at a time as `LOGITS_BYTES` allows if each has so many tokens."""
     batch, length = jax.tree.leaves(arrays)[0].shape[:2]
-    columns = max(1, min(length, LOGITS_BYTES // (4 * batch * model.config.vocab_size)))
+    columns = max(1, min(length, LOGITS_BYTES // (4 * each * batch * model.config.vocab_size)))
     blocks = -(-length // columns)
 
     def split(x: Array) -> Array:

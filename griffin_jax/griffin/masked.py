@@ -66,6 +66,24 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
         ValueError: the experts were selected for a model of other layers or widths, the model is pruned or masked
             already, or `refit` does not belong to the model or the experts.
     """
+    masks = masks_of(model, experts, refit=refit)
+    masked: Transformer = jax.tree.map(lambda leaf: leaf, model)
+    for layer, one in zip(masked.layers, masks, strict=True):
+        layer.ff.mask = nnx.data(one)
+    return masked
+
+
+def masks_of(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | None = None) -> list[Mask]:
+    """The masks that `mask` gives each layer.
+
+    Args:
+        model: as for `mask`.
+        experts: as for `mask`.
+        refit: as for `mask`.
+
+    Raises:
+        ValueError: as `mask`.
+    """
     check_whole(model)
     check_experts(experts, model)
     if refit is not None:
@@ -75,10 +93,7 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
     if refit is not None:
         changes = refit.low_rank([layer.ff.down_matrix() for layer in model.layers], kept)
         masks = [Mask(layer, change) for layer, change in zip(kept, changes, strict=True)]
-    masked: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    for layer, one in zip(masked.layers, _placed(masks, model), strict=True):
-        layer.ff.mask = nnx.data(one)
-    return masked
+    return _placed(masks, model)
 
 
 @programs.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +106,25 @@ def spread(lengths: Int[Array, "b"], rows: int) -> Int[Array, "b {rows}"]:
     return jnp.where(length > rows, middle, jnp.where(number < length, number, EMPTY))
 
 
+def tokens_at(x: Any, at: Int[Array, "b r"]) -> tuple[Any, Bool[Array, "b r"]]:
+    """Some tokens of arrays (B, T, ...).
+
+    Args:
+        x: arrays in any pytree, such as `griffin_jax.model.routed.Activations`.
+        at: the columns to take; for one that there is not the nearest one is taken.
+
+    Returns:
+        The arrays of these tokens, and which of the columns there are.
+    """
+    tokens = jax.tree.leaves(x)[0].shape[1]
+    nearest = jnp.clip(at, 0, tokens - 1)
+
+    def take(array: Array) -> Array:
+        return jnp.take_along_axis(array, nearest.reshape(*nearest.shape, *[1] * (array.ndim - 2)), axis=1)
+
+    return jax.tree.map(take, x), (at >= 0) & (at < tokens)
+
+
 def rows_at(z: Activations, at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
     """Relative activations of some tokens, of all neurons of a layer.
 
@@ -115,11 +135,6 @@ def rows_at(z: Activations, at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
     Returns:
         z / ||z|| in the dtype of z, to which z has been rounded already.
     """
-    tokens = jax.tree.leaves(z)[0].shape[1]
-    present, nearest = (at >= 0) & (at < tokens), jnp.clip(at, 0, tokens - 1)
-
-    def take(array: Array) -> Array:
-        return jnp.take_along_axis(array, nearest.reshape(*nearest.shape, *[1] * (array.ndim - 2)), axis=1)
-
-    chosen = everywhere(jax.tree.map(take, z))
+    taken, present = tokens_at(z, at)
+    chosen = everywhere(taken)
     return jnp.where(present[..., None], relative_activations(chosen), 0).astype(chosen.dtype)

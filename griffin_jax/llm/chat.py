@@ -12,6 +12,7 @@ to the newest tokens, as after a refresh.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Generator, Mapping, Sequence
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from griffin_jax.extensions.promise import LastTokens, read_last, trial_tokens
+from griffin_jax.extensions.promise import trial_tokens
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket
 from griffin_jax.generation.prefill import Prefilled
@@ -176,9 +177,9 @@ class Chat:
         self._kept = 0
         self._is_long = False
 
-    def read(self, plan: Plan) -> tuple[Prefilled, LastTokens | None]:
-        """What the full model records of the conversation, of which it reads what it has not read yet; and the last
-        tokens for a trial, which are among those."""
+    def read(self, plan: Plan) -> Prefilled:
+        """What the full model records of the conversation, of which it reads what it has not read yet. The last tokens
+        for a trial are among that."""
         (sequence,) = plan.sequences
         answer = bucket(plan.new + plan.drafts)
         model, is_long = self._llm.model, self._is_long_rope(len(sequence) + plan.new)
@@ -188,7 +189,7 @@ class Chat:
         self._kept, self._is_long = len(self._read), is_long
         new = sequence[len(self._read) :]
         trial = trial_tokens(len(sequence), len(new)) if plan.trial else 0
-        parts = _parts(new[: len(new) - trial])
+        parts = _parts(new)
         room = bucket(len(sequence) + bucket(len(parts[-1]) if parts else 1) + answer)
         state = self._state
         if state is None:
@@ -197,22 +198,21 @@ class Chat:
             state = dataclasses.replace(state, cache=jitted.with_room(state.cache, room))
         context = jnp.full_like(state.cache.context, len(sequence) + plan.new)
         cache = dataclasses.replace(state.cache, context=context)
-        state, last = dataclasses.replace(state, cache=cache, max_new_tokens=0), None
+        state = dataclasses.replace(state, cache=cache, max_new_tokens=0)
         # While a part is read its arrays are donated; an interruption there leaves nothing to go on with.
         self._state = None
-        for part in parts:
+        for number, part in enumerate(parts, start=1):
             tokens = np.zeros((1, bucket(len(part))), np.int32)
             tokens[0, : len(part)] = part
-            state = jitted.read_more(model, state, tokens, np.int32(len(part)))
-        if trial:
-            state = dataclasses.replace(state, max_new_tokens=trial)
-            state, last = read_last(model, state, np.asarray([new[-trial:]], np.int32))
+            last = trial if number == len(parts) else 0
+            state = jitted.read_more(model, state, tokens, np.int32(len(part)), last=last)
+        last, state = state.last, dataclasses.replace(state, last=None)
         self._state, self._read = state, list(sequence)
         if plan.every:
             # A refresh takes them over, and goes on with them.
             statistics, used_rows = jax.tree.map(jnp.copy, (state.statistics, state.rows))
             state = dataclasses.replace(state, statistics=statistics, rows=used_rows)
-        return dataclasses.replace(state, max_new_tokens=answer), last
+        return dataclasses.replace(state, max_new_tokens=answer, last=last)
 
     def give_back(self, cache: KVCache) -> None:
         """Takes the cache over again, without the answer, which the full model has not read."""
@@ -234,7 +234,10 @@ class Chat:
 
 
 def _parts(tokens: Sequence[int]) -> list[Sequence[int]]:
-    return [tokens[at : at + DEFAULT_CHUNK] for at in range(0, len(tokens), DEFAULT_CHUNK)]
+    """Tokens in parts of at most `DEFAULT_CHUNK`, of which only the first may have fewer: a trial is in the last."""
+    first = len(tokens) % DEFAULT_CHUNK
+    starts = [*([0] if first else []), *range(first, len(tokens), DEFAULT_CHUNK)]
+    return [tokens[start:stop] for start, stop in itertools.pairwise([*starts, len(tokens)])]
 
 
 def _is_deleted(tree: Any) -> bool:

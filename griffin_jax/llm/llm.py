@@ -21,9 +21,10 @@ from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
-from griffin_jax.extensions.promise import LastTokens, Promised, choose, read_last, trial_tokens, tried_densities
+from griffin_jax.extensions.promise import Promised, allowed_densities, choose, ends_of, trial_tokens
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
+from griffin_jax.extensions.trial import try_pruners
 from griffin_jax.generation import jitted
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.generation.decode import DecodeState
@@ -77,7 +78,7 @@ class Plan:
         drafter: what the drafting model's matrices are stored as; None where they are the model's.
         mixed: the formats of the kept neurons; None where all of them have the model's.
         candidates: pruners by their density, the least first, of which the first that keeps the promise is taken.
-        trial: tokens at the end of each prompt that they are tried on; 0 for no trial.
+        trial: tokens at the end of each prompt that two of them are tried on; 0 for no trial.
         every: tokens between two refreshes; None for none.
         rows: tokens of each prompt that kept neurons are refitted to.
         seed: of the batch, or one for each prompt.
@@ -115,9 +116,9 @@ class Plan:
 class Reader(Protocol):
     """Reads prompts in another way than `prefill`, and goes on with the cache after an answer."""
 
-    def read(self, plan: Plan) -> tuple[Prefilled, LastTokens | None]:
-        """What `prefill` would give for the sequences of a plan, whose cache is used up, and their last tokens for a
-        trial; None if there is none, or if too few tokens are new."""
+    def read(self, plan: Plan) -> Prefilled:
+        """What `prefill` would give for the sequences of a plan, whose cache is used up; without `last` if too few
+        tokens are new."""
         ...
 
     def give_back(self, cache: KVCache) -> None:
@@ -467,7 +468,7 @@ class LLM:
         if self._in_place is not None:
             raise ValueError("with in_place rows of weights move, and nothing is tried before: max_divergence=None")
         found, griffin = {}, request.griffin
-        for density in tried_densities(cast(float, griffin.density)):
+        for density in allowed_densities(cast(float, griffin.density)):
             at = dataclasses.replace(request, griffin=dataclasses.replace(griffin, density=density))
             pruner = self._pruner(at)
             if pruner.config.kept(self.model.config.neuron_ranges) != self.model.neurons:
@@ -557,13 +558,13 @@ class LLM:
             with watch.phase("route"):
                 full, clusters = jax.block_until_ready(self._with_adapters(plan.request.adapter, plan.sequences))
         with watch.phase("prefill"):
-            read = self._prefill(plan, full) if reader is None else reader.read(plan)
-            prefilled, last = jax.block_until_ready(read)
+            prefilled = self._prefill(plan, full) if reader is None else reader.read(plan)
+            prefilled = jax.block_until_ready(prefilled)
         promised = None
         if plan.request.extensions.max_divergence is not None:
             with watch.phase("try"):
-                plan, promised = self._promised(plan, full, last)
-        del read, last
+                plan, promised = self._promised(plan, full, prefilled)
+            prefilled = dataclasses.replace(prefilled, last=None)
         with watch.phase("select"):
             if plan.selects:
                 experts = jax.block_until_ready(self._select(plan.pruner, full, prefilled.statistics, plan.seed))
@@ -618,34 +619,27 @@ class LLM:
             return self.model if adapter[0] is None else attach(self.model, adapter[0]), clusters
         return attach(self.model, stack(adapter), np.arange(len(adapter))), clusters
 
-    def _prefill(self, plan: Plan, full: Transformer) -> tuple[Prefilled, LastTokens | None]:
-        """The prompts, and their last tokens if there is a trial."""
-        before = [sequence[: len(sequence) - plan.trial] for sequence in plan.sequences]
-        tokens, lengths = pad(before, bucket(max(map(len, before))))
-        # A round of drafts may write more than was asked for.
-        slots = bucket(plan.new + plan.drafts)
-        prefilled = jitted.prefill(
+    def _prefill(self, plan: Plan, full: Transformer) -> Prefilled:
+        tokens, lengths = pad(plan.sequences, bucket(max(map(len, plan.sequences))))
+        return jitted.prefill(
             full,
             tokens,
             lengths,
-            max_new_tokens=slots + plan.trial,
-            longest=plan.new + plan.trial,
+            # A round of drafts may write more than was asked for.
+            max_new_tokens=bucket(plan.new + plan.drafts),
+            longest=plan.new,
             collect=plan.selects,
             rows=plan.rows,
+            last=plan.trial,
         )
-        if not plan.trial:
-            return prefilled, None
-        last = [sequence[-plan.trial :] for sequence in plan.sequences]
-        return read_last(full, prefilled, np.asarray(last, np.int32))
 
-    def _promised(self, plan: Plan, full: Transformer, last: LastTokens | None) -> tuple[Plan, Promised]:
+    def _promised(self, plan: Plan, full: Transformer, prefilled: Prefilled) -> tuple[Plan, Promised]:
         """The plan with the least density that keeps the promise on the last tokens of the prompts, and how it does."""
         most = cast(float, plan.request.extensions.max_divergence)
-        pruners = list(plan.candidates.values())
-        if last is None:
-            promised = Promised(most, 1.0, 0, {})
+        if prefilled.last is None:
+            promised = Promised.dense(most)
         else:
-            promised = choose(lambda at: last.divergences(full, pruners[at], plan.seed), list(plan.candidates), most)
+            promised = choose(list(plan.candidates), self._tried(plan, full, prefilled), most)
         if promised.density < 1:
             pruner = plan.candidates[promised.density]
             kept = pruner.config.kept(self.model.config.neuron_ranges)
@@ -654,6 +648,14 @@ class LLM:
             plan = dataclasses.replace(plan, dense=True, kept=self.model.neurons, every=None, rows=0)
         self._keep_spare_for(plan)
         return plan, promised
+
+    def _tried(self, plan: Plan, full: Transformer, prefilled: Prefilled) -> dict[float, Float[np.ndarray, "b t"]]:
+        """The divergences of the densities that are tried."""
+        assert prefilled.last is not None
+        trial, ends = prefilled.last.hidden.shape[1], ends_of(plan.candidates)
+        tokens = np.asarray([sequence[-trial:] for sequence in plan.sequences], np.int32)
+        found = try_pruners(full, prefilled, tokens, [plan.candidates[density] for density in ends], plan.seed)
+        return {density: found[:, at] for at, density in enumerate(ends)}
 
     def _write_more(
         self, plan: Plan, decoding: _Decoding, watch: Stopwatch

@@ -25,6 +25,7 @@ from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weig
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.extensions.drafter import BLOCK, drafter_bytes
 from griffin_jax.factor.config import TOKENS, FactorTraining
+from griffin_jax.extensions.promise import ENDS
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
 from griffin_jax.llm.request import AdapterLike
@@ -228,16 +229,16 @@ class Needs:
         """
         c, own = self.config, self.rows(batch)
         collect = kept is not None and select
-        read = self._reading(batch, bucket(prompt), bucket(new) + trial, collect=collect, rows=rows)
+        read = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
         held, reading = ({**parts, "adapters": adapters} for parts in read)
-        sizes = self._sizes(batch, bucket(prompt) + bucket(new) + trial, shared, refitted=rows > 0)
+        sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared, refitted=rows > 0)
         trying: list[Parts] = []
         if trial:
-            # Reading the trial makes another cache, and each model that is tried on it one of its own.
-            tried = held | {"statistics": 2 * held["statistics"], "copy of the cache": held["cache"]}
-            tried |= {"rows of the refit": 2 * held["rows of the refit"], "dense scores": self._logits(own * trial)}
+            # What the tokens before the trial choose by; and in the trial a cache for each of the densities.
+            before = {part: 2 * held[part] for part in ("statistics", "rows of the refit")}
+            reading, tried = reading | before, held | before | {"copies of the cache": ENDS * held["cache"]}
             refit = {"rows": rows, "calibration": calibration, "shared": shared}
-            trying = self._forcing(batch, trial, sizes.slots, tried, 1, **refit)
+            trying = self._forcing(ENDS * batch, trial, sizes.slots, tried, 1, **refit)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
             few = 0 if drafter_is_there else self.in_memory(drafter_bytes(c, precision, self._parts), drafter)

@@ -354,27 +354,35 @@ def blocks_of_rows(
     times: Callable[[Array, Array], Array] = _rows_times,
 ) -> Float[Array, "t f"]:
     """x times every row, `times` of some of them at a time, which are converted for it."""
-    rows, size = weight.shape[0], min(BLOCK_ROWS, weight.shape[0])
-    whole = rows // size
+    rows = weight.shape[0]
+    blocks, size = _blocks(rows, BLOCK_ROWS)
 
-    def product(start: int | Array, size: int) -> Array:
-        return times(x, wide(*_rows(weight, scale, start, size)))
-
-    def block(number: Array, total: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(total, product(number * size, size), number * size, axis=1)
+    def block(number: Array, y: Array) -> Array:
+        # The last block begins where it ends with the last row.
+        start = jnp.minimum(number * size, rows - size)
+        own = times(x, wide(*_rows(weight, scale, start, size)))
+        return jax.lax.dynamic_update_slice_in_dim(y, own, start, axis=1)
 
     # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
-    y = jnp.pad(product(0, size), ((0, 0), (0, rows - size)))
-    y = jax.lax.fori_loop(1, whole, block, y)
-    left = whole * size
-    return y if left == rows else jax.lax.dynamic_update_slice_in_dim(y, product(left, rows - left), left, axis=1)
+    return jax.lax.fori_loop(0, blocks, block, jnp.broadcast_to(x[:, :1], (x.shape[0], rows)))
 
 
-def _rows(weight: Array, scale: Array | None, start: int | Array, size: int) -> tuple[Array, Array | None]:
-    """Some rows of a matrix and their scales.
+def _blocks(rows: int, most: int) -> tuple[int, int]:
+    """The number of blocks that rows are divided into, and how many each has at most: two blocks, at least.
+
+    A loop that runs once is none, and what is in no loop is converted where the program begins, for all layers; see
+    `_rows`.
+    """
+    blocks = max(2, -(-rows // most))
+    return blocks, -(-rows // blocks)
+
+
+def _rows(weight: Array, scale: Array | None, start: Array, size: int) -> tuple[Array, Array | None]:
+    """Some rows of a matrix and their scales, in a loop.
 
     Slices of all of it, or a matrix divided into blocks, as `jax.lax.scan` takes it, are copied, and those of all
-    layers at once, since nothing makes them wait. Seen in the sizes of compiled programs on CPUs (jax 0.10.2).
+    layers at once, since nothing makes them wait. So are single blocks outside of the loop: those of 24 layers took
+    140 MB and a fifth of the time of 16 tokens in int8. Seen in compiled programs and timings on CPUs (jax 0.10.2).
     """
     rows = jax.lax.dynamic_slice_in_dim(weight, start, size)
     return rows, None if scale is None else jax.lax.dynamic_slice_in_dim(scale, start, size)
@@ -483,15 +491,19 @@ def blocks_of_sums(
     times: Callable[[Array, Array], Array] = jnp.matmul,
 ) -> Float[Array, "t d"]:
     """x @ weight, `times` of some rows of the matrix at a time, which are converted for it."""
-    k, size = weight.shape[0], min(2 * BLOCK_ROWS, weight.shape[0])
-    whole = k // size
+    k = weight.shape[0]
+    blocks, size = _blocks(k, 2 * BLOCK_ROWS)
 
-    def product(start: int | Array, size: int) -> Array:
-        return times(jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), wide(*_rows(weight, scale, start, size)))
+    def block(number: Array, y: Array) -> Array:
+        # The last block begins where it ends with the last row, and leaves out what the one before has added.
+        start = jnp.minimum(number * size, k - size)
+        own = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+        own = jnp.where(start + jnp.arange(size) < number * size, 0, own)
+        return y + times(own, wide(*_rows(weight, scale, start, size)))
 
-    y = jax.lax.fori_loop(1, whole, lambda number, y: y + product(number * size, size), product(0, size))
-    left = whole * size
-    return y if left == k else y + product(left, k - left)
+    # Zeros that depend on x, see `blocks_of_rows`.
+    zeros = jnp.minimum(jnp.abs(x[:, :1]), 0)
+    return jax.lax.fori_loop(0, blocks, block, jnp.broadcast_to(zeros, (x.shape[0], weight.shape[1])))
 
 
 def linear_of_each(

@@ -1,4 +1,4 @@
-"""The density that a promise takes is the one that a loop over rows and densities finds."""
+"""The density that a promise takes is the one that a loop over rows and densities finds, without a trial of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference import assert_close, oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
-from griffin_jax.extensions.promise import Outcome, choose, trial_tokens, tried_densities
+from griffin_jax.extensions.promise import Outcome, allowed_densities, between, choose, ends_of, trial_tokens
 from griffin_jax.generation import jitted
 from griffin_jax.llm import llm
 from griffin_jax.llm.memory import needs_of
@@ -38,8 +38,11 @@ def without(model: gj.Transformer, dropped: list[np.ndarray]) -> gj.Transformer:
     return zeroed
 
 
-def log_p(model: gj.Transformer, hidden: jax.Array) -> np.ndarray:
-    logits = np.asarray(model.logits(hidden)[0], np.float64)
+def log_p(model: gj.Transformer, prefilled: gj.Prefilled, prompt: list[int]) -> np.ndarray:
+    """What a model expects after each of the last eight tokens, by teacher forcing; a ninth one is not read."""
+    last, real = np.asarray([[*prompt[-8:], 0]], np.int32), np.asarray([9], np.int32)
+    hidden, _ = jitted.teacher_force(model, prefilled, last, real)
+    logits = np.asarray(model.logits(hidden[:, 1:])[0], np.float64)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
@@ -47,28 +50,34 @@ def by_hand(model: gj.Transformer, prompt: list[int], densities: tuple[float, ..
     """The divergences of one prompt alone at the densities: softmax, KL and the choice of neurons in NumPy."""
     tokens, lengths = gj.pad([prompt[:-8]], 384)
     prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16)
-    last, real = np.asarray([prompt[-8:]], np.int32), np.asarray([8], np.int32)
-    p = log_p(model, jitted.teacher_force(model, prefilled, last, real)[0])
+    p = log_p(model, prefilled, prompt)
     found = []
     for density in densities:
         k = int(48 * density)
         kept = [oracle_topk(np.asarray(squares[0]), k) for squares in prefilled.statistics.squares]
         pruned = without(model, [np.setdiff1d(np.arange(48), neurons) for neurons in kept])
-        q = log_p(model, jitted.teacher_force(pruned, prefilled, last, real)[0])
-        found.append((np.exp(p) * (p - q)).sum(axis=-1)[1:])
+        q = log_p(pruned, prefilled, prompt)
+        found.append((np.exp(p) * (p - q)).sum(axis=-1))
     return found
 
 
+def power(densities: tuple[float, ...], first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """a (1 - d)^b at the densities, where it is known for the first and the last of them."""
+    pruned = 1 - np.asarray(densities)[:, None]
+    b = np.log(last / first) / np.log(pruned[-1] / pruned[0])
+    return first * (pruned / pruned[0]) ** b
+
+
 def test_is_what_a_loop_over_rows_and_densities_finds(long, prompts, monkeypatch):
-    # With a margin of one standard error all bounds here fall as the density grows.
+    # With a margin of one standard error more of the densities are taken.
     monkeypatch.setattr(llm, "choose", functools.partial(choose, margin=1.0))
-    densities = tried_densities(0.5)
+    densities = allowed_densities(0.5)
     assert densities == (0.5, 0.65, 0.8, 0.9)
-    divergences = np.asarray([by_hand(long.llm.model, prompt, densities) for prompt in prompts])
+    divergences = np.asarray([by_hand(long.llm.model, prompt, (0.5, 0.9)) for prompt in prompts])
     mean = divergences.mean(axis=-1)
-    bound = mean + divergences.std(axis=-1, ddof=1) / np.sqrt(7)
-    worst = bound.max(axis=0)
-    # Bisection finds what looking at each finds, and no two densities are the same.
+    bound = mean + divergences.std(axis=-1, ddof=1) / np.sqrt(8)
+    means, bounds = power(densities, *mean.T), power(densities, *bound.T)
+    worst = bounds.max(axis=1)
     assert (np.diff(worst) < 0).all()
     taken = set()
     for most in [worst[0] + 0.01, *(worst[:-1] + worst[1:]) / 2, worst[-1] - 0.01]:
@@ -76,15 +85,15 @@ def test_is_what_a_loop_over_rows_and_densities_finds(long, prompts, monkeypatch
         expected = next((d for d, b in zip(densities, worst, strict=True) if b <= most), 1.0)
         assert out.promised.density == expected
         # As the most demanding row would alone.
-        of_rows = [next((d for d, b in zip(densities, row, strict=True) if b <= most), 1.0) for row in bound]
+        of_rows = [next((d for d, b in zip(densities, row, strict=True) if b <= most), 1.0) for row in bounds.T]
         assert expected == max(of_rows)
         assert out.kept == (int(48 * expected),) * 2
-        assert out.promised.tokens == 7
-        for density, outcome in out.promised.tried.items():
-            at = densities.index(density)
+        assert (out.promised.tokens, [*out.promised.tried]) == (8, [0.5, 0.9])
+        for at, outcome in enumerate(out.promised.tried.values()):
             assert_close(np.asarray(outcome.divergence), mean[:, at])
             assert_close(np.asarray(outcome.bound), bound[:, at])
-        assert out.promised.divergence == max(out.promised.tried[expected].divergence if expected < 1 else [0.0])
+        of_taken = means[densities.index(expected)] if expected < 1 else np.zeros(1)
+        assert_close(np.asarray(out.promised.divergence), of_taken.max())
         taken.add(expected)
     assert taken == {*densities, 1.0}
 
@@ -116,12 +125,11 @@ def test_what_is_tried_is_refitted_as_the_answer_is(long, prompts):
     prefilled = jitted.prefill(long.llm.model, tokens, lengths, max_new_tokens=16, rows=32)
     experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5))
     pruned = gj.prune(long.llm.model, experts, refit=gj.Reconstruction(prefilled.rows))
-    last, real = np.asarray([prompts[0][-8:]], np.int32), np.asarray([8], np.int32)
-    dense, own = (jitted.teacher_force(model, prefilled, last, real)[0] for model in (long.llm.model, pruned))
-    p, q = log_p(long.llm.model, dense), log_p(long.llm.model, own)
+    p, q = (log_p(model, prefilled, prompts[0]) for model in (long.llm.model, pruned))
     out = long.llm.generate(prompts[:1], max_divergence=1e3, refit=32, **OPTIONS)
     (found,) = out.promised.tried[0.5].divergence
-    assert_close(np.asarray(found), (np.exp(p) * (p - q)).sum(axis=-1)[1:].mean())
+    assert_close(np.asarray(found), (np.exp(p) * (p - q)).sum(axis=-1).mean())
+    assert out.tokens == long.llm.generate(prompts[:1], refit=32, **OPTIONS).tokens
 
 
 @pytest.mark.parametrize(("prompt", "least"), [(slice(255), 0.5), (slice(300), 1.0)], ids=["short", "dense"])
@@ -136,7 +144,7 @@ def test_a_chat_tries_what_is_new(long):
     chat, options = long.llm.chat(**OPTIONS), {"max_divergence": 1e3, **OPTIONS}
     first = chat.say(LONG[:500], **options)
     assert first.tokens == long.llm.generate([[{"role": "user", "content": LONG[:500]}]], **options).tokens
-    assert (first.promised.density, first.promised.tokens) == (0.5, 7)
+    assert (first.promised.density, first.promised.tokens) == (0.5, 8)
     messages = [*chat.messages, {"role": "user", "content": "And the bridge?"}]
     expected = long.llm.generate([messages], **options)
     second = chat.say("And the bridge?", **options)
@@ -147,20 +155,36 @@ def test_a_chat_tries_what_is_new(long):
 
 
 class TestChoose:
-    @pytest.mark.parametrize("most", [0.0, 0.15, 0.25, 0.45, 0.55, 1.0])
-    def test_bisection_is_a_linear_scan(self, most):
-        losses = [0.5, 0.4, 0.3, 0.2, 0.1]
-        densities = [0.3, 0.4, 0.5, 0.6, 0.7]
-        found = choose(lambda at: np.full((2, 4), losses[at]), densities, most)
-        assert found.density == next((d for d, loss in zip(densities, losses, strict=True) if loss <= most), 1.0)
-        assert len(found.tried) <= 3
+    DENSITIES = (0.3, 0.5, 0.7)
 
-    def test_what_is_taken_was_tried(self):
-        # Not falling: 0.4 is found too large, so that 0.3 is not looked at.
-        losses = [0.1, 0.5, 0.1]
-        found = choose(lambda at: np.full((1, 4), losses[at]), [0.3, 0.4, 0.5], 0.2)
-        assert found.density == 0.5
-        assert choose(lambda at: np.full((1, 4), np.nan), [0.3, 0.4], 0.2).density == 1.0
+    @pytest.mark.parametrize(("most", "density"), [(0.5, 0.3), (0.3, 0.5), (0.2, 0.7), (0.05, 1.0)])
+    def test_between_what_is_tried_divergence_is_a_power(self, most, density):
+        # a (1 - d)^2 with a = 1: 0.49, 0.25 and 0.09; the other prompt loses less.
+        found = {d: np.asarray([[(1 - d) ** 2] * 4, [0.01] * 4]) for d in ends_of(self.DENSITIES)}
+        promised = choose(self.DENSITIES, found, most)
+        assert (promised.density, promised.tokens, [*promised.tried]) == (density, 4, [0.3, 0.7])
+        assert promised.divergence == pytest.approx((1 - density) ** 2)
+        if density < 1:
+            assert promised.outcome.bound == pytest.approx([(1 - density) ** 2, 0.01])
+
+    def test_what_rises_with_density(self):
+        # The least that keeps to it is taken, whatever the largest does.
+        def promised(first, last):
+            return choose(self.DENSITIES, {0.3: np.full((1, 4), first), 0.7: np.full((1, 4), last)}, 0.2)
+
+        assert promised(0.1, 0.5).density == 0.3
+        assert promised(0.3, 0.5).density == promised(np.nan, np.nan).density == 1.0
+        # Nothing is lost, or less than nothing by rounding.
+        assert promised(0.0, -1e-9).density == 0.3
+
+    def test_a_single_density(self):
+        assert ends_of([0.9]) == (0.9,)
+        assert choose([0.9], {0.9: np.full((1, 4), 0.1)}, 0.2).density == 0.9
+
+    def test_of_what_is_tried_it_is_what_was_found(self):
+        tried = {0.3: Outcome((0.4, 0.2), (0.5, 0.3)), 0.7: Outcome((0.1, 0.2), (0.2, 0.3))}
+        for density, outcome in tried.items():
+            assert_close(*(np.asarray([o.divergence, o.bound]) for o in (between(density, tried), outcome)))
 
     def test_the_margin_is_of_single_tokens(self):
         values = np.asarray([[0.0, 0.0, 0.0, 0.4], [0.1, 0.1, 0.1, 0.1]])
@@ -171,9 +195,9 @@ class TestChoose:
         assert not outcome.keeps(0.29)
 
     def test_tokens_of_a_trial(self):
-        assert [trial_tokens(length) for length in (1, 255, 256, 511, 512, 1024, 9999)] == [0, 0, 8, 8, 16, 32, 32]
-        assert [trial_tokens(1024, new) for new in (7, 8, 31, 32)] == [0, 8, 16, 32]
-        assert tried_densities(0.7) == (0.7, 0.8, 0.9)
+        assert [trial_tokens(length) for length in (255, 256, 2047, 2048, 4095, 4096)] == [0, 8, 8, 16, 16, 32]
+        assert [trial_tokens(4096, new) for new in (7, 8, 31, 32)] == [0, 8, 16, 32]
+        assert allowed_densities(0.7) == (0.7, 0.8, 0.9)
 
 
 @pytest.mark.parametrize(
