@@ -118,6 +118,15 @@ class Adapter:
                 )
 
 
+def parameters_of(config: ModelConfig, options: AdapterConfig) -> int:
+    """Numbers that an adapter of a model would have.
+
+    Raises:
+        ValueError: the model has no such linear layers.
+    """
+    return options.rank * sum(module.inputs + module.outputs for module in chosen_modules(config, options.names))
+
+
 def stack(adapters: Sequence[Adapter | None]) -> Adapter:
     """Several adapters as one pytree, each padded with zeros to the largest rank; None changes nothing.
 

@@ -21,7 +21,6 @@ import numpy as np
 from griffin_jax.adapters.adapter import Adapter, attach, unstack
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.library import Library
-from griffin_jax.adapters.modules import chosen_modules
 from griffin_jax.adapters.peft import save_adapter
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
@@ -50,15 +49,6 @@ class Job:
     def seed_of(self, number: int) -> int:
         """A seed for a cluster of its own."""
         return int(np.random.SeedSequence([self.training.seed, number]).generate_state(1)[0] >> 1)
-
-    def parameters(self, config: ModelConfig) -> int:
-        """Numbers of an adapter of a model.
-
-        Raises:
-            ValueError: the model has no such linear layers.
-        """
-        modules = chosen_modules(config, self.adapter.names)
-        return self.adapter.rank * sum(module.inputs + module.outputs for module in modules)
 
     def start(self, number: int, config: ModelConfig) -> TrainingState[Adapter]:
         """The state before the first update of a cluster's adapter."""

@@ -6,8 +6,11 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from griffin_jax.adapters.adapter import parameters_of
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.healing_training import Course, train_healing
 from griffin_jax.checkpoints.native import check_free
@@ -28,9 +31,11 @@ from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.llm.memory import Needs
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.training.config import TrainingConfig
+from griffin_jax.utils import memory
 
 DESCRIPTION = """Trains an adapter of low rank for the pruned forms of a model, whose own weights stay as they are. Of
 each sequence of the texts the full model reads the first tokens and chooses neurons, and what the pruned model with the
@@ -75,6 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_memory(needs: Needs, course: Course, pruner: Pruner, mesh: Mesh | None) -> None:
+    """Raise `MemoryError` unless an adapter can be trained with what is free."""
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    training, parameters = course.training, parameters_of(needs.config, course.adapter)
+    calibration = pruner.calibration[0].shape[0] if pruner.calibration else 0
+    parts = needs.healing_training(
+        parameters, training.batch, training.length, rows=min(pruner.rows, course.prompt), calibration=calibration
+    )
+    memory.check(parts, memory.free(devices), "take a smaller --batch or a shorter --length")
+
+
 def run(options: argparse.Namespace) -> None:
     """Trains and saves."""
     training = read_options(options, TrainingConfig)
@@ -96,6 +112,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"density {options.density} keeps all neurons, and there is nothing to heal")
     if training.length > needs.config.max_positions:
         raise ValueError(f"--length {training.length} is more than the context of {needs.config.max_positions} tokens")
+    _check_memory(needs, course, pruner, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
     if prior is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from griffin_jax.adapters.adapter import parameters_of
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
 from griffin_jax.adapters.library import Library, make_library
@@ -233,7 +234,7 @@ def _train(options: argparse.Namespace) -> None:
 def _check_memory(options: argparse.Namespace, job: Job, at_once: int) -> None:
     """Raise `MemoryError` unless so many adapters can be trained together with what is free."""
     needs, training = chosen_needs(options), job.training
-    parts = needs.adapter_training(job.parameters(needs.config), training.batch, training.length, at_once)
+    parts = needs.adapter_training(parameters_of(needs.config, job.adapter), training.batch, training.length, at_once)
     advice = f"take {'fewer --at-once, ' if at_once > 1 else ''}a smaller --batch or a shorter --length"
     memory.check(parts, memory.free(jax.devices()[:1]), advice)
 

@@ -24,8 +24,8 @@ from griffin_jax.adapters.library import Library
 from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.extensions.drafter import BLOCK, drafter_bytes
-from griffin_jax.factor.config import TOKENS, FactorTraining
 from griffin_jax.extensions.promise import ENDS
+from griffin_jax.factor.config import TOKENS, FactorTraining
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
 from griffin_jax.llm.request import AdapterLike
@@ -477,6 +477,22 @@ class Needs:
             },
             programs=2,
         )
+
+    def healing_training(
+        self, parameters: int, batch: int, length: int, *, rows: int = 0, calibration: int = 0
+    ) -> Parts:
+        """What training a healing needs, see `griffin_jax.adapters.healing_training`.
+
+        Args:
+            parameters: numbers of the adapter.
+            batch: sequences of an update.
+            length: tokens of a sequence.
+            rows: tokens of each prompt that kept neurons are refitted to.
+            calibration: rows of general text, if they are fitted to, too.
+        """
+        c, found = self.config, self.adapter_training(parameters, batch, length)
+        refit = rows * (sum(c.neurons) // self._parts) + (rows + calibration) * c.num_layers * c.width
+        return found | {"refit": 4 * self.rows(batch) * refit if rows else 0}
 
     def factor_training(self, training: FactorTraining, experts: int, *, coactivation: bool = False) -> Parts:
         """What dividing a dense model into experts and training these needs, see `griffin_jax.factor`.

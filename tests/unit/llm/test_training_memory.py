@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import pytest
 
 import griffin_jax as gj
-from griffin_jax.adapters.adapter import Adapter, attach, stack
+from griffin_jax.adapters.adapter import Adapter, attach, parameters_of, stack
 from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.healing_training import Course, healing_loss
 from griffin_jax.adapters.jobs import Job, adapter_loss
 from griffin_jax.adapters.library import LIBRARY, Library
 from griffin_jax.cli import main, options
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.factor.config import FactorTraining
 from griffin_jax.factor.factorize import factored_config
 from griffin_jax.factor.layer import trainable
@@ -24,7 +26,7 @@ from griffin_jax.model.assembly import random_model
 from griffin_jax.model.weights import Precision
 from griffin_jax.training.config import TrainingConfig
 from griffin_jax.training.data import Batch
-from griffin_jax.training.loop import init_state, make_optimizer, make_step
+from griffin_jax.training.loop import init_state, make_measured_step, make_optimizer, make_step
 from griffin_jax.utils import memory
 
 CONFIG = gj.ModelConfig(
@@ -55,7 +57,7 @@ def predicted(parts: dict[str, int]) -> int:
 def test_adapters_take_no_more_than_predicted(batch, length, at_once):
     job = Job(AdapterConfig(rank=4), TrainingConfig(steps=2, batch=batch, length=length, warmup=1))
     state = jax.eval_shape(lambda: job.start(0, CONFIG))
-    assert job.parameters(CONFIG) == sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
+    assert parameters_of(CONFIG, job.adapter) == sum(leaf.size for leaf in jax.tree.leaves(state.parameters))
     step, batches = make_step(adapter_loss, make_optimizer(job.training)), batch_of(batch, length)
     if at_once > 1:
         step = jax.vmap(step, in_axes=(0, None, 0))
@@ -63,7 +65,20 @@ def test_adapters_take_no_more_than_predicted(batch, length, at_once):
             lambda leaf: jax.ShapeDtypeStruct((at_once, *leaf.shape), leaf.dtype), (state, batches)
         )
     found = taken(step, state, jax.eval_shape(lambda: random_model(CONFIG)), batches)
-    needed = predicted(NEEDS.adapter_training(job.parameters(CONFIG), batch, length, at_once))
+    needed = predicted(NEEDS.adapter_training(parameters_of(CONFIG, job.adapter), batch, length, at_once))
+    assert found <= needed <= FACTOR * found
+
+
+@pytest.mark.parametrize("rows", [0, 64])
+def test_healing_takes_no_more_than_predicted(rows):
+    course = Course(AdapterConfig(rank=4), TrainingConfig(steps=2, batch=4, length=192, warmup=1), prompt=96)
+    optimizer = make_optimizer(course.training)
+    state = jax.eval_shape(lambda: init_state(Adapter.init(CONFIG, course.adapter, jax.random.key(0)), optimizer))
+    step = make_measured_step(healing_loss(course.prompt), optimizer)
+    frozen = jax.eval_shape(lambda: random_model(CONFIG)), Pruner(gj.GriffinConfig(0.5), rows)
+    found = taken(step, state, frozen, batch_of(4, 192))
+    parameters = parameters_of(CONFIG, course.adapter)
+    needed = predicted(NEEDS.healing_training(parameters, 4, 192, rows=rows))
     assert found <= needed <= FACTOR * found
 
 
