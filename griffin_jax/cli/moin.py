@@ -30,6 +30,7 @@ from griffin_jax.evaluation.samples import Skipped, nothing_left, read_jsonl, re
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM, Prompt
+from griffin_jax.llm.memory import adapter_bytes
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.training.config import TrainingConfig
@@ -312,6 +313,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError("--priors is for one library, without --oracle and --output")
     libraries = list(map(Library.load, options.library))
     texts = _texts(options)
+    if not options.priors:
+        _check_scoring(options, libraries)
     llm = load_reader(options)
     assert llm.tokenizer is not None
     for library in libraries:
@@ -328,6 +331,14 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(table(found))
     if options.output:
         options.output.write_text(json.dumps(as_json(found)) + "\n", encoding="utf-8")
+
+
+def _check_scoring(options: argparse.Namespace, libraries: Sequence[Library]) -> None:
+    """Raise `MemoryError` unless texts can be scored with what is free."""
+    every = sum(len(library) * library.adapter_bytes for library in libraries)
+    of_batch = max(adapter_bytes(library, options.batch) for library in libraries)
+    parts = chosen_needs(options).likelihood(options.batch, options.length, every + of_batch)
+    memory.check(parts, memory.free(jax.devices()[:1]), "take a smaller --batch or a shorter --length")
 
 
 def _evaluate_priors(

@@ -456,6 +456,23 @@ class Needs:
             phases.append(self.scoring(batch, half, half, 2, rows=256, calibration=rows))
         return self._worst(*phases, programs=2)
 
+    def likelihood(self, batch: int, length: int, adapters: int = 0) -> Parts:
+        """What the likelihood of whole texts needs, see `griffin_jax.evaluation.moin`.
+
+        Args:
+            batch: sequences.
+            length: tokens of each.
+            adapters: bytes of all adapters, and of what is made of those of a batch.
+        """
+        return self._worst(
+            {
+                "adapters": adapters,
+                "cache": self._sizes(batch, length, True).cache,
+                "reading": self._activations(batch, length, 0),
+                "logits": 3 * self._logits(self.rows(batch) * length),
+            }
+        )
+
     def adapter_training(self, parameters: int, batch: int, length: int, at_once: int = 1) -> Parts:
         """What training adapters needs, see `griffin_jax.adapters.jobs`.
 
@@ -576,6 +593,7 @@ def adapter_bytes(adapter: AdapterLike | None, batch: int) -> int:
     if isinstance(adapter, Adapter):
         return ADDED * 4 * adapter.parameters
     if isinstance(adapter, Library):
+        # Adapters are read when prompts have chosen them.
         size, kinds, read = adapter.adapter_bytes, min(batch, len(adapter)), min(batch, len(adapter))
     else:
         size = 4 * max((one.parameters for one in adapter if one is not None), default=0)

@@ -14,8 +14,9 @@ from griffin_jax.adapters.adapter import Adapter, attach, parameters_of, stack
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.healing_training import Course, healing_loss
 from griffin_jax.adapters.jobs import Job, adapter_loss
-from griffin_jax.adapters.library import LIBRARY, Library
+from griffin_jax.adapters.library import Library
 from griffin_jax.cli import main, options
+from griffin_jax.evaluation.moin import _losses
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.factor.config import FactorTraining
 from griffin_jax.factor.factorize import factored_config
@@ -99,6 +100,14 @@ def test_experts_and_routers_take_no_more_than_predicted(steps, accumulate):
     assert found <= predicted(parts) <= FACTOR * found
 
 
+def test_likelihood_takes_no_more_than_predicted():
+    model = jax.eval_shape(lambda: random_model(CONFIG))
+    analysis = _losses.lower(model, batch_of(4, 128), jnp.int32(8)).compile().memory_analysis()
+    assert analysis is not None
+    found, needed = analysis.temp_size_in_bytes, predicted(NEEDS.likelihood(4, 128))
+    assert found <= needed <= 2.5 * found
+
+
 def test_parts_of_a_batch_take_less_than_all_of_it():
     whole, parts = (FactorTraining(steps=1, router_steps=0, batch=16, accumulate=n, warmup=1) for n in (1, 4))
     assert predicted(NEEDS.factor_training(parts, 4)) < predicted(NEEDS.factor_training(whole, 4)) / 3
@@ -164,4 +173,5 @@ class TestCommands:
         assert "adapters" in said
         assert said.endswith("are free; take fewer --at-once, a smaller --batch or a shorter --length\n")
         assert Library.load(folder).adapter_bytes == 0
-        assert (tmp_path / "library" / LIBRARY).exists()
+        said = refused("moin", "eval", folder, "--text", refused.texts, "--prompt-tokens", "4", "--length", "16")
+        assert said.endswith("are free; take a smaller --batch or a shorter --length\n")
