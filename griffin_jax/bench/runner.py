@@ -438,12 +438,16 @@ class _Subject:
         self._drafter = drafter
         return drafter
 
+    def in_order(self, prefilled: Prefilled) -> Prefilled:
+        """Prompts that `model` has read, with statistics that stay true when its rows move."""
+        if self._in_place is None or not prefilled.statistics.squares:
+            return prefilled
+        return dataclasses.replace(prefilled, statistics=self._in_place.in_order(prefilled.statistics))
+
     def prune(self, model: Transformer, prefilled: Prefilled, pruner: Pruner, watch: Stopwatch) -> Transformer:
         """The pruned model: the full one or its drafter, with the kept rows only."""
         statistics, rows = prefilled.statistics, prefilled.rows
         with watch.phase("select"):
-            if self._in_place is not None:
-                statistics = self._in_place.in_order(statistics)
             experts = jax.block_until_ready(pruner.select(self.model, statistics))
         if self._in_place is not None:
             with watch.phase("prune"):
@@ -474,9 +478,7 @@ def _measure_case(
     for number in range(plan.repeats + 1):
         # What comes first in a round may find threads asleep and caches cold.
         order = records if number % 2 else records[::-1]
-        read_by = {
-            weights: _prefills(subject.model, tokens, lengths, case, order) for weights, subject in subjects.items()
-        }
+        read_by = {weights: _prefills(subject, tokens, lengths, case, order) for weights, subject in subjects.items()}
         turn = number % len(ours)
         for row in [*ours[turn:], *ours[:turn]]:
             weights = plan.precision(row.variant).weights
@@ -510,7 +512,7 @@ def _recorded(plan: Plan, case: Case, variant: Variant) -> int | None:
 
 
 def _prefills(
-    model: Transformer, tokens: np.ndarray, lengths: np.ndarray, case: Case, order: Sequence[int | None]
+    subject: _Subject, tokens: np.ndarray, lengths: np.ndarray, case: Case, order: Sequence[int | None]
 ) -> dict[int | None, tuple[Prefilled, Stopwatch]]:
     """The prompts read with each of the things recorded, as neighbours in time; once for all densities."""
     sides: dict[int | None, tuple[Prefilled, Stopwatch]] = {}
@@ -519,7 +521,7 @@ def _prefills(
         with watch.phase("prefill"):
             prefilled = jax.block_until_ready(
                 jitted.prefill(
-                    model,
+                    subject.model,
                     tokens,
                     lengths,
                     max_new_tokens=case.room,
@@ -528,6 +530,7 @@ def _prefills(
                     rows=rows or 0,
                 )
             )
+        prefilled = subject.in_order(prefilled)
         for other, _ in sides.values():
             # All caches are the same, and only one has to stay.
             prefilled = dataclasses.replace(prefilled, cache=other.cache)

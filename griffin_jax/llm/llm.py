@@ -576,6 +576,9 @@ class LLM:
                 model = jax.block_until_ready(self._prune_mixed(plan.mixed, plan.pruner, prefilled.statistics))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
+        if self._in_place is not None:
+            # Its rows have moved, and what they were in is overwritten.
+            full = self.model
         statistics, rows = prefilled.statistics, prefilled.rows if plan.every else ()
         # Their memory is not needed while decoding, unless there are refreshes.
         prefilled = dataclasses.replace(prefilled, rows=())

@@ -196,7 +196,7 @@ def first(model: gj.Transformer, kept: int, batch: int | None = None) -> gj.Expe
         drawn = [np.sort(random.permutation(48)[:kept]) for _ in range(batch or 1)]
         return np.stack(drawn) if batch else drawn[0]
 
-    return gj.ExpertNeurons.from_indices([rows(layer) for layer in range(3)], model.neurons)
+    return gj.ExpertNeurons.from_indices([rows(layer) for layer in range(2)], model.neurons)
 
 
 class TestPruning:
@@ -242,7 +242,7 @@ class TestPruning:
 def test_on_a_mesh_it_computes_the_same(model, pair):
     mesh = make_mesh(data=2, model=2)
     divided = jax.device_put(model, model_shardings(model, mesh))
-    experts = gj.ExpertNeurons.from_indices([np.arange(0, 48, 2)] * 3, model.neurons)
+    experts = gj.ExpertNeurons.from_indices([np.arange(0, 48, 2)] * 2, model.neurons)
     for given in ((pair[0],), (stack(pair), [1, 0])):
         made, here = attach(divided, *given), attach(model, *given)
         assert "model" in made.layers[0].ff.down_left[...].sharding.spec

@@ -213,7 +213,7 @@ class TestGenerate:
     def test_what_does_not_go_together(self, tiny, healing):
         with pytest.raises(ValueError, match="trained for a model with other weights"):
             tiny.llm.generate(PROMPTS, density=0.5, healing=dataclasses.replace(healing, model="another"))
-        wider = dataclasses.replace(tiny.llm.config, neurons=(64, 64))
+        wider = dataclasses.replace(tiny.llm.config, ff_width=64)
         with pytest.raises(ValueError, match="this adapter is of another model"):
             tiny.llm.generate(PROMPTS, density=0.5, healing=Healing(drawn_adapter(wider, 1)))
         with pytest.raises(ValueError, match="a healing is for the model without an adapter"):

@@ -118,8 +118,8 @@ def test_bytes_are_the_models(measured):
     """Weights in use and the cache as it is allocated; of an untied model's embedding only rows are read."""
     rows = measured[1]["rows"]
     layer = 4 * 32 * 32 + 3 * 48 * 32 + 2 * 32
-    weights, half = 3 * layer + 32 + 101 * 32, 3 * 24 * 3 * 32
-    token, slots = 2 * 3 * 4 * 8, 16 + 16
+    weights, half = 2 * layer + 32 + 101 * 32, 2 * 24 * 3 * 32
+    token, slots = 2 * 2 * 4 * 8, 16 + 16
     assert [row["weights_bytes"] for row in rows] == [
         4 * (weights + 32), 4 * (weights - half + 32), 4 * (weights + 32), 4 * (weights - half + 32),
         4 * (weights + 64), 4 * (weights - half + 64), 4 * (weights + 64),
@@ -461,7 +461,7 @@ def test_several_formats_are_measured_in_one_run(plain, monkeypatch, capsys):
     assert "weights float32,int8:16 in float32" in out[0]
     # Matrices are a byte and an eighth for each number where they were four.
     layer = 4 * 32 * 32 + 3 * 48 * 32
-    matrices, vectors = 3 * layer + 101 * 32, (3 * 2 + 1) * 32
+    matrices, vectors = 2 * layer + 101 * 32, (2 * 2 + 1) * 32
     read = [4 * (matrices + vectors + 32), matrices * 9 // 8 + 4 * vectors + 32 * 9 // 8]
     assert [row["weights_bytes"] for row in rows[::2]] == read
     # All rows are compared with the dense one in the first format.

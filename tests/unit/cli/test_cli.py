@@ -55,7 +55,7 @@ class TestGenerate:
         )  # fmt: skip
         assert code == 0
         assert out == worded.llm.generate("Once upon a time", max_new_tokens=4, density=1.0).texts[0] + "\n"
-        assert "144 of 144 neurons kept" in err
+        assert "96 of 96 neurons kept" in err
 
     def test_stream_and_batch_print_the_same_text(self, capfd, model):
         arguments = ["generate", "--model", model, "--max-new-tokens", "6", "--prompt", "A river"]
@@ -71,7 +71,7 @@ class TestGenerate:
         _, first, _ = run(capfd, *arguments, "--density", "0.6", "--save-experts", file)
         _, again, err = run(capfd, *arguments, "--experts", file)
         assert first == again
-        assert f"{3 * 28} of 144 neurons kept" in err
+        assert f"{2 * 28} of 96 neurons kept" in err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -52,6 +52,14 @@ def test_a_batch_shares_its_experts(folder, rng):
         single.generate(prompts, experts=experts)
 
 
+def test_drafts_of_one_answer_after_the_other(tiny):
+    """Rows have moved before the full model decides about drafts."""
+    llm, options = gj.load(tiny.folder, "float32", in_place=True), {"max_new_tokens": 8, "ignore_eos": True}
+    for prompt in ([5, 6, 7, 8, 9], [40, 41, 42]):
+        drafted = llm.generate([prompt], density=0.5, speculative=2, **options)
+        assert drafted.tokens == tiny.llm.generate([prompt], density=1.0, **options).tokens
+
+
 def test_pruning_takes_no_memory_beside_the_model(folder, rng):
     before = live_bytes()
     llm = gj.load(folder, "float32", in_place=True)

@@ -244,7 +244,9 @@ def hlo(tiny) -> dict[str, str]:
 class TestCompilation:
     def test_a_second_prompt_of_the_bucket_compiles_nothing(self, tiny, compiled):
         options = {"temperature": 0.9, "top_p": 0.9, "ignore_eos": True}
-        tiny.llm.generate([[4, 5, 6]], max_new_tokens=17, **options)
+        # The second answer is the first one that overwrites the rows of another one.
+        for _ in range(2):
+            tiny.llm.generate([[4, 5, 6]], max_new_tokens=17, **options)
         warm = len(compiled)
         assert warm > 0
         other = {"temperature": 0.5, "top_p": 0.3, "seed": 5, "ignore_eos": True}
@@ -272,7 +274,7 @@ class TestCompilation:
         entry = text[text.index("entry_computation_layout={(") :].split("->")[0]
         inputs = re.findall(r"(\w+)\[([\d,]*)\]", entry)
         caches = {i for i, (_, shape) in enumerate(inputs) if shape in cache}
-        assert len(caches) == 6
+        assert len(caches) == 4
         assert caches <= {int(i) for i in re.findall(r"\}: \((\d+),", aliased.group(1) + "}: (-1,")}
         assert not re.search(r"= f32\[(1,2,8,40|1,2,40,8)\]\S* copy\(", text)
 

@@ -184,8 +184,8 @@ class TestPrune:
                 np.testing.assert_array_equal(parts[path], whole[path][indices])
             assert pruned.layers[layer].ff.down_bias[...] is model.layers[layer].ff.down_bias[...]
             assert pruned.layers[layer].attention.qkv[...] is model.layers[layer].attention.qkv[...]
-        assert pruned.neurons == (20, 20, 20)
-        assert model.neurons == (48, 48, 48)
+        assert pruned.neurons == (20, 20)
+        assert model.neurons == (48, 48)
 
     def test_is_masking(self, tiny, rng):
         """Gathered weights, shared or one set for every row, give what zeroing the other neurons gives."""

@@ -129,7 +129,10 @@ class TestGrid:
         ("method", "message"),
         [
             ("best+prior", "method is 'best'"),
-            ("topk+better", r"after it may be any of \+prior \+budgets \+reconstruction \+calibration \+refresh, in"),
+            (
+                "topk+better",
+                r"after it may be any of \+prior \+budgets \+reconstruction \+calibration \+healing \+refresh",
+            ),
             ("topk+reconstruction+prior", "in this order"),
             ("topk+prior+prior", "in this order"),
             ("topk+", "in this order"),
