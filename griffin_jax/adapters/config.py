@@ -1,9 +1,10 @@
-"""The options of an adapter: `AdapterConfig`."""
+"""The options of an adapter, `AdapterConfig`, and of one for pruned models, `Course`."""
 
 from __future__ import annotations
 
 import dataclasses
 
+from griffin_jax.training.config import TrainingConfig
 from griffin_jax.utils.options import flag, number, option, whole
 
 
@@ -47,6 +48,31 @@ class AdapterConfig:
     def scale(self) -> float:
         """What B A is multiplied by."""
         return scale_of(self.alpha, self.rank, self.rslora)
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How a healing is trained, see `griffin_jax.adapters.healing_training`.
+
+    Attributes:
+        adapter: what it is like.
+        training: how it is trained.
+        prompt: tokens of each sequence that are its prompt; the others are its answer.
+
+    Raises:
+        ValueError: no tokens are left for the answer.
+    """
+
+    adapter: AdapterConfig = AdapterConfig()
+    training: TrainingConfig = TrainingConfig()
+    prompt: int = 128
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.prompt <= self.training.length - 2:
+            raise ValueError(
+                f"of sequences of {self.training.length} tokens a prompt has 1 to {self.training.length - 2}, got"
+                f" {self.prompt}"
+            )
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:

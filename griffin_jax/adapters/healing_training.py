@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from griffin_jax.adapters.adapter import Adapter, attach
-from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.config import Course
 from griffin_jax.adapters.healing import Healing
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation.prefill import prefill
 from griffin_jax.generation.scoring import compare, teacher_force
 from griffin_jax.model.transformer import Transformer
-from griffin_jax.training.config import TrainingConfig
 from griffin_jax.training.data import Batch, Packed
 from griffin_jax.training.loop import (
     MeasuredLoss,
@@ -36,31 +35,6 @@ from griffin_jax.training.loop import (
 
 AGREE = "agree"
 """Among the figures of an update: the part of the tokens of which both models' most probable ones are the same."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """How a healing is trained.
-
-    Attributes:
-        adapter: what it is like.
-        training: how it is trained.
-        prompt: tokens of each sequence that are its prompt; the others are its answer.
-
-    Raises:
-        ValueError: no tokens are left for the answer.
-    """
-
-    adapter: AdapterConfig = AdapterConfig()
-    training: TrainingConfig = TrainingConfig()
-    prompt: int = 128
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.prompt <= self.training.length - 2:
-            raise ValueError(
-                f"of sequences of {self.training.length} tokens a prompt has 1 to {self.training.length - 2}, got"
-                f" {self.prompt}"
-            )
 
 
 def healing_loss(prompt: int) -> MeasuredLoss:

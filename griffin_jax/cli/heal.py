@@ -11,8 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from griffin_jax.adapters.adapter import parameters_of
-from griffin_jax.adapters.config import AdapterConfig
-from griffin_jax.adapters.healing_training import Course, train_healing
+from griffin_jax.adapters.config import AdapterConfig, Course
 from griffin_jax.checkpoints.native import check_free
 from griffin_jax.cli.factorize import packed_texts
 from griffin_jax.cli.options import (
@@ -93,6 +92,8 @@ def _check_memory(needs: Needs, course: Course, pruner: Pruner, mesh: Mesh | Non
 
 def run(options: argparse.Namespace) -> None:
     """Trains and saves."""
+    from griffin_jax.adapters.healing_training import train_healing
+
     training = read_options(options, TrainingConfig)
     course = Course(read_options(options, AdapterConfig), training, options.prompt_tokens)
     if options.save_every < 1:

@@ -14,9 +14,9 @@ from conftest import PASSAGES, drawn_adapter
 
 import griffin_jax as gj
 from griffin_jax.adapters.adapter import Adapter, attach, merge
-from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.config import AdapterConfig, Course
 from griffin_jax.adapters.healing import NOTES, Healing
-from griffin_jax.adapters.healing_training import Course, healing_loss, train_healing
+from griffin_jax.adapters.healing_training import healing_loss, train_healing
 from griffin_jax.cli import main as cli
 from griffin_jax.evaluation.front import stored_as
 from griffin_jax.extensions.config import Extensions

@@ -11,8 +11,8 @@ import pytest
 
 import griffin_jax as gj
 from griffin_jax.adapters.adapter import Adapter, attach, parameters_of, stack
-from griffin_jax.adapters.config import AdapterConfig
-from griffin_jax.adapters.healing_training import Course, healing_loss
+from griffin_jax.adapters.config import AdapterConfig, Course
+from griffin_jax.adapters.healing_training import healing_loss
 from griffin_jax.adapters.jobs import Job, adapter_loss
 from griffin_jax.adapters.library import Library
 from griffin_jax.cli import main, options
