@@ -363,8 +363,10 @@ def blocks_of_rows(
         own = times(x, wide(*_rows(weight, scale, start, size)))
         return jax.lax.dynamic_update_slice_in_dim(y, own, start, axis=1)
 
-    # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
-    return jax.lax.fori_loop(0, blocks, block, jnp.broadcast_to(x[:, :1], (x.shape[0], rows)))
+    # Not zeros, which depend on nothing, so that those of all layers are in memory at once. Where devices divide the
+    # rows, what goes through the loop must be divided before it, too, which a product with one of them is.
+    first = times(x, wide(*_rows(weight, scale, 0, 1)))
+    return jax.lax.fori_loop(0, blocks, block, jnp.broadcast_to(first, (x.shape[0], rows)))
 
 
 def _blocks(rows: int, most: int) -> tuple[int, int]:
@@ -377,7 +379,7 @@ def _blocks(rows: int, most: int) -> tuple[int, int]:
     return blocks, -(-rows // blocks)
 
 
-def _rows(weight: Array, scale: Array | None, start: Array, size: int) -> tuple[Array, Array | None]:
+def _rows(weight: Array, scale: Array | None, start: int | Array, size: int) -> tuple[Array, Array | None]:
     """Some rows of a matrix and their scales, in a loop.
 
     Slices of all of it, or a matrix divided into blocks, as `jax.lax.scan` takes it, are copied, and those of all
@@ -501,9 +503,9 @@ def blocks_of_sums(
         own = jnp.where(start + jnp.arange(size) < number * size, 0, own)
         return y + times(own, wide(*_rows(weight, scale, start, size)))
 
-    # Zeros that depend on x, see `blocks_of_rows`.
-    zeros = jnp.minimum(jnp.abs(x[:, :1]), 0)
-    return jax.lax.fori_loop(0, blocks, block, jnp.broadcast_to(zeros, (x.shape[0], weight.shape[1])))
+    # Zeros that depend on x and on the weights, see `blocks_of_rows`.
+    zeros = jnp.minimum(jnp.abs(times(x[:, :1], wide(*_rows(weight, scale, 0, 1)))), 0)
+    return jax.lax.fori_loop(0, blocks, block, zeros)
 
 
 def linear_of_each(
