@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from griffin_jax.adapters.adapter import parameters_of
 from griffin_jax.adapters.config import AdapterConfig, Course
-from griffin_jax.checkpoints.native import check_free
-from griffin_jax.cli.factorize import packed_texts
 from griffin_jax.cli.options import (
-    add_dtype_argument,
-    add_mesh_argument,
-    add_model_argument,
     add_options,
-    check_files,
-    check_output,
+    check_fits,
     chosen_mesh,
     chosen_needs,
     load_reader,
     read_options,
+)
+from griffin_jax.cli.training import (
+    add_checkpoint_arguments,
+    add_source_arguments,
+    check_length,
+    check_training,
+    checkpoints,
+    packed_texts,
 )
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.prior import Prior, load_for_best
@@ -34,7 +34,6 @@ from griffin_jax.llm.memory import Needs
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.training.config import TrainingConfig
-from griffin_jax.utils import memory
 
 DESCRIPTION = """Trains an adapter of low rank for the pruned forms of a model, whose own weights stay as they are. Of
 each sequence of the texts the full model reads the first tokens and chooses neurons, and what the pruned model with the
@@ -50,15 +49,7 @@ SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; must not exist yet")
-    add_model_argument(parser)
-    add_dtype_argument(parser)
-    add_mesh_argument(parser)
-    parser.add_argument(
-        "--text", metavar="FILE", nargs="+", type=Path, required=True,
-        help="JSONL files with a text on each line, or text files (UTF-8) that are one text each",
-    )  # fmt: skip
-    parser.add_argument("--column", default="text", help="of JSONL files (default: %(default)s)")
+    add_source_arguments(parser)
     pruned = parser.add_argument_group("pruned models that it is for")
     add_options(pruned, GriffinConfig, "density")
     add_options(pruned, Extensions, "quality", "prior", "prior_weight", "budgets", "refit")
@@ -73,21 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of a sequence that choose its neurons (default: %(default)s)",
     )  # fmt: skip
     add_options(training, TrainingConfig)
-    parser.add_argument("--training", metavar="FOLDER", type=Path, help="of checkpoints (default: OUTPUT.training)")
-    parser.add_argument(
-        "--save-every", metavar="N", type=int, default=50, help="updates between two checkpoints (default: %(default)s)"
-    )
+    add_checkpoint_arguments(parser, "checkpoints", "updates")
 
 
 def _check_memory(needs: Needs, course: Course, pruner: Pruner, mesh: Mesh | None) -> None:
     """Raise `MemoryError` unless an adapter can be trained with what is free."""
-    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     training, parameters = course.training, parameters_of(needs.config, course.adapter)
     calibration = pruner.calibration[0].shape[0] if pruner.calibration else 0
     parts = needs.healing_training(
         parameters, training.batch, training.length, rows=min(pruner.rows, course.prompt), calibration=calibration
     )
-    memory.check(parts, memory.free(devices), "take a smaller --batch or a shorter --length")
+    check_fits(parts, "take a smaller --batch or a shorter --length", mesh)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -96,14 +83,11 @@ def run(options: argparse.Namespace) -> None:
 
     training = read_options(options, TrainingConfig)
     course = Course(read_options(options, AdapterConfig), training, options.prompt_tokens)
-    if options.save_every < 1:
-        raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
-    check_free(options.output)
-    check_output("OUTPUT", options.output)
-    check_files(options.text)
-    prior = Prior.load(options.prior) if options.prior else None
-    if options.quality == "best" and prior is None:
-        prior = load_for_best(options.model, None)
+    check_training(options)
+    if options.quality == "best":
+        prior = load_for_best(options.model, options.prior)
+    else:
+        prior = Prior.load(options.prior) if options.prior else None
     griffin = read_options(options, GriffinConfig)
     extensions = read_options(options, Extensions, prior=prior)
     pruner = Pruner.of(griffin, extensions)
@@ -111,17 +95,15 @@ def run(options: argparse.Namespace) -> None:
     needs = chosen_needs(options, mesh)
     if pruner.config.kept(needs.config.neuron_ranges) == needs.config.neurons:
         raise ValueError(f"density {options.density} keeps all neurons, and there is nothing to heal")
-    if training.length > needs.config.max_positions:
-        raise ValueError(f"--length {training.length} is more than the context of {needs.config.max_positions} tokens")
+    check_length(needs.config, training.length)
     _check_memory(needs, course, pruner, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)
     if prior is not None:
         prior.check(model)
     packed = packed_texts(llm, options.text, options.column, training.length)
-    folder = options.training or options.output.with_name(f"{options.output.name}.training")
     healing, losses = train_healing(
-        llm.model, packed, pruner, course, fingerprint=model, folder=folder, save_every=options.save_every
+        llm.model, packed, pruner, course, fingerprint=model, folder=checkpoints(options), save_every=options.save_every
     )
     if not is_first():
         return

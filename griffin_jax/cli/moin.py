@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-
 from griffin_jax.adapters.adapter import parameters_of
 from griffin_jax.adapters.config import AdapterConfig
 from griffin_jax.adapters.embedding import Embedder, EmbeddingConfig
@@ -20,6 +18,7 @@ from griffin_jax.cli.options import (
     add_dtype_argument,
     add_model_argument,
     add_options,
+    check_fits,
     check_output,
     chosen_needs,
     load_reader,
@@ -34,7 +33,6 @@ from griffin_jax.llm.memory import adapter_bytes
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.training.config import TrainingConfig
-from griffin_jax.utils import memory
 from griffin_jax.utils.messages import printable, shown
 
 if TYPE_CHECKING:
@@ -237,7 +235,7 @@ def _check_memory(options: argparse.Namespace, job: Job, at_once: int) -> None:
     needs, training = chosen_needs(options), job.training
     parts = needs.adapter_training(parameters_of(needs.config, job.adapter), training.batch, training.length, at_once)
     advice = f"take {'fewer --at-once, ' if at_once > 1 else ''}a smaller --batch or a shorter --length"
-    memory.check(parts, memory.free(jax.devices()[:1]), advice)
+    check_fits(parts, advice)
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -338,7 +336,7 @@ def _check_scoring(options: argparse.Namespace, libraries: Sequence[Library]) ->
     every = sum(len(library) * library.adapter_bytes for library in libraries)
     of_batch = max(adapter_bytes(library, options.batch) for library in libraries)
     parts = chosen_needs(options).likelihood(options.batch, options.length, every + of_batch)
-    memory.check(parts, memory.free(jax.devices()[:1]), "take a smaller --batch or a shorter --length")
+    check_fits(parts, "take a smaller --batch or a shorter --length")
 
 
 def _evaluate_priors(

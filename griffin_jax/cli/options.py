@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -265,15 +265,29 @@ def chosen_batch(
     """
     parts = axis_size(mesh, DATA_AXIS)
     sizes = [size for size in _sizes(options.largest_batch) if size % parts == 0] or [parts]
-    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
     candidates = sizes if options.batch is None else [options.batch]
     smaller = "take a smaller --batch, " if candidates[0] > parts else "take "
     chosen, line = fitting(
-        {size: needed(size) for size in candidates}, memory.free(devices), smaller + advice, wanted=options.batch
+        {size: needed(size) for size in candidates}, memory.free(_devices(mesh)), smaller + advice, wanted=options.batch
     )
     if options.batch is None and chosen < sizes[-1] and is_first():
         print(line, file=sys.stderr)
     return chosen
+
+
+def check_fits(parts: Parts, advice: str, mesh: Mesh | None = None) -> None:
+    """Raise `MemoryError` unless what work needs is free on the devices of a mesh, or on the default device.
+
+    Args:
+        parts: what it needs.
+        advice: what to change where it does not fit.
+        mesh: of the model.
+    """
+    memory.check(parts, memory.free(_devices(mesh)), advice)
+
+
+def _devices(mesh: Mesh | None) -> Iterable[Any]:
+    return jax.devices()[:1] if mesh is None else mesh.devices.flat
 
 
 def numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
