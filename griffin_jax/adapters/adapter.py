@@ -212,8 +212,7 @@ def detach(model: Transformer) -> Transformer:
     """The same model without its adapter."""
     bare: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for owner, matrix in _matrices(bare):
-        setattr(owner, f"{matrix}_left", nnx.data(None))
-        setattr(owner, f"{matrix}_right", nnx.data(None))
+        _drop(owner, matrix)
     return bare
 
 
@@ -250,14 +249,11 @@ def merge_neurons(model: Transformer) -> Transformer:
         ValueError: its sequences have adapters of their own.
     """
     merged: Transformer = jax.tree.map(lambda leaf: leaf, model)
-    for layer in merged.layers:
-        for part in layer.ff.parts():
-            for matrix in ("gate_up", "down"):
-                left, right = getattr(part, f"{matrix}_left"), getattr(part, f"{matrix}_right")
-                if left is not None:
-                    setattr(part, matrix, nnx.Param(_sum_into(getattr(part, matrix)[...], left, right)))
-                    setattr(part, f"{matrix}_left", nnx.data(None))
-                    setattr(part, f"{matrix}_right", nnx.data(None))
+    for owner, matrix in (found for layer in merged.layers for found in _matrices_of_neurons(layer)):
+        left, right = getattr(owner, f"{matrix}_left"), getattr(owner, f"{matrix}_right")
+        if left is not None:
+            setattr(owner, matrix, nnx.Param(_sum_into(getattr(owner, matrix)[...], left, right)))
+            _drop(owner, matrix)
     return merged
 
 
@@ -284,8 +280,17 @@ def _matrices(model: Transformer) -> list[tuple[Any, str]]:
 
 
 def _matrices_of(layer: Layer) -> list[tuple[Any, str]]:
-    of_neurons = [(part, matrix) for part in layer.ff.parts() for matrix in ("gate_up", "down")]
-    return [(layer.attention, "qkv"), (layer.attention, "out"), *of_neurons]
+    return [(layer.attention, "qkv"), (layer.attention, "out"), *_matrices_of_neurons(layer)]
+
+
+def _matrices_of_neurons(layer: Layer) -> list[tuple[Any, str]]:
+    return [(part, matrix) for part in layer.ff.parts() for matrix in ("gate_up", "down")]
+
+
+def _drop(owner: Any, matrix: str) -> None:
+    """Leaves a matrix without an addition."""
+    setattr(owner, f"{matrix}_left", nnx.data(None))
+    setattr(owner, f"{matrix}_right", nnx.data(None))
 
 
 def _check_rows(path: str, matrix: Array, left: Array, right: Array) -> None:

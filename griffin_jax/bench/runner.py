@@ -40,7 +40,7 @@ from griffin_jax import __version__
 from griffin_jax.bench import report
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.config import Extensions, Quality
-from griffin_jax.extensions.drafter import drafter_bytes, drafter_of, step_bytes
+from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.pruner import Pruner
@@ -263,7 +263,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         full = needs.in_memory(plan.sizes(plan.cases[0], variant).weights(None), needs.precision.weights)
         if drafter is None:
             return full
-        return full + needs.in_memory(drafter_bytes(plan.config, Precision(plan.dtype, drafter)), drafter)
+        return full + needs.drafter(drafter)
 
     held = {each.weights: weights_of(Variant(weights=each.weights)) for each in plan.formats}
     beside = {

@@ -70,7 +70,7 @@ from griffin_jax.evaluation.samples import (
 )
 from griffin_jax.evaluation.sandbox import Limits, check_sandbox
 from griffin_jax.extensions.config import Extensions, check_quality
-from griffin_jax.extensions.drafter import draft_format, drafter_bytes
+from griffin_jax.extensions.drafter import draft_format
 from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.promise import MARGIN, SHORTEST, allowed_densities, trial_tokens
@@ -612,12 +612,7 @@ def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
 
 def _of_drafters(options: argparse.Namespace, needs: Needs) -> Parts:
     """The bytes of the largest drafter, which is next to both."""
-    devices = axis_size(needs.mesh, MODEL_AXIS)
-    formats = {drafter.weights for drafter in options.drafters}
-    held = [
-        needs.in_memory(drafter_bytes(needs.config, Precision.of(needs.precision.dtype, weights), devices), weights)
-        for weights in formats
-    ]
+    held = [needs.drafter(drafter.weights) for drafter in options.drafters]
     return {"drafter": max(held)} if held else {}
 
 

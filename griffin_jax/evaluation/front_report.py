@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from griffin_jax.evaluation.grid import DENSE
-from griffin_jax.evaluation.report import TOP1, Figures, Metric, cells, draw_legend, draw_line, titles
+from griffin_jax.evaluation.report import TOP1, Figures, Metric, cells, draw_legend, draw_line, titles, width_of
 from griffin_jax.utils.figures import new_figure
 
 DRAFTED = "drafted"
@@ -21,7 +21,7 @@ LABEL_SPACE = 34, 16
 
 def table(figures: Figures) -> str:
     """Rows of figures with their intervals, and a star for those on the front."""
-    width, kind = (max([8, *(len(entry[key]) + 1 for entry in figures)]) for key in ("weights", "quality"))
+    width, kind = width_of(figures, "weights"), width_of(figures, "quality")
     lines = [
         "what really follows, against the unquantised dense model:",
         f"{'weights':{width}}{'quality':{kind}}{'density':>8}{'MB/token':>10}{titles((KL, TOP1))}{'front':>7}",

@@ -133,6 +133,11 @@ def _first_width(figures: Figures) -> int:
     return max([14, *(len(entry["method"]) + 1 for entry in figures)])
 
 
+def width_of(figures: Figures, key: str) -> int:
+    """The width of a table's column of names."""
+    return max([8, *(len(entry[key]) + 1 for entry in figures)])
+
+
 def titles(metrics: Sequence[Metric]) -> str:
     """The head of a table's columns for these figures."""
     return "".join(f"{metric.title:>{WIDTH}}" for metric in metrics)

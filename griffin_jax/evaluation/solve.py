@@ -20,7 +20,7 @@ from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_o
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.problems import Problem
-from griffin_jax.evaluation.report import Figures, as_json, cell, draw_legend, draw_line
+from griffin_jax.evaluation.report import Figures, as_json, cell, draw_legend, draw_line, width_of
 from griffin_jax.evaluation.tasks import generate
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.padding import bucket
@@ -148,7 +148,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 def table(figures: Figures) -> str:
     """Rows of figures with their intervals."""
-    width, kind = (max([8, *(len(entry[key]) + 1 for entry in figures)]) for key in ("weights", "quality"))
+    width, kind = width_of(figures, "weights"), width_of(figures, "quality")
     problems = figures[0]["problems"]
     lines = [
         f"greedy answers to {problems} problems, against the dense model of the first row:",

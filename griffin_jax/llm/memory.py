@@ -93,6 +93,11 @@ class Needs:
         """Bytes that numbers of a format take in memory: on CPUs those of 4 bits are held in a byte each."""
         return 2 * stored if self._on_cpu and weights.dtype == "int4" else stored
 
+    def drafter(self, weights: WeightFormat) -> int:
+        """Bytes of what a drafter in this format holds in addition to the model."""
+        precision = Precision(self.precision.dtype, weights)
+        return self.in_memory(drafter_bytes(self.config, precision, self._parts), weights)
+
     def rows(self, batch: int) -> int:
         """Sequences of a batch that each device has."""
         return local_sequences(self.mesh, batch)
@@ -241,7 +246,7 @@ class Needs:
             trying = self._forcing(ENDS * batch, trial, sizes.slots, tried, 1, **refit)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
-            few = 0 if drafter_is_there else self.in_memory(drafter_bytes(c, precision, self._parts), drafter)
+            few = 0 if drafter_is_there else self.drafter(drafter)
             held |= {"drafting model": few, "rounding": 6 * 4 * BLOCK if few else 0}
             one = shared or own == 1
             sizes = Sizes(c, own, sizes.slots, precision, shared=one, devices=self._parts, refitted=rows > 0)
