@@ -336,7 +336,7 @@ def _one_expert(
     if parts is not None and DOTS_FUSE and scale is None:
         if weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES:
             return bfloat16_token(x, weight, expert, parts)
-        if parts > 1 and weight.dtype == jnp.int8:
+        if parts > 1 and weight.dtype in (jnp.int8, jnp.float32):
             rows = weight.shape[1]
             return long_token(x, weight.reshape(-1, weight.shape[2]), expert * rows, rows, parts)
     return one_token(x, weight[expert], scale)

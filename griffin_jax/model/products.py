@@ -39,8 +39,9 @@ in its cpu_instruction_fusion)."""
 MOST_PASSES = 4
 """Parts of a longer vector, at most, that are each multiplied by the whole matrix."""
 
-PASS_BYTES = 8 << 20
-"""Size of the rows of an expert's matrix that a long vector is multiplied by in all passes, before the next rows."""
+PASS_BYTES = 4 << 20
+"""Size of the rows of an expert's matrix that a long vector is multiplied by in all passes, before the next rows. Seen
+in timings: half or twice as many take up to 5% longer, 512 KiB and 16 MiB more."""
 
 MOST_BRANCHES = 16
 """Matrices in bfloat16, at most, each of which has a branch of its own, since a program has as many for each layer."""
@@ -279,21 +280,22 @@ def _in_passes(x: Float[Array, "p n"], rows: Float[Array, "fp n"]) -> Float[Arra
 def long_token(
     x: Float[Array, "d"], weight: Num[Array, "r d"], start: Int[Array, ""], count: int, parts: int
 ) -> Float[Array, "{count}"]:
-    """`one_token` of a long vector and some rows of a larger matrix of int8.
+    """`one_token` of a long vector and some rows of a larger matrix of int8 or float32.
 
     The passes are over blocks of the rows, which stay in the processor's cache for the second one. There are two blocks
     at least: what is in no loop XLA's CPU code (jax 0.10.2) copies. Seen in timings of two of four experts (6,912 x
-    5,120 each): 7 ms, in passes over all rows 10, as sums of products 250.
+    5,120 each): of int8 7 ms, in passes over all rows 10, as sums of products 250; of float32 11 ms, in passes over all
+    rows 17, where the same two without a choice take 8.5.
 
     Args:
         x: the vector, float32.
-        weight: the larger matrix, int8.
+        weight: the larger matrix, int8 or float32.
         start: the first of the rows.
         count: how many rows.
         parts: of the vector, as `parts_of` gives.
     """
     flat, tokens = weight.reshape(-1, weight.shape[1] // parts), x.reshape(parts, -1)
-    blocks = max(2, -(-count * weight.shape[1] // PASS_BYTES))
+    blocks = max(2, -(-count * weight.shape[1] * weight.dtype.itemsize // PASS_BYTES))
     size = -(-count // blocks)
 
     def fill(block: Array, y: Array) -> Array:
