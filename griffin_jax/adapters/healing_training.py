@@ -8,12 +8,14 @@ pruned model with the adapter reads the answer, and the loss is the mean of KL(d
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from griffin_jax.adapters.adapter import Adapter, attach
@@ -107,7 +109,7 @@ def train_healing(
     )
     step = jax.jit(make_measured_step(healing_loss(course.prompt), optimizer), donate_argnums=0)
     about = {"model": fingerprint, "texts": packed.digest, "course": dataclasses.asdict(course)}
-    about |= {"density": pruner.config.density, "method": pruner.config.method, "rows": pruner.rows}
+    about |= {"pruner": _digest(pruner)}
     state, losses = train(
         step,
         state,
@@ -122,3 +124,13 @@ def train_healing(
         quiet=quiet,
     )
     return Healing(state.parameters, fingerprint), losses
+
+
+def _digest(pruner: Pruner) -> str:
+    """A hash of the options, and of what they take from a prior."""
+    leaves, structure = jax.tree.flatten(pruner)
+    whole = hashlib.sha256(repr(structure).encode())
+    for leaf in map(np.asarray, leaves):
+        whole.update(repr((leaf.shape, leaf.dtype.name)).encode())
+        whole.update(leaf.tobytes())
+    return whole.hexdigest()[:16]

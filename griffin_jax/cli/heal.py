@@ -18,6 +18,7 @@ from griffin_jax.cli.options import (
     load_reader,
     read_options,
 )
+from griffin_jax.cli.prior import chosen_prior
 from griffin_jax.cli.training import (
     add_checkpoint_arguments,
     add_source_arguments,
@@ -27,7 +28,6 @@ from griffin_jax.cli.training import (
     packed_texts,
 )
 from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.memory import Needs
@@ -84,18 +84,14 @@ def run(options: argparse.Namespace) -> None:
     training = read_options(options, TrainingConfig)
     course = Course(read_options(options, AdapterConfig), training, options.prompt_tokens)
     check_training(options)
-    if options.quality == "best":
-        prior = load_for_best(options.model, options.prior)
-    else:
-        prior = Prior.load(options.prior) if options.prior else None
     griffin = read_options(options, GriffinConfig)
-    extensions = read_options(options, Extensions, prior=prior)
-    pruner = Pruner.of(griffin, extensions)
     mesh = chosen_mesh(options)
     needs = chosen_needs(options, mesh)
-    if pruner.config.kept(needs.config.neuron_ranges) == needs.config.neurons:
+    if griffin.kept(needs.config.neuron_ranges) == needs.config.neurons:
         raise ValueError(f"density {options.density} keeps all neurons, and there is nothing to heal")
     check_length(needs.config, training.length)
+    prior = chosen_prior(options)
+    pruner = Pruner.of(griffin, read_options(options, Extensions, prior=prior))
     _check_memory(needs, course, pruner, mesh)
     llm = load_reader(options, mesh)
     model = fingerprint(llm.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from griffin_jax.adapters.config import AdapterConfig, Course
 from griffin_jax.adapters.healing import NOTES, Healing
 from griffin_jax.adapters.healing_training import healing_loss, train_healing
 from griffin_jax.cli import main as cli
+from griffin_jax.cli import prior as prior_command
 from griffin_jax.evaluation.front import stored_as
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.prior import Prior
@@ -172,6 +174,16 @@ class TestTraining:
         # Before the first update the adapter is nothing, and these are the losses without it.
         assert 0 < refitted < plain
 
+    def test_a_run_goes_on_with_its_own_prior_only(self, primed, packed, tmp_path):
+        prior = Prior.load(primed.folder.with_name("model.prior.safetensors"))
+        another = dataclasses.replace(prior, squares=tuple(layer[::-1] for layer in prior.squares))
+        course = dataclasses.replace(COURSE, training=dataclasses.replace(COURSE.training, steps=1))
+        options = {"folder": tmp_path / "run", "quiet": True}
+        train_healing(primed.llm.model, packed, Pruner.of(HALF, Extensions(prior=prior)), course, **options)
+        for extensions in (Extensions(prior=another), Extensions(prior=prior, prior_weight=0.4), Extensions()):
+            with pytest.raises(ValueError, match="has a checkpoint of another run"):
+                train_healing(primed.llm.model, packed, Pruner.of(HALF, extensions), course, **options)
+
     def test_lengths(self, primed, packed):
         with pytest.raises(ValueError, match="of sequences of 20 tokens a prompt has 1 to 18, got 19"):
             dataclasses.replace(COURSE, prompt=19)
@@ -270,6 +282,16 @@ def test_the_command_line(primed, tmp_path, capsys, monkeypatch):
     code, _, err = run(capsys, *heal[:1], "other", *heal[2:], "--density", 1)
     assert code == 2
     assert "keeps all neurons, and there is nothing to heal" in err
+
+    # Where there is no prior yet, `best` measures one.
+    monkeypatch.setitem(prior_command.QUICK, "self_generated", 3)
+    monkeypatch.setitem(prior_command.QUICK, "window", 9)
+    shutil.copytree(primed.folder, "fresh")
+    code, out, err = run(capsys, "heal", "first", "--model", "fresh", *heal[4:], "--quality", "best")
+    assert code == 0, err
+    assert "the model writes 3 short texts" in err
+    assert out.startswith("first: rank 2, ")
+    assert Path("fresh.prior.safetensors").is_file()
 
     answer = ["generate", *model, "--prompt", "the river", "--max-new-tokens", 4, "--healing"]
     code, out, err = run(capsys, *answer, "healed")
