@@ -24,8 +24,9 @@ from griffin_jax.cli.options import (
     load_reader,
     read_options,
 )
-from griffin_jax.evaluation.general_text import measure, windows
+from griffin_jax.evaluation.general_text import MOST_SKETCHED, measure, windows
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_jsonl, read_texts
+from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM, Prompt
@@ -281,6 +282,10 @@ def _prior(options: argparse.Namespace) -> None:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     library = Library.load(options.library)
+    needs = chosen_needs(options)
+    window = min(options.window, needs.config.max_positions)
+    parts = needs.prior(options.batch, window, rows=options.rows, sketched=MOST_SKETCHED, budgets=False, written=False)
+    check_fits(parts, "take a smaller --batch, a shorter --window or fewer --rows")
     llm = load_reader(options)
     assert llm.tokenizer is not None
     library.check(fingerprint(llm.model))
@@ -289,7 +294,7 @@ def _prior(options: argparse.Namespace) -> None:
         file = library.prior_file(number)
         if file.exists():
             continue
-        texts = [next(windows(llm.tokenizer, text, options.window)) for text in library.texts(number)]
+        texts = [next(windows(llm.tokenizer, text, window)) for text in library.texts(number)]
         prior = measure(llm.model, texts, size=options.batch, rows=options.rows)
         prior.save(file)
         print(f"{file}: {prior.tokens:,} tokens in {len(texts):,} texts")
@@ -311,8 +316,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise ValueError("--priors is for one library, without --oracle and --output")
     libraries = list(map(Library.load, options.library))
     texts = _texts(options)
-    if not options.priors:
-        _check_scoring(options, libraries)
+    _check_scoring(options, libraries)
     llm = load_reader(options)
     assert llm.tokenizer is not None
     for library in libraries:
@@ -333,9 +337,14 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _check_scoring(options: argparse.Namespace, libraries: Sequence[Library]) -> None:
     """Raise `MemoryError` unless texts can be scored with what is free."""
-    every = sum(len(library) * library.adapter_bytes for library in libraries)
-    of_batch = max(adapter_bytes(library, options.batch) for library in libraries)
-    parts = chosen_needs(options).likelihood(options.batch, options.length, every + of_batch)
+    needs = chosen_needs(options)
+    if options.priors:
+        answer = options.length - options.prompt_tokens
+        parts = needs.scoring(options.batch, options.prompt_tokens, answer, 2, rows=DEFAULT_ROWS)
+    else:
+        every = sum(len(library) * library.adapter_bytes for library in libraries)
+        of_batch = max(adapter_bytes(library, options.batch) for library in libraries)
+        parts = needs.likelihood(options.batch, options.length, every + of_batch)
     check_fits(parts, "take a smaller --batch or a shorter --length")
 
 

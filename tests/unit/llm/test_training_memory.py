@@ -173,5 +173,7 @@ class TestCommands:
         assert "adapters" in said
         assert said.endswith("are free; take fewer --at-once, a smaller --batch or a shorter --length\n")
         assert Library.load(folder).adapter_bytes == 0
-        said = refused("moin", "eval", folder, "--text", refused.texts, "--prompt-tokens", "4", "--length", "16")
-        assert said.endswith("are free; take a smaller --batch or a shorter --length\n")
+        scored = "moin", "eval", folder, "--text", refused.texts, "--prompt-tokens", "4", "--length", "16"
+        for said in (refused(*scored), refused(*scored, "--priors")):
+            assert said.endswith("are free; take a smaller --batch or a shorter --length\n")
+        assert refused("moin", "prior", folder).endswith("take a smaller --batch, a shorter --window or fewer --rows\n")
