@@ -186,12 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="separated by commas",
     )  # fmt: skip
     _add_qualities(what)
-    what.add_argument(
-        "--drafters", metavar="FORMAT@D", default="",
-        help="also the dense model of each format by speculative decoding, with drafters of a format and a density,"
-        " separated by commas, such as int4@0.5: the bytes that it reads for a token of its own greedy continuation"
-        " (default: none)",
-    )  # fmt: skip
+    _add_drafters(what, "its own greedy continuation")
     _add_sample(what, size=4)
     _add_prior(kind, ", for all formats of it")
     _add_output(kind)
@@ -359,12 +354,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_options(what, GriffinConfig, "density", type=str, default="0.75,0.5", metavar="D", help="separated by commas")
     _add_qualities(what)
+    _add_drafters(what, "its answers")
     _add_sample(what, size=1)
     _add_prior(kind, ", for all formats of it")
     _add_output(kind)
     kind.set_defaults(
         prepare=_solve, choose=_choose_solve, check=_check_stored,
         weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
+    )  # fmt: skip
+
+
+def _add_drafters(group: Any, text: str) -> None:
+    group.add_argument(
+        "--drafters", metavar="FORMAT@D", default="",
+        help="also the dense model of each format by speculative decoding, with drafters of a format and a density,"
+        f" separated by commas, such as int4@0.5, and the bytes that it reads for a token of {text} (default: none)",
     )  # fmt: skip
 
 
@@ -582,7 +586,7 @@ def _batch(
     def needed(batch: int) -> Parts:
         if options.task in WRITTEN:
             parts = needs.generation(batch, prompt, new, kept, rows=rows, calibration=calibration, repeated=True)
-            return parts | _quantised(options, needs) if options.task == "solve" else parts
+            return parts | _beside(options, needs) if options.task == "solve" else parts
         if options.task == "drafts":
             formats = [weights for weights in options.formats if weights is not None]
             largest = max(formats, key=lambda weights: weights.bits, default=None)
@@ -592,13 +596,13 @@ def _batch(
             )
         answers = options.task in ("divergence", "promise")
         parts = needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
-        return parts | _quantised(options, needs) | _of_drafters(options, needs) if options.task == "front" else parts
+        return parts | _beside(options, needs) if options.task == "front" else parts
 
     return chosen_batch(options, needed, "--weights of fewer bits or shorter texts", mesh)
 
 
-def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
-    """The bytes of the largest model in another format, which is next to the one in its own."""
+def _beside(options: argparse.Namespace, needs: Needs) -> Parts:
+    """The bytes of the largest model in another format, next to the one in its own, and of the largest drafter."""
 
     def held(weights: front.Format) -> int:
         fine = front.fine_format(weights)
@@ -607,13 +611,9 @@ def _quantised(options: argparse.Namespace, needs: Needs) -> Parts:
             return bits
         return bits + needs.in_memory(_sizes(needs, weights.coarse).ff(None), weights.coarse)
 
-    return {"weights in another format": max(map(held, options.formats))}
-
-
-def _of_drafters(options: argparse.Namespace, needs: Needs) -> Parts:
-    """The bytes of the largest drafter, which is next to both."""
-    held = [needs.drafter(drafter.weights) for drafter in options.drafters]
-    return {"drafter": max(held)} if held else {}
+    parts = {"weights in another format": max(map(held, options.formats))}
+    drafters = [needs.drafter(drafter.weights) for drafter in options.drafters]
+    return parts | ({"drafter": max(drafters)} if drafters else {})
 
 
 def _sizes(needs: Needs, weights: WeightFormat) -> Sizes:
@@ -743,8 +743,17 @@ def _choose_front(options: argparse.Namespace) -> None:
     """
     _choose_qualities(options)
     options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    _choose_drafters(options)
+
+
+def _choose_drafters(options: argparse.Namespace) -> None:
+    """Sets the drafters, and raises `ValueError` if there is no such one, or none can draft an answer."""
     names = options.drafters.split(",") if options.drafters else []
     options.drafters = list(dict.fromkeys(map(drafts.Drafter.parse, names)))
+    if names and options.new_tokens <= MOST_DRAFTS:
+        raise ValueError(
+            f"--new-tokens must be more than the {MOST_DRAFTS} tokens of a round of drafts, got {options.new_tokens}"
+        )
 
 
 def _choose_drafts(options: argparse.Namespace) -> None:
@@ -808,6 +817,11 @@ def _check_formats(
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
     front.check_variants(needs.config, variants, options.formats, extensions)
+    _check_pairs(options, needs)
+
+
+def _check_pairs(options: argparse.Namespace, needs: Needs) -> None:
+    """Raises `ValueError` unless this model can have the drafters, and a format has more bits than theirs."""
     for drafter in options.drafters:
         drafter.weights.check(needs.config.width, needs.config.embedding_width)
     if options.drafters and not front.pairs(options.formats, options.drafters):
@@ -822,8 +836,6 @@ def _front(
     items, settings = _continued(options, llm, skipped)
     slots = max((len(item.prompt) + len(item.answer) for item in items), default=0)
     drafted, new = front.pairs(options.formats, options.drafters), options.new_tokens
-    if drafted and new <= MOST_DRAFTS:
-        raise ValueError(f"--new-tokens must be more than the {MOST_DRAFTS} tokens of a round of drafts, got {new}")
 
     def compare(journal: Journal) -> dict[str, Any]:
         scores = front.compare_formats(
@@ -839,8 +851,8 @@ def _front(
                 llm.model.dtype,
                 *pair,
                 slots,
-                new,
-                list(found["drafts"][front.drafted_name(*pair)].values()),
+                (new - 1) * len(items),
+                found["drafts"][front.drafted_name(*pair)].values(),
             )
             for pair in drafted
         }
@@ -1111,6 +1123,7 @@ def _choose_solve(options: argparse.Namespace) -> None:
     _choose_qualities(options)
     options.reference = None
     options.formats = [WeightFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    _choose_drafters(options)
 
 
 def _check_stored(
@@ -1123,6 +1136,7 @@ def _check_stored(
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
+    _check_pairs(options, needs)
 
 
 def _solve(
@@ -1131,26 +1145,36 @@ def _solve(
     asked = dict(itertools.islice(_problems(options, llm, skipped), options.limit))
     items, decided = [item for item, _ in asked.values()], {name: problem for name, (_, problem) in asked.items()}
     slots = max((len(item.prompt) for item in items), default=0) + options.new_tokens
+    drafted = front.pairs(options.formats, options.drafters)
 
-    def figures(scores: dict[str, Any]) -> report.Figures:
-        sizes = _bytes_per_token(options, llm, variants, extensions, slots)
-        return solve.figures(scores, variants, options.qualities, sizes, options.seed)
-
-    return Evaluation(
-        items,
-        {
-            "format": options.format, "new": options.new_tokens,
-            "weights": [str(weights) for weights in options.formats],
-            "limits": dataclasses.asdict(options.limits) if options.format == HUMANEVAL else None,
-        },
-        lambda journal: solve.solve(
+    def compare(journal: Journal) -> dict[str, Any]:
+        scores = solve.solve(
             llm, items, decided, variants, options.formats, journal, new=options.new_tokens, size=options.batch,
             seed=options.seed, extensions=extensions,
-        ),
-        figures,
-        solve.table,
-        solve.plot,
-    )  # fmt: skip
+        )  # fmt: skip
+        answers = solve.solve_drafted(llm, items, decided, drafted, journal, new=options.new_tokens)
+        return {"scores": scores, "drafts": answers}
+
+    def figures(found: dict[str, Any]) -> report.Figures:
+        of_pairs = {}
+        for pair in drafted:
+            answers = found["drafts"][front.drafted_name(*pair)]
+            # The first token of an answer needs no step.
+            written = max(1, sum(answer["tokens"] - 1 for answer in answers.values()))
+            read = front.drafted_bytes(llm.config, llm.model.dtype, *pair, slots, written, answers.values())
+            of_pairs[pair] = answers, read
+        sizes = _bytes_per_token(options, llm, variants, extensions, slots)
+        return solve.figures(found["scores"], variants, options.qualities, sizes, options.seed, of_pairs)
+
+    settings: dict[str, Any] = {
+        "format": options.format,
+        "new": options.new_tokens,
+        "weights": [str(weights) for weights in options.formats],
+        "limits": dataclasses.asdict(options.limits) if options.format == HUMANEVAL else None,
+    }
+    if drafted:
+        settings |= {"drafters": [drafter.name for drafter in options.drafters]}
+    return Evaluation(items, settings, compare, figures, solve.table, solve.plot)
 
 
 def _problems(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterator[tuple[str, tuple[Item, Problem]]]:

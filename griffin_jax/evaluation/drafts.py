@@ -151,22 +151,25 @@ def compare_drafters(
     return {item.name: {_name(weights): journal.scores[_entry(weights, item)] for weights in formats} for item in items}
 
 
-def continued(llm: LLM, item: Item, drafter: Drafter | None, new: int, extensions: Extensions) -> Generation:
+def continued(
+    llm: LLM, item: Item, drafter: Drafter | None, new: int, extensions: Extensions, *, ignore_eos: bool = True
+) -> Generation:
     """The model's own greedy continuation of a prompt, by speculative decoding if there is a drafter.
 
     Args:
         llm: the model.
         item: the text, of which the prompt is read.
         drafter: what drafts.
-        new: tokens of the answer.
+        new: tokens of the answer, at most.
         extensions: what quality best takes.
+        ignore_eos: whether it has as many, whatever they are.
     """
     return llm.generate(
         [list(item.prompt)],
         griffin=GriffinConfig(1.0 if drafter is None else drafter.variant.density),
         extensions=Extensions() if drafter is None else options_of(drafter, extensions),
         max_new_tokens=new,
-        ignore_eos=True,
+        ignore_eos=ignore_eos,
     )
 
 

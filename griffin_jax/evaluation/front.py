@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -237,8 +237,8 @@ def drafted_bytes(
     weights: WeightFormat,
     drafter: Drafter,
     slots: int,
-    new: int,
-    needed: Sequence[Mapping[str, int]],
+    written: int,
+    needed: Iterable[Mapping[str, int]],
 ) -> float:
     """Bytes that speculative decoding read for each token, drafts and passes of the full model together.
 
@@ -248,13 +248,13 @@ def drafted_bytes(
         weights: how the full model's matrices are stored.
         drafter: what drafts.
         slots: tokens in the cache.
-        new: tokens of each answer, of which the first needs no step.
+        written: tokens of all answers without the first of each, which needs no step.
         needed: the `drafts.counts` of every answer.
     """
     kept = _config(drafter.variant, DEFAULTS).kept(config.neuron_ranges)
     draft, step = step_bytes(config, Precision.of(dtype, weights), slots, kept, drafter.weights)
     read = sum(each["passes"] * step + each["drafted"] * draft for each in needed)
-    return read / ((new - 1) * len(needed))
+    return read / written
 
 
 def _mixed(

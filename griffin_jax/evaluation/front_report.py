@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from griffin_jax.evaluation.grid import DENSE
@@ -34,12 +35,20 @@ def table(figures: Figures) -> str:
     return "\n".join(lines)
 
 
-def _draw_drafted(axis: Any, figures: Figures, formats: list[str]) -> None:
-    """Models with drafters: stars, in the colour of the full model's format, a line for each format of drafters."""
-    for weights in dict.fromkeys(entry["weights"] for entry in figures):
-        line = [entry for entry in figures if entry["weights"] == weights]
+def draw_drafted(axis: Any, figures: Figures, formats: Sequence[str], what: str) -> None:
+    """Models with drafters: stars, in the colour of the full model's format, a line for each format of drafters.
+
+    Args:
+        axis: with megabytes per token from left to right.
+        figures: models with drafters and others.
+        formats: of the full models, in the order of their colours.
+        what: the figure that is drawn.
+    """
+    drafted = [entry for entry in figures if entry["method"] == DRAFTED]
+    for weights in dict.fromkeys(entry["weights"] for entry in drafted):
+        line = [entry for entry in drafted if entry["weights"] == weights]
         draw_line(
-            axis, [_megabytes(entry) for entry in line], [entry["kl"] for entry in line], elinewidth=0.8,
+            axis, [_megabytes(entry) for entry in line], [entry[what] for entry in line], elinewidth=0.8,
             marker="*", markersize=11, linewidth=1.2, linestyle=":", color=f"C{formats.index(weights.split()[0]) % 10}",
             label=weights,
         )  # fmt: skip
@@ -83,7 +92,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
             axis.axvline(
                 _megabytes(entry), color=colour, linewidth=1, alpha=0.6, linestyle="-.", label=f"{weights}, dense: KL 0"
             )
-    _draw_drafted(axis, [entry for entry in shown if entry["method"] == DRAFTED], formats)
+    draw_drafted(axis, shown, formats, "kl")
     front = [entry for entry in shown if entry["front"]]
     places = [_megabytes(entry) for entry in front], [entry["kl"]["value"] for entry in front]
     axis.step(*places, where="post", color="0.6", linewidth=5, alpha=0.4, zorder=0)

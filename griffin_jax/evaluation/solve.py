@@ -1,21 +1,24 @@
 """How many problems a model solves, and how many of those that the dense model solves it keeps.
 
 Every format of the weights is combined with every density, as in `griffin_jax.evaluation.front`; what is compared are
-the verdicts on greedy answers instead of distributions.
+the verdicts on greedy answers instead of distributions. Models with drafters stand next to them: they give the answers
+of the dense model, and read less for them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from scipy import stats
 from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
-from griffin_jax.evaluation.front import entry_name, row_head, stored_as
-from griffin_jax.evaluation.front_report import STYLES
+from griffin_jax.evaluation.drafts import Drafter, continued, counts
+from griffin_jax.evaluation.front import drafted_name, entry_name, row_head, stored_as
+from griffin_jax.evaluation.front_report import DRAFTED, STYLES, draw_drafted
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
@@ -98,12 +101,49 @@ def solve(
     return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 
 
+def solve_drafted(
+    llm: LLM,
+    items: Sequence[Item],
+    problems: Mapping[str, Problem],
+    drafted: Sequence[tuple[WeightFormat, Drafter]],
+    journal: Journal,
+    *,
+    new: int,
+) -> dict[str, dict[str, Any]]:
+    """Greedy answers by speculative decoding, up to the token that ends them, and whether they are right.
+
+    Args:
+        llm: the model, with floating weights if there are several formats.
+        items: the questions as prompts.
+        problems: what decides about an answer, by the item's name.
+        drafted: from `griffin_jax.evaluation.front.pairs`.
+        journal: what is done already.
+        new: tokens of the longest answer.
+
+    Returns:
+        For each pair, by `drafted_name`, and each text `text` and `solved` as from `solve`, `tokens`, how many were
+        written, and the `griffin_jax.evaluation.drafts.counts`.
+    """
+    names = {pair: drafted_name(*pair) for pair in drafted}
+    todo = [(pair, item) for pair in drafted for item in items if f"{names[pair]}: {item.name}" not in journal.scores]
+    stored: LLM | None = None
+    for (weights, drafter), item in tqdm(todo, unit="problem", desc="drafts", disable=None):
+        if stored is None or stored.model.weights != weights:
+            stored = LLM(stored_as(llm.model, weights), llm.tokenizer, llm.name)
+        out, problem = continued(stored, item, drafter, new, DEFAULTS, ignore_eos=False), problems[item.name]
+        text = out.texts[0][: problem.end(out.texts[0])]
+        found = {"text": text, "solved": problem.solved(text), "tokens": len(out.tokens[0]), **counts(out)}
+        journal.add({f"{names[weights, drafter]}: {item.name}": found})
+    return {name: {item.name: journal.scores[f"{name}: {item.name}"] for item in items} for name in names.values()}
+
+
 def figures(
     scores: Mapping[str, Mapping[str, Any]],
     variants: Sequence[Variant],
     qualities: Mapping[str, str],
     bytes_of: Mapping[tuple[str, Variant], int],
     seed: int,
+    drafted: Mapping[tuple[WeightFormat, Drafter], tuple[Mapping[str, Any], float]] = MappingProxyType({}),
 ) -> Figures:
     """One entry for each format and variant, against the dense model in the first format.
 
@@ -113,6 +153,7 @@ def figures(
         qualities: for people, what a method is.
         bytes_of: bytes per token of a format and a variant.
         seed: of the bootstrap.
+        drafted: of models with drafters what `solve_drafted` gives, and their bytes per token.
 
     Returns:
         Entries with `solved`, `problems`, the intervals `share` (of all problems) and `kept` (of those that the dense
@@ -124,21 +165,29 @@ def figures(
     for weights, texts in scores.items():
         for variant in variants:
             solved = [text[variant.name]["solved"] for text in texts.values()]
-            kept = [float(here) for here, there in zip(solved, dense, strict=True) if there]
-            lost, gained = len(kept) - int(sum(kept)), sum(solved) - int(sum(kept))
-            found.append(
-                row_head(weights, variant, qualities, bytes_of)
-                | {
-                    "problems": len(solved),
-                    "solved": sum(solved),
-                    "share": as_json(mean([float(value) for value in solved], seed)),
-                    "kept": as_json(mean(kept, seed)) if kept else None,
-                    "lost": lost,
-                    "gained": gained,
-                    "p": mcnemar(lost, gained),
-                }
-            )
+            found.append(row_head(weights, variant, qualities, bytes_of) | _against(solved, dense, seed))
+        for (full, drafter), (answers, read) in drafted.items():
+            if str(full) != weights:
+                continue
+            head = {"weights": f"{weights} ({drafter.format} drafts)", "quality": DRAFTED, "method": DRAFTED}
+            head |= {"density": drafter.variant.density, "bytes_per_token": read}
+            found.append(head | _against([answer["solved"] for answer in answers.values()], dense, seed))
     return found
+
+
+def _against(solved: Sequence[bool], dense: Sequence[bool], seed: int) -> dict[str, Any]:
+    """What the figures have of one model's verdicts next to the dense model's."""
+    kept = [float(here) for here, there in zip(solved, dense, strict=True) if there]
+    lost, gained = len(kept) - int(sum(kept)), sum(solved) - int(sum(kept))
+    return {
+        "problems": len(solved),
+        "solved": sum(solved),
+        "share": as_json(mean([float(value) for value in solved], seed)),
+        "kept": as_json(mean(kept, seed)) if kept else None,
+        "lost": lost,
+        "gained": gained,
+        "p": mcnemar(lost, gained),
+    }
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -152,15 +201,15 @@ def table(figures: Figures) -> str:
     problems = figures[0]["problems"]
     lines = [
         f"greedy answers to {problems} problems, against the dense model of the first row:",
-        f"{'weights':{width}}{'quality':{kind}}{'density':>8}{'MB/token':>10}{'solved':>8}{'of all':>22}"
-        f"{'kept of dense':>22}{'lost':>6}{'gained':>8}{'p':>9}",
+        f"{'weights':{width}}{'quality':{kind}}{'density':>8}{'MB/token':>9}{'solved':>7}{'of all':>21}"
+        f"{'kept of dense':>21}{'lost':>5}{'gained':>7}{'p':>8}",
     ]
     for entry in figures:
         share, kept = (_share(entry[name]) for name in ("share", "kept"))
         lines.append(
             f"{entry['weights']:{width}}{entry['quality']:{kind}}{entry['density']:>8g}"
-            f"{entry['bytes_per_token'] / 1e6:>10,.1f}{entry['solved']:>8}{share:>22}{kept:>22}"
-            f"{entry['lost']:>6}{entry['gained']:>8}{entry['p']:>9.2g}"
+            f"{entry['bytes_per_token'] / 1e6:>9,.1f}{entry['solved']:>7}{share:>21}{kept:>21}"
+            f"{entry['lost']:>5}{entry['gained']:>7}{entry['p']:>8.2g}"
         )
     return "\n".join(
         [*lines, "", "p: McNemar's exact test that both solve equally many; lost, gained: solved by one of both"]
@@ -172,7 +221,7 @@ def _share(figure: Mapping[str, float | None] | None) -> str:
 
 
 def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
-    """The share of solved problems against megabytes per token, a line for each format and quality.
+    """The share of solved problems against megabytes per token: a line for each format and quality, stars for drafters.
 
     Args:
         figures: those of `figures`.
@@ -186,15 +235,16 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     figure = new_figure(6.4, 4.6)
     figure.suptitle(title, fontsize="medium")
     axis = figure.subplots()
-    formats = list(dict.fromkeys(entry["weights"] for entry in figures))
-    qualities = list(dict.fromkeys(entry["quality"] for entry in figures if entry["method"] != DENSE))
+    alone = [entry for entry in figures if entry["method"] != DRAFTED]
+    formats = list(dict.fromkeys(entry["weights"] for entry in alone))
+    qualities = list(dict.fromkeys(entry["quality"] for entry in alone if entry["method"] != DENSE))
     # Where nothing is pruned, dense rows are all there is.
-    names = qualities or list(dict.fromkeys(entry["quality"] for entry in figures))
+    names = qualities or list(dict.fromkeys(entry["quality"] for entry in alone))
     for number, weights in enumerate(formats):
         for quality, style in zip(names, STYLES, strict=False):
             line = [
                 entry
-                for entry in figures
+                for entry in alone
                 if entry["weights"] == weights and (entry["quality"] == quality or entry["method"] == DENSE)
             ]
             draw_line(
@@ -202,6 +252,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
                 elinewidth=0.8, marker="o", linewidth=1.2, linestyle=style, color=f"C{number % 10}",
                 label=f"{weights}, {quality}",
             )  # fmt: skip
+    draw_drafted(axis, figures, formats, "share")
     for entry in figures:
         axis.annotate(
             f"{entry['density']:g}", (entry["bytes_per_token"] / 1e6, entry["share"]["value"]), fontsize=7,

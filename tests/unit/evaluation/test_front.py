@@ -249,7 +249,7 @@ class TestDrafters:
             assert out.tokens == dense.tokens
             read += int(out.drafting.passes) * full + int(out.drafting.drafted.sum()) * draft
         needed = list(found["int8 with int4:16 topk 0.5, auto drafts"].values())
-        measured = front.drafted_bytes(primed.llm.config, np.dtype(np.float32), *pair, slots, new, needed)
+        measured = front.drafted_bytes(primed.llm.config, np.dtype(np.float32), *pair, slots, 2 * (new - 1), needed)
         assert measured == pytest.approx(read / (2 * (new - 1)))
 
     def test_they_predict_what_the_dense_model_does(self, scores):

@@ -11,6 +11,7 @@ from conftest import PASSAGES
 from griffin_jax.cli import main as cli
 from griffin_jax.evaluation import problems, solve
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.drafts import Drafter
 from griffin_jax.evaluation.grid import grid
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.evaluation.problems import Problem
@@ -148,6 +149,25 @@ class TestAnswers:
         (tmp_path / FILE).write_text("".join(lines[:3]))
         assert run() == found
 
+    def test_with_a_drafter_they_are_the_dense_models(self, primed, tmp_path):
+        llm = primed.llm
+        items = [Item(str(number), llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:2])]
+        asked = {item.name: Problem("", lambda text: len(text) % 2 == 0, lambda text: 5) for item in items}
+        pair = FORMATS[0], Drafter.parse("int4:16@0.5")
+        (found,) = solve.solve_drafted(llm, items, asked, [pair], Journal(tmp_path, {}), new=12).values()
+        for item in items:
+            dense = llm.generate([list(item.prompt)], max_new_tokens=12, density=1.0)
+            drafted = llm.generate(
+                [list(item.prompt)], max_new_tokens=12, density=0.5, speculative=True, draft_weights="int4:16"
+            )
+            answer = found[item.name]
+            assert answer["text"] == dense.texts[0][:5]
+            assert answer["solved"] == (len(answer["text"]) % 2 == 0)
+            assert answer["tokens"] == len(dense.tokens[0])
+            assert answer["passes"] == int(drafted.drafting.passes)
+        again = solve.solve_drafted(None, items, asked, [pair], Journal(tmp_path, {}), new=12)  # pyright: ignore
+        assert list(again.values()) == [found]
+
     def test_figures(self):
         dense, pruned = [True, True, True, False, False, True], [True, False, False, True, False, True]
         scores = {
@@ -163,7 +183,13 @@ class TestAnswers:
         assert second["share"]["value"] == 0.5
         assert second["kept"]["value"] == 0.5
         assert second["kept"]["low"] < 0.5 < second["kept"]["high"]
-        assert max(map(len, solve.table([first, second]).splitlines())) <= 120
+        pair = FORMATS[0], Drafter.parse("int4:16@0.5")
+        answers = {name: text["dense"] for name, text in scores["float32"].items()}
+        rows = solve.figures(scores, ROWS, {"dense": "-", "topk": "griffin"}, sizes, 0, {pair: (answers, 600_000.0)})
+        drafted = rows[2]
+        assert (drafted["weights"], drafted["quality"]) == ("float32 (int4:16 drafts)", "drafted")
+        assert (drafted["solved"], drafted["lost"], drafted["bytes_per_token"]) == (4, 0, 600_000.0)
+        assert max(map(len, solve.table(rows).splitlines())) <= 120
 
     @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (2, 9), (5, 5), (7, 3)])
     def test_mcnemar_is_a_sum_of_binomials(self, lost, gained):
@@ -179,9 +205,9 @@ class TestCommand:
         file = tmp_path / "t.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
         code = cli.main([
-            "eval", "solve", str(file), "--format", "gsm8k", "--model", str(primed.folder), "--new-tokens", "8",
+            "eval", "solve", str(file), "--format", "gsm8k", "--model", str(primed.folder), "--new-tokens", "9",
             "--density", "0.5", "--quality", "griffin", "--weights", "int8", "--output", str(tmp_path / "out"),
-            "--plot", str(tmp_path / "p.png"), "--json",
+            "--plot", str(tmp_path / "p.png"), "--json", "--drafters", "int8@0.5",
         ])  # fmt: skip
         out, err = capsys.readouterr()
         assert code == 0, err
@@ -193,9 +219,11 @@ class TestCommand:
         assert rows == [
             ("float32", "-", 1.0, 2),
             ("float32", "griffin", 0.5, 2),
+            ("float32 (int8 drafts)", "drafted", 0.5, 2),
             ("int8", "-", 1.0, 2),
             ("int8", "griffin", 0.5, 2),
         ]
+        assert result["figures"][2]["bytes_per_token"] > 0
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
     @pytest.mark.parametrize(
@@ -206,6 +234,7 @@ class TestCommand:
             (["--format", "gsm8k", "--seconds", "0"], "seconds must be a whole number of at least 1, got 0"),
             (["--format", "gsm8k", "--new-tokens", "0"], "--new-tokens must be a whole number of at least 1, got 0"),
             (["--format", "gsm8k", "--weights", "int5"], "int5"),
+            (["--format", "gsm8k", "--drafters", "int4"], "a drafter is a format with a density, such as int4@0.5"),
             (["--format", "gsm8k"], "no text can be used (1 x no column 'question')"),
         ],
     )
