@@ -860,8 +860,6 @@ def _front(
         return front.figures(found["scores"], variants, options.qualities, sizes, options.seed, read)
 
     settings |= {"weights": [str(weights) for weights in options.formats]}
-    if drafted:
-        settings |= {"drafters": [drafter.name for drafter in options.drafters]}
     return Evaluation(items, settings, compare, figures, front_report.table, front_report.plot)
 
 
@@ -1166,14 +1164,12 @@ def _solve(
         sizes = _bytes_per_token(options, llm, variants, extensions, slots)
         return solve.figures(found["scores"], variants, options.qualities, sizes, options.seed, of_pairs)
 
-    settings: dict[str, Any] = {
+    settings = {
         "format": options.format,
         "new": options.new_tokens,
         "weights": [str(weights) for weights in options.formats],
         "limits": dataclasses.asdict(options.limits) if options.format == HUMANEVAL else None,
     }
-    if drafted:
-        settings |= {"drafters": [drafter.name for drafter in options.drafters]}
     return Evaluation(items, settings, compare, figures, solve.table, solve.plot)
 
 

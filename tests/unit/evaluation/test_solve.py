@@ -204,11 +204,12 @@ class TestCommand:
         records += [{"question": "How many?", "answer": "none"}, {"question": "x" * 300, "answer": "#### 1"}]
         file = tmp_path / "t.jsonl"
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        code = cli.main([
+        arguments = [
             "eval", "solve", str(file), "--format", "gsm8k", "--model", str(primed.folder), "--new-tokens", "9",
             "--density", "0.5", "--quality", "griffin", "--weights", "int8", "--output", str(tmp_path / "out"),
-            "--plot", str(tmp_path / "p.png"), "--json", "--drafters", "int8@0.5",
-        ])  # fmt: skip
+            "--plot", str(tmp_path / "p.png"), "--json", "--drafters",
+        ]  # fmt: skip
+        code = cli.main([*arguments, "int8@0.5"])
         out, err = capsys.readouterr()
         assert code == 0, err
         assert "no line #### NUMBER in answer: t.jsonl, line 3" in err
@@ -224,6 +225,13 @@ class TestCommand:
             ("int8", "griffin", 0.5, 2),
         ]
         assert result["figures"][2]["bytes_per_token"] > 0
+
+        # One drafter more: what is there stays.
+        before = (tmp_path / "out" / FILE).read_text()
+        assert cli.main([*arguments, "int8@0.5,int8@1"]) == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
+        assert [f["density"] for f in figures if f["quality"] == "drafted"] == [0.5, 1.0]
+        assert (tmp_path / "out" / FILE).read_text().startswith(before)
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
     @pytest.mark.parametrize(
