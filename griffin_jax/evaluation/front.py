@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -34,6 +34,7 @@ from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
+from griffin_jax.llm.results import Generation
 from griffin_jax.model.assembly import assemble, disassemble
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sizes import Sizes
@@ -202,18 +203,22 @@ def compare_drafted(
     journal: Journal,
     *,
     new: int,
-) -> dict[str, dict[str, dict[str, int]]]:
+    ignore_eos: bool = True,
+    found: Callable[[Item, Generation], dict[str, Any]] = lambda _, out: counts(out),
+) -> dict[str, dict[str, dict[str, Any]]]:
     """What speculative decoding needs, whose answers are those of the dense model in a format.
 
     Args:
-        llm: the model, with floating weights.
+        llm: the model, with floating weights if there are several formats.
         items: the texts, of which the prompts are read, and continued by the model itself.
         drafted: from `pairs`.
         journal: what is done already.
-        new: tokens of each continuation.
+        new: tokens of each continuation, at most.
+        ignore_eos: whether it has as many, whatever they are.
+        found: what is kept of an answer.
 
     Returns:
-        For each pair, by `drafted_name`, and each text the `drafts.counts`.
+        For each pair, by `drafted_name`, and each text what was found: by default the `drafts.counts`.
     """
     names = {pair: drafted_name(*pair) for pair in drafted}
     todo = [(pair, item) for pair in drafted for item in items if f"{names[pair]}: {item.name}" not in journal.scores]
@@ -221,14 +226,25 @@ def compare_drafted(
     for (weights, drafter), item in tqdm(todo, unit="text", desc="drafts", disable=None):
         if stored is None or stored.model.weights != weights:
             stored = LLM(stored_as(llm.model, weights), llm.tokenizer, llm.name)
-        needed = counts(continued(stored, item, drafter, new, DEFAULTS))
-        journal.add({f"{names[weights, drafter]}: {item.name}": needed})
+        out = continued(stored, item, drafter, new, DEFAULTS, ignore_eos=ignore_eos)
+        journal.add({f"{names[weights, drafter]}: {item.name}": found(item, out)})
     return {name: {item.name: journal.scores[f"{name}: {item.name}"] for item in items} for name in names.values()}
 
 
 def drafted_name(weights: WeightFormat, drafter: Drafter) -> str:
     """What files call a model with its drafter."""
     return f"{weights} with {drafter.name}"
+
+
+def drafted_head(weights: WeightFormat, drafter: Drafter, read: float) -> dict[str, Any]:
+    """What an entry of the figures begins with, of a model with a drafter; `read` are its `drafted_bytes`."""
+    return {
+        "weights": f"{weights} ({drafter.format} drafts)",
+        "quality": DRAFTED,
+        "method": DRAFTED,
+        "density": drafter.variant.density,
+        "bytes_per_token": read,
+    }
 
 
 def drafted_bytes(
@@ -322,11 +338,7 @@ def figures(
     ]
     for (weights, drafter), read in drafted.items():
         full = next(entry for entry in found if entry["weights"] == str(weights) and entry["method"] == DENSE)
-        found.append(
-            full
-            | {"weights": f"{weights} ({drafter.format} drafts)", "quality": DRAFTED, "method": DRAFTED}
-            | {"density": drafter.variant.density, "bytes_per_token": read}
-        )
+        found.append(full | drafted_head(weights, drafter, read))
     found.sort(key=lambda entry: (entry["bytes_per_token"], _kl(entry)))
     marked = on_front([(entry["bytes_per_token"], _kl(entry)) for entry in found])
     return [entry | {"front": mark} for entry, mark in zip(found, marked, strict=True)]

@@ -16,8 +16,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
-from griffin_jax.evaluation.drafts import Drafter, continued, counts
-from griffin_jax.evaluation.front import drafted_name, entry_name, row_head, stored_as
+from griffin_jax.evaluation.drafts import Drafter, counts
+from griffin_jax.evaluation.front import compare_drafted, drafted_head, entry_name, row_head, stored_as
 from griffin_jax.evaluation.front_report import DRAFTED, STYLES, draw_drafted
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.intervals import mean
@@ -28,6 +28,7 @@ from griffin_jax.evaluation.tasks import generate
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.padding import bucket
 from griffin_jax.llm.llm import LLM
+from griffin_jax.llm.results import Generation
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.figures import new_figure
@@ -124,17 +125,13 @@ def solve_drafted(
         For each pair, by `drafted_name`, and each text `text` and `solved` as from `solve`, `tokens`, how many were
         written, and the `griffin_jax.evaluation.drafts.counts`.
     """
-    names = {pair: drafted_name(*pair) for pair in drafted}
-    todo = [(pair, item) for pair in drafted for item in items if f"{names[pair]}: {item.name}" not in journal.scores]
-    stored: LLM | None = None
-    for (weights, drafter), item in tqdm(todo, unit="problem", desc="drafts", disable=None):
-        if stored is None or stored.model.weights != weights:
-            stored = LLM(stored_as(llm.model, weights), llm.tokenizer, llm.name)
-        out, problem = continued(stored, item, drafter, new, DEFAULTS, ignore_eos=False), problems[item.name]
-        text = out.texts[0][: problem.end(out.texts[0])]
-        found = {"text": text, "solved": problem.solved(text), "tokens": len(out.tokens[0]), **counts(out)}
-        journal.add({f"{names[weights, drafter]}: {item.name}": found})
-    return {name: {item.name: journal.scores[f"{name}: {item.name}"] for item in items} for name in names.values()}
+
+    def verdict(item: Item, out: Generation) -> dict[str, Any]:
+        text, problem = out.texts[0], problems[item.name]
+        text = text[: problem.end(text)]
+        return {"text": text, "solved": problem.solved(text), "tokens": len(out.tokens[0]), **counts(out)}
+
+    return compare_drafted(llm, items, drafted, journal, new=new, ignore_eos=False, found=verdict)
 
 
 def figures(
@@ -169,9 +166,8 @@ def figures(
         for (full, drafter), (answers, read) in drafted.items():
             if str(full) != weights:
                 continue
-            head = {"weights": f"{weights} ({drafter.format} drafts)", "quality": DRAFTED, "method": DRAFTED}
-            head |= {"density": drafter.variant.density, "bytes_per_token": read}
-            found.append(head | _against([answer["solved"] for answer in answers.values()], dense, seed))
+            solved = [answer["solved"] for answer in answers.values()]
+            found.append(drafted_head(full, drafter, read) | _against(solved, dense, seed))
     return found
 
 
