@@ -234,6 +234,10 @@ def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Ar
         y = blocks_of_rows(tokens, weight, inside)
     if per_row and scale is not None:
         y = y * scale[:, 0]
+    elif b * t <= FEW_TOKENS:
+        # A bias that is added next and used more than once is taken into the product, for which all of the matrix is
+        # converted in memory then, at every token. Seen in timings of 16,384 x 1,024: 47 ms in bfloat16, 0.6 without.
+        y = _in_memory(y)
     return y.reshape(b, t, -1).astype(dtype)
 
 

@@ -164,6 +164,23 @@ class TestProducts:
         # Not as much as one matrix in float32.
         assert sizes.temp_size_in_bytes < 4 * 2 * TINY.ff_width * TINY.width * TINY.num_layers
 
+    @pytest.mark.parametrize("weights", ["bfloat16", "int4:32"])
+    def test_no_matrix_is_converted_for_a_bias(self, rng, weights):
+        """One that is added to what is then used twice, as a head's is."""
+        numbers = jnp.asarray(rng.normal(size=(2048, 64)), jnp.bfloat16)
+        matrix, scale = numbers, None
+        if weights != "bfloat16":
+            matrix, scale = quantise(numbers.astype(jnp.float32), WeightFormat.parse(weights), "first")
+
+        def step(x, matrix, scale, bias):
+            logits = products.linear(x, matrix, scale) + bias
+            return jnp.max(logits), jax.nn.softmax(logits)
+
+        given = jnp.ones((1, 1, 64)), matrix, scale, jnp.ones(2048)
+        sizes = jax.jit(step).lower(*given).compile().memory_analysis()
+        assert sizes is not None
+        assert sizes.temp_size_in_bytes < 4 * numbers.size / 2
+
     @pytest.mark.skipif(not products.DOTS_FUSE, reason="this jax computes products with vectors as sums")
     @pytest.mark.parametrize("tokens", [1, 3])
     def test_a_norm_is_not_computed_again_for_every_row(self, tokens):
