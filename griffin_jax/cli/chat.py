@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         beyond, Extensions,
         "quality", "prior", "budgets", "prior_weight", "refit", "healing", "refresh_every", "speculative",
-        "draft_weights", "mixed_weights", "max_divergence",
+        "lookup", "draft_weights", "mixed_weights", "max_divergence",
     )  # fmt: skip
     answer = parser.add_argument_group("answer")
     add_options(answer, GenerationConfig, "max_new_tokens", default=NEW_TOKENS)

@@ -222,6 +222,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of a round, separated by commas; {drafts.AUTO}: as many as are worth it, up to {MOST_DRAFTS}"
         " (default: %(default)s)",
     )
+    what.add_argument(
+        "--lookup", action="store_true",
+        help="each drafter once more with tokens that are copied from the prompt and the answer, and these alone",
+    )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     what.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
     _add_prior(kind, healing=False)
@@ -368,7 +372,8 @@ def _add_drafters(group: Any, text: str) -> None:
     group.add_argument(
         "--drafters", metavar="FORMAT@D", default="",
         help="also the dense model of each format by speculative decoding, with drafters of a format and a density,"
-        f" separated by commas, such as int4@0.5, and the bytes that it reads for a token of {text} (default: none)",
+        f" separated by commas, such as int4@0.5, and the bytes that it reads for a token of {text}; with"
+        f" int4@0.5+{drafts.LOOKUP} also copied tokens, with {drafts.LOOKUP} no others (default: none)",
     )  # fmt: skip
 
 
@@ -612,7 +617,7 @@ def _beside(options: argparse.Namespace, needs: Needs) -> Parts:
         return bits + needs.in_memory(_sizes(needs, weights.coarse).ff(None), weights.coarse)
 
     parts = {"weights in another format": max(map(held, options.formats))}
-    drafters = [needs.drafter(drafter.weights) for drafter in options.drafters]
+    drafters = [needs.drafter(drafter.weights) for drafter in options.drafters if drafter.weights is not None]
     return parts | ({"drafter": max(drafters)} if drafters else {})
 
 
@@ -822,7 +827,7 @@ def _check_formats(
 
 def _check_pairs(options: argparse.Namespace, needs: Needs) -> None:
     """Raises `ValueError` unless this model can have the drafters, and a format has more bits than theirs."""
-    for drafter in options.drafters:
+    for drafter in (each for each in options.drafters if each.weights is not None):
         drafter.weights.check(needs.config.width, needs.config.embedding_width)
     if options.drafters and not front.pairs(options.formats, options.drafters):
         raise ValueError(
@@ -878,9 +883,9 @@ def _bytes_per_token(
 def _drafts(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
-    every = drafts.drafters(options.formats, variants, options.qualities, options.drafts)
+    every = drafts.drafters(options.formats, variants, options.qualities, options.drafts, lookup=options.lookup)
     if not every:
-        raise ValueError("nothing drafts: give --density below 1, or --draft-weights such as int4")
+        raise ValueError("nothing drafts: give --density below 1, --draft-weights such as int4, or --lookup")
     items, settings = _continued(options, llm, skipped)
     new = options.new_tokens
     most = max(count_or(number, MOST_DRAFTS) for number in options.drafts)

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(
         beyond, Extensions,
         "quality", "prior", "budgets", "prior_weight", "refit", "healing", "refresh_every", "speculative",
-        "draft_weights", "mixed_weights", "max_divergence",
+        "lookup", "draft_weights", "mixed_weights", "max_divergence",
     )  # fmt: skip
 
     answer = parser.add_argument_group("answer")
@@ -167,6 +167,8 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
             "passes": int(drafting.passes),
             "drafted": int(drafting.drafted.sum()),
             "accepted": int(drafting.accepted.sum()),
+            "copied": int(drafting.copied.sum()),
+            "copies_accepted": int(drafting.copies_accepted.sum()),
         },
         "promised": None
         if promised is None
@@ -192,6 +194,8 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
     drafting = generation.drafting
     if drafting is not None:
         speed += f"; {drafting.accepted.sum():,} of {drafting.drafted.sum():,} drafts accepted"
+        if copied := drafting.copied.sum():
+            speed += f", {drafting.copies_accepted.sum():,} of {copied:,} copied tokens"
         speed += f" in {drafting.passes:,} passes of the full model"
     promised = "" if generation.promised is None else f" {_kept_promise(generation.promised)};"
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())

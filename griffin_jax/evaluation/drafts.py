@@ -20,7 +20,7 @@ from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.front_report import MARKERS
 from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.evaluation.journal import Journal
-from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles
+from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles, width_of
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.drafter import draft_format, step_bytes
 from griffin_jax.griffin.config import GriffinConfig, check_density
@@ -31,6 +31,9 @@ from griffin_jax.utils.figures import new_figure
 
 OWN = "own"
 """The format of a drafter that reads the model's own weights."""
+
+LOOKUP = "lookup"
+"""Drafts that are copied."""
 
 AUTO = "auto"
 """As many drafts in a round as are worth it."""
@@ -51,38 +54,58 @@ class Drafter:
         variant: how it is pruned.
         quality: of `LLM.generate`.
         drafts: n, the tokens of a round; True for as many as are worth it.
+        lookup: whether tokens are copied, too. Nothing else drafts where the variant is the dense model in its format.
     """
 
     weights: WeightFormat | None
     variant: Variant
     quality: str
     drafts: int | bool
+    lookup: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Drafter:
         """`int4@0.5`: in int4, with half of the neurons, those that GRIFFIN keeps; as many drafts as are worth it.
+        `int4@0.5+lookup`: also copies. `lookup`: nothing else.
 
         Raises:
-            ValueError: this is no format of integers with a density after it.
+            ValueError: this is no such drafter.
         """
-        name, _, share = text.strip().partition("@")
+        dense = Variant(DENSE, 1.0)
+        if text.strip() == LOOKUP:
+            return cls(None, dense, "griffin", True, lookup=True)
+        model, _, more = text.strip().partition("+")
+        name, _, share = model.partition("@")
         try:
             density = float(share)
         except ValueError:
-            raise ValueError(f"a drafter is a format with a density, such as int4@0.5, got {text!r}") from None
+            density = None
+        if density is None or more not in ("", LOOKUP):
+            raise ValueError(
+                f"a drafter is a format with a density, such as int4@0.5, also int4@0.5+{LOOKUP}, or {LOOKUP}; got"
+                f" {text!r}"
+            )
         check_density(density)
-        variant = Variant(DENSE, 1.0) if density == 1 else Variant("topk", density)
-        return cls(draft_format(name), variant, "griffin", True)
+        variant = dense if density == 1 else Variant("topk", density)
+        return cls(draft_format(name), variant, "griffin", True, lookup=more == LOOKUP)
+
+    @property
+    def only_copies(self) -> bool:
+        """Whether no model drafts."""
+        return self.lookup and self.weights is None and self.variant.method == DENSE
 
     @property
     def format(self) -> str:
-        """For people: the format."""
-        return _name(self.weights)
+        """For people: the format, and whether there are copies."""
+        if self.only_copies:
+            return LOOKUP
+        return _name(self.weights) + (f"+{LOOKUP}" if self.lookup else "")
 
     @property
     def name(self) -> str:
         """For files."""
-        return f"{self.format} {self.variant.name}, {self.rounds} drafts"
+        model = "" if self.only_copies else f" {self.variant.name}"
+        return f"{self.format}{model}, {self.rounds} drafts"
 
     @property
     def rounds(self) -> str:
@@ -95,13 +118,28 @@ def drafters(
     variants: Sequence[Variant],
     qualities: Mapping[str, str],
     drafts: Sequence[int | bool],
+    *,
+    lookup: bool = False,
 ) -> list[Drafter]:
-    """Everything that can draft: all but the dense model in its own format."""
-    return [
+    """Everything that can draft: all but the dense model in its own format.
+
+    Args:
+        formats: of the drafters; None for that of the model.
+        variants: how they are pruned.
+        qualities: what a method is.
+        drafts: numbers of drafts, True for as many as are worth it.
+        lookup: each of them once more with copies, and copies alone.
+    """
+    every = itertools.product(formats, variants, drafts)
+    models = [
         Drafter(weights, variant, qualities[variant.method], number)
-        for weights, variant, number in itertools.product(formats, variants, drafts)
+        for weights, variant, number in every
         if weights is not None or variant.method != DENSE
     ]
+    if not lookup:
+        return models
+    alone = [dataclasses.replace(Drafter.parse(LOOKUP), drafts=number) for number in drafts]
+    return [*models, *(dataclasses.replace(each, lookup=True) for each in models), *alone]
 
 
 def compare_drafters(
@@ -174,21 +212,30 @@ def continued(
 
 
 def counts(out: Generation) -> dict[str, int]:
-    """Of an answer by speculative decoding: passes of the full model, drafts, and those that were accepted."""
-    assert out.drafting is not None
-    drafted, accepted = int(out.drafting.drafted.sum()), int(out.drafting.accepted.sum())
-    return {"passes": int(out.drafting.passes), "drafted": drafted, "accepted": accepted}
+    """Of an answer by speculative decoding: passes of the full model, drafts, and those that were accepted; likewise
+    copies."""
+    found = out.drafting
+    assert found is not None
+    names = "drafted", "accepted", "copied", "copies_accepted"
+    return {"passes": int(found.passes), **{name: int(getattr(found, name).sum()) for name in names}}
 
 
 def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:
     """What `LLM.generate` takes for a drafter."""
     own: dict[str, Any] = {
         "speculative": drafter.drafts,
+        "lookup": drafter.lookup,
         "draft_weights": None if drafter.weights is None else str(drafter.weights),
     }
     if drafter.quality != "best":
         return Extensions(**own)
     return dataclasses.replace(extensions, quality="best", refit=extensions.rows, refresh_every=None, **own)
+
+
+def _accepted(text: Mapping[str, int]) -> tuple[int, int]:
+    """How many drafts and copies were accepted, and how many there were, at least one. Older files have no copies."""
+    number = text["drafted"] + text.get("copied", 0)
+    return text["accepted"] + text.get("copies_accepted", 0), max(number, 1)
 
 
 def _name(weights: WeightFormat | None) -> str:
@@ -200,7 +247,7 @@ def _entry(weights: WeightFormat | None, item: Item) -> str:
 
 
 def read_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -> tuple[int, int]:
-    """Bytes that a draft reads, and those of a dense step: the weights, and a cache of so many slots.
+    """Bytes that a draft reads, and those of a dense step: the weights, and a cache of so many slots. Copies read none.
 
     Args:
         llm: the model.
@@ -212,7 +259,8 @@ def read_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -
     if drafter.variant.method != DENSE:
         kept = drafter.variant.pruner(extensions).config.kept(llm.model.config.neuron_ranges)
     precision = Precision.of(llm.model.dtype, llm.model.weights)
-    return step_bytes(llm.config, precision, slots, kept, drafter.weights)
+    draft, step = step_bytes(llm.config, precision, slots, kept, drafter.weights)
+    return 0 if drafter.only_copies else draft, step
 
 
 def figures(
@@ -239,7 +287,7 @@ def figures(
 
     def entries() -> Iterator[dict[str, Any]]:
         for drafter in every:
-            alike = [score[drafter.format] for score in scores.values()]
+            alike = [score[_name(drafter.weights)] for score in scores.values()]
             texts, dense = ([score[name] for score in alike] for name in (drafter.name, DENSE))
             draft, step = read_bytes(llm, drafter, slots, extensions)
             written = [float(new - 1)] * len(texts)
@@ -255,7 +303,7 @@ def figures(
                 "drafts": drafter.rounds,
                 "draft_bytes": draft,
                 "step_bytes": step,
-                "accepted": ratio([t["accepted"] for t in texts], [t["drafted"] for t in texts]),
+                "accepted": ratio(*zip(*map(_accepted, texts), strict=True)),
                 "tokens_per_pass": ratio(written, passes),
                 "bytes": ratio([text["passes"] + text["drafted"] * draft / step for text in texts], written),
                 "time": ratio([t["seconds"] for t in texts], [d["seconds"] for d in dense]),
@@ -267,11 +315,12 @@ def figures(
 
 def table(found: Figures) -> str:
     """Rows of figures with their intervals."""
-    lines = [f"{'drafter':10}{'quality':>8}{'density':>8}{'drafts':>7}{'a draft':>9}" + titles(METRICS)]
+    width = width_of(found, "weights")
+    lines = [f"{'drafter':{width}}{'quality':>8}{'density':>8}{'drafts':>7}{'a draft':>9}" + titles(METRICS)]
     for entry in found:
         draft = entry["draft_bytes"] / entry["step_bytes"]
         lines.append(
-            f"{entry['weights']:10}{entry['quality']:>8}{entry['density']:>8g}{entry['drafts']:>7}{draft:>9.2f}"
+            f"{entry['weights']:{width}}{entry['quality']:>8}{entry['density']:>8g}{entry['drafts']:>7}{draft:>9.2f}"
             f"{cells(entry, METRICS)}"
         )
     same = min(entry["same"] for entry in found)
@@ -296,7 +345,9 @@ def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
     figure = new_figure(7.2, 5.2)
     figure.suptitle(title, fontsize="medium")
     axis = figure.subplots()
-    kinds = list(dict.fromkeys((e["weights"], e["quality"], e["drafts"]) for e in found if e["quality"] != "-"))
+    pruned = {entry["weights"] for entry in found if entry["quality"] != "-"}
+    shown = [entry for entry in found if entry["quality"] != "-" or entry["weights"] not in pruned]
+    kinds = list(dict.fromkeys((entry["weights"], entry["quality"], entry["drafts"]) for entry in shown))
     formats = list(dict.fromkeys(weights for weights, _, _ in kinds))
     numbers = list(dict.fromkeys(drafts for _, _, drafts in kinds))
     for weights, quality, drafts in sorted(kinds):

@@ -187,12 +187,13 @@ def compare_formats(
 
 
 def pairs(formats: Sequence[Format], drafters: Sequence[Drafter]) -> list[tuple[WeightFormat, Drafter]]:
-    """Full models and their drafters: each format that has more bits than a drafter's."""
+    """Full models and their drafters: each format that has more bits than a drafter's; copies are for all."""
     found = itertools.product(formats, drafters)
     return [
         (weights, drafter)
         for weights, drafter in found
-        if isinstance(weights, WeightFormat) and drafter.weights is not None and drafter.weights.bits < weights.bits
+        if isinstance(weights, WeightFormat)
+        and (drafter.only_copies or (drafter.weights is not None and drafter.weights.bits < weights.bits))
     ]
 
 

@@ -50,6 +50,9 @@ class Extensions:
             model: the same tokens (up to rounding) if the temperature is 0, above it tokens of the same distribution.
             How many tokens are drafted for each pass of the full model; or True for as many as are worth it, by what
             was accepted so far. See `griffin_jax.extensions.speculative`.
+        lookup: with speculative, drafts are also copied, which reads no weights: where the last tokens of an answer
+            stand earlier in it or in the prompt, what came next there. At density 1 and without `draft_weights` all
+            drafts are. See `griffin_jax.extensions.lookup`.
         draft_weights: what the drafting model's matrices are stored as, `int4` or `int8`, also with a group. They are
             held in addition to the model's, from the first such answer on, and a draft reads no others: at density 1 it
             is the full model in fewer bits that drafts. None for those of the model.
@@ -109,6 +112,10 @@ class Extensions:
         metavar="DRAFTS",
     )
 
+    lookup: bool = option(
+        False, "with --speculative, copy drafts from where the last tokens stand in the prompt or the answer"
+    )
+
     draft_weights: str | None = option(
         None, "draft with a copy of the weights in FORMAT, int4 or int8 (default: with those of the model)",
         type=str, metavar="FORMAT",
@@ -126,7 +133,7 @@ class Extensions:
 
     def __post_init__(self) -> None:
         check_quality(self.quality)
-        for name in ("budgets", "calibration"):
+        for name in ("budgets", "calibration", "lookup"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
         if self.quality == "best":
             object.__setattr__(self, "budgets", True)
@@ -149,6 +156,8 @@ class Extensions:
                     "speculative decoding needs no refresh, its cache is the full model's: refresh_every=None"
                 )
 
+        if self.lookup and not self.speculative:
+            raise ValueError("lookup is for drafts, and nothing is drafted: speculative=True")
         if self.draft_weights is not None:
             object.__setattr__(self, "draft_weights", str(draft_format(self.draft_weights)))
             if not self.speculative:

@@ -18,6 +18,12 @@ How many drafts are worth their cost differs from one token to the next. With `c
 would probably be in vain: how sure the pruned model is of a token tells how often it is accepted, which is counted as
 decoding goes. Where to stop is decided before the full model has seen anything of the round, and by nothing that is
 drawn again later, so the distribution of the tokens stays that of the full model.
+
+With `prompts`, drafts are also copied from where the last tokens have stood before (`griffin_jax.extensions.lookup`),
+for which nothing is read. A round goes over to them where a copy is accepted as often as a draft of the pruned model,
+which is counted by how many tokens before it agree, and where the pruned model stops. After a copied token it drafts
+nothing more in that round, as it has not read it. A copy has probability 1 in the model that it comes from, so the rule
+above holds for it, too. Without a pruned model all drafts are copies.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from griffin_jax.extensions.lookup import LONGEST, look_up
 from griffin_jax.generation.decode import DecodeState, column_keys
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.model.cache import EMPTY, KVCache
@@ -43,10 +50,14 @@ MOST_DRAFTS = 8
 
 CLASSES = 8
 """Classes of drafts by how sure the pruned model is of them: class i has probabilities from 1 - 2^-i to 1 - 2^-(i+1),
-and the last one all above."""
+and the last one all above. After these come the classes of copies, by how many tokens before them agree, from 1 on."""
 
 PRIOR = 2
-"""Drafts of each class that count as if they had been seen, accepted as often as the pruned model is sure."""
+"""Drafts of each class that count as if they had been seen: accepted as often as the pruned model is sure, and of
+copies after m tokens that agree 1 - 1 / (2 m)."""
+
+COPIES_FROM = 0.75
+"""How often a copy must be accepted before it is known how often drafts of the pruned model are."""
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +68,10 @@ class Drafting:
     Attributes:
         passes: number of passes of the full model.
         steps: number of steps of the pruned model, each of which drafts a token of every row.
-        drafted: number of tokens drafted for each row before it ended.
-        accepted: number of drafts of each row that are in its answer.
+        drafted: number of tokens that the pruned model drafted for each row before it ended.
+        accepted: number of these that are in its answer.
+        copied: number of tokens that were copied as drafts for each row before it ended.
+        copies_accepted: number of these that are in its answer.
         tried: number of drafts of each class that were the first one not to be accepted, or came before it.
         held: number of those that were accepted.
     """
@@ -67,14 +80,16 @@ class Drafting:
     steps: Int[Array, ""]
     drafted: Int[Array, "b"]
     accepted: Int[Array, "b"]
+    copied: Int[Array, "b"]
+    copies_accepted: Int[Array, "b"]
     tried: Int[Array, "c"]
     held: Int[Array, "c"]
 
     @classmethod
     def none(cls, batch: int) -> Drafting:
         """Of nothing."""
-        one, rows, classes = (jnp.zeros(shape, jnp.int32) for shape in ((), (batch,), (CLASSES,)))
-        return cls(one, one, rows, rows, classes, classes)
+        one, rows, classes = (jnp.zeros(shape, jnp.int32) for shape in ((), (batch,), (CLASSES + LONGEST,)))
+        return cls(one, one, rows, rows, rows, rows, classes, classes)
 
     def __add__(self, other: Drafting) -> Drafting:
         return jax.tree.map(operator.add, self, other)
@@ -83,22 +98,24 @@ class Drafting:
         """How often a draft of each class is accepted, as far as is known."""
         # The middle of the class.
         sure = 1 - 0.75 * 2.0 ** -jnp.arange(CLASSES, dtype=jnp.float32)
-        return (self.held + PRIOR * sure) / (self.tried + PRIOR)
+        agree = 1 - 0.5 / jnp.arange(1, LONGEST + 1, dtype=jnp.float32)
+        return (self.held + PRIOR * jnp.concatenate([sure, agree])) / (self.tried + PRIOR)
 
-    def chance(self) -> Float[Array, ""]:
-        """How often a draft is accepted whose class is not known yet."""
-        return (jnp.sum(self.held) + PRIOR) / (jnp.sum(self.tried) + PRIOR)
+    def chance(self, first: float = 1.0) -> Float[Array, ""]:
+        """How often a draft of the pruned model is accepted whose class is not known yet; `first` before any was."""
+        return (jnp.sum(self.held[:CLASSES]) + PRIOR * first) / (jnp.sum(self.tried[:CLASSES]) + PRIOR)
 
 
 def decode_speculative(
     model: Transformer,
-    pruned: Transformer,
+    pruned: Transformer | None,
     state: DecodeState,
     until: int | Int[Array, ""],
     *,
     drafts: int = DEFAULT_DRAFTS,
     cost: float | Float[Array, ""] | None = None,
     earlier: Drafting | None = None,
+    prompts: Int[Array, "b p"] | None = None,
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
 ) -> tuple[DecodeState, Drafting]:
@@ -114,7 +131,7 @@ def decode_speculative(
 
     Args:
         model: the full model, whose distribution the tokens have.
-        pruned: the model that drafts.
+        pruned: the model that drafts; None with `prompts`, if all drafts are copies.
         state: the answers so far, from `init_decode`, `decode` or this function. Donate it.
         until: number of tokens that rows come to hold, earlier ones included. The answers need room for `drafts` more;
             where there is less room, `until` is smaller by as much.
@@ -122,6 +139,7 @@ def decode_speculative(
         cost: c, what a draft costs, as part of a pass of the full model. If given, rounds have as many drafts as are
             worth it, at least 1.
         earlier: what this function returned for the answers so far, summed, to go on with what is known by then.
+        prompts: from `griffin_jax.extensions.lookup.left_padded`, to draft also by copying; None for no copies.
         sampler: how tokens are drawn from the logits.
         eos: tokens that end a row; static.
 
@@ -129,6 +147,8 @@ def decode_speculative(
         The longer answers, with the full model's keys and values for them in the cache, and how many drafts were
         accepted.
     """
+    if pruned is None and prompts is None:
+        raise ValueError("nothing drafts: give a pruned model, or prompts to copy from")
     batch, columns = state.tokens.shape
     until = jnp.minimum(until, columns - drafts)
 
@@ -139,7 +159,8 @@ def decode_speculative(
         state, drafting = carry
         known = drafting if earlier is None else earlier + drafting
         worth = None if cost is None else _worth(known, state, cost)
-        state, more = _round(model, pruned, state, drafts, worth, sampler, eos)
+        copying = None if prompts is None else _Copying(prompts, state, drafts, known)
+        state, more = _round(model, pruned, state, drafts, worth, copying, sampler, eos)
         return state, drafting + more
 
     return jax.lax.while_loop(unfinished, step, (state, Drafting.none(batch)))
@@ -152,8 +173,7 @@ another draft is worth its cost."""
 
 def _worth(known: Drafting, state: DecodeState, cost: float | Float[Array, ""]) -> Worth:
     """Whether another draft is worth its cost: what it probably adds to the answer, by what a token costs so far."""
-    chances, rows = known.chances(), jnp.sum(~state.done, dtype=jnp.float32)
-    next_chance = known.chance() ** rows
+    chances, next_chance = known.chances(), known.chance() ** _rows(state)
     # As if one token had been written by a pass of its own.
     price = (1 + known.passes + cost * known.steps) / state.count
 
@@ -162,6 +182,47 @@ def _worth(known: Drafting, state: DecodeState, cost: float | Float[Array, ""]) 
         return chance, chance * next_chance * price > cost
 
     return another
+
+
+def _rows(state: DecodeState) -> Float[Array, ""]:
+    """How many rows have not ended."""
+    return jnp.sum(~state.done, dtype=jnp.float32)
+
+
+class _Copying:
+    """What can be copied in a round.
+
+    Args:
+        prompts: as in `decode_speculative`.
+        state: the answers so far.
+        drafts: the most tokens to copy.
+        known: how drafts have fared.
+    """
+
+    def __init__(self, prompts: Int[Array, "b p"], state: DecodeState, drafts: int, known: Drafting) -> None:
+        room = jnp.full((len(prompts), drafts), EMPTY, jnp.int32)
+        self._context = jnp.concatenate([prompts, state.tokens, room], axis=1)
+        self._end, self._done, self._drafts = prompts.shape[1] + state.count, state.done, drafts
+        # A worse copy may save more than it loses in this round, but then the round is over.
+        self._chances, self._least = known.chances(), known.chance(COPIES_FROM) ** _rows(state)
+
+    def after(
+        self, drafted: Int[Array, "b n"], number: Int[Array, ""]
+    ) -> tuple[Int[Array, "b n"], Int[Array, "b n"], Bool[Array, ""], Bool[Array, ""]]:
+        """Tokens to copy after the first `number` drafts.
+
+        Returns:
+            The tokens, their classes, whether every row has some, and whether the first is as likely to be accepted
+            as a draft of the pruned model.
+        """
+        drafted = jnp.where(jnp.arange(self._drafts) < number, drafted, EMPTY)
+        context = jax.lax.dynamic_update_slice_in_dim(self._context, drafted, self._end, axis=1)
+        tokens, matched = look_up(context, self._end + number, self._drafts)
+        ahead = jnp.arange(self._drafts, dtype=jnp.int32)
+        classes = CLASSES - 1 + jnp.clip(matched[:, None] + ahead, 1, LONGEST)
+        some = jnp.all((matched > 0) | self._done)
+        chance = jnp.prod(jnp.where(self._done, 1, self._chances[classes[:, 0]]))
+        return tokens, classes, some, some & (chance >= self._least)
 
 
 def _class_of(logits: Float[Array, "*b v"], tokens: Int[Array, "*b"]) -> Int[Array, "*b"]:
@@ -178,6 +239,7 @@ def _draft(
     positions: Int[Array, "b n"],
     keys: Key[Array, "n b"],
     worth: Worth | None,
+    copying: _Copying | None,
     sampler: Sampler,
 ) -> tuple[Int[Array, ""], Int[Array, "b n"], Float[Array, "b n v"], Int[Array, "b n"], KVCache]:
     """How many tokens were drafted; the tokens, their distributions, and their classes, zero after the last; and the
@@ -187,6 +249,10 @@ def _draft(
     def unfinished(carry: tuple) -> Bool[Array, ""]:
         number, goes_on = carry[:2]
         return (number < most) & goes_on
+
+    def is_better(drafted: Array, number: Array) -> Bool[Array, ""]:
+        """Whether a draft is more likely to be accepted than a copy."""
+        return jnp.array(True) if copying is None else ~copying.after(drafted, number)[3]
 
     def draft(carry: tuple) -> tuple:
         number, _, chance, token, drafted, q, classes, cache = carry
@@ -201,21 +267,23 @@ def _draft(
             classes = jax.lax.dynamic_update_slice_in_dim(classes, own[:, None], number, axis=1)
         drafted = jax.lax.dynamic_update_slice_in_dim(drafted, drawn[:, None], number, axis=1)
         q = jax.lax.dynamic_update_slice_in_dim(q, sampler.distribution(logits)[:, None], number, axis=1)
+        goes_on &= is_better(drafted, number + 1)
         return number + 1, goes_on, chance, drawn[:, None], drafted, q, classes, cache
 
     none = jnp.zeros((batch, most), jnp.int32)
     q = jnp.zeros((batch, most, pruned.config.vocab_size), jnp.float32)
-    start = jnp.int32(0), jnp.array(True), jnp.float32(1), newest, none, q, none, cache
+    start = jnp.int32(0), is_better(none, jnp.int32(0)), jnp.float32(1), newest, none, q, none, cache
     number, _, _, _, drafted, q, classes, cache = jax.lax.while_loop(unfinished, draft, start)
     return number, drafted, q, classes, cache
 
 
 def _round(
     model: Transformer,
-    pruned: Transformer,
+    pruned: Transformer | None,
     state: DecodeState,
     drafts: int,
     worth: Worth | None,
+    copying: _Copying | None,
     sampler: Sampler,
     eos: tuple[int, ...],
 ) -> tuple[DecodeState, Drafting]:
@@ -229,10 +297,22 @@ def _round(
     positions = (state.lengths + state.count - 1)[:, None] + place
     positions = jnp.where(state.done[:, None], EMPTY, positions)
 
-    given = positions[:, :drafts], to_draft[:drafts], worth, sampler
-    number, drafted, q, classes, cache = _draft(pruned, state.cache, newest, *given)
-
-    cache = cache.without_last(number)
+    if pruned is None:
+        steps, cache, drafted = jnp.int32(0), state.cache, jnp.zeros((len(newest), drafts), jnp.int32)
+        classes, q = drafted, jnp.zeros((*drafted.shape, model.config.vocab_size), jnp.float32)
+    else:
+        given = positions[:, :drafts], to_draft[:drafts], worth, copying, sampler
+        steps, drafted, q, classes, cache = _draft(pruned, state.cache, newest, *given)
+        cache = cache.without_last(steps)
+    number = steps
+    if copying is not None:
+        # What costs nothing is taken wherever there is room.
+        tokens, own, some, _ = copying.after(drafted, steps)
+        is_copy = some & (place[:drafts] >= steps)
+        behind = jnp.maximum(place[:drafts] - steps, 0)
+        drafted, classes = (jnp.where(is_copy, new[:, behind], old) for new, old in ((tokens, drafted), (own, classes)))
+        q = jnp.where(is_copy[:, None], jax.nn.one_hot(drafted, q.shape[-1], dtype=q.dtype), q)
+        number = jnp.where(some, drafts, steps)
     x, cache, _ = model(jnp.concatenate([newest, drafted], axis=1), jnp.where(place <= number, positions, EMPTY), cache)
     p = sampler.distribution(model.logits(x))
 
@@ -257,12 +337,15 @@ def _round(
     is_taken = (place < taken) & ~state.done[:, None] & (ended - ends == 0)
     # What is drafted again later must not be known by then: it would be more often a draft that is accepted.
     tried = (is_taken & (place <= first[:, None]) & (place < number))[:, :drafts]
-    of_class = classes[..., None] == jnp.arange(CLASSES, dtype=jnp.int32)
+    of_class = classes[..., None] == jnp.arange(CLASSES + LONGEST, dtype=jnp.int32)
+    in_answer = is_taken & (place < first[:, None])
     drafting = Drafting(
         passes=jnp.ones((), jnp.int32),
-        steps=number,
-        drafted=jnp.where(state.done, 0, number),
-        accepted=jnp.sum(is_taken & (place < first[:, None]), axis=1, dtype=jnp.int32),
+        steps=steps,
+        drafted=jnp.where(state.done, 0, steps),
+        accepted=jnp.sum(in_answer & (place < steps), axis=1, dtype=jnp.int32),
+        copied=jnp.where(state.done, 0, number - steps),
+        copies_accepted=jnp.sum(in_answer & (place >= steps), axis=1, dtype=jnp.int32),
         tried=jnp.sum(tried[..., None] & of_class, axis=(0, 1), dtype=jnp.int32),
         held=jnp.sum((tried & (accepted > 0))[..., None] & of_class, axis=(0, 1), dtype=jnp.int32),
     )

@@ -20,6 +20,7 @@ from griffin_jax.checkpoints.loading import ShardingLike, load_model
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
+from griffin_jax.extensions.lookup import left_padded
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.extensions.promise import Promised, allowed_densities, choose, ends_of, trial_tokens
 from griffin_jax.extensions.pruner import Pruner, Rows
@@ -76,6 +77,7 @@ class Plan:
         draft_cost: what a draft reads, as part of what a step of the full model does, if as many are drafted as are
             worth it; None for all of them.
         drafter: what the drafting model's matrices are stored as; None where they are the model's.
+        copies: whether drafts are copied from the context, too.
         mixed: the formats of the kept neurons; None where all of them have the model's.
         candidates: pruners by their density, the least first, of which the first that keeps the promise is taken.
         trial: tokens at the end of each prompt that two of them are tried on; 0 for no trial.
@@ -94,6 +96,7 @@ class Plan:
     drafts: int
     draft_cost: float | None
     drafter: WeightFormat | None
+    copies: bool
     mixed: MixedFormat | None
     candidates: Mapping[float, Pruner]
     trial: int
@@ -215,10 +218,10 @@ class LLM:
                 one for each prompt, where None is the model alone; or with that which a library chooses for each.
             **options: the fields of `GriffinConfig` (density, method, shared, round_to, groups), of `Extensions`
                 (quality, prior, prior_weight, budgets, refit, ridge, calibration, calibration_weight, refresh_every,
-                speculative, draft_weights, mixed_weights, max_divergence) and of `GenerationConfig` (max_new_tokens,
-                temperature, top_k, top_p, min_p, seed, stop, stop_token_ids, ignore_eos, chat), which say what they
-                mean; or whole objects of these as `griffin`, `extensions` and `generation`, whose values single options
-                replace.
+                speculative, lookup, draft_weights, mixed_weights, max_divergence) and of `GenerationConfig`
+                (max_new_tokens, temperature, top_k, top_p, min_p, seed, stop, stop_token_ids, ignore_eos, chat), which
+                say what they mean; or whole objects of these as `griffin`, `extensions` and `generation`, whose values
+                single options replace.
 
         Returns:
             The answers in the order of the prompts, and how they came about.
@@ -430,7 +433,8 @@ class LLM:
             extensions.drafter.check(self.config.width, self.config.embedding_width)
         # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
         drafts = min(extensions.drafts, generation.max_new_tokens - 1)
-        drafts = 0 if dense and extensions.drafter is None else drafts
+        copies_only = dense and extensions.drafter is None
+        drafts = 0 if copies_only and not extensions.lookup else drafts
         # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
         most = bucket(max(map(len, sequences)))
         most += generation.max_new_tokens if extensions.refresh_every else 0
@@ -444,6 +448,7 @@ class LLM:
             drafts=drafts,
             draft_cost=self._draft_cost(request, sequences, None if dense else kept) if drafts else None,
             drafter=extensions.drafter if drafts else None,
+            copies=extensions.lookup and drafts > 0,
             mixed=mixed,
             candidates=candidates,
             trial=trial,
@@ -674,8 +679,11 @@ class LLM:
                 earlier = decoding.drafting or Drafting.none(len(plan.sequences))
                 if plan.draft_cost is not None:
                     options |= {"cost": np.float32(plan.draft_cost), "earlier": earlier}
+                if plan.copies:
+                    options |= {"prompts": left_padded(plan.sequences), "earlier": earlier}
+                drafter = None if plan.dense and plan.drafter is None else decoding.model
                 decoding.state, drafting = jitted_extensions.decode_speculative(
-                    decoding.full, decoding.model, decoding.state, until, drafts=plan.drafts, **options
+                    decoding.full, drafter, decoding.state, until, drafts=plan.drafts, **options
                 )
                 decoding.drafting = earlier + drafting
                 tokens, done, count = to_host((decoding.state.tokens, decoding.state.done, decoding.state.count))

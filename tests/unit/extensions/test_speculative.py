@@ -20,6 +20,7 @@ import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions import speculative
+from griffin_jax.extensions.lookup import left_padded
 from griffin_jax.generation import jitted
 
 PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], list(range(3, 40))]
@@ -126,22 +127,26 @@ class TestDistribution:
         return np.take_along_axis(weights, answers[..., None], axis=-1)[..., 0].prod(axis=1)
 
     def fits(
-        self, model: gj.Transformer, sampler: gj.Sample, drafts: int, cost: float | None = None
+        self, model: gj.Transformer, sampler: gj.Sample, drafts: int, cost: float | None = None, copies: bool = False
     ) -> tuple[list[float], float]:
         """For each row the p-value of a chi-square test of its answers; and how many drafts are accepted."""
         prefilled = jitted.prefill(
             model, *map(jnp.asarray, gj.pad(self.PROMPTS, 4)), max_new_tokens=self.LENGTH + drafts
         )
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
+        prompts = jnp.asarray(left_padded(self.PROMPTS)) if copies else None
 
         @jax.jit
         @jax.vmap
         def draw(seed: jax.Array) -> tuple[jax.Array, ...]:
             state = gj.init_decode(prefilled, sampler=sampler, seed=seed)
             state, drafting = gj.decode_speculative(
-                model, pruned, state, self.LENGTH, drafts=drafts, cost=cost, sampler=sampler
+                model, pruned, state, self.LENGTH, drafts=drafts, cost=cost, sampler=sampler, prompts=prompts
             )
-            return state.tokens[:, : self.LENGTH], drafting.accepted, drafting.drafted
+            accepted, drafted = drafting.accepted, drafting.drafted
+            if copies:
+                accepted, drafted = drafting.copies_accepted, drafting.copied
+            return state.tokens[:, : self.LENGTH], accepted, drafted
 
         drawn, accepted, drafted = draw(jnp.arange(self.DRAWS))
         values = []
@@ -171,6 +176,12 @@ class TestDistribution:
         assert min(values) > 1e-3
         # There are many drafts of both kinds.
         assert 0.1 < accepted < 0.9
+
+    @pytest.mark.parametrize("sampler", [gj.Sample(1.5, top_k=4)])
+    def test_with_copies_it_is_too(self, model, sampler):
+        values, accepted = self.fits(model, sampler, 3, 0.2, copies=True)
+        assert min(values) > 1e-3
+        assert 0.05 < accepted < 0.9
 
     @pytest.mark.parametrize(
         ("name", "wrong"),
@@ -208,7 +219,7 @@ class TestWorth:
         none = speculative.Drafting.none(1)
         np.testing.assert_allclose(none.chances()[:3], [0.25, 0.625, 0.8125])
         assert none.chance() == 1
-        tried, held = (jnp.zeros(speculative.CLASSES, jnp.int32).at[1].set(number) for number in (16, 4))
+        tried, held = (none.tried.at[1].set(number) for number in (16, 4))
         later = dataclasses.replace(none, tried=tried, held=held)
         np.testing.assert_allclose(later.chances()[:2], [0.25, (4 + 2 * 0.625) / 18])
         np.testing.assert_allclose(later.chance(), (4 + 2) / 18)
