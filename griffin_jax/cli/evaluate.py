@@ -223,7 +223,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " (default: %(default)s)",
     )
     what.add_argument(
-        "--lookup", action="store_true",
+        "--lookup", dest="copies", action="store_true",
         help="each drafter once more with tokens that are copied from the prompt and the answer, and these alone",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
@@ -883,7 +883,7 @@ def _bytes_per_token(
 def _drafts(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
-    every = drafts.drafters(options.formats, variants, options.qualities, options.drafts, lookup=options.lookup)
+    every = drafts.drafters(options.formats, variants, options.qualities, options.drafts, lookup=options.copies)
     if not every:
         raise ValueError("nothing drafts: give --density below 1, --draft-weights such as int4, or --lookup")
     items, settings = _continued(options, llm, skipped)

@@ -24,7 +24,11 @@ NEW = 12
 ITEMS = [Item("a", list(range(3, 30)), [1]), Item("b", [40, 41, 42, 9, 8, 7, 6, 5], [1])]
 INT4 = WeightFormat.parse("int4:16")
 EVERY = drafts.drafters([None, INT4], grid(["topk"], [0.5], ()), {"dense": "-", "topk": "griffin"}, [3])
-EVERY.append(dataclasses.replace(EVERY[-1], drafts=True))
+EVERY += [
+    dataclasses.replace(EVERY[-1], drafts=True),
+    dataclasses.replace(EVERY[-1], lookup=True),
+    dataclasses.replace(drafts.Drafter.parse("lookup"), drafts=3),
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,29 @@ def test_what_drafts():
         "int4:16 dense, 3 drafts",
         "int4:16 topk 0.5, 3 drafts",
         "int4:16 topk 0.5, auto drafts",
+        "int4:16+lookup topk 0.5, 3 drafts",
+        "lookup, 3 drafts",
     ]
+
+
+def test_what_is_asked_for():
+    assert drafts.Drafter.parse("int4:16@0.5+lookup") == dataclasses.replace(EVERY[-2], drafts=True)
+    alone = drafts.Drafter.parse(" lookup")
+    assert [each.only_copies for each in (alone, *EVERY[-2:])] == [True, False, True]
+    kinds = grid(["topk"], [0.5], ())
+    every = drafts.drafters([INT4], kinds, {"dense": "-", "topk": "griffin"}, [True, 3], lookup=True)
+    assert [each.name for each in every if each.drafts == 3] == [
+        "int4:16 dense, 3 drafts",
+        "int4:16 topk 0.5, 3 drafts",
+        "int4:16+lookup dense, 3 drafts",
+        "int4:16+lookup topk 0.5, 3 drafts",
+        "lookup, 3 drafts",
+    ]
+    assert len(every) == 10
+
+
+def stored_as(drafter: drafts.Drafter) -> str:
+    return "own" if drafter.weights is None else str(drafter.weights)
 
 
 def test_counts_are_those_of_generate(primed, scores):
@@ -48,11 +74,11 @@ def test_counts_are_those_of_generate(primed, scores):
             out = primed.llm.generate(
                 [list(item.prompt)], density=drafter.variant.density, speculative=drafter.drafts,
                 draft_weights=None if drafter.weights is None else str(drafter.weights), max_new_tokens=NEW,
-                ignore_eos=True,
+                ignore_eos=True, lookup=drafter.lookup,
             )  # fmt: skip
-            found = scores[item.name][drafter.format][drafter.name]
-            counts = int(out.drafting.passes), int(out.drafting.drafted.sum()), int(out.drafting.accepted.sum())
-            assert (found["passes"], found["drafted"], found["accepted"]) == counts
+            found = scores[item.name][stored_as(drafter)][drafter.name]
+            for name in ("passes", "drafted", "accepted", "copied", "copies_accepted"):
+                assert found[name] == int(getattr(out.drafting, name).sum())
             assert found["same"] == NEW
             assert found["seconds"] > 0
 
@@ -63,11 +89,13 @@ def test_figures_are_what_follows_from_them(primed, scores):
     by_name = {(entry["weights"], entry["density"], entry["drafts"]): entry for entry in figures}
     for drafter in EVERY:
         entry = by_name[drafter.format, drafter.variant.density, drafter.rounds]
-        alike = [scores[item.name][drafter.format][drafter.name] for item in ITEMS]
+        alike = [scores[item.name][stored_as(drafter)][drafter.name] for item in ITEMS]
         passes = sum(found["passes"] for found in alike)
-        accepted, drafted = (sum(found[name] for found in alike) for name in ("accepted", "drafted"))
+        kept, copies, drafted, copied = (
+            sum(found[name] for found in alike) for name in ("accepted", "copies_accepted", "drafted", "copied")
+        )
         written = (NEW - 1) * len(ITEMS)
-        assert entry["accepted"]["value"] == pytest.approx(accepted / drafted)
+        assert entry["accepted"]["value"] == pytest.approx((kept + copies) / (drafted + copied))
         assert entry["tokens_per_pass"]["value"] == pytest.approx(written / passes)
         read = passes * entry["step_bytes"] + drafted * entry["draft_bytes"]
         assert entry["bytes"]["value"] == pytest.approx(read / entry["step_bytes"] / written)
@@ -94,6 +122,7 @@ def test_bytes_of_a_draft_are_those_of_arrays(primed, drafter):
     if drafter.variant.density < 1:
         own = gj.prune(own, gj.ExpertNeurons.from_indices([range(24)] * 2, model.neurons))
     draft = read(own, own.embedding[...]) + cache + (row if drafter.weights is None else 0)
+    draft = 0 if drafter.only_copies else draft
     assert drafts.read_bytes(primed.llm, drafter, slots, gj.Extensions()) == (draft, dense)
 
 
@@ -106,6 +135,17 @@ def run(capsys, folder: Path, *arguments: object) -> tuple[int, str, str]:
 
 
 class TestCommand:
+    def test_copies(self, primed, tmp_path, capsys):
+        arguments = "--model", primed.folder, "--quality", "griffin", "--density", "0.5", "--draft-weights", "own"
+        code, out, err = run(capsys, tmp_path, *arguments, "--lookup", "--plot", tmp_path / "p.png")
+        assert code == 0, err
+        figures = json.loads((tmp_path / "out" / "results.json").read_text())["figures"]
+        assert {(entry["weights"], entry["quality"]): entry["draft_bytes"] > 0 for entry in figures} == {
+            ("own", "griffin"): True, ("own+lookup", "griffin"): True, ("lookup", "-"): False,
+        }  # fmt: skip
+        assert "Tokens as the dense model's: at least 100.00%." in out
+        assert (tmp_path / "p.png").stat().st_size > 10_000
+
     def test_all_of_it(self, primed, tmp_path, capsys):
         arguments = (
             "--model", primed.folder, "--draft-weights", "own,int4", "--drafts", "auto,2", "--plot", tmp_path / "p.png"

@@ -228,9 +228,11 @@ class TestCommand:
 
         # One drafter more: what is there stays.
         before = (tmp_path / "out" / FILE).read_text()
-        assert cli.main([*arguments, "int8@0.5,int8@1"]) == 0
+        assert cli.main([*arguments, "int8@0.5,int8@0.5+lookup,lookup"]) == 0
         figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
-        assert [f["density"] for f in figures if f["quality"] == "drafted"] == [0.5, 1.0]
+        assert [f["weights"] for f in figures if f["quality"] == "drafted"] == [
+            "float32 (int8 drafts)", "float32 (int8+lookup drafts)", "float32 (lookup drafts)", "int8 (lookup drafts)",
+        ]  # fmt: skip
         assert (tmp_path / "out" / FILE).read_text().startswith(before)
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
