@@ -42,7 +42,7 @@ def options():
     if odd and draw.random() < 0.5:
         found["refit"] = draw.randint(1, 40)
     elif odd and draw.random() < 0.3:
-        found["speculative"] = draw.randint(1, 5)
+        found |= {"speculative": draw.randint(1, 5), "lookup": draw.random() < 0.5}
     elif odd and draw.random() < 0.3:
         found["refresh_every"] = draw.randint(1, 8)
     return found

@@ -184,6 +184,8 @@ class TestBeyondGriffin:
             {"prior": prior, "quality": "best", "round_to": 4, "refresh_every": 3},
             {"prior": prior, "refit": 16, "shared": True},
             {"speculative": 2, "temperature": 1.0, "seed": 3, "shared": True},
+            {"speculative": True, "lookup": True, "density": 1.0},
+            {"speculative": 2, "lookup": True, "shared": True},
         ):
             assert tokens(llm, **options) == tokens(native.llm, **options), options
 

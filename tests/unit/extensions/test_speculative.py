@@ -314,13 +314,15 @@ class TestGenerate:
         generate(llm, [list(range(50, 90))], speculative=3)
         assert not compiled
 
-    def test_the_cache_is_written_in_place(self, tiny):
+    @pytest.mark.parametrize("copies", first_and_slow(1, True, False))
+    def test_the_cache_is_written_in_place(self, tiny, copies):
         model = tiny.llm.model
         prefilled = jitted.prefill(model, *map(jnp.asarray, gj.pad([[5, 6, 7]], 16)), max_new_tokens=24)
         pruned = gj.prune(model, jitted.select(prefilled.statistics, gj.GriffinConfig(0.5)))
         state = jitted.init_decode(prefilled)
+        given = {"drafts": 2} | ({"prompts": left_padded([[5, 6, 7]])} if copies else {})
         with unchecked():
-            text = jitted_extensions.decode_speculative.lower(model, pruned, state, 20, drafts=2).compile().as_text()
+            text = jitted_extensions.decode_speculative.lower(model, pruned, state, 20, **given).compile().as_text()
         cache = r"f32\[(1,2,8,40|1,2,40,8)\]"
         assert len(re.findall(rf"{cache}\S* parameter\(", text)) >= 4
         assert not re.search(rf"= {cache}\S* copy\(", text)

@@ -45,7 +45,7 @@ OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
         1,
         {"density": 0.5, "temperature": 1.0, "seed": 3},
         {"density": 0.25, "refresh_every": 2},
-        {"density": 0.5, "speculative": 2},
+        {"density": 0.5, "speculative": 2, "lookup": True},
         {"density": 1.0, "mixed_weights": "int4@0.25"},
         {"density": 0.5},
         {"density": 1.0},

@@ -96,13 +96,14 @@ class TestFlags:
         assert vars(read_options(options, Extensions)) == vars(Extensions())
 
     def test_every_kind_of_flag(self, parser):
-        flags = "--density 0.5,0.25 --method sample --shared --round-to 8 --groups 2 --refit --speculative 3"
+        flags = "--density 0.5,0.25 --method sample --shared --round-to 8 --groups 2 --refit --speculative 3 --lookup"
         flags += " --prior-weight 0.25 --temperature 0.5 --top-k 7 --stop a --stop b --ignore-eos --seed 9"
         flags += " --stop-token-ids 3"
         options = parser.parse_args(flags.split())
         assert read_options(options, GriffinConfig) == GriffinConfig((0.5, 0.25), "sample", True, 8, 2)
         extensions = read_options(options, Extensions)
         assert (extensions.refit, extensions.speculative, extensions.prior_weight) == (True, 3, 0.25)
+        assert extensions.lookup
         generation = GenerationConfig(
             temperature=0.5, top_k=7, stop=("a", "b"), stop_token_ids=(3,), ignore_eos=True, seed=9
         )

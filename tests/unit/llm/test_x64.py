@@ -27,7 +27,8 @@ def answers(options: dict) -> list[list[int]]:
         {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": -4, "method": "sample"},
         pytest.param({"refit": 8, "refresh_every": 2}, marks=pytest.mark.slow),
         pytest.param(
-            {"speculative": 2, "temperature": 1.0, "method": "topk_sample", "seed": [3, -4]}, marks=pytest.mark.slow
+            {"speculative": 2, "lookup": True, "temperature": 1.0, "method": "topk_sample", "seed": [3, -4]},
+            marks=pytest.mark.slow,
         ),
     ],
 )
