@@ -206,23 +206,37 @@ class _Copying:
         # A worse copy may save more than it loses in this round, but then the round is over.
         self._chances, self._least = known.chances(), known.chance(COPIES_FROM) ** _rows(state)
 
-    def after(
-        self, drafted: Int[Array, "b n"], number: Int[Array, ""]
-    ) -> tuple[Int[Array, "b n"], Int[Array, "b n"], Bool[Array, ""], Bool[Array, ""]]:
-        """Tokens to copy after the first `number` drafts.
+    def are_better(self, drafted: Int[Array, "b n"], number: Int[Array, ""]) -> Bool[Array, ""]:
+        """Whether there is a copy after the first `number` drafts that is as likely to be accepted as another one."""
+        _, classes, some = self._after(drafted, number)
+        return some & (jnp.prod(jnp.where(self._done, 1, self._chances[classes[:, 0]])) >= self._least)
 
-        Returns:
-            The tokens, their classes, whether every row has some, and whether the first is as likely to be accepted
-            as a draft of the pruned model.
-        """
+    def fill(
+        self,
+        number: Int[Array, ""],
+        drafted: Int[Array, "b n"],
+        q: Float[Array, "b n v"],
+        classes: Int[Array, "b n"],
+    ) -> tuple[Int[Array, ""], Int[Array, "b n"], Float[Array, "b n v"], Int[Array, "b n"]]:
+        """Takes as many copies as there is room for, since they cost nothing: the same as given, with them."""
+        tokens, own, some = self._after(drafted, number)
+        behind = jnp.arange(self._drafts, dtype=jnp.int32) - number
+        is_copy = some & (behind >= 0)
+        behind = jnp.maximum(behind, 0)
+        drafted = jnp.where(is_copy, tokens[:, behind], drafted)
+        q = jnp.where(is_copy[:, None], jax.nn.one_hot(drafted, q.shape[-1], dtype=q.dtype), q)
+        return jnp.where(some, self._drafts, number), drafted, q, jnp.where(is_copy, own[:, behind], classes)
+
+    def _after(
+        self, drafted: Int[Array, "b n"], number: Int[Array, ""]
+    ) -> tuple[Int[Array, "b n"], Int[Array, "b n"], Bool[Array, ""]]:
+        """Tokens to copy after the first `number` drafts, their classes, and whether every row has some."""
         drafted = jnp.where(jnp.arange(self._drafts) < number, drafted, EMPTY)
         context = jax.lax.dynamic_update_slice_in_dim(self._context, drafted, self._end, axis=1)
         tokens, matched = look_up(context, self._end + number, self._drafts)
         ahead = jnp.arange(self._drafts, dtype=jnp.int32)
         classes = CLASSES - 1 + jnp.clip(matched[:, None] + ahead, 1, LONGEST)
-        some = jnp.all((matched > 0) | self._done)
-        chance = jnp.prod(jnp.where(self._done, 1, self._chances[classes[:, 0]]))
-        return tokens, classes, some, some & (chance >= self._least)
+        return tokens, classes, jnp.all((matched > 0) | self._done)
 
 
 def _class_of(logits: Float[Array, "*b v"], tokens: Int[Array, "*b"]) -> Int[Array, "*b"]:
@@ -250,9 +264,9 @@ def _draft(
         number, goes_on = carry[:2]
         return (number < most) & goes_on
 
-    def is_better(drafted: Array, number: Array) -> Bool[Array, ""]:
-        """Whether a draft is more likely to be accepted than a copy."""
-        return jnp.array(True) if copying is None else ~copying.after(drafted, number)[3]
+    def is_best(drafted: Array, number: Array) -> Bool[Array, ""]:
+        """Whether there is no copy to take in place of another draft."""
+        return jnp.array(True) if copying is None else ~copying.are_better(drafted, number)
 
     def draft(carry: tuple) -> tuple:
         number, _, chance, token, drafted, q, classes, cache = carry
@@ -267,12 +281,12 @@ def _draft(
             classes = jax.lax.dynamic_update_slice_in_dim(classes, own[:, None], number, axis=1)
         drafted = jax.lax.dynamic_update_slice_in_dim(drafted, drawn[:, None], number, axis=1)
         q = jax.lax.dynamic_update_slice_in_dim(q, sampler.distribution(logits)[:, None], number, axis=1)
-        goes_on &= is_better(drafted, number + 1)
+        goes_on &= is_best(drafted, number + 1)
         return number + 1, goes_on, chance, drawn[:, None], drafted, q, classes, cache
 
     none = jnp.zeros((batch, most), jnp.int32)
     q = jnp.zeros((batch, most, pruned.config.vocab_size), jnp.float32)
-    start = jnp.int32(0), is_better(none, jnp.int32(0)), jnp.float32(1), newest, none, q, none, cache
+    start = jnp.int32(0), is_best(none, jnp.int32(0)), jnp.float32(1), newest, none, q, none, cache
     number, _, _, _, drafted, q, classes, cache = jax.lax.while_loop(unfinished, draft, start)
     return number, drafted, q, classes, cache
 
@@ -306,13 +320,7 @@ def _round(
         cache = cache.without_last(steps)
     number = steps
     if copying is not None:
-        # What costs nothing is taken wherever there is room.
-        tokens, own, some, _ = copying.after(drafted, steps)
-        is_copy = some & (place[:drafts] >= steps)
-        behind = jnp.maximum(place[:drafts] - steps, 0)
-        drafted, classes = (jnp.where(is_copy, new[:, behind], old) for new, old in ((tokens, drafted), (own, classes)))
-        q = jnp.where(is_copy[:, None], jax.nn.one_hot(drafted, q.shape[-1], dtype=q.dtype), q)
-        number = jnp.where(some, drafts, steps)
+        number, drafted, q, classes = copying.fill(steps, drafted, q, classes)
     x, cache, _ = model(jnp.concatenate([newest, drafted], axis=1), jnp.where(place <= number, positions, EMPTY), cache)
     p = sampler.distribution(model.logits(x))
 

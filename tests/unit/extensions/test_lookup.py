@@ -129,10 +129,15 @@ class TestAnswers:
             known = speculative.Drafting(**{**vars(none), "tried": none.tried.at[0].set(tried)})
             known = speculative.Drafting(**{**vars(known), "held": none.held.at[0].set(held)})
             copying = speculative._Copying(context, state, 4, known)
-            tokens, classes, some, better = copying.after(jnp.zeros((1, 4), jnp.int32), jnp.int32(0))
-            assert tokens[0].tolist() == AGAIN[-6:-2]
+            drafted = jnp.asarray([[60, 61, 62, 63]]), jnp.zeros((1, 4, 128)), jnp.zeros((1, 4), jnp.int32)
+            assert bool(copying.are_better(drafted[0], jnp.int32(0))) == copies
+            number, tokens, q, classes = copying.fill(jnp.int32(0), *drafted)
+            assert (int(number), tokens[0].tolist()) == (4, AGAIN[-6:-2])
+            assert jnp.argmax(q, axis=-1).tolist() == tokens.tolist()
             assert classes[0].tolist() == [first, first + 1, first + 2, first + 3]
-            assert (bool(some), bool(better)) == (True, copies)
+        # Nothing stands twice before these.
+        number, tokens, *_ = copying.fill(jnp.int32(2), *drafted)
+        assert (int(number), tokens.tolist()) == (2, drafted[0].tolist())
 
     def test_streamed_text_is_the_text(self, worded):
         options = {"density": 1.0, "speculative": True, "lookup": True, "max_new_tokens": 20, "ignore_eos": True}
