@@ -193,9 +193,9 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
     speed = f", {rate:.1f} tokens/s" if rate == rate else ""
     drafting = generation.drafting
     if drafting is not None:
-        speed += f"; {drafting.accepted.sum():,} of {drafting.drafted.sum():,} drafts accepted"
-        if copied := drafting.copied.sum():
-            speed += f", {drafting.copies_accepted.sum():,} of {copied:,} copied tokens"
+        kinds = ("drafts", drafting.accepted, drafting.drafted), ("copies", drafting.copies_accepted, drafting.copied)
+        found = [f"{kept.sum():,} of {made.sum():,} {kind}" for kind, kept, made in kinds if made.sum()]
+        speed += f"; {' and '.join(found) or 'no drafts'} accepted"
         speed += f" in {drafting.passes:,} passes of the full model"
     promised = "" if generation.promised is None else f" {_kept_promise(generation.promised)};"
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())

@@ -161,4 +161,4 @@ class TestAnswers:
         assert found["drafted"] == found["accepted"] == 0
         assert 0 <= found["copies_accepted"] < found["copied"]
         assert main(arguments) == 0
-        assert f"{found['copies_accepted']:,} of {found['copied']:,} copied tokens" in capsys.readouterr().err
+        assert f"; {found['copies_accepted']:,} of {found['copied']:,} copies accepted in" in capsys.readouterr().err
