@@ -194,7 +194,7 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
     drafting = generation.drafting
     if drafting is not None:
         kinds = ("drafts", drafting.accepted, drafting.drafted), ("copies", drafting.copies_accepted, drafting.copied)
-        found = [f"{kept.sum():,} of {made.sum():,} {kind}" for kind, kept, made in kinds if made.sum()]
+        found = [f"{right.sum():,} of {made.sum():,} {kind}" for kind, right, made in kinds if made.sum()]
         speed += f"; {' and '.join(found) or 'no drafts'} accepted"
         speed += f" in {drafting.passes:,} passes of the full model"
     promised = "" if generation.promised is None else f" {_kept_promise(generation.promised)};"
