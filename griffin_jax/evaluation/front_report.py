@@ -15,6 +15,7 @@ DRAFTED = "drafted"
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
 MARKERS = ("o", "s", "^", "D", "v")
+DRAFT_MARKERS = ("*", "P", "X", "p")
 STYLES = ("-", "--", ":", "-.")
 LABEL_SPACE = 34, 16
 """Pixels that a label of a point takes."""
@@ -36,7 +37,7 @@ def table(figures: Figures) -> str:
 
 
 def draw_drafted(axis: Any, figures: Figures, formats: Sequence[str], what: str) -> None:
-    """Models with drafters: stars, in the colour of the full model's format, a line for each format of drafters.
+    """Models with drafters: in the colour of the full model's format, a line and a marker for each kind of drafters.
 
     Args:
         axis: with megabytes per token from left to right.
@@ -45,13 +46,20 @@ def draw_drafted(axis: Any, figures: Figures, formats: Sequence[str], what: str)
         what: the figure that is drawn.
     """
     drafted = [entry for entry in figures if entry["method"] == DRAFTED]
+    kinds = sorted({_drafter(entry["weights"]) for entry in drafted})
     for weights in dict.fromkeys(entry["weights"] for entry in drafted):
+        marker = DRAFT_MARKERS[kinds.index(_drafter(weights)) % len(DRAFT_MARKERS)]
         line = [entry for entry in drafted if entry["weights"] == weights]
         draw_line(
             axis, [_megabytes(entry) for entry in line], [entry[what] for entry in line], elinewidth=0.8,
-            marker="*", markersize=11, linewidth=1.2, linestyle=":", color=f"C{formats.index(weights.split()[0]) % 10}",
-            label=weights,
+            marker=marker, markersize=11, linewidth=1.2, linestyle=":", label=weights,
+            color=f"C{formats.index(weights.split()[0]) % 10}",
         )  # fmt: skip
+
+
+def _drafter(weights: str) -> str:
+    """What drafts, of `int8 (int4 drafts)`."""
+    return weights.partition(" ")[2]
 
 
 def _megabytes(entry: Any) -> float:

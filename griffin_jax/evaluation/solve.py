@@ -217,7 +217,7 @@ def _share(figure: Mapping[str, float | None] | None) -> str:
 
 
 def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
-    """The share of solved problems against megabytes per token: a line for each format and quality, stars for drafters.
+    """The share of solved problems against megabytes per token: a line for each format and quality, and for drafters.
 
     Args:
         figures: those of `figures`.
