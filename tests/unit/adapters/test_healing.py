@@ -43,6 +43,21 @@ def prefilled(tiny) -> gj.Prefilled:
     return jitted.prefill(tiny.llm.model, *gj.pad(PROMPTS, 8), max_new_tokens=4)
 
 
+@pytest.fixture(scope="module")
+def packed(primed):
+    return pack([primed.llm.tokenizer.encode(text) for text in PASSAGES], 20, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(primed, packed):
+    return train_healing(primed.llm.model, packed, Pruner(HALF), COURSE, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def healing(tiny) -> Healing:
+    return Healing(drawn_adapter(tiny.llm.config, 1), fingerprint(tiny.llm.model))
+
+
 def read(model: gj.Transformer, prefilled: gj.Prefilled) -> np.ndarray:
     """Logits of given answers."""
     answers, lengths = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 10]]), jnp.asarray([4, 4])
@@ -120,14 +135,6 @@ class TestLoss:
 
 
 class TestTraining:
-    @pytest.fixture(scope="class")
-    def packed(self, primed):
-        return pack([primed.llm.tokenizer.encode(text) for text in PASSAGES], 20, 0)
-
-    @pytest.fixture(scope="class")
-    def trained(self, primed, packed):
-        return train_healing(primed.llm.model, packed, Pruner(HALF), COURSE, quiet=True)
-
     def test_it_lowers_the_divergence(self, primed, packed, trained):
         healing, losses = trained
         assert len(losses) == 10
@@ -193,10 +200,6 @@ class TestTraining:
 
 
 class TestGenerate:
-    @pytest.fixture(scope="class")
-    def healing(self, tiny) -> Healing:
-        return Healing(drawn_adapter(tiny.llm.config, 1), fingerprint(tiny.llm.model))
-
     def test_is_the_steps_by_hand(self, tiny, healing):
         llm, model = tiny.llm, tiny.llm.model
         out = llm.generate(PROMPTS[:1], density=0.5, healing=healing, max_new_tokens=6, ignore_eos=True)
