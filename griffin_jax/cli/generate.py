@@ -161,15 +161,7 @@ def _as_json(generation: Generation, options: argparse.Namespace, seconds: dict[
         "method": None if options.experts else options.method,
         "kept": generation.kept,
         "refreshes": generation.refreshes,
-        "drafting": None
-        if drafting is None
-        else {
-            "passes": int(drafting.passes),
-            "drafted": int(drafting.drafted.sum()),
-            "accepted": int(drafting.accepted.sum()),
-            "copied": int(drafting.copied.sum()),
-            "copies_accepted": int(drafting.copies_accepted.sum()),
-        },
+        "drafting": None if drafting is None else drafting.counts(),
         "promised": None
         if promised is None
         else {

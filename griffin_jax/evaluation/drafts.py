@@ -212,12 +212,9 @@ def continued(
 
 
 def counts(out: Generation) -> dict[str, int]:
-    """Of an answer by speculative decoding: passes of the full model, drafts, and those that were accepted; likewise
-    copies."""
-    found = out.drafting
-    assert found is not None
-    names = "drafted", "accepted", "copied", "copies_accepted"
-    return {"passes": int(found.passes), **{name: int(getattr(found, name).sum()) for name in names}}
+    """Of an answer by speculative decoding, what it needed."""
+    assert out.drafting is not None
+    return out.drafting.counts()
 
 
 def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:

@@ -94,6 +94,11 @@ class Drafting:
     def __add__(self, other: Drafting) -> Drafting:
         return jax.tree.map(operator.add, self, other)
 
+    def counts(self) -> dict[str, int]:
+        """For files: passes, and drafts and copies of all rows together, with those that were accepted."""
+        names = "drafted", "accepted", "copied", "copies_accepted"
+        return {"passes": int(self.passes), **{name: int(getattr(self, name).sum()) for name in names}}
+
     def chances(self) -> Float[Array, "c"]:
         """How often a draft of each class is accepted, as far as is known."""
         # The middle of the class.

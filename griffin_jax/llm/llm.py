@@ -433,8 +433,7 @@ class LLM:
             extensions.drafter.check(self.config.width, self.config.embedding_width)
         # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
         drafts = min(extensions.drafts, generation.max_new_tokens - 1)
-        copies_only = dense and extensions.drafter is None
-        drafts = 0 if copies_only and not extensions.lookup else drafts
+        drafts = 0 if dense and extensions.drafter is None and not extensions.lookup else drafts
         # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
         most = bucket(max(map(len, sequences)))
         most += generation.max_new_tokens if extensions.refresh_every else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -126,8 +127,7 @@ class TestAnswers:
         first = speculative.CLASSES
         for tried, held, copies in ((0, 0, False), (4, 1, True)):
             # Of one token that agrees, half are expected to be accepted: fewer than of drafts, until these fail.
-            known = speculative.Drafting(**{**vars(none), "tried": none.tried.at[0].set(tried)})
-            known = speculative.Drafting(**{**vars(known), "held": none.held.at[0].set(held)})
+            known = dataclasses.replace(none, tried=none.tried.at[0].set(tried), held=none.held.at[0].set(held))
             copying = speculative._Copying(context, state, 4, known)
             drafted = jnp.asarray([[60, 61, 62, 63]]), jnp.zeros((1, 4, 128)), jnp.zeros((1, 4), jnp.int32)
             assert bool(copying.are_better(drafted[0], jnp.int32(0))) == copies
