@@ -75,7 +75,7 @@ from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import Prior, check_fusion, load_for_best, prior_path
 from griffin_jax.extensions.promise import MARGIN, SHORTEST, allowed_densities, trial_tokens
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
-from griffin_jax.extensions.speculative import MOST_DRAFTS
+from griffin_jax.extensions.speculative import MOST_DRAFTS, MOST_WITH_COPIES, most_drafts
 from griffin_jax.factor.losses import Oracle
 from griffin_jax.griffin.config import GriffinConfig, check_density
 from griffin_jax.llm.llm import LLM, load
@@ -85,7 +85,7 @@ from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
-from griffin_jax.utils.options import count_or, whole
+from griffin_jax.utils.options import whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
@@ -219,8 +219,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafts",
         default=drafts.AUTO,
         metavar="N",
-        help=f"of a round, separated by commas; {drafts.AUTO}: as many as are worth it, up to {MOST_DRAFTS}"
-        " (default: %(default)s)",
+        help=f"of a round, separated by commas; {drafts.AUTO}: as many as are worth it, up to {MOST_DRAFTS}, with"
+        f" copies {MOST_WITH_COPIES} (default: %(default)s)",
     )
     what.add_argument(
         "--lookup", dest="copies", action="store_true",
@@ -595,7 +595,7 @@ def _batch(
         if options.task == "drafts":
             formats = [weights for weights in options.formats if weights is not None]
             largest = max(formats, key=lambda weights: weights.bits, default=None)
-            most = max(count_or(number, MOST_DRAFTS) for number in options.drafts)
+            most = min(max(most_drafts(number, lookup=options.copies) for number in options.drafts), new - 1)
             return needs.generation(
                 batch, prompt, new + most, kept, rows=rows, calibration=calibration, drafts=most, drafter=largest
             )
@@ -755,10 +755,8 @@ def _choose_drafters(options: argparse.Namespace) -> None:
     """Sets the drafters, and raises `ValueError` if there is no such one, or none can draft an answer."""
     names = options.drafters.split(",") if options.drafters else []
     options.drafters = list(dict.fromkeys(map(drafts.Drafter.parse, names)))
-    if names and options.new_tokens <= MOST_DRAFTS:
-        raise ValueError(
-            f"--new-tokens must be more than the {MOST_DRAFTS} tokens of a round of drafts, got {options.new_tokens}"
-        )
+    if names and options.new_tokens < 2:
+        raise ValueError(f"--new-tokens must be 2 at least, so that something is drafted, got {options.new_tokens}")
 
 
 def _choose_drafts(options: argparse.Namespace) -> None:
@@ -888,7 +886,8 @@ def _drafts(
         raise ValueError("nothing drafts: give --density below 1, --draft-weights such as int4, or --lookup")
     items, settings = _continued(options, llm, skipped)
     new = options.new_tokens
-    most = max(count_or(number, MOST_DRAFTS) for number in options.drafts)
+    # As many as are worth it are fewer in a shorter answer.
+    most = max(int(number) for number in options.drafts)
     if new <= most:
         raise ValueError(f"--new-tokens must be more than the {most} of --drafts, got {new}")
     slots = max((len(item.prompt) for item in items), default=0) + new

@@ -11,7 +11,7 @@ from griffin_jax.extensions.healing import Heals
 from griffin_jax.extensions.mixed import MixedFormat, others_format
 from griffin_jax.extensions.prior import DEFAULT_WEIGHT, Prior, check_fusion, check_weight
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, DEFAULT_ROWS, check_ridge
-from griffin_jax.extensions.speculative import MOST_DRAFTS
+from griffin_jax.extensions.speculative import MOST_DRAFTS, MOST_WITH_COPIES, most_drafts
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.options import count_or, flag, number, option, plain, whole
@@ -105,7 +105,7 @@ class Extensions:
     speculative: bool | int = option(
         False,
         "answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time (default: as many"
-        f" as are worth it, up to {MOST_DRAFTS})",
+        f" as are worth it, up to {MOST_DRAFTS}, with --lookup {MOST_WITH_COPIES})",
         type=int,
         nargs="?",
         const=True,
@@ -208,7 +208,7 @@ class Extensions:
     @property
     def drafts(self) -> int:
         """Tokens that are drafted for each pass of the full model, at most; 0 if the pruned model writes the answer."""
-        return count_or(self.speculative, MOST_DRAFTS)
+        return most_drafts(self.speculative, lookup=self.lookup)
 
     @property
     def drafter(self) -> WeightFormat | None:

@@ -41,12 +41,16 @@ from griffin_jax.generation.decode import DecodeState, column_keys
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.utils.options import count_or
 
 DEFAULT_DRAFTS = 4
 """Number of tokens that are drafted for each pass of the full model."""
 
 MOST_DRAFTS = 8
 """The most of them where each round has as many as are worth it."""
+
+MOST_WITH_COPIES = 15
+"""The most where drafts are also copied: with the token before them sixteen, which GPUs multiply as one."""
 
 CLASSES = 8
 """Classes of drafts by how sure the pruned model is of them: class i has probabilities from 1 - 2^-i to 1 - 2^-(i+1),
@@ -58,6 +62,16 @@ copies after m tokens that agree 1 - 1 / (2 m)."""
 
 COPIES_FROM = 0.75
 """How often a copy must be accepted before it is known how often drafts of the pruned model are."""
+
+
+def most_drafts(drafts: int | bool, *, lookup: bool) -> int:
+    """Tokens of a round, at most.
+
+    Args:
+        drafts: how many are asked for; True for as many as are worth it.
+        lookup: whether drafts are also copied.
+    """
+    return count_or(drafts, MOST_WITH_COPIES if lookup else MOST_DRAFTS)
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,8 @@ how that was seen, so that the special form can go once XLA does better.
 
 On GPUs and TPUs a conversion of the matrix is taken into its product, which reads the stored numbers and nothing else;
 seen in programs compiled for H100 and TPU v5e. Scales of groups are fused on GPUs only: for TPU v5e XLA writes the
-converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried. XLA's CPU code
+converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried, and of these the
+plain product reads and writes least. XLA's CPU code
 (jax 0.10 to 0.12) mostly writes the whole converted matrix to memory first: products of integers then take ten times as
 long as those of float32. The forms that it does not do this with depend on the number of tokens.
 """
@@ -61,9 +62,13 @@ PARTS = 12
 """Parts of a matrix whose rows are added up in one pass for one token. Seen in timings: nine to twelve take up to a
 tenth less than eight, and sixteen of int8 half as long again."""
 
-FUSED_TOKENS = 8
-"""Tokens whose products with groups of integers are sums on GPUs and TPUs, for which no matrix is converted in memory.
-As many as XLA makes one kernel of."""
+FUSED_TOKENS = 16
+"""Tokens, at most, whose products with groups of integers are sums on GPUs, for which no matrix is converted in memory.
+XLA makes one kernel of eight, so that these read the integers twice, an eighth of what a converted matrix costs that is
+written and read once."""
+
+FUSED_TOKENS_OF_EACH = 8
+"""The same where each sequence has a matrix of its own, of integers or of fewer bits than float32, on GPUs and TPUs."""
 
 ROW_PARTS = 64
 """Parts of a matrix whose rows are added up in one pass on GPUs: as many as XLA makes of a large one."""
@@ -134,23 +139,31 @@ def linear(
             in_specs=(PartitionSpec(), divided, divided),
             out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
         )
-    return jax.lax.platform_dependent(x, weight, scale, cpu=cpu, default=functools.partial(_as_it_is, dtype=dtype))
+    default = functools.partial(_as_it_is, dtype=dtype)
+    # A branch for TPUs takes time wherever programs are traced, so only what differs there has one.
+    others = {"tpu": functools.partial(default, fused=0)} if _in_groups(scale) else {}
+    return jax.lax.platform_dependent(x, weight, scale, cpu=cpu, default=default, **others)
 
 
-def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype) -> Array:
+def _in_groups(scale: Array | None) -> bool:
+    """Whether scales of a matrix's rows are those of groups."""
+    return scale is not None and scale.shape[-1] > 1
+
+
+def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype, fused: int = FUSED_TOKENS) -> Array:
     """`linear` in the form for GPUs and TPUs.
 
     Scales of groups are neither multiplied onto a matrix that enters a product, for XLA would write all of it to memory
     in the dtype of x, nor onto the sums of each group, which are as many bytes as a matrix of int4 for eight tokens.
     A sum of products for each token is fused with the conversion, and those of up to eight tokens with each other: one
     kernel reads the integers and their scales, once. Seen in programs compiled for H100 (jax 0.10.2), and not for TPU
-    v5e, which converts in memory whatever the form. More tokens are worth a floating matrix.
+    v5e, which converts in memory whatever the form. More than `fused` tokens are worth a floating matrix.
     """
-    if scale is None or scale.shape[-1] == 1:
+    if scale is None or not _in_groups(scale):
         y = _dot(x, weight, ((2,), (weight.ndim - 1,)), ((), ()), dtype=dtype if scale is None else jnp.float32)
         return y if scale is None else (y * scale[..., 0]).astype(dtype)
     tokens = _tokens(x, weight)
-    if tokens.shape[1] > FUSED_TOKENS:
+    if tokens.shape[1] > fused:
         x, weight, _ = here(x, weight, None)
         matrix = dequantise(weight, scale, x.dtype)
         return _dot(x, matrix, ((2,), (matrix.ndim - 1,)), ((), ()), dtype=dtype)
@@ -415,21 +428,26 @@ def matmul(
         row_scale: of integers, for each of n groups of a row, instead.
     """
     operands = x, weight, scale, row_scale
-    return jax.lax.platform_dependent(*operands, cpu=_matmul_on_cpu, default=_matmul_as_it_is)
+    others = {} if row_scale is None else {"tpu": functools.partial(_matmul_as_it_is, fused=0)}
+    return jax.lax.platform_dependent(*operands, cpu=_matmul_on_cpu, default=_matmul_as_it_is, **others)
 
 
-def _matmul_as_it_is(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+def _matmul_as_it_is(
+    x: Array, weight: Array, scale: Array | None, row_scale: Array | None, *, fused: int = FUSED_TOKENS
+) -> Array:
     """`matmul` in the form for GPUs and TPUs.
 
     With scales of groups as in `linear`: sums of rows, fused with the conversion. XLA makes one kernel of two tokens
-    only, so that eight read the matrix four times. Seen in programs compiled for H100 (jax 0.10.2), where a product for
-    each group writes as much for eight tokens as the integers have bytes, and transposes them before the loop.
+    only, so that sixteen read the matrix eight times, which is what it costs to convert it in memory. Seen in programs
+    compiled for H100 (jax 0.10.2), where a product for each group writes as much for eight tokens as the integers have
+    bytes, and transposes them before the loop. For TPU v5e sums read and write twice as much as the product with a
+    matrix of 6,912 x 5,120 in int4, by XLA's count.
     """
     if row_scale is None:
         y = _dot(x, weight, ((2,), (0,)), ((), ()), dtype=x.dtype if scale is None else jnp.float32)
         return y if scale is None else (y * scale).astype(x.dtype)
     tokens = _tokens(x, weight)
-    if tokens.shape[1] > FUSED_TOKENS:
+    if tokens.shape[1] > fused:
         x, weight, _ = here(x, weight, None)
         return _dot(x, dequantise(weight, row_scale, x.dtype), ((2,), (0,)), ((), ()), dtype=x.dtype)
     matrix = grouped(*_in_order(weight, row_scale))
@@ -525,7 +543,7 @@ def linear_of_each(
     """
 
     def as_it_is(x: Array, weight: Array, scale: Array | None) -> Array:
-        if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
+        if x.shape[1] > FUSED_TOKENS_OF_EACH or weight.dtype == jnp.float32:
             if scale is not None:
                 x, weight, _ = here(x, weight, None)
             matrix = weight.astype(x.dtype) if scale is None else dequantise(weight, scale, x.dtype)
@@ -559,7 +577,7 @@ def matmul_of_each(
     """`matmul` where each sequence has a matrix of its own; `scale` may be for all of them."""
 
     def as_it_is(x: Array, weight: Array, row_scale: Array | None) -> Array:
-        if x.shape[1] > FUSED_TOKENS or weight.dtype == jnp.float32:
+        if x.shape[1] > FUSED_TOKENS_OF_EACH or weight.dtype == jnp.float32:
             if row_scale is not None:
                 x, weight, _ = here(x, weight, None)
             matrix = weight.astype(x.dtype) if row_scale is None else dequantise(weight, row_scale, x.dtype)

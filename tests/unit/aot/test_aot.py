@@ -19,6 +19,7 @@ from griffin_jax.aot.hlo import Module
 from griffin_jax.aot.report import table
 from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
 from griffin_jax.cli.main import main
+from griffin_jax.extensions.speculative import MOST_WITH_COPIES
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
 from griffin_jax.model.sharding import GPU_TILE
@@ -115,6 +116,7 @@ class TestPrograms:
         assert 15 <= report.pruned.kernels_per_step <= 30
         assert report.pruned.kernels_per_step == report.dense.kernels_per_step
 
+    @pytest.mark.slow
     def test_kept_neurons_that_fit_no_tile_are_found_out(self, odd):
         report, _ = odd
         assert report.dense.ff_copies_per_step == ()
@@ -159,6 +161,7 @@ def test_a_layer_is_twelve_kernels(model, options):
         assert more.cache_copies_per_step == more.cache_copies_per_call == ()
 
 
+@pytest.mark.slow
 def test_scores_of_a_long_prompt_are_not_in_memory(cuda, tmp_path):
     """Those of 256 tokens with all others would take ten times the memory that there is for anything."""
     config = named("Llama-3.1-8B", layers=1)
@@ -350,6 +353,17 @@ def test_a_step_reads_the_chosen_experts(cuda, tmp_path, model, whole_experts):
         assert compiled.collectives_in_layers == {"all-reduce": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda")
+def test_integers_are_not_converted_for_the_drafts_of_a_round():
+    """As many as there are with copies; one more token is multiplied by matrices that are converted in memory."""
+    options = {"weights": "int4", "density": 0.5, "prompt": 100, "new": 28}
+    for drafts, converted in ((MOST_WITH_COPIES, False), (MOST_WITH_COPIES + 1, True)):
+        found = compile_for("h100", LLAMA, speculative=drafts, **options)
+        held = found.dense.weights + found.pruned.weights + found.cache
+        assert (found.pruned.memory["speculative"] - held > 2 * D * F) == converted
+
+
 @pytest.mark.usefixtures("cuda")
 class TestFewBits:
     def test_bytes_of_int4(self):
@@ -445,6 +459,7 @@ def test_tpu_slice(tpu):
     assert report.pruned.ff_copies_per_step == ()
 
 
+@pytest.mark.slow
 def test_command_with_a_folder(cuda, capfd, tiny):
     code = main(["compile", "--target", "A100", "--model", str(tiny.folder), "--prompt", "8", "--new", "8"])
     out, err = capfd.readouterr()

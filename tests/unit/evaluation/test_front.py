@@ -79,6 +79,7 @@ def predictions(model: gj.Transformer, item: Item, density: float, change=None) 
 
 
 class TestScores:
+    @pytest.mark.slow
     @pytest.mark.parametrize("weights", first_and_slow(2, *FORMATS), ids=str)
     def test_against_dequantised_copies(self, primed, scores, weights):
         reference = primed.llm.model
@@ -330,8 +331,8 @@ class TestCommand:
             (["--drafters", "int4:24@0.5"], "groups of 24 do not divide rows of 32 weights"),
             (["--drafters", "int8@0.5", "--weights", "int8"], "--drafters have fewer bits than the model they draft"),
             (
-                ["--drafters", "int4@0.5", "--prompt-tokens", "40", "--new-tokens", "8"],
-                "--new-tokens must be more than the 8 tokens of a round",
+                ["--drafters", "int4@0.5", "--prompt-tokens", "40", "--new-tokens", "1"],
+                "--new-tokens must be 2 at least, so that something is drafted, got 1",
             ),
             (["--density", "1,1.5"], "density must be in (0, 1], got 1.5"),
             (["--quality", "good"], "quality must be one of griffin, best, got 'good'"),

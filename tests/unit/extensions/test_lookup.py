@@ -102,6 +102,14 @@ class TestAnswers:
         assert (found.steps == 0) == alone
         assert int(found.passes) + int((found.accepted + found.copies_accepted)[0]) >= 39
 
+    @pytest.mark.parametrize(("drafts", "most"), [(True, speculative.MOST_WITH_COPIES), (3, 3)])
+    def test_a_round_has_as_many_as_there_is_room_for(self, tiny, drafts, most):
+        """One begins with a token that the first copies are for; what the last one may write is more than asked for."""
+        options = {"density": 1.0, "speculative": drafts, "lookup": True, "ignore_eos": True}
+        found = tiny.llm.generate([AGAIN], max_new_tokens=80, **options).drafting
+        assert found.copied[0] % most == 0
+        assert most < found.copied[0] <= most * found.passes
+
     def test_less_is_drafted_for_the_same_answer(self, tiny):
         given = {"density": 0.8, "speculative": True, "max_new_tokens": 40, "ignore_eos": True}
         without, copying = (tiny.llm.generate([AGAIN], lookup=lookup, **given) for lookup in (False, True))
