@@ -48,6 +48,7 @@ def test_long_answers_are_those_of_transformers(demo_llm, demo_torch):
         assert out.tokens[0] == torch_greedy(demo_torch, demo_llm.tokenizer.encode(passage), 64)
 
 
+@pytest.mark.slow
 def test_experts_are_the_oracles(demo_llm, demo_torch, passages, pruned):
     assert len(pruned.experts) == 30
     for row, passage in enumerate(passages):

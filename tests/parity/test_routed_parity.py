@@ -191,6 +191,7 @@ def _zero_others(torch: Any, pair: Pair, layer: int, kept: np.ndarray) -> None:
         shared.weight[:, torch.tensor(~is_kept[own:])] = 0
 
 
+@pytest.mark.slow
 @of_each_structure
 def test_own_neurons_of_a_batch(pair, rng):
     """Each answer of a batch is that of its prompt alone."""
@@ -217,6 +218,7 @@ def test_bytes_of_a_step(pair):
     assert sizes.weights(None) == sum(leaf.nbytes for leaf in jax.tree.leaves(pair.llm.model))
 
 
+@pytest.mark.slow
 @of_each_structure
 def test_native_checkpoint(pair, tmp_path, rng):
     """Converted, stored as int8, and read again."""

@@ -76,12 +76,14 @@ class TestAnswers:
         for options in ({"density": 1.0}, {}):
             assert tokens(llm, **options) == tokens(native.llm, **options)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES))
     def test_key_value_heads_that_are_fewer_than_devices(self, fewer, shape):
         llm = gj.load(fewer.folder, "float32", mesh=make_mesh(*shape))
         for options in ({"density": 1.0}, {}):
             assert tokens(llm, **options) == tokens(fewer.llm, **options)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES[:2]))
     def test_experts_of_every_kind(self, native, shape):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(*shape))
@@ -190,6 +192,7 @@ class TestBeyondGriffin:
             assert tokens(llm, **options) == tokens(native.llm, **options), options
 
 
+@pytest.mark.slow
 def test_copies_of_key_value_heads(fewer, tmp_path):
     """Each device has one of them, and eighths of all else."""
     alone = fewer

@@ -125,6 +125,7 @@ class TestAttach:
             for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(pair[0]), strict=True):
                 np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.slow
     def test_integers_stay_what_they_are(self, tiny, pair):
         rounded = gj.load(tiny.folder, "float32", weights="int8").model
         made = attach(rounded, pair[0])
@@ -239,6 +240,7 @@ class TestPruning:
         close(logits(holder.model, TOKENS), logits(made, TOKENS))
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_computes_the_same(model, pair):
     mesh = make_mesh(data=2, model=2)
     divided = jax.device_put(model, model_shardings(model, mesh))

@@ -135,6 +135,7 @@ class TestLoss:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_it_lowers_the_divergence(self, primed, packed, trained):
         healing, losses = trained
         assert len(losses) == 10
@@ -172,6 +173,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="has a checkpoint of another run"):
             train_healing(primed.llm.model, packed, Pruner(gj.GriffinConfig(0.25)), COURSE, **options)
 
+    @pytest.mark.slow
     def test_it_is_trained_for_refitted_models(self, primed, packed):
         prior = Prior.load(primed.folder.with_name("model.prior.safetensors"))
         pruner = Pruner.of(HALF, Extensions(prior=prior, refit=8))
@@ -220,6 +222,7 @@ class TestGenerate:
         together = tiny.llm.generate(PROMPTS, **options)
         assert together.tokens == [tiny.llm.generate([prompt], **options).tokens[0] for prompt in PROMPTS]
 
+    @pytest.mark.slow
     def test_drafts_of_a_healed_model_are_decided_about_by_the_full_one(self, tiny, healing):
         options = {"max_new_tokens": 8, "ignore_eos": True}
         out = tiny.llm.generate(PROMPTS, density=0.5, healing=healing, speculative=2, **options)

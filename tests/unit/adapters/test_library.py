@@ -177,6 +177,7 @@ class TestJobs:
             for one, two in zip(*(factors(each, number, llm.config) for each in (trained, other)), strict=True):
                 np.testing.assert_array_equal(one, two)
 
+    @pytest.mark.slow
     def test_two_at_once_are_those_in_turn(self, worded, library, trained, tmp_path):
         other, llm = fresh(library, tmp_path / "library"), worded.llm
         train_clusters(llm.model, llm.tokenizer, other, [0, 1], JOB, at_once=2, quiet=True)
@@ -233,6 +234,7 @@ class TestUse:
         with pytest.raises(ValueError, match="is of model"):
             tiny.llm.generate([1, 5], adapter=trained, max_new_tokens=2)
 
+    @pytest.mark.slow
     def test_a_comparison_on_held_out_texts(self, worded, trained):
         llm = worded.llm
         sequences = [llm.tokenizer.encode(text) for text in PASSAGES]

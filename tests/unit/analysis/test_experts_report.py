@@ -49,6 +49,7 @@ def file(tmp_path_factory) -> str:
 FEW = ["--tokens", "12", "--neurons", "4", "--pairs", "2", "--batch", "2", "--no-compilation-cache"]
 
 
+@pytest.mark.slow
 def test_a_model_with_routers(folders, file, tmp_path, capsys):
     output = tmp_path / "out"
     assert main(["analyze", folders["routed"], file, "--output", str(output), "--json", *FEW]) == 0

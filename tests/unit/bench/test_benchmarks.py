@@ -484,6 +484,7 @@ def drafted(plain) -> tuple[list[str], dict]:
     return lines, json.loads(lines[-1])
 
 
+@pytest.mark.slow
 def test_speculative_rows_are_those_of_single_requests(drafted):
     lines, result = drafted
     assert [(row["batch"], row["density"], row["drafts"], row["draft_weights"]) for row in result["rows"]] == [
@@ -500,6 +501,7 @@ def test_speculative_rows_are_those_of_single_requests(drafted):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_bytes_of_a_token_are_those_of_drafts_and_passes(plain, drafted):
     """As many drafts are accepted as `generate` accepts, and what they read is spread over the answer's tokens."""
     rows = drafted[1]["rows"]
@@ -538,6 +540,7 @@ def test_speculative_rows_are_compared_with_their_own(drafted):
     assert [line[-7] for line in lines if line[:1] == ["griffin_jax"] and line[1] != "speculative"] == ["1.00"] * 4
 
 
+@pytest.mark.slow
 def test_drafts_of_one_copy_of_the_weights(plain, monkeypatch, capsys):
     monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
     options = ("--lengths", "9+12", "--density", "0.5", "--repeats", "1", "--in-place", "--speculative", "3", "--json")

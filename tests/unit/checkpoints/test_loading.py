@@ -412,6 +412,7 @@ assert "sharding of parameter embedding is None" in message(lambda path, shape: 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
 @pytest.mark.parametrize("kind", first_and_slow(1, "native", "hf", "gguf", "native-float16"))
 def test_parameters_go_to_their_devices(tmp_path, kind):

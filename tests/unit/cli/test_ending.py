@@ -13,6 +13,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from signals import AS_IN_A_TERMINAL
 
 ROOT = Path(__file__).parents[3]
@@ -80,7 +81,7 @@ def stopped(how: int, source: Path, output: Path) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", first_and_slow(1, signal.SIGTERM, signal.SIGHUP))
 def test_signals_clean_up(tmp_path, how):
     source = checkpoints.write(tmp_path / "hf")
     assert stopped(how, source, tmp_path / "native") == (128 + how, "griffin-jax convert: terminated\n")

@@ -242,6 +242,7 @@ class TestTasks:
                     sums = [expected[:n].sum() for n in (2, 4, 100)]
                     np.testing.assert_allclose(scores[row][name], sums, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_divergence_of_own_continuations(self, worded, tmp_path):
         llm = worded.llm
         found = tasks.divergence(llm, ITEMS, ROWS, memory(tmp_path), new=6, size=2, seed=0)
@@ -521,6 +522,7 @@ def test_batches_repeat_the_last_row():
 class TestShards:
     """`griffin-jax eval groups`."""
 
+    @pytest.mark.slow
     def test_scores_are_those_of_the_rules(self, worded, tmp_path):
         llm = worded.llm
         rules = groups.rules([0.5], [1, 2, 4], llm.model.neurons)

@@ -369,12 +369,14 @@ class TestAdapters:
     def scores(self, lm: GriffinLM) -> list[tuple[float, bool]]:
         return lm.loglikelihood(requests("loglikelihood", *self.REQUESTS), disable_tqdm=True)
 
+    @pytest.mark.slow
     def test_one_for_all(self, model, library):
         lm = GriffinLM(model.folder, density=0.5, adapter=library.adapter_folder(0))
         merged = gj.LLM(merge(attach(model.llm.model, library.adapter(0, model.llm.config))), model.llm.tokenizer)
         expected = self.scores(GriffinLM(merged, density=0.5))
         np.testing.assert_allclose([s for s, _ in self.scores(lm)], [s for s, _ in expected], rtol=1e-4)
 
+    @pytest.mark.slow
     def test_a_library_chooses_for_each_context(self, model, library):
         found = self.scores(GriffinLM(model.folder, density=0.5, moin=library.folder, batch_size=2))
         alone = [self.scores(GriffinLM(model.folder, density=0.5, adapter=library.adapter_folder(n))) for n in range(2)]

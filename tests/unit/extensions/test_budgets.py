@@ -86,6 +86,7 @@ class TestSensitivity:
         with pytest.raises(ValueError, match="texts of at least two tokens"):
             sensitivity(tiny.llm.model, [[1], [2]])
 
+    @pytest.mark.slow
     def test_within_experts_that_all_tokens_read(self, tiny):
         """A dense model whose neurons four experts share: gradients are the same, norms are each expert's own."""
         dense, text = tiny.llm.model, TEXTS[0]
@@ -112,6 +113,7 @@ class TestSensitivity:
             assert (ratio >= share.min(axis=0)[:, None] * 0.999).all()
             assert (ratio <= share.max(axis=0)[:, None] * 1.001).all()
 
+    @pytest.mark.slow
     def test_of_the_tokens_that_chose_an_expert(self, tiny):
         config = dataclasses.replace(tiny.llm.config, routing=Routing(4, 1, 12, shared_width=6))
         model = random_model(config)

@@ -76,7 +76,7 @@ def test_bytes_of_a_draft():
     )
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
 @pytest.mark.parametrize("weights", first_and_slow(1, "int8", "float32"))
 def test_answers_are_the_full_models(weights, density):
     llm = gj.LLM(random_model(TINY, weights=WeightFormat.parse(weights)))

@@ -27,6 +27,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
     usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
     for density in (0.5, [0.25, 1.0], 1.0, 0.5):

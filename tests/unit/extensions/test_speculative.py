@@ -183,6 +183,7 @@ class TestDistribution:
         assert min(values) > 1e-3
         assert 0.05 < accepted < 0.9
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "wrong"),
         [
@@ -242,6 +243,7 @@ class TestWorth:
         chance, _ = speculative._worth(known, ended, cost)(classes, jnp.float32(0.5))
         np.testing.assert_allclose(chance, 0.5 * (1 - 0.75 / 64), rtol=1e-6)
 
+    @pytest.mark.slow
     def test_what_is_never_accepted_is_not_drafted(self, tiny, everything):
         """Free drafts are as many as can be; a drafter that is always wrong drafts one in each round before long."""
         dense = generate(tiny.llm, PROMPTS[1:2], density=1.0, max_new_tokens=60).tokens[0]

@@ -58,9 +58,9 @@ def together(model: gj.Transformer, prompts: list[list[int]], pruners: list[Prun
     ("config", "weights", "mesh", "chunk"),
     [
         pytest.param(DENSE, "float32", None, 8, id="read-in-parts"),
-        pytest.param(DENSE, "int8", None, 1024, id="int8"),
-        pytest.param(DENSE, "float32", (2, 2), 1024, id="mesh"),
-        pytest.param(ROUTED, "float32", None, 1024, id="routed"),
+        pytest.param(DENSE, "int8", None, 1024, id="int8", marks=pytest.mark.slow),
+        pytest.param(DENSE, "float32", (2, 2), 1024, id="mesh", marks=pytest.mark.slow),
+        pytest.param(ROUTED, "float32", None, 1024, id="routed", marks=pytest.mark.slow),
         pytest.param(ROUTED, "float32", (2, 2), 1024, id="routed-mesh", marks=pytest.mark.slow),
         pytest.param(ROUTED, "int4:16", None, 8, id="routed-int4", marks=pytest.mark.slow),
     ],

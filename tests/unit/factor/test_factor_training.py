@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from test_factorize import LLAMA, PLAIN, logits, same, with_biases
 
 from griffin_jax.factor.config import FactorConfig, FactorTraining
@@ -79,7 +80,7 @@ class TestLosses:
             oracle_labels(jnp.ones((1, 32, 4)), jnp.ones((1, 4)), 16, 1.0, "joint")
 
 
-@pytest.fixture(scope="module", params=["gated", "plain"])
+@pytest.fixture(scope="module", params=first_and_slow(1, "gated", "plain"))
 def factored(request):
     config = LLAMA if request.param == "gated" else dataclasses.replace(LLAMA, **PLAIN, activation="gelu")
     return factorize(with_biases(random_model(config), np.random.default_rng(1)), 4, 2, grouping="random", scale=1.5)
@@ -222,6 +223,7 @@ class TestStep:
         for one, other in zip(*(jax.tree.leaves(model) for model, _ in runs), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
+    @pytest.mark.slow
     def test_on_a_mesh(self, texts):
         batch = texts.batches(2, seed=0)(0)
         found = [
@@ -230,6 +232,7 @@ class TestStep:
         for one, many in zip(*map(jax.tree.leaves, found), strict=True):
             np.testing.assert_allclose(one, many, rtol=0, atol=1e-5 * max(float(jnp.abs(one).max()), 1e-3))
 
+    @pytest.mark.slow
     def test_bfloat16_is_trained_in_float32(self, texts):
         model = factorize(random_model(LLAMA, jnp.bfloat16), 4, 2)
         gradients, figures = self.gradient(model, texts.batches(2, seed=0)(0))

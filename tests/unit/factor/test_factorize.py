@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from scipy.optimize import linear_sum_assignment
 
 import griffin_jax as gj
@@ -60,7 +61,7 @@ def test_all_experts_are_the_dense_layer(family):
     same(logits(factored, np.random.default_rng(0)), logits(model, np.random.default_rng(0)))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int8:16"])
+@pytest.mark.parametrize("weights", first_and_slow(1, "int8:16", "int8"))
 def test_integers_stay_as_they_are(weights):
     model = random_model(LLAMA, weights=WeightFormat.parse(weights))
     factored = factorize(model, 4, 4, grouping="kmeans")
@@ -68,6 +69,7 @@ def test_integers_stay_as_they_are(weights):
     same(logits(factored, np.random.default_rng(0)), logits(model, np.random.default_rng(0)))
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     found = [
         logits(factorize(random_model(LLAMA, mesh=mesh), 4, 2, grouping="random"), np.random.default_rng(0))

@@ -73,6 +73,7 @@ def as_they_stand(model: gj.Transformer, few: gj.Transformer, precise, others) -
     return found
 
 
+@pytest.mark.slow
 def test_bits_by_importance(rng):
     model = random_model(CONFIG, weights=WeightFormat("int8"))
     few, mixed = coarse(model, INT4), MixedFormat(WeightFormat("int8"), INT4, 0.25)
@@ -137,6 +138,7 @@ def test_groups_are_those_of_each_expert(llm, tmp_path):
         assert found["topk, 2 groups 0.5"]["loss"] == [pytest.approx(loss, rel=1e-5)]
 
 
+@pytest.mark.slow
 def test_formats_and_bytes_of_the_front(llm, tmp_path):
     rows, mixed = grid(["topk"], [0.5], ()), MixedFormat(WeightFormat("float32"), INT4, 0.5)
     formats = [WeightFormat("float32"), mixed]
@@ -156,6 +158,7 @@ def test_formats_and_bytes_of_the_front(llm, tmp_path):
     assert pruned - both == (2 * 5 + 4 + 12) * (numbers * 4 - 3 * (32 // 2 + 2 * 2))
 
 
+@pytest.mark.slow
 def test_drafters_are_compared(llm, tmp_path):
     every = drafts.drafters([None, INT4], grid(["topk"], [0.5], ()), {"dense": "-", "topk": "griffin"}, [2])
     given = {"new": 6, "extensions": gj.Extensions()}
@@ -170,6 +173,7 @@ def test_drafters_are_compared(llm, tmp_path):
     assert drafter_of(llm.model, INT4).layers[0].ff.experts.gate_up_scale.shape == (EXPERTS, 2, NEURONS, 2)
 
 
+@pytest.mark.slow
 def test_likelihoods_of_the_harness(llm):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance

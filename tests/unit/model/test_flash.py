@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import assert_close
 
 import griffin_jax as gj
@@ -201,7 +202,12 @@ def kernels(monkeypatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("config", "mesh"), [(LLAMA, None), (GEMMA, None), (LLAMA, (2, 2))], ids=["llama", "gemma2", "four devices"]
+    ("config", "mesh"),
+    [
+        pytest.param(LLAMA, None, id="llama"),
+        pytest.param(GEMMA, None, id="gemma2", marks=pytest.mark.slow),
+        pytest.param(LLAMA, (2, 2), id="four devices", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_computes_the_same_with_kernels(config, mesh, kernels, rng):
     """Prompts of several lengths in chunks, tokens of the full model and of a pruned one."""
@@ -289,6 +295,7 @@ def test_what_kernels_are_for(tokens, dtype, biases, there):
     assert (layer._kernel(at, query, key) is not None) == there
 
 
+@pytest.mark.slow
 def test_a_jax_without_triton_attends_without_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "griffin_jax.model.flash", None)
     model = random_model(LLAMA, jnp.bfloat16, seed=0)
@@ -316,7 +323,7 @@ def test_drafts_are_read_by_a_kernel(kernels, rng):
     np.testing.assert_array_equal(found[:, :9], jax.jit(dense)()[:, :9])
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 16])
+@pytest.mark.parametrize("tokens", first_and_slow(1, 8, 1, 16))
 def test_models_of_16_bits_have_gradients(tokens):
     """However few tokens there are: a program is traced for all platforms."""
     model = random_model(LLAMA, jnp.bfloat16, seed=0)

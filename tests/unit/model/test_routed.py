@@ -355,6 +355,7 @@ def test_gradients_of_a_layer(fields, tokens, rng):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "division"),
     [("float32", "experts"), *(pytest.param(text, "neurons", marks=pytest.mark.slow) for text in ("float32", "int8"))],
@@ -406,7 +407,7 @@ def with_biases(model, rng):
 
 @pytest.mark.parametrize(
     ("text", "division"),
-    [("float32", "neurons"), ("int8", "experts"), pytest.param("int8", "neurons", marks=pytest.mark.slow)],
+    [("float32", "neurons"), *(pytest.param("int8", each, marks=pytest.mark.slow) for each in ("experts", "neurons"))],
 )
 def test_on_a_mesh(text, division, rng):
     """Each device has a part of each expert's neurons, or whole experts, and half of the sequences; nothing else
