@@ -333,10 +333,10 @@ def _one_expert(
 ) -> Float[Array, "r"]:
     """One token times the rows of one expert, on CPUs; `scale` is that of groups."""
     parts = parts_of(x)
-    if parts is not None and DOTS_FUSE and scale is None:
-        if weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES:
+    if parts is not None and scale is None:
+        if DOTS_FUSE and weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES:
             return bfloat16_token(x, weight, expert, parts)
-        if parts > 1 and weight.dtype in (jnp.int8, jnp.float32):
+        if not DOTS_FUSE or (parts > 1 and weight.dtype in (jnp.int8, jnp.float32)):
             rows = weight.shape[1]
             return long_token(x, weight.reshape(-1, weight.shape[2]), expert * rows, rows, parts)
     return one_token(x, weight[expert], scale)

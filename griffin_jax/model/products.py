@@ -74,9 +74,9 @@ ROW_PARTS = 64
 """Parts of a matrix whose rows are added up in one pass on GPUs: as many as XLA makes of a large one."""
 
 DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
-"""Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 sums of products are
-twice as fast as float32's product, and the product with a vector takes four times as long; but of integers in groups
-sums take ten times as long as that."""
+"""Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 it does so in loops
+only: outside of one the product takes ten times as long, a vector in parts takes longer than a sum of products
+everywhere, and of integers in groups sums take ten times as long as the product."""
 
 
 def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -275,9 +275,14 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
     in a loop over tokens passes over int8 take four times as long as sums (but see `long_token`, for experts).
     """
     passes = weight.dtype in (jnp.bfloat16, jnp.float32)
-    matrix, parts = wide(weight, scale), parts_of(x, MOST_PASSES if passes else 1)
+    parts = parts_of(x, MOST_PASSES if passes else 1)
+    if scale is None and parts == 1 and not DOTS_FUSE:
+        return blocks_of_rows(x[None], weight, None, lambda x, rows: (x[0] @ rows.T)[None])[0]
     if parts is None or (scale is None and not DOTS_FUSE):
+        # Not `wide`, which is written with integers, and for a sum these are converted in memory.
+        matrix = weight.astype(jnp.float32) if scale is None else dequantise(weight, scale)
         return jnp.sum(matrix * x, axis=-1)
+    matrix = wide(weight, scale)
     if parts == 1:
         return x @ matrix.T
     return _in_passes(x.reshape(parts, -1), matrix.reshape(-1, x.shape[0] // parts))
@@ -297,7 +302,10 @@ def _in_passes(x: Float[Array, "p n"], rows: Float[Array, "fp n"]) -> Float[Arra
 def long_token(
     x: Float[Array, "d"], weight: Num[Array, "r d"], start: Int[Array, ""], count: int, parts: int
 ) -> Float[Array, "{count}"]:
-    """`one_token` of a long vector and some rows of a larger matrix of int8 or float32.
+    """`one_token` of a long vector and some rows of a larger matrix.
+
+    With jax 0.12.0 also of a short one, and in bfloat16: two of four experts of 2,048 x 1,536 take 0.7 ms, and sums,
+    which copy the experts, 2.6. Seen in timings. With jax 0.10 all of a matrix in bfloat16 would be converted.
 
     The passes are over blocks of the rows, which stay in the processor's cache for the second one. There are two blocks
     at least: what is in no loop XLA's CPU code (jax 0.10.2) copies. Seen in timings of two of four experts (6,912 x
@@ -306,7 +314,7 @@ def long_token(
 
     Args:
         x: the vector, float32.
-        weight: the larger matrix, int8 or float32.
+        weight: the larger matrix.
         start: the first of the rows.
         count: how many rows.
         parts: of the vector, as `parts_of` gives.

@@ -17,7 +17,7 @@ import griffin_jax as gj
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.select import magnitude
-from griffin_jax.model import grouped, products
+from griffin_jax.model import grouped
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig, Routing
 from griffin_jax.model.fingerprint import fingerprint
@@ -110,7 +110,6 @@ def test_long_vectors_of_few_pairs(text, branches, block, rng, monkeypatch):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-@pytest.mark.skipif(not products.DOTS_FUSE, reason="XLA of later jax copies them on CPUs")
 @pytest.mark.parametrize("text", ["float32", "bfloat16", "int8"])
 def test_matrices_that_a_long_vector_chooses_are_not_copied(text, rng):
     """Nor converted in memory, on CPUs: neither those of all experts nor one of them."""

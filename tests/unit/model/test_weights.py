@@ -156,6 +156,15 @@ class TestProducts:
         got = jax.jit(products.linear)(x, w)
         np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(x).sum())
 
+    @pytest.mark.parametrize("format", ["int8", "bfloat16"])
+    @pytest.mark.parametrize("size", [(1000, 1024), (100, 8192), (64, 18_000)], ids=["one part", "two", "a sum"])
+    def test_a_token_converts_no_matrix_in_memory(self, format, size):
+        numbers, scale = jnp.zeros(size, format), jnp.ones((size[0], 1)) if format == "int8" else None
+        token = jnp.zeros((1, 1, size[1]), jnp.float32)
+        found = jax.jit(products.linear).lower(token, numbers, scale).compile().memory_analysis()
+        assert found is not None
+        assert found.temp_size_in_bytes < numbers.size
+
     def test_no_step_reads_more_than_is_stored(self, shapes_for_arrays):
         model = random_model(TINY, weights=WeightFormat("int8"))
         state = init_decode(gj.prefill(model, jnp.ones((1, 8), jnp.int32), jnp.asarray([8]), max_new_tokens=8))
@@ -164,16 +173,7 @@ class TestProducts:
         # Not as much as one matrix in float32.
         assert sizes.temp_size_in_bytes < 4 * 2 * TINY.ff_width * TINY.width * TINY.num_layers
 
-    @pytest.mark.parametrize(
-        "weights",
-        [
-            pytest.param(
-                "bfloat16",
-                marks=pytest.mark.skipif(not products.DOTS_FUSE, reason="this jax converts it, with a bias or without"),
-            ),
-            "int4:32",
-        ],
-    )
+    @pytest.mark.parametrize("weights", ["bfloat16", "int4:32"])
     def test_no_matrix_is_converted_for_a_bias(self, rng, weights):
         """One that is added to what is then used twice, as a head's is."""
         numbers = jnp.asarray(rng.normal(size=(2048, 64)), jnp.bfloat16)
@@ -190,7 +190,7 @@ class TestProducts:
         assert sizes is not None
         assert sizes.temp_size_in_bytes < 4 * numbers.size / 2
 
-    @pytest.mark.skipif(not products.DOTS_FUSE, reason="this jax computes products with vectors as sums")
+    @pytest.mark.skipif(not products.DOTS_FUSE, reason="this jax multiplies blocks of rows, in a loop")
     @pytest.mark.parametrize("tokens", [1, 3])
     def test_a_norm_is_not_computed_again_for_every_row(self, tokens):
         """A product with converted numbers takes the matrix and a vector, and nothing that the vector comes from."""
