@@ -91,6 +91,8 @@ def greedy(model: Any, prompts: np.ndarray, new: int, step: Any = None) -> tuple
     import torch
     import transformers
 
+    from benchmarks.torchpeers import cache_name
+
     device = next(model.parameters()).device
     tokens, length = torch.tensor(prompts, device=device), prompts.shape[1]
     if step is None:
@@ -98,14 +100,16 @@ def greedy(model: Any, prompts: np.ndarray, new: int, step: Any = None) -> tuple
     else:
         cache = transformers.StaticCache(config=model.config, max_cache_len=length + new)
 
+    kept = {cache_name(model): cache, "use_cache": True}
+
     def read() -> Any:
         # A prompt is read once: compiling that would take longer.
-        return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return model(tokens, logits_to_keep=1, **kept).logits[:, -1:].argmax(-1)
 
     def write(newest: Any) -> list[Any]:
         written = [newest]
         for _ in range(new - 1):
-            state = (step or model)(written[-1], past_key_values=cache, use_cache=True)
+            state = (step or model)(written[-1], **kept)
             # The memory of a compiled step's result is that of the next one's.
             written.append(state.logits[:, -1:].argmax(-1).clone())
         return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,16 +61,21 @@ def pruned(model: Any, density: float) -> Iterator[Any]:
             layer.mlp = mlp
 
 
+def cache_name(model: Any) -> str:
+    """What transformers calls the cache: `cache` from 5.24 on; 5.40 will not know the older name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], float, float]:
     """Greedy tokens, seconds of prefill, and seconds for each decoded token."""
-    start = time.perf_counter()
+    start, cache = time.perf_counter(), cache_name(model)
     state = model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
     token = int(state.logits[0, -1].argmax())
     prefilled = time.perf_counter()
     tokens = [token]
     while len(tokens) < new:
-        state = model(torch.tensor([[token]]), past_key_values=state.past_key_values, use_cache=True)
+        state = model(torch.tensor([[token]]), use_cache=True, **{cache: getattr(state, cache)})
         token = int(state.logits[0, -1].argmax())
         tokens.append(token)
     return tokens, prefilled - start, (time.perf_counter() - prefilled) / max(1, new - 1)

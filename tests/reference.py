@@ -107,6 +107,11 @@ def masking(masks: Sequence[Any]) -> list[Callable[..., Any]]:
     return [lambda _, args, mask=mask: (args[0] * mask,) for mask in masks]
 
 
+def cache_name(model: Any) -> str:
+    """What transformers calls the cache: `cache` from 5.24 on; 5.40 will not know the older name."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def torch_greedy(
     model: Any,
     tokens: Sequence[int],
@@ -116,8 +121,7 @@ def torch_greedy(
 ) -> list[int]:
     """Greedy tokens of the dense torch model, z masked in every step behind the prompt."""
     torch = load_torch()
-    # Transformers 5.24 has another name for it, and 5.40 will not have the old one.
-    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache = cache_name(model)
     state = model(torch.tensor([list(tokens)]), use_cache=True)
     modules = [] if masks is None else down_projections(model, down)
     answer = [int(state.logits[0, -1].argmax())]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import VOCABULARY, all_cases, build_torch
-from reference import assert_close, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
+from reference import assert_close, cache_name, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
@@ -150,16 +150,16 @@ def test_tokens_of_pruned_torch(pair, rng):
     experts = pair.llm.experts([prompt], density=0.5)
     answer = pair.llm.generate([prompt], density=0.5, max_new_tokens=8, seed=0).tokens[0]
     tokens = torch.tensor([prompt])
-    cache = pair.torch(tokens, use_cache=True)
+    read, name = pair.torch(tokens, use_cache=True), cache_name(pair.torch)
     saved = {name: parameter.clone() for name, parameter in pair.torch.named_parameters()}
     try:
         for layer, kept in enumerate(np.asarray(index).reshape(-1) for index in experts):
             _zero_others(torch, pair, layer, kept)
-        got, past, logits = [], cache.past_key_values, cache.logits
+        got, cache, logits = [], getattr(read, name), read.logits
         for _ in answer:
             got.append(int(logits[0, -1].argmax()))
-            step = pair.torch(torch.tensor([[got[-1]]]), past_key_values=past, use_cache=True)
-            past, logits = step.past_key_values, step.logits
+            step = pair.torch(torch.tensor([[got[-1]]]), use_cache=True, **{name: cache})
+            cache, logits = getattr(step, name), step.logits
     finally:
         for name, parameter in pair.torch.named_parameters():
             parameter.copy_(saved[name])
