@@ -10,9 +10,9 @@ how that was seen, so that the special form can go once XLA does better.
 On GPUs and TPUs a conversion of the matrix is taken into its product, which reads the stored numbers and nothing else;
 seen in programs compiled for H100 and TPU v5e. Scales of groups are fused on GPUs only: for TPU v5e XLA writes the
 converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried, and of these the
-plain product reads and writes least. XLA's CPU code
-(jax 0.10 to 0.12) mostly writes the whole converted matrix to memory first: products of integers then take ten times as
-long as those of float32. The forms that it does not do this with depend on the number of tokens.
+plain product reads and writes least. XLA's CPU code (jax 0.10 to 0.12) mostly writes the whole converted matrix to
+memory first: products of integers then take ten times as long as those of float32. The forms that it does not do this
+with depend on the number of tokens.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ tenth less than eight, and sixteen of int8 half as long again."""
 
 FUSED_TOKENS = 16
 """Tokens, at most, whose products with groups of integers are sums on GPUs, for which no matrix is converted in memory.
-XLA makes one kernel of eight, so that these read the integers twice, an eighth of what a converted matrix costs that is
-written and read once."""
+XLA makes one kernel of eight, so that these read the integers twice: a quarter of the bytes that a converted matrix
+costs, which is written and read once."""
 
 FUSED_TOKENS_OF_EACH = 8
 """The same where each sequence has a matrix of its own, of integers or of fewer bits than float32, on GPUs and TPUs."""
