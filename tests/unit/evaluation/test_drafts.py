@@ -21,7 +21,7 @@ from griffin_jax.extensions.drafter import drafter_of
 from griffin_jax.model.weights import WeightFormat, stored_bytes
 
 NEW = 12
-ITEMS = [Item("a", list(range(3, 30)), [1]), Item("b", [40, 41, 42, 9, 8, 7, 6, 5], [1])]
+ITEMS = [Item("a", list(range(3, 30)), [1]), Item("b", [40, 41, 42, 9, 8, 7, 6, 5] * 3, [1])]
 INT4 = WeightFormat.parse("int4:16")
 EVERY = drafts.drafters([None, INT4], grid(["topk"], [0.5], ()), {"dense": "-", "topk": "griffin"}, [3])
 EVERY += [
