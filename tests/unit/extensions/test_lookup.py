@@ -95,9 +95,10 @@ class TestAnswers:
             given = {"max_new_tokens": 40, "ignore_eos": True}
             out = tiny.llm.generate(prompts, lookup=True, **options, **given)
             assert out.tokens == tiny.llm.generate(prompts, density=1.0, **given).tokens
-        # A tiny model repeats itself, which is easy to copy.
         found = out.drafting
-        assert 0 < found.copies_accepted.sum() < found.copied.sum()
+        if options["speculative"] is True:
+            # A tiny model repeats itself, which is easy to copy. Few drafts are all accepted here: nothing is better.
+            assert 0 < found.copies_accepted.sum() < found.copied.sum()
         alone = options["density"] == 1 and "draft_weights" not in options
         assert (found.steps == 0) == alone
         assert int(found.passes) + int((found.accepted + found.copies_accepted)[0]) >= 39
