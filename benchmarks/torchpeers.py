@@ -69,7 +69,8 @@ def cache_name(model: Any) -> str:
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], float, float]:
     """Greedy tokens, seconds of prefill, and seconds for each decoded token."""
-    start, cache = time.perf_counter(), cache_name(model)
+    cache = cache_name(model)
+    start = time.perf_counter()
     state = model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
     token = int(state.logits[0, -1].argmax())
     prefilled = time.perf_counter()

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -107,11 +106,6 @@ def masking(masks: Sequence[Any]) -> list[Callable[..., Any]]:
     return [lambda _, args, mask=mask: (args[0] * mask,) for mask in masks]
 
 
-def cache_name(model: Any) -> str:
-    """What transformers calls the cache: `cache` from 5.24 on; 5.40 will not know the older name."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
 def torch_greedy(
     model: Any,
     tokens: Sequence[int],
@@ -121,6 +115,9 @@ def torch_greedy(
 ) -> list[int]:
     """Greedy tokens of the dense torch model, z masked in every step behind the prompt."""
     torch = load_torch()
+    # It imports torch, without which other references serve.
+    from benchmarks.torchpeers import cache_name
+
     cache = cache_name(model)
     state = model(torch.tensor([list(tokens)]), use_cache=True)
     modules = [] if masks is None else down_projections(model, down)

@@ -40,6 +40,7 @@ from griffin_jax.extensions.lookup import LONGEST, look_up
 from griffin_jax.generation.decode import DecodeState, column_keys
 from griffin_jax.generation.sampling import Greedy, Sampler
 from griffin_jax.model.cache import EMPTY, KVCache
+from griffin_jax.model.products import FUSED_TOKENS
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils.options import count_or
 
@@ -49,8 +50,9 @@ DEFAULT_DRAFTS = 4
 MOST_DRAFTS = 8
 """The most of them where each round has as many as are worth it."""
 
-MOST_WITH_COPIES = 15
-"""The most where drafts are also copied: with the token before them sixteen, which GPUs multiply as one."""
+MOST_WITH_COPIES = FUSED_TOKENS - 1
+"""The most where drafts are also copied: with the token before them, as many as GPUs multiply without converting a
+matrix in memory, whatever its format."""
 
 CLASSES = 8
 """Classes of drafts by how sure the pruned model is of them: class i has probabilities from 1 - 2^-i to 1 - 2^-(i+1),

@@ -68,7 +68,7 @@ XLA makes one kernel of eight, so that these read the integers twice: a quarter 
 costs, which is written and read once."""
 
 FUSED_TOKENS_OF_EACH = 8
-"""The same where each sequence has a matrix of its own, of integers or of fewer bits than float32, on GPUs and TPUs."""
+"""Tokens of each sequence, at most, where each has a matrix of its own, of integers or of 16 bits, on GPUs and TPUs."""
 
 ROW_PARTS = 64
 """Parts of a matrix whose rows are added up in one pass on GPUs: as many as XLA makes of a large one."""
@@ -141,13 +141,8 @@ def linear(
         )
     default = functools.partial(_as_it_is, dtype=dtype)
     # A branch for TPUs takes time wherever programs are traced, so only what differs there has one.
-    others = {"tpu": functools.partial(default, fused=0)} if _in_groups(scale) else {}
+    others = {} if scale is None or scale.shape[-1] == 1 else {"tpu": functools.partial(default, fused=0)}
     return jax.lax.platform_dependent(x, weight, scale, cpu=cpu, default=default, **others)
-
-
-def _in_groups(scale: Array | None) -> bool:
-    """Whether scales of a matrix's rows are those of groups."""
-    return scale is not None and scale.shape[-1] > 1
 
 
 def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype, fused: int = FUSED_TOKENS) -> Array:
@@ -159,7 +154,7 @@ def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype, 
     kernel reads the integers and their scales, once. Seen in programs compiled for H100 (jax 0.10.2), and not for TPU
     v5e, which converts in memory whatever the form. More than `fused` tokens are worth a floating matrix.
     """
-    if scale is None or not _in_groups(scale):
+    if scale is None or scale.shape[-1] == 1:
         y = _dot(x, weight, ((2,), (weight.ndim - 1,)), ((), ()), dtype=dtype if scale is None else jnp.float32)
         return y if scale is None else (y * scale[..., 0]).astype(dtype)
     tokens = _tokens(x, weight)
@@ -276,13 +271,14 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
     """
     passes = weight.dtype in (jnp.bfloat16, jnp.float32)
     parts = parts_of(x, MOST_PASSES if passes else 1)
-    if scale is None and parts == 1 and not DOTS_FUSE:
-        return blocks_of_rows(x[None], weight, None, lambda x, rows: (x[0] @ rows.T)[None])[0]
-    if parts is None or (scale is None and not DOTS_FUSE):
+    if scale is None and (parts is None or not DOTS_FUSE):
+        if parts == 1:
+            return blocks_of_rows(x[None], weight, None, lambda x, rows: (x[0] @ rows.T)[None])[0]
         # Not `wide`, which is written with integers, and for a sum these are converted in memory.
-        matrix = weight.astype(jnp.float32) if scale is None else dequantise(weight, scale)
-        return jnp.sum(matrix * x, axis=-1)
+        return jnp.sum(weight.astype(jnp.float32) * x, axis=-1)
     matrix = wide(weight, scale)
+    if parts is None:
+        return jnp.sum(matrix * x, axis=-1)
     if parts == 1:
         return x @ matrix.T
     return _in_passes(x.reshape(parts, -1), matrix.reshape(-1, x.shape[0] // parts))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import VOCABULARY, all_cases, build_torch
-from reference import assert_close, cache_name, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
+from reference import assert_close, load_torch, oracle_squares, oracle_topk, stepwise_logits, torch_logits
 
 import griffin_jax as gj
 from griffin_jax.generation import jitted
@@ -146,6 +146,8 @@ def test_pruned_is_masked(pair, rng):
 def test_tokens_of_pruned_torch(pair, rng):
     """Greedy tokens at a density equal those of the torch model whose other neurons' down projections are zero."""
     torch = load_torch()
+    from benchmarks.torchpeers import cache_name
+
     prompt = rng.integers(3, VOCABULARY, 16).tolist()
     experts = pair.llm.experts([prompt], density=0.5)
     answer = pair.llm.generate([prompt], density=0.5, max_new_tokens=8, seed=0).tokens[0]

@@ -188,10 +188,8 @@ class TestDistribution:
         ("name", "wrong"),
         [
             pytest.param("correction", lambda p, q: p, id="drawing again from p"),
-            pytest.param(
-                "accept", lambda chance, *_: jnp.ones_like(chance, bool), id="accepting always", marks=pytest.mark.slow
-            ),
-            pytest.param("accept", lambda chance, p, _: chance < p, id="accepting with p", marks=pytest.mark.slow),
+            pytest.param("accept", lambda chance, *_: jnp.ones_like(chance, bool), id="accepting always"),
+            pytest.param("accept", lambda chance, p, _: chance < p, id="accepting with p"),
         ],
     )
     def test_a_wrong_rule_would_be_found(self, model, monkeypatch, name, wrong):

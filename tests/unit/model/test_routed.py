@@ -355,10 +355,7 @@ def test_gradients_of_a_layer(fields, tokens, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "division"),
-    [("float32", "experts"), *(pytest.param(text, "neurons", marks=pytest.mark.slow) for text in ("float32", "int8"))],
-)
+@pytest.mark.parametrize(("text", "division"), [("float32", "experts"), ("float32", "neurons"), ("int8", "neurons")])
 def test_gradients_on_a_mesh(text, division, rng):
     """Of a whole model: each device has a part of each expert's neurons, or whole ones, and half of the sequences."""
     batch = Batch(rng.integers(0, 64, (4, 12)).astype(np.int32), np.asarray([12, 7, 12, 9], np.int32))
