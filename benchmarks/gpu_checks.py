@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +153,12 @@ def main() -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), metavar="NAMES", help="separated by commas")
     parser.add_argument("--json-file", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
-    rows = [row for family in options.families.split(",") for row in checks(family)]
+    families = options.families.split(",")
+    # Most of it is compiling. Together they are on the device, so none may take all of its memory.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    workers = min(len(families), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
+        rows = [row for found in processes.map(checks, families) for row in found]
     write_text(options.json_file, json.dumps({"format": "griffin_jax checks 1", "rows": rows}) + "\n")
 
 
