@@ -323,6 +323,29 @@ def test_drafts_are_read_by_a_kernel(kernels, rng):
     np.testing.assert_array_equal(found[:, :9], jax.jit(dense)()[:, :9])
 
 
+@pytest.mark.parametrize(("slots", "size"), [(200, 24), (70, 8)])
+def test_what_slots_hold_that_are_not_filled_changes_nothing(cache, rng, slots, size):
+    """Keys are loaded together with their neighbours, some of which may be beyond the last one."""
+    filled = 133 if slots == 200 else 47
+    keys, values, positions = cache(1, 2, size, slots, filled)
+    query, position = rng.standard_normal((1, 2, 3, size)).astype(np.float32), positions.max(axis=1) + 1
+    own = rng.standard_normal((2, 1, 2, size)).astype(np.float32)
+
+    def mixed(beyond: float) -> np.ndarray:
+        keys[..., filled:], values[:, :, filled:] = beyond, beyond
+        arrays = query, *own, keys, values, position, positions, np.int32(filled)
+        return np.asarray(flash.decode_step(*map(jnp.asarray, arrays), scale=SCALE, interpret=True)[0])
+
+    np.testing.assert_array_equal(mixed(np.nan), mixed(0.0))
+
+
+@pytest.mark.parametrize(("stop", "there", "below"), [(13, 24, 16), (16, 24, 16), (13, 30, 14), (13, 7, 13)])
+def test_conditions_hold_for_numbers_that_are_loaded_together(stop, there, below):
+    """Up to the next multiple of 8 that an array has room for, or of what its length and 8 have in common."""
+    found = np.asarray(flash._below(jnp.int32(8), 32, stop, there))
+    np.testing.assert_array_equal(found, np.arange(8, 40) < below)
+
+
 @pytest.mark.parametrize("tokens", first_and_slow(1, 8, 1, 16))
 def test_models_of_16_bits_have_gradients(tokens):
     """However few tokens there are: a program is traced for all platforms."""
