@@ -1,9 +1,10 @@
 """What pruning gains on this accelerator: proof by one command, in parts that are kept.
 
 The parts, in the order of what they are worth: whether the device computes what the processor computes (tiny models of
-five families); decoding and prefill of Llama-2-13B and Gemma-7B in their true shapes with random weights, in bfloat16
-and int8, one sequence and eight; transformers and the published GRIFFIN in PyTorch on the same device and shapes; one
-copy of the weights instead of two; and the loop over tokens as one CUDA graph.
+five families); decoding and prefill of Llama-2-13B and Gemma-7B in their true shapes with random weights, in bfloat16,
+int8 and int4, one sequence and eight; the same in integers with `griffin_jax.model.gemv`, whose kernels are no default
+before they have been measured; transformers and the published GRIFFIN in PyTorch on the same device and shapes; the
+kernels of a decode step; one copy of the weights instead of two; and the loop over tokens as one CUDA graph.
 
 Each part runs in a process of its own and leaves a file in --output. Run again, the command goes on with the parts that
 are missing, so that a device that is lent for minutes is enough; no part begins that --minutes leaves no time for. At
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_checks import FAMILIES
+from benchmarks.gpu_profile import table as profile_table
 from griffin_jax.bench.report import size
 from griffin_jax.bench.report import table as bench_table
 from griffin_jax.model.named import named
+from griffin_jax.model.products import GEMV_VARIABLE
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax gpu 1"
@@ -35,6 +38,9 @@ FORMAT = "griffin_jax gpu 1"
 
 PAPER = {"Llama-2-13B": 1.25, "Gemma-7B": 1.29}
 """The speed-up of decoding at a density of 0.5 that the paper measured on an L40 (arXiv 2404.01365)."""
+
+CHECKS = ("correctness", "correctness-gemv")
+"""The parts that check what the device computes."""
 
 FIRST_GUESS = 60.0
 """Seconds that a part takes, before one has been run."""
@@ -63,7 +69,7 @@ class Size:
     families: tuple[str, ...]
 
 
-FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.75,0.5,0.25", (1, 8), 3, FAMILIES)
+FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, FAMILIES)
 SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, FAMILIES[:1])
 """For a test of this command on any machine. Its figures mean nothing."""
 
@@ -77,12 +83,14 @@ class Part:
         command: arguments after `python -m`; it writes a JSON object to the file that follows `--json-file`.
         in_torch: whether it leaves the device to PyTorch.
         xla_flags: for this process only.
+        gemv: whether few tokens are multiplied by integers with `griffin_jax.model.gemv`.
     """
 
     name: str
     command: tuple[str, ...]
     in_torch: bool = False
     xla_flags: str = ""
+    gemv: bool = False
 
 
 def parts(scale: Size) -> Iterator[Part]:
@@ -92,22 +100,33 @@ def parts(scale: Size) -> Iterator[Part]:
         layers = () if scale.layers is None else ("--layers", str(scale.layers))
         return ("--model", model, *layers, "--lengths", scale.lengths, "--repeats", str(scale.repeats), *more)
 
-    def decoding(model: str, weights: str, batch: int) -> Part:
+    def checks(name: str, families: Sequence[str], gemv: bool = False) -> Part:
+        return Part(name, ("benchmarks.gpu_checks", "--families", ",".join(families)), gemv=gemv)
+
+    def decoding(model: str, weights: str, batch: int, gemv: bool = False) -> Part:
         options = run(
             model, "--dtype", "bfloat16", "--weights", weights, "--batch", str(batch), "--density", scale.densities,
             "--experts", "shared",
         )  # fmt: skip
-        return Part(f"{model}-{weights}-batch-{batch}", ("benchmarks", "run", *options))
+        name = f"{model}-{weights}-batch-{batch}" + "-gemv" * gemv
+        return Part(name, ("benchmarks", "run", *options), gemv=gemv)
 
     def peers(model: str, batch: int) -> Part:
         options = run(model, "--density", scale.densities, "--batch", str(batch))
         return Part(f"{model}-torch-batch-{batch}", ("benchmarks.gpu_torch", *options), in_torch=True)
 
-    yield Part("correctness", ("benchmarks.gpu_checks", "--families", ",".join(scale.families)))
+    yield checks("correctness", scale.families)
     first, *others = scale.batches
     for weights in ("bfloat16", "int8"):
         yield from (decoding(model, weights, first) for model in scale.models)
+    yield checks("correctness-gemv", scale.families[:2], gemv=True)
+    yield from (decoding(model, "int8", first, gemv=True) for model in scale.models)
+    for gemv in (False, True):
+        yield from (decoding(model, "int4", first, gemv) for model in scale.models)
     yield from (peers(model, first) for model in scale.models)
+    for weights in ("bfloat16", "int8", "int4"):
+        options = ("--model", scale.models[0], "--weights", weights, "--lengths", scale.lengths)
+        yield Part(f"{scale.models[0]}-{weights}-profile", ("benchmarks.gpu_profile", *options))
     for batch in others:
         for weights in ("bfloat16", "int8"):
             yield from (decoding(model, weights, batch) for model in scale.models)
@@ -170,7 +189,7 @@ def run(options: argparse.Namespace) -> int:
     print(text)
     for name, reason in failed.items():
         print(f"{name} failed: {reason}", file=sys.stderr)
-    wrong = [row for row in result["parts"].get("correctness", {}).get("rows", ()) if not row["passed"]]
+    wrong = [row for part in CHECKS for row in result["parts"].get(part, {}).get("rows", ()) if not row["passed"]]
     return 1 if failed or wrong else 0
 
 
@@ -203,6 +222,7 @@ def _run(part: Part, folder: Path, seconds: float) -> str | None:
         # Nothing else is on the device.
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
+        environment[GEMV_VARIABLE] = "1" if part.gemv else ""
     command = [sys.executable, "-m", *part.command, "--json-file", str(target)]
     with target.with_suffix(".log").open("w", encoding="utf-8") as log:
         try:
@@ -271,11 +291,13 @@ def table(result: Mapping[str, Any]) -> str:
         f"griffin_jax {result['griffin_jax']} on {result['device']}{driver}, jax {result['jax']}, {result['date']}",
         *([f"not there yet: {', '.join(result['missing'])}"] if result["missing"] else []),
         "",
-        *_checks(found.get("correctness", {}).get("rows", ())),
+        *_checks([row for part in CHECKS for row in found.get(part, {}).get("rows", ())]),
         *_summary(found),
     ]
     for name, part in found.items():
-        if "stored_as" in part:
+        if "profiled" in part:
+            lines += ["", f"---- {name}", profile_table(part)]
+        elif "stored_as" in part:
             lines += ["", f"---- {name}", bench_table(part)]
     return "\n".join(lines)
 
@@ -300,7 +322,7 @@ def _summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for row in part["rows"] if model else ():
             ours = "ceiling_ms" in row
             kind = part["stored_as"] if ours else ""
-            kind += next((f", {mark}" for mark in ("in-place", "loop-in-a-graph") if name.endswith(mark)), "")
+            kind += next((f", {mark}" for mark in ("in-place", "loop-in-a-graph", "gemv") if name.endswith(mark)), "")
             paper = PAPER.get(model) if row["density"] == 0.5 else None
             memory = part["device_memory"] if ours else row["device_memory"]
             cells = (

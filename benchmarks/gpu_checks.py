@@ -123,16 +123,15 @@ def checks(family: str) -> list[dict[str, Any]]:
         _row(family, "float32: tokens that differ, pruned", float(np.mean(found[2] != expected[2])), 0),
         _row(family, "float32: error of logits", _error(found[3], expected[3]), 1e-4),
     ]
-    with jax.default_device(cpu):
-        # The same rounded weights, computed with in float32.
-        rounded = on(cpu, jnp.bfloat16)
-        exact = _forced_logits(jax.tree.map(lambda a: a.astype(jnp.float32), rounded), expected[1])
-        of_cpu = _error(_forced_logits(rounded, expected[1]), exact)
-    of_device = _error(_forced_logits(on(device, jnp.bfloat16), expected[1]), exact)
-    rows.append(_row(family, "bfloat16: error of logits", of_device, SPARE * of_cpu))
-
-    for weights in ("bfloat16", "int8"):
+    for weights in ("bfloat16", "int8", "int4"):
+        with jax.default_device(cpu):
+            # The same rounded weights, computed with in float32.
+            rounded = on(cpu, jnp.bfloat16, weights)
+            exact = _forced_logits(jax.tree.map(_in_float32, rounded), expected[1])
+            of_cpu = _error(_forced_logits(rounded, expected[1]), exact)
         model = on(device, jnp.bfloat16, weights)
+        of_device = _error(_forced_logits(model, expected[1]), exact)
+        rows.append(_row(family, f"{weights}: error of logits", of_device, SPARE * of_cpu))
         tokens, lengths = _prompts(config)
         prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=NEW)
         experts = jitted.select(prefilled.statistics, config=gj.GriffinConfig(DENSITY))
@@ -141,6 +140,10 @@ def checks(family: str) -> list[dict[str, Any]]:
             _row(family, f"{weights}: arrays pruned wrongly", _gathered(model, indices, gj.prune(model, experts)), 0)
         )
     return rows
+
+
+def _in_float32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.float32) if array.dtype == jnp.bfloat16 else array
 
 
 def _error(found: np.ndarray, exact: np.ndarray) -> float:
@@ -156,6 +159,8 @@ def main() -> None:
     families = options.families.split(",")
     # Most of it is compiling. Together they are on the device, so none may take all of its memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    # Which of XLA's products is fastest is found out by compiling all of them.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     workers = min(len(families), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:
         rows = [row for found in processes.map(checks, families) for row in found]

@@ -34,6 +34,9 @@ from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax profile 1"
 
+LEAST_SHARE = 0.004
+"""Share of a step's time, at least, of the kernels that are shown one by one."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Event:
@@ -58,7 +61,7 @@ def events(folder: Path, module: str) -> list[Event]:
     return found
 
 
-def _events(profile: ProfileData, module: str) -> Iterator[Event]:
+def _events(profile: Any, module: str) -> Iterator[Event]:
     planes = list(profile.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     for plane in devices or planes:
@@ -77,7 +80,9 @@ def kernels(found: Sequence[Event], module: Module, tokens: int) -> list[dict[st
     instructions = {i.name: i for computation in module.computations.values() for i in computation}
     alike: dict[tuple[str, str, int], list[Event]] = collections.defaultdict(list)
     for event in found:
-        instruction = instructions.get(event.instruction)
+        # Of a CUDA graph the event names the graph, and the kernel is called as its instruction is.
+        own = re.sub(r"_(\d+)$", r".\1", event.kernel)
+        instruction = instructions.get(event.instruction, instructions.get(own, instructions.get(event.kernel)))
         if instruction is None or instruction.opcode not in CONTROL:
             alike[_kind(event, instruction, instructions)].append(event)
     rows = [
@@ -151,12 +156,18 @@ def table(result: Mapping[str, Any]) -> str:
             f"idle between them {idle:.0%} of the time",
             f"{'us/token':>10}{'a token':>9}{'us each':>9}{'MB':>9}{'GB/s':>8}  kernel",
         ]
-        for row in each["kernels"]:
-            speed = row["bytes"] / row["us"] / 1e3 if row["us"] else 0.0
-            lines.append(
-                f"{row['us_per_token']:>10,.1f}{row['per_token']:>9.1f}{row['us']:>9,.1f}{row['bytes'] / 1e6:>9,.2f}"
-                f"{speed:>8,.0f}  {row['kernel']} -> {row['makes']}"
+        shown = [row for row in each["kernels"] if row["us_per_token"] >= LEAST_SHARE * each["busy_us"]]
+        for row in shown:
+            size, speed = (
+                (f"{row['bytes'] / 1e6:.1f}", f"{row['bytes'] / row['us'] / 1e3:,.0f}") if row["bytes"] else "--"
             )
+            makes = f" -> {row['makes']}" if row["makes"] else ""
+            lines.append(
+                f"{row['us_per_token']:>10,.1f}{row['per_token']:>9.1f}{row['us']:>9,.1f}{size:>9}{speed:>8}"
+                f"  {row['kernel']}{makes}"
+            )
+        others = each["busy_us"] - math.fsum(row["us_per_token"] for row in shown)
+        lines.append(f"{others:>10,.1f}{launches - sum(row['per_token'] for row in shown):>9.1f}{'':26}  all others")
     return "\n".join(lines)
 
 

@@ -181,7 +181,7 @@ DECODING: tuple[Column, ...] = (
     ("tokens/s", "", 9, _number("tokens_per_second", 1)),
     ("weights", "", 9, _size("weights_bytes")),
     ("cache", "", 9, _size("cache_bytes")),
-    ("read", "GB/s", 7, _number("read_speed", 1, 1e-9)),
+    ("read", "GB/s", 8, _number("read_speed", 1, 1e-9)),
     ("ceiling", "ms/token", 9, _number("ceiling_ms", 2)),
     ("of", "it", 5, _share("fraction_of_ceiling")),
     ("speed-", "up", 7, _times("speedup")),

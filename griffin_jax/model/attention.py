@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.low_rank import plus_linear, plus_matmul
 from griffin_jax.model.norm import head_norm, softcap
-from griffin_jax.model.ops import ordered_after
+from griffin_jax.model.ops import ordered_after, with_gradients_of
 from griffin_jax.model.parameters import array_of, bias_vector, matrix
 from griffin_jax.model.positions import Positions, rotate
 from griffin_jax.model.products import linear, matmul
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
             mixed, cached_keys, cached_values = in_blocks(*operands)
         else:
             mixed, cached_keys, cached_values = jax.lax.platform_dependent(
-                *operands, cuda=_with_gradients_of(in_blocks, kernel), default=in_blocks
+                *operands, cuda=with_gradients_of(in_blocks, kernel), default=in_blocks
             )
 
         b, n, t, h = query.shape
@@ -234,18 +234,6 @@ class Attention(nnx.Module):
         if self.query_norm is None or self.key_norm is None:
             return query, key
         return self.query_norm(query), self.key_norm(key)
-
-
-def _with_gradients_of(plain: Callable[..., _Attended], kernel: Callable[..., _Attended]) -> Callable[..., _Attended]:
-    """The kernel, which has no gradients of its own, with those of what computes the same in operations of XLA."""
-
-    def backwards(operands: tuple[Array, ...], gradients: _Attended) -> tuple[Array | None, ...]:
-        *floating, cursor = operands
-        return *jax.vjp(lambda *given: plain(*given, cursor), *floating)[1](gradients), None
-
-    attend = jax.custom_vjp(kernel)
-    attend.defvjp(lambda *operands: (kernel(*operands), operands), backwards)
-    return attend
 
 
 def _written(

@@ -7,6 +7,7 @@ version and on which platform, and how that was seen, so that the special form c
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,16 @@ def of_one_row(function: Callable[[Array], Array], x: Float[Array, "1 *n"]) -> t
         return rows[:1], function(rows)[:1]
 
     return jax.lax.platform_dependent(x, cuda=twice, default=lambda x: (x, function(x)))
+
+
+def with_gradients_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel, which has no gradients of its own, with those of what computes the same in operations of XLA."""
+    both = jax.custom_vjp(kernel)
+    both.defvjp(
+        lambda *operands: (kernel(*operands), operands),
+        lambda operands, gradients: jax.vjp(plain, *operands)[1](gradients),
+    )
+    return both
 
 
 def ordered_after(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,14 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from griffin_jax.model.ops import with_gradients_of
 from griffin_jax.model.weights import dequantise, grouped
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
+
+GEMV_VARIABLE = "GRIFFIN_JAX_GEMV"
+"""Environment variable that, not empty, makes few tokens be multiplied by integers with `griffin_jax.model.gemv` on
+NVIDIA GPUs. No GPU has run these kernels yet, so XLA's products are the default; `python -m benchmarks gpu` measures
+both."""
 
 FUSED_BYTES = 16 << 10
 """XLA's CPU code takes a conversion into a product with a vector only if the vector has fewer bytes (kFusionThreshold
@@ -140,9 +147,36 @@ def linear(
             out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
         )
     default = functools.partial(_as_it_is, dtype=dtype)
-    # A branch for TPUs takes time wherever programs are traced, so only what differs there has one.
-    others = {} if scale is None or scale.shape[-1] == 1 else {"tpu": functools.partial(default, fused=0)}
+    # Branches take time wherever programs are traced, so only what differs has one.
+    others: dict[str, Callable[..., Array]] = {}
+    if scale is not None and scale.shape[-1] > 1:
+        others["tpu"] = functools.partial(default, fused=0)
+    if (gemv := _gemv(x, weight, scale)) is not None:
+
+        def kernel(x: Array, weight: Array, scale: Array) -> Array:
+            rows = weight.reshape(-1, weight.shape[-1]), scale.reshape(-1, scale.shape[-1])
+            y = gemv.rows_times(x.reshape(-1, x.shape[-1]), *rows)
+            return y.reshape(*x.shape[:2], *weight.shape[:-1]).astype(dtype)
+
+        others["cuda"] = with_gradients_of(default, kernel)
     return jax.lax.platform_dependent(x, weight, scale, cpu=cpu, default=default, **others)
+
+
+def _gemv(x: Array, weight: Array, scale: Array | None) -> Any:
+    """`griffin_jax.model.gemv`, if its kernels are to be used and take these operands on a GPU; otherwise None.
+
+    They are not divided among devices: on a mesh of several XLA divides its own products.
+    """
+    mesh = mesh_of(weight)
+    if not os.environ.get(GEMV_VARIABLE) or scale is None or (mesh is not None and mesh.size > 1):
+        return None
+    try:
+        # Here, because JAX does not have Triton everywhere.
+        from griffin_jax.model import gemv
+    except ImportError:
+        return None
+    groups = scale.shape[-1] if scale.ndim == weight.ndim else 1
+    return gemv if gemv.fits(math.prod(x.shape[:-1]), weight, groups) else None
 
 
 def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype, fused: int = FUSED_TOKENS) -> Array:
@@ -432,7 +466,16 @@ def matmul(
         row_scale: of integers, for each of n groups of a row, instead.
     """
     operands = x, weight, scale, row_scale
-    others = {} if row_scale is None else {"tpu": functools.partial(_matmul_as_it_is, fused=0)}
+    others: dict[str, Callable[..., Array]] = {}
+    if row_scale is not None:
+        others["tpu"] = functools.partial(_matmul_as_it_is, fused=0)
+    if (gemv := _gemv(x, weight, scale if row_scale is None else row_scale)) is not None:
+
+        def kernel(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
+            y = gemv.sums_of_rows(x.reshape(-1, x.shape[-1]), weight, row_scale)
+            return (y if scale is None else y * scale).reshape(*x.shape[:2], -1).astype(x.dtype)
+
+        others["cuda"] = with_gradients_of(_matmul_as_it_is, kernel)
     return jax.lax.platform_dependent(*operands, cpu=_matmul_on_cpu, default=_matmul_as_it_is, **others)
 
 

@@ -19,11 +19,13 @@ import pytest
 from reference import load_torch
 
 import griffin_jax as gj
-from benchmarks import gpu, gpu_checks
+from benchmarks import gpu, gpu_checks, gpu_profile
+from griffin_jax.aot.hlo import Module
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.named import named
 
 ROOT = Path(__file__).parents[3]
+BROKEN = "SmolLM2-135M-int8-batch-1"
 TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -42,9 +44,13 @@ def test_the_whole_command_and_its_json(tmp_path):
     result = json.loads((tmp_path / "found" / "results.json").read_text())
     assert result["format"] == gpu.FORMAT
     assert result["missing"] == ([] if TORCH else ["SmolLM2-135M-torch-batch-1"])
-    checks = result["parts"]["correctness"]["rows"]
-    assert len(checks) == 7
-    assert all(row["passed"] for row in checks)
+    for name in gpu.CHECKS:
+        checks = result["parts"][name]["rows"]
+        assert len(checks) == 10
+        assert all(row["passed"] for row in checks)
+    profiled = result["parts"]["SmolLM2-135M-int8-profile"]["densities"]
+    assert [each["density"] for each in profiled] == [1, 0.5]
+    assert all(each["kernels"] and each["busy_us"] > 0 for each in profiled)
     int8, floating = (result["parts"][f"SmolLM2-135M-{kind}-batch-1"]["rows"] for kind in ("int8", "bfloat16"))
     assert [row["density"] for row in int8] == [1, 0.5]
     assert int8[0]["weights_bytes"] < 0.6 * floating[0]["weights_bytes"]
@@ -63,7 +69,8 @@ class TestParts:
             "correctness", "Llama-2-13B-bfloat16-batch-1", "Gemma-7B-bfloat16-batch-1", "Llama-2-13B-int8-batch-1",
             "Gemma-7B-int8-batch-1",
         ]  # fmt: skip
-        assert len(set(names)) == len(names) == 17
+        assert len(set(names)) == len(names) == 27
+        assert names.index("correctness-gemv") < names.index("Llama-2-13B-int8-batch-1-gemv")
 
     def test_flags_are_those_of_a_part(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XLA_FLAGS", "--mine")
@@ -74,10 +81,12 @@ class TestParts:
             return argparse.Namespace(returncode=1)
 
         monkeypatch.setattr(gpu.subprocess, "run", pretend)
-        for part in (gpu.Part("a", ()), gpu.Part("b", (), xla_flags="--its"), gpu.Part("c", (), in_torch=True)):
+        kinds = {"xla_flags": "--its"}, {"in_torch": True}, {"gemv": True}
+        for part in (gpu.Part("a", ()), *(gpu.Part("b", (), **kind) for kind in kinds)):
             gpu._run(part, tmp_path, 1.0)
-        assert [env["XLA_FLAGS"] for env in seen] == ["--mine", "--mine --its", "--mine"]
+        assert [env["XLA_FLAGS"] for env in seen] == ["--mine", "--mine --its", "--mine", "--mine"]
         assert seen[2]["JAX_PLATFORMS"] == "cpu"
+        assert [env.get("GRIFFIN_JAX_GEMV") for env in seen if env is not seen[2]] == ["", "", "1"]
         assert [part.xla_flags for part in gpu.parts(gpu.FULL)].count("--xla_gpu_enable_command_buffer=+WHILE") == 2
 
     def test_only_what_is_missing_runs(self, tmp_path, monkeypatch, capsys):
@@ -85,7 +94,7 @@ class TestParts:
 
         def pretend(part: gpu.Part, folder: Path, seconds: float) -> str | None:
             ran.append(part.name)
-            if part.name.endswith("int8-batch-1"):
+            if part.name == BROKEN:
                 return "it broke"
             rows = [gpu_checks._row("F", "error", 2.0, 1.0)] if part.name == "correctness" else []
             (folder / f"{part.name}.json").write_text(json.dumps({"rows": rows}))
@@ -94,15 +103,15 @@ class TestParts:
         monkeypatch.setattr(gpu, "_run", pretend)
         assert gpu.run(options(tmp_path)) == 1
         first, said = list(ran), capsys.readouterr()
-        assert len(first) == 6
-        assert "SmolLM2-135M-int8-batch-1 failed: it broke" in said.err
+        assert len(first) == 13
+        assert f"{BROKEN} failed: it broke" in said.err
         assert "0 of 1 checks\n  WRONG F, error: 2, allowed 1" in said.out
-        assert "not there yet: SmolLM2-135M-int8-batch-1" in said.out
+        assert f"not there yet: {BROKEN}" in said.out
         ran.clear()
         gpu.run(options(tmp_path))
-        assert ran == ["SmolLM2-135M-int8-batch-1"]
+        assert ran == [BROKEN]
         gpu.run(options(tmp_path, list=True))
-        assert capsys.readouterr().out.count("done") == 5
+        assert capsys.readouterr().out.count("done") == 12
 
     def test_no_part_begins_that_there_is_no_time_for(self, tmp_path, monkeypatch, capsys):
         clock = iter(range(0, 10_000, 100))
@@ -154,6 +163,46 @@ class TestChecks:
         assert (gemma.windows, gemma.attention_softcap, gemma.embedding_scale) == ((16, 0), 50.0, 16.0)
         assert (opt.num_kv_heads, opt.gated, opt.learned_positions) == (4, False, True)
         assert gpu_checks.tiny("Llama-3-8B").num_kv_heads == 2
+
+
+class TestProfile:
+    HLO = """HloModule jit_decode, is_scheduled=true
+
+%body (p: (f32[8])) -> (f32[8]) {
+  %p = (f32[8]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=0
+  %product.3 = f32[8,4]{1,0} fusion(%x), kind=kLoop, calls=%inner
+  ROOT %again = (f32[8]) tuple(%x)
+}
+
+ENTRY %main (a: f32[8]) -> (f32[8]) {
+  %a = f32[8]{0} parameter(0)
+  %start = (f32[8]) tuple(%a)
+  ROOT %while.1 = (f32[8]) while(%start), condition=%cond, body=%body
+}
+"""
+
+    def test_kernels_that_are_alike_are_one_row(self):
+        """A CUDA graph's events name the graph, others the instruction; the loop itself is no kernel."""
+        event = gpu_profile.Event
+        found = [
+            event("while.1", "while.1", 0, 9_000), event("command_buffer", "product_3", 0, 2_000),
+            event("product.3", "product_3", 3_000, 4_000), event("command_buffer", "decode_attention", 8_000, 1_000),
+        ]  # fmt: skip
+        product, attention = gpu_profile.kernels(found, Module.parse(self.HLO), tokens=2)
+        assert (product["kernel"], product["makes"], product["bytes"]) == ("product", "[8, 4]", (8 + 32) * 4)
+        assert (product["per_token"], product["us"], product["us_per_token"]) == (1, 3, 3)
+        assert (attention["kernel"], attention["bytes"], attention["us_per_token"]) == ("decode_attention", 0, 0.5)
+
+    def test_a_table(self):
+        kernel = {"kernel": "k", "makes": "[1]", "per_token": 2.0, "us": 1.0, "us_per_token": 2.0, "bytes": 2_000_000}
+        small = {"kernel": "s", "makes": "", "per_token": 1.0, "us": 0.001, "us_per_token": 0.001, "bytes": 0}
+        each = {"density": 0.5, "busy_us": 2.001, "span_us": 4.002, "kernels": [kernel, small]}
+        shown = {"profiled": "M", "layers": 4, "stored_as": "int8", "slots": 9, "densities": [each]}
+        lines = gpu_profile.table(shown).splitlines()
+        assert lines[1] == "density 0.5: 2 us a token in 3.0 kernels, idle between them 50% of the time"
+        assert lines[3].split() == ["2.0", "2.0", "1.0", "2.0", "2,000", "k", "->", "[1]"]
+        assert lines[4].split() == ["0.0", "1.0", "all", "others"]
 
 
 @pytest.mark.skipif(not TORCH, reason="needs torch")
