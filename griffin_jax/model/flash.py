@@ -97,8 +97,8 @@ def _below(first: Array, count: int, stop: int | Array, there: int) -> Array:
     `there` numbers has such.
 
     A thread loads neighbours together only if Triton sees that one condition holds for all of them. Seen in machine
-    code for H100 (jax 0.11.2): with a condition for each slot `decode_step` loads its keys two bytes at a time and waits
-    for them, with this one 16 bytes at a time and ahead.
+    code for H100 (jax 0.11.2): with a condition for each slot `decode_step` loads its keys two bytes at a time and
+    waits for them, with this one 16 bytes at a time and ahead.
     """
     each = np.int32(math.gcd(there, VECTOR))
     numbers = jax.lax.div(first, each) + jax.lax.div(jnp.arange(count, dtype=jnp.int32), each)
