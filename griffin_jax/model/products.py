@@ -54,10 +54,6 @@ in timings: half or twice as many take up to 5% longer, 512 KiB and 16 MiB more.
 MOST_BRANCHES = 16
 """Matrices in bfloat16, at most, each of which has a branch of its own, since a program has as many for each layer."""
 
-FEW_TOKENS = 4
-"""Tokens that are multiplied one by one, with converted numbers that never reach memory. Seen in timings: two tokens
-take half as long as with `BLOCK_ROWS`, eight as long."""
-
 ROWS_FIRST = 128
 """Tokens, at most, that a matrix is multiplied by instead of they by it. For more of them what is gained is lost again
 where the result is transposed. Seen in timings of prompts of 512 tokens, one and four at a time."""
@@ -80,10 +76,20 @@ FUSED_TOKENS_OF_EACH = 8
 ROW_PARTS = 64
 """Parts of a matrix whose rows are added up in one pass on GPUs: as many as XLA makes of a large one."""
 
-DOTS_FUSE = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+_JAX = tuple(map(int, jax.__version__.split(".")[:2]))
+
+DOTS_FUSE = _JAX < (0, 11)
 """Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 it does so in loops
 only: outside of one the product takes ten times as long, a vector in parts takes longer than a sum of products
 everywhere, and of integers in groups sums take ten times as long as the product."""
+
+DOTS_NEED_FLOATS = _JAX == (0, 11)
+"""Whether it does so nowhere (jax 0.11): then blocks of rows are converted into the processor's cache first. Seen in
+timings of a matrix of 8,960 x 1,536: 2 to 3 ms instead of 8 to 15 in int8, bfloat16 and int4."""
+
+FEW_TOKENS = 1 if DOTS_NEED_FLOATS else 4
+"""Tokens that are multiplied one by one, with converted numbers that never reach memory. Seen in timings: two tokens
+take half as long as with `BLOCK_ROWS`, eight as long."""
 
 
 def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[Array, "..."]:
@@ -303,11 +309,17 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
     among those of several experts, 20, sums 62, and the product, for which XLA copies the matrix, 363. Seen in timings;
     in a loop over tokens passes over int8 take four times as long as sums (but see `long_token`, for experts).
     """
+
+    def times(x: Array, rows: Array) -> Array:
+        return _vector_times(x[0], rows)[None]
+
     passes = weight.dtype in (jnp.bfloat16, jnp.float32)
     parts = parts_of(x, MOST_PASSES if passes else 1)
+    if DOTS_NEED_FLOATS:
+        return blocks_of_rows(x[None], weight, scale, times)[0]
     if scale is None and (parts is None or not DOTS_FUSE):
         if parts == 1:
-            return blocks_of_rows(x[None], weight, None, lambda x, rows: (x[0] @ rows.T)[None])[0]
+            return blocks_of_rows(x[None], weight, None, times)[0]
         # Not `wide`, which is written with integers, and for a sum these are converted in memory.
         return jnp.sum(weight.astype(jnp.float32) * x, axis=-1)
     matrix = wide(weight, scale)
@@ -323,9 +335,14 @@ def parts_of(x: Float[Array, "d"], most: int = MOST_PASSES) -> int | None:
     return next((n for n in range(1, most + 1) if x.shape[0] % n == 0 and x.nbytes // n < FUSED_BYTES), None)
 
 
+def _vector_times(x: Float[Array, "d"], rows: Float[Array, "f d"]) -> Float[Array, "f"]:
+    """The product with rows that have just been converted, which are in memory only if that is faster."""
+    return jax.lax.optimization_barrier(rows) @ x if DOTS_NEED_FLOATS else x @ rows.T
+
+
 def _in_passes(x: Float[Array, "p n"], rows: Float[Array, "fp n"]) -> Float[Array, "f"]:
     """The parts of a vector times those of each row, of which only those that belong together count."""
-    each = [(part @ rows.T).reshape(-1, len(x))[:, number] for number, part in enumerate(x)]
+    each = [_vector_times(part, rows).reshape(-1, len(x))[:, number] for number, part in enumerate(x)]
     return jnp.sum(jnp.stack(each), axis=0)
 
 
