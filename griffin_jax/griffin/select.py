@@ -17,7 +17,7 @@ from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.config import MOST_LAYERS
 from griffin_jax.model.feed_forward import NeuronModule
 from griffin_jax.model.low_rank import plus_matrix
-from griffin_jax.model.ops import top_k
+from griffin_jax.model.ops import places_of_largest, top_k
 from griffin_jax.model.parameters import array_of
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import floating_rows
@@ -128,10 +128,12 @@ def select(
         if magnitudes is not None:
             layers = zip(scores, magnitudes, ranges, strict=True)
             scores = tuple(_largest_where_alike(*layer, config.group_count) for layer in layers)
-    indices = tuple(
-        _chosen(score, sizes, kept, config, keys, layer)
+    ranked = [
+        _ranked(score, sizes, kept, config, keys, layer)
         for layer, (score, sizes, kept) in enumerate(zip(scores, ranges, shares, strict=True))
-    )
+    ]
+    best = iter(places_of_largest(*zip(*itertools.chain(*ranked), strict=True)))
+    indices = tuple(_joined([(rank.shape, next(best)) for rank, _ in layer]) for layer in ranked)
     of_ranges = (ranges, shares) if statistics.ranges else ()
     return ExpertNeurons(indices, neurons, config.group_count, None, *of_ranges)
 
@@ -151,25 +153,33 @@ def _largest_where_alike(
     return jnp.concatenate(found, axis=-1)
 
 
-def _chosen(
+def _ranked(
     score: Float[Array, "*b f"],
     sizes: tuple[int, ...],
     kept: tuple[int, ...],
     config: GriffinConfig,
     keys: Key[Array, "*keys"],
     layer: int,
-) -> Int[Array, "*b k"]:
-    """The neurons that one layer keeps: of each range, and of each group within it, as many of the best."""
+) -> list[tuple[Float[Array, "*b _s _f"], int]]:
+    """Values of a layer's neurons in each range, and in each group within it, and how many of the best these keep; the
+    ranges of one size together."""
     found, start, groups = [], 0, config.group_count
     for number, ((size, k), alike) in enumerate(itertools.groupby(zip(sizes, kept, strict=True))):
         count = len(list(alike))
         own = score[..., start : start + count * size].reshape(*score.shape[:-1], count * groups, -1)
         # Ranges of another size draw numbers of their own.
         drawn = layer if number == 0 else layer + number * MOST_LAYERS
-        rank = _rank(own, k // groups, config.method, keys, drawn)
-        best = jnp.sort(top_k(rank, k // groups)[1], axis=-1).astype(jnp.int32)
-        starts = start + own.shape[-1] * jnp.arange(count * groups, dtype=jnp.int32)[:, None]
-        found.append((best + starts).reshape(*score.shape[:-1], count * k))
+        found.append((_rank(own, k // groups, config.method, keys, drawn), k // groups))
+        start += count * size
+    return found
+
+
+def _joined(chosen: list[tuple[tuple[int, ...], Int[Array, "*b _s _k"]]]) -> Int[Array, "*b k"]:
+    """The neurons of one layer, of the shapes of its values and the places of the best in each range and group."""
+    found, start = [], 0
+    for (*_, count, size), best in chosen:
+        starts = start + size * jnp.arange(count, dtype=jnp.int32)[:, None]
+        found.append((best + starts).reshape(*best.shape[:-2], -1))
         start += count * size
     return found[0] if len(found) == 1 else jnp.concatenate(found, axis=-1)
 

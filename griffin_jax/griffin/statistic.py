@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.model.cache import EMPTY
-from griffin_jax.model.ops import sum_over_tokens
+from griffin_jax.model.ops import sum_in_two_steps, sum_over_tokens
 from griffin_jax.model.routed import Activations, RoutedActivations, everywhere
 
 
@@ -31,9 +31,13 @@ def relative_activations(z: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
         a normal float32.
     """
     z = z.astype(jnp.float32)
+    return z * _inverse_norms(z)
+
+
+def _inverse_norms(z: Float[Array, "*b f"]) -> Float[Array, "*b 1"]:
     square_norm = jnp.sum(jnp.square(z), axis=-1, keepdims=True)
     alive = square_norm > 0
-    return z * jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, square_norm, 1.0)), 0.0)
+    return jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, square_norm, 1.0)), 0.0)
 
 
 def token_statistic(z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
@@ -52,7 +56,23 @@ def token_statistic(z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b
     """
     if isinstance(z, RoutedActivations):
         return _of_experts(z, real)
+    return jax.lax.platform_dependent(z, real, cuda=_in_two_steps, default=_as_product)
+
+
+def _as_product(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
     return sum_over_tokens(jnp.square(relative_activations(z)), real)
+
+
+def _in_two_steps(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
+    """The same for GPUs, whose kernels XLA (jax 0.11.2) would join otherwise.
+
+    Without the barrier it computes z in the kernel that sums its squares, with a block for each token. And where
+    kernels of two layers read `real`, it makes one of both, until which z of all layers stays in memory: 28 MB more for
+    each layer of Llama-2-13B. Seen in prefill compiled for H100. So `real` is part of the norms, which are few.
+    """
+    z, real = jax.lax.optimization_barrier((z, real))
+    z = z.astype(jnp.float32)
+    return sum_in_two_steps(jnp.square(z * jnp.where(real[..., None], _inverse_norms(z), 0)))
 
 
 def _of_experts(z: RoutedActivations, real: Bool[Array, "b t"]) -> Float[Array, "b n"]:

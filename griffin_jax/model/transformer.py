@@ -22,7 +22,7 @@ from griffin_jax.model.cache import EMPTY, KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import FeedForward
 from griffin_jax.model.norm import Norm, apply_norm, scaled, softcap, stream_and_norm
-from griffin_jax.model.ops import lookup
+from griffin_jax.model.ops import lookup, together
 from griffin_jax.model.parameters import array_of, as_format, bias_vector, floating, matrix
 from griffin_jax.model.positions import Positions, layer_positions
 from griffin_jax.model.products import linear
@@ -91,7 +91,7 @@ class Layer(nnx.Module):
             x = apply_norm(self.attention_sum_norm, x + mixed)
             x, normed = stream_and_norm(self.ff_norm, x)
         z = self.ff.intermediate(normed)
-        observed = None if observe is None else observe(z, real)
+        z, observed = (z, None) if observe is None else together(z, observe(z, real))
         y = scaled(apply_norm(self.ff_out_norm, self.ff.project(z)), self.residual_scale)
         x = x + mixed + y if self.parallel else x + y
         return apply_norm(self.ff_sum_norm, x), keys, values, observed

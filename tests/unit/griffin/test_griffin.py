@@ -24,6 +24,16 @@ def choose(scores: np.ndarray, k: int, seed: int = 0, **options) -> np.ndarray:
     return np.asarray(gj.select(statistics(scores**2, [9] * len(scores)), config, seed=seed)[0])
 
 
+@pytest.fixture
+def as_on_gpus(monkeypatch):
+    """What is chosen for GPUs, on this machine."""
+
+    def chosen_form(*operands, default, **others):
+        return others.get("cuda", default)(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen_form)
+
+
 class TestStatistic:
     def test_equals_the_equation(self, rng):
         z = rng.normal(size=(3, 11, 13)).astype(np.float32)
@@ -57,6 +67,17 @@ class TestStatistic:
         got = gj.token_statistic(z, jnp.ones((1, 2000), bool))
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got[0], oracle_squares(np.asarray(z[0], np.float32)), rtol=1e-5)
+
+    @pytest.mark.usefixtures("as_on_gpus")
+    @pytest.mark.parametrize("tokens", [1, 15, 16, 50])
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+    def test_as_gpus_sum_it(self, rng, tokens, dtype):
+        z = jnp.asarray(rng.normal(size=(2, tokens, 7)), dtype).at[1, tokens // 2].set(0)
+        real = np.arange(tokens) < np.array([[tokens - tokens // 3], [tokens]])
+        got = gj.token_statistic(z, jnp.asarray(real))
+        assert got.dtype == jnp.float32
+        exact = np.asarray(z, np.float64)
+        np.testing.assert_allclose(got, [oracle_squares(row[own]) for row, own in zip(exact, real, strict=True)], 1e-5)
 
     def test_additive_over_chunks(self, tiny, rng):
         tokens, lengths = rng.integers(0, 101, (2, 30)).astype(np.int32), np.array([30, 17], np.int32)
@@ -97,6 +118,28 @@ class TestSelect:
             got = choose(scores, 6, method=method)[0]
             assert len(set(got.tolist())) == 6
             assert 3 in got
+
+    @pytest.mark.usefixtures("as_on_gpus")
+    def test_gpus_choose_the_same(self, rng):
+        """Layers of several widths and densities with many ties, all tied, and with every kind of number."""
+        scores = [rng.integers(0, 4, (3, width)).astype(np.float32) for width in (40, 24, 40)]
+        scores.append(np.ones((3, 24), np.float32))
+        scores.append(np.resize(np.float32([1, -1, 0, -0.0, np.inf, -np.inf, 1e-40, -1e-40, 3e38, 1]), (3, 40)))
+        config = gj.GriffinConfig((0.5, 0.25, 0.3, 0.5, 0.6))
+        # What is fused with the scores may be of any sign.
+        given = gj.Statistics(tuple(jnp.ones_like(jnp.asarray(s)) for s in scores), jnp.full(3, 9))
+        found = gj.select(given, config, fuse=lambda _: tuple(map(jnp.asarray, scores)))
+        for got, layer, k in zip(found, scores, found.kept, strict=True):
+            # As `jax.lax.top_k` has them, 0 comes before -0.
+            np.testing.assert_array_equal(got, [np.sort(np.lexsort((np.signbit(row), -row))[:k]) for row in layer])
+
+    @pytest.mark.usefixtures("as_on_gpus")
+    def test_gpus_choose_the_same_in_groups(self, rng):
+        scores = rng.integers(0, 3, (2, 40)).astype(np.float32)
+        expected = [
+            np.concatenate([20 * g + oracle_topk(row[20 * g : 20 * g + 20], 5) for g in (0, 1)]) for row in scores
+        ]
+        np.testing.assert_array_equal(choose(scores, 10, groups=2), expected)
 
     @pytest.mark.parametrize("k", [6, 7])
     def test_topk_sample_is_sure_of_the_better_half(self, rng, k):
