@@ -114,9 +114,10 @@ def prune(
     check_own(model, experts)
     check_kept(model, experts.kept)
     rows = _neuron_rows(model)
-    pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
     outputs = [(part.down_scale, part.down_right) for part in neuron_modules(model)] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
+    # The modules are copied while the rows are: with many layers that takes as long.
+    pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for part, kept in zip(neuron_modules(pruned), gathered, strict=True):
         for name, weight in kept.items():
             setattr(part, name, weight)
@@ -197,9 +198,9 @@ class NeuronPart:
 def parts_of_neurons(config: ModelConfig, experts: ExpertNeurons) -> list[NeuronPart]:
     """Where the neurons of each module are, in the order of `neuron_modules`."""
     found = []
-    for layer, neurons in enumerate(experts.neurons):
+    for layer, (neurons, kept) in enumerate(zip(experts.neurons, experts.kept, strict=True)):
         if not config.routed(layer):
-            found.append(NeuronPart(layer, 0, 0, neurons, 0, experts.kept[layer]))
+            found.append(NeuronPart(layer, 0, 0, neurons, 0, kept))
             continue
         sizes, shares = experts.ranges[layer], experts.shares[layer]
         assert config.routing is not None
@@ -215,14 +216,15 @@ def _kept_shapes(
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every array of kept rows, in the order of the pytree's leaves."""
 
-    def kept(part: NeuronPart, name: str, weight: nnx.Param) -> jax.ShapeDtypeStruct:
-        axis, array, index = part.kind.neuron_axes[name], weight[...], experts[part.layer]
-        own = (part.kept,) if part.experts or index.shape[:-1] in ((), (1,)) else (*index.shape[:-1], part.kept)
-        return jax.ShapeDtypeStruct((*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype)
+    def kept(part: NeuronPart, name: str, array: Array) -> tuple[tuple[int, ...], np.dtype]:
+        axis, sets = part.kind.neuron_axes[name], experts[part.layer].shape[:-1]
+        own = (part.kept,) if part.experts or sets in ((), (1,)) else (*sets, part.kept)
+        return (*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype
 
     parts = zip(rows, parts_of_neurons(config, experts), strict=True)
-    found = [{name: kept(part, name, weight) for name, weight in layer.items()} for layer, part in parts]
-    return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(found)]
+    # A pytree has the entries of a dictionary in the order of their names.
+    named = [(part, name) for layer, part in parts for name in sorted(layer)]
+    return [kept(part, name, array) for (part, name), array in zip(named, jax.tree.leaves(rows), strict=True)]
 
 
 def _gathered(
