@@ -210,7 +210,7 @@ def compile_for(
             a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
         refresh_every: compile refreshing, too: the pass over this many tokens.
         speculative: compile speculative decoding, too, with this many drafts.
-        hlo: a folder that the optimised HLO of every program is written to; none if None.
+        hlo: a folder that the optimised HLO of every program is written to, that of `select`, too; none if None.
         notice: is called with one line before a compiler is downloaded: see `griffin_jax.aot.compilers`.
 
     Raises:
@@ -249,6 +249,8 @@ def compile_for(
         "devices": devices,
         "kept": None if kept == config.neurons else kept,
         "shares": shares,
+        "density": griffin.density,
+        "round_to": round_to,
         "shared": shared or batch == 1,
         "groups": groups,
         "batch": batch,
@@ -472,6 +474,9 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
         zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
         of_ranges = (config.neuron_ranges, tuple(map(tuple, task["shares"]))) if config.routing else ()
         experts = ExpertNeurons(placed(zeros), model.neurons, task["groups"], None, *of_ranges)
+        if task["hlo"]:
+            options = {name: task[name] for name in ("density", "shared", "round_to", "groups")}
+            compiled("select", lambda: jitted.select.lower(statistics, GriffinConfig(**options)))
         pruned = divided_model(jax.eval_shape(mask if task["masked"] else prune, model, experts))
         reconstruction = None
         if rows:

@@ -20,6 +20,7 @@ from griffin_jax.aot.report import table
 from griffin_jax.aot.targets import TARGETS, gpu_target_config, target
 from griffin_jax.cli.main import main
 from griffin_jax.extensions.speculative import MOST_WITH_COPIES
+from griffin_jax.generation.padding import DEFAULT_CHUNK
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
 from griffin_jax.model.sharding import GPU_TILE
@@ -130,7 +131,7 @@ class TestPrograms:
 
     def test_hlo_is_written(self, odd):
         _, folder = odd
-        assert {path.stem for path in folder.iterdir()} == {"prefill", "prune", "dense", "pruned"}
+        assert {path.stem for path in folder.iterdir()} == {"prefill", "select", "prune", "dense", "pruned"}
         text = (folder / "dense.txt").read_text()
         found = inspect(text, {(F, D)}, {(2, N, H, 32)})
         assert found["ff_copies_per_step"] == []
@@ -159,6 +160,25 @@ def test_a_layer_is_twelve_kernels(model, options):
         fewer, more = getattr(three, name), getattr(four, name)
         assert more.kernels_per_step - fewer.kernels_per_step <= 12
         assert more.cache_copies_per_step == more.cache_copies_per_call == ()
+
+
+@pytest.mark.slow
+def test_what_comes_before_the_first_token(cuda, tmp_path):
+    """The statistic of a layer is summed before the next layer is read, and select does not sort."""
+    held = {}
+    for layers in (2, 4):
+        config, folder = named("Llama-2-13B", layers=layers), tmp_path / str(layers)
+        report = compile_for("h100", config, prompt=2 * DEFAULT_CHUNK, new=16, hlo=folder)
+        held[layers] = report.dense.memory["prefill"] - report.dense.weights - report.cache
+    # More layers hold no more z.
+    assert held[4] - held[2] < DEFAULT_CHUNK * F * 2
+    prefill, select = ((folder / f"{name}.txt").read_text() for name in ("prefill", "select"))
+    written = [array for computation in Module.parse(prefill).run() for i in computation for array in i.results]
+    assert {array.itemsize for array in written if array.dims[-2:] == (DEFAULT_CHUNK, F)} == {2}
+    assert " sort(" not in select
+    kernels = [i for computation in Module.parse(select).run() for i in computation if i.runs]
+    # Two for each digit of the scores, some for where each neuron goes, and one for each layer's result.
+    assert len(kernels) <= 2 * 8 + 16 + layers
 
 
 @pytest.mark.slow
