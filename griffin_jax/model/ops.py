@@ -73,8 +73,8 @@ def ordered_after(
     return tuple(write + 0 * read for write in writes)
 
 
-def together(x: Float[Array, "*n"], observed: Any) -> tuple[Float[Array, "*n"], Any]:
-    """The same arrays; where GPUs go on with x, they have computed `observed`.
+def together(x: Any, observed: Any) -> tuple[Any, Any]:
+    """The same pytrees; GPUs go on with x when they have computed `observed`.
 
     XLA for GPUs (jax 0.11.2) computes what nothing waits for at the end. Seen in programs compiled for H100: what is
     observed of each layer's z comes after the last layer, and all z stay in memory until then, 28 MB for each layer of
