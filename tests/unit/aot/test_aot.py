@@ -254,6 +254,11 @@ class TestDevices:
         rows = 3 * 3 * 14336 * 8192 * 2
         assert report.pruned.communicated_in_prune == rows
 
+    def test_the_statistic_is_not_put_together(self, divided):
+        module = Module.parse((divided[1] / "prefill.txt").read_text())
+        gathered = [c.size for c in module.collectives(module.run()) if c.kind == "all-gather"]
+        assert all(size < 28672 * 4 for size in gathered)
+
     @pytest.mark.slow
     def test_groups_move_no_rows(self, cuda):
         config = named("Llama-3-70B", layers=1)
