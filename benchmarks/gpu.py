@@ -151,6 +151,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no part begins that would probably end later than this (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--part", metavar="TEXT", help="only the parts that have this in their names")
+    parser.add_argument(
+        "--density",
+        default=FULL.densities,
+        metavar="LIST",
+        help="densities that are decoded with (default: %(default)s)",
+    )
     parser.add_argument("--list", action="store_true", help="name the parts, and those that are there already")
     parser.add_argument(
         "--small", action="store_true", help="a few layers of a small model: tests this command, on any machine"
@@ -167,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: no part has the given text in its name, or there is no time.
         FileExistsError: the folder has results of another device or version.
     """
-    scale = SMALL if options.small else FULL
+    scale = SMALL if options.small else dataclasses.replace(FULL, densities=options.density)
     wanted = [part for part in parts(scale) if (options.part or "") in part.name]
     if not wanted:
         raise ValueError(f"no part has {options.part!r} in its name; --list names them")
@@ -258,6 +264,7 @@ def _machine(scale: Size) -> dict[str, Any]:
         "driver": driver,
         "shapes": shapes,
         "lengths": scale.lengths,
+        "densities": scale.densities,
         "families": list(scale.families),
     }
 
