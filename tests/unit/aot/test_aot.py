@@ -23,6 +23,7 @@ from griffin_jax.extensions.speculative import MOST_WITH_COPIES
 from griffin_jax.generation.padding import DEFAULT_CHUNK
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
+from griffin_jax.model.products import GEMV_VARIABLE
 from griffin_jax.model.sharding import GPU_TILE
 from griffin_jax.utils import download
 from griffin_jax.utils.download import CACHE_VARIABLE
@@ -387,6 +388,24 @@ def test_integers_are_not_converted_for_the_drafts_of_a_round():
         found = compile_for("h100", LLAMA, speculative=drafts, **options)
         held = found.dense.weights + found.pruned.weights + found.cache
         assert (found.pruned.memory["speculative"] - held > 2 * D * F) == converted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_kernels_for_integers_read_them_as_they_are_stored(cuda, monkeypatch, tmp_path, weights):
+    """Three products by one kernel, two by the other; words are no copies of the integers."""
+    options = {"weights": weights, "density": 0.5, "prompt": 100, "new": 28}
+    without = compile_for("h100", LLAMA, **options)
+    monkeypatch.setenv(GEMV_VARIABLE, "1")
+    found = compile_for("h100", LLAMA, hlo=tmp_path, **options)
+    for name, program in (("dense", found.dense), ("pruned", found.pruned)):
+        module = Module.parse((tmp_path / f"{name}.txt").read_text())
+        calls = [i.origin for computation in module.run() for i in computation if i.opcode == "custom-call"]
+        assert sum("jit(rows_times)" in origin for origin in calls) == 3
+        assert sum("jit(sums_of_rows)" in origin for origin in calls) == 2
+        assert program.ff_copies_per_step == program.ff_copies_per_call == ()
+        assert program.temporaries < D * F // 8
+    assert found.dense.kernels_per_step <= without.dense.kernels_per_step
 
 
 @pytest.mark.usefixtures("cuda")
