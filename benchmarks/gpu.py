@@ -29,6 +29,7 @@ from benchmarks.gpu_checks import FAMILIES
 from benchmarks.gpu_profile import table as profile_table
 from griffin_jax.bench.report import size
 from griffin_jax.bench.report import table as bench_table
+from griffin_jax.cli.options import numbers
 from griffin_jax.model.named import named
 from griffin_jax.model.products import GEMV_VARIABLE
 from griffin_jax.utils.wholefile import write_text
@@ -152,10 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--part", metavar="TEXT", help="only the parts that have this in their names")
     parser.add_argument(
-        "--density",
-        default=FULL.densities,
-        metavar="LIST",
-        help="densities that are decoded with (default: %(default)s)",
+        "--density", metavar="LIST", help=f"densities that are decoded with (default: {FULL.densities})"
     )
     parser.add_argument("--list", action="store_true", help="name the parts, and those that are there already")
     parser.add_argument(
@@ -170,10 +168,13 @@ def run(options: argparse.Namespace) -> int:
         1 if a part failed, or the device computed something wrong; otherwise 0.
 
     Raises:
-        ValueError: no part has the given text in its name, or there is no time.
+        ValueError: no part has the given text in its name, densities are no numbers, or there is no time.
         FileExistsError: the folder has results of another device or version.
     """
-    scale = SMALL if options.small else dataclasses.replace(FULL, densities=options.density)
+    scale = SMALL if options.small else FULL
+    if options.density is not None:
+        numbers("--density", options.density, float)
+        scale = dataclasses.replace(scale, densities=options.density)
     wanted = [part for part in parts(scale) if (options.part or "") in part.name]
     if not wanted:
         raise ValueError(f"no part has {options.part!r} in its name; --list names them")

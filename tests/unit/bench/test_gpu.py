@@ -129,7 +129,12 @@ class TestParts:
             gpu.run(options(tmp_path))
 
     @pytest.mark.parametrize(
-        ("changes", "message"), [({"part": "none"}, "no part has 'none'"), ({"minutes": 0.0}, "must be more than 0")]
+        ("changes", "message"),
+        [
+            ({"part": "none"}, "no part has 'none'"),
+            ({"minutes": 0.0}, "must be more than 0"),
+            ({"density": "half"}, "--density"),
+        ],
     )
     def test_values(self, tmp_path, changes, message):
         with pytest.raises(ValueError, match=message):
