@@ -178,8 +178,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--weights", dest="formats", metavar="FORMAT",
         help="formats of the matrices, separated by commas, such as float32,int8,int4:64; in int8+int4@0.25 a quarter"
-        " of the kept neurons, those that the prompt needs most, have rows in int8, and the others in int4 (default:"
-        f" the model's own, and {', '.join(QUANTISED)})",
+        " of the kept neurons, those that the prompt needs most, have rows in int8, and the others in int4; with"
+        " int8+int4 the density counts bytes of int8, which pay for more neurons in int4 (default: the model's own, and"
+        f" {', '.join(QUANTISED)})",
     )  # fmt: skip
     add_options(
         what, GriffinConfig, "density", type=str, default="1,0.75,0.5,0.35,0.25", metavar="D",
@@ -354,7 +355,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = kind.add_argument_group("what is compared")
     what.add_argument(
         "--weights", dest="formats", metavar="FORMAT",
-        help="formats of the matrices beside the model's own, separated by commas, such as int8,int4:64",
+        help="formats of the matrices beside the model's own, separated by commas, such as int8,int4:64; of int8+int4 a"
+        " density counts bytes of int8, which pay for more neurons in int4",
     )  # fmt: skip
     add_options(what, GriffinConfig, "density", type=str, default="0.75,0.5", metavar="D", help="separated by commas")
     _add_qualities(what)
@@ -873,8 +875,7 @@ def _bytes_per_token(
     config, dtype = llm.config, llm.model.dtype
     return {
         (str(weights), variant): front.bytes_per_token(config, dtype, weights, slots, variant, extensions)
-        for weights in options.formats
-        for variant in variants
+        for weights, variant in front.compared(options.formats, variants)
     }
 
 
@@ -1124,7 +1125,7 @@ def _choose_solve(options: argparse.Namespace) -> None:
         check_sandbox(options.limits)
     _choose_qualities(options)
     options.reference = None
-    options.formats = [WeightFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
     _choose_drafters(options)
 
 
@@ -1134,10 +1135,11 @@ def _check_stored(
     """Puts the model's own format first, and raises `ValueError` unless this model can have the others."""
     own = needs.precision.weights
     options.formats = list(dict.fromkeys([own, *options.formats]))
-    if own.quantised and len(options.formats) > 1:
+    if own.quantised and any(front.fine_format(weights) != own for weights in options.formats):
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
+    front.check_variants(needs.config, variants, options.formats, extensions)
     _check_pairs(options, needs)
 
 

@@ -27,7 +27,8 @@ from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, forced_figures
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.drafter import step_bytes
-from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, select_mixed
+from griffin_jax.extensions.mixed import MixedFormat, coarse
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket
 from griffin_jax.generation.prefill import Prefilled
@@ -53,14 +54,37 @@ def check_variants(
     config: ModelConfig, variants: Sequence[Variant], formats: Sequence[Format], extensions: Extensions
 ) -> None:
     """Raise `ValueError` unless every variant can be had in every format."""
-    mixed = [each for each in formats if isinstance(each, MixedFormat)]
+    mixed = [each for each in formats if isinstance(each, MixedFormat) and each.share is not None]
     if mixed and any(RECONSTRUCTION in variant.steps for variant in variants):
-        raise ValueError(f"{mixed[0]} has rows in two formats, which are not refitted: give --quality griffin")
-    for weights, variant in itertools.product(mixed, variants):
+        raise ValueError(
+            f"{mixed[0]} has rows in two formats, which are not refitted: give --quality griffin, or both formats"
+            " without a part"
+        )
+    for weights, variant in compared(formats, variants):
+        found, kept = resolved(weights, variant)
+        if not isinstance(found, MixedFormat):
+            continue
         try:
-            weights.counts(_config(variant, extensions), config.neuron_ranges)
+            found.counts(_config(kept, extensions), config.neuron_ranges)
         except ValueError as error:
             raise ValueError(f"of {weights} the precise neurons at {variant.name}: {error}") from error
+
+
+def compared(formats: Sequence[Format], variants: Sequence[Variant]) -> list[tuple[Format, Variant]]:
+    """All pairs, but for dense models in two formats of which a density is one of bytes: those are in the first one."""
+    return [
+        (weights, variant)
+        for weights, variant in itertools.product(formats, variants)
+        if variant.method != DENSE or not isinstance(weights, MixedFormat) or weights.share is not None
+    ]
+
+
+def resolved(weights: Format, variant: Variant) -> tuple[Format, Variant]:
+    """The format with the share of its precise neurons, and the variant with its density of neurons."""
+    if not isinstance(weights, MixedFormat):
+        return weights, variant
+    found, density = weights.at(variant.density)
+    return found, dataclasses.replace(variant, density=density)
 
 
 def _config(variant: Variant, extensions: Extensions) -> GriffinConfig:
@@ -111,6 +135,7 @@ def bytes_per_token(
         one = dataclasses.replace(config, kv_copies=1)
         return Sizes(one, 1, slots, Precision.of(dtype, weights), shared=True)
 
+    weights, variant = resolved(weights, variant)
     kept = _config(variant, extensions)
     if not isinstance(weights, MixedFormat):
         return sizes(weights).step(kept.kept(config.neuron_ranges))
@@ -149,7 +174,7 @@ def compare_formats(
     Returns:
         For each format, by its name, and each text what `score_answers` has with one length.
     """
-    model, rows = llm.model, rows_of(variants, extensions)
+    model, rows, asked = llm.model, rows_of(variants, extensions), compared(formats, variants)
     missing = {each: [item for item in items if entry_name(each, item) not in journal.scores] for each in formats}
     streams: dict[str, Float[np.ndarray, "r d"]] = {}
     for batch in batches([item for item in items if any(item in texts for texts in missing.values())], size, seed):
@@ -163,15 +188,15 @@ def compare_formats(
                 continue
             progress.set_description(str(weights))
             stored = stored_as(model, fine_format(weights))
-            few = coarse(stored, weights.coarse) if isinstance(weights, MixedFormat) else None
+            few, here = coarse_of(stored, weights), [variant for each, variant in asked if each == weights]
             for batch in batches(texts, size, seed):
                 room = _room(batch, new)
                 prefilled = batch.prefill(stored, room, rows)
 
                 def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
-                    if isinstance(weights, MixedFormat):  # noqa: B023
-                        return _mixed(stored, few, weights, variants, prefilled, extensions)  # noqa: B023
-                    return models(stored, variants, prefilled, answers, batch.seeds, extensions, masked=True)  # noqa: B023
+                    if few is not None:  # noqa: B023
+                        return mixed_models(stored, few, weights, here, prefilled, extensions, masked=True)  # noqa: B023
+                    return models(stored, here, prefilled, answers, batch.seeds, extensions, masked=True)  # noqa: B023
 
                 # Rows that repeat the last text fill the batch.
                 kept = [streams[item.name] for item in batch.items]
@@ -274,21 +299,37 @@ def drafted_bytes(
     return read / written
 
 
-def _mixed(
+def coarse_of(model: Transformer, weights: Format) -> Transformer | None:
+    """The rows in the second format of two; None if there is one."""
+    return coarse(model, weights.coarse) if isinstance(weights, MixedFormat) else None
+
+
+def mixed_models(
     model: Transformer,
-    few: Transformer | None,
-    weights: MixedFormat,
+    few: Transformer,
+    weights: Format,
     variants: Sequence[Variant],
     prompts: Prefilled,
     extensions: Extensions,
+    *,
+    masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
-    """Every variant's model with rows in two formats; the dense one reads all neurons."""
-    assert few is not None
+    """What `grid.models` gives, with rows in two formats; the dense model reads all neurons.
+
+    Args:
+        model: the full one, in the first format.
+        few: its `coarse_of` the formats.
+        weights: both formats.
+        variants: of method `topk`, and the dense one for formats with a share.
+        prompts: with statistics and rows.
+        extensions: what the steps beyond GRIFFIN take.
+        masked: whether no weights are copied.
+    """
     for variant in variants:
-        config, fuse = _config(variant, extensions), variant.pruner(extensions).fuse if variant.steps else None
-        magnitudes = jitted.magnitudes_of(model)
-        chosen = select_mixed(prompts.statistics, config, weights, fuse=fuse, magnitudes=magnitudes)
-        yield variant, mask_mixed(model, few, *chosen)
+        formats, kept = resolved(weights, variant)
+        assert isinstance(formats, MixedFormat)
+        pruner = Pruner(EVERY) if kept.method == DENSE else kept.pruner(extensions)
+        yield variant, pruner.mix(model, few, formats, prompts.statistics, prompts.rows, masked=masked)
 
 
 def entry_name(weights: Format, item: Item) -> str:
@@ -328,7 +369,7 @@ def figures(
         scores: from `compare_formats`.
         variants: its variants.
         qualities: for people, what a method is.
-        bytes_of: bytes per token of a format and a variant.
+        bytes_of: bytes per token of a format and a variant that are `compared`.
         seed: of the bootstrap.
         drafted: the `drafted_bytes` of models with drafters. They predict what the dense model of their format does.
     """
@@ -336,6 +377,7 @@ def figures(
         row_head(weights, variant, qualities, bytes_of) | forced_figures(list(texts.values()), variant, 0, seed)
         for weights, texts in scores.items()
         for variant in variants
+        if (weights, variant) in bytes_of
     ]
     for (weights, drafter), read in drafted.items():
         full = next(entry for entry in found if entry["weights"] == str(weights) and entry["method"] == DENSE)

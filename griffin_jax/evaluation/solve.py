@@ -17,7 +17,18 @@ from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
 from griffin_jax.evaluation.drafts import Drafter, counts
-from griffin_jax.evaluation.front import compare_drafted, drafted_head, entry_name, row_head, stored_as
+from griffin_jax.evaluation.front import (
+    Format,
+    coarse_of,
+    compare_drafted,
+    compared,
+    drafted_head,
+    entry_name,
+    fine_format,
+    mixed_models,
+    row_head,
+    stored_as,
+)
 from griffin_jax.evaluation.front_report import DRAFTED, STYLES, draw_drafted
 from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
 from griffin_jax.evaluation.intervals import mean
@@ -39,7 +50,7 @@ def solve(
     items: Sequence[Item],
     problems: Mapping[str, Problem],
     variants: Sequence[Variant],
-    formats: Sequence[WeightFormat],
+    formats: Sequence[Format],
     journal: Journal,
     *,
     new: int,
@@ -54,7 +65,7 @@ def solve(
         items: the questions as prompts.
         problems: what decides about an answer, by the item's name.
         variants: of the densities and methods, without the oracle and without refreshes.
-        formats: how matrices are stored.
+        formats: how matrices are stored, the dense model's first.
         journal: what is done already.
         new: tokens of the longest answer.
         size: questions in a batch.
@@ -66,9 +77,9 @@ def solve(
         `solved`.
     """
     assert llm.tokenizer is not None
-    tokenizer, eos = llm.tokenizer, llm.config.eos_token_ids
+    tokenizer, eos, pairs = llm.tokenizer, llm.config.eos_token_ids, compared(formats, variants)
 
-    def answers(model: Transformer, batch: Batch) -> list[dict[str, Any]]:
+    def answers(model: Transformer, few: Transformer | None, weights: Format, batch: Batch) -> list[dict[str, Any]]:
         asked = [problems[item.name] for item in batch.items]
         asked += asked[-1:] * (size - len(asked))
 
@@ -77,7 +88,11 @@ def solve(
 
         prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        each = models(model, variants, prefilled, prefilled.statistics, batch.seeds, extensions)
+        here = [variant for each, variant in pairs if each == weights]
+        if few is None:
+            each = models(model, here, prefilled, prefilled.statistics, batch.seeds, extensions)
+        else:
+            each = mixed_models(model, few, weights, here, prefilled, extensions)
         for variant, pruned in each:
             written = generate(pruned, prefilled, new, eos, ended)
             for verdicts, problem, tokens in zip(found, asked, written, strict=False):
@@ -93,12 +108,13 @@ def solve(
             if not texts:
                 continue
             progress.set_description(str(weights))
-            stored = stored_as(llm.model, weights)
+            stored = stored_as(llm.model, fine_format(weights))
+            few = coarse_of(stored, weights)
             for batch in batches(texts, size, seed):
-                named = zip(batch.items, answers(stored, batch), strict=True)
+                named = zip(batch.items, answers(stored, few, weights, batch), strict=True)
                 journal.add({entry_name(weights, item): found for item, found in named})
                 progress.update(len(batch.items))
-            del stored
+            del stored, few
     return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 
 
@@ -148,7 +164,7 @@ def figures(
         scores: from `solve`.
         variants: its variants, the dense one first.
         qualities: for people, what a method is.
-        bytes_of: bytes per token of a format and a variant.
+        bytes_of: bytes per token of a format and a variant that are `griffin_jax.evaluation.front.compared`.
         seed: of the bootstrap.
         drafted: of models with drafters what `solve_drafted` gives, and their bytes per token.
 
@@ -160,7 +176,7 @@ def figures(
     dense = [text[DENSE]["solved"] for text in next(iter(scores.values())).values()]
     found = []
     for weights, texts in scores.items():
-        for variant in variants:
+        for variant in (variant for variant in variants if (weights, variant) in bytes_of):
             solved = [text[variant.name]["solved"] for text in texts.values()]
             found.append(row_head(weights, variant, qualities, bytes_of) | _against(solved, dense, seed))
         for (full, drafter), (answers, read) in drafted.items():

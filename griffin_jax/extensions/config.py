@@ -57,9 +57,11 @@ class Extensions:
             held in addition to the model's, from the first such answer on, and a draft reads no others: at density 1 it
             is the full model in fewer bits that drafts. None for those of the model.
         mixed_weights: how the kept neurons that the prompt needs least are stored, and the part that is not: in
-            `int4@0.25` the best quarter of the kept neurons has the model's weights, the others int4. All neurons are
-            held in that format in addition to the model, from the first such answer on. See
-            `griffin_jax.extensions.mixed`. None for the model's weights for all of them.
+            `int4@0.25` the best quarter of the kept neurons has the model's weights, the others int4. Without a part,
+            as in `int4`, a density is one of bytes: as many neurons as it pays for are read in int4, and with what is
+            left once all of them are, the best have the model's weights. All neurons are held in that format in
+            addition to the model, from the first such answer on. See `griffin_jax.extensions.mixed`. None for the
+            model's weights for all of them.
         max_divergence: of a few fixed densities, of which `density` is the least, take the least one whose predictions
             diverge by no more than this from the dense model's, in nats per token, as far as a trial on the last tokens
             of the prompt can tell; all neurons if none does, or if the prompt is too short for a trial. See
@@ -123,7 +125,8 @@ class Extensions:
 
     mixed_weights: str | None = option(
         None, "read the kept neurons that the prompt needs least in fewer bits: with int4@0.25 the best quarter of them"
-        " has the model's weights, the others int4", type=str, metavar="FORMAT@PART",
+        " has the model's weights, the others int4; with int4 the density counts bytes, and as many neurons are read as"
+        " they pay for", type=str, metavar="FORMAT[@PART]",
     )  # fmt: skip
 
     max_divergence: float | None = option(
@@ -178,14 +181,15 @@ class Extensions:
 
     def _check_mixed(self, text: str) -> None:
         try:
-            others_format(text)
+            _, share = others_format(text)
         except (ValueError, AttributeError) as error:
             raise ValueError(
                 f"mixed_weights are {text!r}; the first format is the model's, and give for example int4@0.25: {error}"
             ) from error
-        if self.refit:
+        if self.refit and share is not None:
             raise ValueError(
-                'rows in two formats are not refitted: quality="griffin" and refit=False, or no mixed_weights'
+                'rows in two formats are not refitted: quality="griffin" and refit=False, or mixed_weights without a'
+                " part, as int4, with which rows are refitted where they have one format"
             )
         for name in ("refresh_every", "speculative", "healing"):
             if getattr(self, name):

@@ -131,6 +131,7 @@ def round_feed_forward(ff: FeedForward | RoutedFeedForward, weights: WeightForma
     for part in ff.parts():
         gate_up = _rounded(part.gate_up, part.gate_up_scale, weights, "first")
         down = _rounded(part.down, part.down_row_scale, weights, part.down_outputs, part.down_scale)
+        part.weights = weights
         part.gate_up, part.gate_up_scale = gate_up.values, nnx.data(gate_up.scale)
         part.down = down.values
         part.down_scale, part.down_row_scale = nnx.data(down.scale), nnx.data(down.row_scale)

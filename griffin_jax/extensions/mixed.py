@@ -7,6 +7,9 @@ GRIFFIN has two levels, a neuron is read or it is not. Between them are the bits
 4 bits lose is lost in the tenth of the neurons that take part most. `griffin-jax eval front` compares this with uniform
 formats and with pruning, at the bytes that a token reads; docs/tried.md has other ways to choose these neurons.
 
+Without a part, as in `int8+int4`, a density counts bytes instead of neurons (`MixedFormat.at`): what pruning would save
+by leaving neurons out is saved by reading them in fewer bits first, which loses far less.
+
 Each feed-forward layer has two groups of rows (`FeedForward.rest`), each in its own format; attention, embedding and
 head stay as the model has them. The rows in fewer bits are held in addition to the model, for all neurons, since any of
 them may be chosen.
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -25,6 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from griffin_jax.extensions.drafter import round_feed_forward
+from griffin_jax.extensions.reconstruction import Reconstruction
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.masked import mask
@@ -41,20 +46,23 @@ FEW_BITS = WeightFormat.parse("int4")
 """What the other neurons are read in, where nothing is said."""
 
 
-def others_format(text: str) -> tuple[WeightFormat, float]:
+def others_format(text: str) -> tuple[WeightFormat, float | None]:
     """Of `int4@0.25`, the format that the less important of the kept neurons have, and the part that does not have it.
 
+    The part is None where none is given, as in `int4`.
+
     Raises:
-        ValueError: it is none of integers, or there is no such part.
+        ValueError: the format is none of integers, or there is no such part.
     """
-    name, _, share = text.partition("@")
+    name, at, share = text.partition("@")
     try:
-        part = float(share)
+        part = float(share) if at else None
     except ValueError:
         part = -1.0
-    if not 0 <= part < 1:
+    if part is not None and not 0 <= part < 1:
         raise ValueError(
-            "two formats go with the part, in [0, 1), of the kept neurons that has the first one, such as int4@0.25"
+            "two formats go with the part, in [0, 1), of the kept neurons that has the first one, such as int4@0.25, or"
+            " with none, so that a density counts bytes"
         )
     found = WeightFormat.parse(name)
     if not found.quantised:
@@ -68,17 +76,28 @@ class MixedFormat:
 
     Attributes:
         fine: how the model's matrices are stored, and the rows of the precise neurons among them.
-        coarse: how the rows of the other kept neurons are stored.
-        share: part of the kept neurons that is precise, in [0, 1).
+        coarse: how the rows of the other kept neurons are stored, in fewer bits.
+        share: part of the kept neurons that is precise, in [0, 1); None for as many as the bytes of a density pay for,
+            see `at`.
+
+    Raises:
+        ValueError: there is no share, and the coarse format does not have fewer bits.
     """
 
     fine: WeightFormat
     coarse: WeightFormat
-    share: float
+    share: float | None
+
+    def __post_init__(self) -> None:
+        if self.share is None and self.coarse.bits >= self.fine.bits:
+            raise ValueError(
+                f"neurons in {self.coarse} are read instead of fewer in {self.fine} where that takes fewer bits, and it"
+                f" takes {self.coarse.bits:g} instead of {self.fine.bits:g}: name a format of fewer bits"
+            )
 
     @classmethod
     def parse(cls, text: str) -> MixedFormat | WeightFormat:
-        """`int8+int4@0.25`, or a format without a plus.
+        """`int8+int4@0.25`, `int8+int4`, or a format without a plus.
 
         Raises:
             ValueError: it is neither.
@@ -92,7 +111,36 @@ class MixedFormat:
             raise ValueError(f"weights are {text!r}; {error}") from error
 
     def __str__(self) -> str:
-        return f"{self.fine}+{self.coarse}@{self.share:g}"
+        return f"{self.fine}+{self.coarse}" + ("" if self.share is None else f"@{self.share:g}")
+
+    def at(self, density: float | Sequence[float]) -> tuple[MixedFormat | WeightFormat, float | Sequence[float]]:
+        """What a density stands for: the formats with their share, and the part of all neurons that is kept.
+
+        With a share both are as they are given. Without one, the density is the part that is read of the bytes of all
+        rows in the first format. As many neurons as that pays for are kept in the second format; if all are, what is
+        left pays for a share of precise ones, in hundredths. At a density of 1 there is only the first format.
+
+        Args:
+            density: in (0, 1]; or of each layer, for formats with a share.
+
+        Raises:
+            ValueError: there are several densities of bytes.
+        """
+        if self.share is not None:
+            return self, density
+        if isinstance(density, Sequence):
+            raise ValueError(
+                f"a density of bytes is one for all layers, and there are {len(density)}: give one, or the part of the"
+                f" kept neurons that is precise, such as {self.coarse}@0.25"
+            )
+        if density == 1:
+            return self.fine, 1.0
+        of_fine = Fraction(self.coarse.bits) / Fraction(self.fine.bits)
+        bytes_left = Fraction(repr(float(density)))
+        if bytes_left <= of_fine:
+            return dataclasses.replace(self, share=0.0), float(bytes_left / of_fine)
+        share = math.floor(100 * (bytes_left - of_fine) / (1 - of_fine)) / 100
+        return dataclasses.replace(self, share=share), 1.0
 
     def check(self, width: int, embedding_width: int | None = None) -> None:
         """Raise `ValueError` unless both formats fit a model of this width."""
@@ -107,20 +155,28 @@ class MixedFormat:
             neurons: of each layer, or of the ranges that they lie in.
 
         Raises:
-            ValueError: as `GriffinConfig.kept`.
+            ValueError: as `GriffinConfig.kept`, or as `precise`.
         """
         fewer = self.precise(config)
         precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
         return precise, [every - few for every, few in zip(config.kept(neurons), precise, strict=True)]
 
     def precise(self, config: GriffinConfig) -> GriffinConfig | None:
-        """The config that selects the precise ones of the neurons that `config` keeps; None if there are none."""
+        """The config that selects the precise ones of the neurons that `config` keeps; None if there are none.
+
+        Raises:
+            ValueError: there is no share; `at` a density there is.
+        """
+        if self.share is None:
+            raise ValueError(f"how many neurons of {self} are precise depends on the density, which `at` takes")
         if self.share == 0:
             return None
 
+        # Both count as the decimals that were written.
+        share = Fraction(repr(float(self.share)))
+
         def part(density: float) -> float:
-            # Both count as the decimals that were written.
-            return float(Fraction(repr(float(self.share))) * Fraction(repr(float(density))))
+            return float(share * Fraction(repr(float(density))))
 
         density = config.density
         few = tuple(map(part, density)) if isinstance(density, Sequence) else part(density)
@@ -202,8 +258,11 @@ def prune_mixed(
     others: ExpertNeurons | None,
     *,
     reuse: Transformer | None = None,
+    refit: Reconstruction | None = None,
 ) -> Transformer:
     """The model that reads some neurons in its own format and others in fewer bits.
+
+    Where all neurons are kept in fewer bits, it is `few`.
 
     Args:
         model: the full one.
@@ -211,26 +270,36 @@ def prune_mixed(
         precise: the neurons to keep in the model's format; None for none.
         others: those to keep in that of `few`; None for none.
         reuse: an earlier result for as many neurons that is no longer needed, and whose memory is used.
+        refit: what kept rows are fitted to, where all of them have one format.
 
     Raises:
-        ValueError: as `griffin_jax.prune`, or both are None.
+        ValueError: as `griffin_jax.prune`, both are None, or rows in two formats are to be refitted.
     """
     if precise is None or others is None:
-        return prune(*_only(model, few, precise, others), reuse=reuse)
+        only, experts = _only(model, few, precise, others)
+        return only if _all_of(only, experts) else prune(only, experts, reuse=reuse, refit=refit)
+    _check_one_format(refit)
     first, second = (None, None) if reuse is None else _groups(reuse)
     return _joined(prune(model, precise, reuse=first), prune(few, others, reuse=second))
 
 
 def mask_mixed(
-    model: Transformer, few: Transformer, precise: ExpertNeurons | None, others: ExpertNeurons | None
+    model: Transformer,
+    few: Transformer,
+    precise: ExpertNeurons | None,
+    others: ExpertNeurons | None,
+    *,
+    refit: Reconstruction | None = None,
 ) -> Transformer:
     """What `prune_mixed` gives, without a copy of any weight: for scoring given tokens.
 
     Raises:
-        ValueError: as `griffin_jax.griffin.masked.mask`, or there is no neuron.
+        ValueError: as `griffin_jax.griffin.masked.mask`, there is no neuron, or rows in two formats are to be refitted.
     """
     if precise is None or others is None:
-        return mask(*_only(model, few, precise, others))
+        only, experts = _only(model, few, precise, others)
+        return only if _all_of(only, experts) else mask(only, experts, refit=refit)
+    _check_one_format(refit)
     return _joined(mask(model, precise), mask(few, others))
 
 
@@ -243,6 +312,16 @@ def _only(
     if others is not None:
         return few, others
     raise ValueError("a model keeps at least one neuron of each layer: give precise or other neurons")
+
+
+def _all_of(model: Transformer, experts: ExpertNeurons) -> bool:
+    """Whether these are all neurons of a model."""
+    return experts.kept == model.neurons
+
+
+def _check_one_format(refit: Reconstruction | None) -> None:
+    if refit is not None:
+        raise ValueError("rows in two formats are not refitted: give no refit, or neurons in one format only")
 
 
 def _joined(model: Transformer, other: Transformer) -> Transformer:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.healing import Heals
+from griffin_jax.extensions.mixed import MixedFormat, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.extensions.prior import Fusion
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
@@ -151,6 +152,38 @@ class Pruner:
             ValueError: as `griffin_jax.griffin.masked.mask`.
         """
         return self._healed(mask(model, experts, refit=self.refit(rows)), experts)
+
+    def mix(
+        self,
+        model: Transformer,
+        few: Transformer,
+        formats: MixedFormat,
+        statistics: Statistics,
+        rows: Rows = (),
+        *,
+        masked: bool = False,
+    ) -> Transformer:
+        """The model that reads the neurons which the prompts choose in two formats, without a healing.
+
+        Kept rows are refitted, if the options say so, where all of them are in fewer bits.
+
+        Args:
+            model: the full one.
+            few: what `griffin_jax.extensions.mixed.coarse` made of it.
+            formats: both, and which part of the kept neurons is precise.
+            statistics: of the prompts.
+            rows: of the prompts, `rows_of_each` of every sequence.
+            masked: whether it is for scoring given tokens, and no weights are copied.
+
+        Raises:
+            ValueError: as `griffin_jax.extensions.mixed.select_mixed` and `prune_mixed`.
+        """
+        magnitudes = jitted.magnitudes_of(model)
+        chosen = select_mixed(statistics, self.config, formats, fuse=self.fuse, magnitudes=magnitudes)
+        several = not self.config.shared and statistics.tokens.shape[0] > 1
+        # Each sequence would need a copy of all routed experts.
+        form = mask_mixed if masked or (several and model.config.routing is not None) else prune_mixed
+        return form(model, few, *chosen, refit=None if formats.share else self.refit(rows))
 
     def _healed(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:
         return pruned if self.healing is None else self.healing.heal(pruned, experts)

@@ -147,7 +147,7 @@ def _gather_into(
     model: Transformer,
 ) -> list[dict[str, nnx.Param]]:
     """The kept rows; and where they are refitted, the scales of their outputs, which were `outputs`."""
-    given = rows, outputs, experts, refit, model.config, model.weights
+    given = rows, outputs, experts, refit, model.config, tuple(part.weights for part in neuron_modules(model))
     if reuse is None or any(isinstance(index, Tracer) for index in experts):
         return _gather(*given)
     old = _neuron_rows(reuse)
@@ -233,7 +233,7 @@ def _gathered(
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,
-    weights: WeightFormat,
+    weights: tuple[WeightFormat, ...],
 ) -> list[dict[str, nnx.Param]]:
     def keep(part: NeuronPart, name: str, weight: nnx.Param) -> nnx.Param:
         index = part.indices(indices[part.layer])
@@ -266,7 +266,7 @@ def _refit(
     outputs: list[_Outputs],
     indices: tuple[Int[Array, "*b _k"], ...],
     kept: list[dict[str, nnx.Param]],
-    weights: WeightFormat,
+    weights: tuple[WeightFormat, ...],
 ) -> None:
     """Change the kept rows of the down projections, those of all experts of a layer together."""
     whole: list[list[Array]] = [[] for _ in indices]
@@ -274,10 +274,10 @@ def _refit(
         matrix = plus_matrix(_down(own, scale), own.get("down_left"), right)
         whole[part.layer].append(matrix.reshape(-1, matrix.shape[-1]))
     changes = refit.changes([m[0] if len(m) == 1 else jnp.concatenate(m) for m in whole], indices)
-    for part, own, (scale, _) in zip(parts, kept, outputs, strict=True):
+    for part, own, (scale, _), stored_as in zip(parts, kept, outputs, weights, strict=True):
         matrix = _down(own, scale).astype(jnp.float32)
         change = changes[part.layer][..., part.first : part.first + max(part.experts, 1) * part.kept, :]
-        own |= _stored_down(part, matrix + change.reshape(matrix.shape), weights, own["down"].dtype)
+        own |= _stored_down(part, matrix + change.reshape(matrix.shape), stored_as, own["down"].dtype)
 
 
 def _down(rows: dict[str, nnx.Param], scale: nnx.Param | None) -> Float[Array, "... d"]:
@@ -388,7 +388,7 @@ def _overwrite(
     experts: ExpertNeurons,
     refit: Refit | None,
     config: ModelConfig,
-    weights: WeightFormat,
+    weights: tuple[WeightFormat, ...],
     old: list[dict[str, nnx.Param]],
 ) -> list[dict[str, nnx.Param]]:
     """`_gathered` into the memory of `old`."""

@@ -21,7 +21,7 @@ from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.lookup import left_padded
-from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
+from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.extensions.promise import Promised, allowed_densities, choose, ends_of, trial_tokens
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
@@ -399,11 +399,11 @@ class LLM:
 
     def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
+        request, mixed = self._mixed(request)
         extensions, generation, experts = request.extensions, request.generation, request.experts
         candidates = self._candidates(request)
         pruner = next(reversed(candidates.values()), None) or self._pruner(request)
         selected = pruner.config.kept(self.model.config.neuron_ranges)
-        mixed = self._mixed(request)
         dense = experts is None and mixed is None and selected == self.model.neurons
         kept = selected if experts is None else experts.kept
         check_kept(self.model, kept)
@@ -437,6 +437,8 @@ class LLM:
         # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
         most = bucket(max(map(len, sequences)))
         most += generation.max_new_tokens if extensions.refresh_every else 0
+        # Where all neurons are kept, in whatever format, there is nothing to make good.
+        fitted = not dense and (mixed is None or selected != self.model.neurons)
         plan = Plan(
             request=request,
             pruner=pruner,
@@ -452,7 +454,7 @@ class LLM:
             candidates=candidates,
             trial=trial,
             every=None if dense else extensions.refresh_every,
-            rows=0 if dense else min(pruner.rows_of_each(len(sequences), experts), most),
+            rows=min(pruner.rows_of_each(len(sequences), experts), most) if fitted else 0,
             seed=generation.seeds(len(sequences)),
             step=STREAM_CHUNK if stream or generation.stops else generation.max_new_tokens,
         )
@@ -485,17 +487,19 @@ class LLM:
         if self._spare is not None and (self._spare.neurons, self._spare.weights) != (plan.kept, stored_as):
             self._spare = None
 
-    def _mixed(self, request: Request) -> MixedFormat | None:
-        """The formats of the kept neurons, if there are two."""
+    def _mixed(self, request: Request) -> tuple[Request, MixedFormat | None]:
+        """The request, with a density of neurons where it was one of bytes, and their formats if there are two."""
         mixed = request.extensions.mixed(self.model.weights)
         if mixed is None:
-            return None
+            return request, None
         if request.experts is not None:
             raise ValueError("experts do not say which neurons have more bits: give a density, or mixed_weights=None")
         if self._in_place is not None:
             raise ValueError("with in_place rows of weights move, and those in fewer bits do not: mixed_weights=None")
         mixed.check(self.config.width, self.config.embedding_width)
-        return mixed
+        formats, density = mixed.at(request.griffin.density)
+        request = dataclasses.replace(request, griffin=dataclasses.replace(request.griffin, density=density))
+        return request, formats if isinstance(formats, MixedFormat) else None
 
     def _draft_cost(
         self, request: Request, sequences: Sequence[Sequence[int]], kept: Sequence[int] | None
@@ -577,7 +581,7 @@ class LLM:
             if plan.drafter is not None:
                 model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
             if plan.mixed is not None:
-                model = jax.block_until_ready(self._prune_mixed(plan.mixed, plan.pruner, prefilled.statistics))
+                model = jax.block_until_ready(self._prune_mixed(plan.mixed, plan.pruner, prefilled))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
         if self._in_place is not None:
@@ -791,16 +795,11 @@ class LLM:
             reuse = detach(reuse)
         return pruner.prune(model, experts, rows, reuse=reuse)
 
-    def _prune_mixed(self, mixed: MixedFormat, pruner: Pruner, statistics: Statistics) -> Transformer:
+    def _prune_mixed(self, mixed: MixedFormat, pruner: Pruner, prefilled: Prefilled) -> Transformer:
         """The model with the kept rows only, in two formats."""
         if self._few is None:
             self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
-        magnitudes = jitted.magnitudes_of(self.model)
-        chosen = select_mixed(statistics, pruner.config, mixed, fuse=pruner.fuse, magnitudes=magnitudes)
-        several = not pruner.config.shared and statistics.tokens.shape[0] > 1
-        # Each sequence would need a copy of all routed experts.
-        form = mask_mixed if several and self.model.config.routing is not None else prune_mixed
-        return form(self.model, self._few[1], *chosen)
+        return pruner.mix(self.model, self._few[1], mixed, prefilled.statistics, prefilled.rows)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.

@@ -111,6 +111,7 @@ class NeuronModule(nnx.Module):
     Attributes:
         neuron_axes: the parameters that have a row for each neuron, with the axis that counts neurons.
         down_outputs: which axes of the down projection count outputs, see `griffin_jax.model.weights.quantise`.
+        weights: how its matrices are stored.
         rest: a second group of rows, see `griffin_jax.extensions.in_place` and `griffin_jax.extensions.mixed`.
     """
 
@@ -124,7 +125,8 @@ class NeuronModule(nnx.Module):
     down_row_scale: nnx.Param | None
     down_bias: nnx.Param | None
 
-    def __init__(self, config: ModelConfig, dtype: DTypeLike):
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat):
+        self.weights = weights
         self.activation: Activation = config.activation
         has_curves = config.activation == "xielu"
         self.positive_curve = bias_vector((1,), dtype) if has_curves else None
@@ -190,7 +192,7 @@ class FeedForward(NeuronModule):
         rngs: nnx.Rngs | None,
         neurons: int | None = None,
     ):
-        super().__init__(config, dtype)
+        super().__init__(config, dtype, weights)
         a, f, d = 2 if config.gated else 1, config.ff_width if neurons is None else neurons, config.width
         gate_up = matrix(rngs, (a, f, d), fan_in=d, weights=weights)
         self.gate_up, self.gate_up_scale = gate_up.values, gate_up.scale

@@ -138,7 +138,7 @@ class Experts(NeuronModule):
     down_outputs: ClassVar[Outputs] = "last_of_each"
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
-        super().__init__(config, dtype)
+        super().__init__(config, dtype, weights)
         assert config.routing is not None
         self.by_expert = config.expert_parallel
         e, a, f, d = config.routing.experts, 2 if config.gated else 1, config.routing.width, config.width

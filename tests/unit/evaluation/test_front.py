@@ -148,6 +148,35 @@ class TestTwoFormats:
         assert code == 2
         assert "int8+int4:16@0.5 has rows in two formats, which are not refitted" in err.splitlines()[-1]
 
+    def test_a_density_of_bytes(self, primed, tmp_path):
+        """What it stands for is compared, and the dense model is the one of the first format, which is not again."""
+        by_bytes, given = (MixedFormat.parse(f"int8+int4:16{part}") for part in ("", "@0.33"))
+        variants, others = grid(["topk"], [0.75], ()), grid(["topk"], [], ())
+        arguments = {"new": 5, "size": 2, "seed": 0}
+        found = front.compare_formats(primed.llm, ITEMS, variants, [by_bytes], Journal(tmp_path / "a", {}), **arguments)
+        same = front.compare_formats(primed.llm, ITEMS, others, [given], Journal(tmp_path / "b", {}), **arguments)
+        for item in ITEMS:
+            here, there = found[str(by_bytes)][item.name], same[str(given)][item.name]
+            assert here["topk 0.75"] == there["dense"]
+            assert "dense" not in here
+        sizes = {
+            (str(each), variant): front.bytes_per_token(primed.llm.config, np.dtype("float32"), each, 20, variant)
+            for each, variant in front.compared([by_bytes], variants)
+        }
+        (entry,) = front.figures(found, variants, {"dense": "-", "topk": "griffin"}, sizes, 0)
+        assert (entry["weights"], entry["density"], entry["quality"]) == ("int8+int4:16", 0.75, "griffin")
+
+    def test_with_a_density_of_bytes_best_is_compared_too(self, primed, tmp_path, capsys):
+        arguments = ("--model", primed.folder, "--quality", "best", "--weights", "float32,int8+int4:16")
+        arguments += ("--density", "1,0.75,0.5", "--prompt-tokens", 40, "--new-tokens", 12, "--output", tmp_path / "out")
+        code, out, err = run(capsys, texts(tmp_path), *arguments)
+        assert code == 0, err
+        rows = [line.split()[:3] for line in out.splitlines() if line.startswith(("float32 ", "int8+"))]
+        assert sorted(rows) == [
+            ["float32", "-", "1"], ["float32", "best", "0.5"], ["float32", "best", "0.75"],
+            ["int8+int4:16", "best", "0.5"], ["int8+int4:16", "best", "0.75"],
+        ]  # fmt: skip
+
 
 def chosen(fine: gj.Transformer, few: gj.Transformer, ranks, kept: int, precise: int) -> gj.Transformer:
     """The first model with the rows of its best neurons, those of the second one for the next, and zeros else."""
@@ -314,7 +343,8 @@ class TestCommand:
         [
             (["--weights", "int3"], "weights are 'int3'; allowed are"),
             (["--weights", "int8,"], "weights are ''; allowed are"),
-            (["--weights", "int8+int4"], "weights are 'int8+int4'; two formats go with the part, in [0, 1), of"),
+            (["--weights", "int8+int4@"], "weights are 'int8+int4@'; two formats go with the part, in [0, 1), of"),
+            (["--weights", "int4:16+int8"], "weights are 'int4:16+int8'; neurons in int8 are read instead of fewer in"),
             (["--weights", "int8+int4@1"], "weights are 'int8+int4@1'; two formats go with the part"),
             (
                 ["--quality", "griffin", "--weights", "int8+int4:16@0.01"],

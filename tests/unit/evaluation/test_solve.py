@@ -9,13 +9,14 @@ import pytest
 from conftest import PASSAGES
 
 from griffin_jax.cli import main as cli
-from griffin_jax.evaluation import problems, solve
+from griffin_jax.evaluation import front, problems, solve
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.drafts import Drafter
 from griffin_jax.evaluation.grid import grid
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.evaluation.problems import Problem
 from griffin_jax.evaluation.sandbox import Limits, check_sandbox, passes
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.model.weights import WeightFormat
 
 PROMPT = 'from math import floor\n\n\ndef twice(x: int) -> int:\n    """Twice x.\n    """\n'
@@ -148,6 +149,23 @@ class TestAnswers:
         assert len(lines) == 1 + len(FORMATS) * len(items)
         (tmp_path / FILE).write_text("".join(lines[:3]))
         assert run() == found
+
+    def test_of_two_formats_by_bytes_they_are_those_of_generate(self, primed, tmp_path):
+        llm, two = primed.llm, MixedFormat.parse("float32+int4:16")
+        items = [Item(str(number), llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:2])]
+        asked = {item.name: Problem("", lambda text: len(text) % 2 == 0, lambda text: None) for item in items}
+        variants = grid(["topk"], [0.5, 0.1], ())
+        found = solve.solve(llm, items, asked, variants, [*FORMATS, two], Journal(tmp_path, {}), new=12, size=2, seed=0)
+        for item in items:
+            assert found[str(two)][item.name].keys() == {"topk 0.5", "topk 0.1"}
+            for density in (0.5, 0.1):
+                out = llm.generate([list(item.prompt)], max_new_tokens=12, density=density, mixed_weights="int4:16")
+                assert found[str(two)][item.name][f"topk {density}"]["text"] == out.texts[0]
+        sizes = {(str(each), variant): 10**6 for each, variant in front.compared([*FORMATS, two], variants)}
+        rows = solve.figures(found, variants, {"dense": "-", "topk": "griffin"}, sizes, seed=0)
+        assert [(row["weights"], row["density"]) for row in rows] == [
+            ("float32", 1), ("float32", 0.5), ("float32", 0.1), (str(two), 0.5), (str(two), 0.1),
+        ]  # fmt: skip
 
     def test_with_a_drafter_they_are_the_dense_models(self, primed, tmp_path):
         llm = primed.llm

@@ -16,13 +16,16 @@ from reference import assert_close, oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
+from griffin_jax.evaluation import front
+from griffin_jax.evaluation.grid import DENSE, Variant
 from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
-from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.model.weights import Precision, WeightFormat, dequantise, quantise
 from griffin_jax.parallel.mesh import make_mesh
 
 GATED = ModelConfig(
@@ -178,6 +181,76 @@ def test_names():
     assert tenth.kept([1000]) == (35,)
 
 
+class TestBytes:
+    """Formats without a part: a density is one of bytes."""
+
+    WIDE = dataclasses.replace(GATED, ff_width=4800)
+    BY_BYTES = MixedFormat(FINE, WeightFormat.parse("int4:16"), None)
+
+    @pytest.mark.parametrize(("density", "share", "kept"), [
+        # int4:16 takes 5 bits: (density - 5/8) / (3/8) are precise, or density / (5/8) are kept.
+        (0.9, 0.73, 1.0), (0.75, 0.33, 1.0), (0.63, 0.01, 1.0), (0.625, 0.0, 1.0), (0.5, 0.0, 0.8), (0.25, 0.0, 0.4),
+    ])  # fmt: skip
+    def test_by_hand(self, density, share, kept):
+        assert self.BY_BYTES.at(density) == (dataclasses.replace(MIXED, share=share), kept)
+
+    def test_a_part_that_is_given_and_all_bytes(self):
+        assert MIXED.at(0.5) == (MIXED, 0.5)
+        assert MIXED.at((0.5, 0.25)) == (MIXED, (0.5, 0.25))
+        assert self.BY_BYTES.at(1) == (FINE, 1.0)
+
+    @pytest.mark.parametrize("text", ["int8+int4", "int8+int4:64", "int8:32+int4", "bfloat16+int8", "bfloat16+int4"])
+    @pytest.mark.parametrize("density", [0.95, 0.75, 0.5, 0.35, 0.25, 0.1])
+    def test_no_more_is_read_and_hardly_less(self, text, density):
+        """But for the scales of whole rows, which are no part of `bits`: 4 bytes for 512 numbers here."""
+        by_bytes, width = MixedFormat.parse(text), dataclasses.replace(self.WIDE, width=512)
+
+        def read(weights: MixedFormat | WeightFormat) -> int:
+            dense = front.bytes_per_token(width, np.dtype("bfloat16"), by_bytes.fine, 1, Variant(DENSE, 1.0))
+            return dense - front.bytes_per_token(width, np.dtype("bfloat16"), weights, 1, Variant("topk", density))
+
+        every = read(by_bytes.fine) / (1 - density)
+        assert -0.005 * every < read(by_bytes) - read(by_bytes.fine) < 0.012 * every
+
+    def test_what_has_no_bytes_to_spare(self):
+        with pytest.raises(ValueError, match="it takes 16 instead of 5: name a format of fewer bits"):
+            MixedFormat.parse("int4:16+int8:2")
+        with pytest.raises(ValueError, match="a density of bytes is one for all layers, and there are 2"):
+            self.BY_BYTES.at((0.5, 0.25))
+        with pytest.raises(ValueError, match="how many neurons of int8\\+int4:16 are precise depends on the density"):
+            self.BY_BYTES.precise(gj.GriffinConfig(0.5))
+
+    def test_all_neurons_in_few_bits_are_not_copied(self, model, prefilled):
+        few, (mixed, kept) = coarse(model, self.BY_BYTES.coarse), self.BY_BYTES.at(0.625)
+        chosen = select_mixed(prefilled.statistics, gj.GriffinConfig(kept), mixed)
+        assert prune_mixed(model, few, *chosen) is few
+        assert mask_mixed(model, few, *chosen) is few
+
+    def test_rows_of_one_format_are_refitted(self, model):
+        """As those of a model that has no others."""
+        prompts = jnp.asarray(np.random.default_rng(0).integers(3, 101, (1, 16)), jnp.int32)
+        read = jitted.prefill(model, prompts, jnp.asarray([16]), max_new_tokens=8, rows=8)
+        few, (mixed, kept) = coarse(model, self.BY_BYTES.coarse), self.BY_BYTES.at(0.5)
+        pruner = Pruner(gj.GriffinConfig(kept), rows=8)
+        answers = prompts[:, :5], jnp.asarray([5])
+        experts = gj.select(read.statistics, pruner.config)
+        expected = gj.prune(few, experts, refit=pruner.refit(read.rows))
+        found = pruner.mix(model, few, mixed, read.statistics, read.rows)
+        hidden = [np.asarray(jitted.teacher_force(each, read, *answers)[0]) for each in (found, expected)]
+        assert_close(*hidden)
+        masked = pruner.mix(model, few, mixed, read.statistics, read.rows, masked=True)
+        for ff, layer in zip((layer.ff for layer in found.layers), masked.layers, strict=True):
+            added = sum(
+                np.einsum("...sf,...sd->...fd", change.left, change.right).reshape(48, 32)
+                for change in layer.ff.mask.changes
+            )
+            kept_rows = (layer.ff.down_matrix() + added)[np.asarray(layer.ff.mask.kept).reshape(48)]
+            rounded = dequantise(*quantise(jnp.asarray(kept_rows), self.BY_BYTES.coarse))
+            np.testing.assert_allclose(np.squeeze(ff.down_matrix()), rounded, atol=1e-5)
+        with pytest.raises(ValueError, match="rows in two formats are not refitted"):
+            prune_mixed(model, few, experts, experts, refit=pruner.refit(read.rows))
+
+
 class TestAnswers:
     """`mixed_weights` of `LLM.generate`."""
 
@@ -199,6 +272,28 @@ class TestAnswers:
         few = llm._few
         assert llm.generate(self.PROMPTS, griffin=config, **self.OPTIONS).tokens == expected
         assert llm._few is few is not None
+
+    @pytest.mark.parametrize(("density", "same", "kept"), [(0.75, "int4:16@0.33", 48), (0.5, "int4:16@0", 38)])
+    def test_a_density_of_bytes(self, model, density, same, kept):
+        llm, options = gj.LLM(model), self.OPTIONS | {"mixed_weights": "int4:16"}
+        out = llm.generate(self.PROMPTS, density=density, **options)
+        of_neurons = {0.75: 1.0, 0.5: 0.8}[density]
+        expected = llm.generate(self.PROMPTS, density=of_neurons, **self.OPTIONS | {"mixed_weights": same})
+        assert out.tokens == expected.tokens
+        assert out.kept == (kept,) * 2
+        assert llm.generate(self.PROMPTS, density=1, **options).tokens == llm.generate(
+            self.PROMPTS, density=1, max_new_tokens=8, ignore_eos=True
+        ).tokens  # fmt: skip
+
+    @pytest.mark.parametrize(("density", "rows"), [(0.75, 0), (0.5, 8)])
+    def test_rows_are_kept_for_a_refit_where_there_is_one(self, model, monkeypatch, density, rows):
+        asked, prefill = [], jitted.prefill
+        monkeypatch.setattr(
+            "griffin_jax.llm.llm.jitted.prefill", lambda *a, **k: (asked.append(k["rows"]), prefill(*a, **k))[1]
+        )
+        options = self.OPTIONS | {"mixed_weights": "int4:16", "refit": 8}
+        assert len(gj.LLM(model).generate(self.PROMPTS, density=density, **options).tokens[0]) == 8
+        assert asked == [rows]
 
     def test_another_format_is_made_anew_and_none_is_the_models(self, model):
         llm = gj.LLM(model)
@@ -241,7 +336,10 @@ class TestAnswers:
             np.testing.assert_array_equal(np.asarray(layer).ravel(), oracle_topk(np.asarray(square), 24))
 
     @pytest.mark.parametrize(("options", "message"), [
-        ({"mixed_weights": "int4"}, "mixed_weights are 'int4'; the first format is the model's"),
+        ({"mixed_weights": "int4@all"}, "mixed_weights are 'int4@all'; the first format is the model's"),
+        ({"mixed_weights": "int4@"}, "mixed_weights are 'int4@'; the first format is the model's"),
+        ({"mixed_weights": "int8"}, "it takes 8 instead of 8: name a format of fewer bits"),
+        ({"mixed_weights": "int4:16", "density": (0.5, 0.25)}, "a density of bytes is one for all layers"),
         ({"mixed_weights": "bfloat16@0.5"}, "the second format is one of integers"),
         ({"mixed_weights": 4}, "mixed_weights are 4; the first format is the model's"),
         ({"refit": True}, "rows in two formats are not refitted"),
@@ -252,7 +350,7 @@ class TestAnswers:
     ])  # fmt: skip
     def test_what_they_do_not_go_with(self, model, options, message):
         with pytest.raises(ValueError, match=re.escape(message)):
-            gj.LLM(model).generate([self.PROMPTS[0]], density=0.5, **self.OPTIONS | options)
+            gj.LLM(model).generate([self.PROMPTS[0]], **{"density": 0.5} | self.OPTIONS | options)
 
     def test_given_neurons_and_one_copy(self):
         llm = gj.LLM(random_model(GATED, weights=MIXED.fine))
