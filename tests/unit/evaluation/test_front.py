@@ -167,8 +167,10 @@ class TestTwoFormats:
         assert (entry["weights"], entry["density"], entry["quality"]) == ("int8+int4:16", 0.75, "griffin")
 
     def test_with_a_density_of_bytes_best_is_compared_too(self, primed, tmp_path, capsys):
-        arguments = ("--model", primed.folder, "--quality", "best", "--weights", "float32,int8+int4:16")
-        arguments += ("--density", "1,0.75,0.5", "--prompt-tokens", 40, "--new-tokens", 12, "--output", tmp_path / "out")
+        arguments = (
+            "--model", primed.folder, "--quality", "best", "--weights", "float32,int8+int4:16", "--density",
+            "1,0.75,0.5", "--prompt-tokens", 40, "--new-tokens", 12, "--output", tmp_path / "out",
+        )  # fmt: skip
         code, out, err = run(capsys, texts(tmp_path), *arguments)
         assert code == 0, err
         rows = [line.split()[:3] for line in out.splitlines() if line.startswith(("float32 ", "int8+"))]
