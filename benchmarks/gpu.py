@@ -59,6 +59,7 @@ class Size:
         batches: numbers of sequences.
         repeats: of each measurement.
         families: whose tiny models are checked, of `benchmarks.gpu_checks`.
+        gemv: whether the kernels of `griffin_jax.model.gemv` are checked and measured, too, which only GPUs have.
     """
 
     models: tuple[str, ...]
@@ -68,10 +69,11 @@ class Size:
     batches: tuple[int, ...]
     repeats: int
     families: tuple[str, ...]
+    gemv: bool
 
 
-FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, FAMILIES)
-SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, FAMILIES[:1])
+FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, FAMILIES, gemv=True)
+SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, FAMILIES[:1], gemv=False)
 """For a test of this command on any machine. Its figures mean nothing."""
 
 
@@ -120,9 +122,10 @@ def parts(scale: Size) -> Iterator[Part]:
     first, *others = scale.batches
     for weights in ("bfloat16", "int8"):
         yield from (decoding(model, weights, first) for model in scale.models)
-    yield checks("correctness-gemv", scale.families[:2], gemv=True)
-    yield from (decoding(model, "int8", first, gemv=True) for model in scale.models)
-    for gemv in (False, True):
+    if scale.gemv:
+        yield checks("correctness-gemv", scale.families[:2], gemv=True)
+        yield from (decoding(model, "int8", first, gemv=True) for model in scale.models)
+    for gemv in (False, True) if scale.gemv else (False,):
         yield from (decoding(model, "int4", first, gemv) for model in scale.models)
     yield from (peers(model, first) for model in scale.models)
     for weights in ("bfloat16", "int8", "int4"):

@@ -44,10 +44,9 @@ def test_the_whole_command_and_its_json(tmp_path):
     result = json.loads((tmp_path / "found" / "results.json").read_text())
     assert result["format"] == gpu.FORMAT
     assert result["missing"] == ([] if TORCH else ["SmolLM2-135M-torch-batch-1"])
-    for name in gpu.CHECKS:
-        checks = result["parts"][name]["rows"]
-        assert len(checks) == 10
-        assert all(row["passed"] for row in checks)
+    checks = result["parts"]["correctness"]["rows"]
+    assert len(checks) == 10
+    assert all(row["passed"] for row in checks)
     profiled = result["parts"]["SmolLM2-135M-int8-profile"]["densities"]
     assert [each["density"] for each in profiled] == [1, 0.5]
     assert all(each["kernels"] and each["busy_us"] > 0 for each in profiled)
