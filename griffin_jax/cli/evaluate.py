@@ -259,13 +259,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="standard errors that are added to the mean of a trial; answers have the default (default: %(default)s)",
     )  # fmt: skip
     add_options(what, GriffinConfig, "density", type=str, metavar="D", help="the least that may be taken")
+    what.add_argument(
+        "--mixed-weights", dest="mixed", metavar="FORMAT",
+        help="densities count bytes, which pay for more neurons in FORMAT, such as int4 (default: all neurons have the"
+        " model's weights)",
+    )  # fmt: skip
     _add_qualities(what)
     _add_sample(what, size=4)
     _add_prior(kind, healing=False)
     _add_output(kind)
     kind.set_defaults(
-        prepare=_promise, choose=_choose_promise, reference=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
-        prompt_tokens=512, healing=None,
+        prepare=_promise, choose=_choose_promise, check=_check_promise, reference=None, baselines=(),
+        refresh_every=DEFAULTS.refresh_every, prompt_tokens=512, healing=None,
     )  # fmt: skip
 
     kind = kinds.add_parser(
@@ -603,6 +608,8 @@ def _batch(
             )
         answers = options.task in ("divergence", "promise")
         parts = needs.scoring(batch, prompt, new, models, rows=rows, calibration=calibration, answers=answers)
+        if options.task == "promise" and options.mixed is not None:
+            return parts | {"neurons in fewer bits": _coarse_bytes(needs, options.mixed)}
         return parts | _beside(options, needs) if options.task == "front" else parts
 
     return chosen_batch(options, needed, "--weights of fewer bits or shorter texts", mesh)
@@ -616,11 +623,16 @@ def _beside(options: argparse.Namespace, needs: Needs) -> Parts:
         bits = 0 if fine == needs.precision.weights else needs.in_memory(_sizes(needs, fine).local, fine)
         if not isinstance(weights, MixedFormat):
             return bits
-        return bits + needs.in_memory(_sizes(needs, weights.coarse).ff(None), weights.coarse)
+        return bits + _coarse_bytes(needs, weights)
 
     parts = {"weights in another format": max(map(held, options.formats))}
     drafters = [needs.drafter(drafter.weights) for drafter in options.drafters if drafter.weights is not None]
     return parts | ({"drafter": max(drafters)} if drafters else {})
+
+
+def _coarse_bytes(needs: Needs, mixed: MixedFormat) -> int:
+    """Bytes of all neurons in the second of two formats."""
+    return needs.in_memory(_sizes(needs, mixed.coarse).ff(None), mixed.coarse)
 
 
 def _sizes(needs: Needs, weights: WeightFormat) -> Sizes:
@@ -914,7 +926,7 @@ def _choose_promise(options: argparse.Namespace) -> None:
     """
     options.promises = numbers("--max-divergence", options.promises, float)
     for most in options.promises:
-        Extensions(max_divergence=most)
+        Extensions(max_divergence=most, mixed_weights=options.mixed)
     if not 0 <= options.margin < math.inf:
         raise ValueError(f"--margin must be at least 0, got {options.margin}")
     _choose_qualities(options)
@@ -931,6 +943,16 @@ def _choose_promise(options: argparse.Namespace) -> None:
         )
     if len({file.name for file in options.files}) < len(options.files):
         raise ValueError("files are shown by their names, and two have the same")
+
+
+def _check_promise(
+    options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions
+) -> None:
+    """Sets the formats of kept neurons, and raises `ValueError` unless this model can have them."""
+    options.mixed = Extensions(mixed_weights=options.mixed).mixed(needs.precision.weights)
+    if options.mixed is not None:
+        options.mixed.check(needs.config.width, needs.config.embedding_width)
+        front.check_variants(needs.config, variants, [options.mixed], extensions)
 
 
 def _promise(
@@ -951,11 +973,11 @@ def _promise(
         items,
         {
             "column": options.column, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
-            "trial": trial, "weights": str(llm.model.weights),
+            "trial": trial, "weights": str(options.mixed or llm.model.weights),
         },
         lambda journal: promise.try_densities(
             llm, items, variants, journal, trial=trial, new=new, size=options.batch, seed=options.seed,
-            extensions=extensions,
+            extensions=extensions, mixed=options.mixed,
         ),
         lambda scores: promise.figures(
             scores, kinds, variants, options.qualities, options.promises, options.seed, options.margin

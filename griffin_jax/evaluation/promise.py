@@ -6,25 +6,33 @@ been taken for a promise follows from the trials of two of them, by the rule of 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from griffin_jax.evaluation.batches import Batch, Item, evaluate
-from griffin_jax.evaluation.forced import score_answers
+from griffin_jax.evaluation.forced import score_answers, score_models
+from griffin_jax.evaluation.front import coarse_of, mixed_models
 from griffin_jax.evaluation.grid import DENSE, Variant, rows_of
 from griffin_jax.evaluation.intervals import mean, share
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, Metric, as_json, cells, draw_legend, draw_line, titles
 from griffin_jax.evaluation.tasks import OWN, REAL, generate
 from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.promise import MARGIN, Promised, choose, ends_of
-from griffin_jax.extensions.trial import try_pruners
+from griffin_jax.extensions.trial import try_models, try_pruners
 from griffin_jax.generation.padding import bucket, pad
+from griffin_jax.generation.prefill import Prefilled
+from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.llm import LLM
+from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils.figures import new_figure
 
 TRIAL = "trial"
@@ -52,6 +60,7 @@ def try_densities(
     size: int,
     seed: int,
     extensions: Extensions,
+    mixed: MixedFormat | None = None,
 ) -> dict[str, Any]:
     """Divergences of every text and variant, on the trial and on what follows the prompt.
 
@@ -65,29 +74,51 @@ def try_densities(
         size: texts in a batch.
         seed: of all draws.
         extensions: what the steps beyond GRIFFIN take.
+        mixed: the formats of kept neurons, without a part, by which densities count bytes; None if all have the
+            model's.
 
     Returns:
         For each text `trial`, the divergences of single tokens by the name of each variant but the dense one, and
         `real` and `own`, each as `score_answers` has them with one length.
     """
     model, eos = llm.model, llm.config.eos_token_ids
+    pruned = [variant for variant in variants if variant.method != DENSE]
+    few = None if mixed is None else coarse_of(model, mixed)
+
+    def in_two_formats(prompts: Prefilled) -> Iterator[tuple[Variant, Transformer]]:
+        assert few is not None
+        assert mixed is not None
+        return mixed_models(model, few, mixed, pruned, prompts, extensions, masked=True)
+
+    def trials(prefilled: Prefilled, tokens: np.ndarray, seeds: jax.Array) -> dict[str, np.ndarray]:
+        if few is None:
+            tried = (try_pruners(model, prefilled, tokens, [each.pruner(extensions)], seeds) for each in pruned)
+        else:
+            last = prefilled.last
+            assert last is not None
+            before = dataclasses.replace(prefilled, statistics=last.statistics, rows=last.rows)
+            tried = (try_models(model, prefilled, tokens, [one]) for _, one in in_two_formats(before))
+        return {variant.name: found[:, 0] for variant, found in zip(pruned, tried, strict=True)}
+
+    def scored(prefilled: Prefilled, batch: Batch, tokens: np.ndarray, lengths: np.ndarray, upto: int) -> list[Any]:
+        if few is None:
+            return score_answers(model, variants, prefilled, tokens, lengths, batch.seeds, [upto], extensions)
+        dense = [(variant, model) for variant in variants if variant.method == DENSE]
+
+        def every(_: Statistics) -> Iterator[tuple[Variant, Transformer]]:
+            return itertools.chain(dense, in_two_formats(prefilled))
+
+        return score_models(model, every, prefilled, tokens, lengths, [upto])
 
     def score(batch: Batch) -> list[dict[str, Any]]:
         length = max(new, batch.answers.shape[1])
         prefilled = batch.prefill(model, bucket(length), rows_of(variants, extensions), trial)
         ends = batch.prompt_lengths[:, None] - np.arange(trial, 0, -1)
         last, seeds = np.take_along_axis(batch.prompts, ends, axis=1), jnp.asarray(batch.seeds)
-        tried = {
-            variant.name: try_pruners(model, prefilled, last, [variant.pruner(extensions)], seeds)[:, 0]
-            for variant in variants
-            if variant.method != DENSE
-        }
+        tried = trials(prefilled, last, seeds)
         own = pad(generate(model, prefilled, new, eos), bucket(new))
         following = {REAL: (batch.answers, batch.answer_lengths), OWN: own}
-        found = {
-            kind: score_answers(model, variants, prefilled, *answers, batch.seeds, [length], extensions)
-            for kind, answers in following.items()
-        }
+        found = {kind: scored(prefilled, batch, *answers, length) for kind, answers in following.items()}
         return [
             {TRIAL: {name: divergences[index].tolist() for name, divergences in tried.items()}}
             | {kind: scores[index] for kind, scores in found.items()}

@@ -174,8 +174,11 @@ class Extensions:
                 raise ValueError(
                     "speculative answers are the dense model's, and diverge by nothing: max_divergence=None"
                 )
-            if self.mixed_weights is not None:
-                raise ValueError("mixed_weights do not go with max_divergence: give one of the two")
+            if self.mixed_weights is not None and others_format(self.mixed_weights)[1] is not None:
+                raise ValueError(
+                    "with max_divergence a density is taken, which mixed_weights count bytes by: give them without a"
+                    " part, as int4"
+                )
             if self.healing is not None:
                 raise ValueError("a trial is of models without a healing: give healing or max_divergence, not both")
 

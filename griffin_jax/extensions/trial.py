@@ -12,7 +12,7 @@ weights are read once, and the program is the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -50,13 +50,57 @@ def try_pruners(
     Raises:
         ValueError: nothing was recorded of so many last tokens.
     """
-    last = prefilled.last
-    if last is None or last.hidden.shape[1] != tokens.shape[1]:
-        raise ValueError(f"nothing was recorded of the last {tokens.shape[1]} tokens: prefill with last=...")
+    last = _recorded(prefilled, tokens)
     chosen = [pruner.select(model, last.statistics, seed) for pruner in pruners]
     refits = [pruner.refit(last.rows) for pruner in pruners]
     masks = [masks_of(model, experts, refit=refit) for experts, refit in zip(chosen, refits, strict=True)]
     return to_host(_divergences(model, prefilled.cache, last, tokens, masks))
+
+
+def try_models(
+    model: Transformer,
+    prefilled: Prefilled,
+    tokens: Int[Array | np.ndarray, "b t"],
+    pruned: Iterable[Transformer],
+) -> Float[np.ndarray, "b c t"]:
+    """As `try_pruners`, of models that are no masks of the full one: each reads the tokens, and its weights, by itself.
+
+    Args:
+        model: the full model.
+        prefilled: prompts that it has read, with `last`.
+        tokens: the last T tokens of every prompt.
+        pruned: models with the neurons that `prefilled.last` chooses, masked or pruned. One is used up when the next
+            is asked for.
+
+    Raises:
+        ValueError: nothing was recorded of so many last tokens.
+    """
+    last = _recorded(prefilled, tokens)
+    found = [to_host(_divergences_of(model, one, prefilled.cache, last, tokens)) for one in pruned]
+    return np.stack(found, axis=1)
+
+
+def _recorded(prefilled: Prefilled, tokens: Int[Array | np.ndarray, "b t"]) -> LastTokens:
+    """What was recorded of the last tokens.
+
+    Raises:
+        ValueError: nothing of so many was.
+    """
+    last = prefilled.last
+    if last is None or last.hidden.shape[1] != tokens.shape[1]:
+        raise ValueError(f"nothing was recorded of the last {tokens.shape[1]} tokens: prefill with last=...")
+    return last
+
+
+@programs.jit
+def _divergences_of(
+    model: Transformer, pruned: Transformer, cache: KVCache, last: LastTokens, tokens: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """As `try_models`, of one model."""
+    length, before = tokens.shape[1], last.statistics.tokens
+    positions = before[:, None] + jnp.arange(length, dtype=jnp.int32)
+    hidden, _, _ = pruned(tokens, positions, _cut(cache, before, length))
+    return divergences(model, last.hidden, hidden[:, None])[:, 0]
 
 
 @programs.jit

@@ -25,7 +25,7 @@ from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.extensions.promise import Promised, allowed_densities, choose, ends_of, trial_tokens
 from griffin_jax.extensions.pruner import Pruner, Rows
 from griffin_jax.extensions.speculative import Drafting
-from griffin_jax.extensions.trial import try_pruners
+from griffin_jax.extensions.trial import try_models, try_pruners
 from griffin_jax.generation import jitted
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.generation.decode import DecodeState
@@ -62,6 +62,19 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+    """How a model may be pruned.
+
+    Attributes:
+        pruner: what chooses neurons.
+        mixed: the formats of the kept neurons; None where all have the model's.
+    """
+
+    pruner: Pruner
+    mixed: MixedFormat | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """A request next to the model and the prompts that it is for.
 
@@ -79,7 +92,7 @@ class Plan:
         drafter: what the drafting model's matrices are stored as; None where they are the model's.
         copies: whether drafts are copied from the context, too.
         mixed: the formats of the kept neurons; None where all of them have the model's.
-        candidates: pruners by their density, the least first, of which the first that keeps the promise is taken.
+        candidates: by their density, the least first, of which the first that keeps the promise is taken.
         trial: tokens at the end of each prompt that two of them are tried on; 0 for no trial.
         every: tokens between two refreshes; None for none.
         rows: tokens of each prompt that kept neurons are refitted to.
@@ -98,7 +111,7 @@ class Plan:
     drafter: WeightFormat | None
     copies: bool
     mixed: MixedFormat | None
-    candidates: Mapping[float, Pruner]
+    candidates: Mapping[float, Candidate]
     trial: int
     every: int | None
     rows: int
@@ -399,10 +412,10 @@ class LLM:
 
     def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
-        request, mixed = self._mixed(request)
         extensions, generation, experts = request.extensions, request.generation, request.experts
         candidates = self._candidates(request)
-        pruner = next(reversed(candidates.values()), None) or self._pruner(request)
+        candidate = next(reversed(candidates.values()), None) or self._candidate(request)
+        pruner, mixed = candidate.pruner, candidate.mixed
         selected = pruner.config.kept(self.model.config.neuron_ranges)
         dense = experts is None and mixed is None and selected == self.model.neurons
         kept = selected if experts is None else experts.kept
@@ -416,7 +429,7 @@ class LLM:
         trial = trial_tokens(min(map(len, sequences))) if candidates else 0
         if candidates and not trial:
             # Nothing is known of how much it would lose.
-            candidates, dense, kept = {}, True, self.model.neurons
+            candidates, dense, kept, mixed = {}, True, self.model.neurons, None
         if experts is None and not dense:
             self._check_in_place(pruner.config, len(sequences))
         if extensions.rows and self._in_place is not None:
@@ -438,7 +451,8 @@ class LLM:
         most = bucket(max(map(len, sequences)))
         most += generation.max_new_tokens if extensions.refresh_every else 0
         # Where all neurons are kept, in whatever format, there is nothing to make good.
-        fitted = not dense and (mixed is None or selected != self.model.neurons)
+        whole = all(self._keeps_all(each.pruner) for each in (candidate, *candidates.values()))
+        fitted = not dense and not (mixed is not None and whole)
         plan = Plan(
             request=request,
             pruner=pruner,
@@ -467,7 +481,7 @@ class LLM:
         self._check_memory(plan)
         return plan
 
-    def _candidates(self, request: Request) -> dict[float, Pruner]:
+    def _candidates(self, request: Request) -> dict[float, Candidate]:
         """How the model may be pruned if a promise is to be kept, by density, the least first."""
         if request.extensions.max_divergence is None:
             return {}
@@ -476,10 +490,22 @@ class LLM:
         found, griffin = {}, request.griffin
         for density in allowed_densities(cast(float, griffin.density)):
             at = dataclasses.replace(request, griffin=dataclasses.replace(griffin, density=density))
-            pruner = self._pruner(at)
-            if pruner.config.kept(self.model.config.neuron_ranges) != self.model.neurons:
-                found[density] = pruner
+            candidate = self._candidate(at)
+            if candidate.mixed is not None or not self._keeps_all(candidate.pruner):
+                found[density] = candidate
         return found
+
+    def _candidate(self, request: Request) -> Candidate:
+        """How the model is pruned at the density of a request, which may be one of bytes."""
+        mixed = self._mixed(request)
+        if mixed is None:
+            return Candidate(self._pruner(request), None)
+        formats, density = mixed.at(request.griffin.density)
+        of_neurons = dataclasses.replace(request, griffin=dataclasses.replace(request.griffin, density=density))
+        return Candidate(self._pruner(of_neurons), formats if isinstance(formats, MixedFormat) else None)
+
+    def _keeps_all(self, pruner: Pruner) -> bool:
+        return pruner.config.kept(self.model.config.neuron_ranges) == self.model.neurons
 
     def _keep_spare_for(self, plan: Plan) -> None:
         """Drops the rows of an earlier answer unless those of this one are of the same sizes."""
@@ -487,19 +513,17 @@ class LLM:
         if self._spare is not None and (self._spare.neurons, self._spare.weights) != (plan.kept, stored_as):
             self._spare = None
 
-    def _mixed(self, request: Request) -> tuple[Request, MixedFormat | None]:
-        """The request, with a density of neurons where it was one of bytes, and their formats if there are two."""
+    def _mixed(self, request: Request) -> MixedFormat | None:
+        """The formats of the kept neurons, if there are two."""
         mixed = request.extensions.mixed(self.model.weights)
         if mixed is None:
-            return request, None
+            return None
         if request.experts is not None:
             raise ValueError("experts do not say which neurons have more bits: give a density, or mixed_weights=None")
         if self._in_place is not None:
             raise ValueError("with in_place rows of weights move, and those in fewer bits do not: mixed_weights=None")
         mixed.check(self.config.width, self.config.embedding_width)
-        formats, density = mixed.at(request.griffin.density)
-        request = dataclasses.replace(request, griffin=dataclasses.replace(request.griffin, density=density))
-        return request, formats if isinstance(formats, MixedFormat) else None
+        return mixed
 
     def _draft_cost(
         self, request: Request, sequences: Sequence[Sequence[int]], kept: Sequence[int] | None
@@ -581,7 +605,8 @@ class LLM:
             if plan.drafter is not None:
                 model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
             if plan.mixed is not None:
-                model = jax.block_until_ready(self._prune_mixed(plan.mixed, plan.pruner, prefilled))
+                chosen = Candidate(plan.pruner, plan.mixed)
+                model = jax.block_until_ready(self._prune_mixed(chosen, prefilled))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
         if self._in_place is not None:
@@ -652,20 +677,27 @@ class LLM:
         else:
             promised = choose(list(plan.candidates), self._tried(plan, full, prefilled), most)
         if promised.density < 1:
-            pruner = plan.candidates[promised.density]
-            kept = pruner.config.kept(self.model.config.neuron_ranges)
-            plan = dataclasses.replace(plan, pruner=pruner, kept=kept)
+            chosen = plan.candidates[promised.density]
+            kept = chosen.pruner.config.kept(self.model.config.neuron_ranges)
+            plan = dataclasses.replace(plan, pruner=chosen.pruner, mixed=chosen.mixed, kept=kept)
         else:
-            plan = dataclasses.replace(plan, dense=True, kept=self.model.neurons, every=None, rows=0)
+            plan = dataclasses.replace(plan, dense=True, mixed=None, kept=self.model.neurons, every=None, rows=0)
         self._keep_spare_for(plan)
         return plan, promised
 
     def _tried(self, plan: Plan, full: Transformer, prefilled: Prefilled) -> dict[float, Float[np.ndarray, "b t"]]:
         """The divergences of the densities that are tried."""
-        assert prefilled.last is not None
-        trial, ends = prefilled.last.hidden.shape[1], ends_of(plan.candidates)
+        last, ends = prefilled.last, ends_of(plan.candidates)
+        assert last is not None
+        trial = last.hidden.shape[1]
         tokens = np.asarray([sequence[-trial:] for sequence in plan.sequences], np.int32)
-        found = try_pruners(full, prefilled, tokens, [plan.candidates[density] for density in ends], plan.seed)
+        tried = [plan.candidates[density] for density in ends]
+        if plan.mixed is None:
+            found = try_pruners(full, prefilled, tokens, [each.pruner for each in tried], plan.seed)
+        else:
+            before = dataclasses.replace(prefilled, statistics=last.statistics, rows=last.rows)
+            models = (self._prune_mixed(each, before, masked=True) for each in tried)
+            found = try_models(full, prefilled, tokens, models)
         return {density: found[:, at] for at, density in enumerate(ends)}
 
     def _write_more(
@@ -795,11 +827,14 @@ class LLM:
             reuse = detach(reuse)
         return pruner.prune(model, experts, rows, reuse=reuse)
 
-    def _prune_mixed(self, mixed: MixedFormat, pruner: Pruner, prefilled: Prefilled) -> Transformer:
-        """The model with the kept rows only, in two formats."""
+    def _prune_mixed(self, chosen: Candidate, prefilled: Prefilled, masked: bool = False) -> Transformer:
+        """The model with the kept rows only, in two formats; masked for a trial."""
+        mixed = chosen.mixed
+        assert mixed is not None
         if self._few is None:
             self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
-        return pruner.mix(self.model, self._few[1], mixed, prefilled.statistics, prefilled.rows)
+        few = self._few[1]
+        return chosen.pruner.mix(self.model, few, mixed, prefilled.statistics, prefilled.rows, masked=masked)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
@@ -884,6 +919,8 @@ class LLM:
             raise ValueError("this model has an adapter already: make an LLM of what `detach` returns, or ask for none")
         if request.extensions.drafter is not None:
             raise ValueError("draft_weights are a copy of the model, which has no adapter: draft_weights=None")
+        if request.extensions.mixed_weights is not None:
+            raise ValueError("mixed_weights are rows of the model, which has no adapter: mixed_weights=None")
         if isinstance(adapter, Library):
             adapter.check(self._own_fingerprint())
             if missing := sorted(set(range(len(adapter))) - set(adapter.trained())):

@@ -364,6 +364,8 @@ class TestGenerate:
             tiny.llm.generate(self.PROMPTS, adapter=[pair[0]], max_new_tokens=2)
         with pytest.raises(ValueError, match="draft_weights are a copy"):
             tiny.llm.generate(self.PROMPTS, adapter=pair[0], speculative=True, draft_weights="int8", max_new_tokens=2)
+        with pytest.raises(ValueError, match="mixed_weights are rows of the model, which has no adapter"):
+            tiny.llm.generate(self.PROMPTS, adapter=pair[0], mixed_weights="int4:16@0.5", max_new_tokens=2)
         with pytest.raises(ValueError, match="has an adapter already"):
             gj.LLM(attach(tiny.llm.model, pair[0])).generate(self.PROMPTS, adapter=pair[0], max_new_tokens=2)
         with pytest.raises(ValueError, match="with in_place rows of weights move"):

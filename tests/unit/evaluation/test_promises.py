@@ -66,9 +66,31 @@ def test_command(long, tmp_path, capsys):
                 assert_close(np.asarray(outcome.bound), np.asarray(expected.tried[density].bound))
 
 
+def test_densities_of_bytes(long, tmp_path, capsys):
+    options = ["--prompt-tokens", 260, "--max-divergence", "1e3", "--mixed-weights", "int4:16", "--density", 0.8]
+    code, _, err = run(capsys, long, tmp_path, *options)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "out" / FILE).read_text().splitlines()[1:]]
+    scores = {line["text"]: line["scores"] for line in lines}
+    variants = grid(["topk"], [0.8, 0.9], ())
+    for name, text in zip(scores, LONG, strict=True):
+        tokens = long.llm.tokenizer.encode(text)[:260]
+        expected = long.llm.generate(
+            [tokens], max_divergence=1e3, density=0.8, mixed_weights="int4:16", max_new_tokens=10
+        )
+        found = promise.promised(scores[name], variants[1:], 1e3)
+        assert found.density == expected.promised.density == 0.8
+        for density, outcome in found.tried.items():
+            assert_close(np.asarray(outcome.bound), np.asarray(expected.promised.tried[density].bound))
+        kl = [scores[name]["real"][f"topk {at}"]["kl"][0] for at in (0.8, 0.9)]
+        assert 0 < kl[1] < kl[0]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--mixed-weights", "int4@0.5"], "give them without a part, as int4"),
+        (["--mixed-weights", "int4:24"], "groups of 24 do not divide rows of 32 weights"),
         (["--max-divergence", "0"], "max_divergence must be above 0"),
         (["--margin", "-1"], "--margin must be at least 0"),
         (["--density", "1"], "--density 1 is the dense model"),

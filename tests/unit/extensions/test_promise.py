@@ -15,10 +15,13 @@ from reference import assert_close, oracle_topk
 
 import griffin_jax as gj
 from griffin_jax.cli.main import main
+from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.extensions.promise import Outcome, allowed_densities, between, choose, ends_of, trial_tokens
+from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.llm import llm
 from griffin_jax.llm.memory import needs_of
+from griffin_jax.model.weights import WeightFormat
 
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 LONG = " ".join(PASSAGES)
@@ -109,6 +112,32 @@ def test_answers_are_those_of_the_density(long, prompts):
     tight = generate(prompts, max_divergence=1e-6, refresh_every=2, **OPTIONS)
     assert tight.tokens == generate(prompts, density=1.0, **OPTIONS).tokens
     assert (tight.promised.density, tight.experts, tight.kept, tight.refreshes) == (1.0, None, (48, 48), 0)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_a_density_of_bytes(long, prompts, density):
+    """What is tried is what the answer's model would be at the end of the prompts, and the density is one of bytes."""
+    model, formats = long.llm.model, {"mixed_weights": "int4:16"}
+    options = {"density": density, "refit": 32, **formats, **OPTIONS}
+    loose = long.llm.generate(prompts[:1], max_divergence=1e3, **options)
+    expected = long.llm.generate(prompts[:1], **options)
+    assert (loose.tokens, loose.kept) == (expected.tokens, expected.kept)
+    assert loose.kept == ((48 if density == 0.5 else 30),) * 2
+    assert [*loose.promised.tried] == [density, 0.9]
+    tokens, lengths = gj.pad([prompts[0][:-8]], 256)
+    prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=16, rows=32)
+    p, few = log_p(model, prefilled, prompts[0]), coarse(model, WeightFormat.parse("int4:16"))
+    for at, outcome in loose.promised.tried.items():
+        mixed, kept = MixedFormat.parse("float32+int4:16").at(at)
+        pruner = Pruner(gj.GriffinConfig(kept), rows=32)
+        pruned = pruner.mix(model, few, mixed, prefilled.statistics, prefilled.rows, masked=True)
+        q = log_p(pruned, prefilled, prompts[0])
+        assert_close(np.asarray(outcome.divergence), (np.exp(p) * (p - q)).sum(axis=-1).mean())
+    tight = long.llm.generate(prompts, max_divergence=1e-9, **formats, **OPTIONS)
+    assert tight.tokens == long.llm.generate(prompts, density=1.0, **OPTIONS).tokens
+    assert (tight.promised.density, tight.kept) == (1.0, (48, 48))
+    short = long.llm.generate(prompts[0][:100], max_divergence=1e3, **formats, **OPTIONS)
+    assert short.tokens == long.llm.generate(prompts[0][:100], density=1.0, **OPTIONS).tokens
 
 
 @pytest.mark.slow
@@ -207,7 +236,7 @@ class TestChoose:
         ({"max_divergence": float("inf")}, "max_divergence must be above 0"),
         ({"max_divergence": "a"}, "max_divergence must be above 0"),
         ({"speculative": True}, "speculative answers are the dense model's"),
-        ({"mixed_weights": "int4@0.5"}, "mixed_weights do not go with max_divergence"),
+        ({"mixed_weights": "int4@0.5"}, "give them without a part, as int4"),
         ({"density": (0.5, 0.5)}, "max_divergence takes one density as the least"),
         ({"experts": True}, "experts are kept whatever they lose"),
     ],
