@@ -81,7 +81,9 @@ def test_densities_of_bytes(long, tmp_path, capsys):
         found = promise.promised(scores[name], variants[1:], 1e3)
         assert found.density == expected.promised.density == 0.8
         for density, outcome in found.tried.items():
-            assert_close(np.asarray(outcome.bound), np.asarray(expected.promised.tried[density].bound))
+            # These are hundredths of what pruning loses, and logarithms in float32 are known to 1e-6.
+            bound = expected.promised.tried[density].bound
+            np.testing.assert_allclose(outcome.bound, bound, rtol=1e-5, atol=1e-6)
         kl = [scores[name]["real"][f"topk {at}"]["kl"][0] for at in (0.8, 0.9)]
         assert 0 < kl[1] < kl[0]
 
