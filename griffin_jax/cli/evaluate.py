@@ -618,14 +618,13 @@ def _batch(
 def _beside(options: argparse.Namespace, needs: Needs) -> Parts:
     """The bytes of the largest model in another format, next to the one in its own, and of the largest drafter."""
 
-    def held(weights: front.Format) -> int:
-        fine = front.fine_format(weights)
+    def held(fine: WeightFormat) -> int:
         bits = 0 if fine == needs.precision.weights else needs.in_memory(_sizes(needs, fine).local, fine)
-        if not isinstance(weights, MixedFormat):
-            return bits
-        return bits + _coarse_bytes(needs, weights)
+        mixed = [each for each in options.formats if isinstance(each, MixedFormat) and each.fine == fine]
+        rows = [_coarse_bytes(needs, each) for each in mixed]
+        return bits + (sum(rows) if options.task == "solve" else max(rows, default=0))
 
-    parts = {"weights in another format": max(map(held, options.formats))}
+    parts = {"weights in another format": max(map(held, map(front.fine_format, options.formats)))}
     drafters = [needs.drafter(drafter.weights) for drafter in options.drafters if drafter.weights is not None]
     return parts | ({"drafter": max(drafters)} if drafters else {})
 

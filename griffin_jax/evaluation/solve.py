@@ -38,6 +38,7 @@ from griffin_jax.evaluation.report import Figures, as_json, cell, draw_legend, d
 from griffin_jax.evaluation.tasks import generate
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.generation.padding import bucket
+from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.transformer import Transformer
@@ -79,14 +80,15 @@ def solve(
     assert llm.tokenizer is not None
     tokenizer, eos, pairs = llm.tokenizer, llm.config.eos_token_ids, compared(formats, variants)
 
-    def answers(model: Transformer, few: Transformer | None, weights: Format, batch: Batch) -> list[dict[str, Any]]:
+    def answers(
+        model: Transformer, few: Transformer | None, weights: Format, batch: Batch, prefilled: Prefilled
+    ) -> list[dict[str, Any]]:
         asked = [problems[item.name] for item in batch.items]
         asked += asked[-1:] * (size - len(asked))
 
         def ended(row: int, tokens: Sequence[int]) -> bool:
             return asked[row].end(tokenizer.decode(tokens)) is not None
 
-        prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))
         found: list[dict[str, Any]] = [{} for _ in batch.items]
         here = [variant for each, variant in pairs if each == weights]
         if few is None:
@@ -101,19 +103,29 @@ def solve(
                 verdicts[variant.name] = {"text": text, "solved": problem.solved(text)}
         return found
 
-    missing = {each: [item for item in items if entry_name(each, item) not in journal.scores] for each in formats}
-    done = sum(len(items) - len(texts) for texts in missing.values())
+    def missing(weights: Format, some: Sequence[Item]) -> list[Item]:
+        return [item for item in some if entry_name(weights, item) not in journal.scores]
+
+    done = sum(len(items) - len(missing(weights, items)) for weights in formats)
     with tqdm(total=len(formats) * len(items), initial=done, unit="problem", disable=None) as progress:
-        for weights, texts in missing.items():
+        # Formats that read prompts with the same model answer a problem one after the other, so that they can be
+        # compared before all problems are done.
+        for fine in dict.fromkeys(map(fine_format, formats)):
+            alike = [weights for weights in formats if fine_format(weights) == fine]
+            texts = [item for item in items if any(missing(weights, [item]) for weights in alike)]
             if not texts:
                 continue
-            progress.set_description(str(weights))
-            stored = stored_as(llm.model, fine_format(weights))
-            few = coarse_of(stored, weights)
+            progress.set_description(str(fine))
+            stored = stored_as(llm.model, fine)
+            few = {weights: coarse_of(stored, weights) for weights in alike}
             for batch in batches(texts, size, seed):
-                named = zip(batch.items, answers(stored, few, weights, batch), strict=True)
-                journal.add({entry_name(weights, item): found for item, found in named})
-                progress.update(len(batch.items))
+                prefilled = batch.prefill(stored, bucket(new), rows_of(variants, extensions))
+                for weights in alike:
+                    if not (left := missing(weights, batch.items)):
+                        continue
+                    named = zip(batch.items, answers(stored, few[weights], weights, batch, prefilled), strict=True)
+                    journal.add({entry_name(weights, item): found for item, found in named if item in left})
+                    progress.update(len(left))
             del stored, few
     return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 
