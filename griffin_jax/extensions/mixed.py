@@ -90,10 +90,8 @@ class MixedFormat:
 
     def __post_init__(self) -> None:
         if self.share is None and self.coarse.bits >= self.fine.bits:
-            raise ValueError(
-                f"neurons in {self.coarse} are read instead of fewer in {self.fine} where that takes fewer bits, and it"
-                f" takes {self.coarse.bits:g} instead of {self.fine.bits:g}: name a format of fewer bits"
-            )
+            bits = f"{self.coarse} takes {self.coarse.bits:g} bits and {self.fine} {self.fine.bits:g}"
+            raise ValueError(f"{bits}: the second format needs fewer bits than the first, or a part, as int4@0.25")
 
     @classmethod
     def parse(cls, text: str) -> MixedFormat | WeightFormat:

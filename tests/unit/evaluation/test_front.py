@@ -346,7 +346,7 @@ class TestCommand:
             (["--weights", "int3"], "weights are 'int3'; allowed are"),
             (["--weights", "int8,"], "weights are ''; allowed are"),
             (["--weights", "int8+int4@"], "weights are 'int8+int4@'; two formats go with the part, in [0, 1), of"),
-            (["--weights", "int4:16+int8"], "weights are 'int4:16+int8'; neurons in int8 are read instead of fewer in"),
+            (["--weights", "int4:16+int8"], "weights are 'int4:16+int8'; int8 takes 8 bits and int4:16 5: the second"),
             (["--weights", "int8+int4@1"], "weights are 'int8+int4@1'; two formats go with the part"),
             (
                 ["--quality", "griffin", "--weights", "int8+int4:16@0.01"],

@@ -213,7 +213,7 @@ class TestBytes:
         assert -0.005 * every < read(by_bytes) - read(by_bytes.fine) < 0.012 * every
 
     def test_what_has_no_bytes_to_spare(self):
-        with pytest.raises(ValueError, match="it takes 16 instead of 5: name a format of fewer bits"):
+        with pytest.raises(ValueError, match="int8:2 takes 16 bits and int4:16 5: the second format needs fewer"):
             MixedFormat.parse("int4:16+int8:2")
         with pytest.raises(ValueError, match="a density of bytes is one for all layers, and there are 2"):
             self.BY_BYTES.at((0.5, 0.25))
@@ -338,7 +338,7 @@ class TestAnswers:
     @pytest.mark.parametrize(("options", "message"), [
         ({"mixed_weights": "int4@all"}, "mixed_weights are 'int4@all'; the first format is the model's"),
         ({"mixed_weights": "int4@"}, "mixed_weights are 'int4@'; the first format is the model's"),
-        ({"mixed_weights": "int8"}, "it takes 8 instead of 8: name a format of fewer bits"),
+        ({"mixed_weights": "int8"}, "int8 takes 8 bits and int8 8: the second format needs fewer bits"),
         ({"mixed_weights": "int4:16", "density": (0.5, 0.25)}, "a density of bytes is one for all layers"),
         ({"mixed_weights": "bfloat16@0.5"}, "the second format is one of integers"),
         ({"mixed_weights": 4}, "mixed_weights are 4; the first format is the model's"),
