@@ -312,7 +312,7 @@ class TestPrograms:
             select = functools.partial(gj.select, config=config)
             assert kinds(program(select, statistics)) == agreed | ({"all-gather"} if exchanged else set())
             experts = jitted.select(statistics, config)
-            gather = functools.partial(pruning._gather, refit=None, config=model.config, weights=model.weights)
+            gather = functools.partial(pruning._gather, refit=None, config=model.config, weights=(model.weights,) * 2)
             assert kinds(program(gather, rows, [], experts)) == exchanged
             alone = gj.ExpertNeurons.from_indices([np.asarray(kept) for kept in experts], experts.neurons)
             pruned = gj.prune(model, experts)
@@ -327,7 +327,7 @@ class TestPrograms:
         sequences, lengths = gj.pad([[5, 7, 11, 13], [2, 3], [9, 1, 4], [3]], 16)
         read = jitted.prefill(model, sequences, lengths, max_new_tokens=0, rows=4)
         experts = jitted.select(read.statistics, gj.GriffinConfig(groups=8))
-        gather = functools.partial(pruning._gather, config=model.config, weights=model.weights)
+        gather = functools.partial(pruning._gather, config=model.config, weights=(model.weights,) * 2)
         outputs = [(None, None)] * len(model.layers)
         text = program(gather, pruning._neuron_rows(model), outputs, experts, gj.Reconstruction(read.rows))
         module = Module.parse(text)
