@@ -271,6 +271,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_the_command_line(primed, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = Path("texts.jsonl")
