@@ -22,7 +22,7 @@ from griffin_jax.evaluation.batches import Batch, Item, batches
 from griffin_jax.evaluation.drafts import Drafter, continued, counts
 from griffin_jax.evaluation.forced import score_models
 from griffin_jax.evaluation.front_report import DRAFTED
-from griffin_jax.evaluation.grid import DEFAULTS, DENSE, RECONSTRUCTION, Variant, models, rows_of
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, HEALING, RECONSTRUCTION, Variant, models, rows_of
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, forced_figures
 from griffin_jax.extensions.config import Extensions
@@ -54,10 +54,15 @@ def check_variants(
     config: ModelConfig, variants: Sequence[Variant], formats: Sequence[Format], extensions: Extensions
 ) -> None:
     """Raise `ValueError` unless every variant can be had in every format."""
-    mixed = [each for each in formats if isinstance(each, MixedFormat) and each.share is not None]
-    if mixed and any(RECONSTRUCTION in variant.steps for variant in variants):
+    mixed = [each for each in formats if isinstance(each, MixedFormat)]
+    if mixed and any(HEALING in variant.steps for variant in variants):
         raise ValueError(
-            f"{mixed[0]} has rows in two formats, which are not refitted: give --quality griffin, or both formats"
+            f"{mixed[0]} has rows in two formats, which are not healed: give no --healing, or other formats"
+        )
+    shared = [each for each in mixed if each.share is not None]
+    if shared and any(RECONSTRUCTION in variant.steps for variant in variants):
+        raise ValueError(
+            f"{shared[0]} has rows in two formats, which are not refitted: give --quality griffin, or both formats"
             " without a part"
         )
     for weights, variant in compared(formats, variants):

@@ -636,7 +636,7 @@ class LLM:
         finally:
             if reader is not None:
                 reader.give_back(decoding.state.cache)
-        if decoding.experts is not None:
+        if decoding.experts is not None and plan.mixed is None:
             self._give_back(decoding.model)
         generation = self._generation(plan, decoding, text, answers, watch)
         yield dataclasses.replace(generation, clusters=clusters, promised=promised), text.pieces(last=True)

@@ -16,7 +16,7 @@ from griffin_jax.cli import main as cli
 from griffin_jax.evaluation import drafts, front, front_report
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.drafts import Drafter
-from griffin_jax.evaluation.grid import Variant, grid
+from griffin_jax.evaluation.grid import DEFAULTS, Variant, grid
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.generation import jitted
@@ -147,6 +147,13 @@ class TestTwoFormats:
         code, _, err = run(capsys, texts(tmp_path), *arguments, "--output", tmp_path / "out")
         assert code == 2
         assert "int8+int4:16@0.5 has rows in two formats, which are not refitted" in err.splitlines()[-1]
+
+    def test_they_are_not_healed(self, primed):
+        for weights in ("int8+int4:16", "int8+int4:16@0.5"):
+            with pytest.raises(ValueError, match="which are not healed"):
+                front.check_variants(
+                    primed.llm.config, grid(["topk+healing"], [0.5], ()), [MixedFormat.parse(weights)], DEFAULTS
+                )
 
     def test_a_density_of_bytes(self, primed, tmp_path):
         """What it stands for is compared, and the dense model is the one of the first format, which is not again."""

@@ -285,6 +285,13 @@ class TestAnswers:
             self.PROMPTS, density=1, max_new_tokens=8, ignore_eos=True
         ).tokens  # fmt: skip
 
+    def test_rows_in_few_bits_are_no_memory_for_another_answer(self, model):
+        """With all neurons in few bits the answer's model is what the next such answer needs, too."""
+        llm, options = gj.LLM(model), self.OPTIONS | {"mixed_weights": "int4:16"}
+        first = llm.generate(self.PROMPTS[:1], density=0.625, **options)
+        assert llm._spare is None
+        assert llm.generate(self.PROMPTS[:1], density=0.625, **options).tokens == first.tokens
+
     @pytest.mark.parametrize(("density", "rows"), [(0.75, 0), (0.5, 8)])
     def test_rows_are_kept_for_a_refit_where_there_is_one(self, model, monkeypatch, density, rows):
         asked, prefill = [], jitted.prefill
