@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from tqdm import tqdm
 
 from griffin_jax.evaluation.batches import Batch, Item, batches
@@ -179,7 +179,7 @@ def compare_formats(
     Returns:
         For each format, by its name, and each text what `score_answers` has with one length.
     """
-    model, rows, asked = llm.model, rows_of(variants, extensions), compared(formats, variants)
+    model, rows = llm.model, rows_of(variants, extensions)
     missing = {each: [item for item in items if entry_name(each, item) not in journal.scores] for each in formats}
     streams: dict[str, Float[np.ndarray, "r d"]] = {}
     for batch in batches([item for item in items if any(item in texts for texts in missing.values())], size, seed):
@@ -193,15 +193,14 @@ def compare_formats(
                 continue
             progress.set_description(str(weights))
             stored = stored_as(model, fine_format(weights))
-            few, here = coarse_of(stored, weights), [variant for each, variant in asked if each == weights]
+            few = coarse_of(stored, weights)
             for batch in batches(texts, size, seed):
                 room = _room(batch, new)
                 prefilled = batch.prefill(stored, room, rows)
 
                 def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
-                    if few is not None:  # noqa: B023
-                        return mixed_models(stored, few, weights, here, prefilled, extensions, masked=True)  # noqa: B023
-                    return models(stored, here, prefilled, answers, batch.seeds, extensions, masked=True)  # noqa: B023
+                    given = prefilled, answers, batch.seeds, extensions  # noqa: B023
+                    return models_of(stored, few, weights, variants, *given, masked=True)  # noqa: B023
 
                 # Rows that repeat the last text fill the batch.
                 kept = [streams[item.name] for item in batch.items]
@@ -307,6 +306,37 @@ def drafted_bytes(
 def coarse_of(model: Transformer, weights: Format) -> Transformer | None:
     """The rows in the second format of two; None if there is one."""
     return coarse(model, weights.coarse) if isinstance(weights, MixedFormat) else None
+
+
+def models_of(
+    model: Transformer,
+    few: Transformer | None,
+    weights: Format,
+    variants: Sequence[Variant],
+    prompts: Prefilled,
+    answers: Statistics,
+    seeds: Int[np.ndarray, "b"],
+    extensions: Extensions,
+    *,
+    masked: bool = False,
+) -> Iterator[tuple[Variant, Transformer]]:
+    """What `grid.models` gives, in a format: the variants that are `compared` in it.
+
+    Args:
+        model: the full one, in the format, or in the first of two.
+        few: its `coarse_of` the format.
+        weights: the format.
+        variants: of `grid`.
+        prompts: as for `grid.models`.
+        answers: likewise.
+        seeds: likewise.
+        extensions: likewise.
+        masked: likewise.
+    """
+    if few is None:
+        return models(model, variants, prompts, answers, seeds, extensions, masked=masked)
+    here = [variant for _, variant in compared([weights], variants)]
+    return mixed_models(model, few, weights, here, prompts, extensions, masked=masked)
 
 
 def mixed_models(

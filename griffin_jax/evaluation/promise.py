@@ -6,7 +6,6 @@ been taken for a promise follows from the trials of two of them, by the rule of 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,13 +91,11 @@ def try_densities(
 
     def trials(prefilled: Prefilled, tokens: np.ndarray, seeds: jax.Array) -> dict[str, np.ndarray]:
         if few is None:
-            tried = (try_pruners(model, prefilled, tokens, [each.pruner(extensions)], seeds) for each in pruned)
+            tried = [try_pruners(model, prefilled, tokens, [each.pruner(extensions)], seeds)[:, 0] for each in pruned]
         else:
-            last = prefilled.last
-            assert last is not None
-            before = dataclasses.replace(prefilled, statistics=last.statistics, rows=last.rows)
-            tried = (try_models(model, prefilled, tokens, [one]) for _, one in in_two_formats(before))
-        return {variant.name: found[:, 0] for variant, found in zip(pruned, tried, strict=True)}
+            together = try_models(model, prefilled, tokens, lambda before: (one for _, one in in_two_formats(before)))
+            tried = together.swapaxes(0, 1)
+        return {variant.name: found for variant, found in zip(pruned, tried, strict=True)}
 
     def scored(prefilled: Prefilled, batch: Batch, tokens: np.ndarray, lengths: np.ndarray, upto: int) -> list[Any]:
         if few is None:

@@ -21,16 +21,15 @@ from griffin_jax.evaluation.front import (
     Format,
     coarse_of,
     compare_drafted,
-    compared,
     drafted_head,
     entry_name,
     fine_format,
-    mixed_models,
+    models_of,
     row_head,
     stored_as,
 )
 from griffin_jax.evaluation.front_report import DRAFTED, STYLES, draw_drafted
-from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, models, rows_of
+from griffin_jax.evaluation.grid import DEFAULTS, DENSE, Variant, rows_of
 from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.problems import Problem
@@ -78,7 +77,7 @@ def solve(
         `solved`.
     """
     assert llm.tokenizer is not None
-    tokenizer, eos, pairs = llm.tokenizer, llm.config.eos_token_ids, compared(formats, variants)
+    tokenizer, eos = llm.tokenizer, llm.config.eos_token_ids
 
     def answers(
         model: Transformer, few: Transformer | None, weights: Format, batch: Batch, prefilled: Prefilled
@@ -90,11 +89,7 @@ def solve(
             return asked[row].end(tokenizer.decode(tokens)) is not None
 
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        here = [variant for each, variant in pairs if each == weights]
-        if few is None:
-            each = models(model, here, prefilled, prefilled.statistics, batch.seeds, extensions)
-        else:
-            each = mixed_models(model, few, weights, here, prefilled, extensions)
+        each = models_of(model, few, weights, variants, prefilled, prefilled.statistics, batch.seeds, extensions)
         for variant, pruned in each:
             written = generate(pruned, prefilled, new, eos, ended)
             for verdicts, problem, tokens in zip(found, asked, written, strict=False):

@@ -12,7 +12,7 @@ weights are read once, and the program is the same.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def try_models(
     model: Transformer,
     prefilled: Prefilled,
     tokens: Int[Array | np.ndarray, "b t"],
-    pruned: Iterable[Transformer],
+    pruned: Callable[[Prefilled], Iterable[Transformer]],
 ) -> Float[np.ndarray, "b c t"]:
     """As `try_pruners`, of models that are no masks of the full one: each reads the tokens, and its weights, by itself.
 
@@ -69,14 +69,15 @@ def try_models(
         model: the full model.
         prefilled: prompts that it has read, with `last`.
         tokens: the last T tokens of every prompt.
-        pruned: models with the neurons that `prefilled.last` chooses, masked or pruned. One is used up when the next
-            is asked for.
+        pruned: gives models, masked or pruned, from the statistics and rows of what comes before these tokens. One is
+            used up when the next is asked for.
 
     Raises:
         ValueError: nothing was recorded of so many last tokens.
     """
     last = _recorded(prefilled, tokens)
-    found = [to_host(_divergences_of(model, one, prefilled.cache, last, tokens)) for one in pruned]
+    before = dataclasses.replace(prefilled, statistics=last.statistics, rows=last.rows)
+    found = [to_host(_divergences_of(model, one, prefilled.cache, last, tokens)) for one in pruned(before)]
     return np.stack(found, axis=1)
 
 

@@ -605,8 +605,7 @@ class LLM:
             if plan.drafter is not None:
                 model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
             if plan.mixed is not None:
-                chosen = Candidate(plan.pruner, plan.mixed)
-                model = jax.block_until_ready(self._prune_mixed(chosen, prefilled))
+                model = jax.block_until_ready(self._prune_mixed(plan.pruner, plan.mixed, prefilled))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
         if self._in_place is not None:
@@ -687,17 +686,20 @@ class LLM:
 
     def _tried(self, plan: Plan, full: Transformer, prefilled: Prefilled) -> dict[float, Float[np.ndarray, "b t"]]:
         """The divergences of the densities that are tried."""
-        last, ends = prefilled.last, ends_of(plan.candidates)
-        assert last is not None
-        trial = last.hidden.shape[1]
+        assert prefilled.last is not None
+        trial, ends = prefilled.last.hidden.shape[1], ends_of(plan.candidates)
         tokens = np.asarray([sequence[-trial:] for sequence in plan.sequences], np.int32)
         tried = [plan.candidates[density] for density in ends]
-        if plan.mixed is None:
-            found = try_pruners(full, prefilled, tokens, [each.pruner for each in tried], plan.seed)
+        mixed = [(each.pruner, each.mixed) for each in tried if each.mixed is not None]
+        if mixed:
+            found = try_models(
+                full,
+                prefilled,
+                tokens,
+                lambda before: (self._prune_mixed(*each, before, masked=True) for each in mixed),
+            )
         else:
-            before = dataclasses.replace(prefilled, statistics=last.statistics, rows=last.rows)
-            models = (self._prune_mixed(each, before, masked=True) for each in tried)
-            found = try_models(full, prefilled, tokens, models)
+            found = try_pruners(full, prefilled, tokens, [each.pruner for each in tried], plan.seed)
         return {density: found[:, at] for at, density in enumerate(ends)}
 
     def _write_more(
@@ -827,14 +829,14 @@ class LLM:
             reuse = detach(reuse)
         return pruner.prune(model, experts, rows, reuse=reuse)
 
-    def _prune_mixed(self, chosen: Candidate, prefilled: Prefilled, masked: bool = False) -> Transformer:
+    def _prune_mixed(
+        self, pruner: Pruner, mixed: MixedFormat, prefilled: Prefilled, masked: bool = False
+    ) -> Transformer:
         """The model with the kept rows only, in two formats; masked for a trial."""
-        mixed = chosen.mixed
-        assert mixed is not None
         if self._few is None:
             self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
         few = self._few[1]
-        return chosen.pruner.mix(self.model, few, mixed, prefilled.statistics, prefilled.rows, masked=masked)
+        return pruner.mix(self.model, few, mixed, prefilled.statistics, prefilled.rows, masked=masked)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
