@@ -97,6 +97,9 @@ QUANTISED = ("int8", "int4")
 WRITTEN = ("summarize", "solve")
 """Evaluations of answers to whole prompts."""
 
+COMPARED = ("rows", "weights")
+"""Settings that scores do not depend on where those of each variant and format are by themselves."""
+
 RESULTS, TABLE = "results.json", "table.txt"
 
 
@@ -111,6 +114,7 @@ class Evaluation:
         figures: adds up what `run` returned.
         tabulate: for people.
         plot: draws a PNG with a title.
+        grows: whether scores of other variants and formats may join those that are there.
     """
 
     items: Sequence[Item]
@@ -119,6 +123,7 @@ class Evaluation:
     figures: Callable[[dict[str, Any]], report.Figures]
     tabulate: Callable[[report.Figures], str]
     plot: Callable[[report.Figures, str, Path], None]
+    grows: bool = False
 
 
 DESCRIPTION = """What pruning costs, on a user's own model and texts.
@@ -523,6 +528,7 @@ def run(options: argparse.Namespace) -> None:
         # Only now it is known how long the texts are.
         options.batch = wanted
         options.batch = _batch(options, variants, extensions, needs_of(llm.model), longest, mesh)
+    beyond = _beyond_settings(options, variants)
     settings = {
         "task": options.task,
         "model": model,
@@ -530,10 +536,14 @@ def run(options: argparse.Namespace) -> None:
         "dtype": str(llm.model.dtype),
         "rows": [variant.name for variant in variants],
         "seed": options.seed,
-        **_beyond_settings(options, variants),
+        **beyond,
         **evaluation.settings,
     }
-    journal = open_journal(folder, settings, overwrite=options.overwrite)
+    known, unused = settings, ()
+    if evaluation.grows:
+        known = {name: value for name, value in settings.items() if name not in COMPARED}
+        unused = (*COMPARED, *beyond)
+    journal = open_journal(folder, known, overwrite=options.overwrite, unused=unused)
     scores = evaluation.run(journal)
     figures = evaluation.figures(scores)
     results = {
@@ -1197,7 +1207,7 @@ def _solve(
         "weights": [str(weights) for weights in options.formats],
         "limits": dataclasses.asdict(options.limits) if options.format == HUMANEVAL else None,
     }
-    return Evaluation(items, settings, compare, figures, solve.table, solve.plot)
+    return Evaluation(items, settings, compare, figures, solve.table, solve.plot, grows=True)
 
 
 def _problems(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterator[tuple[str, tuple[Item, Problem]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,35 @@ class Journal:
         folder: made if it does not exist.
         settings: everything that the scores depend on.
         overwrite: drop scores of other settings instead of refusing to mix them.
+        unused: settings that are None as long as no score depends on them, and may be given later.
 
     Raises:
         ValueError: the folder holds scores of other settings, or other files.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        unused: Collection[str] = (),
+    ):
         self.folder = Path(folder)
         self._file = self.folder / FILE
         self.scores: dict[str, Any] = {}
         wanted = json.loads(json.dumps(settings))
         lines = [] if overwrite else self._read()
         if lines:
-            self._check(lines[0], wanted)
+            had = lines[0]["settings"]
+            wanted = _completed(wanted, had, unused)
+            self._check(_completed(had, wanted, unused), wanted)
             self.scores = {line["text"]: line["scores"] for line in lines[1:]}
-            return
+            if had == wanted:
+                return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._file, json.dumps({"settings": wanted}) + "\n")
+        lines = [{"settings": wanted}, *lines[1:]]
+        write_text(self._file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, scores: Mapping[str, Any]) -> None:
         """Writes down the scores of some texts: name -> anything that JSON holds. On disk when it returns."""
@@ -85,8 +97,7 @@ class Journal:
             raise ValueError(f"{self._file} is damaged ({error}); give --overwrite or another --output") from error
         return lines
 
-    def _check(self, header: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        had = header["settings"]
+    def _check(self, had: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         changed = [
             f"{name} was {had.get(name)!r:.60}, is {wanted.get(name)!r:.60}"
             for name in sorted(had.keys() | wanted.keys())
@@ -97,6 +108,11 @@ class Journal:
                 f"{self.folder} holds scores of other settings ({'; '.join(changed)}); give another --output, or"
                 " --overwrite to drop them"
             )
+
+
+def _completed(settings: Mapping[str, Any], others: Mapping[str, Any], unused: Collection[str]) -> dict[str, Any]:
+    """Settings in which those that nothing depended on so far are as they are in others."""
+    return {**settings, **{name: others[name] for name in unused if name in others and settings.get(name) is None}}
 
 
 class Mirror(Journal):
@@ -110,7 +126,13 @@ class Mirror(Journal):
         self.scores.update(scores)
 
 
-def open_journal(folder: str | os.PathLike[str], settings: Mapping[str, Any], *, overwrite: bool = False) -> Journal:
+def open_journal(
+    folder: str | os.PathLike[str],
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    unused: Collection[str] = (),
+) -> Journal:
     """A `Journal`, which of several processes the first keeps.
 
     Raises:
@@ -120,7 +142,7 @@ def open_journal(folder: str | os.PathLike[str], settings: Mapping[str, Any], *,
     opened: list[Journal] = []
 
     def scores() -> dict[str, Any]:
-        opened.append(Journal(folder, settings, overwrite=overwrite))
+        opened.append(Journal(folder, settings, overwrite=overwrite, unused=unused))
         return opened[0].scores
 
     found = from_first(scores)

@@ -21,6 +21,7 @@ from griffin_jax.evaluation.front import (
     Format,
     coarse_of,
     compare_drafted,
+    compared,
     drafted_head,
     entry_name,
     fine_format,
@@ -80,7 +81,12 @@ def solve(
     tokenizer, eos = llm.tokenizer, llm.config.eos_token_ids
 
     def answers(
-        model: Transformer, few: Transformer | None, weights: Format, batch: Batch, prefilled: Prefilled
+        model: Transformer,
+        few: Transformer | None,
+        weights: Format,
+        wanted: Sequence[Variant],
+        batch: Batch,
+        prefilled: Prefilled,
     ) -> list[dict[str, Any]]:
         asked = [problems[item.name] for item in batch.items]
         asked += asked[-1:] * (size - len(asked))
@@ -89,7 +95,7 @@ def solve(
             return asked[row].end(tokenizer.decode(tokens)) is not None
 
         found: list[dict[str, Any]] = [{} for _ in batch.items]
-        each = models_of(model, few, weights, variants, prefilled, prefilled.statistics, batch.seeds, extensions)
+        each = models_of(model, few, weights, wanted, prefilled, prefilled.statistics, batch.seeds, extensions)
         for variant, pruned in each:
             written = generate(pruned, prefilled, new, eos, ended)
             for verdicts, problem, tokens in zip(found, asked, written, strict=False):
@@ -98,10 +104,13 @@ def solve(
                 verdicts[variant.name] = {"text": text, "solved": problem.solved(text)}
         return found
 
-    def missing(weights: Format, some: Sequence[Item]) -> list[Item]:
-        return [item for item in some if entry_name(weights, item) not in journal.scores]
+    def missing(weights: Format, some: Sequence[Item]) -> list[Variant]:
+        """The variants that not all of some texts have been answered by."""
+        entries = [journal.scores.get(entry_name(weights, item), {}) for item in some]
+        here = [variant for _, variant in compared([weights], variants)]
+        return [variant for variant in here if any(variant.name not in entry for entry in entries)]
 
-    done = sum(len(items) - len(missing(weights, items)) for weights in formats)
+    done = sum(not missing(weights, [item]) for weights in formats for item in items)
     with tqdm(total=len(formats) * len(items), initial=done, unit="problem", disable=None) as progress:
         # Formats that read prompts with the same model answer a problem one after the other, so that they can be
         # compared before all problems are done.
@@ -118,9 +127,17 @@ def solve(
                 for weights in alike:
                     if not (left := missing(weights, batch.items)):
                         continue
-                    named = zip(batch.items, answers(stored, few[weights], weights, batch, prefilled), strict=True)
-                    journal.add({entry_name(weights, item): found for item, found in named if item in left})
-                    progress.update(len(left))
+                    new_ones = sum(bool(missing(weights, [item])) for item in batch.items)
+                    found = answers(stored, few[weights], weights, left, batch, prefilled)
+                    names = [entry_name(weights, item) for item in batch.items]
+                    # What has been answered stays, though it was answered again for the others of its batch.
+                    journal.add(
+                        {
+                            name: answered | journal.scores.get(name, {})
+                            for name, answered in zip(names, found, strict=True)
+                        }
+                    )
+                    progress.update(new_ones)
             del stored, few
     return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 

@@ -144,6 +144,20 @@ class TestJournal:
         assert Journal(tmp_path, {"seed": 1, "rows": ("dense",)}).scores == {"a": 1}
         assert Journal(tmp_path, {"seed": 2}, overwrite=True).scores == {}
 
+    def test_settings_that_nothing_depended_on_so_far(self, tmp_path):
+        def scores(**settings: object) -> dict:
+            return Journal(tmp_path, settings, unused=("prior", "rows")).scores
+
+        Journal(tmp_path, {"seed": 1, "prior": None, "rows": ["dense"]}).add({"a": 1})
+        assert scores(seed=1, prior="x") == {"a": 1}
+        assert scores(seed=1, prior=None) == {"a": 1}
+        with pytest.raises(ValueError, match=r"\(prior was 'x', is 'y'\)"):
+            scores(seed=1, prior="y")
+        with pytest.raises(ValueError, match=r"\(seed was 1, is None\)"):
+            scores(prior="x")
+        with pytest.raises(ValueError, match="prior was 'x', is None"):
+            Journal(tmp_path, {"seed": 1, "prior": None, "rows": ["dense"]})
+
     @pytest.mark.parametrize("content", ['{"a": 1}\n', "x\n", '{"settings": {}}\n{"text": "a"}\n', "[]\n", "\xff\n"])
     def test_another_file(self, tmp_path, content):
         (tmp_path / FILE).write_text(content, encoding="latin-1")

@@ -150,6 +150,34 @@ class TestAnswers:
         (tmp_path / FILE).write_text("".join(lines[:3]))
         assert run() == found
 
+    def test_what_joins_is_answered_and_what_is_there_is_not(self, primed, tmp_path):
+        items = [Item(str(number), primed.llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:3])]
+        asked = {item.name: Problem("", lambda text: True, lambda text: None) for item in items}
+
+        def run(some: list[Item], densities: list[float], formats: list[front.Format]) -> dict:
+            rows = grid(["topk"], densities, ())
+            return solve.solve(
+                primed.llm, some, asked, rows, formats, Journal(tmp_path, {}), new=6, size=2, seed=0
+            )  # fmt: skip
+
+        run(items[:1], [0.5], FORMATS)
+        file = tmp_path / FILE
+        file.write_text(file.read_text().replace('"solved": true', '"solved": "before"'))
+        more = [*FORMATS, MixedFormat.parse("float32+int4:16")]
+        found = run(items, [0.5, 0.25], more)
+        verdicts = {
+            (weights, name, variant): answer["solved"]
+            for weights, texts in found.items()
+            for name, answers in texts.items()
+            for variant, answer in answers.items()
+        }
+        assert len(verdicts) == 3 * (3 + 2)
+        before = {entry for entry, solved in verdicts.items() if solved == "before"}
+        assert before == {("float32", "0", "dense"), ("float32", "0", "topk 0.5")}
+        lines = file.read_text()
+        assert run(items, [0.25], more) == found
+        assert file.read_text() == lines
+
     def test_of_two_formats_by_bytes_they_are_those_of_generate(self, primed, tmp_path):
         llm, two = primed.llm, MixedFormat.parse("float32+int4:16")
         items = [Item(str(number), llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:2])]
@@ -244,8 +272,9 @@ class TestCommand:
         ]
         assert result["figures"][2]["bytes_per_token"] > 0
 
-        # One drafter more: what is there stays.
+        # One density and some drafters more: what is there stays.
         before = (tmp_path / "out" / FILE).read_text()
+        arguments[arguments.index("0.5")] = "0.5,0.25"
         assert cli.main([*arguments, "int8@0.5,int8@0.5+lookup,lookup"]) == 0
         figures = json.loads(capsys.readouterr().out.splitlines()[-1])["figures"]
         assert [f["weights"] for f in figures if f["quality"] == "drafted"] == [
