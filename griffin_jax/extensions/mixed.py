@@ -159,6 +159,20 @@ class MixedFormat:
         precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
         return precise, [every - few for every, few in zip(config.kept(neurons), precise, strict=True)]
 
+    def masks_are_less(self, neurons: int, precise: int, others: int, sets: int) -> bool:
+        """Whether a step reads no more if it reads all neurons in each format, once, than if it reads those that each
+        sequence keeps.
+
+        Args:
+            neurons: of the full model.
+            precise: of these by each sequence in the first format.
+            others: likewise in the second one.
+            sets: sequences that each keep neurons of their own.
+        """
+        fine, rough = self.fine.bits, self.coarse.bits
+        all_of_them = neurons * ((fine if precise else 0) + (rough if others else 0))
+        return sets > 1 and sets * (precise * fine + others * rough) >= all_of_them
+
     def precise(self, config: GriffinConfig) -> GriffinConfig | None:
         """The config that selects the precise ones of the neurons that `config` keeps; None if there are none.
 

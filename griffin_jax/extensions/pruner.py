@@ -165,7 +165,8 @@ class Pruner:
     ) -> Transformer:
         """The model that reads the neurons which the prompts choose in two formats, without a healing.
 
-        Kept rows are refitted, if the options say so, where all of them are in fewer bits.
+        Kept rows are refitted, if the options say so, where all of them are in fewer bits. Where each sequence keeps
+        neurons of its own, the model is masked as in `prune`, if its steps read no more of both formats then.
 
         Args:
             model: the full one.
@@ -180,10 +181,14 @@ class Pruner:
         """
         magnitudes = jitted.magnitudes_of(model)
         chosen = select_mixed(statistics, self.config, formats, fuse=self.fuse, magnitudes=magnitudes)
-        several = not self.config.shared and statistics.tokens.shape[0] > 1
+        refit = None if formats.share else self.refit(rows)
+        sequences = statistics.tokens.shape[0]
+        sets = 1 if self.config.shared else local_sequences(mesh_of(model.embedding[...]), sequences)
+        precise, others = (0 if each is None else sum(each.kept) for each in chosen)
         # Each sequence would need a copy of all routed experts.
-        form = mask_mixed if masked or (several and model.config.routing is not None) else prune_mixed
-        return form(model, few, *chosen, refit=None if formats.share else self.refit(rows))
+        masked |= model.config.routing is not None and sets > 1
+        masked |= refit is None and formats.masks_are_less(sum(model.neurons), precise, others, sets)
+        return (mask_mixed if masked else prune_mixed)(model, few, *chosen, refit=refit)
 
     def _healed(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:
         return pruned if self.healing is None else self.healing.heal(pruned, experts)

@@ -561,7 +561,7 @@ class LLM:
             drafts=plan.drafts,
             drafter=plan.drafter,
             drafter_is_there=self._drafter is not None,
-            mixed=None if plan.mixed is None else (plan.mixed.coarse, self._in_few_bits(plan.mixed, plan.pruner)),
+            mixed=None if plan.mixed is None else (plan.mixed, self._in_few_bits(plan.mixed, plan.pruner)),
             mixed_is_there=self._few is not None,
             trial=plan.trial,
             in_place=self._in_place is not None,

@@ -24,6 +24,7 @@ from griffin_jax.adapters.library import Library
 from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.extensions.drafter import BLOCK, drafter_bytes
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.promise import ENDS
 from griffin_jax.factor.config import TOKENS, FactorTraining
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
@@ -199,7 +200,7 @@ class Needs:
         drafts: int = 0,
         drafter: WeightFormat | None = None,
         drafter_is_there: bool = False,
-        mixed: tuple[WeightFormat, Sequence[int]] | None = None,
+        mixed: tuple[MixedFormat, Sequence[int]] | None = None,
         mixed_is_there: bool = False,
         trial: int = 0,
         in_place: bool = False,
@@ -222,9 +223,9 @@ class Needs:
             drafts: tokens that are drafted for each pass of the full model.
             drafter: what the drafting model's matrices are stored as; None where they are the model's.
             drafter_is_there: whether there is such a model already.
-            mixed: a format that other neurons are held in, and how many of the kept ones of each layer have it; None
-                where all have the model's.
-            mixed_is_there: whether all neurons are held in it already.
+            mixed: the formats of the kept neurons, and how many of these in each layer have the second one; None where
+                all have the model's.
+            mixed_is_there: whether all neurons are held in the second one already.
             trial: tokens at the end of the prompts that pruned models are tried on.
             in_place: whether every neuron is held once.
             spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
@@ -252,11 +253,13 @@ class Needs:
             sizes = Sizes(c, own, sizes.slots, precision, shared=one, devices=self._parts, refitted=rows > 0)
         neurons = 0 if kept is None or in_place or sizes.copied(kept) == spare else sizes.copied(kept)
         neurons = self.in_memory(neurons, sizes.precision.weights)
+        masked = sizes.masked(kept)
         if mixed is not None and kept is not None:
-            copied, neurons = self._in_two_formats(batch, shared, kept, *mixed)
+            copied, neurons, masked = self._in_two_formats(batch, shared, kept, *mixed, refitted=rows > 0)
             copied = 0 if mixed_is_there else copied
             held |= {"neurons in fewer bits": copied, "rounding": 6 * 4 * BLOCK if copied else 0}
-        masks = own * sum(c.neurons) // self._parts if sizes.masked(kept) else 0
+        # Of two formats each has masks of its own.
+        masks = (1 if mixed is None else 2) * own * sum(c.neurons) // self._parts if masked else 0
         if repeated:
             again: Parts = {"kept neurons": neurons, "masks": masks, "cache": 2 * held["cache"]}
             held, reading = held | again, reading | again
@@ -271,7 +274,7 @@ class Needs:
         sets = 1 if shared or batch == 1 else own
         if kept is not None and not in_place and sets > 1 and c.gated and self._on_cpu:
             # XLA's CPU code wants gate and up of each sequence together, and copies them before its loop.
-            decoding["kept neurons, transposed"] = sizes.copied(kept) * 2 // 3
+            decoding["kept neurons, transposed"] = (sizes.copied(kept) if mixed is None else neurons) * 2 // 3
         if refresh:
             decoding["refreshing"] = self._activations(batch, DEFAULT_CHUNK // 8, bucket(prompt) + bucket(new))
         pruning: Parts = {**held, "kept neurons": neurons}
@@ -286,20 +289,33 @@ class Needs:
         return self._worst(reading, *trying, pruning, decoding, programs=2 if trial else 1)
 
     def _in_two_formats(
-        self, batch: int, shared: bool, kept: Sequence[int], weights: WeightFormat, others: Sequence[int]
-    ) -> tuple[int, int]:
-        """Bytes of all neurons in another format, and of the kept ones, of which some of each layer have it."""
+        self,
+        batch: int,
+        shared: bool,
+        kept: Sequence[int],
+        mixed: MixedFormat,
+        others: Sequence[int],
+        *,
+        refitted: bool,
+    ) -> tuple[int, int, bool]:
+        """Bytes of all neurons in the second format, and of the kept ones, of which some of each layer have it; and
+        whether there are masks instead of copies of these."""
         precise = [every - few for every, few in zip(kept, others, strict=True)]
+        own = self.rows(batch)
 
         def sizes(weights: WeightFormat) -> Sizes:
             precision = Precision(self.precision.dtype, weights)
-            one, own = shared or batch == 1, self.rows(batch)
-            # Each sequence has copies of its rows, however many these are.
+            one = shared or batch == 1
             return Sizes(self.config, own, 1, precision, shared=one, devices=self._parts, refitted=True)
 
-        own, rough = self.precision.weights, sizes(weights)
-        rows = self.in_memory(sizes(own).ff(precise), own) + self.in_memory(rough.ff(others), weights)
-        return self.in_memory(rough.ff(None), weights), rows
+        fine, rough = sizes(mixed.fine), sizes(mixed.coarse)
+        masked = fine.sets > 1 and self.config.routing is not None
+        few = sum(precise), sum(others)
+        masked |= not refitted and mixed.masks_are_less(sum(self.config.neurons), *few, fine.sets)
+        rows = 0
+        if not masked:
+            rows = self.in_memory(fine.ff(precise), mixed.fine) + self.in_memory(rough.ff(others), mixed.coarse)
+        return self.in_memory(rough.ff(None), mixed.coarse), rows, masked
 
     def logits(self, batch: int, length: int, prompt: int) -> Parts:
         """What the logits of whole texts need, as `LLM.logits` gives them.

@@ -323,14 +323,30 @@ class TestAnswers:
         assert first["neurons in fewer bits"] == 2 * 48 * FEW_ROW
         assert "neurons in fewer bits" not in second
 
-    @pytest.mark.parametrize("shared", [True, False])
-    def test_memory_of_kept_rows_in_two_formats(self, shared):
-        """A quarter of them is precise: a byte for each number, and float32 scales of gate and up."""
+    @pytest.mark.parametrize(("batch", "shared", "sets"), [(1, False, 1), (2, False, 2), (5, False, 0), (5, True, 1)])
+    def test_memory_of_kept_rows_in_two_formats(self, batch, shared, sets):
+        """Half of the neurons, a quarter of them precise: a byte for each number, and float32 scales of gate and up.
+        Five sequences would need more copies than there are rows."""
         deep = dataclasses.replace(GATED, num_layers=24, ff_width=480)
         needs = Needs(deep, Precision.of("float32", FINE), loaded=True)
-        kept, few = [480] * 24, (MIXED.coarse, [360] * 24)
-        asked = needs.generation(3, 16, 8, kept, shared=shared, mixed=few, mixed_is_there=True)
-        assert asked["kept neurons"] == (1 if shared else 3) * 24 * (120 * (3 * 32 + 2 * 4) + 360 * FEW_ROW)
+        kept, few = [240] * 24, (MIXED, [180] * 24)
+        asked = needs.generation(batch, 16, 8, kept, shared=shared, mixed=few, mixed_is_there=True)
+        assert asked.get("kept neurons", 0) == sets * 24 * (60 * (3 * 32 + 2 * 4) + 180 * FEW_ROW)
+
+    @pytest.mark.parametrize(("batch", "masked"), [(1, False), (4, False), (5, True)])
+    def test_several_sequences_are_masked_where_copies_are_as_large(self, model, batch, masked):
+        """Half of the neurons, a quarter of them in 8 bits and others in 5: of 13 bits 4 sequences read 11.5, 5 14."""
+        prompts = jnp.asarray(np.random.default_rng(2).integers(3, 101, (batch, 16)), jnp.int32)
+        prompt = jitted.prefill(model, prompts, jnp.full(batch, 16), max_new_tokens=8)
+        few, answers = coarse(model, MIXED.coarse), prompts[:, :5]
+
+        def hidden(of: gj.Transformer) -> np.ndarray:
+            return np.asarray(jitted.teacher_force(of, prompt, answers, jnp.full(batch, 5))[0])
+
+        mixed = Pruner(gj.GriffinConfig(0.5)).mix(model, few, MIXED, prompt.statistics)
+        assert (mixed.layers[0].ff.mask is not None) == masked
+        chosen = select_mixed(prompt.statistics, gj.GriffinConfig(0.5), MIXED)
+        assert_close(hidden(mixed), hidden(prune_mixed(model, few, *chosen)))
 
     def test_a_prior_has_a_say(self, model):
         draw = np.random.default_rng(3)
