@@ -11,7 +11,9 @@ import pytest
 
 import griffin_jax as gj
 from griffin_jax.checkpoints import loading
-from griffin_jax.cli import evaluate, main, options
+from griffin_jax.cli import main, options
+from griffin_jax.cli.evaluate import running
+from griffin_jax.evaluation import tasks
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.masked import mask
 from griffin_jax.llm.memory import Needs, fitting, needs_of
@@ -181,9 +183,9 @@ class TestCommands:
         two, four = (sum(needs.scoring(batch, 24, 8, 2, answers=True).values()) for batch in (2, 4))
         assert two < four
         sizes = []
-        divergence = evaluate.tasks.divergence
+        divergence = tasks.divergence
         monkeypatch.setattr(
-            evaluate.tasks, "divergence", lambda *args, **more: sizes.append(more["size"]) or divergence(*args, **more)
+            tasks, "divergence", lambda *args, **more: sizes.append(more["size"]) or divergence(*args, **more)
         )
         monkeypatch.setattr(options.memory, "free", lambda devices: (two + four) // 2)
         assert main.main(self.arguments(worded, texts, tmp_path)) == 0
@@ -194,7 +196,7 @@ class TestCommands:
         needs = Needs(worded.llm.config, FLOATS)
         four = sum(needs.scoring(4, 24, 8, 2, answers=True).values())
         monkeypatch.setattr(options.memory, "free", lambda devices: four - 1)
-        monkeypatch.setattr(evaluate, "load_reader", lambda *_: pytest.fail("loaded"))
+        monkeypatch.setattr(running, "load_reader", lambda *_: pytest.fail("loaded"))
         assert main.main(self.arguments(worded, texts, tmp_path, "--batch", "4")) == 2
         err = capsys.readouterr().err
         assert err.startswith("griffin-jax eval: about ")

@@ -1,0 +1,60 @@
+"""`griffin-jax eval groups`: the best neurons of each group against the best of all."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from griffin_jax.cli.evaluate.arguments import add_common, add_lengths, add_text_file
+from griffin_jax.cli.evaluate.running import Evaluation
+from griffin_jax.cli.evaluate.texts import check_lengths, divergence_items
+from griffin_jax.cli.options import numbers
+from griffin_jax.evaluation import groups, report
+from griffin_jax.evaluation.grid import Variant
+from griffin_jax.evaluation.samples import Skipped
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.llm.llm import LLM
+
+
+def add(kinds: Any) -> None:
+    """Declare the evaluation."""
+    kind = kinds.add_parser(
+        "groups",
+        help="the best neurons of each of several groups against the best of all",
+        description="The first tokens of each text are read densely; those that follow are scored by models that keep"
+        " the best of all neurons, and the best of each of several equal ranges, as devices that share the model can.",
+    )
+    add_text_file(kind, "text")
+    add_lengths(kind)
+    kind.add_argument("--groups", metavar="M", default="2,4,8", help="separated by commas (default: %(default)s)")
+    add_common(kind, size=4)
+    kind.set_defaults(prepare=prepare, reference=None)
+
+
+def prepare(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    if options.method != "topk":
+        raise ValueError(f"groups are compared by topk, got --method {options.method}")
+    densities = [variant.density for variant in variants if variant.method == "topk"]
+    rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.config.neuron_ranges)
+    prompt, new = options.prompt_tokens, options.new_tokens
+    check_lengths(llm, prompt, new)
+    items = list(
+        itertools.islice(divergence_items(options, llm, options.file, [options.column], skipped), options.limit)
+    )
+    return Evaluation(
+        items,
+        {
+            "column": options.column, "after": options.after, "before": options.before, "prompt": prompt, "new": new,
+            "rows": [variant.name for variant in rules],
+        },
+        lambda journal: groups.compare_groups(
+            llm, items, rules, journal, new=new, size=options.batch, seed=options.seed
+        ),
+        lambda scores: groups.figures(scores, rules, options.seed),
+        lambda figures: report.table("what really follows:", figures, groups.METRICS),
+        lambda figures, title, file: report.plot_by_density({"": figures}, groups.METRICS, title, file),
+    )  # fmt: skip

@@ -1,0 +1,79 @@
+"""`griffin-jax eval perplexity`: against the lengths of prompt and answer."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_jax.cli.evaluate.arguments import add_common
+from griffin_jax.cli.evaluate.running import Evaluation
+from griffin_jax.cli.evaluate.texts import check_lengths
+from griffin_jax.cli.options import numbers
+from griffin_jax.evaluation import report, tasks
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.grid import Variant
+from griffin_jax.evaluation.samples import Skipped, read_texts
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.llm.llm import LLM
+
+
+def add(kinds: Any) -> None:
+    """Declare the evaluation."""
+    kind = kinds.add_parser(
+        "perplexity",
+        help="perplexity against the lengths of prompt and answer",
+        description="Texts are cut into windows; the same tokens of each are scored after prompts of every length.",
+    )
+    kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
+    kind.add_argument(
+        "--prompt-tokens", metavar="P", default="32,64,128,256,512", help="separated by commas (default: %(default)s)"
+    )
+    kind.add_argument("--new-tokens", metavar="G", default="32,64,128,256", help="likewise (default: %(default)s)")
+    add_common(kind, size=4)
+    kind.set_defaults(prepare=prepare)
+
+
+def prepare(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    prompts = sorted(numbers("--prompt-tokens", options.prompt_tokens, int))
+    news = sorted(numbers("--new-tokens", options.new_tokens, int))
+    for length in (prompts[0], news[0]):
+        if length < 1:
+            raise ValueError(f"lengths are at least 1 token, got {length}")
+    check_lengths(llm, prompts[-1], news[-1])
+    items = list(itertools.islice(_windows(options.files, llm, prompts[-1], news[-1], skipped), options.limit))
+    return Evaluation(
+        items,
+        {"prompts": prompts, "new": news},
+        lambda journal: tasks.perplexity(
+            llm,
+            items,
+            variants,
+            journal,
+            prompts=prompts,
+            news=news,
+            size=options.batch,
+            seed=options.seed,
+            extensions=extensions,
+        ),
+        lambda scores: report.perplexity_figures(scores, variants, prompts, news, options.seed),
+        lambda figures: report.perplexity_table(figures, prompts, news),
+        lambda figures, title, file: report.plot_by_length(figures, prompts, news, title, file),
+    )
+
+
+def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Skipped) -> Iterator[Item]:
+    """Windows of prompt + new tokens, one after the other; what is left at a file's end is too short for one."""
+    assert llm.tokenizer is not None
+    for name, text in read_texts(files, skipped):
+        tokens = llm.tokenizer.encode(text)
+        whole = len(tokens) // (prompt + new)
+        if not whole:
+            skipped.add(f"shorter than a window of {prompt} + {new} tokens", name)
+        for number in range(whole):
+            window = tokens[number * (prompt + new) : (number + 1) * (prompt + new)]
+            yield Item(f"{name}, window {number + 1}", window[:prompt], window[prompt:])

@@ -1,0 +1,167 @@
+"""`griffin-jax eval solve`: how many problems are solved."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_jax.cli.evaluate.arguments import add_drafters, add_model, add_output, add_prior, add_qualities, add_sample
+from griffin_jax.cli.evaluate.comparisons import bytes_per_token, check_pairs, choose_drafters, choose_qualities
+from griffin_jax.cli.evaluate.running import Evaluation
+from griffin_jax.cli.evaluate.texts import too_long
+from griffin_jax.cli.options import add_options
+from griffin_jax.evaluation import front, problems, report, solve
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.grid import DEFAULTS, Variant
+from griffin_jax.evaluation.journal import Journal
+from griffin_jax.evaluation.problems import COLUMNS, HUMANEVAL, Problem
+from griffin_jax.evaluation.samples import Skipped, read_jsonl
+from griffin_jax.evaluation.sandbox import Limits, check_sandbox
+from griffin_jax.extensions.config import Extensions
+from griffin_jax.extensions.mixed import MixedFormat
+from griffin_jax.griffin.config import GriffinConfig
+from griffin_jax.llm.llm import LLM
+from griffin_jax.llm.memory import Needs
+from griffin_jax.utils.options import whole
+
+
+def add(kinds: Any) -> None:
+    """Declare the evaluation."""
+    kind = kinds.add_parser(
+        "solve",
+        help="how many problems are solved: HumanEval's functions, GSM8K's numbers",
+        description="Every problem is put to the model as a user's message and answered greedily. Counted are the"
+        " answers that are right: by the tests of the function that was asked for (pass@1), or by the final number."
+        " Compared is the dense model with models of each density and each format of the weights.",
+    )
+    kind.add_argument(
+        "file", metavar="FILE", type=Path,
+        help=f"JSONL (UTF-8), one problem a line, with the columns {'; '.join(map(', '.join, COLUMNS.values()))}",
+    )  # fmt: skip
+    kind.add_argument("--format", choices=COLUMNS, required=True, help="what the file holds")
+    kind.add_argument(
+        "--run-code", action="store_true",
+        help=f"run programs that the model writes, which {HUMANEVAL} needs: in processes with limits, and without"
+        " network where the system lets them; a container is safer",
+    )  # fmt: skip
+    limits = Limits()
+    kind.add_argument(
+        "--seconds", type=int, metavar="N", default=limits.seconds,
+        help="of processor time for a program (default: %(default)s)",
+    )  # fmt: skip
+    kind.add_argument(
+        "--megabytes", type=int, metavar="N", default=limits.megabytes,
+        help="of memory for a program (default: %(default)s)",
+    )  # fmt: skip
+    kind.add_argument(
+        "--new-tokens", type=int, metavar="N", default=512, help="of the longest answer (default: %(default)s)"
+    )
+    add_model(kind, weights=False)
+    what = kind.add_argument_group("what is compared")
+    what.add_argument(
+        "--weights", dest="formats", metavar="FORMAT",
+        help="formats of the matrices beside the model's own, separated by commas, such as int8,int4:64; of int8+int4 a"
+        " density counts bytes of int8, which pay for more neurons in int4",
+    )  # fmt: skip
+    add_options(what, GriffinConfig, "density", type=str, default="0.75,0.5", metavar="D", help="separated by commas")
+    add_qualities(what)
+    add_drafters(what, "its answers")
+    add_sample(what, size=1)
+    add_prior(kind, ", for all formats of it")
+    add_output(kind)
+    kind.set_defaults(
+        prepare=prepare, choose=choose, check=check,
+        weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
+    )  # fmt: skip
+
+
+def choose(options: argparse.Namespace) -> None:
+    """Sets the methods, the prior, the formats and the limits of the options, as far as no model is needed for it.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality or format, a number is less than 1, or programs are not to be run.
+    """
+    options.limits = Limits(options.seconds, options.megabytes)
+    whole("--new-tokens", options.new_tokens, 1)
+    if options.format == HUMANEVAL:
+        if not options.run_code:
+            raise ValueError(f"--format {HUMANEVAL} runs programs that the model writes: allow it with --run-code")
+        check_sandbox(options.limits)
+    choose_qualities(options)
+    options.reference = None
+    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    choose_drafters(options)
+
+
+def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:
+    """Puts the model's own format first, and raises `ValueError` unless this model can have the others."""
+    own = needs.precision.weights
+    options.formats = list(dict.fromkeys([own, *options.formats]))
+    if own.quantised and any(front.fine_format(weights) != own for weights in options.formats):
+        raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
+    for weights in options.formats:
+        weights.check(needs.config.width, needs.config.embedding_width)
+    front.check_variants(needs.config, variants, options.formats, extensions)
+    check_pairs(options, needs)
+
+
+def prepare(
+    options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
+) -> Evaluation:
+    asked = dict(itertools.islice(_problems(options, llm, skipped), options.limit))
+    items, decided = [item for item, _ in asked.values()], {name: problem for name, (_, problem) in asked.items()}
+    slots = max((len(item.prompt) for item in items), default=0) + options.new_tokens
+    drafted = front.pairs(options.formats, options.drafters)
+
+    def compare(journal: Journal) -> dict[str, Any]:
+        scores = solve.solve(
+            llm, items, decided, variants, options.formats, journal, new=options.new_tokens, size=options.batch,
+            seed=options.seed, extensions=extensions,
+        )  # fmt: skip
+        answers = solve.solve_drafted(llm, items, decided, drafted, journal, new=options.new_tokens)
+        return {"scores": scores, "drafts": answers}
+
+    def figures(found: dict[str, Any]) -> report.Figures:
+        of_pairs = {}
+        for pair in drafted:
+            answers = found["drafts"][front.drafted_name(*pair)]
+            # The first token of an answer needs no step.
+            written = max(1, sum(answer["tokens"] - 1 for answer in answers.values()))
+            read = front.drafted_bytes(llm.config, llm.model.dtype, *pair, slots, written, answers.values())
+            of_pairs[pair] = answers, read
+        sizes = bytes_per_token(options, llm, variants, extensions, slots)
+        return solve.figures(found["scores"], variants, options.qualities, sizes, options.seed, of_pairs)
+
+    settings = {
+        "format": options.format,
+        "new": options.new_tokens,
+        "weights": [str(weights) for weights in options.formats],
+        "limits": dataclasses.asdict(options.limits) if options.format == HUMANEVAL else None,
+    }
+    return Evaluation(items, settings, compare, figures, solve.table, solve.plot, grows=True)
+
+
+def _problems(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterator[tuple[str, tuple[Item, Problem]]]:
+    """Name, prompt and verdict of every problem."""
+    assert llm.tokenizer is not None
+    for record in read_jsonl(options.file, COLUMNS[options.format], skipped):
+        try:
+            if options.format == HUMANEVAL:
+                prompt, test, name = record.texts
+                problem = problems.humaneval(prompt, test, name, options.limits)
+            else:
+                question, answer = record.texts
+                problem = problems.gsm8k(question, answer)
+        except ValueError as error:
+            skipped.add(str(error), record.name)
+            continue
+        tokens = llm.tokenizer.chat(problem.question)
+        if len(tokens) + options.new_tokens > llm.config.max_positions:
+            skipped.add(too_long(options, llm), record.name)
+        else:
+            yield record.name, (Item(record.name, tokens), problem)

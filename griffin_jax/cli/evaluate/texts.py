@@ -1,0 +1,64 @@
+"""The texts that are continued, cut into prompts and what follows them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.samples import Skipped, excerpt, read_jsonl
+from griffin_jax.llm.llm import LLM
+
+
+def continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple[list[Item], dict[str, Any]]:
+    """Texts in which the prompt is followed by what is scored, and the settings that make them."""
+    prompt, new = options.prompt_tokens, options.new_tokens
+    check_lengths(llm, 1 if options.reference else prompt, new)
+    columns = [options.column, *([options.reference] if options.reference else [])]
+    items = list(itertools.islice(divergence_items(options, llm, options.file, columns, skipped), options.limit))
+    settings = {"columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new}
+    return items, settings
+
+
+def divergence_items(
+    options: argparse.Namespace, llm: LLM, file: Path, columns: Sequence[str], skipped: Skipped
+) -> Iterator[Item]:
+    """Texts of a file with as many tokens as are asked for, or with what a second column says follows them."""
+    assert llm.tokenizer is not None
+    cut = excerpt(options.after, options.before)
+    prompt, new = options.prompt_tokens, options.new_tokens
+    for record in read_jsonl(file, columns, skipped):
+        tokens = llm.tokenizer.encode(cut(record.texts[0]))
+        if options.reference:
+            # Encoded together, since words may be cut otherwise where two texts meet.
+            whole = llm.tokenizer.encode(cut(record.texts[0]) + record.texts[1])
+            item = Item(record.name, tokens, whole[len(tokens) :])
+        else:
+            item = Item(record.name, tokens[:prompt], tokens[prompt : prompt + new])
+        if not item.prompt or (not options.reference and len(tokens) < prompt + new):
+            skipped.add(f"shorter than {prompt} + {new} tokens" if not options.reference else "no tokens", record.name)
+        elif not item.answer:
+            skipped.add("the reference has no tokens of its own", record.name)
+        elif len(item.prompt) + max(new, len(item.answer)) > llm.config.max_positions:
+            skipped.add(f"longer than the model's context of {llm.config.max_positions} tokens", record.name)
+        else:
+            yield item
+
+
+def too_long(options: argparse.Namespace, llm: LLM) -> str:
+    """Why a prompt is left out that leaves no room for an answer."""
+    return f"prompt and {options.new_tokens} new tokens longer than the model's context of {llm.config.max_positions}"
+
+
+def check_lengths(llm: LLM, prompt: int, new: int) -> None:
+    """Raise `ValueError` unless a model can read so many tokens of a prompt and of what follows."""
+    if min(prompt, new) < 1:
+        raise ValueError(f"--prompt-tokens and --new-tokens must be at least 1, got {prompt} and {new}")
+    if prompt + new > llm.config.max_positions:
+        raise ValueError(
+            f"{prompt} + {new} tokens are more than the model's context of {llm.config.max_positions}; give less of"
+            " --prompt-tokens or --new-tokens"
+        )
