@@ -27,7 +27,7 @@ from griffin_jax.evaluation.journal import Journal
 from griffin_jax.evaluation.report import Figures, forced_figures
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.drafter import step_bytes
-from griffin_jax.extensions.mixed import MixedFormat, coarse
+from griffin_jax.extensions.mixed import MixedFormat, MixedSizes, coarse
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import bucket
@@ -144,8 +144,7 @@ def bytes_per_token(
     kept = _config(variant, extensions)
     if not isinstance(weights, MixedFormat):
         return sizes(weights).step(kept.kept(config.neuron_ranges))
-    precise, others = weights.counts(kept, config.neuron_ranges)
-    return sizes(weights.fine).step(precise) + sizes(weights.coarse).read(others)
+    return MixedSizes(weights, kept, config.neuron_ranges, sizes).step
 
 
 def compare_formats(

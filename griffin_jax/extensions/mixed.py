@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import jax
@@ -38,12 +38,16 @@ from griffin_jax.griffin.prune import check_whole, prune
 from griffin_jax.griffin.select import Fuse
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.model.feed_forward import Mask, NeuronModule
+from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils import programs
 
 FEW_BITS = WeightFormat.parse("int4")
 """What the other neurons are read in, where nothing is said."""
+
+Chosen = tuple[ExpertNeurons | None, ExpertNeurons | None]
+"""The neurons that are kept in the first format, and those in the second one; None instead of no neuron."""
 
 
 def others_format(text: str) -> tuple[WeightFormat, float | None]:
@@ -195,6 +199,56 @@ class MixedFormat:
         return dataclasses.replace(config, density=few)
 
 
+class MixedSizes:
+    """Bytes of the kept rows in two formats, as `griffin_jax.model.sizes.Sizes` has them of one.
+
+    Args:
+        mixed: both formats.
+        config: which neurons are kept.
+        ranges: of each layer the neurons, or the ranges that they lie in.
+        sizes: the parts of the model in a format, where each sequence has copies of its rows.
+        refitted: whether rows are refitted, which are always copies.
+
+    Attributes:
+        masked: whether decoding reads all rows of both formats, with masks, instead of copies for each sequence.
+    """
+
+    def __init__(
+        self,
+        mixed: MixedFormat,
+        config: GriffinConfig,
+        ranges: Sequence[int | Sequence[int]],
+        sizes: Callable[[WeightFormat], Sizes],
+        *,
+        refitted: bool = False,
+    ):
+        self._fine, self._coarse = sizes(mixed.fine), sizes(mixed.coarse)
+        self._precise, self._others = mixed.counts(config, ranges)
+        neurons = self._fine.config.neurons
+        counts = sum(neurons), sum(self._precise), sum(self._others)
+        several = self._fine.sets > 1
+        self.masked = several and (
+            self._fine.config.routing is not None or (not refitted and mixed.masks_are_less(*counts, self._fine.sets))
+        )
+        # All neurons in fewer bits are there already.
+        self._copies = not self.masked and counts[0] > counts[2]
+
+    @property
+    def copied(self) -> tuple[int, int]:
+        """Bytes of the copies in each format, next to both models."""
+        if not self._copies:
+            return 0, 0
+        return self._fine.ff(self._precise), self._coarse.ff(self._others)
+
+    @property
+    def step(self) -> int:
+        """Bytes that one decode step must read."""
+        if not self.masked:
+            return self._fine.step(self._precise) + self._coarse.read(self._others)
+        fine = None if any(self._precise) else self._precise
+        return self._fine.step(fine) + (self._coarse.read(None) if any(self._others) else 0)
+
+
 def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
     """The same model with its feed-forward matrices in another format, and all other arrays those of the model.
 
@@ -220,7 +274,8 @@ def select_mixed(
     *,
     fuse: Fuse | None = None,
     magnitudes: tuple[Float[Array, "_f"], ...] | None = None,
-) -> tuple[ExpertNeurons | None, ExpertNeurons | None]:
+    kept: ExpertNeurons | None = None,
+) -> Chosen:
     """The neurons to keep in the first format, and those to keep in the second one.
 
     Args:
@@ -229,6 +284,7 @@ def select_mixed(
         mixed: which part of them is precise.
         fuse: as for `griffin_jax.select`.
         magnitudes: likewise.
+        kept: the neurons that `griffin_jax.select` chose by these, if that is known already.
 
     Returns:
         The precise neurons and the others; None instead of no neuron.
@@ -239,12 +295,12 @@ def select_mixed(
     """
     if config.method != "topk":
         raise ValueError(f'neurons are precise by their rank, which method "topk" gives; method is {config.method!r}')
-    kept = jitted.select(statistics, config, fuse=fuse, magnitudes=magnitudes)
+    every = kept if kept is not None else jitted.select(statistics, config, fuse=fuse, magnitudes=magnitudes)
     fewer = mixed.precise(config)
     if fewer is None:
-        return None, kept
+        return None, every
     precise = jitted.select(statistics, fewer, fuse=fuse, magnitudes=magnitudes)
-    return precise, _others(kept, precise) if precise.kept != kept.kept else None
+    return precise, _others(every, precise) if precise.kept != every.kept else None
 
 
 @programs.jit

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.extensions.healing import Heals
-from griffin_jax.extensions.mixed import MixedFormat, mask_mixed, prune_mixed, select_mixed
+from griffin_jax.extensions.mixed import Chosen, MixedFormat, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.extensions.prior import Fusion
 from griffin_jax.extensions.reconstruction import CALIBRATION_WEIGHT, Reconstruction, rows_of_each
 from griffin_jax.generation import jitted
@@ -153,6 +153,66 @@ class Pruner:
         """
         return self._healed(mask(model, experts, refit=self.refit(rows)), experts)
 
+    def select_mixed(
+        self,
+        model: Transformer,
+        statistics: Statistics,
+        formats: MixedFormat,
+        kept: ExpertNeurons | None = None,
+    ) -> Chosen:
+        """The neurons to keep in each of two formats, by what was recorded of the prompts.
+
+        Args:
+            model: the full one.
+            statistics: of the prompts.
+            formats: both, and which part of the kept neurons is precise.
+            kept: what `select` gave for them, where it is known.
+
+        Raises:
+            ValueError: as `griffin_jax.extensions.mixed.select_mixed`.
+        """
+        magnitudes = jitted.magnitudes_of(model)
+        return select_mixed(statistics, self.config, formats, fuse=self.fuse, magnitudes=magnitudes, kept=kept)
+
+    def prune_mixed(
+        self,
+        model: Transformer,
+        few: Transformer,
+        formats: MixedFormat,
+        chosen: Chosen,
+        rows: Rows = (),
+        *,
+        masked: bool = False,
+        reuse: Transformer | None = None,
+    ) -> Transformer:
+        """The model that reads these neurons in two formats, without a healing.
+
+        Kept rows are refitted, if the options say so, where all of them are in fewer bits. Where each sequence keeps
+        neurons of its own, the model is masked as in `prune`, if its steps read no more of both formats then.
+
+        Args:
+            model: the full one.
+            few: what `griffin_jax.extensions.mixed.coarse` made of it.
+            formats: both.
+            chosen: what `select_mixed` gave.
+            rows: of the prompts, `rows_of_each` of every sequence.
+            masked: whether it is for scoring given tokens, and no weights are copied.
+            reuse: as for `griffin_jax.extensions.mixed.prune_mixed`.
+
+        Raises:
+            ValueError: as `griffin_jax.extensions.mixed.prune_mixed`.
+        """
+        refit = self.refit(rows) if chosen[0] is None else None
+        some = next(each for each in chosen if each is not None)
+        sets = 1 if some.shared else local_sequences(mesh_of(model.embedding[...]), some[0].shape[0])
+        precise, others = (0 if each is None else sum(each.kept) for each in chosen)
+        # Each sequence would need a copy of all routed experts.
+        masked |= model.config.routing is not None and sets > 1
+        masked |= refit is None and formats.masks_are_less(sum(model.neurons), precise, others, sets)
+        if masked:
+            return mask_mixed(model, few, *chosen, refit=refit)
+        return prune_mixed(model, few, *chosen, reuse=reuse, refit=refit)
+
     def mix(
         self,
         model: Transformer,
@@ -163,32 +223,9 @@ class Pruner:
         *,
         masked: bool = False,
     ) -> Transformer:
-        """The model that reads the neurons which the prompts choose in two formats, without a healing.
-
-        Kept rows are refitted, if the options say so, where all of them are in fewer bits. Where each sequence keeps
-        neurons of its own, the model is masked as in `prune`, if its steps read no more of both formats then.
-
-        Args:
-            model: the full one.
-            few: what `griffin_jax.extensions.mixed.coarse` made of it.
-            formats: both, and which part of the kept neurons is precise.
-            statistics: of the prompts.
-            rows: of the prompts, `rows_of_each` of every sequence.
-            masked: whether it is for scoring given tokens, and no weights are copied.
-
-        Raises:
-            ValueError: as `griffin_jax.extensions.mixed.select_mixed` and `prune_mixed`.
-        """
-        magnitudes = jitted.magnitudes_of(model)
-        chosen = select_mixed(statistics, self.config, formats, fuse=self.fuse, magnitudes=magnitudes)
-        refit = None if formats.share else self.refit(rows)
-        sequences = statistics.tokens.shape[0]
-        sets = 1 if self.config.shared else local_sequences(mesh_of(model.embedding[...]), sequences)
-        precise, others = (0 if each is None else sum(each.kept) for each in chosen)
-        # Each sequence would need a copy of all routed experts.
-        masked |= model.config.routing is not None and sets > 1
-        masked |= refit is None and formats.masks_are_less(sum(model.neurons), precise, others, sets)
-        return (mask_mixed if masked else prune_mixed)(model, few, *chosen, refit=refit)
+        """Both steps: the model that reads the neurons which the prompts choose in two formats."""
+        chosen = self.select_mixed(model, statistics, formats)
+        return self.prune_mixed(model, few, formats, chosen, rows, masked=masked)
 
     def _healed(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:
         return pruned if self.healing is None else self.healing.heal(pruned, experts)

@@ -561,7 +561,7 @@ class LLM:
             drafts=plan.drafts,
             drafter=plan.drafter,
             drafter_is_there=self._drafter is not None,
-            mixed=None if plan.mixed is None else (plan.mixed, self._in_few_bits(plan.mixed, plan.pruner)),
+            mixed=None if plan.mixed is None else (plan.mixed, plan.pruner.config),
             mixed_is_there=self._few is not None,
             trial=plan.trial,
             in_place=self._in_place is not None,
@@ -574,10 +574,6 @@ class LLM:
             advice += ["load the model with in_place=True"] if batch == 1 or shared else []
         advice += ["shorten prompts or answers", "load weights of fewer bits"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
-
-    def _in_few_bits(self, mixed: MixedFormat, pruner: Pruner) -> list[int]:
-        """The kept neurons of each layer that have fewer bits."""
-        return mixed.counts(pruner.config, self.model.config.neuron_ranges)[1]
 
     def _answer(
         self, plan: Plan, stream: bool, reader: Reader | None = None
@@ -605,7 +601,7 @@ class LLM:
             if plan.drafter is not None:
                 model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
             if plan.mixed is not None:
-                model = jax.block_until_ready(self._prune_mixed(plan.pruner, plan.mixed, prefilled))
+                model = jax.block_until_ready(self._prune_mixed(plan.pruner, plan.mixed, prefilled, kept=experts))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
         if self._in_place is not None:
@@ -830,13 +826,19 @@ class LLM:
         return pruner.prune(model, experts, rows, reuse=reuse)
 
     def _prune_mixed(
-        self, pruner: Pruner, mixed: MixedFormat, prefilled: Prefilled, masked: bool = False
+        self,
+        pruner: Pruner,
+        mixed: MixedFormat,
+        prefilled: Prefilled,
+        *,
+        kept: ExpertNeurons | None = None,
+        masked: bool = False,
     ) -> Transformer:
         """The model with the kept rows only, in two formats; masked for a trial."""
         if self._few is None:
             self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
-        few = self._few[1]
-        return pruner.mix(self.model, few, mixed, prefilled.statistics, prefilled.rows, masked=masked)
+        chosen = pruner.select_mixed(self.model, prefilled.statistics, mixed, kept)
+        return pruner.prune_mixed(self.model, self._few[1], mixed, chosen, prefilled.rows, masked=masked)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.

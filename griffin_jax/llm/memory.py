@@ -24,11 +24,12 @@ from griffin_jax.adapters.library import Library
 from griffin_jax.checkpoints.loading import open_source, parse_dtype, parse_weights, precision_of
 from griffin_jax.checkpoints.sources import loading_bytes
 from griffin_jax.extensions.drafter import BLOCK, drafter_bytes
-from griffin_jax.extensions.mixed import MixedFormat
+from griffin_jax.extensions.mixed import MixedFormat, MixedSizes
 from griffin_jax.extensions.promise import ENDS
 from griffin_jax.factor.config import TOKENS, FactorTraining
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket, chunk_count
 from griffin_jax.generation.scoring import LOGITS_BYTES
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.request import AdapterLike
 from griffin_jax.model.attention import QUERY_BLOCK
 from griffin_jax.model.config import ModelConfig
@@ -42,6 +43,9 @@ from griffin_jax.utils import memory
 
 Parts = dict[str, int]
 """Bytes that are needed together, by what they are for."""
+
+Mixed = tuple[MixedFormat, GriffinConfig]
+"""Two formats of the kept neurons, and which are kept."""
 
 COMPILER_BYTES_PER_LAYER = 12 << 20
 """Host memory for compiling and keeping the programs of an answer, for each layer of a model. An evaluation has twice
@@ -200,7 +204,7 @@ class Needs:
         drafts: int = 0,
         drafter: WeightFormat | None = None,
         drafter_is_there: bool = False,
-        mixed: tuple[MixedFormat, Sequence[int]] | None = None,
+        mixed: Mixed | None = None,
         mixed_is_there: bool = False,
         trial: int = 0,
         in_place: bool = False,
@@ -223,8 +227,7 @@ class Needs:
             drafts: tokens that are drafted for each pass of the full model.
             drafter: what the drafting model's matrices are stored as; None where they are the model's.
             drafter_is_there: whether there is such a model already.
-            mixed: the formats of the kept neurons, and how many of these in each layer have the second one; None where
-                all have the model's.
+            mixed: the formats of the kept neurons, and how many there are; None where all have the model's.
             mixed_is_there: whether all neurons are held in the second one already.
             trial: tokens at the end of the prompts that pruned models are tried on.
             in_place: whether every neuron is held once.
@@ -255,7 +258,7 @@ class Needs:
         neurons = self.in_memory(neurons, sizes.precision.weights)
         masked = sizes.masked(kept)
         if mixed is not None and kept is not None:
-            copied, neurons, masked = self._in_two_formats(batch, shared, kept, *mixed, refitted=rows > 0)
+            copied, neurons, masked = self._in_two_formats(batch, shared, mixed, refitted=rows > 0)
             copied = 0 if mixed_is_there else copied
             held |= {"neurons in fewer bits": copied, "rounding": 6 * 4 * BLOCK if copied else 0}
         # Of two formats each has masks of its own.
@@ -288,34 +291,19 @@ class Needs:
             pruning["refitting"] = made + dropped + solving
         return self._worst(reading, *trying, pruning, decoding, programs=2 if trial else 1)
 
-    def _in_two_formats(
-        self,
-        batch: int,
-        shared: bool,
-        kept: Sequence[int],
-        mixed: MixedFormat,
-        others: Sequence[int],
-        *,
-        refitted: bool,
-    ) -> tuple[int, int, bool]:
-        """Bytes of all neurons in the second format, and of the kept ones, of which some of each layer have it; and
-        whether there are masks instead of copies of these."""
-        precise = [every - few for every, few in zip(kept, others, strict=True)]
-        own = self.rows(batch)
+    def _in_two_formats(self, batch: int, shared: bool, mixed: Mixed, *, refitted: bool) -> tuple[int, int, bool]:
+        """Bytes of all neurons in the second format, and of the kept ones in both; and whether there are masks instead
+        of these."""
+        formats, config = mixed
 
         def sizes(weights: WeightFormat) -> Sizes:
             precision = Precision(self.precision.dtype, weights)
-            one = shared or batch == 1
+            one, own = shared or batch == 1, self.rows(batch)
             return Sizes(self.config, own, 1, precision, shared=one, devices=self._parts, refitted=True)
 
-        fine, rough = sizes(mixed.fine), sizes(mixed.coarse)
-        masked = fine.sets > 1 and self.config.routing is not None
-        few = sum(precise), sum(others)
-        masked |= not refitted and mixed.masks_are_less(sum(self.config.neurons), *few, fine.sets)
-        rows = 0
-        if not masked:
-            rows = self.in_memory(fine.ff(precise), mixed.fine) + self.in_memory(rough.ff(others), mixed.coarse)
-        return self.in_memory(rough.ff(None), mixed.coarse), rows, masked
+        both = MixedSizes(formats, config, self.config.neuron_ranges, sizes, refitted=refitted)
+        kept = sum(map(self.in_memory, both.copied, (formats.fine, formats.coarse)))
+        return self.in_memory(sizes(formats.coarse).ff(None), formats.coarse), kept, both.masked
 
     def logits(self, batch: int, length: int, prompt: int) -> Parts:
         """What the logits of whole texts need, as `LLM.logits` gives them.

@@ -18,13 +18,14 @@ import griffin_jax as gj
 from griffin_jax.cli.main import main
 from griffin_jax.evaluation import front
 from griffin_jax.evaluation.grid import DENSE, Variant
-from griffin_jax.extensions.mixed import MixedFormat, coarse, mask_mixed, prune_mixed, select_mixed
+from griffin_jax.extensions.mixed import MixedFormat, MixedSizes, coarse, mask_mixed, prune_mixed, select_mixed
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.fingerprint import fingerprint
+from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat, dequantise, quantise
 from griffin_jax.parallel.mesh import make_mesh
 
@@ -251,6 +252,24 @@ class TestBytes:
             prune_mixed(model, few, experts, experts, refit=pruner.refit(read.rows))
 
 
+@pytest.mark.parametrize(("batch", "density", "share", "copied"), [
+    (1, 0.5, 0.25, (6, 18)), (4, 0.5, 0.25, (24, 72)), (5, 0.5, 0.25, None), (1, 1.0, 0, (0, 0)), (2, 1.0, 0, None),
+])  # fmt: skip
+def test_bytes_of_the_kept_rows(batch, density, share, copied):
+    """Of 48 neurons in each of two layers: 104 bytes of one in int8, 60 in int4:16. Masked, a step reads all."""
+
+    def sizes(weights: WeightFormat) -> Sizes:
+        return Sizes(GATED, batch, 8, Precision.of("float32", weights), shared=False, refitted=True)
+
+    formats = dataclasses.replace(MIXED, share=share)
+    found = MixedSizes(formats, gj.GriffinConfig(density), GATED.neuron_ranges, sizes)
+    assert found.masked == (copied is None)
+    fine, few = copied or (0, 0)
+    assert found.copied == (2 * fine * 104, 2 * few * 60)
+    read = 2 * 48 * (60 if share == 0 else 164) if found.masked or density == 1 else sum(found.copied)
+    assert found.step == sizes(FINE).step([0, 0]) + read
+
+
 class TestAnswers:
     """`mixed_weights` of `LLM.generate`."""
 
@@ -329,7 +348,7 @@ class TestAnswers:
         Five sequences would need more copies than there are rows."""
         deep = dataclasses.replace(GATED, num_layers=24, ff_width=480)
         needs = Needs(deep, Precision.of("float32", FINE), loaded=True)
-        kept, few = [240] * 24, (MIXED, [180] * 24)
+        kept, few = [240] * 24, (MIXED, gj.GriffinConfig(0.5))
         asked = needs.generation(batch, 16, 8, kept, shared=shared, mixed=few, mixed_is_there=True)
         assert asked.get("kept neurons", 0) == sets * 24 * (60 * (3 * 32 + 2 * 4) + 180 * FEW_ROW)
 
