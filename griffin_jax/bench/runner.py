@@ -11,6 +11,9 @@ measured by summing a large array. A step gives one token to every sequence of t
 With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
 its prior is random, too.
 
+Rows in two formats have a density of bytes, or a part of the kept neurons in the model's own, as `mixed_weights` of
+`griffin_jax.extensions.config.Extensions` says.
+
 Speculative rows, at batch 1, write the answer of the full model, for which the pruned one drafts. Their bytes are those
 of a token of the answer, drafts and passes of the full model together. How many drafts are accepted depends on the
 text, and these prompts are none: `griffin-jax eval drafts` counts it on texts.
@@ -42,6 +45,7 @@ from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.extensions.config import Extensions, Quality
 from griffin_jax.extensions.drafter import drafter_of, step_bytes
 from griffin_jax.extensions.in_place import InPlace
+from griffin_jax.extensions.mixed import MixedFormat, MixedSizes, coarse, others_format
 from griffin_jax.extensions.prior import Prior
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.extensions.speculative import Drafting
@@ -111,6 +115,7 @@ class Variant:
         quality: of `LLM.generate`.
         weights: how the matrices are stored; None as in the first format that is measured.
         speculative: whether the pruned model only drafts.
+        mixed: whether the kept neurons are in two formats.
     """
 
     density: float = 1.0
@@ -118,6 +123,22 @@ class Variant:
     quality: Quality = "griffin"
     weights: WeightFormat | None = None
     speculative: bool = False
+    mixed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a decode step reads on each device.
+
+    Attributes:
+        bytes: weights that are used, and all slots of the cache.
+        masked: whether all neurons are read, with a mask for each sequence.
+        kept: bytes of the kept rows, which pruning copies or moves.
+    """
+
+    bytes: int
+    masked: bool
+    kept: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +182,7 @@ class Plan:
         qualities: what pruned models are measured with.
         prior: of quality "best".
         drafting: how many tokens are drafted at a time, and in which format.
+        mixing: what the kept neurons are read in that a prompt needs less, in rows of their own.
         round_to: kept neurons are rounded up to a multiple of this.
         in_place: whether every neuron is held once.
         mesh: devices that batches and the model are divided among; None for one.
@@ -178,6 +200,7 @@ class Plan:
     qualities: tuple[Quality, ...]
     prior: Prior | None
     drafting: Extensions
+    mixing: Extensions
     round_to: int
     in_place: bool
     mesh: Mesh | None
@@ -193,11 +216,26 @@ class Plan:
         """How the model of a row computes and is stored."""
         return Precision(self.dtype, variant.weights or self.formats[0].weights)
 
+    def mixed(self, variant: Variant) -> MixedFormat | None:
+        """The formats of a row's kept neurons, as they are given; None for one format."""
+        return self.mixing.mixed(self.precision(variant).weights) if variant.mixed else None
+
+    def resolved(self, variant: Variant) -> tuple[MixedFormat | None, float]:
+        """These, with the share of the precise neurons, and the share of all neurons that is kept."""
+        mixed = self.mixed(variant)
+        if mixed is None:
+            return None, variant.density
+        formats, density = mixed.at(variant.density)
+        assert isinstance(formats, MixedFormat)
+        assert isinstance(density, float)
+        return formats, density
+
     def pruner(self, variant: Variant) -> Pruner:
         """How a row prunes."""
         shared = variant.shared or self.in_place
         groups = neuron_groups(self.config, axis_size(self.mesh, MODEL_AXIS))
-        config = GriffinConfig(variant.density, shared=shared, round_to=self.round_to, groups=groups)
+        _, density = self.resolved(variant)
+        config = GriffinConfig(density, shared=shared, round_to=self.round_to, groups=groups)
         if self.prior is None or variant.quality != "best":
             return Pruner.of(config)
         return Pruner.of(config, Extensions.best(self.prior))
@@ -212,20 +250,31 @@ class Plan:
         return [
             dataclasses.replace(variant, weights=precision.weights)
             for precision in self.formats
-            for variant in (Variant(), *pruned, *drafting)
+            for variant in (Variant(), *pruned, *self._mixing(precision, pruned), *drafting)
         ]
 
-    def rows(self, case: Case, variant: Variant) -> int:
-        """Tokens of each prompt that a row refits its neurons to."""
-        return self.pruner(variant).rows_of_each(case.batch)
+    def _mixing(self, precision: Precision, pruned: Sequence[Variant]) -> list[Variant]:
+        """Pruned rows with two formats, if a format has more bits than the second one."""
+        if self.mixing.mixed_weights is None:
+            return []
+        others, share = others_format(self.mixing.mixed_weights)
+        if share is None and others.bits >= precision.weights.bits:
+            return []
+        return [dataclasses.replace(variant, mixed=True) for variant in pruned]
 
-    def sizes(self, case: Case, variant: Variant = Variant()) -> Sizes:
-        """Bytes of a row's parts on each device."""
+    def rows(self, case: Case, variant: Variant) -> int:
+        """Tokens of each prompt that a row refits its neurons to: none where some of them are precise."""
+        formats, _ = self.resolved(variant)
+        return 0 if formats is not None and formats.share else self.pruner(variant).rows_of_each(case.batch)
+
+    def sizes(self, case: Case, variant: Variant = Variant(), *, copied: bool = False) -> Sizes:
+        """Bytes of a row's parts on each device; with `copied` each sequence has copies of its rows, whatever they
+        are."""
         devices, one = axis_size(self.mesh, MODEL_AXIS), variant.shared or case.batch == 1
         precision = self.precision(variant)
         if variant.speculative and self.drafting.drafter is not None:
             precision = Precision(self.dtype, self.drafting.drafter)
-        refitted = variant.quality == "best" and variant.density < 1
+        refitted = copied or (variant.quality == "best" and variant.density < 1)
         return Sizes(
             self.config,
             local_sequences(self.mesh, case.batch),
@@ -235,6 +284,19 @@ class Plan:
             devices=devices,
             refitted=refitted,
         )
+
+    def reading(self, case: Case, variant: Variant) -> Reading:
+        """What a step of a row reads on each device."""
+        sizes, kept, (formats, _) = self.sizes(case, variant), self.kept(variant), self.resolved(variant)
+        if formats is None:
+            return Reading(sizes.step(kept), sizes.masked(kept), sizes.ff(None if self.in_place else kept))
+
+        def parts(weights: WeightFormat) -> Sizes:
+            return self.sizes(case, dataclasses.replace(variant, weights=weights), copied=True)
+
+        config, refitted = self.pruner(variant).config, self.rows(case, variant) > 0
+        both = MixedSizes(formats, config, self.config.neuron_ranges, parts, refitted=refitted)
+        return Reading(both.step, both.masked, sum(both.copied))
 
     def draft_bytes(self, case: Case, variant: Variant) -> tuple[int, int]:
         """Bytes that a draft of a row reads, and those that a pass of its full model does; each with the cache."""
@@ -261,9 +323,11 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     def weights_of(variant: Variant) -> int:
         needs, drafter = needs_of(variant), plan.drafting.drafter
         full = needs.in_memory(plan.sizes(plan.cases[0], variant).weights(None), needs.precision.weights)
-        if drafter is None:
-            return full
-        return full + needs.drafter(drafter)
+        mixed = plan.mixed(dataclasses.replace(variant, mixed=True)) if plan.mixing.mixed_weights else None
+        if mixed is not None:
+            rows = plan.sizes(plan.cases[0], dataclasses.replace(variant, weights=mixed.coarse)).ff(None)
+            full += needs.in_memory(rows, mixed.coarse)
+        return full if drafter is None else full + needs.drafter(drafter)
 
     held = {each.weights: weights_of(Variant(weights=each.weights)) for each in plan.formats}
     beside = {
@@ -274,6 +338,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     def parts(case: Case, variant: Variant) -> dict[str, int]:
         needs = needs_of(variant)
         general = plan.prior.rows if plan.prior is not None and variant.quality == "best" else ()
+        formats, _ = plan.resolved(variant)
         found = needs.generation(
             case.batch,
             case.prompt,
@@ -284,6 +349,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
             calibration=general[0].shape[0] if general else 0,
             drafts=case.drafts if variant.speculative else 0,
             drafter=plan.drafting.drafter if variant.speculative else None,
+            mixed=None if formats is None else (formats, plan.pruner(variant).config),
             in_place=plan.in_place,
             repeated=True,
         )
@@ -421,6 +487,7 @@ class _Subject:
     def __init__(self, model: Transformer, in_place: GriffinConfig | None):
         self._model = model
         self._drafter: Transformer | None = None
+        self._few: Transformer | None = None
         self._in_place = None if in_place is None else InPlace(model)
         if self._in_place is not None and in_place is not None:
             # Any experts: from now on the programs are those of two groups.
@@ -458,6 +525,20 @@ class _Subject:
             first = jax.block_until_ready(pruner.prune(model, experts, rows))
         with watch.phase("prune"):
             return jax.block_until_ready(pruner.prune(model, experts, rows, reuse=first))
+
+    def mix(self, prefilled: Prefilled, pruner: Pruner, formats: MixedFormat, watch: Stopwatch) -> Transformer:
+        """The pruned model whose neurons are in two formats."""
+        few = self._few or jax.block_until_ready(coarse(self.model, formats.coarse))
+        self._few = few
+        with watch.phase("select"):
+            chosen = jax.block_until_ready(pruner.select_mixed(self.model, prefilled.statistics, formats))
+        given = self.model, few, formats, chosen, prefilled.rows
+        with watch.phase("first_prune"):
+            first = jax.block_until_ready(pruner.prune_mixed(*given))
+        if first is few or any(layer.ff.mask is not None for layer in first.layers):
+            first = None
+        with watch.phase("prune"):
+            return jax.block_until_ready(pruner.prune_mixed(*given, reuse=first))
 
 
 def _measure_case(
@@ -546,7 +627,10 @@ def _answer(
     """An answer, phase by phase as `LLM.generate` writes it, and how its drafts fared if there were any."""
     watch = Stopwatch()
     model = subject.drafter(plan.drafting.drafter) if variant.speculative else subject.model
-    if variant.density < 1:
+    formats, _ = plan.resolved(variant)
+    if formats is not None:
+        model = subject.mix(prefilled, plan.pruner(variant), formats, watch)
+    elif variant.density < 1:
         model = subject.prune(model, prefilled, plan.pruner(variant), watch)
     # `init_decode` takes the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
@@ -603,8 +687,8 @@ def summarise(
     rows = []
     for row in measured:
         ours, variant = row.system == OURS, row.variant
-        sizes, kept, cache = plan.sizes(case, variant), plan.kept(variant), plan.sizes(case, variant).cache
-        weights = sizes.step(kept) - cache
+        kept, cache, reading = plan.kept(variant), plan.sizes(case, variant).cache, plan.reading(case, variant)
+        weights = reading.bytes - cache
         drafts = _drafts(plan, case, row)
         if drafts:
             weights, cache = drafts.pop("weights_bytes"), drafts.pop("cache_bytes")
@@ -619,10 +703,9 @@ def summarise(
         step = _step(row, case)
         base = dense.get(row.baseline)
         is_pruned = variant.density < 1
-        masked = ours and sizes.masked(kept)
-        moved = sizes.ff(None if plan.in_place else kept)
+        masked = ours and reading.masked
         # Read and written; where rows are refitted, that is not what takes the time.
-        copied = 2 * moved if ours and is_pruned and not masked and variant.quality == "griffin" else None
+        copied = 2 * reading.kept if ours and is_pruned and not masked and variant.quality == "griffin" else None
         ceiling = (weights + cache) / bandwidth
         result: dict[str, Any] = {
             "system": row.system,
@@ -632,7 +715,7 @@ def summarise(
             "batch": case.batch,
             "experts": EXPERTS[not variant.shared] if ours and is_pruned and case.batch > 1 else None,
             "quality": "best" if variant.quality == "best" else None,
-            "format": str(plan.precision(variant).weights) if ours and len(plan.formats) > 1 else None,
+            "format": _format(plan, variant) if ours else None,
             "density": variant.density,
             "kept": None if kept is None else list(kept),
             "masked": masked,
@@ -676,6 +759,13 @@ def summarise(
         result["fraction_of_speedup"] = None if speedup is None else speedup / allowed
         rows.append(result)
     return rows
+
+
+def _format(plan: Plan, variant: Variant) -> str | None:
+    """How a row's matrices are stored, where rows differ in it."""
+    if len(plan.formats) == 1 and plan.mixing.mixed_weights is None:
+        return None
+    return str(plan.mixed(variant) or plan.precision(variant).weights)
 
 
 def _is_dense(variant: Variant) -> bool:

@@ -31,6 +31,7 @@ from griffin_jax.cli.options import (
     numbers,
 )
 from griffin_jax.extensions.config import Extensions, Quality, check_quality
+from griffin_jax.extensions.mixed import others_format
 from griffin_jax.extensions.prior import Prior, load_for_best
 from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION
 from griffin_jax.griffin.config import GriffinConfig, check_density
@@ -116,6 +117,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drafts = "at batch 1 also write the full model's answers, for which the others draft so many tokens at a time"
     add_options(what, Extensions, "speculative", help=f"{drafts} (default: as many as are worth it)")
     add_options(what, Extensions, "draft_weights")
+    mixed = "also every pruned row with kept neurons in two formats, as generate has them"
+    add_options(what, Extensions, "mixed_weights", help=mixed)
     add_options(what, GriffinConfig, "round_to")
     what.add_argument(
         "--in-place",
@@ -190,6 +193,7 @@ def check(options: argparse.Namespace) -> Plan:
             )
     formats = _formats(options, config, source)
     drafting = _drafting(options, config, densities, batches)
+    mixing = _mixing(options, config, formats, qualities)
     plan = Plan(
         source=options.model,
         config=config,
@@ -205,6 +209,7 @@ def check(options: argparse.Namespace) -> Plan:
         qualities=tuple(quality for quality in get_args(Quality) if quality in qualities),
         prior=_prior(options, config, random) if "best" in qualities else None,
         drafting=drafting,
+        mixing=mixing,
         round_to=options.round_to,
         in_place=options.in_place,
         mesh=mesh,
@@ -218,6 +223,11 @@ def check(options: argparse.Namespace) -> Plan:
         )
     for density in plan.densities:
         GriffinConfig(density, round_to=options.round_to).kept(config.neuron_ranges)
+    for variant in (variant for case in plan.cases for variant in plan.variants(case)):
+        formats, _ = plan.resolved(variant)
+        if formats is not None:
+            formats.counts(plan.pruner(variant).config, config.neuron_ranges)
+    for density in plan.densities:
         check_mesh(
             config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
         )
@@ -250,6 +260,27 @@ def _drafting(
             raise ValueError("--in-place moves the model's rows, and not those of --draft-weights: give one of the two")
         drafting.drafter.check(config.width, config.embedding_width)
     return drafting
+
+
+def _mixing(
+    options: argparse.Namespace, config: ModelConfig, formats: Sequence[Precision], qualities: Sequence[str]
+) -> Extensions:
+    """What kept neurons are read in that a prompt needs less."""
+    mixing = Extensions(mixed_weights=options.mixed_weights)
+    if mixing.mixed_weights is None:
+        return mixing
+    if options.in_place:
+        raise ValueError("--in-place moves the model's rows, and not those of --mixed-weights: give one of the two")
+    others, share = others_format(mixing.mixed_weights)
+    others.check(config.width)
+    if share is None and all(others.bits >= each.weights.bits for each in formats):
+        raise ValueError(
+            f"--mixed-weights {others} has no fewer bits than --weights {', '.join(str(f.weights) for f in formats)}:"
+            f" give a model in more bits, or a part, as {others}@0.25"
+        )
+    if share is not None and "best" in qualities:
+        raise ValueError("--quality best refits rows, and those in two formats are not: give --mixed-weights no part")
+    return mixing
 
 
 def _peers(options: argparse.Namespace, formats: tuple[Precision, ...]) -> tuple[str, ...]:

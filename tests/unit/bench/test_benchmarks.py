@@ -28,6 +28,9 @@ from benchmarks.__main__ import main
 from griffin_jax.bench import report, runner
 from griffin_jax.cli import bench
 from griffin_jax.cli import main as cli
+from griffin_jax.evaluation.front import bytes_per_token
+from griffin_jax.evaluation.grid import DENSE, Variant
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.generation import jitted
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.fingerprint import fingerprint
@@ -467,6 +470,58 @@ def test_several_formats_are_measured_in_one_run(plain, monkeypatch, capsys):
     # All rows are compared with the dense one in the first format.
     assert [row["speedup_ceiling"] for row in rows] == [rows[0]["step_bytes"] / row["step_bytes"] for row in rows]
     assert all(row["speedup"] == pytest.approx(rows[0]["decode_ms"] / row["decode_ms"]) for row in rows)
+
+
+MIXED = ("--lengths", "9+3", "--weights", "int8", "--mixed-weights", "int4:16")
+
+
+def test_rows_in_two_formats(plain, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
+    options = (*MIXED, "--density", "0.75,0.5", "--repeats", "1", "--batch", "1,5", "--json")
+    assert cli.main(["bench", "--model", str(plain.folder), *options, "--experts", "per-sequence"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    rows = json.loads(out[-1])["rows"]
+    mixed = MixedFormat.parse("int8+int4:16")
+    expected = [("int8", 1), ("int8", 0.75), ("int8", 0.5), (str(mixed), 0.75), (str(mixed), 0.5)]
+    assert [(row["format"], row["density"]) for row in rows] == expected * 2
+    config = plain.llm.config
+    for row in rows[:5]:
+        variant = Variant("topk" if row["density"] < 1 else DENSE, row["density"])
+        read = bytes_per_token(config, np.dtype(np.float32), MixedFormat.parse(row["format"]), row["slots"], variant)
+        assert row["step_bytes"] == read
+        assert not row["masked"]
+    # A neuron takes 3 * 32 bytes in int8 and two scales in float32, or 5 bits for each number. Where all are read in 4
+    # bits, there is nothing to copy; where some are precise, five sequences read all rows in both formats instead.
+    fine, few, layers = 3 * 32 + 2 * 4, 3 * 32 * 5 // 8, 2
+    rest = rows[0]["weights_bytes"] - layers * 48 * fine
+    assert rows[3]["kept"] == [48, 48]
+    assert rows[4]["kept"] == [38, 38]
+    assert rows[3]["prune_bytes"] == 2 * layers * (15 * fine + 33 * few)
+    assert [row["masked"] for row in rows[5:]] == [False, True, True, True, True]
+    embeddings = rows[5]["weights_bytes"] - rows[0]["weights_bytes"]
+    assert rows[8]["weights_bytes"] == rest + layers * 48 * (fine + few) + embeddings
+    assert rows[9]["weights_bytes"] == rest + layers * 48 * few + embeddings
+
+
+def test_needed_memory_holds_the_rows_in_fewer_bits(monkeypatch):
+    monkeypatch.setattr(runner, "free_memory", lambda: None)
+    arguments = ("--model", "SmolLM2-135M", "--lengths", "9+3", "--weights", "int8", "--density", "0.5")
+    found = runner.needed_memory(bench.check(bench_options(*arguments, "--mixed-weights", "int4")))
+    # On CPUs a number of 4 bits takes a byte, and twice as much as in a file is reserved for the scales of 32, too.
+    assert found["neurons in fewer bits"] == 30 * (1536 * 576 * 3) * (1 + 2 / 16)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("--mixed-weights", "int8"), "--mixed-weights int8 has no fewer bits than --weights int8"),
+    (("--mixed-weights", "int4:24"), "24"),
+    (("--mixed-weights", "int4:16", "--in-place", "--density", "0.5"), "--in-place moves the model's rows"),
+    (("--mixed-weights", "int4:16@0.25", "--quality", "best"), "--quality best refits rows"),
+    (("--mixed-weights", "int4:16@0.001", "--density", "0.5"), "0.0005"),
+])  # fmt: skip
+def test_impossible_formats_of_neurons_are_refused(plain, capsys, arguments, message):
+    model = ("--model", str(plain.folder), "--lengths", "9+3", "--weights", "int8")
+    assert cli.main(["bench", *model, *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 DRAFTING = ("--lengths", "9+12", "--density", "0.5", "--weights", "int8", "--speculative", "--draft-weights", "int4")
