@@ -36,7 +36,8 @@ def add(kinds: Any) -> None:
         help="how many problems are solved: HumanEval's functions, GSM8K's numbers",
         description="Every problem is put to the model as a user's message and answered greedily. Counted are the"
         " answers that are right: by the tests of the function that was asked for (pass@1), or by the final number."
-        " Compared is the dense model with models of each density and each format of the weights.",
+        " Compared is the dense model with models of each density and each format of the weights. More densities,"
+        " qualities, formats and problems may be asked for later: answers that are in the output folder stay.",
     )
     kind.add_argument(
         "file", metavar="FILE", type=Path,
