@@ -2,9 +2,10 @@
 
 The parts, in the order of what they are worth: whether the device computes what the processor computes (tiny models of
 five families); decoding and prefill of Llama-2-13B and Gemma-7B in their true shapes with random weights, in bfloat16,
-int8 and int4, one sequence and eight; the same in integers with `griffin_jax.model.gemv`, whose kernels are no default
-before they have been measured; transformers and the published GRIFFIN in PyTorch on the same device and shapes; the
-kernels of a decode step; one copy of the weights instead of two; and the loop over tokens as one CUDA graph.
+int8 and int4, one sequence and eight, and of one in int8 with a density of bytes; the same in integers with
+`griffin_jax.model.gemv`, whose kernels are no default before they have been measured; transformers and the published
+GRIFFIN in PyTorch on the same device and shapes; the kernels of a decode step; one copy of the weights instead of two;
+and the loop over tokens as one CUDA graph.
 
 Each part runs in a process of its own and leaves a file in --output. Run again, the command goes on with the parts that
 are missing, so that a device that is lent for minutes is enough; no part begins that --minutes leaves no time for. At
@@ -111,6 +112,8 @@ def parts(scale: Size) -> Iterator[Part]:
             model, "--dtype", "bfloat16", "--weights", weights, "--batch", str(batch), "--density", scale.densities,
             "--experts", "shared",
         )  # fmt: skip
+        if weights == "int8" and batch == first:
+            options += ("--mixed-weights", "int4")
         name = f"{model}-{weights}-batch-{batch}" + "-gemv" * gemv
         return Part(name, ("benchmarks", "run", *options), gemv=gemv)
 
@@ -118,8 +121,8 @@ def parts(scale: Size) -> Iterator[Part]:
         options = run(model, "--density", scale.densities, "--batch", str(batch))
         return Part(f"{model}-torch-batch-{batch}", ("benchmarks.gpu_torch", *options), in_torch=True)
 
-    yield checks("correctness", scale.families)
     first, *others = scale.batches
+    yield checks("correctness", scale.families)
     for weights in ("bfloat16", "int8"):
         yield from (decoding(model, weights, first) for model in scale.models)
     if scale.gemv:
@@ -332,7 +335,7 @@ def _summary(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         model = part.get("model", "")
         for row in part["rows"] if model else ():
             ours = "ceiling_ms" in row
-            kind = part["stored_as"] if ours else ""
+            kind = (row["format"] or part["stored_as"]) if ours else ""
             kind += next((f", {mark}" for mark in ("in-place", "loop-in-a-graph", "gemv") if name.endswith(mark)), "")
             paper = PAPER.get(model) if row["density"] == 0.5 else None
             memory = part["device_memory"] if ours else row["device_memory"]
