@@ -27,7 +27,8 @@ from griffin_jax.aot import compilers
 from griffin_jax.aot.hlo import Collective, Module
 from griffin_jax.aot.targets import Chip, gpu_target_config, target, topology
 from griffin_jax.checkpoints.loading import parse_dtype, parse_weights, precision_of
-from griffin_jax.extensions.config import Quality, check_quality
+from griffin_jax.extensions.config import Extensions, Quality, check_quality
+from griffin_jax.extensions.mixed import MixedFormat, MixedSizes
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
 from griffin_jax.generation.padding import bucket
 from griffin_jax.griffin.config import GriffinConfig
@@ -35,7 +36,7 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, divided, neuron_groups, with_kv_copies, with_whole_experts
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.transformer import LAYER_SCOPE
-from griffin_jax.model.weights import WeightFormat
+from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS
 
 TPU_VMEM = 1
@@ -48,6 +49,7 @@ class Compiled:
 
     Attributes:
         kept: neurons of each feed-forward layer, by each sequence.
+        few_bits: how many of these are in the second of two formats.
         weights: of the model that decodes.
         memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `speculative` hold at most,
             the full model always among it; None for what XLA refused to compile because it needs more than the chip
@@ -71,6 +73,7 @@ class Compiled:
     """
 
     kept: tuple[int, ...]
+    few_bits: tuple[int, ...]
     weights: int
     memory: dict[str, int | None]
     fits: bool
@@ -88,6 +91,13 @@ class Compiled:
     communicated_in_prune: int | None
     ceiling: float
 
+    @property
+    def precise(self) -> tuple[int, ...]:
+        """Neurons of each layer that are kept in the model's own format."""
+        if not self.few_bits:
+            return self.kept
+        return tuple(every - few for every, few in zip(self.kept, self.few_bits, strict=True))
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -102,6 +112,7 @@ class Report:
         kv_copies: how often each key/value head is there, so that the devices can share attention.
         dtype: of the computation and the cache.
         weights: how the matrices are stored.
+        mixed: the formats of the kept neurons, if there are two.
         batch: sequences.
         prompt: tokens of each.
         new: tokens of each answer.
@@ -146,6 +157,7 @@ class Report:
     speculative: int | None = None
     masked: bool = False
     expert_parallel: bool = False
+    mixed: str | None = None
 
     @property
     def speedup_ceiling(self) -> float | None:
@@ -184,6 +196,7 @@ def compile_for(
     quality: Quality = "griffin",
     refresh_every: int | None = None,
     speculative: int | None = None,
+    mixed_weights: str | None = None,
     hlo: str | os.PathLike[str] | None = None,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -210,6 +223,8 @@ def compile_for(
             a prior has by default. (Layers keep the same share all the same, since a prior is needed to know better.)
         refresh_every: compile refreshing, too: the pass over this many tokens.
         speculative: compile speculative decoding, too, with this many drafts.
+        mixed_weights: the pruned model has kept neurons in two formats, as
+            `griffin_jax.extensions.config.Extensions` says; all neurons are held in the second one, too.
         hlo: a folder that the optimised HLO of every program is written to, that of `select`, too; none if None.
         notice: is called with one line before a compiler is downloaded: see `griffin_jax.aot.compilers`.
 
@@ -235,7 +250,15 @@ def compile_for(
     if expert_parallel:
         config = with_whole_experts(config, AbstractMesh((devices,), (MODEL_AXIS,)))
     widths = config.neuron_ranges
-    griffin = GriffinConfig(density, round_to=round_to, groups=1 if groups is None else groups)
+    mixing = Extensions(mixed_weights=mixed_weights, refresh_every=refresh_every, speculative=speculative or False)
+    mixed, part = mixing.mixed(precision.weights), density
+    if mixed is not None:
+        mixed.check(config.width, config.embedding_width)
+        formats, part = mixed.at(density)
+        mixed = formats if isinstance(formats, MixedFormat) else None
+    if mixed is not None and mixed.share and quality == "best":
+        raise ValueError("rows in two formats are not refitted: quality griffin, or all of the kept neurons in one")
+    griffin = GriffinConfig(part, round_to=round_to, groups=1 if groups is None else groups)
     kept, shares = griffin.kept(widths), griffin.kept_of_ranges(widths)
     check_mesh(config, devices, kept)
     groups = neuron_groups(config, devices) if groups is None else groups
@@ -247,12 +270,13 @@ def compile_for(
         "gpu": None if chip.gpu is None else gpu_target_config(chip),
         "topology": slice_name,
         "devices": devices,
-        "kept": None if kept == config.neurons else kept,
+        "kept": None if mixed is None and kept == config.neurons else kept,
         "shares": shares,
         "density": griffin.density,
         "round_to": round_to,
         "shared": shared or batch == 1,
         "groups": groups,
+        "mixed": None if mixed is None else [str(mixed.coarse), mixed.share],
         "batch": batch,
         "prompt": bucket(prompt),
         # Lossless decoding may write some tokens more than are asked for.
@@ -264,29 +288,36 @@ def compile_for(
         "weights": str(precision.weights),
         "hlo": None if hlo is None else os.path.abspath(hlo),
     }
-    sizes = Sizes(
-        config,
-        batch,
-        task["prompt"] + task["max_new_tokens"],
-        precision,
-        shared=task["shared"],
-        devices=devices,
-        refitted=task["rows"] > 0,
-    )
-    found = _in_child(task | {"masked": sizes.masked(kept)}, compiler)
+
+    def sizes_of(weights: WeightFormat, *, copied: bool = True) -> Sizes:
+        return Sizes(
+            config,
+            batch,
+            task["prompt"] + task["max_new_tokens"],
+            Precision(precision.dtype, weights),
+            shared=task["shared"],
+            devices=devices,
+            refitted=copied,
+        )
+
+    sizes = sizes_of(precision.weights, copied=task["rows"] > 0)
+    pruned = _Pruned.of(sizes, kept)
+    if mixed is not None:
+        both = MixedSizes(mixed, griffin, widths, sizes_of, refitted=task["rows"] > 0)
+        pruned = _Pruned.mixed(sizes, sizes_of(mixed.coarse), both)
+    found = _in_child(task | {"masked": pruned.masked, "copied": pruned.copied > 0}, compiler)
     variants = {}
     for variant, widths in (("dense", config.neurons), ("pruned", kept)):
         if variant not in found:
             continue
         decoded, pruning = found[variant], variant == "pruned"
         # The full model stays: it reads the next prompt. The compiler knows what goes into each program only.
-        memory = {"prefill": _total(found["prefill"])}
-        copies = pruning and not sizes.masked(kept)
-        if copies:
+        memory = {"prefill": _total(found["prefill"], beside=pruned.few if pruning else 0)}
+        if pruning and pruned.copied:
             memory["prune"] = _total(found["prune"], beside=sizes.weights(None) - sizes.ff(None) + sizes.cache)
-        memory["decode"] = _total(decoded, beside=sizes.ff(None) if copies else 0)
+        memory["decode"] = _total(decoded, beside=pruned.beside if pruning else 0)
         if pruning and "refresh" in found:
-            memory["refresh"] = _total(found["refresh"], beside=sizes.copied(kept))
+            memory["refresh"] = _total(found["refresh"], beside=pruned.copied)
         if pruning and "speculative" in found:
             memory["speculative"] = _total(found["speculative"])
         needed = list(memory.values())
@@ -294,14 +325,15 @@ def compile_for(
         moved = found.get("prune") or {} if pruning else {}
         variants[variant] = Compiled(
             kept=widths,
-            weights=sizes.weights(widths if pruning else None),
+            few_bits=pruned.few_bits if pruning else (),
+            weights=pruned.weights if pruning else sizes.weights(None),
             memory=memory,
             fits=all(size is not None and size <= chip.memory for size in needed),
             temporaries=program["temporaries"],
-            step_bytes=sizes.step(widths if pruning else None),
+            step_bytes=pruned.step if pruning else sizes.step(None),
             collectives_in_prune=moved.get("collectives"),
             communicated_in_prune=moved.get("communicated"),
-            ceiling=batch * chip.bandwidth / sizes.step(widths if pruning else None),
+            ceiling=batch * chip.bandwidth / (pruned.step if pruning else sizes.step(None)),
             **{field: _tuple(program[field]) for field in PROGRAM_FIELDS if field != "temporaries"},
         )
     return Report(
@@ -313,8 +345,50 @@ def compile_for(
         parameters=sizes.parameters, ff_width=max(config.neurons), cache=sizes.cache, shared=shared, groups=groups,
         density=density,
         dense=variants["dense"], pruned=variants.get("pruned"), refusals=tuple(found["refusals"]),
-        speculative=speculative, masked=sizes.masked(kept), expert_parallel=expert_parallel,
+        speculative=speculative, masked=pruned.masked, expert_parallel=expert_parallel,
+        mixed=None if mixed is None else str(mixed),
     )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pruned:
+    """Bytes of the pruned model on each device.
+
+    Attributes:
+        weights: of the model that decodes.
+        copied: of its rows that are copies.
+        beside: of rows that are there while it decodes, and which it does not read.
+        few: of all rows in the second of two formats.
+        step: that one decode step must read.
+        masked: whether it has masks instead of copies.
+        few_bits: neurons of each layer in the second format.
+    """
+
+    weights: int
+    copied: int
+    beside: int
+    few: int
+    step: int
+    masked: bool
+    few_bits: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sizes: Sizes, kept: tuple[int, ...]) -> _Pruned:
+        """Of a model with one format."""
+        masked = sizes.masked(kept)
+        beside = 0 if masked else sizes.ff(None)
+        return cls(sizes.weights(kept), sizes.copied(kept), beside, 0, sizes.step(kept), masked, ())
+
+    @classmethod
+    def mixed(cls, fine: Sizes, coarse: Sizes, both: MixedSizes) -> _Pruned:
+        """Of a model with two."""
+        every, copied = fine.ff(None) + coarse.ff(None), sum(both.copied)
+        precise, others = any(both.precise), any(both.others)
+        # What is not copied is read where it is: both formats through masks, or all neurons in the second one.
+        read = copied or (fine.ff(None) if precise else 0) + (coarse.ff(None) if others else 0)
+        rest = fine.weights(None) - fine.ff(None)
+        beside = every - (0 if copied else read)
+        return cls(rest + read, copied, beside, coarse.ff(None), both.step, both.masked, tuple(both.others))
 
 
 PROGRAM_FIELDS = (
@@ -375,6 +449,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     from jax.experimental import topologies
 
     from griffin_jax.extensions import jitted as jitted_extensions
+    from griffin_jax.extensions.mixed import mask_mixed, prune_mixed, with_each_group
     from griffin_jax.extensions.reconstruction import DEFAULT_CALIBRATION, Reconstruction
     from griffin_jax.generation import jitted
     from griffin_jax.generation.decode import init_decode
@@ -420,10 +495,11 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     until = array((), jnp.int32)
 
     def kept_rows(
-        model: Transformer, experts: ExpertNeurons, reconstruction: Reconstruction | None
+        models: list[Transformer], experts: list[ExpertNeurons | None], reconstruction: Reconstruction | None
     ) -> list[FeedForward]:
-        """What `prune` computes; the rest of its result is passed through, which jit would copy."""
-        return [layer.ff for layer in prune(model, experts, refit=reconstruction).layers]
+        """What pruning computes; the rest of its result is passed through, which jit would copy."""
+        form: Any = prune if len(models) == 1 else prune_mixed
+        return [layer.ff for layer in form(*models, *experts, refit=reconstruction).layers]
 
     def local(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
         assert leaf.sharding is not None
@@ -461,7 +537,8 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     def decode(name: str, model: Any) -> None:
         text = compiled(name, lambda: jitted.decode.lower(model, answer, until))
         if text is not None:
-            parts = [part for layer in model.layers for part in layer.ff.parts()]
+            groups = [part for layer in model.layers for part in layer.ff.parts()]
+            parts = [part for group in groups for part in (group, group.rest) if part is not None]
             matrices = {local(m.get_value()) for part in parts for m in (part.gate_up, part.down)}
             weights = matrices | {shape[1:] for shape in matrices if len(shape) > 2}
             caches = {local(leaf) for leaf in (*answer.cache.keys, *answer.cache.values)}
@@ -471,22 +548,50 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
     decode("dense", model)
     if task["kept"] is not None:
         sets = () if task["shared"] else (batch,)
-        zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in task["kept"]))
-        of_ranges = (config.neuron_ranges, tuple(map(tuple, task["shares"]))) if config.routing else ()
-        experts = ExpertNeurons(placed(zeros), model.neurons, task["groups"], None, *of_ranges)
+        options = {name: task[name] for name in ("density", "shared", "round_to", "groups")}
+        every = GriffinConfig(**options)
+
+        def experts_of(*counts: tuple[Sequence[int], Sequence[Sequence[int]]]) -> ExpertNeurons:
+            """As many neurons as the first counts have more than the others, of layers and of their ranges."""
+            layers = [count - sum(others) for count, *others in zip(*(of_all for of_all, _ in counts), strict=True)]
+            zeros = jax.eval_shape(lambda: tuple(jnp.zeros((*sets, k), jnp.int32) for k in layers))
+            if config.routing is None:
+                return ExpertNeurons(placed(zeros), model.neurons, task["groups"])
+            shares = zip(*(of_ranges for _, of_ranges in counts), strict=True)
+            shares = tuple(tuple(count - sum(others) for count, *others in zip(*one, strict=True)) for one in shares)
+            return ExpertNeurons(placed(zeros), model.neurons, task["groups"], None, config.neuron_ranges, shares)
+
+        def counts(of: GriffinConfig) -> tuple[Sequence[int], Sequence[Sequence[int]]]:
+            return of.kept(config.neuron_ranges), of.kept_of_ranges(config.neuron_ranges)
+
+        models, experts, forms = [model], [experts_of(counts(every))], (mask, prune)
+        if task["mixed"]:
+            coarse, share = task["mixed"]
+            few: Transformer = jax.tree.map(lambda leaf: leaf, model)
+            rough = divided_model(abstract_model(config, jnp.dtype(task["dtype"]), WeightFormat.parse(coarse)))
+            for layer, other in zip(few.layers, rough.layers, strict=True):
+                layer.ff = other.ff
+            fine = WeightFormat.parse(task["weights"])
+            fewer = MixedFormat(fine, WeightFormat.parse(coarse), share).precise(every)
+            models, forms = [model, few], (mask_mixed, prune_mixed)
+            experts = [None, *experts]
+            if fewer is not None:
+                experts = [experts_of(counts(fewer)), experts_of(counts(every), counts(fewer))]
         if task["hlo"]:
-            options = {name: task[name] for name in ("density", "shared", "round_to", "groups")}
-            compiled("select", lambda: jitted.select.lower(statistics, GriffinConfig(**options)))
-        pruned = divided_model(jax.eval_shape(mask if task["masked"] else prune, model, experts))
+            compiled("select", lambda: jitted.select.lower(statistics, every))
+        form = forms[not task["masked"]]
+        pruned = jax.eval_shape(form, *models, *experts)
+        several = any(part.rest is not None for layer in pruned.layers for part in layer.ff.parts())
+        pruned = with_each_group(pruned, divided_model) if several else divided_model(pruned)
         reconstruction = None
         if rows:
             general: Any = tuple(array((DEFAULT_CALIBRATION, width), jnp.float16) for width in model.neurons)
             reconstruction = Reconstruction(rows, calibration=general)
         text = None
-        if not task["masked"]:
+        if task["copied"]:
             shardings = [jax.tree.map(lambda leaf: leaf.sharding, layer.ff) for layer in pruned.layers]
             gather = jax.jit(kept_rows, out_shardings=shardings)
-            text = compiled("prune", lambda: gather.lower(model, experts, reconstruction))
+            text = compiled("prune", lambda: gather.lower(models, experts, reconstruction))
         if text is not None:
             module = Module.parse(text)
             collectives = module.collectives(module.run())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from griffin_jax.aot.compilation import Compiled, Report
-from griffin_jax.model.sharding import GPU_TILE, HEADS, VOCABULARY
+from griffin_jax.model.sharding import GPU_TILE, HEADS, INTEGER_TILE, VOCABULARY
 from griffin_jax.model.weights import Precision, WeightFormat
 
 
@@ -24,6 +24,7 @@ def table(model: str, report: Report) -> str:
         + (f", experts of {report.groups} groups" if report.groups > 1 else ""),
         _row("", [f"density {_densities(report.density)}" if c is report.pruned else "dense" for c in columns]),
         _row("neurons kept of each layer", [_span(c.kept) for c in columns]),
+        *_in_few_bits(report, columns),
         _row("weights", [_size(c.weights) for c in columns]),
         _row("cache", [_size(report.cache) for _ in columns]),
         _row("temporaries of decoding", [_size(c.temporaries) for c in columns]),
@@ -54,10 +55,12 @@ def table(model: str, report: Report) -> str:
             " with a mask for each sequence."
         )
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
-    pruned, tiles = report.pruned, GPU_TILE * report.devices
-    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.kept):
+    weights, pruned = precision.weights, report.pruned
+    tile = INTEGER_TILE if weights.quantised and weights.group is None else GPU_TILE
+    tiles = tile * report.devices
+    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.precise):
         lines.append(
-            f"Where the kept neurons{' of a device' * several} are no multiple of {GPU_TILE}, XLA pads or joins"
+            f"Where the kept neurons{' of a device' * several} are no multiple of {tile}, XLA pads or joins"
             f" matrices at every step: --round-to {tiles} avoids that."
         )
     lines += [_REPLICATED[what].format(report.devices) for what in report.replicated]
@@ -79,6 +82,15 @@ _REPLICATED = {
     HEADS: "Attention and the cache are not divided: {} devices cannot share the key/value heads evenly.",
     VOCABULARY: "Embedding and head are not divided: {} devices cannot share the vocabulary evenly.",
 }
+
+
+def _in_few_bits(report: Report, columns: Sequence[Compiled]) -> list[str]:
+    """How many of the kept neurons are in the second format, if there are two."""
+    if report.mixed is None:
+        return []
+    _, _, others = report.mixed.partition("+")
+    cells = [_span(c.few_bits) if c.few_bits else "-" for c in columns]
+    return [_row(f"of these in {others.partition('@')[0]}", cells)]
 
 
 def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:

@@ -66,6 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, Extensions, "refresh_every", help="compile refreshing, too")
     drafts = "compile speculative decoding, too, with N drafts"
     add_options(parser, Extensions, "speculative", help=drafts, metavar="N", nargs=None, const=None, default=None)
+    mixed = "the pruned model has kept neurons in two formats, as generate has them"
+    add_options(parser, Extensions, "mixed_weights", help=mixed)
     parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -87,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
         density=options.density, round_to=options.round_to, groups=options.groups, shared=options.shared,
         batch=options.batch, prompt=options.prompt, new=options.new, dtype=options.dtype, weights=options.weights,
         quality=options.quality, refresh_every=options.refresh_every, speculative=options.speculative,
-        hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
+        mixed_weights=options.mixed_weights, hlo=options.hlo, notice=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:
         print(json.dumps({"model": options.model, **report.to_json()}))

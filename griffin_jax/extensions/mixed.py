@@ -210,6 +210,8 @@ class MixedSizes:
         refitted: whether rows are refitted, which are always copies.
 
     Attributes:
+        precise: kept neurons of each layer in the first format.
+        others: likewise in the second one.
         masked: whether decoding reads all rows of both formats, with masks, instead of copies for each sequence.
     """
 
@@ -223,9 +225,9 @@ class MixedSizes:
         refitted: bool = False,
     ):
         self._fine, self._coarse = sizes(mixed.fine), sizes(mixed.coarse)
-        self._precise, self._others = mixed.counts(config, ranges)
+        self.precise, self.others = mixed.counts(config, ranges)
         neurons = self._fine.config.neurons
-        counts = sum(neurons), sum(self._precise), sum(self._others)
+        counts = sum(neurons), sum(self.precise), sum(self.others)
         several = self._fine.sets > 1
         self.masked = several and (
             self._fine.config.routing is not None or (not refitted and mixed.masks_are_less(*counts, self._fine.sets))
@@ -238,15 +240,15 @@ class MixedSizes:
         """Bytes of the copies in each format, next to both models."""
         if not self._copies:
             return 0, 0
-        return self._fine.ff(self._precise), self._coarse.ff(self._others)
+        return self._fine.ff(self.precise), self._coarse.ff(self.others)
 
     @property
     def step(self) -> int:
         """Bytes that one decode step must read."""
         if not self.masked:
-            return self._fine.step(self._precise) + self._coarse.read(self._others)
-        fine = None if any(self._precise) else self._precise
-        return self._fine.step(fine) + (self._coarse.read(None) if any(self._others) else 0)
+            return self._fine.step(self.precise) + self._coarse.read(self.others)
+        fine = None if any(self.precise) else self.precise
+        return self._fine.step(fine) + (self._coarse.read(None) if any(self.others) else 0)
 
 
 def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
@@ -418,6 +420,15 @@ def _side_by_side(
         found.append(jnp.concatenate(both, axis=-1).reshape(*first.shape[:-1], -1))
         start = stop
     return jnp.concatenate(found, axis=-1)
+
+
+def with_each_group(mixed: Transformer, change: Callable[[Transformer], Transformer]) -> Transformer:
+    """A model in two formats, of which each group of rows was changed as those of a model of its own."""
+    first, second = map(change, _groups(mixed))
+    for layer, more in zip(first.layers, second.layers, strict=True):
+        for part, others in zip(layer.ff.parts(), more.ff.parts(), strict=True):
+            part.rest = nnx.data(others)
+    return first
 
 
 def _groups(mixed: Transformer) -> tuple[Transformer, Transformer]:

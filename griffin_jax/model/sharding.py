@@ -141,6 +141,10 @@ what is divided along it, or None. An array without a rule is an error, so that 
 GPU_TILE = 64
 """Rows of a tile of XLA's matrix products on GPUs: feed-forward matrices of whole tiles are read without padding."""
 
+INTEGER_TILE = 128
+"""The same of integers with a scale for each output. Of an odd multiple of 64 rows XLA (jax 0.10.2, not autotuned) pads
+the down projection, for which all of it is converted in memory. Seen in programs compiled for H100."""
+
 
 def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> None:
     """Raise `ValueError` if this many devices cannot share the neurons evenly, all of them or those that are kept.

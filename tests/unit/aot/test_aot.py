@@ -24,7 +24,7 @@ from griffin_jax.generation.padding import DEFAULT_CHUNK
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.named import named
 from griffin_jax.model.products import GEMV_VARIABLE
-from griffin_jax.model.sharding import GPU_TILE
+from griffin_jax.model.sharding import GPU_TILE, INTEGER_TILE
 from griffin_jax.utils import download
 from griffin_jax.utils.download import CACHE_VARIABLE
 
@@ -377,6 +377,65 @@ def test_a_step_reads_the_chosen_experts(cuda, tmp_path, model, whole_experts):
         assert looked_up(program, {held * 2 * row, held * row}) == (3 * routing.active * row, [])
         assert compiled.ff_copies_per_step == compiled.cache_copies_per_step == ()
         assert compiled.collectives_in_layers == {"all-reduce": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cuda")
+class TestTwoFormats:
+    OPTIONS = {"weights": "int8", "mixed_weights": "int4", "prompt": 100, "new": 28}  # noqa: RUF012
+    FINE, FEW = ROWS + 8, ROWS * 9 // 16
+    """Bytes of a neuron: its numbers and the scales of gate and up; 4 bits and a float16 for each group of 32."""
+
+    def test_precise_neurons_and_others(self):
+        found = compile_for("h100", LLAMA, density=0.75, round_to=INTEGER_TILE, **self.OPTIONS)
+        precise, others = 46 * INTEGER_TILE, F - 46 * INTEGER_TILE
+        assert found.pruned.few_bits == (others,)
+        assert found.pruned.precise == (precise,)
+        assert found.pruned.ff_copies_per_step == found.pruned.ff_copies_per_call == ()
+        copied = precise * self.FINE + others * self.FEW
+        assert found.dense.weights - found.pruned.weights == found.dense.step_bytes - found.pruned.step_bytes
+        assert found.dense.weights - found.pruned.weights == F * self.FINE - copied
+        assert found.pruned.temporaries < 3e6
+        # The full model, all neurons in int4, and the copies.
+        held = found.dense.weights + F * self.FEW + copied + found.cache
+        assert held <= found.pruned.memory["decode"] <= held + 5e6
+        assert found.pruned.memory["prefill"] - found.dense.memory["prefill"] == F * self.FEW
+        lines = table("Llama", found).splitlines()
+        assert lines[4].split() == ["of", "these", "in", "int4", "-", f"{others:,}"]
+
+    def test_all_in_few_bits_are_those_that_are_there(self):
+        found = compile_for("h100", LLAMA, density=0.5625, **self.OPTIONS)
+        assert (found.pruned.kept, found.pruned.precise) == ((F,), (0,))
+        assert "prune" not in found.pruned.memory
+        held = found.dense.weights + F * self.FEW + found.cache
+        assert held <= found.pruned.memory["decode"] <= held + 5e6
+
+    def test_several_sequences_are_masked(self):
+        found = compile_for("h100", LLAMA, density=0.75, batch=3, **self.OPTIONS)
+        assert found.masked
+        assert found.pruned.ff_copies_per_step == ()
+        assert found.pruned.step_bytes - found.dense.step_bytes == F * self.FEW
+
+    def test_devices(self):
+        found = compile_for("h100", LLAMA, density=0.75, devices=2, **self.OPTIONS)
+        assert found.pruned.ff_copies_per_step == ()
+        assert found.pruned.step_bytes < found.dense.step_bytes
+
+    def test_what_is_padded_is_said(self):
+        found = compile_for("h100", LLAMA, density=0.75, **self.OPTIONS)
+        assert found.pruned.ff_copies_per_step
+        assert "--round-to 128 avoids that" in table("Llama", found)
+
+    @pytest.mark.parametrize(("options", "message"), [
+        ({"speculative": 4}, "mixed_weights do not go with speculative"),
+        ({"refresh_every": 4}, "mixed_weights do not go with refresh_every"),
+        ({"quality": "best"}, "rows in two formats are not refitted"),
+        ({"weights": "int4"}, "the second format needs fewer bits"),
+        ({"mixed_weights": "int4:48"}, "groups of 48 do not divide"),
+    ])  # fmt: skip
+    def test_what_it_does_not_go_with(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            compile_for("h100", LLAMA, density=0.75, **(self.OPTIONS | options))
 
 
 @pytest.mark.slow
