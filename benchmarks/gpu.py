@@ -33,6 +33,7 @@ from griffin_jax.bench.report import table as bench_table
 from griffin_jax.cli.options import numbers
 from griffin_jax.model.named import named
 from griffin_jax.model.products import GEMV_VARIABLE
+from griffin_jax.model.sharding import INTEGER_TILE
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax gpu 1"
@@ -113,7 +114,8 @@ def parts(scale: Size) -> Iterator[Part]:
             "--experts", "shared",
         )  # fmt: skip
         if weights == "int8" and batch == first:
-            options += ("--mixed-weights", "int4")
+            # Whole tiles in both formats, as the neurons of one have them at these densities anyway.
+            options += ("--mixed-weights", "int4", "--round-to", str(INTEGER_TILE))
         name = f"{model}-{weights}-batch-{batch}" + "-gemv" * gemv
         return Part(name, ("benchmarks", "run", *options), gemv=gemv)
 

@@ -49,7 +49,7 @@ class Compiled:
 
     Attributes:
         kept: neurons of each feed-forward layer, by each sequence.
-        few_bits: how many of these are in the second of two formats.
+        few_bits: how many of these are in the second of two formats; empty if there is one.
         weights: of the model that decodes.
         memory: that `prefill`, `prune`, `decode` and, if they were asked for, `refresh` and `speculative` hold at most,
             the full model always among it; None for what XLA refused to compile because it needs more than the chip
@@ -250,8 +250,12 @@ def compile_for(
     if expert_parallel:
         config = with_whole_experts(config, AbstractMesh((devices,), (MODEL_AXIS,)))
     widths = config.neuron_ranges
-    mixing = Extensions(mixed_weights=mixed_weights, refresh_every=refresh_every, speculative=speculative or False)
-    mixed, part = mixing.mixed(precision.weights), density
+    mixed, part = None, density
+    if mixed_weights is not None:
+        # It goes with neither of the two, which go with each other here: the programs of both can be compiled.
+        Extensions(mixed_weights=mixed_weights, refresh_every=refresh_every)
+        mixing = Extensions(mixed_weights=mixed_weights, speculative=speculative or False)
+        mixed = mixing.mixed(precision.weights)
     if mixed is not None:
         mixed.check(config.width, config.embedding_width)
         formats, part = mixed.at(density)
@@ -259,9 +263,13 @@ def compile_for(
     if mixed is not None and mixed.share and quality == "best":
         raise ValueError("rows in two formats are not refitted: quality griffin, or all of the kept neurons in one")
     griffin = GriffinConfig(part, round_to=round_to, groups=1 if groups is None else groups)
-    kept, shares = griffin.kept(widths), griffin.kept_of_ranges(widths)
+    kept = griffin.kept(widths)
     check_mesh(config, devices, kept)
     groups = neuron_groups(config, devices) if groups is None else groups
+    griffin = dataclasses.replace(griffin, groups=groups)
+    if mixed is not None:
+        for counts in mixed.counts(griffin, widths):
+            check_mesh(config, devices, counts)
     config = with_kv_copies(config, devices)
     slice_name = topology(chip, devices)
     compiler = compilers.fetch("tpu" if chip.gpu is None else "cuda", notice)
@@ -271,7 +279,6 @@ def compile_for(
         "topology": slice_name,
         "devices": devices,
         "kept": None if mixed is None and kept == config.neurons else kept,
-        "shares": shares,
         "density": griffin.density,
         "round_to": round_to,
         "shared": shared or batch == 1,
@@ -314,7 +321,8 @@ def compile_for(
         # The full model stays: it reads the next prompt. The compiler knows what goes into each program only.
         memory = {"prefill": _total(found["prefill"], beside=pruned.few if pruning else 0)}
         if pruning and pruned.copied:
-            memory["prune"] = _total(found["prune"], beside=sizes.weights(None) - sizes.ff(None) + sizes.cache)
+            others = sizes.weights(None) - sizes.ff(None) + sizes.cache
+            memory["prune"] = _total(found["prune"], beside=others + pruned.unread)
         memory["decode"] = _total(decoded, beside=pruned.beside if pruning else 0)
         if pruning and "refresh" in found:
             memory["refresh"] = _total(found["refresh"], beside=pruned.copied)
@@ -358,6 +366,7 @@ class _Pruned:
         weights: of the model that decodes.
         copied: of its rows that are copies.
         beside: of rows that are there while it decodes, and which it does not read.
+        unread: of rows that are there while it is pruned, and which are not read for that.
         few: of all rows in the second of two formats.
         step: that one decode step must read.
         masked: whether it has masks instead of copies.
@@ -367,6 +376,7 @@ class _Pruned:
     weights: int
     copied: int
     beside: int
+    unread: int
     few: int
     step: int
     masked: bool
@@ -377,7 +387,7 @@ class _Pruned:
         """Of a model with one format."""
         masked = sizes.masked(kept)
         beside = 0 if masked else sizes.ff(None)
-        return cls(sizes.weights(kept), sizes.copied(kept), beside, 0, sizes.step(kept), masked, ())
+        return cls(sizes.weights(kept), sizes.copied(kept), beside, 0, 0, sizes.step(kept), masked, ())
 
     @classmethod
     def mixed(cls, fine: Sizes, coarse: Sizes, both: MixedSizes) -> _Pruned:
@@ -388,7 +398,8 @@ class _Pruned:
         read = copied or (fine.ff(None) if precise else 0) + (coarse.ff(None) if others else 0)
         rest = fine.weights(None) - fine.ff(None)
         beside = every - (0 if copied else read)
-        return cls(rest + read, copied, beside, coarse.ff(None), both.step, both.masked, tuple(both.others))
+        unread = (0 if precise else fine.ff(None)) + (0 if others else coarse.ff(None))
+        return cls(rest + read, copied, beside, unread, coarse.ff(None), both.step, both.masked, tuple(both.others))
 
 
 PROGRAM_FIELDS = (
@@ -576,7 +587,8 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
             models, forms = [model, few], (mask_mixed, prune_mixed)
             experts = [None, *experts]
             if fewer is not None:
-                experts = [experts_of(counts(fewer)), experts_of(counts(every), counts(fewer))]
+                alike = fewer.kept(config.neuron_ranges) == every.kept(config.neuron_ranges)
+                experts = [experts_of(counts(fewer)), None if alike else experts_of(counts(every), counts(fewer))]
         if task["hlo"]:
             compiled("select", lambda: jitted.select.lower(statistics, every))
         form = forms[not task["masked"]]

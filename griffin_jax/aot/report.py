@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from griffin_jax.aot.compilation import Compiled, Report
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.model.sharding import GPU_TILE, HEADS, INTEGER_TILE, VOCABULARY
 from griffin_jax.model.weights import Precision, WeightFormat
 
@@ -50,15 +51,15 @@ def table(model: str, report: Report) -> str:
             f" than dense decoding for more than {worth:.2f}."
         )
     if report.masked:
+        formats = "" if report.mixed is None else ", in both formats"
         lines.append(
-            f"{report.batch} sequences keep as many neurons together as there are: each step reads all of them once,"
-            " with a mask for each sequence."
+            f"{report.batch} sequences keep as many neurons together as there are: each step reads all of them"
+            f" once{formats}, with a mask for each sequence."
         )
     lines += [f"not compiled: {refusal}" for refusal in report.refusals]
-    weights, pruned = precision.weights, report.pruned
-    tile = INTEGER_TILE if weights.quantised and weights.group is None else GPU_TILE
-    tiles = tile * report.devices
-    if chip.gpu and pruned and pruned.ff_copies_per_step and any(k % tiles for k in pruned.precise):
+    tile = _tile_missed(report)
+    if chip.gpu and report.pruned and report.pruned.ff_copies_per_step and tile:
+        tiles = tile * report.devices
         lines.append(
             f"Where the kept neurons{' of a device' * several} are no multiple of {tile}, XLA pads or joins"
             f" matrices at every step: --round-to {tiles} avoids that."
@@ -82,6 +83,21 @@ _REPLICATED = {
     HEADS: "Attention and the cache are not divided: {} devices cannot share the key/value heads evenly.",
     VOCABULARY: "Embedding and head are not divided: {} devices cannot share the vocabulary evenly.",
 }
+
+
+def _tile_missed(report: Report) -> int:
+    """The rows of a tile, of which the kept neurons on a device are no multiple; 0 if they are."""
+    if report.pruned is None:
+        return 0
+    own = WeightFormat.parse(report.weights)
+    counts = [(own, report.pruned.precise)]
+    if report.mixed is not None:
+        formats = MixedFormat.parse(report.mixed)
+        assert isinstance(formats, MixedFormat)
+        counts.append((formats.coarse, report.pruned.few_bits))
+    tiles = {format: INTEGER_TILE if format.quantised and format.group is None else GPU_TILE for format, _ in counts}
+    missed = (tiles[format] for format, kept in counts if any(k % (tiles[format] * report.devices) for k in kept))
+    return max(missed, default=0)
 
 
 def _in_few_bits(report: Report, columns: Sequence[Compiled]) -> list[str]:

@@ -395,6 +395,9 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
                 (f"batch {row['batch']}", row["experts"]),
             )
             name = ", ".join(" ".join(filter(None, part)) for part in parts)
-            start = None if drafts else dense.get((row["baseline"], row["batch"], row.get("format")))
+            # Of two formats the first one is the dense model's, which has no name where there is no other.
+            own = (row.get("format") or "").partition("+")[0]
+            starts = [dense.get((row["baseline"], row["batch"], name)) for name in (own or None, None)]
+            start = None if drafts else next(filter(None, starts), None)
             found.setdefault(name, [] if start is None else [start]).append(row)
     return found

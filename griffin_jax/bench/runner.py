@@ -245,27 +245,29 @@ class Plan:
         sharing = self.shared if case.batch > 1 else (False,)
         densities = [density for density in self.densities if density < 1]
         pruned = [Variant(d, shared, quality) for quality in self.qualities for shared in sharing for d in densities]
+        mixed = [dataclasses.replace(variant, mixed=True) for variant in pruned]
         drafting = [*([Variant()] if self.drafting.drafter else []), *pruned] if case.drafts else []
         drafting = [dataclasses.replace(variant, speculative=True) for variant in drafting]
         return [
             dataclasses.replace(variant, weights=precision.weights)
             for precision in self.formats
-            for variant in (Variant(), *pruned, *self._mixing(precision, pruned), *drafting)
+            for variant in (Variant(), *pruned, *(mixed if self.mixes(precision.weights) else ()), *drafting)
         ]
 
-    def _mixing(self, precision: Precision, pruned: Sequence[Variant]) -> list[Variant]:
-        """Pruned rows with two formats, if a format has more bits than the second one."""
+    def mixes(self, weights: WeightFormat) -> bool:
+        """Whether pruned models of this format are measured with two formats, too."""
         if self.mixing.mixed_weights is None:
-            return []
+            return False
         others, share = others_format(self.mixing.mixed_weights)
-        if share is None and others.bits >= precision.weights.bits:
-            return []
-        return [dataclasses.replace(variant, mixed=True) for variant in pruned]
+        return share is not None or others.bits < weights.bits
 
     def rows(self, case: Case, variant: Variant) -> int:
-        """Tokens of each prompt that a row refits its neurons to: none where some of them are precise."""
+        """Tokens of each prompt that a row refits its neurons to: none if two formats leave no neuron out, or some are
+        precise."""
         formats, _ = self.resolved(variant)
-        return 0 if formats is not None and formats.share else self.pruner(variant).rows_of_each(case.batch)
+        if formats is not None and (formats.share or self.kept(variant) == self.config.neurons):
+            return 0
+        return self.pruner(variant).rows_of_each(case.batch)
 
     def sizes(self, case: Case, variant: Variant = Variant(), *, copied: bool = False) -> Sizes:
         """Bytes of a row's parts on each device; with `copied` each sequence has copies of its rows, whatever they
@@ -323,11 +325,16 @@ def needed_memory(plan: Plan) -> dict[str, int]:
     def weights_of(variant: Variant) -> int:
         needs, drafter = needs_of(variant), plan.drafting.drafter
         full = needs.in_memory(plan.sizes(plan.cases[0], variant).weights(None), needs.precision.weights)
-        mixed = plan.mixed(dataclasses.replace(variant, mixed=True)) if plan.mixing.mixed_weights else None
-        if mixed is not None:
-            rows = plan.sizes(plan.cases[0], dataclasses.replace(variant, weights=mixed.coarse)).ff(None)
-            full += needs.in_memory(rows, mixed.coarse)
+        full += few_of(variant)
         return full if drafter is None else full + needs.drafter(drafter)
+
+    def few_of(variant: Variant) -> int:
+        """All neurons in the second of two formats, which stay for all rows of the first one."""
+        if not plan.mixes(plan.precision(variant).weights):
+            return 0
+        others, _ = others_format(plan.mixing.mixed_weights or "")
+        rows = plan.sizes(plan.cases[0], Variant(weights=others)).ff(None)
+        return needs_of(variant).in_memory(rows, others)
 
     held = {each.weights: weights_of(Variant(weights=each.weights)) for each in plan.formats}
     beside = {
@@ -355,7 +362,8 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         )
         cache = plan.sizes(case, variant).cache
         others = sum(size + cache for weights, size in held.items() if weights != variant.weights)
-        return found | beside | {"weights and caches in the other formats": others}
+        few = {} if variant.mixed else {"neurons in fewer bits": few_of(variant)}
+        return found | beside | few | {"weights and caches in the other formats": others}
 
     every = [parts(case, variant) for case in plan.cases for variant in plan.variants(case)]
     return max(every, key=lambda one: sum(one.values()))
@@ -762,10 +770,11 @@ def summarise(
 
 
 def _format(plan: Plan, variant: Variant) -> str | None:
-    """How a row's matrices are stored, where rows differ in it."""
-    if len(plan.formats) == 1 and plan.mixing.mixed_weights is None:
+    """How a row's matrices are stored, where that is not the one format of all rows."""
+    mixed = plan.mixed(variant)
+    if mixed is None and len(plan.formats) == 1:
         return None
-    return str(plan.mixed(variant) or plan.precision(variant).weights)
+    return str(mixed or plan.precision(variant).weights)
 
 
 def _is_dense(variant: Variant) -> bool:

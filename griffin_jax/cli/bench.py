@@ -224,9 +224,9 @@ def check(options: argparse.Namespace) -> Plan:
     for density in plan.densities:
         GriffinConfig(density, round_to=options.round_to).kept(config.neuron_ranges)
     for variant in (variant for case in plan.cases for variant in plan.variants(case)):
-        formats, _ = plan.resolved(variant)
-        if formats is not None:
-            formats.counts(plan.pruner(variant).config, config.neuron_ranges)
+        mixed, _ = plan.resolved(variant)
+        if mixed is not None:
+            mixed.counts(plan.pruner(variant).config, config.neuron_ranges)
     for density in plan.densities:
         check_mesh(
             config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()

@@ -127,17 +127,14 @@ def solve(
                 for weights in alike:
                     if not (left := missing(weights, batch.items)):
                         continue
-                    new_ones = sum(bool(missing(weights, [item])) for item in batch.items)
-                    found = answers(stored, few[weights], weights, left, batch, prefilled)
-                    names = [entry_name(weights, item) for item in batch.items]
-                    # What has been answered stays, though it was answered again for the others of its batch.
-                    journal.add(
-                        {
-                            name: answered | journal.scores.get(name, {})
-                            for name, answered in zip(names, found, strict=True)
-                        }
+                    unanswered = [item for item in batch.items if missing(weights, [item])]
+                    found = zip(
+                        batch.items, answers(stored, few[weights], weights, left, batch, prefilled), strict=True
                     )
-                    progress.update(new_ones)
+                    # What has been answered stays, though it was answered again for the others of its batch.
+                    named = ((entry_name(weights, item), verdicts) for item, verdicts in found if item in unanswered)
+                    journal.add({name: verdicts | journal.scores.get(name, {}) for name, verdicts in named})
+                    progress.update(len(unanswered))
             del stored, few
     return {str(each): {item.name: journal.scores[entry_name(each, item)] for item in items} for each in formats}
 

@@ -140,7 +140,11 @@ class MixedFormat:
         of_fine = Fraction(self.coarse.bits) / Fraction(self.fine.bits)
         bytes_left = Fraction(repr(float(density)))
         if bytes_left <= of_fine:
-            return dataclasses.replace(self, share=0.0), float(bytes_left / of_fine)
+            neurons = bytes_left / of_fine
+            # A part such as 8/9 of 13,824 neurons is whole, and its float, as the decimals that it counts for, less.
+            part = float(neurons)
+            part = part if Fraction(repr(part)) >= neurons else math.nextafter(part, 1.0)
+            return dataclasses.replace(self, share=0.0), part
         share = math.floor(100 * (bytes_left - of_fine) / (1 - of_fine)) / 100
         return dataclasses.replace(self, share=share), 1.0
 
@@ -226,14 +230,12 @@ class MixedSizes:
     ):
         self._fine, self._coarse = sizes(mixed.fine), sizes(mixed.coarse)
         self.precise, self.others = mixed.counts(config, ranges)
-        neurons = self._fine.config.neurons
-        counts = sum(neurons), sum(self.precise), sum(self.others)
-        several = self._fine.sets > 1
-        self.masked = several and (
-            self._fine.config.routing is not None or (not refitted and mixed.masks_are_less(*counts, self._fine.sets))
-        )
-        # All neurons in fewer bits are there already.
-        self._copies = not self.masked and counts[0] > counts[2]
+        neurons, precise, others = sum(self._fine.config.neurons), sum(self.precise), sum(self.others)
+        sets, routed = self._fine.sets, self._fine.config.routing is not None
+        fewer_bytes = not refitted and mixed.masks_are_less(neurons, precise, others, sets)
+        self.masked = (routed and sets > 1) or fewer_bytes
+        # All neurons in one of the formats are there already.
+        self._copies = not self.masked and neurons not in (precise, others)
 
     @property
     def copied(self) -> tuple[int, int]:
@@ -245,10 +247,11 @@ class MixedSizes:
     @property
     def step(self) -> int:
         """Bytes that one decode step must read."""
-        if not self.masked:
-            return self._fine.step(self.precise) + self._coarse.read(self.others)
-        fine = None if any(self.precise) else self.precise
-        return self._fine.step(fine) + (self._coarse.read(None) if any(self.others) else 0)
+        rest = self._fine.step(None) - self._fine.read(None)
+        if self._copies:
+            return rest + self._fine.read(self.precise) + self._coarse.read(self.others)
+        fine = self._fine.read(None) if any(self.precise) else 0
+        return rest + fine + (self._coarse.read(None) if any(self.others) else 0)
 
 
 def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:

@@ -74,7 +74,7 @@ def add(kinds: Any) -> None:
 
 
 def choose(options: argparse.Namespace) -> None:
-    """Likewise, and the numbers of drafts, True for as many as are worth it.
+    """Sets the methods, the prior, the formats and the numbers of drafts: True for as many as are worth it.
 
     Raises:
         FileNotFoundError: quality best has no prior.

@@ -152,7 +152,8 @@ def run(options: argparse.Namespace) -> None:
     known, unused = settings, ()
     if evaluation.grows:
         known = {name: value for name, value in settings.items() if name not in COMPARED}
-        unused = (*COMPARED, *beyond)
+        # Folders of earlier versions name what was compared, too.
+        unused = (*COMPARED, *beyond, "healing")
     journal = open_journal(folder, known, overwrite=options.overwrite, unused=unused)
     scores = evaluation.run(journal)
     figures = evaluation.figures(scores)

@@ -403,6 +403,15 @@ class TestTwoFormats:
         lines = table("Llama", found).splitlines()
         assert lines[4].split() == ["of", "these", "in", "int4", "-", f"{others:,}"]
 
+    def test_all_that_is_kept_in_few_bits(self):
+        """The rows of the full model are there while others are pruned."""
+        found = compile_for("h100", LLAMA, density=0.5, **self.OPTIONS)
+        assert (found.pruned.kept, found.pruned.precise) == ((F * 8 // 9,), (0,))
+        assert found.pruned.ff_copies_per_step == ()
+        held = found.dense.weights + (F + F * 8 // 9) * self.FEW + found.cache
+        for phase in ("prune", "decode"):
+            assert held <= found.pruned.memory[phase] <= held + 5e6
+
     def test_all_in_few_bits_are_those_that_are_there(self):
         found = compile_for("h100", LLAMA, density=0.5625, **self.OPTIONS)
         assert (found.pruned.kept, found.pruned.precise) == ((F,), (0,))
@@ -432,6 +441,7 @@ class TestTwoFormats:
         ({"quality": "best"}, "rows in two formats are not refitted"),
         ({"weights": "int4"}, "the second format needs fewer bits"),
         ({"mixed_weights": "int4:48"}, "groups of 48 do not divide"),
+        ({"devices": 4}, "round_to=4"),
     ])  # fmt: skip
     def test_what_it_does_not_go_with(self, options, message):
         with pytest.raises(ValueError, match=message):

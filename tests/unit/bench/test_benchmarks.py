@@ -482,12 +482,13 @@ def test_rows_in_two_formats(plain, monkeypatch, capsys):
     out = capsys.readouterr().out.splitlines()
     rows = json.loads(out[-1])["rows"]
     mixed = MixedFormat.parse("int8+int4:16")
-    expected = [("int8", 1), ("int8", 0.75), ("int8", 0.5), (str(mixed), 0.75), (str(mixed), 0.5)]
+    expected = [(None, 1), (None, 0.75), (None, 0.5), (str(mixed), 0.75), (str(mixed), 0.5)]
     assert [(row["format"], row["density"]) for row in rows] == expected * 2
     config = plain.llm.config
     for row in rows[:5]:
         variant = Variant("topk" if row["density"] < 1 else DENSE, row["density"])
-        read = bytes_per_token(config, np.dtype(np.float32), MixedFormat.parse(row["format"]), row["slots"], variant)
+        weights = MixedFormat.parse(row["format"] or "int8")
+        read = bytes_per_token(config, np.dtype(np.float32), weights, row["slots"], variant)
         assert row["step_bytes"] == read
         assert not row["masked"]
     # A neuron takes 3 * 32 bytes in int8 and two scales in float32, or 5 bits for each number. Where all are read in 4
@@ -501,6 +502,26 @@ def test_rows_in_two_formats(plain, monkeypatch, capsys):
     embeddings = rows[5]["weights_bytes"] - rows[0]["weights_bytes"]
     assert rows[8]["weights_bytes"] == rest + layers * 48 * (fine + few) + embeddings
     assert rows[9]["weights_bytes"] == rest + layers * 48 * few + embeddings
+
+
+def test_lines_of_two_formats_begin_at_the_dense_row(plain):
+    row = {"system": "a", "baseline": "a", "batch": 1, "quality": None, "experts": None}
+    for own in (None, "int8"):
+        dense = row | {"density": 1, "format": own}
+        mixed = row | {"density": 0.5, "format": "int8+int4"}
+        assert report._lines([row | {"density": 1, "format": "float32"}, dense, mixed]) == {
+            "a int8+int4, batch 1": [dense, mixed]
+        }
+
+
+def test_formats_of_fewer_bits_are_measured_without_the_second_one(plain, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "free_memory", lambda: None)
+    options = ("--weights", "int8,int4:16", "--density", "0.5", "--mixed-weights", "int4:16", "--lengths", "9+3")
+    plan = bench.check(bench_options("--model", str(plain.folder), *options))
+    found = [(str(variant.weights), variant.density, variant.mixed) for variant in plan.variants(plan.cases[0])]
+    assert found == [
+        ("int8", 1, False), ("int8", 0.5, False), ("int8", 0.5, True), ("int4:16", 1, False), ("int4:16", 0.5, False)
+    ]  # fmt: skip
 
 
 def test_needed_memory_holds_the_rows_in_fewer_bits(monkeypatch):

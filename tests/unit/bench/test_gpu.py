@@ -51,7 +51,7 @@ def test_the_whole_command_and_its_json(tmp_path):
     assert [each["density"] for each in profiled] == [1, 0.5]
     assert all(each["kernels"] and each["busy_us"] > 0 for each in profiled)
     int8, floating = (result["parts"][f"SmolLM2-135M-{kind}-batch-1"]["rows"] for kind in ("int8", "bfloat16"))
-    assert [(row["format"], row["density"]) for row in int8] == [("int8", 1), ("int8", 0.5), ("int8+int4", 0.5)]
+    assert [(row["format"], row["density"]) for row in int8] == [(None, 1), (None, 0.5), ("int8+int4", 0.5)]
     assert int8[0]["weights_bytes"] < 0.6 * floating[0]["weights_bytes"]
     assert result["parts"]["SmolLM2-135M-in-place"]["in_place"]
     if TORCH:

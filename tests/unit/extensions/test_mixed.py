@@ -23,7 +23,7 @@ from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.llm.memory import Needs
 from griffin_jax.model.assembly import random_model
-from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.config import ModelConfig, Routing
 from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat, dequantise, quantise
@@ -213,6 +213,11 @@ class TestBytes:
         every = read(by_bytes.fine) / (1 - density)
         assert -0.005 * every < read(by_bytes) - read(by_bytes.fine) < 0.012 * every
 
+    def test_a_part_that_is_whole_stays_so(self):
+        """Half of the bytes pay for eight ninths of the neurons, which are 12,288 of 13,824."""
+        _, density = MixedFormat.parse("int8+int4").at(0.5)
+        assert gj.GriffinConfig(density).kept([13_824, 9]) == (12_288, 8)
+
     def test_what_has_no_bytes_to_spare(self):
         with pytest.raises(ValueError, match="int8:2 takes 16 bits and int4:16 5: the second format needs fewer"):
             MixedFormat.parse("int4:16+int8:2")
@@ -268,6 +273,20 @@ def test_bytes_of_the_kept_rows(batch, density, share, copied):
     assert found.copied == (2 * fine * 104, 2 * few * 60)
     read = 2 * 48 * (60 if share == 0 else 164) if found.masked or density == 1 else sum(found.copied)
     assert found.step == sizes(FINE).step([0, 0]) + read
+
+
+def test_routed_sequences_read_all_experts_of_the_one_format():
+    routing = Routing(4, 2, 24)
+    config = dataclasses.replace(GATED, family="mixtral", ff_width=96, routing=routing)
+
+    def sizes(weights: WeightFormat) -> Sizes:
+        return Sizes(config, 2, 8, Precision.of("float32", weights), shared=False, refitted=True)
+
+    few = dataclasses.replace(MIXED, share=0)
+    found = MixedSizes(few, gj.GriffinConfig(0.5), config.neuron_ranges, sizes)
+    assert found.masked
+    fine, rough = sizes(MIXED.fine), sizes(MIXED.coarse)
+    assert found.step == fine.step(None) - fine.read(None) + rough.read(None)
 
 
 class TestAnswers:
