@@ -11,8 +11,8 @@ measured by summing a large array. A step gives one token to every sequence of t
 With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
 its prior is random, too.
 
-Rows in two formats have a density of bytes, or a part of the kept neurons in the model's own, as `mixed_weights` of
-`griffin_jax.extensions.config.Extensions` says.
+Rows in two formats (--mixed-weights) read as many bytes of their neurons as the density says, or have the given part of
+the kept ones in the model's own format, as `griffin-jax generate` does.
 
 Speculative rows, at batch 1, write the answer of the full model, for which the pruned one drafts. Their bytes are those
 of a token of the answer, drafts and passes of the full model together. How many drafts are accepted depends on the
