@@ -168,7 +168,7 @@ def test_ratios_are_those_of_the_rows(measured):
 def prior(plain, tmp_path_factory) -> Path:
     """A file with some prior of the model, whose budgets are not uniform."""
     draw, layers = np.random.default_rng(1), range(2)
-    squares, weights = ([jnp.asarray(draw.random(48), jnp.float32) for _ in layers] for _ in range(2))
+    squares, weights = ([jnp.asarray(draw.random(48) * 4**n, jnp.float32) for n in layers] for _ in range(2))
     rows = [jnp.asarray(draw.standard_normal((8, 48)) / 7, jnp.float16) for _ in layers]
     model = fingerprint(plain.llm.model)
     file = tmp_path_factory.mktemp("prior") / "some.prior"
