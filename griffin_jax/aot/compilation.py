@@ -255,13 +255,9 @@ def compile_for(
         # It goes with neither of the two, which go with each other here: the programs of both can be compiled.
         Extensions(mixed_weights=mixed_weights, refresh_every=refresh_every)
         mixing = Extensions(mixed_weights=mixed_weights, speculative=speculative or False)
-        mixed = mixing.mixed(precision.weights)
-    if mixed is not None:
-        mixed.check(config.width, config.embedding_width)
-        formats, part = mixed.at(density)
-        mixed = formats if isinstance(formats, MixedFormat) else None
-    if mixed is not None and mixed.share and quality == "best":
-        raise ValueError("rows in two formats are not refitted: quality griffin, or all of the kept neurons in one")
+        mixed, part = _resolved(mixing, precision.weights, config, density)
+        if mixed is not None and mixed.share and quality == "best":
+            raise ValueError("rows in two formats are not refitted: quality griffin, or all of the kept neurons in one")
     griffin = GriffinConfig(part, round_to=round_to, groups=1 if groups is None else groups)
     kept = griffin.kept(widths)
     check_mesh(config, devices, kept)
@@ -356,6 +352,17 @@ def compile_for(
         speculative=speculative, masked=pruned.masked, expert_parallel=expert_parallel,
         mixed=None if mixed is None else str(mixed),
     )  # fmt: skip
+
+
+def _resolved(
+    mixing: Extensions, weights: WeightFormat, config: ModelConfig, density: float | Sequence[float]
+) -> tuple[MixedFormat | None, float | Sequence[float]]:
+    """The formats of the kept neurons, None where a density leaves only the first one, and the part that is kept."""
+    mixed = mixing.mixed(weights)
+    assert mixed is not None
+    mixed.check(config.width, config.embedding_width)
+    formats, part = mixed.at(density)
+    return formats if isinstance(formats, MixedFormat) else None, part
 
 
 @dataclasses.dataclass(frozen=True)

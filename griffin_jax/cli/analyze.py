@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from griffin_jax import __version__
 from griffin_jax.analysis.experts import claims, report, texts, weights
 from griffin_jax.analysis.experts.checkpoint import RandomExperts, StoredExperts
 from griffin_jax.analysis.experts.figures import shown_layers
@@ -33,6 +31,7 @@ from griffin_jax.cli.options import (
     chosen_batch,
     chosen_needs,
     load_reader,
+    made_by,
     numbers,
 )
 from griffin_jax.evaluation.samples import (
@@ -139,11 +138,7 @@ def run(options: argparse.Namespace) -> None:
     if measured is not None:
         evidence = [*claims.evidence_of_texts(measured, nulls, routed, options.seed), *evidence]
     results = {
-        "format": FORMAT,
-        "griffin_jax": __version__,
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "model_name": options.model,
+        **made_by(FORMAT, options.model),
         "kind": "routed" if routed else "sets",
         "config": config.to_json(),
         "files": [str(file) for file in options.files],

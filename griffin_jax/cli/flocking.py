@@ -8,10 +8,8 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from griffin_jax import __version__
 from griffin_jax.analysis import flocking, flocking_report
 from griffin_jax.analysis.flocking import Texts, heat_maps, measure
 from griffin_jax.cli.options import (
@@ -27,6 +25,7 @@ from griffin_jax.cli.options import (
     chosen_mesh,
     chosen_needs,
     load_reader,
+    made_by,
     numbers,
 )
 from griffin_jax.evaluation.batches import Item
@@ -159,11 +158,7 @@ def run(options: argparse.Namespace) -> None:
         llm, texts, densities, new=options.new_tokens, window=options.window, size=options.batch, seed=options.seed
     )
     results = {
-        "format": FORMAT,
-        "griffin_jax": __version__,
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "model_name": options.model,
+        **made_by(FORMAT, options.model),
         "model": fingerprint(llm.model),
         "dtype": str(llm.model.dtype),
         "layers": count,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import Mesh
 
+from griffin_jax import __version__
 from griffin_jax.adapters.healing import Healing
 from griffin_jax.checkpoints import demo
 from griffin_jax.checkpoints.native import DTYPES
@@ -387,3 +388,14 @@ def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
         help="read PyTorch's pickle files (pytorch_model.bin) where there are no safetensors; they are programs, and"
         " torch, which must be installed, runs them with weights_only=True",
     )
+
+
+def made_by(format: str, model: str) -> dict[str, str]:
+    """What a file of results begins with: its format, what made it, and the name that the user gave the model."""
+    return {
+        "format": format,
+        "griffin_jax": __version__,
+        "jax": jax.__version__,
+        "backend": jax.default_backend(),
+        "model_name": model,
+    }

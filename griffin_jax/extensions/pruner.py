@@ -130,7 +130,7 @@ class Pruner:
             ValueError: as `griffin_jax.prune`.
         """
         refit = self.refit(rows)
-        sets = 1 if experts.shared else local_sequences(mesh_of(model.embedding[...]), experts[0].shape[0])
+        sets = _sets(model, experts)
         if model.config.routing is not None and sets > 1:
             # Each sequence would need a copy of all experts.
             return self._healed(mask(model, experts, refit=refit), experts)
@@ -203,8 +203,7 @@ class Pruner:
             ValueError: as `griffin_jax.extensions.mixed.prune_mixed`.
         """
         refit = self.refit(rows) if chosen[0] is None else None
-        some = next(each for each in chosen if each is not None)
-        sets = 1 if some.shared else local_sequences(mesh_of(model.embedding[...]), some[0].shape[0])
+        sets = _sets(model, next(each for each in chosen if each is not None))
         precise, others = (0 if each is None else sum(each.kept) for each in chosen)
         # Each sequence would need a copy of all routed experts.
         masked |= model.config.routing is not None and sets > 1
@@ -248,3 +247,8 @@ class Pruner:
         """Both steps: the neurons that the prompts choose, and the model that keeps them."""
         experts = self.select(model, statistics, seed)
         return experts, self.prune(model, experts, rows, reuse=reuse)
+
+
+def _sets(model: Transformer, experts: ExpertNeurons) -> int:
+    """How many sets of kept neurons each device has: one for each of its sequences, or one for all of them."""
+    return 1 if experts.shared else local_sequences(mesh_of(model.embedding[...]), experts[0].shape[0])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from griffin_jax.evaluation import drafts, front
 from griffin_jax.evaluation.grid import BUDGETS, CALIBRATION, DENSE, HEALING, PRIOR, RECONSTRUCTION, Variant
 from griffin_jax.extensions.config import Extensions, check_quality
+from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.extensions.prior import load_for_best, prior_path
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.memory import Needs
@@ -39,7 +40,19 @@ def choose_qualities(options: argparse.Namespace) -> None:
     options.qualities = {DENSE: "-"} | {method: quality for quality, method in methods.items()}
 
 
-def choose_drafters(options: argparse.Namespace) -> None:
+def choose_formats(options: argparse.Namespace) -> None:
+    """Sets the methods, the prior, the formats and the drafters of the options, as far as no model is needed for it.
+
+    Raises:
+        FileNotFoundError: quality best has no prior.
+        ValueError: there is no such quality, format or drafter.
+    """
+    choose_qualities(options)
+    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
+    _choose_drafters(options)
+
+
+def _choose_drafters(options: argparse.Namespace) -> None:
     """Sets the drafters, and raises `ValueError` if there is no such one, or none can draft an answer."""
     names = options.drafters.split(",") if options.drafters else []
     options.drafters = list(dict.fromkeys(map(drafts.Drafter.parse, names)))
@@ -47,7 +60,17 @@ def choose_drafters(options: argparse.Namespace) -> None:
         raise ValueError(f"--new-tokens must be 2 at least, so that something is drafted, got {options.new_tokens}")
 
 
-def check_pairs(options: argparse.Namespace, needs: Needs) -> None:
+def check_formats(
+    options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions
+) -> None:
+    """Raises `ValueError` unless this model can have the formats and the drafters, and the variants in all of them."""
+    for weights in options.formats:
+        weights.check(needs.config.width, needs.config.embedding_width)
+    front.check_variants(needs.config, variants, options.formats, extensions)
+    _check_pairs(options, needs)
+
+
+def _check_pairs(options: argparse.Namespace, needs: Needs) -> None:
     """Raises `ValueError` unless this model can have the drafters, and a format has more bits than theirs."""
     for drafter in (each for each in options.drafters if each.weights is not None):
         drafter.weights.check(needs.config.width, needs.config.embedding_width)

@@ -17,7 +17,7 @@ from griffin_jax.cli.evaluate.arguments import (
     add_sample,
     add_text_file,
 )
-from griffin_jax.cli.evaluate.comparisons import bytes_per_token, check_pairs, choose_drafters, choose_qualities
+from griffin_jax.cli.evaluate.comparisons import bytes_per_token, check_formats, choose_formats
 from griffin_jax.cli.evaluate.running import Evaluation
 from griffin_jax.cli.evaluate.texts import continued
 from griffin_jax.cli.options import add_options
@@ -66,21 +66,9 @@ def add(kinds: Any) -> None:
     add_prior(kind, ", for all formats of it")
     add_output(kind)
     kind.set_defaults(
-        prepare=prepare, choose=choose, check=check,
+        prepare=prepare, choose=choose_formats, check=check,
         weights=None, baselines=(), refresh_every=DEFAULTS.refresh_every,
     )  # fmt: skip
-
-
-def choose(options: argparse.Namespace) -> None:
-    """Sets the methods, the prior and the formats of the options, as far as no model is needed for it.
-
-    Raises:
-        FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality or format.
-    """
-    choose_qualities(options)
-    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
-    choose_drafters(options)
 
 
 def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:
@@ -89,10 +77,7 @@ def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant]
     if own.quantised:
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
     options.formats = list(dict.fromkeys(options.formats or [own, *map(MixedFormat.parse, QUANTISED)]))
-    for weights in options.formats:
-        weights.check(needs.config.width, needs.config.embedding_width)
-    front.check_variants(needs.config, variants, options.formats, extensions)
-    check_pairs(options, needs)
+    check_formats(options, needs, variants, extensions)
 
 
 def prepare(

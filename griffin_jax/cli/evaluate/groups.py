@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from griffin_jax.cli.evaluate.arguments import add_common, add_lengths, add_text_file
 from griffin_jax.cli.evaluate.running import Evaluation
-from griffin_jax.cli.evaluate.texts import check_lengths, divergence_items
+from griffin_jax.cli.evaluate.texts import check_lengths, first_items
 from griffin_jax.cli.options import numbers
 from griffin_jax.evaluation import groups, report
 from griffin_jax.evaluation.grid import Variant
@@ -42,9 +41,7 @@ def prepare(
     rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.config.neuron_ranges)
     prompt, new = options.prompt_tokens, options.new_tokens
     check_lengths(llm, prompt, new)
-    items = list(
-        itertools.islice(divergence_items(options, llm, options.file, [options.column], skipped), options.limit)
-    )
+    items = first_items(options, llm, options.file, [options.column], skipped)
     return Evaluation(
         items,
         {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from griffin_jax.cli.evaluate.arguments import add_lengths, add_model, add_output, add_prior, add_qualities, add_sample
 from griffin_jax.cli.evaluate.comparisons import choose_qualities
 from griffin_jax.cli.evaluate.running import Evaluation
-from griffin_jax.cli.evaluate.texts import check_lengths, divergence_items
+from griffin_jax.cli.evaluate.texts import check_lengths, first_items
 from griffin_jax.cli.options import add_excerpt_arguments, add_options, numbers
 from griffin_jax.evaluation import front, promise
 from griffin_jax.evaluation.grid import DEFAULTS, Variant
@@ -106,12 +105,7 @@ def prepare(
 ) -> Evaluation:
     prompt, new = options.prompt_tokens, options.new_tokens
     check_lengths(llm, prompt, new)
-    of_files = {
-        file.name: list(
-            itertools.islice(divergence_items(options, llm, file, [options.column], skipped), options.limit)
-        )
-        for file in options.files
-    }
+    of_files = {file.name: first_items(options, llm, file, [options.column], skipped) for file in options.files}
     items = [item for found in of_files.values() for item in found]
     kinds = {item.name: kind for kind, found in of_files.items() for item in found}
     trial = trial_tokens(prompt)

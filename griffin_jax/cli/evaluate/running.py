@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from griffin_jax import __version__
 from griffin_jax.adapters.healing import Healing
 from griffin_jax.adapters.peft import WEIGHTS
 from griffin_jax.cli.options import (
@@ -25,6 +23,7 @@ from griffin_jax.cli.options import (
     chosen_mesh,
     chosen_needs,
     load_reader,
+    made_by,
     numbers,
     read_options,
 )
@@ -158,11 +157,7 @@ def run(options: argparse.Namespace) -> None:
     scores = evaluation.run(journal)
     figures = evaluation.figures(scores)
     results = {
-        "format": FORMAT,
-        "griffin_jax": __version__,
-        "jax": jax.__version__,
-        "backend": jax.default_backend(),
-        "model_name": options.model,
+        **made_by(FORMAT, options.model),
         **settings,
         "files": [str(file) for file in files],
         "used": len(evaluation.items),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from griffin_jax.cli.evaluate.arguments import add_drafters, add_model, add_output, add_prior, add_qualities, add_sample
-from griffin_jax.cli.evaluate.comparisons import bytes_per_token, check_pairs, choose_drafters, choose_qualities
+from griffin_jax.cli.evaluate.comparisons import bytes_per_token, check_formats, choose_formats
 from griffin_jax.cli.evaluate.running import Evaluation
 from griffin_jax.cli.evaluate.texts import too_long
 from griffin_jax.cli.options import add_options
@@ -22,7 +22,6 @@ from griffin_jax.evaluation.problems import COLUMNS, HUMANEVAL, Problem
 from griffin_jax.evaluation.samples import Skipped, read_jsonl
 from griffin_jax.evaluation.sandbox import Limits, check_sandbox
 from griffin_jax.extensions.config import Extensions
-from griffin_jax.extensions.mixed import MixedFormat
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.memory import Needs
@@ -93,10 +92,8 @@ def choose(options: argparse.Namespace) -> None:
         if not options.run_code:
             raise ValueError(f"--format {HUMANEVAL} runs programs that the model writes: allow it with --run-code")
         check_sandbox(options.limits)
-    choose_qualities(options)
     options.reference = None
-    options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
-    choose_drafters(options)
+    choose_formats(options)
 
 
 def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:
@@ -105,10 +102,7 @@ def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant]
     options.formats = list(dict.fromkeys([own, *options.formats]))
     if own.quantised and any(front.fine_format(weights) != own for weights in options.formats):
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")
-    for weights in options.formats:
-        weights.check(needs.config.width, needs.config.embedding_width)
-    front.check_variants(needs.config, variants, options.formats, extensions)
-    check_pairs(options, needs)
+    check_formats(options, needs, variants, extensions)
 
 
 def prepare(

@@ -18,15 +18,22 @@ def continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple[
     prompt, new = options.prompt_tokens, options.new_tokens
     check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
-    items = list(itertools.islice(divergence_items(options, llm, options.file, columns, skipped), options.limit))
+    items = first_items(options, llm, options.file, columns, skipped)
     settings = {"columns": columns, "after": options.after, "before": options.before, "prompt": prompt, "new": new}
     return items, settings
 
 
-def divergence_items(
+def first_items(
+    options: argparse.Namespace, llm: LLM, file: Path, columns: Sequence[str], skipped: Skipped
+) -> list[Item]:
+    """As many texts of a file as --limit says, each with as many tokens as are asked for, or with what a second column
+    says follows it."""
+    return list(itertools.islice(_items(options, llm, file, columns, skipped), options.limit))
+
+
+def _items(
     options: argparse.Namespace, llm: LLM, file: Path, columns: Sequence[str], skipped: Skipped
 ) -> Iterator[Item]:
-    """Texts of a file with as many tokens as are asked for, or with what a second column says follows them."""
     assert llm.tokenizer is not None
     cut = excerpt(options.after, options.before)
     prompt, new = options.prompt_tokens, options.new_tokens
