@@ -60,6 +60,7 @@ class Size:
         densities: that are measured.
         batches: numbers of sequences.
         repeats: of each measurement.
+        formats: of the weights; several sequences, and what is worth most, are measured in the first two.
         families: whose tiny models are checked, of `benchmarks.gpu_checks`.
         gemv: whether the kernels of `griffin_jax.model.gemv` are checked and measured, too, which only GPUs have.
     """
@@ -70,12 +71,13 @@ class Size:
     densities: str
     batches: tuple[int, ...]
     repeats: int
+    formats: tuple[str, ...]
     families: tuple[str, ...]
     gemv: bool
 
 
-FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, FAMILIES, gemv=True)
-SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, FAMILIES[:1], gemv=False)
+FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, ("bfloat16", "int8", "int4"), FAMILIES, gemv=True)
+SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, ("bfloat16", "int8"), FAMILIES[:1], gemv=False)
 """For a test of this command on any machine. Its figures mean nothing."""
 
 
@@ -125,19 +127,20 @@ def parts(scale: Size) -> Iterator[Part]:
 
     first, *others = scale.batches
     yield checks("correctness", scale.families)
-    for weights in ("bfloat16", "int8"):
+    for weights in scale.formats[:2]:
         yield from (decoding(model, weights, first) for model in scale.models)
     if scale.gemv:
         yield checks("correctness-gemv", scale.families[:2], gemv=True)
         yield from (decoding(model, "int8", first, gemv=True) for model in scale.models)
-    for gemv in (False, True) if scale.gemv else (False,):
-        yield from (decoding(model, "int4", first, gemv) for model in scale.models)
+    for weights in scale.formats[2:]:
+        for gemv in (False, True) if scale.gemv else (False,):
+            yield from (decoding(model, weights, first, gemv) for model in scale.models)
     yield from (peers(model, first) for model in scale.models)
-    for weights in ("bfloat16", "int8", "int4"):
+    for weights in scale.formats:
         options = ("--model", scale.models[0], "--weights", weights, "--lengths", scale.lengths)
         yield Part(f"{scale.models[0]}-{weights}-profile", ("benchmarks.gpu_profile", *options))
     for batch in others:
-        for weights in ("bfloat16", "int8"):
+        for weights in scale.formats[:2]:
             yield from (decoding(model, weights, batch) for model in scale.models)
         yield from (peers(model, batch) for model in scale.models)
     short = ("--dtype", "bfloat16", "--weights", "bfloat16", "--density", "0.5")

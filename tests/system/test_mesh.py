@@ -169,6 +169,7 @@ class TestBeyondGriffin:
         for a, b in zip(one.rows, eight.rows, strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)  # float16
 
+    @pytest.mark.slow
     def test_command(self, capfd, native, tmp_path):
         arguments = ["prior", "--model", str(native.folder), "--self-generated", "2", "--window", "9", "--rows", "0"]
         for name, mesh in (("one", []), ("eight", ["--mesh", "data=2,model=4"])):

@@ -146,6 +146,7 @@ class TestTraining:
         before, after = (float(loss(adapter, frozen, batch)[0]) for adapter in (blank, healing.adapter))
         assert after < 0.9 * before
 
+    @pytest.mark.slow
     def test_a_run_that_was_interrupted_gives_what_it_would_have_given(self, primed, packed, trained, tmp_path):
         class Stop(Exception):
             pass

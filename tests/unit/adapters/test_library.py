@@ -298,6 +298,7 @@ class TestPriors:
             library.prior(1)
 
 
+@pytest.mark.slow
 def test_the_command_line(worded, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"
     kinds = {text: "code" if text in CODE else "prose" for text in [*CODE, *PROSE]}

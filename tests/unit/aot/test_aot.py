@@ -130,6 +130,7 @@ class TestPrograms:
         assert report.pruned.kept[0] % GPU_TILE == 0
         assert "avoids that" not in table("whole tiles", report)
 
+    @pytest.mark.slow
     def test_hlo_is_written(self, odd):
         _, folder = odd
         assert {path.stem for path in folder.iterdir()} == {"prefill", "select", "prune", "dense", "pruned"}

@@ -475,6 +475,7 @@ def test_several_formats_are_measured_in_one_run(plain, monkeypatch, capsys):
 MIXED = ("--lengths", "9+3", "--weights", "int8", "--mixed-weights", "int4:16")
 
 
+@pytest.mark.slow
 def test_rows_in_two_formats(plain, monkeypatch, capsys):
     monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
     options = (*MIXED, "--density", "0.75,0.5", "--repeats", "1", "--batch", "1,5", "--json")
@@ -603,6 +604,7 @@ def test_bytes_of_a_token_are_those_of_drafts_and_passes(plain, drafted):
     assert rows[3]["draft_bytes"] < rows[2]["draft_bytes"] < rows[0]["step_bytes"]
 
 
+@pytest.mark.slow
 def test_speculative_rows_are_compared_with_their_own(drafted):
     result = drafted[1]
     before = json.loads(json.dumps(result))
@@ -753,6 +755,7 @@ def test_memory_of_a_conversion(monkeypatch, capsys, tmp_path, options):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_beyond_the_limit_is_an_exit_code(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(memory, "GIB", -(10**9))
     arguments = ("memory", "--gigabytes", "0.001", "--folder", str(tmp_path))

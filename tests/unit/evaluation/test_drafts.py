@@ -146,6 +146,7 @@ class TestCommand:
         assert "Tokens as the dense model's: at least 100.00%." in out
         assert (tmp_path / "p.png").stat().st_size > 10_000
 
+    @pytest.mark.slow
     def test_all_of_it(self, primed, tmp_path, capsys):
         arguments = (
             "--model", primed.folder, "--draft-weights", "own,int4", "--drafts", "auto,2", "--plot", tmp_path / "p.png"

@@ -315,6 +315,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_all_of_it(self, primed, tmp_path, capsys):
         arguments = (
             texts(tmp_path), "--model", primed.folder, "--dtype", "float32", "--prompt-tokens", 40, "--new-tokens", 12,

@@ -66,6 +66,7 @@ def test_command(long, tmp_path, capsys):
                 assert_close(np.asarray(outcome.bound), np.asarray(expected.tried[density].bound))
 
 
+@pytest.mark.slow
 def test_densities_of_bytes(long, tmp_path, capsys):
     options = ["--prompt-tokens", 260, "--max-divergence", "1e3", "--mixed-weights", "int4:16", "--density", 0.8]
     code, _, err = run(capsys, long, tmp_path, *options)

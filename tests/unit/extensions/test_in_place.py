@@ -53,6 +53,7 @@ def test_a_batch_shares_its_experts(folder, rng):
         single.generate(prompts, experts=experts)
 
 
+@pytest.mark.slow
 def test_drafts_of_one_answer_after_the_other(tiny):
     """Rows have moved before the full model decides about drafts."""
     llm, options = gj.load(tiny.folder, "float32", in_place=True), {"max_new_tokens": 8, "ignore_eos": True}

@@ -9,7 +9,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import PASSAGES
+from conftest import PASSAGES, first_and_slow
 from flax import nnx
 from reference import assert_close, oracle_topk
 
@@ -114,7 +114,7 @@ def test_answers_are_those_of_the_density(long, prompts):
     assert (tight.promised.density, tight.experts, tight.kept, tight.refreshes) == (1.0, None, (48, 48), 0)
 
 
-@pytest.mark.parametrize("density", [0.5, 0.1])
+@pytest.mark.parametrize("density", first_and_slow(1, 0.5, 0.1))
 def test_a_density_of_bytes(long, prompts, density):
     """What is tried is what the answer's model would be at the end of the prompts, and the density is one of bytes."""
     model, formats = long.llm.model, {"mixed_weights": "int4:16"}

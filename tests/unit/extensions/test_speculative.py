@@ -177,6 +177,7 @@ class TestDistribution:
         # There are many drafts of both kinds.
         assert 0.1 < accepted < 0.9
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("sampler", [gj.Sample(1.5, top_k=4)])
     def test_with_copies_it_is_too(self, model, sampler):
         values, accepted = self.fits(model, sampler, 3, 0.2, copies=True)
@@ -339,6 +340,7 @@ class TestGenerate:
         with pytest.raises(ValueError, match=message):
             tiny.llm.generate(PROMPTS, **options)
 
+    @pytest.mark.slow
     def test_command(self, worded, capsys):
         arguments = ["generate", "--model", str(worded.folder), "--prompt", PASSAGES[0], "--max-new-tokens", "12"]
         expected = worded.llm.generate(PASSAGES[0], max_new_tokens=12, density=1.0)

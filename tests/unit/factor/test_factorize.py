@@ -51,7 +51,7 @@ def same(got, want, tolerance=1e-6):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * float(jnp.abs(want).max()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_and_slow(3, *FAMILIES))
 def test_all_experts_are_the_dense_layer(family):
     model = with_biases(random_model(FAMILIES[family]), np.random.default_rng(1))
     groups = group_neurons(model, 4, "random")

@@ -36,6 +36,7 @@ def made(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_a_model(made):
     llm = gj.load(made / "small")
     routing = llm.config.routing

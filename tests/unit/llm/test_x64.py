@@ -38,6 +38,7 @@ def test_the_same_tokens(options):
         assert answers(options) == expected
 
 
+@pytest.mark.slow
 def test_prompts_of_several_chunks():
     model = random_model(CONFIG)
     tokens, lengths = map(jnp.asarray, gj.pad([[5, 6, 7, 8, 9]], 8))

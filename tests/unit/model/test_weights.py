@@ -275,7 +275,8 @@ class TestModels:
         )
         assert_close(np.asarray(dense_logits(held.model, prompts[0])), np.asarray(dense_logits(theirs, prompts[0])))
 
-    @pytest.mark.parametrize("pair", first_and_slow(1, "int8", "int4:16"), indirect=True)
+    @pytest.mark.slow
+    @pytest.mark.parametrize("pair", ["int8", "int4:16"], indirect=True)
     def test_refresh_and_speculation(self, pair, prompts):
         found = []
         for model in pair:
