@@ -48,6 +48,23 @@ class _Format:
     def is_in(self, folder: Path) -> bool:
         return (folder / self.single).exists() or (folder / self.index).exists()
 
+    def shards(self, folder: Path) -> list[str]:
+        """The files that an index names; of a malformed one, none."""
+        try:
+            names = read_json(folder / self.index)["weight_map"].values()
+        except (OSError, ValueError, KeyError, AttributeError):
+            return []
+        return list(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+    def is_there(self, folder: Path, whole: bool) -> bool:
+        """Whether there are weights, and not only an index of them; all of them, or some."""
+        if (folder / self.single).exists() or not (folder / self.index).exists():
+            return (folder / self.single).exists()
+        shards = self.shards(folder)
+        there = [(folder / name).exists() for name in shards]
+        # What is wrong with an index is said where it is read.
+        return not shards or (all(there) if whole else any(there))
+
 
 _SAFETENSORS = _Format("model.safetensors", "model.safetensors.index.json", ".safetensors")
 _PICKLE = _Format("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin")
@@ -58,9 +75,25 @@ def has_safetensors(folder: Path) -> bool:
     return _SAFETENSORS.is_in(folder)
 
 
-def has_weights(folder: Path) -> bool:
-    """Whether a folder has weights in any format that is read, allowed or not."""
-    return _SAFETENSORS.is_in(folder) or _PICKLE.is_in(folder)
+def has_weights(folder: Path, whole: bool = False) -> bool:
+    """Whether a folder has weights in any format that is read, allowed or not.
+
+    Args:
+        folder: the folder.
+        whole: whether all files that an index names must be there; else one of them is enough.
+    """
+    return _SAFETENSORS.is_there(folder, whole) or _PICKLE.is_there(folder, whole)
+
+
+def weight_files(folder: Path, pickle: bool) -> list[str]:
+    """The files that weights are in, whether they are there or not: one, and those of an index.
+
+    Args:
+        folder: where the index is, if there is one.
+        pickle: of PyTorch's files; else of safetensors.
+    """
+    form = _PICKLE if pickle else _SAFETENSORS
+    return [form.single, *form.shards(folder)]
 
 
 STORED = {**FLOATS, "U8": np.dtype(np.uint8)}

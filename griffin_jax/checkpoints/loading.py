@@ -32,7 +32,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from griffin_jax.checkpoints import demo, native, verification
 from griffin_jax.checkpoints.gguf import GgufFile
-from griffin_jax.checkpoints.huggingface import HuggingFaceFolder, has_safetensors, has_weights, read_hf_config
+from griffin_jax.checkpoints.huggingface import (
+    HuggingFaceFolder,
+    has_safetensors,
+    has_weights,
+    read_hf_config,
+    weight_files,
+)
 from griffin_jax.checkpoints.native import DTYPES, MANIFEST, NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning, Plan, narrowing, plan_of
 from griffin_jax.checkpoints.sources import PICKLE_HELP, FamilySource, Source, loading_bytes
@@ -40,7 +46,7 @@ from griffin_jax.checkpoints.verification import Verification, VerificationError
 from griffin_jax.model.assembly import assemble, divides, in_format, in_format_by_pieces, matrix_of, stored_arrays
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import check_mesh, parameter_spec, with_kv_copies, with_whole_experts
-from griffin_jax.model.sizes import bytes_of, local_arrays
+from griffin_jax.model.sizes import bytes_of, held_bytes, local_arrays
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, checked_mesh
@@ -66,11 +72,9 @@ SOURCES = (
 )
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = [
-    "config.json", "generation_config.json", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+    "config.json", "generation_config.json", "*.safetensors.index.json", "pytorch_model.bin.index.json", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
 ]  # fmt: skip
-HUB_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
-HUB_PICKLES = ["pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model-*.bin"]
 
 ShardingLike = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 """How parameters are divided among devices: one sharding for all, or a function of a parameter's path and shape."""
@@ -123,9 +127,12 @@ def describe(source: str | Path, allow_pickle: bool = False) -> tuple[ModelConfi
     """
     path = Path(os.path.expanduser(source))
     folder = path.parent if path.name == "config.json" and path.is_file() else path
-    if not path.exists() and HUB_ID.fullmatch(str(source)) and path.suffix != ".gguf":
+    on_hub = not path.exists() and HUB_ID.fullmatch(str(source)) is not None and path.suffix != ".gguf"
+    if on_hub:
         folder = _from_hub(str(source), allow_pickle, weights=False)
-    if (folder / "config.json").is_file() and not (folder / MANIFEST).exists() and not has_weights(folder):
+    foreign = (folder / "config.json").is_file() and not (folder / MANIFEST).exists()
+    # Of the hub the rest of the weights would be downloaded; in a folder it is an error if only some are there.
+    if foreign and not has_weights(folder, whole=on_hub):
         return read_hf_config(folder)[1], None
     opened = open_source(source, allow_pickle)
     return opened.config, opened
@@ -150,12 +157,14 @@ def _from_hub(name: str, allow_pickle: bool, weights: bool = True) -> Path:
         read_hf_config(folder)
         if not weights:
             return folder
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_WEIGHTS))
+        wanted = HUB_FILES + weight_files(folder, pickle=False)
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
         if has_safetensors(folder):
             return folder
         if not allow_pickle:
             raise FileNotFoundError(f"{name}: the repository has no safetensors. {PICKLE_HELP}")
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES + HUB_PICKLES))
+        wanted = HUB_FILES + weight_files(folder, pickle=True)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except GatedRepoError as error:
         raise ValueError(
             f"{name}: its licence must be accepted on its page of the Hugging Face hub, and `hf auth login` done"
@@ -288,9 +297,11 @@ def _check_memory(config: ModelConfig, precision: Precision, mesh: Mesh | None) 
     arrays = local_arrays(config, axis_size(mesh, MODEL_AXIS), precision).values()
     counts = [math.prod(array.shape) for array in arrays]
     devices = [jax.devices()[0]] if mesh is None else list(mesh.devices.flat)
+    platform = devices[0].platform
     # Devices that are one processor's have one memory.
-    together = len(devices) if devices[0].platform == "cpu" else 1
-    parts = {"weights": sum(map(bytes_of, arrays)), "those on their way": loading_bytes(counts, precision.itemsize)}
+    together = len(devices) if platform == "cpu" else 1
+    weights = sum(held_bytes(array, platform) for array in arrays)
+    parts = {"weights": weights, "those on their way": loading_bytes(counts, precision.itemsize)}
     parts = {part: size * together for part, size in parts.items()}
     memory.check(parts, memory.free(devices), "take weights of fewer bits, or a mesh of more devices")
 

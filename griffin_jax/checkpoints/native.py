@@ -56,6 +56,7 @@ from griffin_jax.model.assembly import (
     parameter_shapes,
     scale_of,
     stored_arrays,
+    wider_parameters,
 )
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.sharding import parameter_spec
@@ -521,11 +522,12 @@ class NativeCheckpoint(Source):
         """
         as_stored = precision.weights == self.precision.weights
         dtype = precision.dtype if as_stored else precision.read_as
+        wider = wider_parameters(self.config, precision, dtype)
         # Values of wider weights may be too large for float16, which has to be checked.
         read_as = None if dtype == np.float16 else dtype
         arrays = {
             path: array
-            if read_as is None or path.endswith("_scale") or jnp.issubdtype(array.dtype, jnp.integer)
+            if read_as is None or path in wider or path.endswith("_scale") or jnp.issubdtype(array.dtype, jnp.integer)
             else jax.ShapeDtypeStruct(array.shape, read_as)
             for path, array in self._arrays.items()
         }
@@ -539,7 +541,7 @@ class NativeCheckpoint(Source):
             del tree
             for path, *scales in groups[batch]:
                 # What it is assembled into is to be all that keeps it.
-                yield from self._as_wanted(path, read, scales, dtype, as_stored)
+                yield from self._as_wanted(path, read, scales, wider.get(path, dtype), as_stored)
 
     def _as_wanted(
         self, path: str, read: dict[str, jax.Array], scales: Sequence[str], dtype: np.dtype, as_stored: bool

@@ -30,7 +30,7 @@ import numpy as np
 from griffin_jax.checkpoints.families import Family, Layout
 from griffin_jax.checkpoints.schema.family import is_ignored, rules_by_path
 from griffin_jax.checkpoints.schema.layouts import EACH, Factor, Rules, TensorRule, sizes_of
-from griffin_jax.model.assembly import parameter_shapes
+from griffin_jax.model.assembly import parameter_shapes, wider_parameters
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.text.tokenizer import Tokenizer
@@ -157,8 +157,9 @@ class Source(abc.ABC):
             shardings: sharding of each parameter by path; with them every array is on its devices.
         """
         dtype = precision.read_as
+        wider = wider_parameters(self.config, precision, dtype)
         for path in self.shapes:
-            array = self.read(path, dtype)
+            array = self.read(path, wider.get(path, dtype))
             if shardings is not None:
                 # Every process has all of the tensor, and gives its own devices what they need of it.
                 array = jax.make_array_from_callback(array.shape, shardings[path], array.__getitem__)

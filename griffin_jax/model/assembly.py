@@ -47,6 +47,14 @@ def stored_arrays(config: ModelConfig, precision: Precision) -> dict[str, jax.Sh
     return dict(_stored_arrays(config, precision))
 
 
+def wider_parameters(config: ModelConfig, precision: Precision, dtype: np.dtype) -> dict[str, np.dtype]:
+    """The arrays that a model of this precision has in a wider floating dtype than this one, with theirs: the float32
+    in which routers correct their choice of experts, and scales of integers."""
+    arrays = _stored_arrays(config, precision)
+    floating = {path: array.dtype for path, array in arrays.items() if jnp.issubdtype(array.dtype, jnp.floating)}
+    return {path: np.dtype(own) for path, own in floating.items() if own.itemsize > dtype.itemsize}
+
+
 @functools.lru_cache(maxsize=16)
 def _stored_arrays(config: ModelConfig, precision: Precision) -> dict[str, jax.ShapeDtypeStruct]:
     state = nnx.state(abstract_model(config, precision.dtype, precision.weights))

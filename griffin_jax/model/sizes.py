@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from griffin_jax.model.assembly import abstract_model, parameter_shapes
@@ -126,6 +127,11 @@ class Sizes:
 def bytes_of(array: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array, two numbers of 4 bits in each."""
     return stored_bytes(array.shape, array.dtype)
+
+
+def held_bytes(array: jax.ShapeDtypeStruct, platform: str) -> int:
+    """Bytes of an array as the devices of a platform hold it, see `griffin_jax.model.weights.held`."""
+    return math.prod(array.shape) if platform == "cpu" and array.dtype == jnp.int4 else bytes_of(array)
 
 
 @functools.lru_cache(maxsize=16)

@@ -27,7 +27,8 @@ def read_config(attributes: Attributes) -> ModelConfig:
     first = attributes.take("max_window_layers", int, default=28)
     window = attributes.take("sliding_window", int, default=4096)
     used = attributes.take("use_sliding_window", bool, default=False)
-    windowed = read_layer_types(attributes, [used and layer < first for layer in range(fields["num_layers"])])
+    every = range(fields["num_layers"])
+    windowed = read_layer_types(attributes, [used and layer < first and layer % 2 == 0 for layer in every])
     routing = read_routing(
         attributes,
         count="num_experts",

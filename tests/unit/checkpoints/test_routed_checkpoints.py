@@ -61,6 +61,25 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(sources, "PIECE_BYTES", 1)
 
 
+@pytest.mark.filterwarnings("ignore::griffin_jax.checkpoints.planning.NarrowingWarning")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_corrects_the_choice_of_experts_stays_float32(tmp_path, dtype):
+    """As in transformers (`_keep_in_fp32_modules_strict`): experts may be closer than 16 bits tell apart."""
+    cases = ROUTED["glm4_moe"]
+    build_torch("glm4_moe", cases.config, tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("layers.1.mlp.gate.e_score_correction_bias")]
+    weights[name] = (1 + np.arange(8) / 1e5).astype(np.float32)
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "hf", tmp_path / "native", dtype=dtype)
+    convert(tmp_path / "hf", tmp_path / "int8", dtype=dtype, weights="int8")
+    for source, stored in (("hf", None), ("native", None), ("hf", "int8"), ("int8", None)):
+        layer = load_model(tmp_path / source, dtype, weights=stored)[0].layers[1].ff
+        assert layer.choice_bias is not None
+        np.testing.assert_array_equal(layer.choice_bias[...], weights[name])
+        assert layer.router[...].dtype == dtype
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_tensors_of_all_experts_are_those_of_each(saved, tmp_path):
     """As transformers holds them, in several files, against the names that models are published with."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
+import shutil
 import struct
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from checkpoints_gguf import write_gguf
 from safetensors.numpy import save_file
 
 from griffin_jax.checkpoints.gguf import read_gguf_header
-from griffin_jax.checkpoints.loading import load_model, open_source, parse_dtype
+from griffin_jax.checkpoints.loading import describe, load_model, open_source, parse_dtype
 from griffin_jax.checkpoints.native import NativeCheckpoint
 from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.model.config import Rotary
@@ -342,6 +344,55 @@ def test_hub_ids_are_fetched_configuration_first(tmp_path, weights, monkeypatch)
     with pytest.raises(ValueError, match="mamba"):
         open_source("someone/mamba")
     assert asked == [("someone/mamba", False)]
+
+
+def write_sharded(folder: Path, weights: dict[str, np.ndarray]) -> list[str]:
+    """A checkpoint of two files whose names are not those that transformers gives them today."""
+    checkpoints.write(folder, weights)
+    (folder / "model.safetensors").unlink()
+    names = ["model_00001-of-00002.safetensors", "model_00002-of-00002.safetensors"]
+    index = {tensor: names[number % 2] for number, tensor in enumerate(weights)}
+    for name in names:
+        save_file({tensor: weights[tensor] for tensor, file in index.items() if file == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return names
+
+
+def test_of_the_hub_the_files_are_fetched_that_an_index_names(tmp_path, weights, monkeypatch):
+    """And for what is only described none of them, not even if some are there already."""
+    import huggingface_hub
+
+    names = write_sharded(tmp_path / "remote", weights)
+    local = tmp_path / "local"
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        local.mkdir(exist_ok=True)
+        for file in (tmp_path / "remote").iterdir():
+            if any(fnmatch.fnmatch(file.name, pattern) for pattern in allow_patterns):
+                asked.append(file.name)
+                shutil.copy(file, local)
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config, opened = describe("someone/sharded")
+    assert (config.width, opened) == (16, None)
+    shutil.copy(tmp_path / "remote" / names[0], local)
+    assert describe("someone/sharded")[1] is None
+    assert not set(names) & set(asked)
+    source = open_source("someone/sharded")
+    assert set(names) <= set(asked)
+    np.testing.assert_array_equal(source.read("layers.0.ff.down", np.dtype(np.float32)), weights[DOWN].T)
+    assert describe("someone/sharded")[1] is not None
+
+
+def test_a_folder_without_its_shards_is_described(tmp_path, weights):
+    names = write_sharded(tmp_path, weights)
+    (tmp_path / names[0]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"names files that do not exist: {names[0]}"):
+        describe(tmp_path)
+    (tmp_path / names[1]).unlink()
+    assert describe(tmp_path)[1] is None
 
 
 def test_hub_ids_offline(monkeypatch, tmp_path):
