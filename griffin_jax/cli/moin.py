@@ -24,6 +24,7 @@ from griffin_jax.cli.options import (
     load_reader,
     read_options,
 )
+from griffin_jax.cli.training import check_length
 from griffin_jax.evaluation.general_text import MOST_SKETCHED, measure, windows
 from griffin_jax.evaluation.samples import Skipped, nothing_left, read_jsonl, read_texts
 from griffin_jax.extensions.reconstruction import DEFAULT_ROWS
@@ -232,8 +233,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _check_memory(options: argparse.Namespace, job: Job, at_once: int) -> None:
-    """Raise `MemoryError` unless so many adapters can be trained together with what is free."""
+    """Raise `MemoryError` unless so many adapters can be trained together with what is free, and `ValueError` where
+    sequences are longer than the model's context."""
     needs, training = chosen_needs(options), job.training
+    check_length(needs.config, training.length)
     parts = needs.adapter_training(parameters_of(needs.config, job.adapter), training.batch, training.length, at_once)
     advice = f"take {'fewer --at-once, ' if at_once > 1 else ''}a smaller --batch or a shorter --length"
     check_fits(parts, advice)
@@ -336,8 +339,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check_scoring(options: argparse.Namespace, libraries: Sequence[Library]) -> None:
-    """Raise `MemoryError` unless texts can be scored with what is free."""
+    """Raise `MemoryError` unless texts can be scored with what is free, and `ValueError` where they may be longer than
+    the model's context."""
     needs = chosen_needs(options)
+    check_length(needs.config, options.length)
     if options.priors:
         answer = options.length - options.prompt_tokens
         parts = needs.scoring(options.batch, options.prompt_tokens, answer, 2, rows=DEFAULT_ROWS)

@@ -7,6 +7,7 @@ dense layer.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -275,8 +276,13 @@ class Curve:
     def __init__(self, file: Path | None, tokens: int):
         self._file, self._tokens = file, tokens
         self._found: dict[tuple[str, int], dict[str, Any]] = {}
-        for line in load_curve(file) if file is not None and file.is_file() else ():
-            _put(self._found, line)
+        if file is not None and file.is_file():
+            for line in load_curve(file):
+                _put(self._found, line)
+            # What a killed run has left of its last line must not be continued.
+            if not file.read_bytes().endswith(b"\n"):
+                with file.open("a", encoding="utf-8") as end:
+                    end.write("\n")
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -301,7 +307,7 @@ def load_curve(file: Path) -> list[dict[str, Any]]:
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for text in file.read_text(encoding="utf-8").splitlines():
         # A killed run may have left half a line.
-        if text.endswith("}"):
+        with contextlib.suppress(json.JSONDecodeError):
             _put(found, json.loads(text))
     return sorted(found.values(), key=lambda line: line["tokens"])
 

@@ -26,7 +26,8 @@ class GenerationConfig:
         top_p: draw from the fewest tokens that hold this probability.
         min_p: draw from tokens of at least this share of the largest probability.
         seed: of all randomness, of the neurons that are drawn, too; the same seed gives the same answers. One for the
-            whole batch, or one for each prompt, whose answer then does not depend on its batch.
+            whole batch, or one for each prompt, whose answer then does not depend on its batch, unless it is sampled
+            and drafted: where a round of drafts ends depends on all rows.
         stop: an answer ends before the first of these strings. One with a special token in it is looked for in the
             text with special tokens, as `stop_strings` of transformers are.
         stop_token_ids: tokens that end an answer as the model's own do, also with `ignore_eos`.

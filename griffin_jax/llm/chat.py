@@ -182,15 +182,13 @@ class Chat:
         for a trial are among that."""
         (sequence,) = plan.sequences
         answer = bucket(plan.new + plan.drafts)
-        model, is_long = self._llm.model, self._is_long_rope(len(sequence) + plan.new)
-        rows = 0 if self._state is None or not self._state.rows else self._state.rows[0].shape[1]
-        if not self._goes_on(sequence) or rows != plan.rows or is_long != self._is_long:
+        if not self._goes_on(plan):
             self._forget()
-        self._kept, self._is_long = len(self._read), is_long
+        model, self._is_long = self._llm.model, self._is_long_rope(len(sequence) + plan.new)
+        self._kept = len(self._read)
         new = sequence[len(self._read) :]
         trial = trial_tokens(len(sequence), len(new)) if plan.trial else 0
-        parts = _parts(new)
-        room = bucket(len(sequence) + bucket(len(parts[-1]) if parts else 1) + answer)
+        parts, room = _parts(new), self._room(plan)
         state = self._state
         if state is None:
             state = jitted.start(model, room, rows=plan.rows)
@@ -214,6 +212,18 @@ class Chat:
             state = dataclasses.replace(state, statistics=statistics, rows=used_rows)
         return dataclasses.replace(state, max_new_tokens=answer, last=last)
 
+    def held_bytes(self, plan: Plan) -> int:
+        """Bytes of the cache, if the conversation goes on in it and it need not grow."""
+        if self._state is None or not self._goes_on(plan) or self._state.cache.slots < self._room(plan):
+            return 0
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache))
+
+    def _room(self, plan: Plan) -> int:
+        """Slots of the cache that the conversation needs, with its answer and what the last part is padded to."""
+        (sequence,) = plan.sequences
+        parts = _parts(sequence[len(self._read) :])
+        return bucket(len(sequence) + bucket(len(parts[-1]) if parts else 1) + bucket(plan.new + plan.drafts))
+
     def give_back(self, cache: KVCache) -> None:
         """Takes the cache over again, without the answer, which the full model has not read."""
         if self._state is None or _is_deleted(cache) or self._llm.is_in_place:
@@ -221,9 +231,14 @@ class Chat:
             return
         self._state = dataclasses.replace(self._state, cache=jitted.cut(cache, np.int32(len(self._read))))
 
-    def _goes_on(self, sequence: Sequence[int]) -> bool:
-        """Whether a sequence begins with all that was read. A template may change what was said earlier."""
+    def _goes_on(self, plan: Plan) -> bool:
+        """Whether the sequence of a plan begins with all that was read, in the same way. A template may change what was
+        said earlier."""
+        (sequence,) = plan.sequences
         if self._state is None or _is_deleted(self._state):
+            return False
+        rows = self._state.rows[0].shape[1] if self._state.rows else 0
+        if rows != plan.rows or self._is_long != self._is_long_rope(len(sequence) + plan.new):
             return False
         return len(self._read) <= len(sequence) and list(sequence[: len(self._read)]) == self._read
 

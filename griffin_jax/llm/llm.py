@@ -137,6 +137,10 @@ class Reader(Protocol):
         tokens are new."""
         ...
 
+    def held_bytes(self, plan: Plan) -> int:
+        """Bytes of the cache that is there already and will do for the sequences of a plan; 0 if it will not."""
+        ...
+
     def give_back(self, cache: KVCache) -> None:
         """Takes the cache over again, with an answer in it; its arrays are deleted if the answer was interrupted."""
         ...
@@ -284,30 +288,39 @@ class LLM:
                 yield pieces
         return finished
 
-    def experts(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> ExpertNeurons:
+    def experts(
+        self, prompts: Prompt | Sequence[Prompt], *, adapter: AdapterLike | None = None, **options: Any
+    ) -> ExpertNeurons:
         """The neurons that `generate` would keep for these prompts: per layer (B, K), or (K,) if shared.
 
         Args:
             prompts: as for `generate`.
-            **options: those of `generate` that say how neurons are chosen; the others change nothing.
+            adapter: as for `generate`.
+            **options: those of `generate` that say how neurons are chosen; of the others only `max_new_tokens` matters,
+                by which LongRoPE chooses its wavelengths.
 
         Raises:
             TypeError: there is no such option.
             ValueError: as for `generate`.
         """
-        request = Request.of("experts", **options)
+        if "experts" in options:
+            raise TypeError("experts() got experts, which it is asked for: give what they are chosen by")
+        request = Request.of("experts", None, adapter, **options)
         if request.extensions.max_divergence is not None:
             raise ValueError(
                 "experts are chosen at the density that is given, and tried on nothing: max_divergence=None"
             )
-        pruner = self._pruner(request)
+        pruner = self._candidate(request).pruner
         pruner.config.kept(self.model.config.neuron_ranges)
         sequences = self._tokenize(prompts, request.generation.chat)
         self._check_room(sequences, 0)
         self._check_in_place(pruner.config, 1)
+        self._check_adapter(request, len(sequences), dense=False)
+        full = self.model if adapter is None else self._with_adapters(adapter, sequences)[0]
         tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
-        statistics = jitted.prefill(self.model, tokens, lengths, max_new_tokens=0).statistics
-        chosen = self._select(pruner, self.model, statistics, request.generation.seeds(len(sequences)))
+        longest = request.generation.max_new_tokens
+        statistics = jitted.prefill(full, tokens, lengths, max_new_tokens=0, longest=longest).statistics
+        chosen = self._select(pruner, full, statistics, request.generation.seeds(len(sequences)))
         return dataclasses.replace(chosen, model=None if self._in_place else self._own_fingerprint())
 
     def logits(
@@ -406,11 +419,13 @@ class LLM:
             )
         self._busy = self._in_place is not None
         try:
-            yield from self._answer(self._plan(prompts, request, stream), stream, reader)
+            yield from self._answer(self._plan(prompts, request, stream, reader), stream, reader)
         finally:
             self._busy = False
 
-    def _plan(self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool) -> Plan:
+    def _plan(
+        self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool, reader: Reader | None = None
+    ) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
         extensions, generation, experts = request.extensions, request.generation, request.experts
         candidates = self._candidates(request)
@@ -425,7 +440,7 @@ class LLM:
         sequences = self._tokenize(prompts, generation.chat)
         self._check_room(sequences, generation.max_new_tokens)
         self._check_experts(experts, len(sequences))
-        self._check_adapter(request, len(sequences))
+        self._check_adapter(request, len(sequences), dense=dense)
         trial = trial_tokens(min(map(len, sequences))) if candidates else 0
         if candidates and not trial:
             # Nothing is known of how much it would lose.
@@ -478,7 +493,7 @@ class LLM:
             self._drafter = None
         if self._few is not None and mixed is not None and self._few[0] != mixed.coarse:
             self._few = None
-        self._check_memory(plan)
+        self._check_memory(plan, 0 if reader is None else reader.held_bytes(plan))
         return plan
 
     def _candidates(self, request: Request) -> dict[float, Candidate]:
@@ -543,8 +558,8 @@ class LLM:
         own = () if generation.ignore_eos else self.config.eos_token_ids
         return tuple(dict.fromkeys((*own, *more)))
 
-    def _check_memory(self, plan: Plan) -> None:
-        """Raise `MemoryError` unless the answers can be written with what is free."""
+    def _check_memory(self, plan: Plan, cache_there: int) -> None:
+        """Raise `MemoryError` unless the answers can be written with what is free, and so many bytes of a cache."""
         batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
         shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
         pruned = not plan.dense and self._in_place is None
@@ -568,6 +583,8 @@ class LLM:
             spare=0 if self._spare is None else self._spare.ff_bytes,
             adapters=adapter_bytes(plan.request.adapter, batch),
         )
+        if "cache" in parts:
+            parts["cache"] = max(0, parts["cache"] - cache_there)
         advice = ["take fewer prompts at a time"] if batch > 1 else []
         if pruned:
             advice += ["let them share their neurons (shared=True)"] if batch > 1 and not shared else []
@@ -599,7 +616,10 @@ class LLM:
         model = full
         with watch.phase("prune"):
             if plan.drafter is not None:
-                model = self._drafter = jax.block_until_ready(self._drafter or drafter_of(model, plan.drafter))
+                drafter = self._drafter
+                if drafter is None or drafter.weights != plan.drafter:
+                    drafter = jax.block_until_ready(drafter_of(model, plan.drafter))
+                model = self._drafter = drafter
             if plan.mixed is not None:
                 model = jax.block_until_ready(self._prune_mixed(plan.pruner, plan.mixed, prefilled, kept=experts))
             elif experts is not None:
@@ -835,10 +855,12 @@ class LLM:
         masked: bool = False,
     ) -> Transformer:
         """The model with the kept rows only, in two formats; masked for a trial."""
-        if self._few is None:
-            self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
+        # Another thread may ask for another format meanwhile.
+        few = self._few
+        if few is None or few[0] != mixed.coarse:
+            few = self._few = mixed.coarse, jax.block_until_ready(coarse(self.model, mixed.coarse))
         chosen = pruner.select_mixed(self.model, prefilled.statistics, mixed, kept)
-        return pruner.prune_mixed(self.model, self._few[1], mixed, chosen, prefilled.rows, masked=masked)
+        return pruner.prune_mixed(self.model, few[1], mixed, chosen, prefilled.rows, masked=masked)
 
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
@@ -911,7 +933,7 @@ class LLM:
                 f" {self._own_fingerprint()}); choose them with this one's LLM.experts"
             )
 
-    def _check_adapter(self, request: Request, batch: int) -> None:
+    def _check_adapter(self, request: Request, batch: int, *, dense: bool) -> None:
         adapter = request.adapter
         if adapter is None:
             return
@@ -925,6 +947,12 @@ class LLM:
             raise ValueError("draft_weights are a copy of the model, which has no adapter: draft_weights=None")
         if request.extensions.mixed_weights is not None:
             raise ValueError("mixed_weights are rows of the model, which has no adapter: mixed_weights=None")
+        several = batch > 1 if isinstance(adapter, Library) else len({id(one) for one in _each(adapter, batch)}) > 1
+        if several and not dense and (request.extensions.rows or request.griffin.method == "magnitude"):
+            raise ValueError(
+                'a refit and method "magnitude" go by the matrices of one model, and prompts with adapters of their own'
+                " have one each: give such prompts one at a time, or refit=False and another method"
+            )
         if isinstance(adapter, Library):
             adapter.check(self._own_fingerprint())
             if missing := sorted(set(range(len(adapter))) - set(adapter.trained())):
@@ -932,7 +960,7 @@ class LLM:
                     f"{adapter.folder}: cluster {missing[0]} has no adapter yet; griffin-jax moin train trains it"
                 )
             return
-        each = [adapter] * batch if isinstance(adapter, Adapter) else list(adapter)
+        each = _each(adapter, batch)
         if len(each) != batch:
             raise ValueError(f"there are {len(each)} adapters for {batch} prompts; give one for each, or one for all")
         for one in each:
@@ -952,6 +980,11 @@ LOGITS_OPTIONS = {"seed", "griffin", *(field.name for field in dataclasses.field
 
 for _function in (LLM.generate, LLM.stream, LLM.experts):
     _function.__signature__ = signature(_function)  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _each(adapter: Adapter | Sequence[Adapter | None], batch: int) -> list[Adapter | None]:
+    """The adapter of each prompt."""
+    return [adapter] * batch if isinstance(adapter, Adapter) else list(adapter)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

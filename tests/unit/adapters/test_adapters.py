@@ -353,6 +353,17 @@ class TestGenerate:
             ]
             assert found == [each.tokens[0] for each in alone]
 
+    def test_experts_are_those_that_are_kept(self, tiny, pair):
+        options = {"density": 0.5, "max_new_tokens": 2}
+        kept = tiny.llm.generate(self.PROMPTS, adapter=pair[0], **options).experts
+        found = tiny.llm.experts(self.PROMPTS, adapter=pair[0], density=0.5)
+        for own, expected in zip(found, kept, strict=True):
+            np.testing.assert_array_equal(own, expected)
+        plain = tiny.llm.experts(self.PROMPTS, density=0.5)
+        assert any((own != other).any() for own, other in zip(found, plain, strict=True))
+        with pytest.raises(TypeError, match="which it is asked for"):
+            tiny.llm.experts(self.PROMPTS, experts=plain)
+
     def test_with_drafts_it_is_the_adapted_models_answer(self, tiny, pair):
         options = {"adapter": pair[0], "max_new_tokens": 6}
         dense = tiny.llm.generate(self.PROMPTS, density=1.0, **options).tokens
@@ -366,6 +377,12 @@ class TestGenerate:
             tiny.llm.generate(self.PROMPTS, adapter=pair[0], speculative=True, draft_weights="int8", max_new_tokens=2)
         with pytest.raises(ValueError, match="mixed_weights are rows of the model, which has no adapter"):
             tiny.llm.generate(self.PROMPTS, adapter=pair[0], mixed_weights="int4:16@0.5", max_new_tokens=2)
+        for options in ({"refit": 8}, {"method": "magnitude"}):
+            with pytest.raises(ValueError, match="prompts with adapters of their own have one each"):
+                tiny.llm.generate(self.PROMPTS, adapter=[pair[0], None], max_new_tokens=2, **options)
+            for alike in ([pair[0], pair[0]], pair[0]):
+                tiny.llm.generate(self.PROMPTS, adapter=alike, max_new_tokens=2, **options)
+            tiny.llm.generate(self.PROMPTS, adapter=[pair[0], None], max_new_tokens=2, density=1.0, **options)
         with pytest.raises(ValueError, match="has an adapter already"):
             gj.LLM(attach(tiny.llm.model, pair[0])).generate(self.PROMPTS, adapter=pair[0], max_new_tokens=2)
         with pytest.raises(ValueError, match="with in_place rows of weights move"):

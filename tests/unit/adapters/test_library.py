@@ -298,6 +298,15 @@ class TestPriors:
             library.prior(1)
 
 
+def test_texts_longer_than_the_context_are_refused(worded, library, tmp_path, capsys):
+    context, model = worded.llm.config.max_positions, ["--model", str(worded.folder)]
+    folder, held = str(library.folder), tmp_path / "held.txt"
+    held.write_text(PASSAGES[0])
+    for arguments in (["train", folder], ["eval", folder, "--text", str(held)]):
+        assert main(["moin", *arguments, *model, "--length", str(context + 1)]) == 2
+        assert f"--length {context + 1} is more than the context of {context} tokens" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_line(worded, tmp_path, capsys):
     texts = tmp_path / "texts.jsonl"

@@ -323,6 +323,28 @@ class TestAnswers:
             self.PROMPTS, density=1, max_new_tokens=8, ignore_eos=True
         ).tokens  # fmt: skip
 
+    def test_experts_are_those_that_are_kept(self, model):
+        llm, options = gj.LLM(model), {"density": 0.5, "mixed_weights": "int4:16"}
+        kept = llm.generate(self.PROMPTS, max_new_tokens=8, **options).experts
+        assert kept is not None
+        for found, expected in zip(llm.experts(self.PROMPTS, **options), kept, strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+    def test_another_thread_may_want_another_format(self, model, monkeypatch):
+        """What it has made meanwhile is not taken for the rows of this answer."""
+        expected = gj.LLM(model).generate(self.PROMPTS, density=0.5, **self.OPTIONS).tokens
+        llm = gj.LLM(model)
+        select, other = llm._select, WeightFormat("int4", 8)
+
+        def meanwhile(*arguments):
+            llm._few = other, coarse(model, other)
+            return select(*arguments)
+
+        monkeypatch.setattr(llm, "_select", meanwhile)
+        assert llm.generate(self.PROMPTS, density=0.5, **self.OPTIONS).tokens == expected
+        assert llm._few is not None
+        assert llm._few[0] == MIXED.coarse
+
     def test_rows_in_few_bits_are_no_memory_for_another_answer(self, model):
         """With all neurons in few bits the answer's model is what the next such answer needs, too."""
         llm, options = gj.LLM(model), self.OPTIONS | {"mixed_weights": "int4:16"}

@@ -17,7 +17,7 @@ from griffin_jax.factor.factorize import factorize
 from griffin_jax.factor.general import activations, centred
 from griffin_jax.factor.layer import expert_outputs, in_training, trainable
 from griffin_jax.factor.losses import balance, oracle_labels, prior_approximate
-from griffin_jax.factor.training import expert_loss, load_curve, read, train_factors, trained
+from griffin_jax.factor.training import Curve, expert_loss, load_curve, read, train_factors, trained
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.parallel.mesh import make_mesh
@@ -137,6 +137,19 @@ class TestCentred:
 def test_activations_are_relative(texts):
     for layer in activations(random_model(LLAMA), texts):
         np.testing.assert_allclose(np.square(layer.astype(np.float32)).sum(-1), 1, atol=5e-3)
+
+
+def test_half_a_line_of_a_curve_is_neither_read_nor_continued(tmp_path):
+    file = tmp_path / "curve.jsonl"
+    figures = {name: np.asarray([0.5]) for name in ("agreement", "load")}
+    Curve(file, 10).add("routers", 0, 0, figures)
+    whole = file.read_text()
+    file.write_text(whole + whole[:30])
+    for step in (1, 2):
+        curve = Curve(file, 10)
+        curve.add("routers", 0, step, figures)
+        assert [line["step"] for line in load_curve(file)] == [*range(step + 1)]
+        assert curve.lines == load_curve(file)
 
 
 class TestTraining:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import first_and_slow
 import griffin_jax as gj
 from griffin_jax.llm.chat import Chat
 from griffin_jax.parallel.mesh import make_mesh
+from griffin_jax.utils import memory
 
 SAID = ("The river is slow.", "And the bridge?", "It was built of iron, a long time ago.")
 
@@ -55,6 +57,20 @@ OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 def test_turns_are_what_generate_answers(llm, options):
     chat = llm.chat(**OPTIONS, **options)
     assert replies(chat) == by_generate(llm, **OPTIONS, **options)
+
+
+def test_the_cache_that_is_there_is_not_asked_for_again(llm, monkeypatch):
+    """But for one that has to grow, which is there twice for a while."""
+    chat = llm.chat(**OPTIONS, density=1.0)
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "check", lambda parts, *_: asked.append(parts["cache"]))
+    slots = [0]
+    for text in SAID * 2:
+        chat.say(text)
+        slots.append(chat._state.cache.slots)
+    grew = [after > before for before, after in itertools.pairwise(slots)]
+    assert [cache > 0 for cache in asked] == grew
+    assert set(grew) == {True, False}
 
 
 def test_only_what_is_new_is_read(llm):

@@ -109,6 +109,14 @@ def test_needs_grow_with_the_work():
     assert "compiled programs" not in narrow.generation(1, 1, 1)
 
 
+def test_regrouped_rows_need_room_beside_the_old_ones():
+    config = dataclasses.replace(CONFIG, ff_width=1 << 14)
+    needs = Needs(config, HALVES, platform="gpu", loaded=True)
+    dense, pruned = (needs.generation(1, 3, 4, kept, in_place=True) for kept in (None, [1 << 13] * config.num_layers))
+    assert "regrouping" not in dense
+    assert pruned["regrouping"] == 2 * 2 * config.ff_width * config.width
+
+
 def test_devices_have_their_share():
     mesh = jax.sharding.AbstractMesh((2, 2), ("data", "model"))
     whole, part = (Needs(CONFIG, HALVES, on, "gpu").generation(8, 512, 128, HALF) for on in (None, mesh))
@@ -158,6 +166,15 @@ class TestLLM:
         monkeypatch.setattr(loading, "assemble", lambda *_: pytest.fail("loaded"))
         with pytest.raises(MemoryError, match=r"\(weights .* are free; take weights of fewer bits"):
             gj.load(tiny.folder)
+
+    def test_weights_of_4_bits_that_do_not_fit_are_not_loaded(self, tiny, monkeypatch):
+        """On a CPU each of their numbers is a byte."""
+        model = gj.load(tiny.folder, weights="int4:16").model
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+        on_their_way = loading.loading_bytes([leaf.size for leaf in jax.tree.leaves(model)], 4)
+        monkeypatch.setattr(memory, "free", lambda devices: held + on_their_way - 1)
+        with pytest.raises(MemoryError, match=r"\(weights .* are free; take weights of fewer bits"):
+            gj.load(tiny.folder, weights="int4:16")
 
     def test_what_fits_is_answered(self, tiny, monkeypatch):
         needs = needs_of(tiny.llm.model).generation(1, 3, 4, [24] * 2)
