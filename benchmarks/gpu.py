@@ -76,7 +76,9 @@ class Size:
     gemv: bool
 
 
-FULL = Size(("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, ("bfloat16", "int8", "int4"), FAMILIES, gemv=True)
+FULL = Size(
+    ("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, ("bfloat16", "int8", "int4"), FAMILIES, gemv=True
+)
 SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, ("bfloat16", "int8"), FAMILIES[:1], gemv=False)
 """For a test of this command on any machine. Its figures mean nothing."""
 

@@ -152,7 +152,7 @@ class Peer:
         baseline: name of the system whose dense decoding its speed-up refers to.
         measure: (prompt, new tokens, density) -> seconds of `prefill` and of one decoded `token`.
         weights: file that it reads, where it does not take those that griffin_jax has.
-        weights_bytes: bytes of its weights that a step reads; None for those of griffin_jax's first format.
+        weights_bytes: bytes of its weights that a step reads; None for those of griffin_jax's model in float32.
         cache_itemsize: bytes of a number in its cache.
     """
 
@@ -164,6 +164,11 @@ class Peer:
     weights: str | None = None
     weights_bytes: int | None = None
     cache_itemsize: int = 4
+
+    @property
+    def format(self) -> WeightFormat | None:
+        """The format of griffin_jax whose bytes it reads, if it reads those of one."""
+        return WeightFormat("float32") if self.weights_bytes is None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -560,7 +565,7 @@ def _measure_case(
     tokens, lengths = pad(prompts.tolist(), bucket(case.prompt))
     ours = [Measured(OURS, OURS, variant, compile=0.0) for variant in plan.variants(case)]
     theirs = [
-        (peer, Measured(peer.name, peer.baseline, Variant(density)))
+        (peer, Measured(peer.name, peer.baseline, Variant(density, weights=peer.format)))
         for peer in peers
         for density in ([d for d in plan.densities if d < 1] if peer.prunes else [1.0])
     ]

@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
     folder: Path = options.output
     check_folder("--output", folder, RESULTS)
     check_matplotlib("flocking")
-    check_files(options.files, once=True)
+    check_files(options.files, once=True, by_name=True)
 
     mesh = chosen_mesh(options)
     needs = chosen_needs(options, mesh)

@@ -327,19 +327,22 @@ def check_folder(name: str, folder: Path, result: str) -> None:
     check_output(name, folder / result if folder.exists() else folder)
 
 
-def check_files(files: Sequence[Path], once: bool = False) -> None:
+def check_files(files: Sequence[Path], once: bool = False, by_name: bool = False) -> None:
     """Raise unless all files exist.
 
     Args:
         files: what is to be read.
         once: whether each may be given once only.
+        by_name: whether this is also so of files in different folders that have the same name, by which texts go.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is given twice.
+        ValueError: a file is given twice, or two have the same name.
     """
     if once and len(set(files)) < len(files):
         raise ValueError(f"a file is given twice: {', '.join(map(str, files))}")
+    if by_name and len({file.name for file in files}) < len(files):
+        raise ValueError(f"texts go by the names of their files, and two have the same: {', '.join(map(str, files))}")
     if missing := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"there is no file {missing[0]}")
 

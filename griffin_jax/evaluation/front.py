@@ -65,6 +65,12 @@ def check_variants(
             f"{shared[0]} has rows in two formats, which are not refitted: give --quality griffin, or both formats"
             " without a part"
         )
+    of_bytes = [each for each in mixed if each.share is None]
+    if of_bytes and all(variant.method == DENSE for variant in variants):
+        raise ValueError(
+            f"{of_bytes[0]} is what densities below 1 count bytes of: give one, or a part that is precise, such as"
+            f" {of_bytes[0]}@0.25"
+        )
     for weights, variant in compared(formats, variants):
         found, kept = resolved(weights, variant)
         if not isinstance(found, MixedFormat):

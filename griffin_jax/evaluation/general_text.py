@@ -48,14 +48,20 @@ LEAST_TEXTS, MOST_HELD_OUT = 5, 8
 """A trial needs a fifth of the texts, and at most this many of them."""
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """The special tokens that every text begins with."""
+    text = "A"
+    tokens = tokenizer.encode(text)
+    return tokens[: len(tokens) - len(tokenizer.encode(text, special=False))]
+
+
 def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]:
     """A text in windows of at most `length` tokens, each of which begins as a text of its own does.
 
     Raises:
         ValueError: the length leaves no room for text after the first token.
     """
-    tokens, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
-    first = tokens[: len(tokens) - len(plain)]
+    plain, first = tokenizer.encode(text, special=False), beginning(tokenizer)
     if length <= len(first):
         raise ValueError(f"windows of {length} tokens have no room after the {len(first)} that a text begins with")
     step = length - len(first)

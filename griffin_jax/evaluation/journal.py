@@ -23,7 +23,7 @@ class Journal:
     Args:
         folder: made if it does not exist.
         settings: everything that the scores depend on.
-        overwrite: drop scores of other settings instead of refusing to mix them.
+        overwrite: drop scores of other settings, or a damaged file, instead of refusing to mix them.
         unused: settings that are None as long as no score depends on them, and may be given later.
 
     Raises:
@@ -42,14 +42,19 @@ class Journal:
         self._file = self.folder / FILE
         self.scores: dict[str, Any] = {}
         wanted = json.loads(json.dumps(settings))
-        lines = [] if overwrite else self._read()
-        if lines:
-            had = lines[0]["settings"]
-            wanted = _completed(wanted, had, unused)
-            self._check(_completed(had, wanted, unused), wanted)
-            self.scores = {line["text"]: line["scores"] for line in lines[1:]}
-            if had == wanted:
-                return
+        try:
+            lines = self._read()
+            if lines:
+                had = lines[0]["settings"]
+                wanted = _completed(wanted, had, unused)
+                self._check(_completed(had, wanted, unused), wanted)
+                self.scores = {line["text"]: line["scores"] for line in lines[1:]}
+                if had == wanted:
+                    return
+        except ValueError:
+            if not overwrite:
+                raise
+            lines, wanted = [], json.loads(json.dumps(settings))
         self.folder.mkdir(parents=True, exist_ok=True)
         lines = [{"settings": wanted}, *lines[1:]]
         write_text(self._file, "".join(json.dumps(line) + "\n" for line in lines))
@@ -66,10 +71,7 @@ class Journal:
     @classmethod
     def going_on(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Journal:
         """The journal of these settings, whatever is in its folder of others: what only saves time may be dropped."""
-        try:
-            return cls(folder, settings)
-        except ValueError:
-            return cls(folder, settings, overwrite=True)
+        return cls(folder, settings, overwrite=True)
 
     def remove(self) -> None:
         """Deletes the file, and its folder if nothing else is in it."""

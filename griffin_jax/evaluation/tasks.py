@@ -94,6 +94,7 @@ def perplexity(
     size: int,
     seed: int,
     extensions: Extensions = DEFAULTS,
+    lead: int = 0,
 ) -> dict[str, Any]:
     """Scores of the same tokens after the last P tokens of what stands before them, for every P.
 
@@ -107,6 +108,7 @@ def perplexity(
         size: texts in a batch.
         seed: of all draws.
         extensions: what the steps beyond GRIFFIN take.
+        lead: tokens that every text begins with, of which shorter prompts have all, too.
 
     Returns:
         For each text and P (as text) what `score_answers` has, along `news`.
@@ -115,7 +117,7 @@ def perplexity(
     def score(batch: Batch) -> list[dict[str, Any]]:
         found = []
         for length in prompts:
-            shortened = [dataclasses.replace(item, prompt=item.prompt[-length:]) for item in batch.items]
+            shortened = [_shortened(item, length, lead) for item in batch.items]
             short = batch_of(shortened, size, seed)
             prefilled = short.prefill(llm.model, batch.answers.shape[1], rows_of(variants, extensions))
             answers = batch.answers, batch.answer_lengths, batch.seeds
@@ -126,6 +128,11 @@ def perplexity(
         ]
 
     return evaluate(items, score, journal, size=size, seed=seed)
+
+
+def _shortened(item: Item, length: int, lead: int) -> Item:
+    """The text with the last tokens of its prompt, behind those that it begins with."""
+    return dataclasses.replace(item, prompt=[*item.prompt[:lead], *item.prompt[lead:][-(length - lead) :]])
 
 
 def summarize(

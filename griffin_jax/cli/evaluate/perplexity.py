@@ -14,6 +14,7 @@ from griffin_jax.cli.evaluate.texts import check_lengths
 from griffin_jax.cli.options import numbers
 from griffin_jax.evaluation import report, tasks
 from griffin_jax.evaluation.batches import Item
+from griffin_jax.evaluation.general_text import beginning, windows
 from griffin_jax.evaluation.grid import Variant
 from griffin_jax.evaluation.samples import Skipped, read_texts
 from griffin_jax.extensions.config import Extensions
@@ -45,6 +46,10 @@ def prepare(
         if length < 1:
             raise ValueError(f"lengths are at least 1 token, got {length}")
     check_lengths(llm, prompts[-1], news[-1])
+    assert llm.tokenizer is not None
+    lead = len(beginning(llm.tokenizer))
+    if prompts[0] <= lead:
+        raise ValueError(f"--prompt-tokens {prompts[0]} has no room after the {lead} that every text begins with")
     items = list(itertools.islice(_windows(options.files, llm, prompts[-1], news[-1], skipped), options.limit))
     return Evaluation(
         items,
@@ -59,6 +64,7 @@ def prepare(
             size=options.batch,
             seed=options.seed,
             extensions=extensions,
+            lead=lead,
         ),
         lambda scores: report.perplexity_figures(scores, variants, prompts, news, options.seed),
         lambda figures: report.perplexity_table(figures, prompts, news),
@@ -70,10 +76,9 @@ def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Sk
     """Windows of prompt + new tokens, one after the other; what is left at a file's end is too short for one."""
     assert llm.tokenizer is not None
     for name, text in read_texts(files, skipped):
-        tokens = llm.tokenizer.encode(text)
-        whole = len(tokens) // (prompt + new)
+        every = windows(llm.tokenizer, text, prompt + new)
+        whole = [window for window in every if len(window) == prompt + new]
         if not whole:
             skipped.add(f"shorter than a window of {prompt} + {new} tokens", name)
-        for number in range(whole):
-            window = tokens[number * (prompt + new) : (number + 1) * (prompt + new)]
+        for number, window in enumerate(whole):
             yield Item(f"{name}, window {number + 1}", window[:prompt], window[prompt:])

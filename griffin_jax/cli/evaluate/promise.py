@@ -88,8 +88,6 @@ def choose(options: argparse.Namespace) -> None:
         raise ValueError(
             f"prompts of {options.prompt_tokens} tokens are too short for a trial: --prompt-tokens {SHORTEST} or more"
         )
-    if len({file.name for file in options.files}) < len(options.files):
-        raise ValueError("files are shown by their names, and two have the same")
 
 
 def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:

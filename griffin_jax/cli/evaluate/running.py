@@ -110,7 +110,8 @@ def run(options: argparse.Namespace) -> None:
     if options.task == "summarize":
         tasks.rouge_scorer(options.stem)
     files = options.files if hasattr(options, "files") else [options.file]
-    check_files(files, once=options.task == "promise")
+    several = options.task == "promise"
+    check_files(files, once=several, by_name=several)
 
     mesh = chosen_mesh(options)
     check_batch(options, mesh)

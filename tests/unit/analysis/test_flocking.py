@@ -177,6 +177,16 @@ def written(texts: list[list[int]]) -> list[str]:
     return [" ".join(f"w{token}" for token in text) for text in texts]
 
 
+def test_files_of_one_name_are_not_mixed_up(worded, texts, tmp_path, capsys):
+    """Texts are told apart by the names of their files."""
+    files = [tmp_path / name / "texts.jsonl" for name in ("news", "code")]
+    for file, text in zip(files, written(texts), strict=False):
+        file.parent.mkdir()
+        file.write_text(json.dumps({"text": text}) + "\n")
+    assert command(tmp_path / "out", *map(str, files), "--model", str(worded.folder)) == 2
+    assert "two have the same: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("continuation", first_and_slow(1, "own", "text"))
 def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuation):
     """From a file to JSON, against torch's intermediates; the third text is alone in its batch.

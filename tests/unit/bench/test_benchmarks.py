@@ -305,6 +305,22 @@ def test_medians_of_made_up_samples():
     assert half["slots"] == 128 + 16
 
 
+@pytest.mark.parametrize("formats", ["int8,float32", "float32,int8"])
+def test_peers_in_pytorch_read_the_model_in_float32(formats):
+    options = ("--model", "SmolLM2-135M", "--lengths", "100+11", "--density", "0.5", "--weights", formats)
+    plan = bench.check(bench_options(*options))
+    peer = runner.Peer("torch", "2", prunes=True, baseline="torch", measure=lambda *_: {})
+    ours, theirs = (runner.Variant(0.5, weights=weights) for weights in (FLOAT32, peer.format))
+    sample = {"prefill": 1.0, "decode": 1.0}
+    rows = [
+        runner.Measured("griffin_jax", "griffin_jax", ours, [sample]),
+        runner.Measured("torch", "torch", theirs, [sample]),
+    ]
+    mine, other = runner.summarise(plan, plan.cases[0], rows, 1e9, {"torch": peer})
+    assert other["weights_bytes"] == mine["weights_bytes"]
+    assert dataclasses.replace(peer, weights_bytes=1).format is None
+
+
 def test_statistic_share_weighs_both_orders_alike():
     samples = [{"prefill": ratio, "prefill_without": 1.0} for ratio in (1.2, 0.9, 1.2)]
     assert runner._statistic_share(samples) == pytest.approx((1.2 * 0.9) ** 0.5 - 1)

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import PASSAGES, first_and_slow
 from reference import assert_close, oracle_topk
+from transformers import PreTrainedTokenizerFast
 
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
-from griffin_jax.evaluation import batches, groups, intervals, report, tasks
+from griffin_jax.cli.evaluate import perplexity
+from griffin_jax.evaluation import batches, general_text, groups, intervals, report, tasks
 from griffin_jax.evaluation.batches import Item, batch_of
 from griffin_jax.evaluation.forced import score_answers
 from griffin_jax.evaluation.grid import Variant, grid, models, seed_of
@@ -24,6 +27,7 @@ from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.evaluation.prompts import summarization_prompt
 from griffin_jax.evaluation.samples import SHOWN, Skipped, excerpt, read_jsonl, read_texts
 from griffin_jax.generation import jitted
+from griffin_jax.text.tokenizer import Tokenizer
 
 ROWS = grid(["topk"], [0.5])
 ITEMS = [
@@ -142,7 +146,10 @@ class TestJournal:
         with pytest.raises(ValueError, match=r"other settings \(seed was 1, is 2\); give another --output"):
             Journal(tmp_path, {"seed": 2, "rows": ("dense",)})
         assert Journal(tmp_path, {"seed": 1, "rows": ("dense",)}).scores == {"a": 1}
+        # What is of the same settings stays.
+        assert Journal(tmp_path, {"seed": 1, "rows": ["dense"]}, overwrite=True).scores == {"a": 1}
         assert Journal(tmp_path, {"seed": 2}, overwrite=True).scores == {}
+        assert Journal(tmp_path, {"seed": 2}).scores == {}
 
     def test_settings_that_nothing_depended_on_so_far(self, tmp_path):
         def scores(**settings: object) -> dict:
@@ -292,6 +299,30 @@ class TestTasks:
             np.testing.assert_allclose(
                 got["topk 0.5"]["loss"], [expected[:1].sum(), expected.sum()], rtol=1e-4, atol=1e-5
             )
+
+    def test_shorter_prompts_begin_as_every_text_does(self, worded, tmp_path):
+        item = Item("a", [1, 2, *range(5, 25)], [50, 51])
+        options = {"prompts": [5, 22], "news": [2], "size": 1, "seed": 0}
+        found = tasks.perplexity(worded.llm, [item], ROWS, memory(tmp_path), **options, lead=2)
+        for length, prompt in ((5, [1, 2, 22, 23, 24]), (22, item.prompt)):
+            expected = by_hand(worded.llm.model, Item("a", prompt, item.answer), 0.5)["loss"]
+            got = found["a"][str(length)]["topk 0.5"]["loss"]
+            np.testing.assert_allclose(got, [expected.sum()], rtol=1e-4, atol=1e-5)
+
+    def test_every_window_begins_as_a_text_does(self, worded, tmp_path):
+        """A tokenizer that puts a token in front of a text puts it in front of each of its windows."""
+        backend = tokenizers.Tokenizer.from_file(str(worded.folder / "tokenizer.json"))
+        backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>").save_pretrained(tmp_path / "with-bos")
+        llm = gj.LLM(worded.llm.model, Tokenizer.from_folder(tmp_path / "with-bos"))
+        (tmp_path / "t.txt").write_text(PASSAGES[0], encoding="utf-8")
+        plain = worded.llm.tokenizer.encode(PASSAGES[0])
+        items = list(perplexity._windows([tmp_path / "t.txt"], llm, 9, 3, Skipped()))
+        assert len(items) == len(plain) // 11 > 2
+        for number, item in enumerate(items):
+            assert [*item.prompt, *item.answer] == [1, *plain[11 * number : 11 * number + 11]]
+        assert general_text.beginning(llm.tokenizer) == [1]
+        assert general_text.beginning(worded.llm.tokenizer) == []
 
     def test_summaries_are_what_generate_writes(self, worded, tmp_path):
         from rouge_score.rouge_scorer import RougeScorer

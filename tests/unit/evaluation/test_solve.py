@@ -291,6 +291,10 @@ class TestCommand:
             (["--format", "gsm8k", "--seconds", "0"], "seconds must be a whole number of at least 1, got 0"),
             (["--format", "gsm8k", "--new-tokens", "0"], "--new-tokens must be a whole number of at least 1, got 0"),
             (["--format", "gsm8k", "--weights", "int5"], "int5"),
+            (
+                ["--format", "gsm8k", "--weights", "float32+int8", "--density", "1"],
+                "float32+int8 is what densities below 1 count bytes of: give one, or a part that is precise",
+            ),
             (["--format", "gsm8k", "--drafters", "int4"], "a drafter is a format with a density, such as int4@0.5"),
             (["--format", "gsm8k"], "no text can be used (1 x no column 'question')"),
         ],
