@@ -12,10 +12,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LLAMA_LIKE, VOCABULARY, build_torch
+from cases import LLAMA_LIKE, VOCABULARY, all_cases, build_torch
 from cases.mpt import CASES as MPT
 from cases.phi3 import longrope
 from reference import assert_close, stepwise_logits, torch_logits
+from transformers import AutoConfig
 
 import griffin_jax as gj
 from griffin_jax.checkpoints.families import families, family_of
@@ -42,6 +43,24 @@ def read_gguf(model_type: str, metadata: dict[str, Any], *tensors: str) -> dict[
     gguf = families()[model_type].gguf
     assert gguf is not None
     return gguf.read_config(Attributes(metadata, "model.gguf"), Stored(dict.fromkeys(tensors, (1,))))
+
+
+# ---- kinds of layers ----
+
+
+@pytest.mark.parametrize("family", all_cases())
+def test_kinds_of_layers_that_a_file_does_not_list_are_those_of_transformers(family, tmp_path):
+    """Newer configurations list which layers have a window; older ones say it by other attributes or not at all."""
+    cases = all_cases()[family]
+    for number, attributes in enumerate(cases.variants.values()):
+        values = {**cases.config, **attributes}
+        theirs = AutoConfig.for_model(family, **values)
+        theirs.save_pretrained(tmp_path / str(number))
+        listed = json.loads((tmp_path / str(number) / "config.json").read_text())
+        if "layer_types" in values or "layer_types" not in listed:
+            continue
+        without = {name: value for name, value in listed.items() if name != "layer_types"}
+        assert read(without) == read(listed)
 
 
 # ---- LongRoPE ----
