@@ -316,8 +316,11 @@ class LLM:
         self._check_room(sequences, 0)
         self._check_in_place(pruner.config, 1)
         self._check_adapter(request, len(sequences), dense=False)
+        batch, longest_prompt = len(sequences), max(map(len, sequences))
+        parts = needs_of(self.model).selecting(batch, longest_prompt, adapter_bytes(adapter, batch))
+        memory.check(parts, free_for(self.model), "take fewer or shorter prompts")
         full = self.model if adapter is None else self._with_adapters(adapter, sequences)[0]
-        tokens, lengths = pad(sequences, bucket(max(map(len, sequences))))
+        tokens, lengths = pad(sequences, bucket(longest_prompt))
         longest = request.generation.max_new_tokens
         statistics = jitted.prefill(full, tokens, lengths, max_new_tokens=0, longest=longest).statistics
         chosen = self._select(pruner, full, statistics, request.generation.seeds(len(sequences)))

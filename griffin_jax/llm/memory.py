@@ -310,6 +310,17 @@ class Needs:
         kept = sum(map(self.in_memory, both.copied, (formats.fine, formats.coarse)))
         return self.in_memory(sizes(formats.coarse).ff(None), formats.coarse), kept, both.masked
 
+    def selecting(self, batch: int, prompt: int, adapters: int = 0) -> Parts:
+        """What reading prompts and choosing their neurons needs, as `LLM.experts` does.
+
+        Args:
+            batch: sequences.
+            prompt: tokens of the longest prompt.
+            adapters: bytes of the prompts' adapters and of what is made of these.
+        """
+        _, reading = self._reading(batch, bucket(prompt), 0, collect=True, rows=0)
+        return self._worst(reading | {"adapters": adapters})
+
     def logits(self, batch: int, length: int, prompt: int) -> Parts:
         """What the logits of whole texts need, as `LLM.logits` gives them.
 

@@ -156,6 +156,15 @@ class TestLLM:
         with pytest.raises(MemoryError, match="load the model with in_place=True, shorten prompts"):
             tiny.llm.generate([5, 6, 7], max_new_tokens=4)
 
+    def test_experts(self, tiny, monkeypatch):
+        needs = needs_of(tiny.llm.model).selecting(2, 3)
+        monkeypatch.setattr(memory, "free", lambda devices: sum(needs.values()))
+        assert len(tiny.llm.experts([[5, 6, 7], [8, 9]])) == 2
+        monkeypatch.setattr(memory, "free", lambda devices: sum(needs.values()) - 1)
+        monkeypatch.setattr(jitted, "prefill", lambda *_, **__: pytest.fail("computed"))
+        with pytest.raises(MemoryError, match="are free; take fewer or shorter prompts"):
+            tiny.llm.experts([[5, 6, 7], [8, 9]])
+
     def test_logits(self, tiny, monkeypatch):
         monkeypatch.setattr(memory, "free", lambda devices: 1000)
         with pytest.raises(MemoryError, match="are free; take fewer or shorter sequences"):
