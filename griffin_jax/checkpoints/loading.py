@@ -134,7 +134,7 @@ def describe(source: str | Path, allow_pickle: bool = False) -> tuple[ModelConfi
     # Of the hub the rest of the weights would be downloaded; in a folder it is an error if only some are there.
     if foreign and not has_weights(folder, whole=on_hub):
         return read_hf_config(folder)[1], None
-    opened = open_source(source, allow_pickle)
+    opened = open_source(source if on_hub else folder, allow_pickle)
     return opened.config, opened
 
 

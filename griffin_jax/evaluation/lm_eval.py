@@ -31,7 +31,7 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs, postproce
 from tqdm import tqdm
 
 from griffin_jax import __version__
-from griffin_jax.adapters.adapter import attach
+from griffin_jax.adapters.adapter import Adapter, attach
 from griffin_jax.adapters.library import Library
 from griffin_jax.adapters.peft import load_adapter
 from griffin_jax.checkpoints import demo
@@ -434,12 +434,37 @@ class GriffinLM(TemplateLM):
         return answers
 
     def _answers(self, prompts: list[list[int]], new: int, options: Mapping[str, Any], seed: int) -> Iterable[str]:
+        library, model = self._library, self._llm.model
+        of_one_model = self._request.extensions.rows > 0 or self._request.griffin.method == "magnitude"
+        if library is None or not of_one_model:
+            return self._written(prompts, library, new, options, seed)
+        # Rows are refitted to, and weights measured of, one model: the prompts of each cluster are asked together.
+        chosen = library.route(library.embedder(model, self.tokenizer), prompts).tolist()
+        found = [""] * len(prompts)
+        for cluster in sorted(set(chosen)):
+            numbers = [number for number, own in enumerate(chosen) if own == cluster]
+            rows = [prompts[number] for number in numbers]
+            if not self._pruner.config.shared:
+                rows += [rows[-1]] * (len(prompts) - len(rows))
+            texts = self._written(rows, library.adapter(cluster, model.config), new, options, seed)
+            for number, text in zip(numbers, texts, strict=False):
+                found[number] = text
+        return found
+
+    def _written(
+        self,
+        prompts: list[list[int]],
+        adapter: Adapter | Library | None,
+        new: int,
+        options: Mapping[str, Any],
+        seed: int,
+    ) -> Iterable[str]:
         griffin, extensions = self._request.griffin, self._request.extensions
         generation = self._llm.generate(
             prompts,
             griffin=griffin,
             extensions=extensions,
-            adapter=self._library,
+            adapter=adapter,
             max_new_tokens=new,
             seed=seed,
             **options,

@@ -304,7 +304,7 @@ class LLM:
             ValueError: as for `generate`.
         """
         if "experts" in options:
-            raise TypeError("experts() got experts, which it is asked for: give what they are chosen by")
+            raise TypeError("experts() chooses experts and takes none: give density, method, ...")
         request = Request.of("experts", None, adapter, **options)
         if request.extensions.max_divergence is not None:
             raise ValueError(
@@ -492,9 +492,11 @@ class LLM:
         )
         if not candidates:
             self._keep_spare_for(plan)
-        if self._drafter is not None and plan.drafter not in (None, self._drafter.weights):
+        # Looked at once each, as another thread may drop them meanwhile.
+        drafter, few = self._drafter, self._few
+        if drafter is not None and plan.drafter not in (None, drafter.weights):
             self._drafter = None
-        if self._few is not None and mixed is not None and self._few[0] != mixed.coarse:
+        if few is not None and mixed is not None and few[0] != mixed.coarse:
             self._few = None
         self._check_memory(plan, 0 if reader is None else reader.held_bytes(plan))
         return plan
@@ -528,7 +530,8 @@ class LLM:
     def _keep_spare_for(self, plan: Plan) -> None:
         """Drops the rows of an earlier answer unless those of this one are of the same sizes."""
         stored_as = plan.drafter or self.model.weights
-        if self._spare is not None and (self._spare.neurons, self._spare.weights) != (plan.kept, stored_as):
+        spare = self._spare
+        if spare is not None and (spare.neurons, spare.weights) != (plan.kept, stored_as):
             self._spare = None
 
     def _mixed(self, request: Request) -> MixedFormat | None:
@@ -565,7 +568,7 @@ class LLM:
         """Raise `MemoryError` unless the answers can be written with what is free, and so many bytes of a cache."""
         batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
         shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
-        pruned = not plan.dense and self._in_place is None
+        pruned, spare = not plan.dense and self._in_place is None, self._spare
         parts = needs_of(self.model).generation(
             batch,
             max(map(len, plan.sequences)),
@@ -583,7 +586,7 @@ class LLM:
             mixed_is_there=self._few is not None,
             trial=plan.trial,
             in_place=self._in_place is not None,
-            spare=0 if self._spare is None else self._spare.ff_bytes,
+            spare=0 if spare is None else spare.ff_bytes,
             adapters=adapter_bytes(plan.request.adapter, batch),
         )
         if "cache" in parts:
@@ -950,7 +953,10 @@ class LLM:
             raise ValueError("draft_weights are a copy of the model, which has no adapter: draft_weights=None")
         if request.extensions.mixed_weights is not None:
             raise ValueError("mixed_weights are rows of the model, which has no adapter: mixed_weights=None")
-        several = batch > 1 if isinstance(adapter, Library) else len({id(one) for one in _each(adapter, batch)}) > 1
+        if isinstance(adapter, Library):
+            several = batch > 1 and len(adapter) > 1
+        else:
+            several = len({id(one) for one in _each(adapter, batch)}) > 1
         if several and not dense and (request.extensions.rows or request.griffin.method == "magnitude"):
             raise ValueError(
                 'a refit and method "magnitude" go by the matrices of one model, and prompts with adapters of their own'

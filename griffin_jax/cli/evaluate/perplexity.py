@@ -49,11 +49,13 @@ def prepare(
     assert llm.tokenizer is not None
     lead = len(beginning(llm.tokenizer))
     if prompts[0] <= lead:
-        raise ValueError(f"--prompt-tokens {prompts[0]} has no room after the {lead} that every text begins with")
+        raise ValueError(
+            f"--prompt-tokens {prompts[0]} leaves no room for text after the {lead} that every text begins with"
+        )
     items = list(itertools.islice(_windows(options.files, llm, prompts[-1], news[-1], skipped), options.limit))
     return Evaluation(
         items,
-        {"prompts": prompts, "new": news},
+        {"prompts": prompts, "new": news} | ({"lead": lead} if lead else {}),
         lambda journal: tasks.perplexity(
             llm,
             items,

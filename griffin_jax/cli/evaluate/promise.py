@@ -68,8 +68,7 @@ def choose(options: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality, a number is outside its range, the prompts are too short for a trial, or
-            two files have the same name.
+        ValueError: there is no such quality, a number is outside its range, or the prompts are too short for a trial.
     """
     options.promises = numbers("--max-divergence", options.promises, float)
     for most in options.promises:

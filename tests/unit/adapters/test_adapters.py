@@ -361,7 +361,7 @@ class TestGenerate:
             np.testing.assert_array_equal(own, expected)
         plain = tiny.llm.experts(self.PROMPTS, density=0.5)
         assert any((own != other).any() for own, other in zip(found, plain, strict=True))
-        with pytest.raises(TypeError, match="which it is asked for"):
+        with pytest.raises(TypeError, match="chooses experts and takes none"):
             tiny.llm.experts(self.PROMPTS, experts=plain)
 
     def test_with_drafts_it_is_the_adapted_models_answer(self, tiny, pair):

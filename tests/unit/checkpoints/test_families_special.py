@@ -82,6 +82,16 @@ def answer(llm: gj.LLM, *prompts: list[int]) -> list[list[int]]:
     return llm.generate(prompts, max_new_tokens=12, density=1.0, ignore_eos=True).tokens
 
 
+def test_experts_of_longrope_go_by_prompt_and_answer_together(longropes, rng):
+    """As the answer's own; a prompt of 25 tokens is below the limit, and above it with an answer of 12."""
+    llm, prompt = longropes["both"], rng.integers(3, VOCABULARY, 25).tolist()
+    kept = llm.generate([prompt], max_new_tokens=12, density=0.5).experts
+    found, short = (llm.experts([prompt], max_new_tokens=new, density=0.5) for new in (12, 1))
+    assert kept is not None
+    assert all((own == other).all() for own, other in zip(found, kept, strict=True))
+    assert any((own != other).any() for own, other in zip(found, short, strict=True))
+
+
 def test_longrope_goes_by_prompt_and_answer_together(longropes, rng):
     below, above = (rng.integers(3, VOCABULARY, n).tolist() for n in (20, 21))
     for prompt in (below, above):

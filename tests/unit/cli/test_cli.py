@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import checkpoints
 import pytest
 from reference import load_torch
 
@@ -130,6 +131,13 @@ class TestInfo:
         code, _, err = run(capfd, "generate", "--model", str(tmp_path), "--prompt", "x")
         assert code == 2
         assert "has neither model.safetensors" in err
+
+    def test_a_config_beside_its_weights(self, capfd, tmp_path):
+        folder = checkpoints.write(tmp_path / "hf")
+        _, expected, _ = run(capfd, "info", "--model", str(folder), "--json")
+        code, out, _ = run(capfd, "info", "--model", str(folder / "config.json"), "--json")
+        assert code == 0
+        assert {**json.loads(out), "model": str(folder)} == json.loads(expected)
 
     def test_warnings_are_one_line(self, capfd, model, tmp_path):
         values = json.loads((Path(model) / "config.json").read_text())

@@ -387,6 +387,19 @@ class TestAdapters:
         expected = [alone[number][row][0] for row, number in enumerate(chosen)]
         np.testing.assert_allclose([score for score, _ in found], expected, rtol=1e-4)
 
+    @pytest.mark.slow
+    def test_answers_of_a_library_go_by_the_matrices_of_each_cluster(self, model, library):
+        options = {"density": 0.5, "method": "magnitude", "moin": library.folder}
+        until = [(context, {"until": [], "max_gen_toks": 6}) for context, _ in self.REQUESTS]
+        found, alone = (
+            GriffinLM(model.folder, batch_size=size, **options).generate_until(
+                requests("generate_until", *until), disable_tqdm=True
+            )
+            for size in (3, 1)
+        )
+        assert found == alone
+        assert len(set(found)) > 1
+
     def test_not_both(self, model, library):
         with pytest.raises(ValueError, match="adapter or moin, not both"):
             GriffinLM(model.folder, adapter=library.adapter_folder(0), moin=library.folder)
