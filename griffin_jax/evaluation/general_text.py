@@ -48,9 +48,8 @@ LEAST_TEXTS, MOST_HELD_OUT = 5, 8
 """A trial needs a fifth of the texts, and at most this many of them."""
 
 
-def beginning(tokenizer: Tokenizer) -> list[int]:
-    """The special tokens that every text begins with."""
-    text = "A"
+def beginning(tokenizer: Tokenizer, text: str = "A") -> list[int]:
+    """The special tokens that a text begins with, as every other one does."""
     tokens = tokenizer.encode(text)
     return tokens[: len(tokens) - len(tokenizer.encode(text, special=False))]
 
@@ -61,7 +60,7 @@ def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]
     Raises:
         ValueError: the length leaves no room for text after the first token.
     """
-    plain, first = tokenizer.encode(text, special=False), beginning(tokenizer)
+    plain, first = tokenizer.encode(text, special=False), beginning(tokenizer, text)
     if length <= len(first):
         raise ValueError(f"windows of {length} tokens have no room after the {len(first)} that a text begins with")
     step = length - len(first)

@@ -109,6 +109,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class TestLoss:
+    @pytest.mark.slow
     def test_is_the_divergence_of_answers(self, tiny):
         model, adapter = tiny.llm.model, drawn_adapter(tiny.llm.config, 1)
         tokens = np.random.default_rng(0).integers(3, 101, (2, 14)).astype(np.int32)

@@ -140,17 +140,14 @@ class TestPrograms:
         assert "bf16[13824,5120]" in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("Llama-2-13B", {}),
-        *(
-            pytest.param(model, options, marks=pytest.mark.slow)
-            for model in ("Llama-2-13B", "Llama-3-8B", "Gemma-7B")
-            for options in ({}, {"weights": "int8"}, {"batch": 8, "shared": True})
-            if (model, options) != ("Llama-2-13B", {})
-        ),
+        (model, options)
+        for model in ("Llama-2-13B", "Llama-3-8B", "Gemma-7B")
+        for options in ({}, {"weights": "int8"}, {"batch": 8, "shared": True})
     ],
     ids=str,
 )

@@ -68,6 +68,7 @@ def stored_as(drafter: drafts.Drafter) -> str:
     return "own" if drafter.weights is None else str(drafter.weights)
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_generate(primed, scores):
     for item in ITEMS:
         for drafter in EVERY:
@@ -83,6 +84,7 @@ def test_counts_are_those_of_generate(primed, scores):
             assert found["seconds"] > 0
 
 
+@pytest.mark.slow
 def test_figures_are_what_follows_from_them(primed, scores):
     figures = drafts.figures(scores, EVERY, primed.llm, slots=40, new=NEW, seed=0, extensions=gj.Extensions())
     assert [entry["bytes"]["value"] for entry in figures] == sorted(entry["bytes"]["value"] for entry in figures)
