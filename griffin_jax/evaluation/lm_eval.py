@@ -18,7 +18,7 @@ import dataclasses
 import inspect
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -434,19 +434,17 @@ class GriffinLM(TemplateLM):
         return answers
 
     def _answers(self, prompts: list[list[int]], new: int, options: Mapping[str, Any], seed: int) -> Iterable[str]:
-        library, model = self._library, self._llm.model
+        library = self._library
         of_one_model = self._request.extensions.rows > 0 or self._request.griffin.method == "magnitude"
         if library is None or not of_one_model:
             return self._written(prompts, library, new, options, seed)
         # Rows are refitted to, and weights measured of, one model: the prompts of each cluster are asked together.
-        chosen = library.route(library.embedder(model, self.tokenizer), prompts).tolist()
         found = [""] * len(prompts)
-        for cluster in sorted(set(chosen)):
-            numbers = [number for number, own in enumerate(chosen) if own == cluster]
+        for adapter, numbers in self._by_cluster(library, prompts):
             rows = [prompts[number] for number in numbers]
             if not self._pruner.config.shared:
                 rows += [rows[-1]] * (len(prompts) - len(rows))
-            texts = self._written(rows, library.adapter(cluster, model.config), new, options, seed)
+            texts = self._written(rows, adapter, new, options, seed)
             for number, text in zip(numbers, texts, strict=False):
                 found[number] = text
         return found
@@ -531,16 +529,18 @@ class GriffinLM(TemplateLM):
         if self._library is None or not passages:
             yield from likelihoods(self._llm.model, passages, self._pruner, **options)
             return
-        model = self._llm.model
-        chosen = self._library.route(
-            self._library.embedder(model, self.tokenizer), [(*p.prompt, *p.more) for p in passages]
-        )
-        for cluster in sorted(set(chosen.tolist())):
-            numbers = [number for number, own in enumerate(chosen) if own == cluster]
-            adapted = attach(model, self._library.adapter(cluster, model.config))
+        for adapter, numbers in self._by_cluster(self._library, [(*p.prompt, *p.more) for p in passages]):
+            adapted = attach(self._llm.model, adapter)
             some = [passages[number] for number in numbers]
             for number, score in likelihoods(adapted, some, self._pruner, **options):
                 yield numbers[number], score
+
+    def _by_cluster(self, library: Library, contexts: Sequence[Sequence[int]]) -> Iterator[tuple[Adapter, list[int]]]:
+        """The adapter of each cluster that contexts go to, with the numbers of these contexts."""
+        model = self._llm.model
+        chosen = library.route(library.embedder(model, self.tokenizer), contexts).tolist()
+        for cluster in sorted(set(chosen)):
+            yield library.adapter(cluster, model.config), [n for n, own in enumerate(chosen) if own == cluster]
 
 
 ARGUMENTS = tuple(

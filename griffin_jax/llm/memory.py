@@ -35,7 +35,7 @@ from griffin_jax.model.attention import QUERY_BLOCK
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.products import BLOCK_ROWS
 from griffin_jax.model.sharding import HEADS, VOCABULARY, check_mesh, divided, with_kv_copies, with_whole_experts
-from griffin_jax.model.sizes import Sizes, bytes_of, local_arrays
+from griffin_jax.model.sizes import Sizes, held_bytes, local_arrays
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, local_sequences, mesh_of
@@ -284,8 +284,7 @@ class Needs:
         if in_place and kept is not None:
             # A matrix with a row for each neuron is there twice while its rows are regrouped.
             arrays = local_arrays(c, self._parts, self.precision).items()
-            regrouped = max(bytes_of(array) for path, array in arrays if ".ff." in path)
-            pruning["regrouping"] = self.in_memory(regrouped, self.precision.weights)
+            pruning["regrouping"] = max(held_bytes(array, self.platform) for path, array in arrays if ".ff." in path)
         if rows and kept is not None:
             together = rows * (own if sets == 1 else 1)
             system = together + calibration
