@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
-from griffin_jax.checkpoints import mxfp4
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
+from griffin_jax.checkpoints.quantised.methods import OF_ACTIVATIONS, join, kinds_of
 from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names
 from griffin_jax.checkpoints.schema.layouts import Rules
 from griffin_jax.checkpoints.sources import (
@@ -96,8 +97,12 @@ def weight_files(folder: Path, pickle: bool) -> list[str]:
     return [form.single, *form.shards(folder)]
 
 
-STORED = {**FLOATS, "U8": np.dtype(np.uint8)}
-"""Dtypes of what is read from safetensors."""
+STORED = {
+    **FLOATS, "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}  # fmt: skip
+"""Dtypes of what is read from safetensors, the parts of quantised tensors among them."""
 
 WRAPPERS = re.compile(r"^(module\.)+|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 """What torch's DataParallel, compile, FSDP and checkpointing put into the names of tensors."""
@@ -132,13 +137,22 @@ class HuggingFaceFolder(Reader):
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
         for file in shards:
             self._open(file)
-        self._packed = self._join_packed()
+        quantisation = read_json(folder / "config.json").get("quantization_config") or {}
+        kinds = kinds_of(quantisation, str(folder))
+        self._parts = self.tensors
+        try:
+            self.tensors, self._packed = join(self._parts, kinds, self._read_stored)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+        if quantisation:
+            self.ignored += OF_ACTIVATIONS
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
         self.rules, self._stored = self._rules_and_names()
         self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
+        self.ignored += self._empty_biases()
         if self.family.leaves_out:
             message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
             warnings.warn(f"{message} {self.family.leaves_out}", CheckpointWarning, stacklevel=2)
@@ -154,20 +168,19 @@ class HuggingFaceFolder(Reader):
         return self.read_rows(name, 0, None)
 
     def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
-        info, name = self.tensors[name], self._stored[name]
-        file = self._files[name]
+        name = self._stored[name]
+        if packed := self._packed.get(name):
+            return packed.rows(self._read_stored, start, stop)
+        return self._read_stored(name, start, stop)
+
+    def _read_stored(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        """Rows of a tensor as they are stored."""
+        info, file = self._parts[name], self._files[name]
         if pickle := self._pickles.get(file):
             for other in self._pickles.values():
                 if other is not pickle:
                     other.release()
             return pickle.read(name, start, stop)
-        if name in self._packed:
-            return mxfp4.dequantise(*(self._read_stored(*part, start, stop) for part in self._packed[name]))
-        return self._read_stored(name, info, start, stop)
-
-    def _read_stored(self, name: str, info: TensorInfo, start: int, stop: int | None) -> np.ndarray:
-        """Rows of a tensor of safetensors as they are stored."""
-        file = self._files[name]
         num_rows, *row = info.shape or (1,)
         stop = num_rows if stop is None else stop
         count = math.prod(row)
@@ -267,20 +280,14 @@ class HuggingFaceFolder(Reader):
         self.tensors.update(tensors)
         self._files.update(dict.fromkeys(tensors, file))
 
-    def _join_packed(self) -> dict[str, tuple[tuple[str, TensorInfo], ...]]:
-        """Take numbers and scales of four bits for one tensor, by the name of its numbers; gives both parts."""
-        packed = {}
-        for name, blocks in list(self.tensors.items()):
-            base = name.removesuffix(mxfp4.BLOCKS)
-            if base == name or blocks.dtype != "U8" or len(blocks.shape) < 3:
-                continue
-            scales = self.tensors.pop(base + mxfp4.SCALES, None)
-            self.tensors[name] = mxfp4.whole(blocks)
-            if wrong := mxfp4.problem(base, blocks, scales):
-                self.problems.append(wrong)
-            elif scales is not None:
-                packed[name] = (name, blocks), (base + mxfp4.SCALES, scales)
-        return packed
+    def _empty_biases(self) -> tuple[str, ...]:
+        """Patterns of biases of zeros that quantised layers have: a model that has no biases may ignore them.
+
+        AutoGPTQ wrote one for every layer.
+        """
+        layers = (name.removesuffix("weight") for name, stored in self._stored.items() if stored in self._packed)
+        biases = [name for layer in layers if (name := f"{layer}bias") in self.tensors]
+        return tuple(re.escape(name) for name in biases if not self.read(name).any())
 
     def _check_index(self, listed: Mapping[str, Path]) -> None:
         misplaced = [

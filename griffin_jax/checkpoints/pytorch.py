@@ -152,7 +152,10 @@ class PickleFile:
 
     def _describe(self, tensor: Any) -> tuple[tuple[int, ...], str]:
         torch = self._torch
-        names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+        names = {
+            torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+            torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32", torch.int64: "I64",
+        }  # fmt: skip
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         dtype = str(tensor.dtype).removeprefix("torch.")
         if not plain:

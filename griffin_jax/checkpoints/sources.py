@@ -41,7 +41,10 @@ FLOATS = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dt
 """Floating dtypes of weights, by their names in safetensors and GGUF."""
 
 MXFP4 = "MXFP4"
-"""Name of the dtype of `griffin_jax.checkpoints.mxfp4`, and of the same numbers in GGUF files."""
+"""Name of the dtype of `griffin_jax.checkpoints.quantised.mxfp4`, and of the same numbers in GGUF files."""
+
+PACKED = (MXFP4, "NVFP4", "NF4", "FP4", "FP8", "INT2", "INT4", "INT8")
+"""Names of the dtypes of quantised safetensors' numbers."""
 
 LISTED = 8
 """Number of tensors of a kind that a message names, at most."""
@@ -480,7 +483,7 @@ def listed_names(kind: str, names: list[str]) -> list[str]:
 
 
 def is_supported(dtype: str) -> bool:
-    return dtype in FLOATS or dtype == MXFP4 or is_quantised(dtype)
+    return dtype in FLOATS or dtype in PACKED or is_quantised(dtype)
 
 
 def _stored_dtype(tensors: Iterable[TensorInfo]) -> np.dtype:

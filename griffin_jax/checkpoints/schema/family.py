@@ -21,6 +21,10 @@ from griffin_jax.checkpoints.schema.layouts import Rules, TensorRule, sizes_of
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.utils.messages import brief
 
+QUANTISATIONS = ("gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "bitsandbytes")
+"""Values of `quant_method` that say how linear layers of any family are stored, see
+`griffin_jax.checkpoints.quantised.methods`."""
+
 
 class StoredTensors(Protocol):
     """The tensors of a GGUF file, which the description of a family may look at in addition to the metadata."""
@@ -95,7 +99,7 @@ class Family:
     renamed: tuple[tuple[str, str], ...] = ()
     leaves_out: str = ""
     constants: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    quantisations: tuple[str, ...] = ()
+    quantisations: tuple[str, ...] = QUANTISATIONS
     unsaid_tie: bool = False
 
     def name_of(self, stored: str) -> str:
@@ -108,11 +112,11 @@ class Family:
         Raises:
             ValueError: an attribute is missing, out of range or not understood.
         """
-        method = (values.get("quantization_config") or {}).get("quant_method")
-        if values.get("quantization_config") and method not in self.quantisations:
+        quantisation = values.get("quantization_config")
+        if quantisation and method_of(quantisation) not in self.quantisations:
             raise ValueError(
-                f"{where}: quantised checkpoints are not supported, and quantization_config is "
-                f"{values['quantization_config']!r}; use the unquantised one, or a GGUF file"
+                f"{where}: quantization_config is {quantisation!r:.500}, and of this family quantised checkpoints of "
+                f"{', '.join(self.quantisations)} are read; use one of these, the unquantised one or a GGUF file"
             )
         attributes = Attributes(values, where)
         attributes.take("model_type", str)
@@ -200,3 +204,11 @@ def fitting_rules(ways: Sequence[Rules], config: ModelConfig, stored: Collection
 def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a tensor is knowingly ignored."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def method_of(quantisation: Any) -> str | None:
+    """Who quantised a checkpoint, by its `quantization_config`: `quant_method`, which bitsandbytes' first ones lack."""
+    if not isinstance(quantisation, dict):
+        return None
+    said = quantisation.get("quant_method")
+    return "bitsandbytes" if said is None and {"load_in_4bit", "load_in_8bit"} & quantisation.keys() else said

@@ -211,8 +211,12 @@ def test_defaults_come_from_the_class_of_the_model_type():
 
 
 def test_quantised_checkpoints_are_refused():
-    with pytest.raises(ValueError, match=r"quantised checkpoints are not supported.*awq"):
-        read(quantization_config={"quant_method": "awq"})
+    with pytest.raises(
+        ValueError, match=r"quantization_config is .*aqlm.*quantised checkpoints of gptq, awq, fp8.* are"
+    ):
+        read(quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(ValueError, match=r"quantization_config is 'awq'"):
+        read(quantization_config="awq")
 
 
 def test_missing_attributes_are_listed_together():

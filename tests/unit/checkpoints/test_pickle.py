@@ -241,7 +241,7 @@ def test_payloads_that_are_no_state_dicts(tmp_path, payload, message):
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda tensor: tensor.int(), "int32"),
+        (lambda tensor: tensor.int(), "I32"),
         (lambda tensor: tensor.to_sparse(), "float32 (torch.sparse_coo, cpu)"),
         (lambda tensor: tensor.to("meta"), "float32 (torch.strided, meta)"),
     ],

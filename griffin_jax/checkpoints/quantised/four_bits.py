@@ -1,0 +1,98 @@
+"""Matrices of four bits of bitsandbytes: NF4 and FP4 ([arXiv 2305.14314](https://arxiv.org/abs/2305.14314))."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+from jaxtyping import Float32
+
+from griffin_jax.checkpoints.quantised.parts import Packed, Parts, Read, UnfitError
+from griffin_jax.checkpoints.sources import TensorInfo
+from griffin_jax.utils.messages import brief
+
+WEIGHT, STATE = ".weight", ".weight.quant_state.bitsandbytes__"
+"""Ends of the names of the numbers, and of the tensor whose bytes are JSON; what kind of number it is follows."""
+
+KINDS = ("nf4", "fp4")
+
+
+@dataclasses.dataclass(frozen=True)
+class FourBits(Packed):
+    """Numbers of a table, times the scale of their block; blocks go on from row to row.
+
+    Attributes:
+        base: name of the layer.
+        info: see `Packed`.
+        kind: of `KINDS`.
+        block: numbers that share a scale.
+        nested: scales that share a scale of their own, if scales are of 8 bits (double quantisation); else None.
+        offset: what is added to such scales.
+    """
+
+    base: str
+    info: TensorInfo
+    kind: str
+    block: int
+    nested: int | None
+    offset: float
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.base}{WEIGHT}"
+
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        ends = ["", ".absmax", ".quant_map", *((".nested_absmax", ".nested_quant_map") if self.nested else ())]
+        return *(f"{self.name}{end}" for end in ends), f"{self.base}{STATE}{self.kind}"
+
+    @classmethod
+    def of(cls, parts: Parts) -> FourBits:
+        """The matrix that parts make.
+
+        Raises:
+            UnfitError: they do not fit.
+        """
+        kind = next((kind for kind in KINDS if parts.get(STATE + kind) is not None), KINDS[0])
+        parts.need(STATE + kind, (None,), "U8")
+        try:
+            state = json.loads(parts.read(f"{parts.base}{STATE}{kind}", 0, None).tobytes())
+            outputs, inputs = map(int, state["shape"])
+            block, nested = int(state["blocksize"]), None
+            if parts.get(f"{WEIGHT}.nested_absmax") is not None:
+                nested = int(state["nested_blocksize"])
+            offset = float(state.get("nested_offset", 0.0))
+            if min(outputs, inputs, block, 1 if nested is None else nested) < 1 or inputs % 2:
+                raise ValueError(f"{outputs} rows of {inputs} numbers in blocks of {block}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UnfitError("malformed", f"{parts.base}{STATE}{kind} ({brief(error)})") from error
+        count = outputs * inputs
+        parts.need(WEIGHT, (count // 2, 1), "U8")
+        parts.need(f"{WEIGHT}.quant_map", (16,), "F32")
+        scales = -(-count // block)
+        parts.need(f"{WEIGHT}.absmax", (scales,), "F32" if nested is None else "U8")
+        if nested is not None:
+            parts.need(f"{WEIGHT}.nested_absmax", (-(-scales // nested),), "F32")
+            parts.need(f"{WEIGHT}.nested_quant_map", (256,), "F32")
+        return cls(parts.base, TensorInfo((outputs, inputs), kind.upper()), kind, block, nested, offset)
+
+    def rows(self, read: Read, start: int, stop: int | None) -> Float32[np.ndarray, "rows columns"]:
+        outputs, inputs = self.info.shape
+        first, last = start * inputs, (outputs if stop is None else stop) * inputs
+        octets = read(self.name, first // 2, last // 2)[:, 0]
+        table = read(f"{self.name}.quant_map", 0, None)
+        # The upper bits of a byte come first.
+        values = table[np.stack([octets >> 4, octets & 15], axis=-1)].reshape(-1)
+        values *= self._scales(read, first // self.block, math.ceil(last / self.block))[
+            np.arange(first, last) // self.block - first // self.block
+        ]
+        return values.reshape(-1, inputs)
+
+    def _scales(self, read: Read, start: int, stop: int) -> Float32[np.ndarray, " blocks"]:
+        scales = read(f"{self.name}.absmax", start, stop)
+        if self.nested is None:
+            return scales
+        table, own = (read(f"{self.name}.nested_{end}", 0, None) for end in ("quant_map", "absmax"))
+        return table[scales] * own[np.arange(start, stop) // self.nested] + np.float32(self.offset)

@@ -1,0 +1,122 @@
+"""Tensors that are stored in parts: integers or small floats, with their scales.
+
+They are found by the names and dtypes of their parts, and read as the numbers that they mean, in float32; what becomes
+of these is up to the format that the model is loaded in. A linear layer's matrix is (O, I): outputs, inputs.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, Shaped, UInt8
+
+from griffin_jax.checkpoints.sources import TensorInfo
+
+WORD_BITS = 32
+"""Bits of the integers that smaller ones are packed into."""
+
+SCALES = ("F32", "BF16", "F16")
+"""Dtypes of scales."""
+
+Read = Callable[[str, int, int | None], np.ndarray]
+"""Rows of a stored tensor: its name, the first row, and the one after the last or None."""
+
+
+class UnfitError(Exception):
+    """Raised where parts do not make a tensor.
+
+    Attributes:
+        problem: what is wrong with one of them, in a word or two.
+        what: which one, and how.
+    """
+
+    def __init__(self, problem: str, what: str):
+        super().__init__(f"{problem}: {what}")
+        self.problem, self.what = problem, what
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The stored tensors whose names begin alike.
+
+    Attributes:
+        base: what their names begin with: the name of the layer.
+        stored: all tensors of the checkpoint, by name.
+        read: function that reads rows of one.
+    """
+
+    base: str
+    stored: Mapping[str, TensorInfo]
+    read: Read
+
+    def get(self, end: str) -> TensorInfo | None:
+        """The part whose name ends so, if there is one."""
+        return self.stored.get(self.base + end)
+
+    def need(self, end: str, shape: tuple[int | None, ...], *dtypes: str) -> TensorInfo:
+        """A part of this shape, of which None stands for any size, and of one of these dtypes.
+
+        Raises:
+            UnfitError: it is not there, or is not like this.
+        """
+        info = self.get(end)
+        if info is None:
+            raise UnfitError("missing", f"{self.base}{end}")
+        fits = len(info.shape) == len(shape) and all(
+            size in (None, got) for size, got in zip(shape, info.shape, strict=True)
+        )
+        if not fits or info.dtype not in dtypes:
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            raise UnfitError(
+                "misshapen",
+                f"{self.base}{end} is {info.shape} of {info.dtype}, not ({sizes}{',' * (len(shape) == 1)}) of "
+                f"{' or '.join(dtypes)}",
+            )
+        return info
+
+
+class Packed(abc.ABC):
+    """A tensor that is stored in parts.
+
+    Attributes:
+        name: its name, as an unquantised checkpoint has it.
+        info: its shape, and a name for the dtype of its numbers, which is one of `sources.PACKED`.
+        parts: names of the stored tensors that make it.
+    """
+
+    name: str
+    info: TensorInfo
+    parts: tuple[str, ...]
+
+    @abc.abstractmethod
+    def rows(self, read: Read, start: int, stop: int | None) -> Float32[np.ndarray, "rows *rest"]:
+        """The numbers of some rows, as they are meant.
+
+        Raises:
+            ValueError: the parts contradict each other.
+        """
+
+
+def unpacked(words: Int32[np.ndarray, "*rows n"], bits: int) -> UInt8[np.ndarray, "*rows m"]:
+    """The unsigned numbers of 2, 4 or 8 bits in words of 32; those in the lower bits come first."""
+    octets = np.ascontiguousarray(words).astype("<i4", copy=False).view(np.uint8)
+    if bits == 8:
+        return octets
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return ((octets[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(*octets.shape[:-1], -1)
+
+
+def of_each(
+    groups: Int[np.ndarray, " columns"], values: Shaped[np.ndarray, "rows groups"], what: str
+) -> Shaped[np.ndarray, "rows columns"]:
+    """What the group of each column has.
+
+    Raises:
+        ValueError: a group is not there.
+    """
+    if groups.size and not 0 <= groups.min() <= groups.max() < values.shape[1]:
+        raise ValueError(f"{what}: names groups up to {groups.max()}, and there are {values.shape[1]}")
+    return values[:, groups]
