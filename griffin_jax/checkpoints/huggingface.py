@@ -19,7 +19,7 @@ import numpy as np
 
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
-from griffin_jax.checkpoints.quantised.methods import OF_ACTIVATIONS, join, kinds_of
+from griffin_jax.checkpoints.quantised.methods import BESIDE, join, kinds_of
 from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names
 from griffin_jax.checkpoints.schema.layouts import Rules
 from griffin_jax.checkpoints.sources import (
@@ -132,6 +132,7 @@ class HuggingFaceFolder(Reader):
         self._files: dict[str, Path] = {}
         self._pickles: dict[Path, PickleFile] = {}
         self._starts: dict[str, int] = {}
+        self._whole: tuple[str, dict[str, np.ndarray]] = "", {}
         self._format = self._choose_format(allow_pickle)
         listed = self._shards()
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
@@ -141,11 +142,11 @@ class HuggingFaceFolder(Reader):
         kinds = kinds_of(quantisation, str(folder))
         self._parts = self.tensors
         try:
-            self.tensors, self._packed = join(self._parts, kinds, self._read_stored)
+            self.tensors, self._packed = join(self._parts, kinds, self._read_stored, self._is_needless)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         if quantisation:
-            self.ignored += OF_ACTIVATIONS
+            self.ignored += BESIDE
         self.files = [folder / "config.json", *shards]
         if listed:
             self._check_index(listed)
@@ -170,8 +171,22 @@ class HuggingFaceFolder(Reader):
     def read_rows(self, name: str, start: int, stop: int | None) -> np.ndarray:
         name = self._stored[name]
         if packed := self._packed.get(name):
-            return packed.rows(self._read_stored, start, stop)
+            if self._whole[0] != name:
+                self._whole = name, {}
+            return packed.rows(self._read_part, start, stop)
         return self._read_stored(name, start, stop)
+
+    def _read_part(self, name: str, start: int, stop: int | None) -> np.ndarray:
+        """Rows of a part as they are stored; what is read whole is kept for the next rows of the same tensor."""
+        if (start, stop) != (0, None):
+            return self._read_stored(name, start, stop)
+        _, parts = self._whole
+        if name not in parts:
+            parts[name] = self._read_stored(name, 0, None)
+        return parts[name]
+
+    def _is_needless(self, name: str) -> bool:
+        return is_ignored(self.family.name_of(name), self.ignored)
 
     def _read_stored(self, name: str, start: int, stop: int | None) -> np.ndarray:
         """Rows of a tensor as they are stored."""
@@ -287,7 +302,8 @@ class HuggingFaceFolder(Reader):
         """
         layers = (name.removesuffix("weight") for name, stored in self._stored.items() if stored in self._packed)
         biases = [name for layer in layers if (name := f"{layer}bias") in self.tensors]
-        return tuple(re.escape(name) for name in biases if not self.read(name).any())
+        floating = [name for name in biases if self.tensors[name].dtype in FLOATS]
+        return tuple(re.escape(name) for name in floating if not self.read(name).any())
 
     def _check_index(self, listed: Mapping[str, Path]) -> None:
         misplaced = [

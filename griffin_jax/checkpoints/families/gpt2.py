@@ -115,6 +115,8 @@ def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str
 
 FAMILY = Family(
     model_type="gpt2",
+    # Its matrices are (inputs, outputs), those of its quantised checkpoints are not.
+    quantisations=(),
     title="GPT-2, DistilGPT2",
     read_config=read_config,
     rules=RULES,

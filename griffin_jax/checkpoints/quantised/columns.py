@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from griffin_jax.checkpoints.quantised.parts import (
-    SCALES,
+    SCALE_DTYPES,
     WORD_BITS,
     Packed,
     Parts,
@@ -68,7 +68,7 @@ class Columns(Packed):
         outputs, inputs = self.info.shape
         stop = outputs if stop is None else stop
 
-        # What is stored is read whole for any columns of it. It is small.
+        # Outputs are columns of what is stored, which is read whole for any of them.
         def stored(end: str) -> np.ndarray:
             return read(f"{self.base}.{end}", 0, None)
 
@@ -92,7 +92,7 @@ class Gptq(Columns):
     one_less: bool = True
 
     @classmethod
-    def of(cls, parts: Parts, bits: int, group: int | None, one_less: bool) -> Gptq:
+    def of(cls, parts: Parts, bits: int, group: int | None, one_less: bool, dynamic: bool) -> Gptq:
         """The matrix that parts make.
 
         Args:
@@ -100,22 +100,29 @@ class Gptq(Columns):
             bits: of a number, according to the configuration.
             group: inputs that share a scale; None for all.
             one_less: see `Gptq`.
+            dynamic: whether a layer may have other bits and groups than these.
 
         Raises:
             UnfitError: they do not fit.
         """
         words, outputs = parts.need(".qweight", (None, None), "I32").shape
-        ordered = parts.get(".g_idx") is not None
-        if ordered:
-            # GPTQModel can give a layer other bits than the configuration says.
-            (inputs,) = parts.need(".g_idx", (None,), "I32").shape
-            bits = words * WORD_BITS // max(inputs, 1)
+        groups, packed = parts.need(".qzeros", (None, None), "I32").shape
+        if dynamic and outputs:
+            bits = packed * WORD_BITS // outputs
         if bits not in BITS:
             allowed = ", ".join(map(str, BITS))
             raise UnfitError("not read", f"{parts.base}.qweight has numbers of {bits} bits, allowed are {allowed}")
         inputs = words * WORD_BITS // bits
-        groups = -(-inputs // (group or inputs))
-        parts.need(".scales", (groups, outputs), *SCALES)
+        if not inputs or outputs * bits % WORD_BITS:
+            raise UnfitError("not read", f"{parts.base}.qweight is {words, outputs}, with words that are not full")
+        ordered = parts.get(".g_idx") is not None
+        if ordered:
+            parts.need(".g_idx", (inputs,), "I32")
+        elif dynamic and groups and inputs % groups == 0:
+            group = inputs // groups
+        if not (ordered and dynamic):
+            groups = -(-inputs // (group or inputs))
+        parts.need(".scales", (groups, outputs), *SCALE_DTYPES)
         parts.need(".qzeros", (groups, outputs * bits // WORD_BITS), "I32")
         return cls(parts.base, TensorInfo((outputs, inputs), f"INT{bits}"), bits, group or inputs, ordered, one_less)
 
@@ -123,8 +130,11 @@ class Gptq(Columns):
         return unpacked(qweight[:, start:stop].T, self.bits)
 
     def zeros(self, qzeros: np.ndarray) -> UInt8[np.ndarray, "groups outputs"]:
-        # Of the sum, as many bits are kept: less one, a zero of 0 is stored as all ones.
-        return (unpacked(qzeros, self.bits) + np.uint8(self.one_less)) & np.uint8(2**self.bits - 1)
+        if self.one_less:
+            # From words, not from each number: a zero of 0 has borrowed from the one above it.
+            ones = np.uint32((2**WORD_BITS - 1) // (2**self.bits - 1))
+            qzeros = (qzeros.view(np.uint32) + ones).view(np.int32)
+        return unpacked(qzeros, self.bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +156,10 @@ class Awq(Columns):
             UnfitError: they do not fit.
         """
         inputs, words = parts.need(".qweight", (None, None), "I32").shape
+        if not inputs:
+            raise UnfitError("not read", f"{parts.base}.qweight is empty")
         groups, outputs = -(-inputs // (group or inputs)), words * len(cls.PLACES)
-        parts.need(".scales", (groups, outputs), *SCALES)
+        parts.need(".scales", (groups, outputs), *SCALE_DTYPES)
         parts.need(".qzeros", (groups, words), "I32")
         return cls(parts.base, TensorInfo((outputs, inputs), "INT4"), WORD_BITS // len(cls.PLACES), group or inputs)
 

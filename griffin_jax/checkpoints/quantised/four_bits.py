@@ -13,10 +13,13 @@ from griffin_jax.checkpoints.quantised.parts import Packed, Parts, Read, UnfitEr
 from griffin_jax.checkpoints.sources import TensorInfo
 from griffin_jax.utils.messages import brief
 
-WEIGHT, STATE = ".weight", ".weight.quant_state.bitsandbytes__"
-"""Ends of the names of the numbers, and of the tensor whose bytes are JSON; what kind of number it is follows."""
+WEIGHT, SCALES, STATE = ".weight", ".weight.absmax", ".weight.quant_state.bitsandbytes__"
+"""Ends of the names of the numbers, of their scales, and of the tensor whose bytes are JSON, which the kind follows."""
 
 KINDS = ("nf4", "fp4")
+
+STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""Bytes of the dtypes that the numbers may be stored as (`bnb_4bit_quant_storage`): only their bits count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,7 @@ class FourBits(Packed):
         base: name of the layer.
         info: see `Packed`.
         kind: of `KINDS`.
+        stored: bytes of an entry of the array that numbers are stored as.
         block: numbers that share a scale.
         nested: scales that share a scale of their own, if scales are of 8 bits (double quantisation); else None.
         offset: what is added to such scales.
@@ -35,6 +39,7 @@ class FourBits(Packed):
     base: str
     info: TensorInfo
     kind: str
+    stored: int
     block: int
     nested: int | None
     offset: float
@@ -66,28 +71,33 @@ class FourBits(Packed):
             offset = float(state.get("nested_offset", 0.0))
             if min(outputs, inputs, block, 1 if nested is None else nested) < 1 or inputs % 2:
                 raise ValueError(f"{outputs} rows of {inputs} numbers in blocks of {block}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise UnfitError("malformed", f"{parts.base}{STATE}{kind} ({brief(error)})") from error
         count = outputs * inputs
-        parts.need(WEIGHT, (count // 2, 1), "U8")
+        stored = parts.need(WEIGHT, (None, 1), *STORAGE)
+        size = STORAGE[stored.dtype]
+        parts.need(WEIGHT, (-(-count // 2 // size), 1), *STORAGE)
         parts.need(f"{WEIGHT}.quant_map", (16,), "F32")
         scales = -(-count // block)
-        parts.need(f"{WEIGHT}.absmax", (scales,), "F32" if nested is None else "U8")
+        parts.need(SCALES, (scales,), "F32" if nested is None else "U8")
         if nested is not None:
             parts.need(f"{WEIGHT}.nested_absmax", (-(-scales // nested),), "F32")
             parts.need(f"{WEIGHT}.nested_quant_map", (256,), "F32")
-        return cls(parts.base, TensorInfo((outputs, inputs), kind.upper()), kind, block, nested, offset)
+        return cls(parts.base, TensorInfo((outputs, inputs), kind.upper()), kind, size, block, nested, offset)
 
     def rows(self, read: Read, start: int, stop: int | None) -> Float32[np.ndarray, "rows columns"]:
         outputs, inputs = self.info.shape
         first, last = start * inputs, (outputs if stop is None else stop) * inputs
-        octets = read(self.name, first // 2, last // 2)[:, 0]
+        lead = first // 2 // self.stored
+        entries = read(self.name, lead, -(-last // 2 // self.stored))
+        octets = np.ascontiguousarray(entries).view(np.uint8).reshape(-1)[first // 2 - lead * self.stored :]
+        octets = octets[: (last - first) // 2]
         table = read(f"{self.name}.quant_map", 0, None)
         # The upper bits of a byte come first.
         values = table[np.stack([octets >> 4, octets & 15], axis=-1)].reshape(-1)
-        values *= self._scales(read, first // self.block, math.ceil(last / self.block))[
-            np.arange(first, last) // self.block - first // self.block
-        ]
+        begin, end = first // self.block, math.ceil(last / self.block)
+        scales = np.repeat(self._scales(read, begin, end), self.block)
+        values *= scales[first - begin * self.block : last - begin * self.block]
         return values.reshape(-1, inputs)
 
     def _scales(self, read: Read, start: int, stop: int) -> Float32[np.ndarray, " blocks"]:

@@ -9,17 +9,19 @@ from typing import Any
 
 from griffin_jax.checkpoints.quantised import mxfp4
 from griffin_jax.checkpoints.quantised.columns import Awq, Gptq
-from griffin_jax.checkpoints.quantised.four_bits import WEIGHT, FourBits
+from griffin_jax.checkpoints.quantised.four_bits import SCALES, WEIGHT, FourBits
 from griffin_jax.checkpoints.quantised.mxfp4 import Mxfp4
 from griffin_jax.checkpoints.quantised.parts import Packed, Parts, Read, UnfitError
 from griffin_jax.checkpoints.quantised.scaled import FP8, packed_numbers, rows_of_int8, whole_numbers
 from griffin_jax.checkpoints.schema.family import method_of
 from griffin_jax.checkpoints.sources import TensorInfo, listed_names
 
-OF_ACTIVATIONS = (
-    r".*\.(input|output|activation|[qkv])_(global_)?(scale|scale_inv|zero_point)", r".*\.weight_(format|shape)",
-)  # fmt: skip
-"""Tensors that say how activations and caches are rounded, which they are not here, or what others say as well."""
+BESIDE = (
+    r".*\.((prob_)?output|input|activation|act|kv|[qkv])_(global_)?(scale|scale_inv|scale_ub|zero_point)",
+    r".*\.weight_(shape|format)",
+)
+"""Tensors beside quantised ones: how activations and caches are rounded, which they are not here, and what is looked at
+where parts are joined."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +56,13 @@ def kinds_of(config: Mapping[str, Any], where: str) -> list[Kind]:
     try:
         # Blocks of MXFP4 are known by their names alone.
         return [_MXFP4, *(read(config) if read else [])]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         said = f"needs {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{where}: quantization_config of {method}: {said}; use the unquantised model") from error
 
 
 def join(
-    tensors: Mapping[str, TensorInfo], kinds: list[Kind], read: Read
+    tensors: Mapping[str, TensorInfo], kinds: list[Kind], read: Read, needless: Callable[[str], bool]
 ) -> tuple[dict[str, TensorInfo], dict[str, Packed]]:
     """Take the parts of each tensor for one.
 
@@ -68,6 +70,7 @@ def join(
         tensors: what is stored.
         kinds: what to look for.
         read: function that reads rows of a stored tensor.
+        needless: whether a tensor of this name is not read anyway, so that its parts need not fit.
 
     Returns:
         The tensors, with those that were joined instead of their parts; and these, by name.
@@ -84,10 +87,13 @@ def join(
             try:
                 tensor = kind.of(parts)
             except UnfitError as error:
-                problems.setdefault(error.problem, []).append(error.what)
+                if not needless(f"{parts.base}{WEIGHT}"):
+                    problems.setdefault(error.problem, []).append(error.what)
                 break
             for part in tensor.parts:
                 joined.pop(part, None)
+            if tensor.name in joined:
+                problems.setdefault("duplicate", []).append(f"{tensor.name}, quantised and not")
             joined[tensor.name] = tensor.info
             packed[tensor.name] = tensor
             break
@@ -98,24 +104,33 @@ def join(
 
 
 def _gptq(config: Mapping[str, Any]) -> list[Kind]:
-    form = config.get("checkpoint_format") or "gptq"
+    form = _said(config, "checkpoint_format", "format", default="gptq")
     if form not in ("gptq", "gptq_v2"):
         raise ValueError(f"checkpoint_format is {form!r}, allowed are 'gptq' and 'gptq_v2'")
+    if (words := _said(config, "pack_dtype", default="int32")) != "int32":
+        raise ValueError(f"pack_dtype is {words!r}, allowed is 'int32'")
     read = functools.partial(
-        Gptq.of, bits=int(config["bits"]), group=_group(config["group_size"]), one_less=form == "gptq"
+        Gptq.of,
+        bits=int(config["bits"]),
+        group=_group(config["group_size"]),
+        one_less=form == "gptq",
+        dynamic=bool(config.get("dynamic")),
     )
     return [Kind(".qweight", ("I32",), read)]
 
 
 def _awq(config: Mapping[str, Any]) -> list[Kind]:
-    version, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
-    if version != "gemm" or bits != 4 or config.get("zero_point") is False:
-        raise ValueError(
-            f"version is {version!r} with {bits} bits and zero_point {config.get('zero_point')}, allowed is 'gemm' with"
-            " 4 bits and zeros"
-        )
+    version = _said(config, "version", "format", default="gemm")
+    bits = config["bits"] if "bits" in config else config["w_bit"]
+    if version != "gemm" or bits != 4:
+        raise ValueError(f"version is {version!r} with {bits} bits, allowed is 'gemm' with 4 bits")
     group = config["group_size"] if "group_size" in config else config["q_group_size"]
     return [Kind(".qweight", ("I32",), functools.partial(Awq.of, group=_group(group)))]
+
+
+def _said(config: Mapping[str, Any], *names: str, default: str) -> str:
+    """The first of these attributes that there is, in lower case."""
+    return str(next((config[name] for name in names if config.get(name)), default)).lower()
 
 
 def _group(size: Any) -> int | None:
@@ -127,7 +142,14 @@ def _group(size: Any) -> int | None:
 
 
 def _fp8(config: Mapping[str, Any]) -> list[Kind]:
-    return [Kind(".weight", FP8, functools.partial(whole_numbers, block=_block(config.get("weight_block_size"))))]
+    if config.get("weight_scale_semantics"):
+        raise ValueError(f"weight_scale_semantics is {config['weight_scale_semantics']!r}, which is not read")
+    block = _block(config.get("weight_block_size", FP8_BLOCK))
+    return [Kind(WEIGHT, FP8, functools.partial(whole_numbers, block=block))]
+
+
+def _fbgemm_fp8(config: Mapping[str, Any]) -> list[Kind]:
+    return [Kind(WEIGHT, FP8, whole_numbers)]
 
 
 def _block(sizes: Any) -> tuple[int, int] | None:
@@ -140,24 +162,37 @@ def _block(sizes: Any) -> tuple[int, int] | None:
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> list[Kind]:
-    if config.get("transform_config"):
+    # Within the configuration of a larger whole, the same attributes are one level deeper.
+    inner = config.get("quantization_config") or config
+    if inner.get("transform_config") or config.get("transform_config"):
         raise ValueError("weights are rotated (transform_config), which is not read")
-    sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
+    sparsity = _said(inner.get("sparsity_config") or config.get("sparsity_config") or {}, "format", default="dense")
     if sparsity != "dense":
         raise ValueError(f"weights are stored sparsely as {sparsity!r}, which is not read")
-    weights = [group["weights"] for group in config["config_groups"].values() if group.get("weights")]
-    bits = {int(each["num_bits"]) for each in weights if each.get("type", "int") == "int"}
-    blocks = {_block(each.get("block_structure")) for each in weights} - {None}
+    groups = inner["config_groups"].values()
+    for form in (_said(each, "format", default="dense") for each in (inner, *groups)):
+        if form not in COMPRESSED:
+            raise ValueError(f"format is {form!r}, allowed are {', '.join(COMPRESSED)}")
+    blocks = {_block((group.get("weights") or {}).get("block_structure")) for group in groups} - {None}
     block = blocks.pop() if len(blocks) == 1 else None
     return [
-        Kind(".weight_packed", ("I32", "U8"), functools.partial(packed_numbers, bits=bits, block=block)),
-        Kind(".weight", (*FP8, "I8"), functools.partial(whole_numbers, block=block)),
+        Kind(".weight_packed", ("I32", "U8"), functools.partial(packed_numbers, block=block)),
+        Kind(WEIGHT, (*FP8, "I8"), functools.partial(whole_numbers, block=block)),
     ]
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> list[Kind]:
-    return [Kind(WEIGHT, ("U8",), FourBits.of), Kind(WEIGHT, ("I8",), rows_of_int8)]
+    return [Kind(SCALES, ("U8", "F32"), FourBits.of, axes=1), Kind(WEIGHT, ("I8",), rows_of_int8)]
 
+
+FP8_BLOCK = (128, 128)
+"""Outputs and inputs that share a scale of FP8, if nothing is said."""
+
+COMPRESSED = (
+    "dense", "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "nvfp4-pack-quantized",
+    "mixed-precision",
+)  # fmt: skip
+"""Formats of compressed-tensors that are read."""
 
 _MXFP4 = Kind(mxfp4.BLOCKS, ("U8",), Mxfp4.of, axes=3)
 
@@ -165,7 +200,7 @@ METHODS: dict[str | None, Callable[[Mapping[str, Any]], list[Kind]]] = {
     "gptq": _gptq,
     "awq": _awq,
     "fp8": _fp8,
-    "fbgemm_fp8": _fp8,
+    "fbgemm_fp8": _fbgemm_fp8,
     "compressed-tensors": _compressed_tensors,
     "bitsandbytes": _bitsandbytes,
 }

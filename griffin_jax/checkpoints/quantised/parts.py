@@ -18,7 +18,7 @@ from griffin_jax.checkpoints.sources import TensorInfo
 WORD_BITS = 32
 """Bits of the integers that smaller ones are packed into."""
 
-SCALES = ("F32", "BF16", "F16")
+SCALE_DTYPES = ("F32", "BF16", "F16")
 """Dtypes of scales."""
 
 Read = Callable[[str, int, int | None], np.ndarray]
@@ -40,10 +40,10 @@ class UnfitError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The stored tensors whose names begin alike.
+    """The stored tensors of a layer.
 
     Attributes:
-        base: what their names begin with: the name of the layer.
+        base: what their names begin with: that of the layer.
         stored: all tensors of the checkpoint, by name.
         read: function that reads rows of one.
     """

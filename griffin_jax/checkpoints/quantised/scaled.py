@@ -11,7 +11,7 @@ from jaxtyping import Float32, Shaped
 
 from griffin_jax.checkpoints.quantised import mxfp4
 from griffin_jax.checkpoints.quantised.parts import (
-    SCALES,
+    SCALE_DTYPES,
     WORD_BITS,
     Packed,
     Parts,
@@ -24,6 +24,12 @@ from griffin_jax.checkpoints.sources import TensorInfo
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 """Dtypes of floating numbers of 8 bits."""
+
+LAYOUT = ".weight_format"
+"""End of the name of a number that says in which order LLM.int8() has stored a matrix."""
+
+PACKED_BITS = (4, 8)
+"""Bits of integers in words that are read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +75,13 @@ class Scaled(Packed):
             return read(self.base + end, 0, None)
 
         blocks = np.arange(start, stop) // self.block[0]
-        groups = np.arange(inputs) // self.block[1] if self.group is None else whole(self.group)
+        groups = np.arange(inputs) // self.block[1]
+        if self.group is not None and not (whole(self.group) < 0).any():
+            # Negative ones were never set.
+            groups = whole(self.group)
         divisor = whole(self.divisor).reshape(()) if isinstance(self.divisor, str) else np.float32(self.divisor)
         scale = _matrix(whole(self.scale)).astype(np.float32)[blocks] / divisor
-        values = self._values(read(self.base + self.numbers, start, stop))
+        values = self._values(read(self.base + self.numbers, start, stop))[:, :inputs]
         if self.zero is not None:
             zeros = whole(self.zero)
             zeros = _matrix(zeros).astype(np.float32) if self.bits is None else self._values(zeros.T).T
@@ -95,22 +104,27 @@ def _matrix(values: np.ndarray) -> Shaped[np.ndarray, "rows columns"]:
 
 
 def _block_of(parts: Parts, end: str, shape: tuple[int, int], stated: tuple[int, int] | None) -> tuple[int, int]:
-    """Outputs and inputs that share a scale: those that the configuration states, or what divides the matrix.
+    """Outputs and inputs that share a scale: those that the configuration states, a group of a row, a row or all.
 
     Raises:
         UnfitError: the scales do not go with the matrix.
     """
     scale = parts.get(end)
     assert scale is not None
+    outputs, inputs = shape
     counts = scale.shape if len(scale.shape) == 2 else (math.prod(scale.shape), 1)
-    if stated is not None and counts == tuple(-(-size // each) for size, each in zip(shape, stated, strict=True)):
+    if stated is not None and counts == (-(-outputs // stated[0]), -(-inputs // stated[1])):
         return stated
-    if len(scale.shape) <= 2 and all(count and not size % count for size, count in zip(shape, counts, strict=True)):
-        return shape[0] // counts[0], shape[1] // counts[1]
-    raise UnfitError("misshapen", f"{parts.base}{end} is {scale.shape}, which does not divide {shape}")
+    if len(scale.shape) <= 2 and counts == (1, 1):
+        return max(outputs, 1), max(inputs, 1)
+    grouped = stated is None and counts[-1] and inputs % counts[-1] == 0
+    if len(scale.shape) <= 2 and counts[0] == outputs and (counts[1] == 1 or grouped):
+        return 1, max(inputs // counts[1], 1)
+    blocks = "" if stated is None else f" in blocks of {stated}"
+    raise UnfitError("misshapen", f"{parts.base}{end} is {scale.shape}, which does not divide {shape}{blocks}")
 
 
-def _scales(parts: Parts, *ends: str, dtypes: Collection[str] = SCALES) -> tuple[str, TensorInfo]:
+def _scales(parts: Parts, *ends: str, dtypes: Collection[str] = SCALE_DTYPES) -> tuple[str, TensorInfo]:
     """The first of these parts that there is, of any shape.
 
     Raises:
@@ -135,7 +149,7 @@ def whole_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled:
     """
     numbers = parts.need(".weight", (None, None), *FP8, "I8")
     shape = (numbers.shape[0], numbers.shape[1])
-    end, scale = _scales(parts, ".weight_scale_inv", ".weight_scale", dtypes=(*SCALES, "F8_E8M0"))
+    end, scale = _scales(parts, ".weight_scale_inv", ".weight_scale", dtypes=(*SCALE_DTYPES, "F8_E8M0"))
     zero = None
     if parts.get(".weight_zero_point") is not None:
         zero = ".weight_zero_point"
@@ -154,40 +168,45 @@ def rows_of_int8(parts: Parts) -> Scaled:
     """
     outputs, inputs = parts.need(".weight", (None, None), "I8").shape
     parts.need(".SCB", (outputs,), "F32")
+    if parts.get(LAYOUT) is not None:
+        parts.need(LAYOUT, (), "U8")
+        if layout := int(parts.read(parts.base + LAYOUT, 0, None)):
+            raise UnfitError("not read", f"{parts.base}{LAYOUT} is {layout}, and only 0 is read: rows as they are")
     return Scaled(parts.base, TensorInfo((outputs, inputs), "INT8"), ".weight", ".SCB", (1, inputs), divisor=127.0)
 
 
-def packed_numbers(parts: Parts, bits: Collection[int], block: tuple[int, int] | None = None) -> Scaled:
+def packed_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled:
     """A matrix with several numbers in a word, or two in a byte: compressed-tensors' pack- and nvfp4-pack-quantized.
 
     Args:
         parts: the parts.
-        bits: those of integers, according to the configuration.
-        block: outputs and inputs that share a scale, if it says so.
+        block: outputs and inputs that share a scale, if the configuration says so.
 
     Raises:
         UnfitError: they do not fit.
     """
-    outputs, stored = parts.need(".weight_packed", (None, None), "I32", "U8").shape
-    if parts.need(".weight_packed", (outputs, stored), "I32", "U8").dtype == "U8":
+    packed = parts.need(".weight_packed", (None, None), "I32", "U8")
+    outputs, stored = packed.shape
+    if packed.dtype == "U8":
         shape = (outputs, 2 * stored)
         end, _ = _scales(parts, ".weight_scale", dtypes=("F8_E4M3",))
         parts.need(".weight_global_scale", (1,), "F32")
-        blocks = _block_of(parts, end, shape, None)
-        info = TensorInfo(shape, "NVFP4")
-        return Scaled(parts.base, info, ".weight_packed", end, blocks, divisor=".weight_global_scale")
-    if len(bits) != 1 or not {4, 8}.issuperset(bits):
-        said = " and ".join(map(str, sorted(bits))) or "unknown"
-        raise UnfitError("not read", f"{parts.base}.weight_packed, whose numbers have {said} bits; allowed is 4, or 8")
-    (each,) = bits
-    shape = (outputs, stored * WORD_BITS // each)
+        info, groups = TensorInfo(shape, "NVFP4"), _block_of(parts, end, shape, None)
+        return Scaled(parts.base, info, ".weight_packed", end, groups, divisor=".weight_global_scale")
+    parts.need(".weight_shape", (2,), "I64", "I32")
+    said = tuple(map(int, parts.read(f"{parts.base}.weight_shape", 0, None)))
+    bits = [bits for bits in PACKED_BITS if said[0] == outputs and stored == -(-said[1] * bits // WORD_BITS) > 0]
+    if not bits:
+        allowed = " or ".join(map(str, PACKED_BITS))
+        what = f"{parts.base}.weight_packed is {packed.shape}, which is no matrix of {said} with {allowed} bits"
+        raise UnfitError("not read", what)
     end, scale = _scales(parts, ".weight_scale")
     zero = group = None
     if parts.get(".weight_zero_point") is not None:
         zero = ".weight_zero_point"
-        parts.need(zero, (-(-outputs * each // WORD_BITS), scale.shape[-1]), "I32")
+        parts.need(zero, (-(-outputs * bits[0] // WORD_BITS), scale.shape[-1]), "I32")
     if parts.get(".weight_g_idx") is not None:
         group = ".weight_g_idx"
-        parts.need(group, (shape[1],), "I32", "I64")
-    blocks, info = _block_of(parts, end, shape, block), TensorInfo(shape, f"INT{each}")
-    return Scaled(parts.base, info, ".weight_packed", end, blocks, each, zero, group)
+        parts.need(group, (said[1],), "I32", "I64")
+    info, blocks = TensorInfo((outputs, said[1]), f"INT{bits[0]}"), _block_of(parts, end, (outputs, said[1]), block)
+    return Scaled(parts.base, info, ".weight_packed", end, blocks, bits[0], zero, group)

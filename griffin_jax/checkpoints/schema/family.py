@@ -114,9 +114,10 @@ class Family:
         """
         quantisation = values.get("quantization_config")
         if quantisation and method_of(quantisation) not in self.quantisations:
+            allowed = ", ".join(self.quantisations) or "nobody"
             raise ValueError(
-                f"{where}: quantization_config is {quantisation!r:.500}, and of this family quantised checkpoints of "
-                f"{', '.join(self.quantisations)} are read; use one of these, the unquantised one or a GGUF file"
+                f"{where}: quantization_config is {quantisation!r:.500}, and checkpoints of {self.model_type} are read "
+                f"that were quantised by {allowed}; use the unquantised one, or a GGUF file"
             )
         attributes = Attributes(values, where)
         attributes.take("model_type", str)

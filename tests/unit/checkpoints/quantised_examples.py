@@ -41,8 +41,7 @@ def awq_packing(file: str) -> Any:
 def columns(packing: Any) -> dict[str, dict[str, Any]]:
     """Words of AWQ, and the same in the order of GPTQ, into which AutoAWQ turns them for exllama's kernels."""
     qweight = torch.randint(-(2**31), 2**31 - 1, (INPUTS, OUTPUTS // 8), dtype=torch.int32)
-    # Less one, a zero of 0 would borrow from its neighbour.
-    zeros = torch.randint(1, 16, (INPUTS // GROUP, OUTPUTS), dtype=torch.int32)
+    zeros = torch.randint(0, 16, (INPUTS // GROUP, OUTPUTS), dtype=torch.int32)
     places = torch.tensor(packing.AWQ_ORDER)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     qzeros = (zeros.reshape(-1, OUTPUTS // 8, 8)[..., places] << shifts).sum(-1).to(torch.int32)
@@ -89,14 +88,14 @@ def compressed(name: str, format: str, weights: dict[str, Any]) -> dict[str, dic
     return {name: {"config": config, **parts, "expected": expected}}
 
 
-def four_bits(kind: str, nested: bool) -> dict[str, dict[str, Any]]:
-    """A matrix as bitsandbytes stores it in 4 bits; with blocks that end within rows."""
-    matrix = torch.randn(OUTPUTS, INPUTS + 32)
-    numbers, state = functional.quantize_4bit(matrix, blocksize=64, compress_statistics=nested, quant_type=kind)
+def four_bits(name: str, kind: str, inputs: int = INPUTS, **options: Any) -> dict[str, dict[str, Any]]:
+    """A matrix as bitsandbytes stores it in 4 bits."""
+    matrix = torch.randn(OUTPUTS, inputs)
+    numbers, state = functional.quantize_4bit(matrix, blocksize=64, quant_type=kind, **options)
     parts = {"weight": numbers} | {f"weight.{end}": part for end, part in state.as_dict(packed=True).items()}
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
     expected = functional.dequantize_4bit(numbers, state)
-    return {f"{kind}-nested" if nested else kind: {"config": config, **parts, "expected": expected}}
+    return {name: {"config": config, **parts, "expected": expected}}
 
 
 def eight_bits() -> dict[str, dict[str, Any]]:
@@ -104,7 +103,10 @@ def eight_bits() -> dict[str, dict[str, Any]]:
     numbers, largest, _ = functional.int8_vectorwise_quant(torch.randn(OUTPUTS, INPUTS).half())
     expected = functional.int8_vectorwise_dequant(numbers, largest)
     config = {"load_in_8bit": True}
-    return {"int8": {"config": config, "weight": numbers, "SCB": largest, "expected": expected}}
+    layout = torch.tensor(0, dtype=torch.uint8)
+    return {
+        "int8": {"config": config, "weight": numbers, "SCB": largest, "weight_format": layout, "expected": expected}
+    }
 
 
 def main() -> None:
@@ -128,9 +130,11 @@ def main() -> None:
             "nvfp4-pack-quantized",
             {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
         ),
-        **four_bits("nf4", False),
-        **four_bits("nf4", True),
-        **four_bits("fp4", True),
+        **four_bits("nf4", "nf4"),
+        **four_bits("nf4-nested", "nf4", compress_statistics=True),
+        # With blocks that end within rows.
+        **four_bits("fp4", "fp4", INPUTS + 32),
+        **four_bits("nf4-floats", "nf4", quant_storage=torch.float32),
         **eight_bits(),
     }
     arrays = {}

@@ -10,13 +10,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import LLAMA_LIKE, build_torch, rewrite_config
+from cases import LLAMA_LIKE, VISION, all_cases, build_torch, rewrite_config
 from reference import load_torch
 from safetensors.numpy import load_file, save_file
 
 from griffin_jax.checkpoints import sources
+from griffin_jax.checkpoints.huggingface import HuggingFaceFolder
 from griffin_jax.checkpoints.loading import open_source
-from griffin_jax.checkpoints.quantised.methods import METHODS, OF_ACTIVATIONS, join, kinds_of
+from griffin_jax.checkpoints.quantised.methods import BESIDE, METHODS, join, kinds_of
 from griffin_jax.checkpoints.quantised.parts import Packed, Read
 from griffin_jax.checkpoints.schema.family import QUANTISATIONS, is_ignored
 from griffin_jax.checkpoints.sources import PACKED, TensorInfo
@@ -49,7 +50,7 @@ def joined(
         return stored[name][start:stop] if stored[name].ndim else stored[name]
 
     tensors = {name: TensorInfo(part.shape, DTYPES[part.dtype]) for name, part in stored.items()}
-    return *join(tensors, kinds_of(config, "here"), read), read
+    return *join(tensors, kinds_of(config, "here"), read, needless=lambda name: False), read
 
 
 def weight(config: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -66,7 +67,7 @@ def test_numbers_are_those_that_their_makers_read(name):
     assert tensors["layer.weight"] == tensor.info
     assert tensor.info.shape == expected.shape
     assert tensor.info.dtype in PACKED
-    assert all(is_ignored(left, OF_ACTIVATIONS) for left in tensors.keys() - {"layer.weight"})
+    assert all(is_ignored(left, BESIDE) for left in tensors.keys() - {"layer.weight"})
     ours = tensor.rows(read, 0, None)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
@@ -77,7 +78,7 @@ def test_numbers_are_those_that_their_makers_read(name):
 def gptq(
     numbers: np.ndarray, zeros: np.ndarray, scales: np.ndarray, bits: int, group_of: np.ndarray | None, less: int
 ) -> dict[str, np.ndarray]:
-    """The parts of a matrix (O, I) as GPTQ's format is described: number by number.
+    """The parts of a matrix (O, I) in GPTQ's format, number by number.
 
     Args:
         numbers: unsigned integers (O, I).
@@ -85,7 +86,7 @@ def gptq(
         scales: (O, groups).
         bits: of a number.
         group_of: the group of each input; None where they are neighbours.
-        less: what zeros are stored less.
+        less: what zeros are stored less, as GPTQModel subtracts it: from words.
     """
     outputs, inputs = numbers.shape
     each = 32 // bits
@@ -95,7 +96,8 @@ def gptq(
         for i in range(inputs):
             qweight[i // each, o] |= np.uint32(int(numbers[o, i]) << (bits * (i % each)))
         for g in range(zeros.shape[1]):
-            qzeros[g, o // each] |= np.uint32(((int(zeros[o, g]) - less) % 2**bits) << (bits * (o % each)))
+            qzeros[g, o // each] |= np.uint32(int(zeros[o, g]) << (bits * (o % each)))
+    qzeros -= np.uint32(sum(less << (bits * place) for place in range(each)))
     # Safetensors are written as they lie in memory.
     stored = np.ascontiguousarray(scales.T, np.float16)
     parts = {"qweight": qweight.view(np.int32), "qzeros": qzeros.view(np.int32), "scales": stored}
@@ -123,12 +125,52 @@ def test_one_scale_for_all_inputs():
     np.testing.assert_array_equal(weight(config, gptq(numbers, zeros, scales, 4, None, 1)), numbers - 8)
 
 
-def test_a_layer_with_bits_of_its_own():
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_layer_with_bits_and_groups_of_its_own(ordered):
     """GPTQModel's `dynamic`: they follow from the parts."""
-    numbers, zeros, scales = np.arange(64).reshape(8, 8), np.full((8, 1), 128), np.ones((8, 1))
-    config = {"quant_method": "gptq", "bits": 4, "group_size": 8}
-    parts = gptq(numbers, zeros, scales, 8, np.zeros(8), 1)
-    np.testing.assert_array_equal(weight(config, parts), numbers - 128)
+    numbers, zeros, scales = np.arange(128).reshape(8, 16), np.full((8, 2), 128), np.arange(1, 17).reshape(8, 2)
+    group_of = np.arange(16) // 8
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 16, "dynamic": {"layer": {"bits": 8, "group_size": 8}}}
+    parts = gptq(numbers, zeros, scales, 8, group_of if ordered else None, 1)
+    np.testing.assert_array_equal(weight(config, parts), (numbers - 128) * scales[:, group_of])
+    with pytest.raises(ValueError, match=r"1 misshapen: layer\."):
+        weight({**config, "dynamic": None}, parts)
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling"),
+    [
+        ("awq", {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+        ("awq", {"quant_method": "awq", "bits": 4, "group_size": 32, "version": None, "format": "gemm"}),
+        ("gptq", {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "", "meta": {}}),
+        ("packed", {"quant_method": "compressed-tensors", "quantization_config": {"config_groups": {}}}),
+        ("floats", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}),
+        ("floats-one-scale", {"quant_method": "fp8"}),
+        ("floats-blocks", {"quant_method": "fp8", "weight_block_size": [8, 32]}),
+        ("floats-blocks", {"quant_method": "compressed-tensors", "config_groups": {
+            "a": {"weights": {"block_structure": "8x32"}, "format": "float-quantized"}, "b": {"weights": None}}}),
+    ],
+)  # fmt: skip
+def test_other_spellings_of_the_same(name, spelling):
+    config, parts, expected = example(name)
+    assert config != spelling
+    np.testing.assert_allclose(weight(spelling, parts), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["format", "checkpoint_format"])
+def test_the_second_format_is_known_by_either_name(name):
+    parts = gptq(np.zeros((8, 8), int), np.full((8, 1), 3), np.ones((8, 1)), 4, None, less=0)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": -1, name: "gptq_v2"}
+    np.testing.assert_array_equal(weight(config, parts), -3)
+
+
+def test_numbers_that_do_not_fill_their_last_word():
+    """Of compressed-tensors: `weight_shape` says how many there are."""
+    config, parts, expected = example("packed")
+    cut = parts | {"weight_shape": np.array([16, 60]), "weight_scale": parts["weight_scale"][:, :1]}
+    ours = weight(config, cut)
+    assert ours.shape == (16, 60)
+    np.testing.assert_allclose(ours[:, :32], expected[:, :32], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["packed", "packed-zeros"])
@@ -140,6 +182,9 @@ def test_groups_of_compressed_tensors_in_another_order(name):
     octets = np.ascontiguousarray(numbers[:, ::2] | numbers[:, 1::2] << 4)
     turned = parts | {"weight_packed": octets.view(np.int32), "weight_g_idx": (order // 32).astype(np.int32)}
     np.testing.assert_allclose(weight(config, turned), expected[:, order], rtol=0, atol=1e-6)
+    # What was never set.
+    plain = parts | {"weight_g_idx": np.full(64, -1, np.int32)}
+    np.testing.assert_allclose(weight(config, plain), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("end", ["weight_scale_inv", "weight_scale"])
@@ -149,8 +194,8 @@ def test_groups_of_compressed_tensors_in_another_order(name):
         ((), {}),
         ((1,), {}),
         ((16,), {}),
-        ((16, 1), {"quant_method": "fbgemm_fp8"}),
-        ((2, 2), {}),
+        ((16, 1), {}),
+        ((2, 2), {"weight_block_size": [8, 32]}),
         ((2, 3), {"weight_block_size": [12, 24]}),
     ],
 )
@@ -250,9 +295,76 @@ def test_a_quantised_model_is_the_model_that_its_numbers_are(floating, tmp_path,
         )
 
 
+@pytest.mark.parametrize("name", sorted({key.partition("/")[0] for key in ARRAYS} - {"fp4"}))
+def test_examples_in_files(tmp_path, name):
+    """Of every dtype that parts have, in a second file, of a text model within a larger one."""
+    torch = load_torch()
+    from safetensors.torch import load_file, save_file
+
+    config, parts, expected = example(name)
+    text = {**LLAMA_LIKE, "model_type": "mistral", "hidden_size": 64, "head_dim": 8, "num_attention_heads": 2}
+    vision = {"model_type": "pixtral", **VISION}
+    build_torch("mistral3", {"text_config": text, "vision_config": vision, "image_token_index": 5}, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    (layer,) = [key.removesuffix("weight") for key in stored if key.endswith("layers.0.self_attn.q_proj.weight")]
+    assert stored.pop(f"{layer}weight").shape == expected.shape
+    second = {}
+    for end, part in parts.items():
+        tensor = torch.tensor(part.view(np.uint8) if DTYPES[part.dtype] == "F8_E4M3" else part)
+        second[layer + end] = tensor.view(torch.float8_e4m3fn) if DTYPES[part.dtype] == "F8_E4M3" else tensor
+    (tmp_path / "model.safetensors").unlink()
+    files = {"a.safetensors": stored, "b.safetensors": second}
+    for file, tensors in files.items():
+        save_file(tensors, tmp_path / file)
+    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    rewrite_config(tmp_path, quantization_config=config)
+    with pytest.warns(UserWarning, match="only the text model is read"):
+        source = open_source(tmp_path)
+    ours = source.read("layers.0.attention.query", np.dtype(np.float32)).reshape(expected.shape)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
 def test_biases_that_the_model_has_not_are_named(floating, tmp_path):
     with pytest.raises(ValueError, match=r"14 unexpected: model\.layers\.0\.mlp\.down_proj\.bias"):
         open_source(quantised(floating, tmp_path / "quantised", biases=0.5))
+
+
+def test_what_is_read_whole_is_read_once(floating, tmp_path, monkeypatch):
+    folder = quantised(floating, tmp_path / "quantised")
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    source, read, names = open_source(folder), HuggingFaceFolder._read_stored, []
+    monkeypatch.setattr(
+        HuggingFaceFolder, "_read_stored", lambda self, name, *rows: (names.append(name), read(self, name, *rows))[1]
+    )
+    for path in ("layers.0.ff.down", "layers.0.attention.query"):
+        names.clear()
+        source.read(path, np.dtype(np.float32))
+        assert sorted(name.rpartition(".")[2] for name in names) == ["g_idx", "qweight", "qzeros", "scales"]
+
+
+def test_tensors_that_the_model_has_not_need_not_fit(floating, tmp_path):
+    """Such as those of a tower for images, and biases that are no numbers."""
+    folder = quantised(floating, tmp_path / "quantised")
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    stored["model.layers.0.mlp.down_proj.bias"] = np.zeros(64, bool)
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.0\.mlp\.down_proj\.bias"):
+        open_source(folder)
+    parts = {"qweight": np.zeros((3, 3), np.int32), "scales": np.zeros(3, np.float32)}
+    stored = {f"layer.{end}": TensorInfo(part.shape, DTYPES[part.dtype]) for end, part in parts.items()}
+    kinds = kinds_of({"quant_method": "gptq", "bits": 4, "group_size": -1}, "here")
+    joined, packed = join(stored, kinds, lambda *_: np.zeros(0), needless=lambda name: name == "layer.weight")
+    assert joined == stored
+    assert not packed
+
+
+def test_matrices_of_gpt2_are_not_read_the_other_way_round(tmp_path):
+    build_torch("gpt2", all_cases()["gpt2"].config, tmp_path)
+    rewrite_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 16})
+    with pytest.raises(ValueError, match="checkpoints of gpt2 are read that were quantised by nobody; use the unquant"):
+        open_source(tmp_path)
 
 
 def test_what_is_said_about_activations_is_ignored(floating, tmp_path):
@@ -284,7 +396,15 @@ def test_families_and_readers_name_the_same_methods():
         ({"quant_method": "gptq", "bits": 4, "group_size": 8, "checkpoint_format": "marlin"}, "'marlin', allowed are"),
         ({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemv"}, "'gemv' with 4 bits"),
         ({"quant_method": "awq", "bits": 3, "group_size": 8}, "'gemm' with 3 bits"),
-        ({"quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": False}, "zero_point False, allowed is"),
+        ({"quant_method": "gptq", "bits": float("inf"), "group_size": 8}, "of gptq: .*infinity"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 8, "pack_dtype": "int8"}, "pack_dtype is 'int8', allowed"),
+        ({"quant_method": "awq", "group_size": 8}, "needs 'w_bit'"),
+        ({"quant_method": "fp8", "weight_scale_semantics": "inverse"}, "'inverse', which is not read"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {}}, "'marlin-24', allowed"),
+        (
+            {"quant_method": "compressed-tensors", "config_groups": {"a": {"format": "mxfp4-pack-quantized"}}},
+            "'mxfp4-pack-quantized', allowed are dense, naive",
+        ),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"blocks are \[0, 128\], allowed are two positive"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "of fp8: "),
         ({"quant_method": "compressed-tensors"}, "needs 'config_groups'"),
@@ -309,31 +429,35 @@ NF4 = "weight.quant_state.bitsandbytes__nf4"
         ("gptq", {"scales": None}, r"1 missing: layer\.scales"),
         ("gptq", {"qzeros": np.zeros((2, 3), np.int32)}, r"qzeros is \(2, 3\) of I32, not \(2, 2\) of I32"),
         ("gptq", {"scales": np.zeros((2, 16), np.int8)}, r"scales is \(2, 16\) of I8, not \(2, 16\) of F32 or"),
-        ("gptq", {"g_idx": np.zeros(80, np.int32)}, r"1 not read: layer\.qweight has numbers of 3 bits, allowed are 2"),
+        ("gptq", {"g_idx": np.zeros(80, np.int32)}, r"g_idx is \(80,\) of I32, not \(64,\)"),
+        ("gptq", {"qweight": np.zeros((0, 16), np.int32)}, r"1 not read: layer\.qweight is \(0, 16\)"),
+        ("gptq", {"qweight": np.zeros((8, 12), np.int32)}, r"qweight is \(8, 12\), with words that are not full"),
+        ("gptq", {"weight": np.zeros((16, 64), np.float32)}, r"1 duplicate: layer\.weight, quantised and not"),
+        ("awq", {"qweight": np.zeros((0, 2), np.int32)}, r"1 not read: layer\.qweight is empty"),
         ("awq", {"scales": np.zeros((3, 16), np.float16)}, r"scales is \(3, 16\) of F16, not \(2, 16\)"),
         ("floats", {"weight_scale": None}, r"1 missing: layer\.weight_scale"),
         ("floats", {"weight_scale": np.zeros((3, 1), np.float32)}, r"\(3, 1\), which does not divide \(16, 64\)"),
         ("integers-zeros", {"weight_zero_point": np.zeros((1, 1), np.int8)}, r"zero_point is \(1, 1\) of I8, not"),
+        ("floats", {"weight_scale": np.zeros((1, 64), np.float32)}, r"\(1, 64\), which does not divide \(16, 64\)"),
+        ("floats-blocks", {"weight_scale": np.zeros((4, 4), np.float32)}, r"does not divide .* in blocks of \(8, 32\)"),
+        ("packed", {"weight_shape": np.array([16, 80])}, r"\(16, 8\), which is no matrix of \(16, 80\) with 4 or 8"),
         ("packed", {"weight_g_idx": np.zeros(3, np.int32)}, r"weight_g_idx is \(3,\) of I32, not \(64,\)"),
         ("nvfp4", {"weight_global_scale": None}, "1 missing: .*global_scale"),
-        ("nf4", {"weight.absmax": np.zeros(3, np.float32)}, r"absmax is \(3,\) of F32, not \(24,\)"),
+        ("nf4", {"weight.absmax": np.zeros(3, np.float32)}, r"absmax is \(3,\) of F32, not \(16,\)"),
+        ("nf4", {"weight": np.zeros((3, 1), np.uint8)}, r"weight is \(3, 1\) of U8, not \(512, 1\)"),
+        ("nf4", {NF4: np.frombuffer(b'{"shape": [1e999, 2], "blocksize": 64}', np.uint8)}, "1 malformed: .*infinity"),
+        ("nf4", {NF4: np.frombuffer(b"[" * 100_000, np.uint8)}, "1 malformed: .*recursion"),
         ("nf4", {NF4: np.frombuffer(b"{}", np.uint8)}, "1 malformed: .*nf4 .*shape"),
         ("nf4", {NF4: np.frombuffer(b'{"shape": [2, 3], "blocksize": 64}', np.uint8)}, "1 malformed: .*2 rows of 3"),
         ("nf4", {NF4: None}, "1 missing: .*bitsandbytes__nf4"),
         ("int8", {"SCB": None}, "1 missing: .*SCB"),
+        ("int8", {"weight_format": np.array(2, np.uint8)}, r"1 not read: layer\.weight_format is 2, and only 0"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_named(name, changes, message):
     config, parts, _ = example(name)
     with pytest.raises(ValueError, match=f"parts of quantised tensors do not fit: .*{message}"):
         joined(config, {end: part for end, part in (parts | changes).items() if part is not None})
-
-
-def test_packed_numbers_of_other_bits_are_not_read():
-    config, parts, _ = example("packed")
-    config["config_groups"]["group_0"]["weights"]["num_bits"] = 3
-    with pytest.raises(ValueError, match=r"1 not read: .*whose numbers have 3 bits; allowed is 4, or 8"):
-        joined(config, parts)
 
 
 def test_groups_that_are_not_there():
