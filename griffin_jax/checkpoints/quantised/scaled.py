@@ -117,8 +117,7 @@ def _block_of(parts: Parts, end: str, shape: tuple[int, int], stated: tuple[int,
         return stated
     if len(scale.shape) <= 2 and counts == (1, 1):
         return max(outputs, 1), max(inputs, 1)
-    grouped = stated is None and counts[-1] and inputs % counts[-1] == 0
-    if len(scale.shape) <= 2 and counts[0] == outputs and (counts[1] == 1 or grouped):
+    if len(scale.shape) <= 2 and counts[0] == outputs and counts[1] and inputs % counts[1] == 0:
         return 1, max(inputs // counts[1], 1)
     blocks = "" if stated is None else f" in blocks of {stated}"
     raise UnfitError("misshapen", f"{parts.base}{end} is {scale.shape}, which does not divide {shape}{blocks}")
