@@ -1,22 +1,22 @@
-"""Writes quantised_examples.npz: small matrices as other packages quantise them, with what these packages read in them.
+"""Writes quantised_examples.json: small matrices as other packages quantise them, and what these read in them.
 
 Not run by the tests. With torch 2.13.0, bitsandbytes 0.50.2, compressed-tensors 0.20.1 and the source of autoawq 0.2.9:
 
     python tests/unit/checkpoints/quantised_examples.py autoawq-0.2.9/awq/utils/packing_utils.py
 
-An array is called `EXAMPLE/PART`; `EXAMPLE/config` holds the bytes of a quantization_config, `EXAMPLE/expected` what
-a package makes of the parts, in float32.
+Of each example there is its quantization_config, its parts, and what the package makes of them, in float32; of an array
+the dtype by its name in safetensors, the shape, and the bytes in base64.
 """
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from bitsandbytes import functional
 from compressed_tensors.compressors import BaseCompressor
@@ -26,6 +26,11 @@ from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
 OUTPUTS, INPUTS, GROUP = 16, 64, 32
+
+DTYPES = {
+    torch.float32: "F32", torch.float16: "F16", torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32",
+    torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 
 
 def awq_packing(file: str) -> Any:
@@ -137,19 +142,21 @@ def main() -> None:
         **four_bits("nf4-floats", "nf4", quant_storage=torch.float32),
         **eight_bits(),
     }
-    arrays = {}
-    for name, parts in examples.items():
-        for end, part in parts.items():
-            if end == "config":
-                arrays[f"{name}/config"] = np.frombuffer(json.dumps(part).encode(), np.uint8)
-                continue
-            part = part.detach().contiguous()
-            # NumPy alone has no floating numbers of 8 bits.
-            if part.dtype == torch.float8_e4m3fn:
-                arrays[f"{name}/{end}:F8_E4M3"] = part.view(torch.uint8).numpy()
-            else:
-                arrays[f"{name}/{end}"] = (part.float() if end == "expected" else part).numpy()
-    np.savez_compressed(Path(__file__).with_suffix(".npz"), **arrays)
+    written = {
+        name: {
+            "config": parts.pop("config"),
+            "expected": as_json(parts.pop("expected").float()),
+            "parts": {end: as_json(part) for end, part in parts.items()},
+        }
+        for name, parts in examples.items()
+    }
+    Path(__file__).with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+def as_json(tensor: Any) -> dict[str, Any]:
+    tensor = tensor.detach().contiguous()
+    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "base64": base64.b64encode(data).decode()}
 
 
 if __name__ == "__main__":
