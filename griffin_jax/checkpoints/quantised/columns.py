@@ -20,7 +20,7 @@ from griffin_jax.checkpoints.quantised.parts import (
     Parts,
     Read,
     UnfitError,
-    of_each,
+    scale_groups,
     unpacked,
 )
 from griffin_jax.checkpoints.sources import TensorInfo
@@ -65,20 +65,17 @@ class Columns(Packed):
         """The numbers that stand for zero."""
 
     def rows(self, read: Read, start: int, stop: int | None) -> Float32[np.ndarray, "rows columns"]:
-        outputs, inputs = self.info.shape
-        stop = outputs if stop is None else stop
+        stop = self.info.shape[0] if stop is None else stop
 
         # Outputs are columns of what is stored, which is read whole for any of them.
         def stored(end: str) -> np.ndarray:
             return read(f"{self.base}.{end}", 0, None)
 
-        groups = stored("g_idx") if self.ordered else np.arange(inputs) // self.group
         zeros = self.zeros(stored("qzeros"))[:, start:stop].T.astype(np.float32)
         scales = stored("scales")[:, start:stop].T.astype(np.float32)
         values = self.numbers(stored("qweight"), start, stop).astype(np.float32)
-        values -= of_each(groups, zeros, f"{self.base}.g_idx")
-        values *= of_each(groups, scales, f"{self.base}.g_idx")
-        return values
+        groups = stored("g_idx") if self.ordered else self.group
+        return scale_groups(values, zeros, scales, groups, f"{self.base}.g_idx")
 
 
 @dataclasses.dataclass(frozen=True)

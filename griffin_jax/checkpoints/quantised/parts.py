@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float32, Int, Int32, Shaped, UInt8
+from jaxtyping import Float32, Int, Int32, UInt8
 
 from griffin_jax.checkpoints.sources import TensorInfo
 
@@ -109,14 +109,36 @@ def unpacked(words: Int32[np.ndarray, "*rows n"], bits: int) -> UInt8[np.ndarray
     return ((octets[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(*octets.shape[:-1], -1)
 
 
-def of_each(
-    groups: Int[np.ndarray, " columns"], values: Shaped[np.ndarray, "rows groups"], what: str
-) -> Shaped[np.ndarray, "rows columns"]:
-    """What the group of each column has.
+def scale_groups(
+    values: Float32[np.ndarray, "rows columns"],
+    zeros: Float32[np.ndarray, "rows groups"] | None,
+    scales: Float32[np.ndarray, "rows groups"],
+    groups: int | Int[np.ndarray, " columns"],
+    what: str,
+) -> Float32[np.ndarray, "rows columns"]:
+    """(values - zeros) * scales, written to the values.
+
+    Args:
+        values: numbers as they are stored.
+        zeros: what stands for zero in each group of columns; None for 0.
+        scales: what the numbers of each group are times.
+        groups: neighbouring columns of a group, or the group of each column.
+        what: what to call the latter in a message.
 
     Raises:
         ValueError: a group is not there.
     """
-    if groups.size and not 0 <= groups.min() <= groups.max() < values.shape[1]:
-        raise ValueError(f"{what}: names groups up to {groups.max()}, and there are {values.shape[1]}")
-    return values[:, groups]
+    rows, columns = values.shape
+    if isinstance(groups, int) and columns and columns % groups == 0:
+        cut = values.reshape(rows, -1, groups)
+        if zeros is not None:
+            cut -= zeros[..., None]
+        cut *= scales[..., None]
+        return values
+    of_column = np.arange(columns) // groups if isinstance(groups, int) else groups
+    if of_column.size and not 0 <= of_column.min() <= of_column.max() < scales.shape[1]:
+        raise ValueError(f"{what}: names groups up to {of_column.max()}, and there are {scales.shape[1]}")
+    if zeros is not None:
+        values -= zeros[:, of_column]
+    values *= scales[:, of_column]
+    return values

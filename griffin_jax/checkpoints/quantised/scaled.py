@@ -17,7 +17,7 @@ from griffin_jax.checkpoints.quantised.parts import (
     Parts,
     Read,
     UnfitError,
-    of_each,
+    scale_groups,
     unpacked,
 )
 from griffin_jax.checkpoints.sources import TensorInfo
@@ -75,19 +75,19 @@ class Scaled(Packed):
             return read(self.base + end, 0, None)
 
         blocks = np.arange(start, stop) // self.block[0]
-        groups = np.arange(inputs) // self.block[1]
+        groups = self.block[1]
         if self.group is not None and not (whole(self.group) < 0).any():
             # Negative ones were never set.
             groups = whole(self.group)
         divisor = whole(self.divisor).reshape(()) if isinstance(self.divisor, str) else np.float32(self.divisor)
         scale = _matrix(whole(self.scale)).astype(np.float32)[blocks] / divisor
         values = self._values(read(self.base + self.numbers, start, stop))[:, :inputs]
+        zeros = None
         if self.zero is not None:
             zeros = whole(self.zero)
             zeros = _matrix(zeros).astype(np.float32) if self.bits is None else self._values(zeros.T).T
-            values -= of_each(groups, zeros[blocks], f"{self.base}{self.group}")
-        values *= of_each(groups, scale, f"{self.base}{self.group}")
-        return values
+            zeros = zeros[blocks]
+        return scale_groups(values, zeros, scale, groups, f"{self.base}{self.group}")
 
     def _values(self, stored: Shaped[np.ndarray, "rows stored"]) -> Float32[np.ndarray, "rows columns"]:
         """The numbers, without scales."""
