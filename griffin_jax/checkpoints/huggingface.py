@@ -20,7 +20,7 @@ import numpy as np
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
 from griffin_jax.checkpoints.quantised.methods import BESIDE, join, kinds_of
-from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names
+from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names, quantisation_of
 from griffin_jax.checkpoints.schema.layouts import Rules
 from griffin_jax.checkpoints.sources import (
     FLOATS,
@@ -138,7 +138,7 @@ class HuggingFaceFolder(Reader):
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
         for file in shards:
             self._open(file)
-        quantisation = read_json(folder / "config.json").get("quantization_config") or {}
+        quantisation = quantisation_of(read_json(folder / "config.json"))
         kinds = kinds_of(quantisation, str(folder))
         self._parts = self.tensors
         try:
@@ -177,7 +177,7 @@ class HuggingFaceFolder(Reader):
         return self._read_stored(name, start, stop)
 
     def _read_part(self, name: str, start: int, stop: int | None) -> np.ndarray:
-        """Rows of a part as they are stored; what is read whole is kept for the next rows of the same tensor."""
+        """Rows of a part as they are stored; what is read whole is kept until another tensor's parts are read."""
         if (start, stop) != (0, None):
             return self._read_stored(name, start, stop)
         _, parts = self._whole
@@ -296,14 +296,16 @@ class HuggingFaceFolder(Reader):
         self._files.update(dict.fromkeys(tensors, file))
 
     def _empty_biases(self) -> tuple[str, ...]:
-        """Patterns of biases of zeros that quantised layers have: a model that has no biases may ignore them.
+        """A pattern of the biases of zeros that quantised layers have: a model that has no biases may ignore them.
 
         AutoGPTQ wrote one for every layer.
         """
         layers = (name.removesuffix("weight") for name, stored in self._stored.items() if stored in self._packed)
         biases = [name for layer in layers if (name := f"{layer}bias") in self.tensors]
         floating = [name for name in biases if self.tensors[name].dtype in FLOATS]
-        return tuple(re.escape(name) for name in floating if not self.read(name).any())
+        empty = [re.escape(name) for name in floating if not self.read(name).any()]
+        # One for all, since experts may have thousands.
+        return ("|".join(empty),) if empty else ()
 
     def _check_index(self, listed: Mapping[str, Path]) -> None:
         misplaced = [

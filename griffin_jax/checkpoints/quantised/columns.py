@@ -115,7 +115,7 @@ class Gptq(Columns):
         ordered = parts.get(".g_idx") is not None
         if ordered:
             parts.need(".g_idx", (inputs,), "I32")
-        elif dynamic and groups and inputs % groups == 0:
+        elif dynamic and groups not in (0, -(-inputs // (group or inputs))) and inputs % groups == 0:
             group = inputs // groups
         if not (ordered and dynamic):
             groups = -(-inputs // (group or inputs))

@@ -15,6 +15,7 @@ from griffin_jax.checkpoints.quantised.parts import Packed, Parts, Read, UnfitEr
 from griffin_jax.checkpoints.quantised.scaled import FP8, packed_numbers, rows_of_int8, whole_numbers
 from griffin_jax.checkpoints.schema.family import method_of
 from griffin_jax.checkpoints.sources import TensorInfo, listed_names
+from griffin_jax.utils.messages import brief
 
 BESIDE = (
     r".*\.((prob_)?output|input|activation|act|kv|[qkv])_(global_)?(scale|scale_inv|scale_ub|zero_point)",
@@ -33,12 +34,14 @@ class Kind:
         dtypes: dtypes of that part.
         of: function that gives the tensor, or raises `UnfitError`.
         axes: the least number of axes of that part.
+        unless: end of the name of a part that another kind has; None if no other one looks the same.
     """
 
     end: str
     dtypes: tuple[str, ...]
     of: Callable[[Parts], Packed]
     axes: int = 2
+    unless: str | None = None
 
 
 def kinds_of(config: Mapping[str, Any], where: str) -> list[Kind]:
@@ -56,8 +59,10 @@ def kinds_of(config: Mapping[str, Any], where: str) -> list[Kind]:
     try:
         # Blocks of MXFP4 are known by their names alone.
         return [_MXFP4, *(read(config) if read else [])]
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         said = f"needs {error}" if isinstance(error, KeyError) else error
+        if not isinstance(error, KeyError | ValueError):
+            said = f"malformed, its values do not go together ({brief(error)})"
         raise ValueError(f"{where}: quantization_config of {method}: {said}; use the unquantised model") from error
 
 
@@ -84,6 +89,8 @@ def join(
             if not name.endswith(kind.end) or info.dtype not in kind.dtypes or len(info.shape) < kind.axes:
                 continue
             parts = Parts(name.removesuffix(kind.end), tensors, read)
+            if kind.unless is not None and parts.get(kind.unless) is not None:
+                continue
             try:
                 tensor = kind.of(parts)
             except UnfitError as error:
@@ -121,10 +128,9 @@ def _gptq(config: Mapping[str, Any]) -> list[Kind]:
 
 def _awq(config: Mapping[str, Any]) -> list[Kind]:
     version = _said(config, "version", "format", default="gemm")
-    bits = config["bits"] if "bits" in config else config["w_bit"]
-    if version != "gemm" or bits != 4:
+    bits, group = (config[old] if config.get(new) is None else config[new] for new, old in AWQ_NAMES)
+    if version != "gemm" or int(bits) != 4:
         raise ValueError(f"version is {version!r} with {bits} bits, allowed is 'gemm' with 4 bits")
-    group = config["group_size"] if "group_size" in config else config["q_group_size"]
     return [Kind(".qweight", ("I32",), functools.partial(Awq.of, group=_group(group)))]
 
 
@@ -145,7 +151,7 @@ def _fp8(config: Mapping[str, Any]) -> list[Kind]:
     if config.get("weight_scale_semantics"):
         raise ValueError(f"weight_scale_semantics is {config['weight_scale_semantics']!r}, which is not read")
     block = _block(config.get("weight_block_size", FP8_BLOCK))
-    return [Kind(WEIGHT, FP8, functools.partial(whole_numbers, block=block))]
+    return [Kind(WEIGHT, FP8, functools.partial(whole_numbers, blocks=[block] if block else []))]
 
 
 def _fbgemm_fp8(config: Mapping[str, Any]) -> list[Kind]:
@@ -173,17 +179,21 @@ def _compressed_tensors(config: Mapping[str, Any]) -> list[Kind]:
     for form in (_said(each, "format", default="dense") for each in (inner, *groups)):
         if form not in COMPRESSED:
             raise ValueError(f"format is {form!r}, allowed are {', '.join(COMPRESSED)}")
-    blocks = {_block((group.get("weights") or {}).get("block_structure")) for group in groups} - {None}
-    block = blocks.pop() if len(blocks) == 1 else None
+    stated = [group.get("weights") or {} for group in groups]
+    blocks = [block for each in stated if (block := _block(each.get("block_structure")))]
+    blocks += [(1, size) for each in stated if (size := int(each.get("group_size") or 0)) > 0]
     return [
-        Kind(".weight_packed", ("I32", "U8"), functools.partial(packed_numbers, block=block)),
-        Kind(WEIGHT, (*FP8, "I8"), functools.partial(whole_numbers, block=block)),
+        Kind(".weight_packed", ("I32", "U8"), functools.partial(packed_numbers, blocks=blocks)),
+        Kind(WEIGHT, (*FP8, "I8"), functools.partial(whole_numbers, blocks=blocks)),
     ]
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> list[Kind]:
-    return [Kind(SCALES, ("U8", "F32"), FourBits.of, axes=1), Kind(WEIGHT, ("I8",), rows_of_int8)]
+    return [Kind(SCALES, ("U8", "F32"), FourBits.of, axes=1), Kind(WEIGHT, ("I8",), rows_of_int8, unless=SCALES)]
 
+
+AWQ_NAMES = (("bits", "w_bit"), ("group_size", "q_group_size"))
+"""Attributes of AWQ's first configurations had other names."""
 
 FP8_BLOCK = (128, 128)
 """Outputs and inputs that share a scale of FP8, if nothing is said."""

@@ -106,7 +106,9 @@ def unpacked(words: Int32[np.ndarray, "*rows n"], bits: int) -> UInt8[np.ndarray
     if bits == 8:
         return octets
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    return ((octets[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(*octets.shape[:-1], -1)
+    return ((octets[..., None] >> shifts) & np.uint8(2**bits - 1)).reshape(
+        *octets.shape[:-1], octets.shape[-1] * 8 // bits
+    )
 
 
 def scale_groups(
@@ -130,14 +132,15 @@ def scale_groups(
     """
     rows, columns = values.shape
     if isinstance(groups, int) and columns and columns % groups == 0:
-        cut = values.reshape(rows, -1, groups)
+        cut = values.reshape(rows, columns // groups, groups)
         if zeros is not None:
             cut -= zeros[..., None]
         cut *= scales[..., None]
         return values
     of_column = np.arange(columns) // groups if isinstance(groups, int) else groups
     if of_column.size and not 0 <= of_column.min() <= of_column.max() < scales.shape[1]:
-        raise ValueError(f"{what}: names groups up to {of_column.max()}, and there are {scales.shape[1]}")
+        named = f"{of_column.min()} to {of_column.max()}"
+        raise ValueError(f"{what}: names groups from {named}, and there are {scales.shape[1]}")
     if zeros is not None:
         values -= zeros[:, of_column]
     values *= scales[:, of_column]

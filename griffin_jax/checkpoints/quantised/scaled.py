@@ -103,7 +103,7 @@ def _matrix(values: np.ndarray) -> Shaped[np.ndarray, "rows columns"]:
     return values if values.ndim == 2 else values.reshape(-1, 1)
 
 
-def _block_of(parts: Parts, end: str, shape: tuple[int, int], stated: tuple[int, int] | None) -> tuple[int, int]:
+def _block_of(parts: Parts, end: str, shape: tuple[int, int], stated: Collection[tuple[int, int]]) -> tuple[int, int]:
     """Outputs and inputs that share a scale: those that the configuration states, a group of a row, a row or all.
 
     Raises:
@@ -113,13 +113,14 @@ def _block_of(parts: Parts, end: str, shape: tuple[int, int], stated: tuple[int,
     assert scale is not None
     outputs, inputs = shape
     counts = scale.shape if len(scale.shape) == 2 else (math.prod(scale.shape), 1)
-    if stated is not None and counts == (-(-outputs // stated[0]), -(-inputs // stated[1])):
-        return stated
+    for block in stated:
+        if counts == (-(-outputs // block[0]), -(-inputs // block[1])):
+            return block
     if len(scale.shape) <= 2 and counts == (1, 1):
         return max(outputs, 1), max(inputs, 1)
     if len(scale.shape) <= 2 and counts[0] == outputs and counts[1] and inputs % counts[1] == 0:
         return 1, max(inputs // counts[1], 1)
-    blocks = "" if stated is None else f" in blocks of {stated}"
+    blocks = f" in blocks of {' or '.join(map(str, stated))}" if stated else ""
     raise UnfitError("misshapen", f"{parts.base}{end} is {scale.shape}, which does not divide {shape}{blocks}")
 
 
@@ -136,12 +137,12 @@ def _scales(parts: Parts, *ends: str, dtypes: Collection[str] = SCALE_DTYPES) ->
     return end, parts.need(end, info.shape, *dtypes)
 
 
-def whole_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled:
+def whole_numbers(parts: Parts, blocks: Collection[tuple[int, int]] = ()) -> Scaled:
     """A matrix with each number by itself: FP8, and compressed-tensors' float-, int- and naive-quantized.
 
     Args:
         parts: the parts.
-        block: outputs and inputs that share a scale, if the configuration says so.
+        blocks: outputs and inputs that share a scale, where the configuration says so.
 
     Raises:
         UnfitError: they do not fit.
@@ -154,7 +155,7 @@ def whole_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled:
         zero = ".weight_zero_point"
         parts.need(zero, scale.shape, *FP8, "I8")
     dtype = "INT8" if numbers.dtype == "I8" else "FP8"
-    return Scaled(parts.base, TensorInfo(shape, dtype), ".weight", end, _block_of(parts, end, shape, block), zero=zero)
+    return Scaled(parts.base, TensorInfo(shape, dtype), ".weight", end, _block_of(parts, end, shape, blocks), zero=zero)
 
 
 def rows_of_int8(parts: Parts) -> Scaled:
@@ -174,12 +175,12 @@ def rows_of_int8(parts: Parts) -> Scaled:
     return Scaled(parts.base, TensorInfo((outputs, inputs), "INT8"), ".weight", ".SCB", (1, inputs), divisor=127.0)
 
 
-def packed_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled:
+def packed_numbers(parts: Parts, blocks: Collection[tuple[int, int]] = ()) -> Scaled:
     """A matrix with several numbers in a word, or two in a byte: compressed-tensors' pack- and nvfp4-pack-quantized.
 
     Args:
         parts: the parts.
-        block: outputs and inputs that share a scale, if the configuration says so.
+        blocks: outputs and inputs that share a scale, where the configuration says so.
 
     Raises:
         UnfitError: they do not fit.
@@ -190,7 +191,7 @@ def packed_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled
         shape = (outputs, 2 * stored)
         end, _ = _scales(parts, ".weight_scale", dtypes=("F8_E4M3",))
         parts.need(".weight_global_scale", (1,), "F32")
-        info, groups = TensorInfo(shape, "NVFP4"), _block_of(parts, end, shape, None)
+        info, groups = TensorInfo(shape, "NVFP4"), _block_of(parts, end, shape, ())
         return Scaled(parts.base, info, ".weight_packed", end, groups, divisor=".weight_global_scale")
     parts.need(".weight_shape", (2,), "I64", "I32")
     said = tuple(map(int, parts.read(f"{parts.base}.weight_shape", 0, None)))
@@ -203,9 +204,10 @@ def packed_numbers(parts: Parts, block: tuple[int, int] | None = None) -> Scaled
     zero = group = None
     if parts.get(".weight_zero_point") is not None:
         zero = ".weight_zero_point"
-        parts.need(zero, (-(-outputs * bits[0] // WORD_BITS), scale.shape[-1]), "I32")
+        groups = scale.shape[1] if len(scale.shape) == 2 else 1
+        parts.need(zero, (-(-outputs * bits[0] // WORD_BITS), groups), "I32")
     if parts.get(".weight_g_idx") is not None:
         group = ".weight_g_idx"
         parts.need(group, (said[1],), "I32", "I64")
-    info, blocks = TensorInfo((outputs, said[1]), f"INT{bits[0]}"), _block_of(parts, end, (outputs, said[1]), block)
-    return Scaled(parts.base, info, ".weight_packed", end, blocks, bits[0], zero, group)
+    info, block = TensorInfo((outputs, said[1]), f"INT{bits[0]}"), _block_of(parts, end, (outputs, said[1]), blocks)
+    return Scaled(parts.base, info, ".weight_packed", end, block, bits[0], zero, group)

@@ -26,6 +26,10 @@ QUANTISATIONS = ("gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "bits
 `griffin_jax.checkpoints.quantised.methods`."""
 
 
+QUANTISATION = ("quantization_config", "compression_config")
+"""Attributes that say how a checkpoint is quantised; the second is that of compressed-tensors' first ones."""
+
+
 class StoredTensors(Protocol):
     """The tensors of a GGUF file, which the description of a family may look at in addition to the metadata."""
 
@@ -112,16 +116,16 @@ class Family:
         Raises:
             ValueError: an attribute is missing, out of range or not understood.
         """
-        quantisation = values.get("quantization_config")
+        quantisation = quantisation_of(values)
         if quantisation and method_of(quantisation) not in self.quantisations:
-            allowed = ", ".join(self.quantisations) or "nobody"
+            allowed = ", ".join(self.quantisations) or "unquantised checkpoints"
             raise ValueError(
-                f"{where}: quantization_config is {quantisation!r:.500}, and checkpoints of {self.model_type} are read "
-                f"that were quantised by {allowed}; use the unquantised one, or a GGUF file"
+                f"{where}: quantization_config is {quantisation!r:.500}, and of {self.model_type} only {allowed} can "
+                "be read; use the unquantised checkpoint, or a GGUF file"
             )
         attributes = Attributes(values, where)
         attributes.take("model_type", str)
-        attributes.ignore("quantization_config")
+        attributes.ignore(*QUANTISATION)
         try:
             config = self.read_config(attributes)
             config = dataclasses.replace(config, max_positions=extended_positions(config))
@@ -157,6 +161,7 @@ def read_text_part(
         "tie_word_embeddings": attributes.take("tie_word_embeddings", bool, default=True),
     }
     part = Attributes(values | {name: value for name, value in whole.items() if value is not None}, where)
+    part.ignore(*QUANTISATION)
     kind = part.take("model_type", str, default=next(iter(readers)))
     if kind not in readers:
         raise ValueError(f"{where}: model_type is {kind!r}; supported are {', '.join(readers)}")
@@ -205,6 +210,13 @@ def fitting_rules(ways: Sequence[Rules], config: ModelConfig, stored: Collection
 def is_ignored(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a tensor is knowingly ignored."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def quantisation_of(values: Mapping[str, Any]) -> Any:
+    """How a checkpoint says that it is quantised, for the whole or for its text model; empty if it does not."""
+    text = values.get("text_config")
+    places = (values, text if isinstance(text, dict) else {})
+    return next((place[name] for place in places for name in QUANTISATION if place.get(name)), {})
 
 
 def method_of(quantisation: Any) -> str | None:

@@ -21,7 +21,7 @@ from griffin_jax.checkpoints.huggingface import HuggingFaceFolder
 from griffin_jax.checkpoints.loading import open_source
 from griffin_jax.checkpoints.quantised.methods import BESIDE, METHODS, join, kinds_of
 from griffin_jax.checkpoints.quantised.parts import Packed, Read
-from griffin_jax.checkpoints.schema.family import QUANTISATIONS, is_ignored
+from griffin_jax.checkpoints.schema.family import QUANTISATIONS, is_ignored, quantisation_of
 from griffin_jax.checkpoints.sources import PACKED, TensorInfo
 
 DTYPES = {
@@ -167,6 +167,54 @@ def test_the_second_format_is_known_by_either_name(name):
     parts = gptq(np.zeros((8, 8), int), np.full((8, 1), 3), np.ones((8, 1)), 4, None, less=0)
     config = {"quant_method": "gptq", "bits": 4, "group_size": -1, name: "gptq_v2"}
     np.testing.assert_array_equal(weight(config, parts), -3)
+
+
+@pytest.mark.parametrize("dynamic", [None, {"-:other": {}}])
+def test_a_last_group_that_is_not_full(dynamic):
+    numbers, zeros, scales = np.ones((8, 96), int), np.zeros((8, 2)), np.tile([1, 9], (8, 1))
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64, "dynamic": dynamic}
+    ours = weight(config, gptq(numbers, zeros, scales, 4, None, 1))
+    np.testing.assert_array_equal(ours, np.tile(np.repeat([1, 9], [64, 32]), (8, 1)))
+
+
+def test_a_last_group_of_compressed_tensors_that_is_not_full():
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
+    config = {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": weights}}}
+    parts = {
+        "weight_packed": np.full((8, 12), 0x11111111, np.int32),
+        "weight_shape": np.array([8, 96]),
+        "weight_scale": np.tile(np.float32([1, 9]), (8, 1)),
+    }
+    np.testing.assert_array_equal(weight(config, parts), -7 * np.tile(np.repeat([1, 9], [64, 32]), (8, 1)))
+
+
+def test_four_bits_that_are_stored_as_signed_bytes():
+    config, parts, expected = example("nf4")
+    np.testing.assert_allclose(
+        weight(config, parts | {"weight": parts["weight"].view(np.int8)}), expected, rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "floats", "packed-zeros", "nf4"])
+def test_no_rows(name):
+    config, parts, expected = example(name)
+    _, packed, read = joined(config, parts)
+    assert packed["layer.weight"].rows(read, 3, 3).shape == (0, expected.shape[1])
+
+
+def test_thousands_of_biases_are_looked_up_at_once(floating, tmp_path):
+    """Python keeps some hundred compiled patterns, and compiles the others for every name."""
+    folder = HuggingFaceFolder(quantised(floating, tmp_path / "quantised", 0.0))
+    assert len(folder.ignored) == len(folder.family.ignored) + len(BESIDE) + 1
+    assert is_ignored("model.layers.1.mlp.down_proj.bias", folder.ignored)
+
+
+@pytest.mark.parametrize("place", ["compression_config", "text_config"])
+def test_where_else_a_configuration_may_be(place):
+    found = {"quant_method": "fp8"}
+    assert quantisation_of({place: {"quantization_config": found} if place == "text_config" else found}) == found
+    assert quantisation_of({"quantization_config": {"a": 1}, place: found}) == {"a": 1}
+    assert quantisation_of({"text_config": None, "quantization_config": None}) == {}
 
 
 def test_numbers_that_do_not_fill_their_last_word():
@@ -368,7 +416,7 @@ def test_tensors_that_the_model_has_not_need_not_fit(floating, tmp_path):
 def test_matrices_of_gpt2_are_not_read_the_other_way_round(tmp_path):
     build_torch("gpt2", all_cases()["gpt2"].config, tmp_path)
     rewrite_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 16})
-    with pytest.raises(ValueError, match="checkpoints of gpt2 are read that were quantised by nobody; use the unquant"):
+    with pytest.raises(ValueError, match="of gpt2 only unquantised checkpoints can be read; use the"):
         open_source(tmp_path)
 
 
@@ -411,7 +459,8 @@ def test_families_and_readers_name_the_same_methods():
             "'mxfp4-pack-quantized', allowed are dense, naive",
         ),
         ({"quant_method": "fp8", "weight_block_size": [0, 128]}, r"blocks are \[0, 128\], allowed are two positive"),
-        ({"quant_method": "fp8", "weight_block_size": 128}, "of fp8: "),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "of fp8: malformed"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": None}, "of gptq: malformed"),
         ({"quant_method": "compressed-tensors"}, "needs 'config_groups'"),
         ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, "weights are rotated"),
         (
@@ -446,6 +495,7 @@ NF4 = "weight.quant_state.bitsandbytes__nf4"
         ("floats", {"weight_scale": np.zeros((1, 64), np.float32)}, r"\(1, 64\), which does not divide \(16, 64\)"),
         ("floats-blocks", {"weight_scale": np.zeros((4, 4), np.float32)}, r"does not divide .* in blocks of \(8, 32\)"),
         ("packed", {"weight_shape": np.array([16, 80])}, r"\(16, 8\), which is no matrix of \(16, 80\) with 4 or 8"),
+        ("packed-zeros", {"weight_scale": np.ones((), np.float32)}, r"zero_point is \(2, 2\) of I32, not \(2, 1\)"),
         ("packed", {"weight_g_idx": np.zeros(3, np.int32)}, r"weight_g_idx is \(3,\) of I32, not \(64,\)"),
         ("nvfp4", {"weight_global_scale": None}, "1 missing: .*global_scale"),
         ("nf4", {"weight.absmax": np.zeros(3, np.float32)}, r"absmax is \(3,\) of F32, not \(16,\)"),
@@ -467,7 +517,7 @@ def test_parts_that_do_not_fit_are_named(name, changes, message):
 
 def test_groups_that_are_not_there():
     config, parts, _ = example("gptq")
-    with pytest.raises(ValueError, match=r"layer\.g_idx: names groups up to 2, and there are 2"):
+    with pytest.raises(ValueError, match=r"layer\.g_idx: names groups from 2 to 2, and there are 2"):
         weight(config, parts | {"g_idx": np.full(64, 2, np.int32)})
 
 
