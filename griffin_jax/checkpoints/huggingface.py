@@ -138,7 +138,8 @@ class HuggingFaceFolder(Reader):
         shards = list(dict.fromkeys(listed.values())) if listed else [folder / self._format.single]
         for file in shards:
             self._open(file)
-        quantisation = quantisation_of(read_json(folder / "config.json"))
+        values = read_json(folder / "config.json")
+        quantisation = quantisation_of(values)
         kinds = kinds_of(quantisation, str(folder))
         self._parts = self.tensors
         try:
@@ -157,7 +158,7 @@ class HuggingFaceFolder(Reader):
         if self.family.leaves_out:
             message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
             warnings.warn(f"{message} {self.family.leaves_out}", CheckpointWarning, stacklevel=2)
-        if self.family.unsaid_tie and "tie_word_embeddings" not in read_json(folder / "config.json"):
+        if self.family.unsaid_tie and "tie_word_embeddings" not in values:
             self.config = dataclasses.replace(self.config, tied_head="lm_head.weight" not in self.tensors)
         if any(name.startswith(ADAPTER) for name in self.tensors):
             self.problems.append(

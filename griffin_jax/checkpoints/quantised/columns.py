@@ -34,8 +34,7 @@ class Columns(Packed):
     """A matrix whose outputs are the columns of what is stored.
 
     Attributes:
-        base: name of the layer.
-        info: see `Packed`.
+        base, info: see `Packed`.
         bits: of a number.
         group: neighbouring inputs that share a scale.
         ordered: whether the group of each input is stored instead (`desc_act`).
@@ -48,13 +47,8 @@ class Columns(Packed):
     ordered: bool = False
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.base}.weight"
-
-    @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        ends = ("qweight", "qzeros", "scales", *(("g_idx",) if self.ordered else ()))
-        return tuple(f"{self.base}.{end}" for end in ends)
+    def ends(self) -> tuple[str, ...]:
+        return ".qweight", ".qzeros", ".scales", *((".g_idx",) if self.ordered else ())
 
     @abc.abstractmethod
     def numbers(self, qweight: Int32[np.ndarray, "..."], start: int, stop: int) -> UInt8[np.ndarray, "rows columns"]:
@@ -69,12 +63,12 @@ class Columns(Packed):
 
         # Outputs are columns of what is stored, which is read whole for any of them.
         def stored(end: str) -> np.ndarray:
-            return read(f"{self.base}.{end}", 0, None)
+            return read(self.base + end, 0, None)
 
-        zeros = self.zeros(stored("qzeros"))[:, start:stop].T.astype(np.float32)
-        scales = stored("scales")[:, start:stop].T.astype(np.float32)
-        values = self.numbers(stored("qweight"), start, stop).astype(np.float32)
-        groups = stored("g_idx") if self.ordered else self.group
+        zeros = self.zeros(stored(".qzeros"))[:, start:stop].T.astype(np.float32)
+        scales = stored(".scales")[:, start:stop].T.astype(np.float32)
+        values = self.numbers(stored(".qweight"), start, stop).astype(np.float32)
+        groups = stored(".g_idx") if self.ordered else self.group
         return scale_groups(values, zeros, scales, groups, f"{self.base}.g_idx")
 
 

@@ -9,12 +9,12 @@ import math
 import numpy as np
 from jaxtyping import Float32
 
-from griffin_jax.checkpoints.quantised.parts import Packed, Parts, Read, UnfitError
+from griffin_jax.checkpoints.quantised.parts import WEIGHT, Packed, Parts, Read, UnfitError
 from griffin_jax.checkpoints.sources import TensorInfo
 from griffin_jax.utils.messages import brief
 
-WEIGHT, SCALES, STATE = ".weight", ".weight.absmax", ".weight.quant_state.bitsandbytes__"
-"""Ends of the names of the numbers, of their scales, and of the tensor whose bytes are JSON, which the kind follows."""
+SCALES, STATE = f"{WEIGHT}.absmax", f"{WEIGHT}.quant_state.bitsandbytes__"
+"""Ends of the names of the scales, and of the tensor whose bytes are JSON, which the kind follows."""
 
 KINDS = ("nf4", "fp4")
 
@@ -27,8 +27,7 @@ class FourBits(Packed):
     """Numbers of a table, times the scale of their block; blocks go on from row to row.
 
     Attributes:
-        base: name of the layer.
-        info: see `Packed`.
+        base, info: see `Packed`.
         kind: of `KINDS`.
         stored: bytes of an entry of the array that numbers are stored as.
         block: numbers that share a scale.
@@ -45,13 +44,9 @@ class FourBits(Packed):
     offset: float
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.base}{WEIGHT}"
-
-    @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+    def ends(self) -> tuple[str, ...]:
         ends = ["", ".absmax", ".quant_map", *((".nested_absmax", ".nested_quant_map") if self.nested else ())]
-        return *(f"{self.name}{end}" for end in ends), f"{self.base}{STATE}{self.kind}"
+        return *(WEIGHT + end for end in ends), STATE + self.kind
 
     @classmethod
     def of(cls, parts: Parts) -> FourBits:

@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from griffin_jax.checkpoints.quantised import mxfp4
+from griffin_jax.checkpoints.quantised import mxfp4, scaled
 from griffin_jax.checkpoints.quantised.columns import Awq, Gptq
-from griffin_jax.checkpoints.quantised.four_bits import SCALES, WEIGHT, FourBits
+from griffin_jax.checkpoints.quantised.four_bits import SCALES, FourBits
 from griffin_jax.checkpoints.quantised.mxfp4 import Mxfp4
-from griffin_jax.checkpoints.quantised.parts import Packed, Parts, Read, UnfitError
-from griffin_jax.checkpoints.quantised.scaled import FP8, packed_numbers, rows_of_int8, whole_numbers
+from griffin_jax.checkpoints.quantised.parts import WEIGHT, Packed, Parts, Read, UnfitError
+from griffin_jax.checkpoints.quantised.scaled import FP8, nvfp4, packed_numbers, rows_of_int8, whole_numbers
 from griffin_jax.checkpoints.schema.family import method_of
 from griffin_jax.checkpoints.sources import TensorInfo, listed_names
 from griffin_jax.utils.messages import brief
@@ -43,6 +43,12 @@ class Kind:
     axes: int = 2
     unless: str | None = None
 
+    def begins(self, name: str, stored: Mapping[str, TensorInfo]) -> bool:
+        """Whether a stored tensor is the part with the numbers of such a one."""
+        info, base = stored[name], name.removesuffix(self.end)
+        looks = name.endswith(self.end) and info.dtype in self.dtypes and len(info.shape) >= self.axes
+        return looks and (self.unless is None or base + self.unless not in stored)
+
 
 def kinds_of(config: Mapping[str, Any], where: str) -> list[Kind]:
     """The kinds of tensors that a checkpoint may have.
@@ -60,8 +66,11 @@ def kinds_of(config: Mapping[str, Any], where: str) -> list[Kind]:
         # Blocks of MXFP4 are known by their names alone.
         return [_MXFP4, *(read(config) if read else [])]
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        said = f"needs {error}" if isinstance(error, KeyError) else error
-        if not isinstance(error, KeyError | ValueError):
+        if isinstance(error, KeyError):
+            said = f"needs {error}"
+        elif isinstance(error, ValueError):
+            said = str(error)
+        else:
             said = f"malformed, its values do not go together ({brief(error)})"
         raise ValueError(f"{where}: quantization_config of {method}: {said}; use the unquantised model") from error
 
@@ -84,26 +93,23 @@ def join(
         ValueError: parts do not fit; one message lists them.
     """
     joined, packed, problems = dict(tensors), {}, {}
-    for name, info in tensors.items():
-        for kind in kinds:
-            if not name.endswith(kind.end) or info.dtype not in kind.dtypes or len(info.shape) < kind.axes:
-                continue
-            parts = Parts(name.removesuffix(kind.end), tensors, read)
-            if kind.unless is not None and parts.get(kind.unless) is not None:
-                continue
-            try:
-                tensor = kind.of(parts)
-            except UnfitError as error:
-                if not needless(f"{parts.base}{WEIGHT}"):
-                    problems.setdefault(error.problem, []).append(error.what)
-                break
-            for part in tensor.parts:
-                joined.pop(part, None)
-            if tensor.name in joined:
-                problems.setdefault("duplicate", []).append(f"{tensor.name}, quantised and not")
-            joined[tensor.name] = tensor.info
-            packed[tensor.name] = tensor
-            break
+    for name in tensors:
+        kind = next((kind for kind in kinds if kind.begins(name, tensors)), None)
+        if kind is None:
+            continue
+        parts = Parts(name.removesuffix(kind.end), tensors, read)
+        try:
+            tensor = kind.of(parts)
+        except UnfitError as error:
+            if not needless(parts.base + WEIGHT):
+                problems.setdefault(error.problem, []).append(error.what)
+            continue
+        for part in tensor.parts:
+            joined.pop(part, None)
+        if tensor.name in joined:
+            problems.setdefault("duplicate", []).append(f"{tensor.name}, quantised and not")
+        joined[tensor.name] = tensor.info
+        packed[tensor.name] = tensor
     if problems:
         listed = (text for problem, names in problems.items() for text in listed_names(problem, names))
         raise ValueError(f"parts of quantised tensors do not fit: {'; '.join(listed)}")
@@ -183,7 +189,8 @@ def _compressed_tensors(config: Mapping[str, Any]) -> list[Kind]:
     blocks = [block for each in stated if (block := _block(each.get("block_structure")))]
     blocks += [(1, size) for each in stated if (size := int(each.get("group_size") or 0)) > 0]
     return [
-        Kind(".weight_packed", ("I32", "U8"), functools.partial(packed_numbers, blocks=blocks)),
+        Kind(scaled.PACKED, ("I32",), functools.partial(packed_numbers, blocks=blocks)),
+        Kind(scaled.PACKED, ("U8",), nvfp4),
         Kind(WEIGHT, (*FP8, "I8"), functools.partial(whole_numbers, blocks=blocks)),
     ]
 

@@ -42,12 +42,12 @@ class Mxfp4(Packed):
     info: TensorInfo
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return self.base + BLOCKS
 
     @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.base + BLOCKS, self.base + SCALES
+    def ends(self) -> tuple[str, ...]:
+        return BLOCKS, SCALES
 
     @classmethod
     def of(cls, parts: Parts) -> Mxfp4:

@@ -18,6 +18,9 @@ from griffin_jax.checkpoints.sources import TensorInfo
 WORD_BITS = 32
 """Bits of the integers that smaller ones are packed into."""
 
+WEIGHT = ".weight"
+"""End of the name that a matrix has in an unquantised checkpoint, after that of its layer."""
+
 SCALE_DTYPES = ("F32", "BF16", "F16")
 """Dtypes of scales."""
 
@@ -82,14 +85,27 @@ class Packed(abc.ABC):
     """A tensor that is stored in parts.
 
     Attributes:
-        name: its name, as an unquantised checkpoint has it.
+        base: what the names of its parts begin with: that of the layer.
         info: its shape, and a name for the dtype of its numbers, which is one of `sources.PACKED`.
-        parts: names of the stored tensors that make it.
     """
 
-    name: str
+    base: str
     info: TensorInfo
-    parts: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its name, as an unquantised checkpoint has it."""
+        return self.base + WEIGHT
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the stored tensors that make it."""
+        return tuple(self.base + end for end in self.ends)
+
+    @property
+    @abc.abstractmethod
+    def ends(self) -> tuple[str, ...]:
+        """Ends of these names."""
 
     @abc.abstractmethod
     def rows(self, read: Read, start: int, stop: int | None) -> Float32[np.ndarray, "rows *rest"]:

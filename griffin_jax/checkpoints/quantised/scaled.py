@@ -12,6 +12,7 @@ from jaxtyping import Float32, Shaped
 from griffin_jax.checkpoints.quantised import mxfp4
 from griffin_jax.checkpoints.quantised.parts import (
     SCALE_DTYPES,
+    WEIGHT,
     WORD_BITS,
     Packed,
     Parts,
@@ -28,6 +29,9 @@ FP8 = ("F8_E4M3", "F8_E5M2")
 LAYOUT = ".weight_format"
 """End of the name of a number that says in which order LLM.int8() has stored a matrix."""
 
+PACKED = ".weight_packed"
+"""End of the name of numbers of which several are in a word or byte."""
+
 PACKED_BITS = (4, 8)
 """Bits of integers in words that are read."""
 
@@ -37,8 +41,7 @@ class Scaled(Packed):
     """A matrix of numbers, less their zero, times the scale of their block of outputs and inputs.
 
     Attributes:
-        base: name of the layer.
-        info: see `Packed`.
+        base, info: see `Packed`.
         numbers: end of the name of the numbers.
         scale: end of the name of the scales, one for each block, row or tensor.
         block: outputs and inputs of a block.
@@ -59,13 +62,9 @@ class Scaled(Packed):
     divisor: str | float = 1.0
 
     @property
-    def name(self) -> str:  # type: ignore[override]
-        return f"{self.base}.weight"
-
-    @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+    def ends(self) -> tuple[str, ...]:
         ends = (self.numbers, self.scale, self.zero, self.group, self.divisor)
-        return tuple(self.base + end for end in ends if isinstance(end, str))
+        return tuple(end for end in ends if isinstance(end, str))
 
     def rows(self, read: Read, start: int, stop: int | None) -> Float32[np.ndarray, "rows columns"]:
         outputs, inputs = self.info.shape
@@ -103,38 +102,45 @@ def _matrix(values: np.ndarray) -> Shaped[np.ndarray, "rows columns"]:
     return values if values.ndim == 2 else values.reshape(-1, 1)
 
 
-def _block_of(parts: Parts, end: str, shape: tuple[int, int], stated: Collection[tuple[int, int]]) -> tuple[int, int]:
-    """Outputs and inputs that share a scale: those that the configuration states, a group of a row, a row or all.
+def _scales(
+    parts: Parts,
+    shape: tuple[int, int],
+    stated: Collection[tuple[int, int]],
+    *ends: str,
+    dtypes: Collection[str] = SCALE_DTYPES,
+) -> tuple[str, TensorInfo, tuple[int, int]]:
+    """The scales of a matrix.
+
+    Args:
+        parts: the parts.
+        shape: that of the matrix.
+        stated: outputs and inputs that share a scale, where the configuration says so.
+        ends: ends of the names that scales may have, of which the first is taken that there is.
+        dtypes: those that they may have.
+
+    Returns:
+        The end of their name; what is stored; and the outputs and inputs that share one: a stated block, a group of a
+        row, a row or all.
 
     Raises:
-        UnfitError: the scales do not go with the matrix.
+        UnfitError: there are none, they are of another dtype, or they do not go with the matrix.
     """
+    end = next((end for end in ends if parts.get(end) is not None), ends[-1])
     scale = parts.get(end)
-    assert scale is not None
+    if scale is None:
+        raise UnfitError("missing", f"{parts.base}{end}")
+    parts.need(end, scale.shape, *dtypes)
     outputs, inputs = shape
     counts = scale.shape if len(scale.shape) == 2 else (math.prod(scale.shape), 1)
     for block in stated:
         if counts == (-(-outputs // block[0]), -(-inputs // block[1])):
-            return block
+            return end, scale, block
     if len(scale.shape) <= 2 and counts == (1, 1):
-        return max(outputs, 1), max(inputs, 1)
+        return end, scale, (max(outputs, 1), max(inputs, 1))
     if len(scale.shape) <= 2 and counts[0] == outputs and counts[1] and inputs % counts[1] == 0:
-        return 1, max(inputs // counts[1], 1)
+        return end, scale, (1, max(inputs // counts[1], 1))
     blocks = f" in blocks of {' or '.join(map(str, stated))}" if stated else ""
     raise UnfitError("misshapen", f"{parts.base}{end} is {scale.shape}, which does not divide {shape}{blocks}")
-
-
-def _scales(parts: Parts, *ends: str, dtypes: Collection[str] = SCALE_DTYPES) -> tuple[str, TensorInfo]:
-    """The first of these parts that there is, of any shape.
-
-    Raises:
-        UnfitError: there is none, or it is of another dtype.
-    """
-    end = next((end for end in ends if parts.get(end) is not None), ends[-1])
-    info = parts.get(end)
-    if info is None:
-        raise UnfitError("missing", f"{parts.base}{end}")
-    return end, parts.need(end, info.shape, *dtypes)
 
 
 def whole_numbers(parts: Parts, blocks: Collection[tuple[int, int]] = ()) -> Scaled:
@@ -147,15 +153,16 @@ def whole_numbers(parts: Parts, blocks: Collection[tuple[int, int]] = ()) -> Sca
     Raises:
         UnfitError: they do not fit.
     """
-    numbers = parts.need(".weight", (None, None), *FP8, "I8")
+    numbers = parts.need(WEIGHT, (None, None), *FP8, "I8")
     shape = (numbers.shape[0], numbers.shape[1])
-    end, scale = _scales(parts, ".weight_scale_inv", ".weight_scale", dtypes=(*SCALE_DTYPES, "F8_E8M0"))
+    ends, dtypes = (".weight_scale_inv", ".weight_scale"), (*SCALE_DTYPES, "F8_E8M0")
+    end, scale, block = _scales(parts, shape, blocks, *ends, dtypes=dtypes)
     zero = None
     if parts.get(".weight_zero_point") is not None:
         zero = ".weight_zero_point"
         parts.need(zero, scale.shape, *FP8, "I8")
     dtype = "INT8" if numbers.dtype == "I8" else "FP8"
-    return Scaled(parts.base, TensorInfo(shape, dtype), ".weight", end, _block_of(parts, end, shape, blocks), zero=zero)
+    return Scaled(parts.base, TensorInfo(shape, dtype), WEIGHT, end, block, zero=zero)
 
 
 def rows_of_int8(parts: Parts) -> Scaled:
@@ -166,48 +173,55 @@ def rows_of_int8(parts: Parts) -> Scaled:
     Raises:
         UnfitError: the parts do not fit.
     """
-    outputs, inputs = parts.need(".weight", (None, None), "I8").shape
+    outputs, inputs = parts.need(WEIGHT, (None, None), "I8").shape
     parts.need(".SCB", (outputs,), "F32")
     if parts.get(LAYOUT) is not None:
         parts.need(LAYOUT, (), "U8")
         if layout := int(parts.read(parts.base + LAYOUT, 0, None)):
             raise UnfitError("not read", f"{parts.base}{LAYOUT} is {layout}, and only 0 is read: rows as they are")
-    return Scaled(parts.base, TensorInfo((outputs, inputs), "INT8"), ".weight", ".SCB", (1, inputs), divisor=127.0)
+    return Scaled(parts.base, TensorInfo((outputs, inputs), "INT8"), WEIGHT, ".SCB", (1, inputs), divisor=127.0)
 
 
-def packed_numbers(parts: Parts, blocks: Collection[tuple[int, int]] = ()) -> Scaled:
-    """A matrix with several numbers in a word, or two in a byte: compressed-tensors' pack- and nvfp4-pack-quantized.
+def nvfp4(parts: Parts) -> Scaled:
+    """A matrix with two numbers in a byte, and scales that share one of their own: compressed-tensors' NVFP4.
+
+    Raises:
+        UnfitError: the parts do not fit.
+    """
+    outputs, octets = parts.need(PACKED, (None, None), "U8").shape
+    shape = (outputs, 2 * octets)
+    end, _, block = _scales(parts, shape, (), ".weight_scale", dtypes=("F8_E4M3",))
+    parts.need(".weight_global_scale", (1,), "F32")
+    return Scaled(parts.base, TensorInfo(shape, "NVFP4"), PACKED, end, block, divisor=".weight_global_scale")
+
+
+def packed_numbers(parts: Parts, blocks: Collection[tuple[int, int]]) -> Scaled:
+    """A matrix with several numbers in a word: compressed-tensors' pack-quantized.
 
     Args:
         parts: the parts.
-        blocks: outputs and inputs that share a scale, where the configuration says so.
+        blocks: see `whole_numbers`.
 
     Raises:
         UnfitError: they do not fit.
     """
-    packed = parts.need(".weight_packed", (None, None), "I32", "U8")
-    outputs, stored = packed.shape
-    if packed.dtype == "U8":
-        shape = (outputs, 2 * stored)
-        end, _ = _scales(parts, ".weight_scale", dtypes=("F8_E4M3",))
-        parts.need(".weight_global_scale", (1,), "F32")
-        info, groups = TensorInfo(shape, "NVFP4"), _block_of(parts, end, shape, ())
-        return Scaled(parts.base, info, ".weight_packed", end, groups, divisor=".weight_global_scale")
+    outputs, words = parts.need(PACKED, (None, None), "I32").shape
     parts.need(".weight_shape", (2,), "I64", "I32")
     said = tuple(map(int, parts.read(f"{parts.base}.weight_shape", 0, None)))
-    bits = [bits for bits in PACKED_BITS if said[0] == outputs and stored == -(-said[1] * bits // WORD_BITS) > 0]
-    if not bits:
+    shape = (outputs, said[1])
+    fitting = [bits for bits in PACKED_BITS if said == shape and words == -(-said[1] * bits // WORD_BITS) > 0]
+    if not fitting:
         allowed = " or ".join(map(str, PACKED_BITS))
-        what = f"{parts.base}.weight_packed is {packed.shape}, which is no matrix of {said} with {allowed} bits"
+        what = f"{parts.base}{PACKED} is {outputs, words}, which is no matrix of {said} with {allowed} bits"
         raise UnfitError("not read", what)
-    end, scale = _scales(parts, ".weight_scale")
+    bits = fitting[0]
+    end, scale, block = _scales(parts, shape, blocks, ".weight_scale")
     zero = group = None
     if parts.get(".weight_zero_point") is not None:
         zero = ".weight_zero_point"
         groups = scale.shape[1] if len(scale.shape) == 2 else 1
-        parts.need(zero, (-(-outputs * bits[0] // WORD_BITS), groups), "I32")
+        parts.need(zero, (-(-outputs * bits // WORD_BITS), groups), "I32")
     if parts.get(".weight_g_idx") is not None:
         group = ".weight_g_idx"
-        parts.need(group, (said[1],), "I32", "I64")
-    info, block = TensorInfo((outputs, said[1]), f"INT{bits[0]}"), _block_of(parts, end, (outputs, said[1]), blocks)
-    return Scaled(parts.base, info, ".weight_packed", end, block, bits[0], zero, group)
+        parts.need(group, (shape[1],), "I32", "I64")
+    return Scaled(parts.base, TensorInfo(shape, f"INT{bits}"), PACKED, end, block, bits, zero, group)

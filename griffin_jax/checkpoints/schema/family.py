@@ -25,8 +25,7 @@ QUANTISATIONS = ("gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors", "bits
 """Values of `quant_method` that say how linear layers of any family are stored, see
 `griffin_jax.checkpoints.quantised.methods`."""
 
-
-QUANTISATION = ("quantization_config", "compression_config")
+QUANTISATION_ATTRIBUTES = ("quantization_config", "compression_config")
 """Attributes that say how a checkpoint is quantised; the second is that of compressed-tensors' first ones."""
 
 
@@ -125,7 +124,7 @@ class Family:
             )
         attributes = Attributes(values, where)
         attributes.take("model_type", str)
-        attributes.ignore(*QUANTISATION)
+        attributes.ignore(*QUANTISATION_ATTRIBUTES)
         try:
             config = self.read_config(attributes)
             config = dataclasses.replace(config, max_positions=extended_positions(config))
@@ -161,7 +160,7 @@ def read_text_part(
         "tie_word_embeddings": attributes.take("tie_word_embeddings", bool, default=True),
     }
     part = Attributes(values | {name: value for name, value in whole.items() if value is not None}, where)
-    part.ignore(*QUANTISATION)
+    part.ignore(*QUANTISATION_ATTRIBUTES)
     kind = part.take("model_type", str, default=next(iter(readers)))
     if kind not in readers:
         raise ValueError(f"{where}: model_type is {kind!r}; supported are {', '.join(readers)}")
@@ -216,7 +215,7 @@ def quantisation_of(values: Mapping[str, Any]) -> Any:
     """How a checkpoint says that it is quantised, for the whole or for its text model; empty if it does not."""
     text = values.get("text_config")
     places = (values, text if isinstance(text, dict) else {})
-    return next((place[name] for place in places for name in QUANTISATION if place.get(name)), {})
+    return next((place[name] for place in places for name in QUANTISATION_ATTRIBUTES if place.get(name)), {})
 
 
 def method_of(quantisation: Any) -> str | None:
