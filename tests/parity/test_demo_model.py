@@ -57,6 +57,7 @@ def test_experts_are_the_oracles(demo_llm, demo_torch, passages, pruned):
             np.testing.assert_array_equal(got[row], oracle_topk(np.sqrt(oracle_squares(layer)), 768))
 
 
+@pytest.mark.slow
 def test_pruned_answers_are_the_masked_models(demo_llm, demo_torch, passages, pruned):
     for row, passage in enumerate(passages):
         masks = [mask[row] for mask in pruned.experts.masks()]

@@ -234,10 +234,19 @@ def family_folder(request, tmp_path, tmp_path_factory) -> Path:
     return Path(shutil.copytree(source, tmp_path / request.param))
 
 
+# Names and files are looked up alike for all families: every fourth is for every run.
+some_families = pytest.mark.parametrize(
+    "family_folder",
+    [pytest.param(name, marks=[pytest.mark.slow] * (number % 4 > 0)) for number, name in enumerate(CASES)],
+    indirect=True,
+)
+
+
 def cases_of(folder: Path) -> Cases:
     return CASES[folder.name]
 
 
+@some_families
 def test_unknown_attributes_are_named(family_folder):
     """They change nothing, because transformers does not read them either."""
     rewrite_config(family_folder, hidden_novelty=3)
@@ -275,6 +284,7 @@ def tensors_to_spoil(folder: Path, weights: dict[str, np.ndarray]) -> dict[str, 
     }
 
 
+@some_families
 def test_missing_tensors_are_named(family_folder):
     weights = load_file(family_folder / "model.safetensors")
     for name, ours in tensors_to_spoil(family_folder, weights).items():
@@ -283,6 +293,7 @@ def test_missing_tensors_are_named(family_folder):
             open_source(family_folder)
 
 
+@some_families
 def test_misshapen_tensors_are_named(family_folder):
     weights = load_file(family_folder / "model.safetensors")
     for name, ours in tensors_to_spoil(family_folder, weights).items():
@@ -292,6 +303,7 @@ def test_misshapen_tensors_are_named(family_folder):
             open_source(family_folder)
 
 
+@some_families
 def test_surplus_tensors_are_named(family_folder):
     weights = load_file(family_folder / "model.safetensors")
     save_file({**weights, "novelty.weight": np.zeros(3, np.float32)}, family_folder / "model.safetensors")

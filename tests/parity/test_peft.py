@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import first_and_slow
 from reference import assert_close, load_torch
 
 import griffin_jax as gj
@@ -40,7 +41,7 @@ class Adapted:
     folder: Path
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=first_and_slow(2, "gpt2", "phi3", "llama", "gpt_neox"))
 def both(request, tmp_path_factory) -> Adapted:
     torch, peft = load_torch(), pytest.importorskip("peft", reason="compares with peft, which is not installed")
     from transformers import AutoConfig, AutoModelForCausalLM

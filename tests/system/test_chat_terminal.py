@@ -98,6 +98,7 @@ def test_a_conversation(worded, tmp_path):
     chat.close()
 
 
+@pytest.mark.slow
 def test_from_a_pipe(worded, tmp_path):
     """Without a terminal: a message for each line, and nothing but answers and what commands say."""
     saved = tmp_path / "chat.json"

@@ -98,6 +98,7 @@ class TestAnswers:
             assert found.groups == expected.groups
             assert_same(found, expected)
 
+    @pytest.mark.slow
     def test_devices_keep_their_own_best_by_default(self, native):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(2, 4))
         found, expected = llm.experts(RAGGED), native.llm.experts(RAGGED, groups=4)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES, drawn_adapter
+from conftest import PASSAGES, drawn_adapter, first_and_slow
 
 import griffin_jax as gj
 from griffin_jax.adapters.adapter import Adapter, attach, merge
@@ -70,7 +70,7 @@ def close(one, other) -> None:
 
 
 class TestHeal:
-    @pytest.mark.parametrize("targets", ["feed_forward", "attention,feed_forward"])
+    @pytest.mark.parametrize("targets", first_and_slow(1, "attention,feed_forward", "feed_forward"))
     @pytest.mark.parametrize("shared", [False, True])
     def test_is_pruning_the_merged_model(self, tiny, prefilled, targets, shared):
         model = tiny.llm.model

@@ -414,7 +414,7 @@ loading.convert(sys.argv[1], sys.argv[2], progress=False)
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", first_and_slow(1, signal.SIGKILL, signal.SIGINT))
 def test_a_conversion_that_is_killed_in_the_middle(hf_folder, tmp_path, how):
     output = tmp_path / "native"
     with run_python(SLOW_CONVERSION, hf_folder, output) as process:

@@ -46,7 +46,10 @@ def config_or_message(family: Family, values: dict[str, Any]) -> ModelConfig | s
 
 # Some are only warned of: tokens outside the vocabulary, and what nothing reads.
 @pytest.mark.filterwarnings("ignore::griffin_jax.utils.messages.CheckpointWarning")
-@pytest.mark.parametrize("model_type", sorted(families()))
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.slow] * (number % 4 > 0)) for number, name in enumerate(sorted(families()))],
+)
 def test_strange_settings_of_every_family(model_type):
     family = family_of(model_type, "config.json")
     assert isinstance(config_or_message(family, usual(model_type)), ModelConfig)

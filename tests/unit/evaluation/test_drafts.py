@@ -137,6 +137,7 @@ def run(capsys, folder: Path, *arguments: object) -> tuple[int, str, str]:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_copies(self, primed, tmp_path, capsys):
         arguments = "--model", primed.folder, "--quality", "griffin", "--density", "0.5", "--draft-weights", "own"
         code, out, err = run(capsys, tmp_path, *arguments, "--lookup", "--plot", tmp_path / "p.png")

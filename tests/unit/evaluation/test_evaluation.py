@@ -324,6 +324,7 @@ class TestTasks:
         assert general_text.beginning(llm.tokenizer) == [1]
         assert general_text.beginning(worded.llm.tokenizer) == []
 
+    @pytest.mark.slow
     def test_summaries_are_what_generate_writes(self, worded, tmp_path):
         from rouge_score.rouge_scorer import RougeScorer
 

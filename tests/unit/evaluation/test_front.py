@@ -173,6 +173,7 @@ class TestTwoFormats:
         (entry,) = front.figures(found, variants, {"dense": "-", "topk": "griffin"}, sizes, 0)
         assert (entry["weights"], entry["density"], entry["quality"]) == ("int8+int4:16", 0.75, "griffin")
 
+    @pytest.mark.slow
     def test_with_a_density_of_bytes_best_is_compared_too(self, primed, tmp_path, capsys):
         arguments = (
             "--model", primed.folder, "--quality", "best", "--weights", "int8+int4:16", "--density", "0.5",
@@ -267,6 +268,7 @@ class TestDrafters:
             ("int8", "int4:16 topk 0.5, auto drafts"),
         ]
 
+    @pytest.mark.slow
     def test_bytes_are_those_of_the_passes_and_drafts_of_answers(self, primed, tmp_path):
         new, slots = 12, 30
         (pair,) = front.pairs([WeightFormat.parse("int8")], [Drafter.parse("int4:16@0.5")])

@@ -155,6 +155,7 @@ class TestDense:
         assert got["config"]["model_dtype"] == "float32"
         assert got["config"]["model_name"] == str(model.folder)
 
+    @pytest.mark.slow
     def test_so_are_chats(self, model, tasks):
         """Examples as turns, templates, and what they begin with."""
         load_torch()

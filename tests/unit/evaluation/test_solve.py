@@ -150,6 +150,7 @@ class TestAnswers:
         (tmp_path / FILE).write_text("".join(lines[:3]))
         assert run() == found
 
+    @pytest.mark.slow
     def test_what_joins_is_answered_and_what_is_there_is_not(self, primed, tmp_path):
         items = [Item(str(number), primed.llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:3])]
         asked = {item.name: Problem("", lambda text: True, lambda text: None) for item in items}
@@ -178,6 +179,7 @@ class TestAnswers:
         assert run(items, [0.25], more) == found
         assert file.read_text() == lines
 
+    @pytest.mark.slow
     def test_of_two_formats_by_bytes_they_are_those_of_generate(self, primed, tmp_path):
         llm, two = primed.llm, MixedFormat.parse("float32+int4:16")
         items = [Item(str(number), llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:2])]
@@ -195,6 +197,7 @@ class TestAnswers:
             ("float32", 1), ("float32", 0.5), ("float32", 0.1), (str(two), 0.5), (str(two), 0.1),
         ]  # fmt: skip
 
+    @pytest.mark.slow
     def test_with_a_drafter_they_are_the_dense_models(self, primed, tmp_path):
         llm = primed.llm
         items = [Item(str(number), llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:2])]

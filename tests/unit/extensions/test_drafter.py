@@ -101,6 +101,7 @@ def test_drafts_are_the_drafters(worded):
     assert fine.drafting.accepted.sum() > 0.8 * fine.drafting.drafted.sum()
 
 
+@pytest.mark.slow
 def test_refitted_and_shared(worded):
     options = OPTIONS | {"density": 0.5, "speculative": 2, "draft_weights": "int4", "refit": 16, "shared": True}
     dense = [worded.llm.generate(passage, density=1.0, **OPTIONS).tokens[0] for passage in PASSAGES[:2]]

@@ -80,10 +80,10 @@ class TestAnswers:
     @pytest.mark.parametrize(
         "options",
         [
-            {"density": 0.8, "speculative": True},
-            {"density": 1.0, "speculative": True},
             *first_and_slow(
-                0,
+                1,
+                {"density": 0.8, "speculative": True},
+                {"density": 1.0, "speculative": True},
                 {"density": 0.8, "speculative": 3},
                 {"density": 1.0, "speculative": 5, "draft_weights": "int8"},
             ),

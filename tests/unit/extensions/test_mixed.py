@@ -393,7 +393,9 @@ class TestAnswers:
         asked = needs.generation(batch, 16, 8, kept, shared=shared, mixed=few, mixed_is_there=True)
         assert asked.get("kept neurons", 0) == sets * 24 * (60 * (3 * 32 + 2 * 4) + 180 * FEW_ROW)
 
-    @pytest.mark.parametrize(("batch", "masked"), [(1, False), (4, False), (5, True)])
+    @pytest.mark.parametrize(
+        ("batch", "masked"), [(4, False), (5, True), pytest.param(1, False, marks=pytest.mark.slow)]
+    )
     def test_several_sequences_are_masked_where_copies_are_as_large(self, model, batch, masked):
         """Half of the neurons, a quarter of them in 8 bits and others in 5: of 13 bits 4 sequences read 11.5, 5 14."""
         prompts = jnp.asarray(np.random.default_rng(2).integers(3, 101, (batch, 16)), jnp.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conftest import first_and_slow
 
 import griffin_jax as gj
 from griffin_jax.extensions.pruner import Pruner
@@ -30,7 +31,7 @@ def masked(model: Transformer) -> bool:
         (1, 0.5, False, False),
         (2, 0.5, False, True),
         (2, 0.45, False, False),
-        (3, 0.5, True, False),
+        pytest.param(3, 0.5, True, False, marks=pytest.mark.slow),
         (3, 0.35, False, True),
     ],
 )
@@ -63,7 +64,7 @@ def test_each_device_has_its_sequences(tiny):
         assert masked(Pruner.of(gj.GriffinConfig(density))(llm.model, read.statistics)[1]) == masks
 
 
-@pytest.mark.parametrize("options", [{}, {"refresh_every": 3}, {"speculative": 2}], ids=str)
+@pytest.mark.parametrize("options", first_and_slow(1, {"refresh_every": 3}, {}, {"speculative": 2}), ids=str)
 def test_answers_are_those_of_single_prompts(tiny, options):
     llm = tiny.llm
     together = llm.generate(PROMPTS, density=0.5, max_new_tokens=10, ignore_eos=True, **options)

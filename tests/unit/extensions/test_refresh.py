@@ -125,6 +125,7 @@ class TestGenerate:
         assert len(texts) == 4
         assert answer(tiny.llm, PROMPTS, refresh_every=1) == answer(tiny.llm, PROMPTS, density=1.0)
 
+    @pytest.mark.slow
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny):
         options = {"refresh_every": 4, "refit": 9}
         together = answer(tiny.llm, PROMPTS, **options)

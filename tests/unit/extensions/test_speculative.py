@@ -41,7 +41,7 @@ class TestGreedy:
     @pytest.mark.parametrize(
         ("drafts", "density"),
         [
-            (2, 0.9),
+            pytest.param(2, 0.9, marks=pytest.mark.slow),
             pytest.param(5, 0.25, marks=pytest.mark.slow),
             (True, 0.7),
             pytest.param(1, 0.5, marks=pytest.mark.slow),
@@ -59,6 +59,7 @@ class TestGreedy:
         assert (accepted > 0).all()
         assert (accepted + passes >= NEW - 1).all()
 
+    @pytest.mark.slow
     def test_rows_end_as_in_the_dense_model(self, tiny):
         """At an end-of-text token among the accepted drafts, in place of a draft, or not at all."""
         free = generate(tiny.llm, density=1.0).tokens

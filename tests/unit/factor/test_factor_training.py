@@ -153,6 +153,7 @@ def test_half_a_line_of_a_curve_is_neither_read_nor_continued(tmp_path):
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_a_run_that_was_interrupted_gives_what_it_would_have_given(self, texts, tmp_path):
         model = factorize(random_model(LLAMA), 4, 2)
         run = functools.partial(train_factors, model, quiet=True, save_every=2)

@@ -36,6 +36,7 @@ def alone(model, prompt: list[int], answer: list[int], density: float) -> np.nda
     return np.asarray(logits[0, len(prompt) - 1 : -1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
 def test_follow_is_teacher_forcing_of_each_row_alone(followed, density):
     model, dense, pruned, *_ = followed

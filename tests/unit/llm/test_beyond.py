@@ -64,6 +64,7 @@ class TestGenerate:
                 written.add(str(got))
         assert len(written) == 4
 
+    @pytest.mark.slow
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny, prior):
         options = {"prior": prior, "refit": True, **self.OPTIONS}
         together = tiny.llm.generate(PROMPTS, **options).tokens
@@ -171,6 +172,7 @@ class TestGrid:
             for a, b in zip(pruned.layers, expected.layers, strict=True):
                 np.testing.assert_allclose(a.ff.down[...], b.ff.down[...], rtol=1e-5, atol=1e-5, err_msg=row.name)
 
+    @pytest.mark.slow
     def test_refreshed_rows_are_followed_refreshed(self, tiny, prior):
         """Beside another row, whose scores stay its own."""
         model, extensions = (

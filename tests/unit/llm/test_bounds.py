@@ -31,6 +31,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_only_one_set_of_kept_rows_is_spared(llm):
     before = live_bytes()
     llm.generate(PROMPTS, max_new_tokens=2)

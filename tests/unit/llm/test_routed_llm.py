@@ -99,6 +99,7 @@ def test_answers_in_two_formats_of_a_batch(rng):
     assert few.generate(prompts, **options).tokens == [few.generate([p], **options).tokens[0] for p in prompts]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_weights", first_and_slow(1, "int4:16", None))
 def test_drafts_do_not_change_the_answer(llm, rng, draft_weights):
     prompt, options = rng.integers(3, 320, 20).tolist(), {"max_new_tokens": 10, "ignore_eos": True}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import first_and_slow
 
 import griffin_jax as gj
 from griffin_jax.adapters.adapter import Adapter, attach, parameters_of, stack
@@ -54,7 +55,7 @@ def predicted(parts: dict[str, int]) -> int:
     return sum(size for name, size in parts.items() if name != "compiled programs")
 
 
-@pytest.mark.parametrize(("batch", "length", "at_once"), [(4, 128, 1), (1, 300, 3)])
+@pytest.mark.parametrize(("batch", "length", "at_once"), [(4, 128, 1), pytest.param(1, 300, 3, marks=pytest.mark.slow)])
 def test_adapters_take_no_more_than_predicted(batch, length, at_once):
     job = Job(AdapterConfig(rank=4), TrainingConfig(steps=2, batch=batch, length=length, warmup=1))
     state = jax.eval_shape(lambda: job.start(0, CONFIG))
@@ -70,7 +71,7 @@ def test_adapters_take_no_more_than_predicted(batch, length, at_once):
     assert found <= needed <= FACTOR * found
 
 
-@pytest.mark.parametrize("rows", [0, 64])
+@pytest.mark.parametrize("rows", first_and_slow(1, 64, 0))
 def test_healing_takes_no_more_than_predicted(rows):
     course = Course(AdapterConfig(rank=4), TrainingConfig(steps=2, batch=4, length=192, warmup=1), prompt=96)
     optimizer = make_optimizer(course.training)
@@ -83,7 +84,7 @@ def test_healing_takes_no_more_than_predicted(rows):
     assert found <= needed <= FACTOR * found
 
 
-@pytest.mark.parametrize(("steps", "accumulate"), [(0, 1), (2, 2)])
+@pytest.mark.parametrize(("steps", "accumulate"), [(2, 2), pytest.param(0, 1, marks=pytest.mark.slow)])
 def test_experts_and_routers_take_no_more_than_predicted(steps, accumulate):
     """Of more tokens than what is found before any training is a mean of."""
     training = FactorTraining(

@@ -129,7 +129,10 @@ class TestModel:
 
 @pytest.mark.usefixtures("shapes_for_arrays")
 class TestEveryArrayHasARule:
-    @pytest.mark.parametrize("family", CASES)
+    @pytest.mark.parametrize(
+        "family",
+        [pytest.param(name, marks=[pytest.mark.slow] * (number % 3 > 0)) for number, name in enumerate(CASES)],
+    )
     def test_of_every_family(self, family, tmp_path):
         from transformers import AutoConfig
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from conftest import first_and_slow
 
 resource = pytest.importorskip("resource")
 
 
-@pytest.mark.parametrize("megabytes", [40, 300, 700, 1200])
+@pytest.mark.parametrize("megabytes", first_and_slow(2, 40, 700, 300, 1200))
 def test_too_little_for_jax_is_one_line(megabytes):
     """Where libraries, OpenBLAS, or XLA's threads would end the process by a signal, or say what misleads."""
     most = megabytes << 20
