@@ -88,6 +88,11 @@ def first_and_slow(first: int, *values: Any) -> list[Any]:
     return [*values[:first], *(pytest.param(value, marks=pytest.mark.slow) for value in values[first:])]
 
 
+def every_and_slow(step: int, *values: Any) -> list[Any]:
+    """Parameters of which the first of each `step` are for every run."""
+    return [pytest.param(value, marks=[pytest.mark.slow] * (place % step > 0)) for place, value in enumerate(values)]
+
+
 class FilesAndVariants(LoadScopeScheduling):
     """A file's tests go to one worker: what they load and compile in common, the other would load and compile again.
 

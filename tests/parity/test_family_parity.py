@@ -30,6 +30,7 @@ from cases import (
     rewrite_config,
 )
 from checkpoints_gguf import RECIPES, write_twin
+from conftest import every_and_slow
 from reference import (
     assert_close,
     oracle_squares,
@@ -235,11 +236,7 @@ def family_folder(request, tmp_path, tmp_path_factory) -> Path:
 
 
 # Names and files are looked up alike for all families: every fourth is for every run.
-some_families = pytest.mark.parametrize(
-    "family_folder",
-    [pytest.param(name, marks=[pytest.mark.slow] * (number % 4 > 0)) for number, name in enumerate(CASES)],
-    indirect=True,
-)
+some_families = pytest.mark.parametrize("family_folder", every_and_slow(4, *CASES), indirect=True)
 
 
 def cases_of(folder: Path) -> Cases:

@@ -77,14 +77,14 @@ class TestAnswers:
             assert tokens(llm, **options) == tokens(native.llm, **options)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES))
+    @pytest.mark.parametrize("shape", MESHES)
     def test_key_value_heads_that_are_fewer_than_devices(self, fewer, shape):
         llm = gj.load(fewer.folder, "float32", mesh=make_mesh(*shape))
         for options in ({"density": 1.0}, {}):
             assert tokens(llm, **options) == tokens(fewer.llm, **options)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES[:2]))
+    @pytest.mark.parametrize("shape", MESHES[:2])
     def test_experts_of_every_kind(self, native, shape):
         llm = gj.load(native.folder / "converted", "float32", mesh=make_mesh(*shape))
         for options in (

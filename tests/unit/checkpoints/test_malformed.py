@@ -10,6 +10,7 @@ from typing import Any
 import checkpoints
 import pytest
 from checkpoints_gguf import write_gguf
+from conftest import every_and_slow
 
 from griffin_jax.checkpoints.families import Family, families, family_of
 from griffin_jax.checkpoints.loading import open_source
@@ -46,10 +47,7 @@ def config_or_message(family: Family, values: dict[str, Any]) -> ModelConfig | s
 
 # Some are only warned of: tokens outside the vocabulary, and what nothing reads.
 @pytest.mark.filterwarnings("ignore::griffin_jax.utils.messages.CheckpointWarning")
-@pytest.mark.parametrize(
-    "model_type",
-    [pytest.param(name, marks=[pytest.mark.slow] * (number % 4 > 0)) for number, name in enumerate(sorted(families()))],
-)
+@pytest.mark.parametrize("model_type", every_and_slow(4, *sorted(families())))
 def test_strange_settings_of_every_family(model_type):
     family = family_of(model_type, "config.json")
     assert isinstance(config_or_message(family, usual(model_type)), ModelConfig)

@@ -80,7 +80,7 @@ def predictions(model: gj.Transformer, item: Item, density: float, change=None) 
 
 class TestScores:
     @pytest.mark.slow
-    @pytest.mark.parametrize("weights", first_and_slow(2, *FORMATS), ids=str)
+    @pytest.mark.parametrize("weights", FORMATS, ids=str)
     def test_against_dequantised_copies(self, primed, scores, weights):
         reference = primed.llm.model
         plain = dequantised(front.stored_as(reference, weights))

@@ -79,15 +79,13 @@ class TestLookUp:
 class TestAnswers:
     @pytest.mark.parametrize(
         "options",
-        [
-            *first_and_slow(
-                1,
-                {"density": 0.8, "speculative": True},
-                {"density": 1.0, "speculative": True},
-                {"density": 0.8, "speculative": 3},
-                {"density": 1.0, "speculative": 5, "draft_weights": "int8"},
-            ),
-        ],
+        first_and_slow(
+            1,
+            {"density": 0.8, "speculative": True},
+            {"density": 1.0, "speculative": True},
+            {"density": 0.8, "speculative": 3},
+            {"density": 1.0, "speculative": 5, "draft_weights": "int8"},
+        ),
     )
     def test_tokens_are_the_dense_models(self, tiny, options):
         """In a batch and alone, with a model that drafts and without."""

@@ -62,7 +62,7 @@ def test_all_experts_are_the_dense_layer(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", first_and_slow(1, "int8:16", "int8"))
+@pytest.mark.parametrize("weights", ["int8:16", "int8"])
 def test_integers_stay_as_they_are(weights):
     model = random_model(LLAMA, weights=WeightFormat.parse(weights))
     factored = factorize(model, 4, 4, grouping="kmeans")

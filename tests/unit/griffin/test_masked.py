@@ -172,7 +172,7 @@ def test_under_jit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shared", first_and_slow(1, False, True))
+@pytest.mark.parametrize("shared", [False, True])
 def test_on_a_mesh(shared):
     """Masks are divided as neurons and batches are, and the scores are those of one device."""
     model, mesh = model_of(GATED), make_mesh(data=2, model=2)

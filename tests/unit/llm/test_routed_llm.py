@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PASSAGES, first_and_slow
+from conftest import PASSAGES
 from flax import nnx
 from reference import assert_close, stepwise_logits, tiny_tokenizer
 
@@ -100,7 +100,7 @@ def test_answers_in_two_formats_of_a_batch(rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("draft_weights", first_and_slow(1, "int4:16", None))
+@pytest.mark.parametrize("draft_weights", ["int4:16", None])
 def test_drafts_do_not_change_the_answer(llm, rng, draft_weights):
     prompt, options = rng.integers(3, 320, 20).tolist(), {"max_new_tokens": 10, "ignore_eos": True}
     dense = llm.generate([prompt], density=1.0, **options)

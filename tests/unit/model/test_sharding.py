@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import all_cases, feed_forward_structure, first_of_each, model_config
-from conftest import first_and_slow
+from conftest import every_and_slow, first_and_slow
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from griffin_jax.checkpoints.huggingface import read_hf_config
@@ -129,10 +129,7 @@ class TestModel:
 
 @pytest.mark.usefixtures("shapes_for_arrays")
 class TestEveryArrayHasARule:
-    @pytest.mark.parametrize(
-        "family",
-        [pytest.param(name, marks=[pytest.mark.slow] * (number % 3 > 0)) for number, name in enumerate(CASES)],
-    )
+    @pytest.mark.parametrize("family", every_and_slow(3, *CASES))
     def test_of_every_family(self, family, tmp_path):
         from transformers import AutoConfig
 
