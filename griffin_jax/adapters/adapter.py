@@ -127,6 +127,25 @@ def parameters_of(config: ModelConfig, options: AdapterConfig) -> int:
     return options.rank * sum(module.inputs + module.outputs for module in chosen_modules(config, options.names))
 
 
+def step_bytes(adapter: Adapter, config: ModelConfig, kept: Sequence[int], *, merged: bool) -> int:
+    """Bytes of an adapter that a decode step of a pruned model reads beside the model's own weights.
+
+    Args:
+        adapter: one alone.
+        config: of the full model.
+        kept: neurons that each layer keeps.
+        merged: whether its products for neurons are added to their rows (`merge_neurons`), and so are not read.
+    """
+    total = 0
+    made = jax.eval_shape(lambda adapter: _made(adapter, config), adapter)
+    for additions, neurons, count in zip(made, config.neurons, kept, strict=True):
+        for name, (left, right) in additions.items():
+            rows, of_neurons = left.size * left.dtype.itemsize, name.startswith("ff.")
+            if not (of_neurons and merged):
+                total += (rows * count // neurons if of_neurons else rows) + right.size * right.dtype.itemsize
+    return total
+
+
 def stack(adapters: Sequence[Adapter | None]) -> Adapter:
     """Several adapters as one pytree, each padded with zeros to the largest rank; None changes nothing.
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from griffin_jax.adapters.adapter import Adapter, attach, merge_neurons
+from griffin_jax.adapters.adapter import Adapter, attach, merge_neurons, step_bytes
 from griffin_jax.adapters.peft import load_adapter, save_adapter
 from griffin_jax.griffin.neurons import ExpertNeurons
 from griffin_jax.model.config import ModelConfig
@@ -97,6 +97,16 @@ class Healing:
             raise ValueError(
                 "this healing was trained for a model with other weights; griffin-jax heal trains one for this model"
             )
+
+    def step_bytes(self, config: ModelConfig, kept: Sequence[int], *, quantised: bool) -> int:
+        """Bytes that a decode step reads of the adapter, beside the model: of what `heal` leaves apart.
+
+        Args:
+            config: of the full model.
+            kept: neurons that each layer keeps.
+            quantised: whether the model's weights are integers.
+        """
+        return step_bytes(self.adapter, config, kept, merged=not quantised)
 
     def heal(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:
         """The pruned model with its adapter.

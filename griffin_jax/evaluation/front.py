@@ -131,7 +131,7 @@ def bytes_per_token(
     variant: Variant,
     extensions: Extensions = DEFAULTS,
 ) -> int:
-    """Bytes that one sequence's decode step must read: the weights that are kept, and the cache.
+    """Bytes that one sequence's decode step must read: the weights that are kept, an adapter next to them, the cache.
 
     Args:
         config: the model.
@@ -149,7 +149,11 @@ def bytes_per_token(
     weights, variant = resolved(weights, variant)
     kept = _config(variant, extensions)
     if not isinstance(weights, MixedFormat):
-        return sizes(weights).step(kept.kept(config.neuron_ranges))
+        counts = kept.kept(config.neuron_ranges)
+        read = sizes(weights).step(counts)
+        if HEALING in variant.steps and extensions.healing is not None:
+            read += extensions.healing.step_bytes(config, counts, quantised=weights.quantised)
+        return read
     return MixedSizes(weights, kept, config.neuron_ranges, sizes).step
 
 

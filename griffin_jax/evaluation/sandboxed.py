@@ -94,7 +94,8 @@ def main() -> None:
     limit(seconds, memory)
     sys.addaudithook(watcher(os.path.realpath(Path.cwd())))
     sys.argv = [program]
-    exec(compile(source, program, "exec"), {"__name__": "__main__"})
+    # Without a name, as HumanEval's own harness has it: what an answer does as a script is not tested.
+    exec(compile(source, program, "exec"), {})
     os._exit(PASSED)
 
 

@@ -171,9 +171,13 @@ def summarize(
     def ended(_: int, tokens: Sequence[int]) -> bool:
         return strings.cut(tokens) is not None
 
+    def until_its_end(tokens: list[int]) -> list[int]:
+        # Others of the batch may have gone on.
+        return next((tokens[:n] for n in range(1, len(tokens)) if ended(0, tokens[:n])), tokens)
+
     def score(batch: Batch) -> list[dict[str, Any]]:
         prefilled = batch.prefill(model, bucket(new), rows_of(variants, extensions))
-        dense = generate(model, prefilled, new, eos, ended)
+        dense = [until_its_end(tokens) for tokens in generate(model, prefilled, new, eos, ended)]
         answers, lengths = pad(dense, bucket(new))
         _, following = jitted.teacher_force(model, prefilled, answers, lengths, collect=True)
         found: list[dict[str, Any]] = [{} for _ in batch.items]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from griffin_jax.griffin.neurons import ExpertNeurons
@@ -18,6 +19,10 @@ class Heals(Protocol):
 
     def check(self, config: ModelConfig, model: str) -> None:
         """Raise `ValueError` unless this is for a model of this config and this fingerprint."""
+        ...
+
+    def step_bytes(self, config: ModelConfig, kept: Sequence[int], *, quantised: bool) -> int:
+        """Bytes that a decode step reads for it, beside the model whose layers keep so many neurons."""
         ...
 
     def heal(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:

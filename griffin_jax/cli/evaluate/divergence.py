@@ -60,9 +60,15 @@ def prepare(
     items, settings = continued(options, llm, skipped)
     others = _factored(options, llm)
     every = (*variants, *(variant for other in others for variant in other.variants))
+    names = [variant.name for variant in every]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two rows of the table would be called {twice[0]!r}: rename the folder of --factored, after which rows of"
+            " factored models are named"
+        )
     if others:
         settings |= {"factored": {other.name: fingerprint(other.model) for other in others}}
-        settings |= {"rows": [variant.name for variant in every]}
+        settings |= {"rows": names}
 
     def tabulate(figures: report.Figures) -> str:
         return "\n\n".join(

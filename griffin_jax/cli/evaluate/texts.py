@@ -11,6 +11,7 @@ from typing import Any
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.samples import Skipped, excerpt, read_jsonl
 from griffin_jax.llm.llm import LLM
+from griffin_jax.text.tokenizer import Tokenizer
 
 
 def continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple[list[Item], dict[str, Any]]:
@@ -38,12 +39,11 @@ def _items(
     cut = excerpt(options.after, options.before)
     prompt, new = options.prompt_tokens, options.new_tokens
     for record in read_jsonl(file, columns, skipped):
-        tokens = llm.tokenizer.encode(cut(record.texts[0]))
         if options.reference:
-            # Encoded together, since words may be cut otherwise where two texts meet.
-            whole = llm.tokenizer.encode(cut(record.texts[0]) + record.texts[1])
-            item = Item(record.name, tokens, whole[len(tokens) :])
+            tokens, following = divided(llm.tokenizer, cut(record.texts[0]), record.texts[1])
+            item = Item(record.name, tokens, following)
         else:
+            tokens = llm.tokenizer.encode(cut(record.texts[0]))
             item = Item(record.name, tokens[:prompt], tokens[prompt : prompt + new])
         if not item.prompt or (not options.reference and len(tokens) < prompt + new):
             skipped.add(f"shorter than {prompt} + {new} tokens" if not options.reference else "no tokens", record.name)
@@ -53,6 +53,19 @@ def _items(
             skipped.add(f"longer than the model's context of {llm.config.max_positions} tokens", record.name)
         else:
             yield item
+
+
+def divided(tokenizer: Tokenizer, text: str, reference: str) -> tuple[list[int], list[int]]:
+    """The tokens of a text and of the reference after it, which together are the tokens of both as one string.
+
+    White space at the end of the text goes to the reference, since most tokenizers join it with the word that follows.
+    A token that still reaches across the boundary goes to the reference as a whole.
+    """
+    head = text.rstrip()
+    whole = tokenizer.encode(head + text[len(head) :] + reference)
+    alone = tokenizer.encode(head)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(alone, whole, strict=False)))
+    return whole[:common], whole[common:]
 
 
 def too_long(options: argparse.Namespace, llm: LLM) -> str:

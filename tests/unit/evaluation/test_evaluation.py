@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import griffin_jax as gj
 from griffin_jax.cli import main as cli
 from griffin_jax.cli.evaluate import perplexity
+from griffin_jax.cli.evaluate.texts import divided
 from griffin_jax.evaluation import batches, general_text, groups, intervals, report, tasks
 from griffin_jax.evaluation.batches import Item, batch_of
 from griffin_jax.evaluation.forced import score_answers
@@ -121,6 +122,34 @@ class TestIntervals:
         assert intervals.exponential(intervals.Interval(math.log(8), 0.0, 1e4)) == intervals.Interval(
             pytest.approx(8), 1.0, math.inf
         )
+
+
+class TestReference:
+    @pytest.fixture
+    def tokenizer(self) -> Tokenizer:
+        """Bytes, and words with the space before them."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(["A: Paris is big.\n\nA: Paris is big."] * 9, trainer)
+        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    @pytest.mark.parametrize(
+        ("text", "reference", "prompt"),
+        [
+            ("A:", " Paris is big.", "A:"),
+            ("A: ", "Paris is big.", "A:"),
+            ("A: Paris is big.\n", "\nA:", "A: Paris is big."),
+            ("A: Pa", "ris is", "A:"),
+            (" ", "A", ""),
+        ],
+    )
+    def test_nothing_between_a_text_and_its_reference_is_lost_or_read_twice(self, tokenizer, text, reference, prompt):
+        tokens, following = divided(tokenizer, text, reference)
+        assert [*tokens, *following] == tokenizer.encode(text + reference)
+        assert tokenizer.decode(tokens) == prompt
 
 
 class TestJournal:
@@ -361,6 +390,20 @@ class TestTasks:
             [oracle_topk(np.asarray(w - h)[0], 24) for w, h in zip(whole, head, strict=True)], llm.model.neurons
         )
         assert found["a"]["oracle 0.5"]["text"] == llm.generate([prompt], max_new_tokens=12, experts=experts).texts[0]
+
+    @pytest.mark.slow
+    def test_the_oracle_of_summaries_does_not_depend_on_the_batch(self, worded, tmp_path):
+        """An answer ends before that of its neighbour, which goes on."""
+        llm = worded.llm
+        items = [Item(str(n), llm.tokenizer.encode(text[:60]), reference="x") for n, text in enumerate(PASSAGES[:2])]
+        rows = (Variant("dense", 1.0), Variant("oracle", 0.5))
+        dense = llm.generate([list(items[0].prompt)], max_new_tokens=40, density=1.0).texts[0]
+        options = {"new": 40, "stop": [dense[3:5]], "stem": False, "seed": 0}
+        alone, together = (
+            tasks.summarize(llm, items, rows, memory(tmp_path / str(size)), size=size, **options) for size in (1, 2)
+        )
+        assert alone == together
+        assert len(alone["0"]["dense"]["text"]) <= 3
 
     def test_nothing_is_compiled_for_a_single_text(self, worded, tmp_path, compiled):
         items = [Item(str(n), list(range(5, 8 + n)), list(range(9, 11 + n))) for n in range(9)]

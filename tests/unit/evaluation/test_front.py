@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from conftest import PASSAGES, first_and_slow
 from reference import oracle_topk, step_logits
 
 import griffin_jax as gj
+from griffin_jax.adapters.adapter import Adapter
+from griffin_jax.adapters.config import AdapterConfig
+from griffin_jax.adapters.healing import Healing
 from griffin_jax.cli import main as cli
 from griffin_jax.evaluation import drafts, front, front_report
 from griffin_jax.evaluation.batches import Item
 from griffin_jax.evaluation.drafts import Drafter
-from griffin_jax.evaluation.grid import DEFAULTS, Variant, grid
+from griffin_jax.evaluation.grid import DEFAULTS, HEALING, Variant, grid
 from griffin_jax.evaluation.journal import FILE, Journal
 from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.generation import jitted
@@ -222,6 +227,26 @@ class TestBytes:
             primed.llm.config, np.dtype(np.float32), WeightFormat.parse(weights), slots, variant
         )
         assert found == expected
+
+    @pytest.mark.parametrize(
+        ("weights", "targets", "more"),
+        [
+            # Of each kind of matrix: rows of `left`, and the adapter's directions of width 32.
+            ("float32", "feed_forward", 0),
+            ("float32", "attention", 2 * 4 * ((64 * 9 + 9 * 32) + (32 * 3 + 3 * 32))),
+            ("int8", "feed_forward", 2 * 4 * ((2 * 24 * 6 + 6 * 32) + (24 * 3 + 3 * 32))),
+        ],
+    )
+    def test_of_a_healing_that_lies_next_to_the_model(self, primed, weights, targets, more):
+        config = primed.llm.config
+        adapter = Adapter.init(config, AdapterConfig(rank=3, targets=targets), jax.random.key(0))
+        extensions = dataclasses.replace(DEFAULTS, healing=Healing(adapter))
+
+        def read(*steps: str) -> int:
+            given = WeightFormat.parse(weights), 20, Variant("+".join(("topk", *steps)), 0.5), extensions
+            return front.bytes_per_token(config, np.dtype(np.float32), *given)
+
+        assert read(HEALING) - read() == more
 
     @pytest.mark.parametrize("density", [1.0, 0.5])
     @pytest.mark.parametrize("share", [0, 0.25])

@@ -30,6 +30,7 @@ class TestPrograms:
         ("program", "expected"),
         [
             ("import random, re, hashlib; open('here', 'w').write('x')", True),
+            ("if __name__ == '__main__': raise SystemExit", True),
             ("assert False", False),
             ("raise SystemExit(0)", False),
             ("import os; os._exit(0)", False),

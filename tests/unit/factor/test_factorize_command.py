@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_what_it_writes_is_a_model(made):
 
 
 @pytest.mark.slow
-def test_it_is_compared_with_the_dense_model(made, capsys):
+def test_it_is_compared_with_the_dense_model(made, capsys, monkeypatch):
     """On the same tokens: its rows are those of the table, and all experts are the dense model."""
     arguments = [
         "eval", "divergence", str(made / "texts.jsonl"), "--model", str(made / "dense"), "--prompt-tokens", "24",
@@ -62,6 +63,11 @@ def test_it_is_compared_with_the_dense_model(made, capsys):
     np.testing.assert_allclose(densities, [1, 0.5, 0.5, 0.25, 0.5])
     assert all(np.isfinite(entry["kl"]["value"]) for entry in figures)
     assert figures[2]["kl"]["value"] > 0
+    shutil.copytree(made / "small", made / "topk")
+    (arguments[arguments.index("--factored") + 1], arguments[arguments.index("--output") + 1]) = "topk", "other"
+    monkeypatch.chdir(made)
+    assert main(arguments) == 2
+    assert "two rows of the table would be called 'topk 0.5'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
