@@ -39,6 +39,13 @@ class AdapterConfig:
         if not isinstance(self.targets, str) or not self.names:
             raise ValueError(f"targets must be names separated by commas, got {self.targets!r}")
 
+    def check_trainable(self) -> None:
+        """Raise `ValueError` if an adapter of this rank has nothing to train."""
+        if self.rank == 0:
+            raise ValueError(
+                "an adapter of rank 0 changes nothing, and there is nothing to train: rank must be at least 1"
+            )
+
     @property
     def names(self) -> tuple[str, ...]:
         """The targets one by one."""

@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> None:
 
     training = read_options(options, TrainingConfig)
     course = Course(read_options(options, AdapterConfig), training, options.prompt_tokens)
+    course.adapter.check_trainable()
     check_training(options)
     griffin = read_options(options, GriffinConfig)
     mesh = chosen_mesh(options)
@@ -112,7 +113,9 @@ def run(options: argparse.Namespace) -> None:
     )
     if losses:
         first, last = (float(np.mean(few)) for few in (losses[:SHOWN], losses[-SHOWN:]))
+        epochs = training.steps * training.batch / len(packed)
+        texts = "texts that were new to it" if epochs <= 1 else f"the texts that it is trained on ({epochs:.1f} times)"
         print(
-            f"KL to the full model on texts that were new to it: {first:.3f} nats per token in the first"
-            f" {len(losses[:SHOWN])} updates of this run, {last:.3f} in the last {len(losses[-SHOWN:])}"
+            f"KL to the full model on {texts}: {first:.3f} nats per token in the first {len(losses[:SHOWN])} updates of"
+            f" this run, {last:.3f} in the last {len(losses[-SHOWN:])}"
         )

@@ -214,6 +214,7 @@ def _train(options: argparse.Namespace) -> None:
     from griffin_jax.adapters.jobs import Job, train_clusters
 
     job = Job(read_options(options, AdapterConfig), read_options(options, TrainingConfig))
+    job.adapter.check_trainable()
     for name, value in (("--at-once", options.at_once), ("--save-every", options.save_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -296,6 +297,7 @@ def _prior(options: argparse.Namespace) -> None:
     for number in range(len(library)):
         file = library.prior_file(number)
         if file.exists():
+            print(f"{file} is there already; delete it to measure it anew")
             continue
         texts = [next(windows(llm.tokenizer, text, window)) for text in library.texts(number)]
         prior = measure(llm.model, texts, size=options.batch, rows=options.rows)

@@ -71,7 +71,7 @@ class FactorTraining:
         learning_rate: of experts and routers together, after the warm-up.
         warmup: steps until it is reached.
         final: part of it that is left at the end.
-        weight_decay: of AdamW.
+        weight_decay: of AdamW, for experts and routers together; routers alone are not decayed.
         beta1: of AdamW.
         beta2: of AdamW.
         clip: norm of all gradients together, at most.
@@ -94,7 +94,7 @@ class FactorTraining:
     learning_rate: float = option(5e-4, "of experts and routers together", metavar="R")
     warmup: int = option(10, "updates until the learning rate is reached", metavar="N")
     final: float = option(0.05, "part of the learning rate that is left at the end", metavar="P")
-    weight_decay: float = option(1e-5, "of AdamW", metavar="W")
+    weight_decay: float = option(1e-5, "of AdamW, for experts and routers together", metavar="W")
     beta1: float = option(0.9, "of AdamW", metavar="B")
     beta2: float = option(0.95, "of AdamW", metavar="B")
     clip: float = option(1.0, "norm of all gradients together, at most", metavar="C")
@@ -130,7 +130,7 @@ class FactorTraining:
         steps = max(self.steps, 1)
         names = ("batch", "length", "learning_rate", "final", "weight_decay", "beta1", "beta2", "clip", "seed")
         given = {name: getattr(self, name) for name in names}
-        return TrainingConfig(steps=steps, warmup=min(self.warmup, steps) if self.steps == 0 else self.warmup, **given)
+        return TrainingConfig(steps=steps, warmup=self.warmup if self.steps else 0, **given)
 
     def routers(self) -> TrainingConfig:
         """The first stage, in updates."""
@@ -141,6 +141,8 @@ class FactorTraining:
             learning_rate=self.router_rate,
             warmup=0,
             final=ROUTER_FINAL,
+            beta1=self.beta1,
             beta2=self.beta2,
+            clip=self.clip,
             seed=self.seed,
         )

@@ -249,10 +249,10 @@ def train_factors(
     if training.router_steps:
         routers = stage(ROUTERS, routers, router_step(model.config, training, oracle), training.router_steps, 0)
     if not training.steps:
-        return trained(model, routers), curve.lines
+        return trained(model, routers), curve.of(*([ROUTERS] if training.router_steps else []))
     together = tuple({**of, **own} for of, own in zip(trainable(model, experts=True), routers, strict=True))
     found = stage(TOGETHER, together, expert_step(training, oracle), training.steps, training.router_steps)
-    return trained(model, found), curve.lines
+    return trained(model, found), curve.of(*([ROUTERS] if training.router_steps else []), TOGETHER)
 
 
 def trained(model: Transformer, parameters: Parameters) -> Transformer:
@@ -288,6 +288,10 @@ class Curve:
     def lines(self) -> list[dict[str, Any]]:
         """Those of all steps so far, in their order."""
         return sorted(self._found.values(), key=lambda line: line["tokens"])
+
+    def of(self, *stages: str) -> list[dict[str, Any]]:
+        """Those of some stages; another run in the same folder may have left others."""
+        return [line for line in self.lines if line["stage"] in stages]
 
     def add(self, stage: str, first: int, step: int, figures: Mapping[str, np.ndarray]) -> dict[str, str]:
         """Keeps the figures of a step; returns what a progress bar shows of them."""

@@ -16,7 +16,7 @@ class TrainingConfig:
         batch: sequences of each.
         length: tokens of a sequence.
         learning_rate: after the warm-up.
-        warmup: steps of the warm-up, from 0.
+        warmup: steps of the warm-up, in which the rate rises linearly from 0, so that the first update changes nothing.
         final: part of the learning rate that is left at the end.
         weight_decay: of AdamW.
         beta1: decay of its mean of gradients.
@@ -51,3 +51,5 @@ class TrainingConfig:
             object.__setattr__(self, name, number(name, getattr(self, name), "in [0, 1)", lambda v: 0 <= v < 1))
         if self.warmup > self.steps:
             raise ValueError(f"warmup is {self.warmup} steps of {self.steps}")
+        if self.warmup == self.steps == 1:
+            raise ValueError("the only step would be the first of the warm-up, whose learning rate is 0: warmup=0")

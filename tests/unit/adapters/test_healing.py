@@ -285,9 +285,12 @@ def test_the_command_line(primed, tmp_path, capsys, monkeypatch):
     assert code == 0, err
     assert out.startswith("healed: rank 2, ")
     assert "trained on 32 tokens" in out
+    assert "KL to the full model on texts that were new to it: " in out
     assert json.loads(Path("healed", NOTES).read_text())["model"] == fingerprint(primed.llm.model)
     code, _, err = run(capsys, *heal)
     assert (code, "exists" in err.splitlines()[-1]) == (2, True)
+    code, _, err = run(capsys, *heal[:1], "other", *heal[2:], "--rank", 0)
+    assert (code, "an adapter of rank 0 changes nothing" in err) == (2, True)
     code, _, err = run(capsys, *heal[:1], "other", *heal[2:], "--density", 1)
     assert code == 2
     assert "keeps all neurons, and there is nothing to heal" in err

@@ -356,9 +356,13 @@ def test_the_command_line(worded, tmp_path, capsys):
     assert [each["name"] for each in json.loads(output.read_text())["scores"]] == [BASE, folder, f"{folder}, oracle"]
     assert main(["moin", "prior", folder, "--window", "24", *model]) == 0
     assert "in 6 texts" in capsys.readouterr().out
+    assert main(["moin", "prior", folder, "--window", "12", *model]) == 0
+    assert "is there already; delete it to measure it anew" in capsys.readouterr().out
     assert main(["moin", "eval", folder, "--text", str(held), *scoring[:4], "--batch", "1", "--priors", *model]) == 0
     assert "priors of clusters+reconstruction: KL" in capsys.readouterr().out
     assert main(["moin", "generate", folder, "--prompt", "def f9(", "--priors", *answer]) == 0
     assert "[cluster 0]" in capsys.readouterr().err
+    assert main(["moin", "train", folder, "--rank", "0", *model]) == 2
+    assert "an adapter of rank 0 changes nothing" in capsys.readouterr().err
     assert main(["moin", "train", folder, "--rank", "3", *model]) == 2
     assert "trained with other texts or options" in capsys.readouterr().err

@@ -17,7 +17,16 @@ from griffin_jax.factor.factorize import factorize
 from griffin_jax.factor.general import activations, centred
 from griffin_jax.factor.layer import expert_outputs, in_training, trainable
 from griffin_jax.factor.losses import balance, oracle_labels, prior_approximate
-from griffin_jax.factor.training import Curve, expert_loss, load_curve, read, train_factors, trained
+from griffin_jax.factor.training import (
+    ROUTERS,
+    TOGETHER,
+    Curve,
+    expert_loss,
+    load_curve,
+    read,
+    train_factors,
+    trained,
+)
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.weights import WeightFormat
 from griffin_jax.parallel.mesh import make_mesh
@@ -230,7 +239,7 @@ class TestStep:
 
     def test_parts_of_a_batch_are_the_whole(self, model):
         texts = pack([np.random.default_rng(3).integers(0, 64, 72).tolist()], TRAINING.length)
-        training = dataclasses.replace(TRAINING, router_steps=0, batch=4, steps=1)
+        training = dataclasses.replace(TRAINING, router_steps=0, batch=4, steps=1, warmup=0)
         runs = [train_factors(model, texts, dataclasses.replace(training, accumulate=n), quiet=True) for n in (1, 2)]
         for name in ("loss", "kl"):
             np.testing.assert_allclose(runs[0][1][-1][name], runs[1][1][-1][name], rtol=1e-5)
@@ -268,6 +277,19 @@ class TestStep:
         with pytest.raises(ValueError, match="the experts are int8, and only floating weights are trained"):
             trainable(model, experts=True)
         assert trainable(model, experts=False)[0]["router"].shape == (4, 32)
+
+
+def test_routers_are_trained_as_the_options_say():
+    routers = dataclasses.replace(TRAINING, clip=0.25, beta1=0.5, beta2=0.75).routers()
+    assert (routers.clip, routers.beta1, routers.beta2, routers.weight_decay) == (0.25, 0.5, 0.75, 0.0)
+
+
+def test_figures_are_those_of_the_stages_of_the_run(tmp_path):
+    """Another run may have trained experts in the same folder."""
+    curve = Curve(tmp_path / "curve.jsonl", 4)
+    for stage, first in ((ROUTERS, 0), (TOGETHER, 1)):
+        curve.add(stage, first, 0, {"agreement": np.zeros(1), "load": np.zeros(2)})
+    assert [line["stage"] for line in Curve(tmp_path / "curve.jsonl", 4).of(ROUTERS)] == [ROUTERS]
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_likelihood_takes_no_more_than_predicted():
 
 
 def test_parts_of_a_batch_take_less_than_all_of_it():
-    whole, parts = (FactorTraining(steps=1, router_steps=0, batch=16, accumulate=n, warmup=1) for n in (1, 4))
+    whole, parts = (FactorTraining(steps=1, router_steps=0, batch=16, accumulate=n, warmup=0) for n in (1, 4))
     assert predicted(NEEDS.factor_training(parts, 4)) < predicted(NEEDS.factor_training(whole, 4)) / 3
     assert "activations of all neurons" in NEEDS.factor_training(FactorTraining(batch=1), 4, coactivation=True)
 

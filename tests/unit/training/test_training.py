@@ -159,6 +159,7 @@ class TestLoop:
     [
         ({"steps": 0}, "steps must be"), ({"learning_rate": 0.0}, "learning_rate must be"),
         ({"final": 2.0}, "final must be"), ({"warmup": 7}, "warmup is 7 steps of 6"),
+        ({"steps": 1, "warmup": 1}, "the only step would be the first of the warm-up"),
         ({"beta2": 1.0}, "beta2 must be"), ({"length": 1}, "length must be"),
     ],
 )  # fmt: skip
