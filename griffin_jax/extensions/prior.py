@@ -23,6 +23,7 @@ loses, so that going the whole way is too far.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -104,24 +105,7 @@ class Prior:
         """
         if isinstance(config.density, Sequence):
             raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
-        if not self.strength:
-            return config
-        ranges = self.ranges or tuple((squares.shape[0],) for squares in self.squares)
-        alike = [layer for layer, sizes in enumerate(ranges) if len(sizes) == max(map(len, ranges))]
-        losses = [
-            _by_rank(
-                np.asarray(self.squares[layer], np.float64) * np.asarray(self.sensitivity[layer], np.float64),
-                ranges[layer],
-            )
-            for layer in alike
-        ]
-        round_to = math.lcm(config.round_to, config.group_count)
-        uniform = config.kept([len(loss) for loss in losses])
-        kept = between(uniform, share_out(losses, uniform, round_to=round_to), self.strength, round_to=round_to)
-        density = [config.density] * len(ranges)
-        for layer, k, loss in zip(alike, kept, losses, strict=True):
-            density[layer] = density_that_keeps(k, len(loss))
-        return dataclasses.replace(config, density=tuple(density))
+        return _budgeted(self, config) if self.strength else config
 
     def fusion(self, weight: float | Float[Array, ""] = DEFAULT_WEIGHT) -> Fusion:
         """The function that `select` takes as `fuse`.
@@ -264,6 +248,27 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     larger = jnp.diff(rising, axis=-1, prepend=rising[..., :1]) > 0
     ranks = jax.lax.cummax(jnp.where(larger, place, 0), axis=score.ndim - 1)
     return jnp.take_along_axis(ranks, jnp.argsort(order, axis=-1), axis=-1).astype(jnp.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def _budgeted(prior: Prior, config: GriffinConfig) -> GriffinConfig:
+    """`Prior.budgeted`; every answer asks for it, and sorting all neurons of a large model takes half a second."""
+    ranges = prior.ranges or tuple((squares.shape[0],) for squares in prior.squares)
+    alike = [layer for layer, sizes in enumerate(ranges) if len(sizes) == max(map(len, ranges))]
+    losses = [
+        _by_rank(
+            np.asarray(prior.squares[layer], np.float64) * np.asarray(prior.sensitivity[layer], np.float64),
+            ranges[layer],
+        )
+        for layer in alike
+    ]
+    round_to = math.lcm(config.round_to, config.group_count)
+    uniform = config.kept([len(loss) for loss in losses])
+    kept = between(uniform, share_out(losses, uniform, round_to=round_to), prior.strength, round_to=round_to)
+    density = [config.density] * len(ranges)
+    for layer, k, loss in zip(alike, kept, losses, strict=True):
+        density[layer] = density_that_keeps(k, len(loss))
+    return dataclasses.replace(config, density=tuple(density))
 
 
 def _by_rank(losses: Float[np.ndarray, "f"], sizes: Sequence[int]) -> Float[np.ndarray, "f_e"]:

@@ -216,6 +216,12 @@ class TestPrior:
         assert [layer for layer in shares if len(layer) == 3] == [(k, k, 2 * k) for k in best]
         assert shares[1] == (10,)
 
+    def test_they_are_found_once_for_all_answers(self, prior, monkeypatch):
+        config = gj.GriffinConfig(0.4375)
+        first = prior.budgeted(config)
+        monkeypatch.setattr("griffin_jax.extensions.prior.share_out", None)
+        assert prior.budgeted(gj.GriffinConfig(0.4375)) is first
+
     def test_not_used_where_they_do_not_pay(self, prior):
         config = gj.GriffinConfig(0.5)
         assert dataclasses.replace(prior, strength=0.0).budgeted(config) is config
