@@ -111,6 +111,10 @@ def decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
+TOKENS = 0x70C5
+"""Folded into the key of a sequence for its tokens, which are then independent of the neurons drawn with it."""
+
+
 def keys_of(seed: int | Int[Array, "*b"]) -> Key[Array, "*b"]:
     """The random key of a seed, or of each of several; the same whether JAX has 64-bit integers or not."""
     seed = jnp.asarray(seed, jnp.int32)
@@ -120,7 +124,9 @@ def keys_of(seed: int | Int[Array, "*b"]) -> Key[Array, "*b"]:
 def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, "b"]:
     """The keys that the tokens of a column are drawn with, one for each row."""
     if state.key.ndim:
-        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, column)
+        # `select` draws the neurons of layer i with the same seed and the number i.
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, TOKENS)
+        return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, column)
     key = jax.random.fold_in(state.key, column)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(state.done.shape[0], dtype=jnp.int32))
 

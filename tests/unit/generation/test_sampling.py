@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import griffin_jax as gj
+from griffin_jax.generation import jitted
 from griffin_jax.generation.config import GenerationConfig
+from griffin_jax.generation.decode import column_keys
 from griffin_jax.generation.sampling import Sample, first_largest, sampler
 from griffin_jax.llm.request import Request
 
@@ -118,3 +120,15 @@ def test_the_first_of_the_largest_is_found(rng, dtype):
 
 def test_what_is_no_number_gives_a_token_all_the_same():
     assert 0 <= int(first_largest(jnp.asarray([0.0, np.nan, 1.0]))) < 3
+
+
+def test_tokens_are_drawn_independently_of_neurons(tiny):
+    """With the seed of a sequence neurons are drawn, too, and its tokens may not have their random numbers."""
+    prefilled = jitted.prefill(tiny.llm.model, jnp.asarray([[5, 6, 7]]), jnp.asarray([3]), max_new_tokens=4)
+    seeds = jnp.asarray([7])
+    state = gj.init_decode(prefilled, seed=seeds)
+    experts = gj.select(prefilled.statistics, gj.GriffinConfig(0.5, "random"), seed=seeds)
+    for column in range(2):
+        noise = jax.random.gumbel(column_keys(state, column)[0], (1, experts.neurons[column]))
+        best = np.sort(np.argsort(-np.asarray(noise)[0])[: experts.kept[column]])
+        assert list(best) != sorted(np.asarray(experts[column])[0].tolist())
