@@ -161,11 +161,22 @@ class MixedFormat:
             neurons: of each layer, or of the ranges that they lie in.
 
         Raises:
-            ValueError: as `GriffinConfig.kept`, or as `precise`.
+            ValueError: as `GriffinConfig.kept`, or as `precise`; or after rounding only some layers have neurons of the
+                second format.
         """
         fewer = self.precise(config)
-        precise = [0] * len(neurons) if fewer is None else list(fewer.kept(neurons))
-        return precise, [every - few for every, few in zip(config.kept(neurons), precise, strict=True)]
+        if fewer is None:
+            return [0] * len(neurons), list(config.kept(neurons))
+        ranges = [tuple(layer) if isinstance(layer, Sequence) else (layer,) for layer in neurons]
+        kept, precise = config.kept_of_ranges(ranges), fewer.kept_of_ranges(ranges)
+        others = [tuple(k - few for k, few in zip(*layer, strict=True)) for layer in zip(kept, precise, strict=True)]
+        without = next((layer for layer, rest in enumerate(others) if 0 in rest), None)
+        if without is not None and any(map(any, others)):
+            raise ValueError(
+                f"rounded up to multiples of {config.round_to}, all neurons that layer {without} keeps would be in"
+                f" {self.fine}, while other layers have some in {self.coarse}: give a smaller round_to, or another part"
+            )
+        return list(map(sum, precise)), list(map(sum, others))
 
     def masks_are_less(self, neurons: int, precise: int, others: int, sets: int) -> bool:
         """Whether a step reads no more if it reads all neurons in each format, once, than if it reads those that each

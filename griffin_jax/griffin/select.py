@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from griffin_jax.griffin.config import GriffinConfig, Method
@@ -119,8 +120,7 @@ def select(
 
     seed = jnp.asarray(seed, jnp.int32)
     keys = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
-    if keys.ndim and config.shared and config.method in DRAWING:
-        raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
+    check_seeds(config, keys)
     ranges = statistics.ranges or tuple((width,) for width in neurons)
     shares = config.kept_of_ranges(ranges)
     if statistics.ranges and config.method not in ("random", "magnitude"):
@@ -136,6 +136,12 @@ def select(
     indices = tuple(_joined([(rank.shape, next(best)) for rank, _ in layer]) for layer in ranked)
     of_ranges = (ranges, shares) if statistics.ranges else ()
     return ExpertNeurons(indices, neurons, config.group_count, None, *of_ranges)
+
+
+def check_seeds(config: GriffinConfig, seeds: object) -> None:
+    """Raise `ValueError` if neurons that sequences share are to be drawn with a seed for each sequence."""
+    if np.ndim(seeds) and config.shared and config.method in DRAWING:  # pyright: ignore[reportArgumentType]
+        raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
 
 
 def _largest_where_alike(

@@ -179,7 +179,7 @@ class TestTraining:
     def test_it_is_trained_for_refitted_models(self, primed, packed):
         prior = Prior.load(primed.folder.with_name("model.prior.safetensors"))
         pruner = Pruner.of(HALF, Extensions(prior=prior, refit=8))
-        course = dataclasses.replace(COURSE, training=dataclasses.replace(COURSE.training, steps=1))
+        course = dataclasses.replace(COURSE, training=dataclasses.replace(COURSE.training, steps=1, warmup=0))
         _, (refitted,) = train_healing(primed.llm.model, packed, pruner, course, quiet=True)
         _, (plain,) = train_healing(primed.llm.model, packed, Pruner(HALF), course, quiet=True)
         # Before the first update the adapter is nothing, and these are the losses without it.
@@ -188,7 +188,7 @@ class TestTraining:
     def test_a_run_goes_on_with_its_own_prior_only(self, primed, packed, tmp_path):
         prior = Prior.load(primed.folder.with_name("model.prior.safetensors"))
         another = dataclasses.replace(prior, squares=tuple(layer[::-1] for layer in prior.squares))
-        course = dataclasses.replace(COURSE, training=dataclasses.replace(COURSE.training, steps=1))
+        course = dataclasses.replace(COURSE, training=dataclasses.replace(COURSE.training, steps=1, warmup=0))
         options = {"folder": tmp_path / "run", "quiet": True}
         train_healing(primed.llm.model, packed, Pruner.of(HALF, Extensions(prior=prior)), course, **options)
         for extensions in (Extensions(prior=another), Extensions(prior=prior, prior_weight=0.4), Extensions()):
