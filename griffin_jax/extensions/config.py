@@ -1,4 +1,4 @@
-"""What goes beyond GRIFFIN, in one place: `Extensions`."""
+"""The options of everything that goes beyond GRIFFIN: `Extensions`."""
 
 from __future__ import annotations
 
@@ -27,87 +27,95 @@ def check_quality(quality: object) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Extensions:
-    """The steps beyond GRIFFIN; without any argument, none of them.
+    """The steps beyond GRIFFIN. By default, all of them are off.
 
     Attributes:
-        quality: `griffin` is the paper's method with what is turned on below; `best` turns on everything that brings
-            answers closer to the dense model's at the same cost of decoding: `budgets` and `refit`, with a `prior`.
-        prior: choose neurons also by what they do in general text, which `griffin-jax prior` has measured for this
-            model.
-        prior_weight: of the prior's rank, in [0, 1].
-        budgets: as many neurons in all, but each layer keeps a share of its own, which the prior found best.
-        refit: refit the kept neurons to what the prompt had from all of them. True, or how many tokens of each prompt
-            to fit to (or of all prompts together, if they share their neurons).
-        ridge: of that fit; the larger, the less it changes.
-        calibration: fit to the prior's calibration rows, too, if there are any.
-        calibration_weight: tokens of a prompt that these count for.
-        healing: an adapter that only the pruned model has, which was trained for it to predict what the full one does:
-            a `griffin_jax.adapters.healing.Healing`, from `griffin-jax heal`.
-        refresh_every: after every so many tokens the full model reads them in one pass, which corrects the cache and
-            writes the next token, and neurons are chosen (and refitted) anew, by the prompt and all of the answer so
-            far. 1 is dense decoding.
-        speculative: the pruned model only drafts, and the full model decides, so that answers are those of the full
-            model: the same tokens (up to rounding) if the temperature is 0, above it tokens of the same distribution.
-            How many tokens are drafted for each pass of the full model; or True for as many as are worth it, by what
-            was accepted so far. See `griffin_jax.extensions.speculative`.
-        lookup: with speculative, drafts are also copied, which reads no weights: where the last tokens of an answer
-            stand earlier in it or in the prompt, what came next there. At density 1 and without `draft_weights` all
-            drafts are. See `griffin_jax.extensions.lookup`.
-        draft_weights: what the drafting model's matrices are stored as, `int4` or `int8`, also with a group. They are
-            held in addition to the model's, from the first such answer on, and a draft reads no others: at density 1 it
-            is the full model in fewer bits that drafts. None for those of the model.
-        mixed_weights: how the kept neurons that the prompt needs least are stored, and the part that is not: in
-            `int4@0.25` the best quarter of the kept neurons has the model's weights, the others int4. Without a part,
-            as in `int4`, a density is one of bytes: as many neurons as it pays for are read in int4, and with what is
-            left once all of them are, the best have the model's weights. All neurons are held in that format in
-            addition to the model, from the first such answer on. See `griffin_jax.extensions.mixed`. None for the
-            model's weights for all of them.
-        max_divergence: of a few fixed densities, of which `density` is the least, take the least one whose predictions
-            diverge by no more than this from the dense model's, in nats per token, as far as a trial on the last tokens
-            of the prompt can tell; all neurons if none does, or if the prompt is too short for a trial. See
-            `griffin_jax.extensions.promise`. None for `density` whatever it loses.
+        quality: `griffin` is the paper's method, plus whatever is turned on below. `best` turns on everything that
+            brings answers closer to the dense model's without making decoding slower: `budgets` and `refit`, which
+            need a `prior`.
+        prior: how the model's neurons behave in general text, as measured by `griffin-jax prior`; they are then chosen
+            by both the prompt and the prior.
+        prior_weight: weight of the prior's ranking of the neurons against that of the prompt, in [0, 1].
+        budgets: let layers keep different numbers of neurons, in the proportions that the prior found best. The total
+            stays the same.
+        refit: refit the kept rows of the down projection, by ridge regression, so that they reproduce the output that
+            all neurons had on the prompt. True, or the number of tokens to fit to: of each prompt, or of all prompts
+            together if they share their neurons.
+        ridge: strength of that regularisation; larger values change the rows less.
+        calibration: also fit to the calibration rows of the prior, if it has any.
+        calibration_weight: weight of the calibration rows in the fit, as a number of prompt tokens.
+        healing: a LoRA adapter for the pruned model only, trained by `griffin-jax heal` to restore the predictions of
+            the full model: a `griffin_jax.adapters.healing.Healing`.
+        refresh_every: after every this many tokens, the full model reads them in one pass. This corrects the cache,
+            writes the next token, and chooses (and refits) the neurons anew by the prompt and all of the answer so far.
+            1 is dense decoding.
+        speculative: speculative decoding. The pruned model drafts and the full model verifies, so answers are the full
+            model's: the same tokens (up to rounding) at temperature 0, tokens of the same distribution above it. The
+            number of tokens drafted for each pass of the full model, or True to adapt it to how many drafts have been
+            accepted so far. See `griffin_jax.extensions.speculative`.
+        lookup: with `speculative`, also draft by copying, which reads no weights: if the last tokens of the answer
+            occur earlier in the prompt or the answer, what followed there is drafted. At density 1 and without
+            `draft_weights`, all drafts are copies. See `griffin_jax.extensions.lookup`.
+        draft_weights: format of the draft model's matrices, `int4` or `int8`, optionally with a group size (`int4:64`).
+            They are held in addition to the model's own from the first such answer on. At density 1, the draft model is
+            the full model in fewer bits. None drafts with the model's own matrices.
+        mixed_weights: a format with fewer bits for the kept neurons that the prompt needs least, and the share that is
+            spared: with `int4@0.25`, the best quarter of the kept neurons is read in the model's own format and the
+            others in int4. Without a share, as in `int4`, the density is a budget of bytes: it first pays for reading
+            as many neurons as possible in int4, and what is left after all of them upgrades the best to the model's own
+            format. All neurons are held in that format in addition to the model, from the first such answer on. None
+            reads every kept neuron in the model's own format. See `griffin_jax.extensions.mixed`.
+        max_divergence: promise that predictions diverge from the dense model's by at most this many nats per token. A
+            trial on the last tokens of the prompt picks the lowest of a few fixed densities (`density` is the lowest of
+            them) that keeps the promise. If none does, or the prompt is too short for a trial, the answer is dense.
+            None uses `density` as it is. See `griffin_jax.extensions.promise`.
 
     Raises:
-        ValueError: a value is outside its range, or two do not go together.
+        ValueError: a value is outside its range, or two options exclude each other.
     """
 
     quality: Quality = option(
         "griffin",
-        "best: the same as --budgets --refit, with the --prior (by default the file next to the model)",
+        "best is short for --budgets --refit with the --prior; without --prior the file next to the model is used",
         choices=get_args(Quality),
     )
     prior: Prior | None = option(
-        None, "choose also by general text: what griffin-jax prior measured for this model", type=str, metavar="FILE"
+        None,
+        "also choose neurons by what they do in general text, as griffin-jax prior has measured for this model",
+        type=str,
+        metavar="FILE",
     )
-    prior_weight: float = option(DEFAULT_WEIGHT, "of the prior, in [0, 1]", metavar="W")
-    budgets: bool = option(False, "each layer keeps a share of its own, which the prior found best")
+    prior_weight: float = option(DEFAULT_WEIGHT, "weight of the --prior against the prompt, in [0, 1]", metavar="W")
+    budgets: bool = option(False, "let layers keep different shares of their neurons, as the --prior found best")
     refit: bool | int = option(
         False,
-        "refit the kept neurons to what the prompt had from all of them, at ROWS of its tokens"
+        "refit the kept rows of the down projection to the output of all neurons, on ROWS tokens of the prompt"
         f" (default: {DEFAULT_ROWS})",
         type=int,
         nargs="?",
         const=True,
         metavar="ROWS",
     )
-    ridge: float = option(1.0, "of the refit: the larger, the less it changes", metavar="L")
+    ridge: float = option(
+        1.0, "strength of the refit's regularisation; larger values change the rows less", metavar="L"
+    )
     calibration: bool = True
     calibration_weight: float = option(
-        CALIBRATION_WEIGHT, "tokens of the prompt that general text counts for in the refit", metavar="A"
+        CALIBRATION_WEIGHT, "weight of the prior's general text in the refit, as a number of prompt tokens", metavar="A"
     )
     healing: Heals | None = option(
-        None, "give the pruned model the adapter that griffin-jax heal trained for it", type=str, metavar="FOLDER"
+        None, "the adapter that griffin-jax heal has trained for the pruned model", type=str, metavar="FOLDER"
     )
     refresh_every: int | None = option(
         None,
-        "after every N tokens read them with the full model, and choose the neurons to keep anew",
+        "after every N tokens, let the full model read them and choose the neurons to keep anew",
         type=int,
         metavar="N",
     )
     speculative: bool | int = option(
         False,
-        "answer as the full model does, which decides about DRAFTS tokens of the pruned one at a time (default: as many"
-        f" as are worth it, up to {MOST_DRAFTS}, with --lookup {MOST_WITH_COPIES})",
+        "speculative decoding: the pruned model drafts DRAFTS tokens at a time and the full model verifies them, so the"
+        f" answer is the full model's (default: adaptive, up to {MOST_DRAFTS}, or {MOST_WITH_COPIES} with --lookup)",
         type=int,
         nargs="?",
         const=True,
@@ -115,33 +123,33 @@ class Extensions:
     )
 
     lookup: bool = option(
-        False, "with --speculative, copy drafts from where the last tokens stand in the prompt or the answer"
+        False,
+        "with --speculative, also draft by copying what followed an earlier occurrence of the last tokens; with"
+        " --density 1 and no --draft-weights, copies are the only drafts",
     )
 
     draft_weights: str | None = option(
-        None, "draft with a copy of the weights in FORMAT, int4 or int8 (default: with those of the model)",
+        None, "draft with a second copy of the weights, in FORMAT: int4 or int8 (default: with the model's own)",
         type=str, metavar="FORMAT",
     )  # fmt: skip
 
     mixed_weights: str | None = option(
-        None, "read the kept neurons that the prompt needs least in fewer bits: with int4@0.25 the best quarter of them"
-        " has the model's weights, the others int4; with int4 the density counts bytes, and as many neurons are read as"
-        " they pay for", type=str, metavar="FORMAT[@PART]",
+        None, "read the less important kept neurons in fewer bits, from a second copy of their weights: int4@0.25"
+        " reads the best quarter in the model's format, the others in int4; int4 makes the density a budget of bytes,"
+        " in which neurons are read in 4 bits before any is left out", type=str, metavar="FORMAT[@PART]",
     )  # fmt: skip
 
     max_divergence: float | None = option(
-        None, "take the least of a few densities, from --density on, that diverges from the dense model by at most NATS"
-        " per token at the end of the prompt, and the dense model if none does", type=float, metavar="NATS",
+        None, "use the lowest of a few densities, from --density up, whose predictions at the end of the prompt diverge"
+        " from the dense model's by at most NATS per token; the answer is dense if none does or the prompt is short",
+        type=float, metavar="NATS",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_quality(self.quality)
         for name in ("budgets", "calibration", "lookup"):
             object.__setattr__(self, name, flag(name, getattr(self, name)))
-        if self.quality == "best":
-            object.__setattr__(self, "budgets", True)
-            object.__setattr__(self, "refit", self.refit or True)
-        if self.budgets and self.prior is None:
+        if self.has_budgets and self.prior is None:
             raise ValueError('quality="best" and budgets need a prior, which griffin-jax prior measures for a model')
         for name, what in (("refit", "rows"), ("speculative", "drafts")):
             value = plain(getattr(self, name))
@@ -189,7 +197,7 @@ class Extensions:
             raise ValueError(
                 f"mixed_weights are {text!r}; the first format is the model's, and give for example int4@0.25: {error}"
             ) from error
-        if self.refit and share is not None:
+        if self.rows and share is not None:
             raise ValueError(
                 'rows in two formats are not refitted: quality="griffin" and refit=False, or mixed_weights without a'
                 " part, as int4, with which rows are refitted where they have one format"
@@ -200,34 +208,39 @@ class Extensions:
 
     @classmethod
     def best(cls, prior: Prior) -> Extensions:
-        """All that brings answers closer to the dense model's at the same cost of decoding.
+        """Everything that brings answers closer to the dense model's without making decoding slower.
 
         Args:
-            prior: of the model.
+            prior: measured for this model, by `griffin-jax prior`.
         """
         return cls(quality="best", prior=prior)
 
     @property
     def rows(self) -> int:
-        """Tokens of a prompt that kept neurons are refitted to, at most; 0 if they are not."""
-        return count_or(self.refit, DEFAULT_ROWS)
+        """The most tokens of a prompt that kept rows are refitted to; 0 without a refit."""
+        return count_or(self.refit or self.quality == "best", DEFAULT_ROWS)
+
+    @property
+    def has_budgets(self) -> bool:
+        """Whether layers keep different shares of their neurons: by `budgets`, or because `quality` is `best`."""
+        return self.budgets or self.quality == "best"
 
     @property
     def drafts(self) -> int:
-        """Tokens that are drafted for each pass of the full model, at most; 0 if the pruned model writes the answer."""
+        """The most tokens drafted for each pass of the full model; 0 if the pruned model writes the answer."""
         return most_drafts(self.speculative, lookup=self.lookup)
 
     @property
     def drafter(self) -> WeightFormat | None:
-        """What the drafting model's matrices are stored as; None where they are the model's."""
+        """The format of the draft model's matrices; None if they are the model's own."""
         return None if self.draft_weights is None else WeightFormat.parse(self.draft_weights)
 
     def mixed(self, weights: WeightFormat) -> MixedFormat | None:
-        """The formats of the kept neurons of a model that is stored in this one; None where all of them have it."""
+        """The two formats of the kept neurons, given the model's own; None if all are read in that one."""
         return None if self.mixed_weights is None else MixedFormat(weights, *others_format(self.mixed_weights))
 
     def check(self, config: GriffinConfig) -> None:
-        """Raise `ValueError` unless these go together with how a model is pruned."""
+        """Raise `ValueError` if these options do not go together with how the model is pruned."""
         if self.mixed_weights is not None and config.method != "topk":
             raise ValueError(
                 f'neurons have more bits by their rank, which method "topk" gives; method is {config.method!r}'
@@ -238,9 +251,9 @@ class Extensions:
             check_fusion(config.method, self.prior_weight)
 
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
-        """The config with the prior's budgets, if they are wanted.
+        """The config with one density for each layer, if `budgets` is on.
 
         Raises:
             ValueError: as `Prior.budgeted`.
         """
-        return self.prior.budgeted(config) if self.budgets and self.prior is not None else config
+        return self.prior.budgeted(config) if self.has_budgets and self.prior is not None else config

@@ -1,4 +1,4 @@
-"""What an answer is to be like: `GenerationConfig`."""
+"""The options of an answer: `GenerationConfig`."""
 
 from __future__ import annotations
 
@@ -20,38 +20,42 @@ class GenerationConfig:
     """How answers are written.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the most probable token; above, tokens are drawn.
-        top_k: draw from the k most probable tokens.
-        top_p: draw from the fewest tokens that hold this probability.
-        min_p: draw from tokens of at least this share of the largest probability.
-        seed: of all randomness, of the neurons that are drawn, too; the same seed gives the same answers. One for the
-            whole batch, or one for each prompt, whose answer then does not depend on its batch, unless it is sampled
-            and drafted: where a round of drafts ends depends on all rows.
-        stop: an answer ends before the first of these strings. One with a special token in it is looked for in the
-            text with special tokens, as `stop_strings` of transformers are.
-        stop_token_ids: tokens that end an answer as the model's own do, also with `ignore_eos`.
-        ignore_eos: go on after the end-of-text token.
-        chat: strings are a user's message; the tokenizer's chat template is put around them.
+        max_new_tokens: the longest answer, in tokens.
+        temperature: 0 is greedy decoding; above 0, tokens are sampled.
+        top_k: sample from the k most probable tokens only.
+        top_p: sample from the smallest set of most probable tokens whose probabilities add up to at least this.
+        min_p: sample from tokens that are at least this many times as probable as the most probable one.
+        seed: seed of everything random, including neurons that are drawn; the same seed gives the same answers. One for
+            the whole batch, or one for each prompt. In the latter case an answer does not depend on the rest of its
+            batch, unless it is both sampled and drafted, because the end of a round of drafts depends on all sequences.
+        stop: strings that end an answer; it is cut off before the first of them. A string that contains a special token
+            is searched for in the text with special tokens, like `stop_strings` in transformers.
+        stop_token_ids: further tokens that end an answer, even with `ignore_eos`.
+        ignore_eos: do not stop at the model's end-of-text tokens.
+        chat: treat each string as a user's message, and apply the tokenizer's chat template.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    max_new_tokens: int = option(128, "longest answer", metavar="N")
-    temperature: float = option(0.0, "0 takes the most probable token", metavar="T")
-    top_k: int | None = option(None, "draw from the K most probable tokens", type=int, metavar="K")
-    top_p: float | None = option(None, "draw from the fewest tokens that hold probability P", type=float, metavar="P")
+    max_new_tokens: int = option(128, "longest answer, in tokens", metavar="N")
+    temperature: float = option(0.0, "0 is greedy decoding; above 0, tokens are sampled", metavar="T")
+    top_k: int | None = option(None, "sample from the K most probable tokens", type=int, metavar="K")
+    top_p: float | None = option(
+        None, "sample from the most probable tokens that add up to probability P", type=float, metavar="P"
+    )
     min_p: float | None = option(
-        None, "draw from tokens of at least P times the largest probability", type=float, metavar="P"
+        None, "sample from tokens that are at least P times as probable as the best", type=float, metavar="P"
     )
-    seed: int | Sequence[int] = option(0, "the same seed gives the same answer", type=int)
-    stop: str | Sequence[str] = option((), "end before this text; may be repeated", action="append", metavar="TEXT")
+    seed: int | Sequence[int] = option(0, "random seed; the same seed gives the same answer", type=int)
+    stop: str | Sequence[str] = option(
+        (), "end the answer before this text; may be repeated", action="append", metavar="TEXT"
+    )
     stop_token_ids: int | Sequence[int] = option(
-        (), "end after this token, too; may be repeated", action="append", type=int, metavar="ID"
+        (), "end the answer at this token as well; may be repeated", action="append", type=int, metavar="ID"
     )
-    ignore_eos: bool = option(False, "go on after the end-of-text token")
-    chat: bool = option(False, "the prompt is a user's message to a chat model")
+    ignore_eos: bool = option(False, "do not stop at the end-of-text token")
+    chat: bool = option(False, "apply the chat template: the prompt is a user's message")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max_new_tokens", whole("max_new_tokens", self.max_new_tokens, 1))
@@ -78,7 +82,7 @@ class GenerationConfig:
 
     @property
     def sampler(self) -> Sampler:
-        """How the next token is drawn.
+        """How the next token is chosen.
 
         Raises:
             ValueError: a value is outside its range.
@@ -86,10 +90,10 @@ class GenerationConfig:
         return sampler(self.temperature, self.top_k, self.top_p, self.min_p)
 
     def seeds(self, batch: int) -> int | Int[Array, "b"]:
-        """The seed of a batch: one, or an array of one for each sequence.
+        """The seed of a batch: one integer, or an int32 array (B,) with one for each sequence.
 
         Raises:
-            ValueError: there are others than as many as sequences.
+            ValueError: the number of seeds is not the number of sequences.
         """
         if not isinstance(self.seed, tuple):
             return cast(int, self.seed)
@@ -99,10 +103,10 @@ class GenerationConfig:
 
 
 def as_seed(seed: object) -> int:
-    """The Python integer of a seed: a whole number that an int32 holds.
+    """Returns a seed as a Python integer.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `seed` is not a whole number that an int32 can hold.
     """
     found = plain(seed)
     if isinstance(found, bool) or not isinstance(found, int) or not -(2**31) <= found < 2**31:

@@ -21,13 +21,13 @@ Method = Literal["topk", "sample", "topk_sample", "random", "magnitude"]
 def kept_neurons(ff_width: int, density: float, round_to: int = 1) -> int:
     """k = floor(F * density), rounded up to a multiple of `round_to` and never above F.
 
-    The density counts as the decimal that was written: 0.29 of 100 neurons is 29, although the
-    nearest float64 is below 0.29.
+    The density is taken as the decimal number that was written: 0.29 of 100 neurons is 29, although the nearest float64
+    is less than 0.29.
 
     Args:
         ff_width: F, the number of neurons of a layer.
         density: share of neurons to keep, in (0, 1].
-        round_to: number that k is rounded up to a multiple of; 128 suits the tiles of GPUs and TPUs.
+        round_to: k is rounded up to a multiple of this; 128 suits the tiles of GPUs and TPUs.
 
     Raises:
         ValueError: `density` is outside (0, 1], `round_to` is below 1, or k would be 0.
@@ -45,7 +45,7 @@ def kept_neurons(ff_width: int, density: float, round_to: int = 1) -> int:
 
 
 def density_that_keeps(k: int, ff_width: int) -> float:
-    """A density for which `kept_neurons` gives k of F neurons: k / F, or the next float above if that is too small."""
+    """A density for which `kept_neurons` returns k of F neurons: k / F, or the next float if that rounds down."""
     density = k / ff_width
     return density if ff_width * Fraction(repr(density)) >= k else math.nextafter(density, 1.0)
 
@@ -56,19 +56,19 @@ def check_density(density: object) -> None:
 
 
 def as_density(density: object) -> float:
-    """The Python number of a density.
+    """Returns a density as a Python number.
 
     Raises:
-        ValueError: it is no number in (0, 1].
+        ValueError: `density` is not a number in (0, 1].
     """
     return number("density", density, "in (0, 1]", lambda density: 0 < density <= 1)
 
 
 def parse_density(text: str) -> float | tuple[float, ...]:
-    """A density, or one for each layer, separated by commas.
+    """Parses one density, or one for each layer, separated by commas.
 
     Raises:
-        ValueError: it is no such list, or one is outside (0, 1].
+        ValueError: `text` is not such a list, or a density is outside (0, 1].
     """
     values = tuple(float(value) for value in text.split(","))
     for value in values:
@@ -81,17 +81,18 @@ class GriffinConfig:
     """How a model is pruned for an answer.
 
     Attributes:
-        density: share of feed-forward neurons kept, in (0, 1]; one for all layers or one per layer.
-        method: `topk` is the paper's. `sample` draws without replacement in proportion to the
-            statistic; `topk_sample` takes half of each; `random` and `magnitude` ignore the prompt
-            and are the baselines it is compared with.
-        shared: one set of experts for the whole batch (faster to decode), or one for every
-            sequence (each answer as if it were alone, where nothing is drawn).
-        round_to: the number of kept neurons is rounded up to a multiple of this.
-        groups: of so many equal ranges of a layer's neurons, each keeps its k / groups best; 1 keeps the k best of all.
-            On as many devices (see `griffin_jax.model.sharding`), or a divisor of that, every device keeps rows of its
-            own, as many as the others do, and `prune` moves none between them. None leaves it to the caller: `select`
-            takes 1, and an `LLM` as many as there are devices that share its model.
+        density: share of feed-forward neurons to keep, in (0, 1]; one number, or one for each layer.
+        method: how neurons are chosen. `topk` keeps those with the largest statistic, as the paper does. `sample` draws
+            without replacement, with probabilities in proportion to the statistic, and `topk_sample` chooses half of
+            them in each way. `random` and `magnitude` ignore the prompt; they are baselines.
+        shared: keep one set of neurons for the whole batch, which decodes faster. Otherwise every sequence keeps its
+            own, and its answer is the one that it would get alone (unless neurons or tokens are drawn).
+        round_to: the number of kept neurons is rounded up to a multiple of this, to fit the tiles of an accelerator.
+        groups: divide the neurons of each layer into this many equal ranges and keep the k / groups best of each; 1
+            keeps the k best of all. With as many groups as devices that share the model (or a multiple of that
+            number), every device keeps equally many of its own rows, and `prune` moves none between devices (see
+            `griffin_jax.model.sharding`). None leaves the choice to the caller: `select` uses 1, and an `LLM` the
+            number of devices that share its model.
 
     Raises:
         ValueError: a value is outside its range.
@@ -99,17 +100,19 @@ class GriffinConfig:
 
     density: float | Sequence[float] = option(
         0.5,
-        "share of feed-forward neurons kept, in (0, 1]; 1 is the dense model; or one for each layer, separated by"
-        " commas",
+        "share of feed-forward neurons to keep, in (0, 1], where 1 is the dense model; one number, or one for each"
+        " layer, separated by commas",
         type=parse_density,
     )
     method: Method = option("topk", "how neurons are chosen", choices=get_args(Method))
-    shared: bool = option(False, "one set of neurons for the whole batch")
-    round_to: int = option(1, "round kept neurons up to a multiple of N", metavar="N")
+    shared: bool = option(False, "keep one set of neurons for the whole batch, which decodes faster")
+    round_to: int = option(
+        1, "round the number of kept neurons up to a multiple of N, for an accelerator's tiles", metavar="N"
+    )
     groups: int | None = option(
         None,
-        "of M equal ranges of neurons, each keeps as many of its best (default: as many as the devices that --mesh"
-        " divides the model among, which then exchange no rows; 1 keeps the best of all, as one device does)",
+        "divide the neurons of each layer into M equal ranges and keep equally many of each (default: one range for"
+        " each device that shares the model by --mesh, so that they exchange no rows; 1 keeps the best of all)",
         type=int,
         metavar="M",
     )
@@ -130,25 +133,25 @@ class GriffinConfig:
 
     @property
     def group_count(self) -> int:
-        """In how many groups neurons are selected, each with as many of the kept ones."""
+        """The number of groups; 1 if the caller has not chosen."""
         return 1 if self.groups is None else self.groups
 
     def kept(self, layers: Sequence[int | Sequence[int]]) -> tuple[int, ...]:
         """The number of neurons that each layer keeps.
 
         Args:
-            layers: F of each layer, or the sizes of the ranges that its neurons lie in, such as those of its experts
-                (`ModelConfig.neuron_ranges`): each range keeps the density's part of its own neurons.
+            layers: F of each layer, or the sizes of the ranges into which its neurons are divided, such as the experts
+                of a routed layer (`ModelConfig.neuron_ranges`). Each range keeps its share of its own neurons.
 
         Raises:
-            ValueError: there is not one density per layer, a range would keep no neuron, or its groups cannot have or
-                keep equally many.
+            ValueError: the number of densities is not that of the layers, a range would keep no neuron, or its groups
+                cannot have or keep equally many neurons.
         """
         ranges = [tuple(layer) if isinstance(layer, Sequence) else (layer,) for layer in layers]
         return tuple(map(sum, self.kept_of_ranges(ranges)))
 
     def kept_of_ranges(self, layers: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-        """The number of neurons that each range of each layer keeps; arguments and errors as of `kept`."""
+        """The number of neurons that each range of each layer keeps. Arguments and errors are those of `kept`."""
         if not isinstance(self.density, Sequence):
             densities = [self.density] * len(layers)
         elif len(self.density) == len(layers):
@@ -171,7 +174,7 @@ GriffinConfig.__init__ = renamed_arguments(multiple="round_to", shards="groups")
 
 
 def check_groups(groups: int, neurons: int, kept: int) -> None:
-    """Raise `ValueError` unless this many groups can have equally many of a layer's neurons and keep equally many."""
+    """Raise `ValueError` unless groups of equal size can keep equally many neurons."""
     if groups < 1 or neurons % groups:
         raise ValueError(f"{groups} groups cannot have equally many of {neurons} neurons: groups must divide them")
     if kept % groups:

@@ -28,7 +28,8 @@ from griffin_jax.generation import jitted
 from griffin_jax.generation.padding import DEFAULT_CHUNK, bucket
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.llm.llm import LLM, Plan
-from griffin_jax.llm.request import Request
+from griffin_jax.llm.memory import Continued
+from griffin_jax.llm.request import Request, updated
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
 from griffin_jax.utils.wholefile import write_text
@@ -122,7 +123,7 @@ class Chat:
             TypeError: there is no such option.
             ValueError: as `LLM.generate`; the conversation then stays as it was.
         """
-        request = Request.of("chat", **{**self.options, **options})
+        request = Request.of("chat", **updated(self.options, options))
         messages = [*self.messages, {"role": "user", "content": text}]
         assert self._llm.tokenizer is not None
         prompt = self._llm.tokenizer.chat(messages)
@@ -188,8 +189,8 @@ class Chat:
         self._kept = len(self._read)
         new = sequence[len(self._read) :]
         trial = trial_tokens(len(sequence), len(new)) if plan.trial else 0
-        parts, room = _parts(new), self._room(plan)
-        state = self._state
+        parts = _parts(new)
+        room, state = self._room(plan, parts), self._state
         if state is None:
             state = jitted.start(model, room, rows=plan.rows)
         elif state.cache.slots < room:
@@ -212,16 +213,17 @@ class Chat:
             state = dataclasses.replace(state, statistics=statistics, rows=used_rows)
         return dataclasses.replace(state, max_new_tokens=answer, last=last)
 
-    def held_bytes(self, plan: Plan) -> int:
-        """Bytes of the cache, if the conversation goes on in it and it need not grow."""
-        if self._state is None or not self._goes_on(plan) or self._state.cache.slots < self._room(plan):
-            return 0
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.cache))
+    def continued(self, plan: Plan) -> Continued:
+        """How much of the sequence of a plan is read at a time, and into which cache."""
+        (sequence,) = plan.sequences
+        there = self._state.cache.slots if self._state is not None and self._goes_on(plan) else 0
+        parts = _parts(sequence[len(self._read) :] if there else sequence)
+        most = max((bucket(len(part)) for part in parts), default=0)
+        return Continued(most, max(self._room(plan, parts), there), there)
 
-    def _room(self, plan: Plan) -> int:
+    def _room(self, plan: Plan, parts: Sequence[Sequence[int]]) -> int:
         """Slots of the cache that the conversation needs, with its answer and what the last part is padded to."""
         (sequence,) = plan.sequences
-        parts = _parts(sequence[len(self._read) :])
         return bucket(len(sequence) + bucket(len(parts[-1]) if parts else 1) + bucket(plan.new + plan.drafts))
 
     def give_back(self, cache: KVCache) -> None:

@@ -32,10 +32,11 @@ from griffin_jax.generation.decode import DecodeState
 from griffin_jax.generation.padding import bucket, pad
 from griffin_jax.generation.prefill import Prefilled
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.griffin.neurons import ExpertNeurons
+from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.griffin.prune import check_kept
+from griffin_jax.griffin.select import check_seeds
 from griffin_jax.griffin.statistic import Statistics
-from griffin_jax.llm.memory import adapter_bytes, free_for, needs_of
+from griffin_jax.llm.memory import Continued, adapter_bytes, free_for, needs_of
 from griffin_jax.llm.request import AdapterLike, Request, signature
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
@@ -137,8 +138,8 @@ class Reader(Protocol):
         tokens are new."""
         ...
 
-    def held_bytes(self, plan: Plan) -> int:
-        """Bytes of the cache that is there already and will do for the sequences of a plan; 0 if it will not."""
+    def continued(self, plan: Plan) -> Continued:
+        """How `read` will read the sequences of a plan, and into which cache."""
         ...
 
     def give_back(self, cache: KVCache) -> None:
@@ -314,7 +315,7 @@ class LLM:
         pruner.config.kept(self.model.config.neuron_ranges)
         sequences = self._tokenize(prompts, request.generation.chat)
         self._check_room(sequences, 0)
-        self._check_in_place(pruner.config, 1)
+        self._check_in_place(pruner.config, 1, None)
         self._check_adapter(request, len(sequences), dense=False)
         batch, longest_prompt = len(sequences), max(map(len, sequences))
         parts = needs_of(self.model).selecting(batch, longest_prompt, adapter_bytes(adapter, batch))
@@ -448,8 +449,10 @@ class LLM:
         if candidates and not trial:
             # Nothing is known of how much it would lose.
             candidates, dense, kept, mixed = {}, True, self.model.neurons, None
-        if experts is None and not dense:
-            self._check_in_place(pruner.config, len(sequences))
+        if not dense:
+            self._check_in_place(pruner.config, len(sequences), experts)
+        if experts is None:
+            check_seeds(pruner.config, generation.seed)
         if extensions.rows and self._in_place is not None:
             raise ValueError("with in_place the kept rows are the model's own and cannot be refitted: refit=False")
         if extensions.refresh_every and self._in_place is not None:
@@ -467,7 +470,7 @@ class LLM:
         drafts = 0 if dense and extensions.drafter is None and not extensions.lookup else drafts
         # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
         most = bucket(max(map(len, sequences)))
-        most += generation.max_new_tokens if extensions.refresh_every else 0
+        most += bucket(generation.max_new_tokens) if extensions.refresh_every else 0
         # Where all neurons are kept, in whatever format, there is nothing to make good.
         whole = all(self._keeps_all(each.pruner) for each in (candidate, *candidates.values()))
         fitted = not dense and not (mixed is not None and whole)
@@ -498,7 +501,7 @@ class LLM:
             self._drafter = None
         if few is not None and mixed is not None and few[0] != mixed.coarse:
             self._few = None
-        self._check_memory(plan, 0 if reader is None else reader.held_bytes(plan))
+        self._check_memory(plan, None if reader is None else reader.continued(plan))
         return plan
 
     def _candidates(self, request: Request) -> dict[float, Candidate]:
@@ -522,17 +525,23 @@ class LLM:
             return Candidate(self._pruner(request), None)
         formats, density = mixed.at(request.griffin.density)
         of_neurons = dataclasses.replace(request, griffin=dataclasses.replace(request.griffin, density=density))
-        return Candidate(self._pruner(of_neurons), formats if isinstance(formats, MixedFormat) else None)
+        pruner = self._pruner(of_neurons)
+        if not isinstance(formats, MixedFormat):
+            return Candidate(pruner, None)
+        formats.counts(pruner.config, self.model.config.neuron_ranges)
+        return Candidate(pruner, formats)
 
     def _keeps_all(self, pruner: Pruner) -> bool:
         return pruner.config.kept(self.model.config.neuron_ranges) == self.model.neurons
 
     def _keep_spare_for(self, plan: Plan) -> None:
         """Drops the rows of an earlier answer unless those of this one are of the same sizes."""
-        stored_as = plan.drafter or self.model.weights
-        spare = self._spare
-        if spare is not None and (spare.neurons, spare.weights) != (plan.kept, stored_as):
+        if not self._has_spare_for(plan):
             self._spare = None
+
+    def _has_spare_for(self, plan: Plan) -> bool:
+        stored_as, spare = plan.drafter or self.model.weights, self._spare
+        return spare is not None and (spare.neurons, spare.weights) == (plan.kept, stored_as)
 
     def _mixed(self, request: Request) -> MixedFormat | None:
         """The formats of the kept neurons, if there are two."""
@@ -564,11 +573,11 @@ class LLM:
         own = () if generation.ignore_eos else self.config.eos_token_ids
         return tuple(dict.fromkeys((*own, *more)))
 
-    def _check_memory(self, plan: Plan, cache_there: int) -> None:
-        """Raise `MemoryError` unless the answers can be written with what is free, and so many bytes of a cache."""
+    def _check_memory(self, plan: Plan, continued: Continued | None) -> None:
+        """Raise `MemoryError` unless the answers can be written with what is free, and with a cache that is there."""
         batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
         shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
-        pruned, spare = not plan.dense and self._in_place is None, self._spare
+        pruned = not plan.dense and self._in_place is None
         parts = needs_of(self.model).generation(
             batch,
             max(map(len, plan.sequences)),
@@ -578,7 +587,7 @@ class LLM:
             select=plan.selects,
             rows=plan.rows,
             calibration=prior.rows[0].shape[0] if prior is not None and prior.rows and plan.rows else 0,
-            refresh=plan.every is not None,
+            every=plan.every,
             drafts=plan.drafts,
             drafter=plan.drafter,
             drafter_is_there=self._drafter is not None,
@@ -586,11 +595,10 @@ class LLM:
             mixed_is_there=self._few is not None,
             trial=plan.trial,
             in_place=self._in_place is not None,
-            spare=0 if spare is None else spare.ff_bytes,
+            spare=self._has_spare_for(plan),
             adapters=adapter_bytes(plan.request.adapter, batch),
+            continued=continued,
         )
-        if "cache" in parts:
-            parts["cache"] = max(0, parts["cache"] - cache_there)
         advice = ["take fewer prompts at a time"] if batch > 1 else []
         if pruned:
             advice += ["let them share their neurons (shared=True)"] if batch > 1 and not shared else []
@@ -844,9 +852,13 @@ class LLM:
         experts = dataclasses.replace(experts, model=None)
         if self._in_place is not None:
             return self._in_place.prune(experts)
+        added = _added_to_neurons(model)
         if reuse is None:
             reuse, self._spare = self._spare, None
-        if reuse is not None and reuse.adapted and not model.adapted:
+            if reuse is not None and any(added) and _added_to_neurons(reuse) != added:
+                # It is not overwritten then, and would be there next to the new rows.
+                reuse = None
+        if reuse is not None and reuse.adapted and not any(added):
             # What is overwritten is rows as they are pruned, before they are healed.
             reuse = detach(reuse)
         return pruner.prune(model, experts, rows, reuse=reuse)
@@ -925,11 +937,7 @@ class LLM:
     def _check_experts(self, experts: ExpertNeurons | None, batch: int) -> None:
         if experts is None:
             return
-        if experts.neurons != self.model.neurons:
-            raise ValueError(
-                f"these experts are for {len(experts)} layers of {sorted(set(experts.neurons))} neurons, the model has"
-                f" {len(self.model.neurons)} of {sorted(set(self.model.neurons))}"
-            )
+        check_experts(experts, self.model)
         if not experts.shared and experts[0].shape[0] not in (1, batch):
             raise ValueError(f"these experts are for {experts[0].shape[0]} sequences, there are {batch} prompts")
         # With in_place the rows have moved, and what they were is not known any more.
@@ -976,8 +984,14 @@ class LLM:
             if one is not None:
                 one.check(self.config)
 
-    def _check_in_place(self, config: GriffinConfig, batch: int) -> None:
+    def _check_in_place(self, config: GriffinConfig, batch: int, experts: ExpertNeurons | None) -> None:
         if self._in_place is None:
+            return
+        if experts is not None:
+            if not experts.shared and experts[0].shape[0] > 1:
+                raise ValueError(
+                    f"with in_place a batch shares its experts, and these are for each of {experts[0].shape[0]} prompts"
+                )
             return
         if config.method == "magnitude":
             raise ValueError('with in_place the rows of weights move, so method "magnitude" cannot score them')
@@ -994,6 +1008,23 @@ for _function in (LLM.generate, LLM.stream, LLM.experts):
 def _each(adapter: Adapter | Sequence[Adapter | None], batch: int) -> list[Adapter | None]:
     """The adapter of each prompt."""
     return [adapter] * batch if isinstance(adapter, Adapter) else list(adapter)
+
+
+def _added_to_neurons(model: Transformer) -> list[dict[str, tuple[int, ...]]]:
+    """What an adapter or a healing adds to the rows of neurons of each module: shapes without the axis of neurons.
+
+    Where each sequence has an addition of its own, that is another axis. The shapes of a pruned model are then never
+    those of the full one, and `prune` overwrites no such rows.
+    """
+    parts = [part for layer in model.layers for part in layer.ff.parts()]
+    return [
+        {
+            name: (*rows.shape[: part.neuron_axes[name]], *rows.shape[part.neuron_axes[name] + 1 :])
+            for name, rows in part.rows().items()
+            if name.endswith("_left")
+        }
+        for part in parts
+    ]
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -64,6 +64,21 @@ TOKENIZER_BYTES = 1500
 
 
 @dataclasses.dataclass(frozen=True)
+class Continued:
+    """How a prompt is read by what goes on with a cache, such as a chat.
+
+    Attributes:
+        read: tokens that are read at a time, at most, padding included.
+        slots: of the cache, all of which these tokens attend to.
+        there: slots that it has already, before it grows; 0 if it is a new one.
+    """
+
+    read: int
+    slots: int
+    there: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Needs:
     """What work with a model needs on each of its devices, in bytes.
 
@@ -171,6 +186,17 @@ class Needs:
         reading = self._activations(batch, tokens, 0 if chunks == 1 else chunks * tokens)
         return held, {**held, "reading the prompt": reading + again + self._logits(own)}
 
+    def _reading_on(self, continued: Continued, *, rows: int, copied: bool) -> tuple[Parts, Parts]:
+        """As `_reading`, by what goes on with a cache: what it has recorded stays, and is copied for refreshes."""
+        neurons, copies = sum(self.config.neurons) // self._parts, 2 if copied else 1
+        held: Parts = {
+            "cache": self._sizes(1, continued.slots, True).cache,
+            "statistics": copies * 4 * neurons,
+            "rows of the refit": copies * self.itemsize * rows * neurons,
+        }
+        reading = self._activations(1, continued.read, continued.slots) + self._logits(1)
+        return held, {**held, "reading the prompt": reading}
+
     def _read_at_once(self) -> int:
         """Intermediates of a token: the neurons of a layer, or those of the experts that it chooses.
 
@@ -200,7 +226,7 @@ class Needs:
         select: bool = True,
         rows: int = 0,
         calibration: int = 0,
-        refresh: bool = False,
+        every: int | None = None,
         drafts: int = 0,
         drafter: WeightFormat | None = None,
         drafter_is_there: bool = False,
@@ -208,9 +234,10 @@ class Needs:
         mixed_is_there: bool = False,
         trial: int = 0,
         in_place: bool = False,
-        spare: int = 0,
+        spare: bool = False,
         repeated: bool = False,
         adapters: int = 0,
+        continued: Continued | None = None,
     ) -> Parts:
         """What the answers of a pruned model need: prefill, select, prune, decode.
 
@@ -223,7 +250,7 @@ class Needs:
             select: whether neurons are selected by the prompts.
             rows: tokens of each prompt that kept neurons are refitted to.
             calibration: rows of general text that they are fitted to, too.
-            refresh: whether the full model reads the answer from time to time.
+            every: tokens of the answer after which the full model reads them in one pass; None if it never does.
             drafts: tokens that are drafted for each pass of the full model.
             drafter: what the drafting model's matrices are stored as; None where they are the model's.
             drafter_is_there: whether there is such a model already.
@@ -231,16 +258,23 @@ class Needs:
             mixed_is_there: whether all neurons are held in the second one already.
             trial: tokens at the end of the prompts that pruned models are tried on.
             in_place: whether every neuron is held once.
-            spare: bytes of an earlier answer's kept rows, whose memory new ones get if they are as large.
+            spare: whether an earlier answer's kept rows are there, one set of the same sizes, whose memory those of
+                this one get.
             repeated: whether the same is done again and again: the kept rows of the answer before are there while the
                 next one begins, and the cache of the prompts is copied for every answer.
             adapters: bytes of the prompts' adapters and of what is made of these.
+            continued: how the prompt, which is one, is read if that is not by `prefill`.
         """
         c, own = self.config, self.rows(batch)
         collect = kept is not None and select
-        read = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
+        if continued is None:
+            slots = bucket(prompt) + bucket(new)
+            read = self._reading(batch, bucket(prompt), bucket(new), collect=collect, rows=rows)
+        else:
+            slots = continued.slots
+            read = self._reading_on(continued, rows=rows, copied=every is not None)
         held, reading = ({**parts, "adapters": adapters} for parts in read)
-        sizes = self._sizes(batch, bucket(prompt) + bucket(new), shared, refitted=rows > 0)
+        sizes = self._sizes(batch, slots, shared, refitted=rows > 0)
         trying: list[Parts] = []
         if trial:
             # What the tokens before the trial choose by; and in the trial a cache for each of the densities.
@@ -254,7 +288,8 @@ class Needs:
             held |= {"drafting model": few, "rounding": 6 * 4 * BLOCK if few else 0}
             one = shared or own == 1
             sizes = Sizes(c, own, sizes.slots, precision, shared=one, devices=self._parts, refitted=rows > 0)
-        neurons = 0 if kept is None or in_place or sizes.copied(kept) == spare else sizes.copied(kept)
+        reused = spare and (shared or batch == 1)
+        neurons = 0 if kept is None or in_place or reused else sizes.copied(kept)
         neurons = self.in_memory(neurons, sizes.precision.weights)
         masked = sizes.masked(kept)
         if mixed is not None and kept is not None:
@@ -269,7 +304,7 @@ class Needs:
         held["masks"] = masks
         decoding: Parts = {
             **held,
-            "rows of the refit": held["rows of the refit"] if refresh or repeated else 0,
+            "rows of the refit": held["rows of the refit"] if every or repeated or continued else 0,
             "kept neurons": neurons,
             # Of each draft, logits and the distributions of both models, as they are and as they are sorted.
             "decoding": 4 * self._logits(own) + 8 * self._logits(own * drafts),
@@ -278,9 +313,12 @@ class Needs:
         if kept is not None and not in_place and sets > 1 and c.gated and self._on_cpu:
             # XLA's CPU code wants gate and up of each sequence together, and copies them before its loop.
             decoding["kept neurons, transposed"] = (sizes.copied(kept) if mixed is None else neurons) * 2 // 3
-        if refresh:
-            decoding["refreshing"] = self._activations(batch, DEFAULT_CHUNK // 8, bucket(prompt) + bucket(new))
         pruning: Parts = {**held, "kept neurons": neurons}
+        if every is not None and every < new:
+            decoding["refreshing"] = self._activations(batch, every, slots)
+            if adapters and batch > 1 and kept is not None:
+                # Where each sequence has an adapter, new rows do not get the memory of those before them.
+                pruning["kept neurons"] += self.in_memory(sizes.copied(kept), sizes.precision.weights)
         if in_place and kept is not None:
             # A matrix with a row for each neuron is there twice while its rows are regrouped.
             arrays = local_arrays(c, self._parts, self.precision).items()
@@ -293,7 +331,13 @@ class Needs:
             # The systems of all layers are solved together.
             solving = c.num_layers * 4 * sets * system * (2 * system + 3 * c.width)
             pruning["refitting"] = made + dropped + solving
-        return self._worst(reading, *trying, pruning, decoding, programs=2 if trial else 1)
+        phases = [reading, *trying, pruning, decoding]
+        if continued is not None and continued.there:
+            there = self._sizes(batch, continued.there, True).cache
+            # What is there is not asked for, but while the cache grows it is there next to the new one.
+            growing: Parts = {"cache": held["cache"] if continued.slots > continued.there else 0}
+            phases = [growing, *({**phase, "cache": phase["cache"] - there} for phase in phases)]
+        return self._worst(*phases, programs=2 if trial else 1)
 
     def _in_two_formats(self, batch: int, shared: bool, mixed: Mixed, *, refitted: bool) -> tuple[int, int, bool]:
         """Bytes of all neurons in the second format, and of the kept ones in both; and whether there are masks instead
@@ -330,13 +374,14 @@ class Needs:
         """
         own = self.rows(batch)
         scores = self._logits(own * length)
-        parts = [prompt, length - prompt]
+        # The rest attends to all slots of the cache, those that are empty among them.
+        less, more = sorted((self._activations(batch, prompt, 0), self._activations(batch, length - prompt, length)))
         return self._worst(
             {
                 "cache": self._sizes(batch, length, True).cache,
-                "reading": max(
-                    self._activations(batch, part, prompt if number else 0) for number, part in enumerate(parts)
-                ),
+                # Both are read in one program, in which not all of the memory of one is used again for the other: up to
+                # an eighth was seen to come to it.
+                "reading": more + less // 8,
                 "logits": scores * (1 if prompt == length else 2),
             }
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from griffin_jax.adapters.adapter import Adapter
@@ -92,6 +92,18 @@ class Request:
             whole = options.get(name)
             groups[name] = group(**given) if whole is None else dataclasses.replace(whole, **given)
         return cls(**groups, experts=experts, adapter=adapter)
+
+
+def updated(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with changes to them: a whole group among the changes replaces every option of that group.
+
+    Args:
+        options: keyword arguments of `LLM.generate`.
+        changes: others of them.
+    """
+    replaced = {field for name, group in GROUPS.items() if changes.get(name) is not None for field in names_of(group)}
+    replaced |= {old for old, new in RENAMED.items() if new in replaced}
+    return {name: value for name, value in options.items() if name not in replaced} | {**changes}
 
 
 def signature(function: Any) -> inspect.Signature:

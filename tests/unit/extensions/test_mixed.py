@@ -55,6 +55,15 @@ def prefilled(model) -> gj.Prefilled:
     return jitted.prefill(model, prompts, jnp.asarray([16, 9]), max_new_tokens=8)
 
 
+def test_a_layer_whose_neurons_are_all_precise_where_others_are_not_is_refused_before_anything_is_read(monkeypatch):
+    """Rounded up, the precise ones are all that the first layer keeps."""
+    llm = gj.LLM(random_model(GATED, weights=MIXED.fine))
+    monkeypatch.setattr(jitted, "prefill", None)
+    options = {"density": [8 / 48, 24 / 48], "round_to": 8, "max_new_tokens": 4, "ignore_eos": True}
+    with pytest.raises(ValueError, match="rounded up to multiples of 8, all neurons that layer 0 keeps"):
+        llm.generate([[5, 6, 7, 8]], mixed_weights="int4:16@0.7", **options)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_the_best_are_precise_and_the_next_are_not(prefilled, shared):
     config = gj.GriffinConfig(0.5, shared=shared)

@@ -120,6 +120,13 @@ class TestGenerate:
         assert out.refreshes == (NEW - 1) // every
         assert ("refresh" in out.seconds) == (every < NEW)
 
+    def test_another_length_compiles_nothing(self, tiny, compiled):
+        options = {"refit": True, "refresh_every": 2, "ignore_eos": True}
+        tiny.llm.generate([[5, 6, 7]], max_new_tokens=9, **options)
+        del compiled[:]
+        tiny.llm.generate([[5, 6, 7]], max_new_tokens=11, **options)
+        assert not compiled
+
     def test_it_matters(self, tiny):
         texts = {str(answer(tiny.llm, PROMPTS, refresh_every=every)) for every in (None, 1, 3, 5)}
         assert len(texts) == 4

@@ -363,7 +363,7 @@ class TestRefusals:
         two_rows = tiny.llm.experts([[5], [6]])
         with pytest.raises(ValueError, match="for 2 sequences, there are 3 prompts"):
             tiny.llm.generate(PROMPTS, experts=two_rows)
-        with pytest.raises(ValueError, match="these experts are for 1 layers"):
+        with pytest.raises(ValueError, match="these experts are for a model of 1 layers"):
             tiny.llm.generate(PROMPTS, experts=gj.ExpertNeurons.from_indices([[1]], (48,)))
 
     def test_logits(self, tiny):

@@ -7,12 +7,15 @@ import gc
 
 import jax
 import pytest
+from conftest import drawn_adapter
 
 import griffin_jax as gj
+from griffin_jax.extensions import pruner
 from griffin_jax.llm.memory import Needs
 from griffin_jax.llm.request import Request
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.weights import Precision
+from griffin_jax.utils import memory
 
 CONFIG = gj.ModelConfig(
     family="llama", vocab_size=64, width=16, ff_width=40, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -45,11 +48,71 @@ def test_only_one_set_of_kept_rows_is_spared(llm):
     assert live_bytes() == before
 
 
+class TestSparedRows:
+    """The memory of an earlier answer's rows is what the next one's get, and nobody has to ask for it."""
+
+    CONFIG = dataclasses.replace(CONFIG, width=256, ff_width=4096)
+    ONE_SET = 4 * 3 * 256 * 2048
+
+    @pytest.fixture
+    def llm(self) -> gj.LLM:
+        return gj.LLM(random_model(self.CONFIG))
+
+    @pytest.fixture
+    def adapters(self) -> list[gj.Adapter]:
+        """Of the same ranks, of another one, and of attention alone."""
+        of = [(0, {}), (1, {}), (2, {"rank": 5}), (3, {"targets": "attention"})]
+        return [drawn_adapter(self.CONFIG, seed, **options) for seed, options in of]
+
+    @pytest.fixture
+    def asked(self, monkeypatch) -> list[tuple[int, int]]:
+        """Of each answer, the bytes of kept rows that were asked for, and by how much more there are after pruning."""
+        found: list[tuple[int, int]] = []
+        before: list[tuple[int, int]] = []
+        prune = pruner.prune
+
+        def measured(*arguments, **options):
+            made = prune(*arguments, **options)
+            neurons, live = before.pop()
+            found.append((neurons, live_bytes() - live))
+            return made
+
+        monkeypatch.setattr(pruner, "prune", measured)
+        monkeypatch.setattr(
+            memory, "check", lambda parts, *_: before.append((parts.get("kept neurons", 0), live_bytes()))
+        )
+        return found
+
+    @pytest.mark.parametrize(
+        ("order", "kept"),
+        [
+            ((None, None), True),
+            ((None, 0, 1, 2, None), True),
+            ((0, 3, None, 3, 0), True),
+            ((None, (0, 1), (0, 1), 0), False),
+        ],
+        ids=["none", "of neurons", "of attention", "of each prompt"],
+    )
+    def test_are_dropped_where_they_do_not_fit(self, llm, adapters, asked, order, kept):
+        for which in order:
+            several = isinstance(which, tuple)
+            adapter = [adapters[one] for one in which] if several else None if which is None else adapters[which]
+            llm.generate(PROMPTS, adapter=adapter, max_new_tokens=2, shared=True, ignore_eos=True)
+        # An adapter's own rows are counted with the adapter.
+        small = self.ONE_SET // 2
+        (first, came), *later = asked
+        assert first == self.ONE_SET
+        assert came < first + small
+        for neurons, came in later:
+            assert neurons == 0
+            assert came < small
+
+
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
         ({"refit": 4000}, 16),
-        ({"refit": 4000, "refresh_every": 2}, 20),
+        ({"refit": 4000, "refresh_every": 2}, 32),
         ({"refit": 3}, 3),
         ({"refit": 40, "shared": True}, 16),
     ],

@@ -10,7 +10,12 @@ import pytest
 from conftest import first_and_slow
 
 import griffin_jax as gj
+from griffin_jax.generation import jitted
+from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.llm.chat import Chat
+from griffin_jax.llm.memory import Continued
+from griffin_jax.llm.request import Request
+from griffin_jax.model.assembly import random_model
 from griffin_jax.parallel.mesh import make_mesh
 from griffin_jax.utils import memory
 
@@ -63,7 +68,7 @@ def test_the_cache_that_is_there_is_not_asked_for_again(llm, monkeypatch):
     """But for one that has to grow, which is there twice for a while."""
     chat = llm.chat(**OPTIONS, density=1.0)
     asked: list[int] = []
-    monkeypatch.setattr(memory, "check", lambda parts, *_: asked.append(parts["cache"]))
+    monkeypatch.setattr(memory, "check", lambda parts, *_: asked.append(parts.get("cache", 0)))
     slots = [0]
     for text in SAID * 2:
         chat.say(text)
@@ -71,6 +76,46 @@ def test_the_cache_that_is_there_is_not_asked_for_again(llm, monkeypatch):
     grew = [after > before for before, after in itertools.pairwise(slots)]
     assert [cache > 0 for cache in asked] == grew
     assert set(grew) == {True, False}
+
+
+def test_what_is_read_is_what_was_asked_for(llm, monkeypatch):
+    chat, asked, read = llm.chat(**OPTIONS, density=1.0), [], []
+    check, read_more = gj.LLM._check_memory, jitted.read_more
+
+    def recorded(model, state, tokens, *more, **options):
+        read.append((tokens.shape[1], state.cache.slots))
+        return read_more(model, state, tokens, *more, **options)
+
+    monkeypatch.setattr(gj.LLM, "_check_memory", lambda self, *given: asked.append(given[1]) or check(self, *given))
+    monkeypatch.setattr(jitted, "read_more", recorded)
+    slots = [0]
+    for text in SAID * 2:
+        chat.say(text)
+        slots.append(chat._state.cache.slots)
+    assert [(one.read, one.slots) for one in asked] == read
+    # Where what was said is other tokens now, the cache is dropped.
+    went_on = [turn.read < turn.tokens for turn in chat.turns]
+    assert [one.there for one in asked] == [there * on for there, on in zip(slots, went_on, strict=False)]
+
+
+def test_long_turns_are_asked_for_before_they_are_read():
+    """Of what is too much for one part only the first has fewer tokens."""
+    config = gj.ModelConfig("llama", 64, 16, 40, 1, 2, 1, 8, 8192)
+    llm = gj.LLM(random_model(config))
+    chat, tokens = object.__new__(Chat), [5] * 3000
+    chat._llm = llm
+    chat._forget()
+
+    def asked(length: int) -> Continued:
+        request = Request.of("chat", max_new_tokens=512, density=1.0)
+        return chat.continued(llm._plan([tokens[:length]], request, stream=False))
+
+    assert asked(600) == Continued(768, 2048)
+    assert asked(1000) == Continued(1024, 2560)
+    chat._state, chat._read = jitted.start(llm.model, 4096), tokens[:2000]
+    assert asked(3000) == Continued(1024, 5120, 4096)
+    assert asked(2010) == Continued(16, 4096, 4096)
+    assert asked(1000) == Continued(1024, 2560)
 
 
 def test_only_what_is_new_is_read(llm):
@@ -105,6 +150,15 @@ def test_options_may_change_from_turn_to_turn(llm):
     assert chat.turns[-1].read == chat.turns[-1].tokens
     chat.say(SAID[0], refit=8)
     assert chat.turns[-1].read < chat.turns[-1].tokens
+
+
+def test_whole_groups_of_a_turn_replace_the_options_of_the_chat(llm):
+    chat = llm.chat(density=0.5, max_new_tokens=3, ignore_eos=True)
+    groups = {"griffin": gj.GriffinConfig(0.25), "generation": GenerationConfig(max_new_tokens=5, ignore_eos=True)}
+    answer = chat.say(SAID[0], **groups)
+    assert answer.tokens == llm.generate(SAID[0], **groups | {"chat": True}).tokens
+    assert (set(answer.kept), len(answer.tokens[0])) == ({12}, 5)
+    assert len(chat.say(SAID[1]).tokens[0]) == 3
 
 
 @pytest.mark.slow

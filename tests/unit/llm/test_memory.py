@@ -14,9 +14,11 @@ from griffin_jax.checkpoints import loading
 from griffin_jax.cli import main, options
 from griffin_jax.cli.evaluate import running
 from griffin_jax.evaluation import tasks
+from griffin_jax.extensions import jitted as jitted_extensions
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.masked import mask
-from griffin_jax.llm.memory import Needs, fitting, needs_of
+from griffin_jax.llm.memory import Continued, Needs, Parts, fitting, needs_of
+from griffin_jax.llm.request import Request
 from griffin_jax.model.assembly import random_model
 from griffin_jax.model.weights import Precision
 from griffin_jax.utils import memory
@@ -29,6 +31,8 @@ CONFIG = gj.ModelConfig(
 HALF = [128, 128]
 WIDE = dataclasses.replace(CONFIG, width=256, ff_width=1024)
 """Whose kept neurons take more than reading a short prompt."""
+HEADS = dataclasses.replace(CONFIG, num_layers=1, num_heads=32, num_kv_heads=8)
+"""Whose scores take more than all else."""
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +41,26 @@ def model() -> gj.Transformer:
 
 
 def nbytes(tree: object) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def prompts(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
     return jnp.ones((batch, length), jnp.int32), jnp.full((batch,), length)
+
+
+def shapes(batch: int, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+
+def check_bound(program: jax.stages.Lowered, parts: Parts, *, at_most: bool = True) -> None:
+    """What a program needs by XLA's own figures is no more than is predicted, nor much less if this is `at_most`."""
+    analysis = program.compile().memory_analysis()
+    assert analysis is not None
+    found = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    predicted = sum(parts.values()) - parts["compiled programs"]
+    assert found <= predicted + 200_000
+    if at_most:
+        assert predicted <= 2.5 * found + 1_000_000
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -64,14 +83,72 @@ def test_reading_takes_no_more_than_predicted(batch, length):
     """Of XLA's own figures for the program; of what little is held the tiny model's other arrays are the most."""
     needs = Needs(CONFIG, FLOATS, loaded=True)
     abstract = jax.eval_shape(lambda: random_model(CONFIG))
-    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32), jax.ShapeDtypeStruct((batch,), jnp.int32)
-    analysis = jitted.prefill.lower(abstract, *tokens, max_new_tokens=16, rows=8).compile().memory_analysis()
-    assert analysis is not None
-    parts = needs.generation(batch, length, 16, HALF, shared=True, rows=8)
-    found = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
-    predicted = sum(parts.values()) - parts["compiled programs"]
-    assert found <= predicted + 200_000
-    assert predicted <= 2.5 * found + 1_000_000
+    program = jitted.prefill.lower(abstract, *shapes(batch, length), max_new_tokens=16, rows=8)
+    check_bound(program, needs.generation(batch, length, 16, HALF, shared=True, rows=8))
+
+
+@pytest.mark.usefixtures("shapes_for_arrays")
+@pytest.mark.parametrize(
+    ("every", "rows"), [(1000, 0), (1000, 256), (128, 0), pytest.param(8, 0, marks=pytest.mark.slow)]
+)
+def test_refreshing_takes_no_more_than_predicted(every, rows):
+    """The full model reads as many tokens in one pass as there are between two refreshes."""
+    abstract = jax.eval_shape(lambda: random_model(HEADS))
+    prompt, new = 1024, 1024
+    options = {"max_new_tokens": new, "rows": rows}
+    state = jax.eval_shape(lambda *given: jitted.prefill(*given, **options), abstract, *shapes(1, prompt))
+    decoding = jax.eval_shape(jitted.init_decode, state)
+    program = jitted_extensions.refresh.lower(abstract, decoding, state.statistics, every, rows=state.rows)
+    needs = Needs(HEADS, FLOATS, loaded=True)
+    check_bound(program, needs.generation(1, prompt, new, HALF[:1], rows=rows, every=every), at_most=every == 1000)
+    assert "refreshing" not in needs.generation(1, prompt, every, HALF[:1], every=every)
+
+
+@pytest.mark.usefixtures("shapes_for_arrays")
+@pytest.mark.parametrize(
+    ("read", "slots", "rows", "trial"),
+    [(768, 2048, 256, 0), (1024, 5120, 0, 32), pytest.param(64, 160, 16, 0, marks=pytest.mark.slow)],
+)
+def test_reading_on_takes_no_more_than_predicted(read, slots, rows, trial):
+    """What goes on with a cache attends to all of its slots."""
+    abstract = jax.eval_shape(lambda: random_model(HEADS))
+    state = jax.eval_shape(lambda model: jitted.start(model, slots, rows=rows), abstract)
+    tokens, count = jax.ShapeDtypeStruct((1, read), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    program = jitted.read_more.lower(abstract, state, tokens, count, last=trial)
+    needs, continued = Needs(HEADS, FLOATS, loaded=True), Continued(read, slots)
+    parts = needs.generation(1, read, 512, HALF[:1], rows=rows, trial=trial, continued=continued)
+    check_bound(program, parts)
+    assert parts["cache"] == nbytes((state.cache.keys, state.cache.values))
+
+
+def test_a_cache_that_is_there_is_asked_for_as_far_as_it_grows():
+    needs = Needs(HEADS, FLOATS, loaded=True)
+
+    def parts(there: int, read: int = 512) -> Parts:
+        return needs.generation(1, 1000, 100, HALF[:1], continued=Continued(read, 2048, there))
+
+    cache = parts(0)["cache"]
+    assert "cache" not in parts(2048)
+    assert parts(1024) == parts(0) | {"cache": cache // 2}
+    # With little to read, that both are there is the most.
+    wide = dataclasses.replace(CONFIG, num_kv_heads=4, head_dim=256)
+    little = Needs(wide, FLOATS, loaded=True).generation(1, 1000, 16, continued=Continued(16, 8192, 7168))
+    assert set(little) == {"compiled programs", "cache"}
+    assert little["cache"] == 2 * 2 * 4 * 256 * 8192 * 4
+    # What a conversation has recorded stays while it is answered, and is there twice if it is refreshed.
+    kept = {"rows": 256, "continued": Continued(16, 64)}
+    once, twice = (needs.generation(1, 16, 16, HALF[:1], every=every, **kept) for every in (None, 8))
+    assert once["rows of the refit"] == 4 * 256 * 256
+    assert twice["rows of the refit"] == 2 * once["rows of the refit"]
+
+
+@pytest.mark.parametrize(("length", "prompt"), [(1500, 10), (1500, 750), (1500, 1100), (1500, 1500)])
+def test_logits_take_no_more_than_predicted(length, prompt):
+    """What follows the prompt attends to the slots of the whole text."""
+    abstract = jax.eval_shape(lambda: random_model(HEADS))
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    program = jitted.teacher_forced.lower(abstract, tokens, prompt, gj.GriffinConfig(0.5))
+    check_bound(program, Needs(HEADS, FLOATS, loaded=True).logits(1, length, prompt))
 
 
 @pytest.mark.usefixtures("shapes_for_arrays")
@@ -164,6 +241,14 @@ class TestLLM:
         monkeypatch.setattr(jitted, "prefill", lambda *_, **__: pytest.fail("computed"))
         with pytest.raises(MemoryError, match="are free; take fewer or shorter prompts"):
             tiny.llm.experts([[5, 6, 7], [8, 9]])
+
+    def test_refreshes_are_asked_for_by_their_width(self, monkeypatch):
+        llm, asked = gj.LLM(random_model(HEADS)), []
+        monkeypatch.setattr(memory, "check", lambda parts, *_: asked.append(parts["refreshing"]))
+        for every in (128, 1000):
+            options = {"max_new_tokens": 1024, "refresh_every": every, "ignore_eos": True}
+            llm._plan([[5] * 16], Request.of("generate", **options), stream=False)
+        assert asked[1] > 7 * asked[0]
 
     def test_logits(self, tiny, monkeypatch):
         monkeypatch.setattr(memory, "free", lambda devices: 1000)
@@ -284,6 +369,14 @@ def test_a_batch_of_one_and_shared_neurons_need_one_set():
     assert own["kept neurons, transposed"] == own["kept neurons"] * 2 // 3
     plain = dataclasses.replace(WIDE, gated=False)
     assert "kept neurons, transposed" not in Needs(plain, FLOATS, loaded=True).generation(2, 32, 16, [511, 511])
+
+
+def test_rows_of_adapters_of_each_sequence_are_there_twice_at_a_refresh():
+    needs, kept = Needs(WIDE, FLOATS, loaded=True), [512, 512]
+    one = needs.generation(1, 16, 16, kept, every=8, adapters=1000)["kept neurons"]
+    for every, times in ((8, 2), (16, 1), (None, 1)):
+        found = needs.generation(4, 16, 16, kept, shared=True, every=every, adapters=1000)
+        assert found["kept neurons"] == times * one
 
 
 def test_sequences_that_keep_all_neurons_together_need_masks():

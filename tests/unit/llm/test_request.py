@@ -77,8 +77,13 @@ class TestRequest:
             Extensions.best()  # pyright: ignore[reportCallIssue]
         prior = gj.Prior((jnp.ones(4),), (), "model", 1)
         best = Extensions.best(prior)
-        assert best.budgets
+        assert best.has_budgets
         assert best.rows == Extensions(prior=prior, refit=True).rows > 0
+
+    def test_an_option_undoes_what_best_turned_on(self):
+        best = Extensions.best(gj.Prior((jnp.ones(4),), (), "model", 1))
+        plain = Request.of("generate", extensions=best, quality="griffin").extensions
+        assert (plain.has_budgets, plain.rows) == (False, 0)
 
 
 class TestFlags:
