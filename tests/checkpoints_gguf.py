@@ -168,7 +168,7 @@ def size_fields(config: Config) -> Fields:
         "feed_forward_length": config.get("intermediate_size") or 4 * width_of(config),
         "head_count": heads_of(config),
         "head_count_kv": config.get("num_key_value_heads"),
-        "layer_norm_rms_eps": config.get("rms_norm_eps"),
+        "layer_norm_rms_eps": first(config, "rms_norm_eps", "norm_eps"),
         "layer_norm_eps": first(config, "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"),
     }
 
@@ -190,7 +190,7 @@ def rope_fields(config: Config) -> Fields:
             "rope_scaling_type": gguf.RopeScalingType.YARN,
             "rope_scaling_factor": rope["factor"],
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_attn_factor": rope.get("attention_factor"),
+            "rope_scaling_yarn_attn_factor": first(rope, "attention_factor", "attn_factor"),
             "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
             "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
         }
@@ -344,6 +344,25 @@ def granitemoe_fields(config: Config) -> Fields:
         | expert_fields(config)
         | {"expert_shared_feed_forward_length": config.get("shared_intermediate_size") or None}
     )
+
+
+def granite4_fields(config: Config) -> Fields:
+    """Of a model whose layers all have attention, which then has Granite's architecture, and no experts."""
+    layers = config["num_hidden_layers"]
+    assert set(config["layer_types"]) <= {"attention", "full_attention"}
+    assert not config["num_local_experts"]
+    return granite_fields(config) | {
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "expert_shared_feed_forward_length": config["shared_intermediate_size"],
+        "ssm_conv_kernel": config["mamba_d_conv"],
+        "ssm_state_size": config["mamba_d_state"],
+        "ssm_group_count": config["mamba_n_groups"],
+        "ssm_inner_size": config["mamba_expand"] * width_of(config),
+        "ssm_time_step_rank": config["mamba_n_heads"],
+        "head_count_kv": [kv_heads_of(config)] * layers,
+        "rope_scaling_finetuned": True,
+    }
 
 
 def mixtral_fields(config: Config) -> Fields:
@@ -602,6 +621,20 @@ def granitemoe_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, 
             yield f"blk.{block}.ffn_{part}_{kind}.weight", half
 
 
+def granite4_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
+    """The expert that every token reads is the feed-forward layer, if there are no others."""
+    for name, array in llama_tensors(tensors, config):
+        module, dense, matrix = name.partition(".shared_mlp.")
+        if not dense:
+            yield name, array
+            continue
+        parts = {"down": array}
+        if matrix == "input_linear.weight":
+            parts = dict(zip(("gate", "up"), np.split(array, 2), strict=True))
+        for part, values in parts.items():
+            yield f"blk.{module.split('.')[2]}.ffn_{part}.weight", values
+
+
 def gpt_oss_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """Gate and up, which take turns in one tensor, are divided, and matrices turned."""
     for name, array in tensors:
@@ -768,4 +801,5 @@ RECIPES = {
     "glm4_moe": Recipe(gguf.MODEL_ARCH.GLM4_MOE, glm4_moe_fields, choice_bias_tensors),
     "ernie4_5_moe": Recipe(gguf.MODEL_ARCH.ERNIE4_5_MOE, ernie_moe_fields, choice_bias_tensors),
     "granitemoe": Recipe(gguf.MODEL_ARCH.GRANITE_MOE, granitemoe_fields, granitemoe_tensors),
+    "granitemoehybrid": Recipe(gguf.MODEL_ARCH.GRANITE, granite4_fields, granite4_tensors),
 }

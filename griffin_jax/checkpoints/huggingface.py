@@ -148,18 +148,19 @@ class HuggingFaceFolder(Reader):
             raise ValueError(f"{folder}: {error}") from error
         if quantisation:
             self.ignored += BESIDE
-        self.files = [folder / "config.json", *shards]
+        named = ("config.json", "generation_config.json", *((self._format.index,) if listed else ()))
+        there = [folder / name for name in named if (folder / name).is_file()]
+        self.files = [*there, *shards, *Tokenizer.files_in(folder)]
         if listed:
             self._check_index(listed)
         check_plausible(self.name, self.config, [info.shape for info in self.tensors.values()])
         self.rules, self._stored = self._rules_and_names()
+        self._resolve_ties(said="tie_word_embeddings" in values)
         self.tensors = {name: self.tensors[stored] for name, stored in self._stored.items()}
         self.ignored += self._empty_biases()
         if self.family.leaves_out:
             message = f"{folder}: of this {self.family.model_type} only the text model is read, without"
             warnings.warn(f"{message} {self.family.leaves_out}", CheckpointWarning, stacklevel=2)
-        if self.family.unsaid_tie and "tie_word_embeddings" not in values:
-            self.config = dataclasses.replace(self.config, tied_head="lm_head.weight" not in self.tensors)
         if any(name.startswith(ADAPTER) for name in self.tensors):
             self.problems.append(
                 f"names that begin with {ADAPTER} are those of an adapter of PEFT; merge it into its model with"
@@ -259,6 +260,19 @@ class HuggingFaceFolder(Reader):
             return name in known or name in self.copies or is_ignored(name, self.ignored)
 
         return rules, {name if belongs(name) else stored: stored for name, stored in best.items()}
+
+    def _resolve_ties(self, said: bool) -> None:
+        """Read a tied tensor from its copy, where a tool that writes each value once has kept that one.
+
+        Args:
+            said: whether the configuration says if the head is tied.
+        """
+        if self.family.unsaid_tie and not said:
+            both = any({name, of} <= self._stored.keys() for name, of in self.copies.items())
+            self.config = dataclasses.replace(self.config, tied_head=not both)
+        for name, of in self.copies.items():
+            if self.config.tied_head and of not in self._stored and name in self._stored:
+                self._stored[of] = self._stored.pop(name)
 
     def _shards(self) -> dict[str, Path]:
         """The file of every tensor according to the index; empty if all are in one file."""

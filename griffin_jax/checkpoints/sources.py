@@ -110,7 +110,7 @@ class Source(abc.ABC):
         config: the architecture.
         shapes: shape of every parameter, by path.
         dtype: dtype of most of the stored weights; float32 where they are quantised or have 64 bits.
-        files: files that the weights and the architecture are read from.
+        files: files that weights, architecture and tokenizer are read from.
         ignored: names of tensors that are knowingly ignored.
     """
 
@@ -198,7 +198,7 @@ class Reader(abc.ABC):
         ignored: regular expressions of tensors that are knowingly ignored.
         copies: tensors that may be present although their rule does not apply, each with the one that it must equal.
         problems: what is wrong with the files themselves, in words.
-        files: files that the tensors and the configuration are in.
+        files: files that the tensors, the configuration and the tokenizer are in.
     """
 
     name: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +14,18 @@ from typing import Any
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.text.bounded import bounded_templates
 from griffin_jax.text.gguf_tokenizer import read_tokenizer
+from griffin_jax.text.tokenizer_class import class_for
 from griffin_jax.utils.messages import brief, is_out_of_memory, is_panic
 from griffin_jax.utils.transformers_import import import_transformers
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files of a tokenizer; a folder with any of them has one."""
+
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+"""Files of its settings."""
+
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"
+"""Files of further chat templates."""
 
 
 class Tokenizer:
@@ -162,6 +171,17 @@ class Tokenizer:
                 )
         return tokens
 
+    @property
+    def digest(self) -> str:
+        """A hash of what texts become tokens by, chat template included: equal for equal tokenizers."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        said = {
+            "tokenizer": self._tokenizer.get_vocab() if backend is None else backend.to_str(),
+            "template": self._tokenizer.chat_template,
+            "special": {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()},
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files; `from_folder` reads them."""
         self._tokenizer.save_pretrained(folder)
@@ -172,6 +192,18 @@ class Tokenizer:
         return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
 
     @classmethod
+    def files_in(cls, folder: str | Path) -> list[Path]:
+        """The files that `from_folder` reads, as far as they are there; none in a folder without a tokenizer."""
+        folder = Path(folder)
+        if not cls.is_in(folder):
+            return []
+        # Where there is a tokenizer.json, no other vocabulary is read.
+        exact = (folder / "tokenizer.json").is_file()
+        vocabularies = ("tokenizer.json",) if exact else ("tokenizer.model", "vocab.json", "merges.txt")
+        named = (folder / name for name in (*vocabularies, *BESIDE))
+        return [file for file in (*named, *sorted(folder.glob(NAMED_TEMPLATES))) if file.is_file()]
+
+    @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer in a folder, such as a Hugging Face checkpoint.
 
@@ -180,15 +212,15 @@ class Tokenizer:
             ValueError: its files are missing or malformed.
         """
         transformers = import_transformers()
-        # tokenizer.json says everything, and reading it directly does not pull in PyTorch as the automatic class
-        # would; that one knows how to build a tokenizer from older files.
-        exact = (Path(folder) / "tokenizer.json").is_file()
-        reader = transformers.PreTrainedTokenizerFast if exact else transformers.AutoTokenizer
-        if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-            _check_readable(Path(folder) / "tokenizer.model")
+        folder = Path(folder)
+        exact = (folder / "tokenizer.json").is_file()
+        if not exact and not (folder / "vocab.json").is_file():
+            _check_readable(folder / "tokenizer.model")
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
+            # The automatic class, which imports PyTorch, only where it is to build a tokenizer from older files.
+            reader = class_for(folder) if exact else transformers.AutoTokenizer
             # Without the argument, transformers asks on stdin whether to run code that lies in the folder.
             tokenizer = reader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except BaseException as error:

@@ -17,6 +17,7 @@ DEFAULT_ROTARY = {
 def read_config(attributes: Attributes) -> ModelConfig:
     """The architecture that a config.json with `"model_type": "cwm"` describes."""
     attributes.expect(attention_bias=False, mlp_bias=False)
+    attributes.fill("eos_token_id")
     fields = read_fields(
         attributes, "cwm", norm_eps=1e-5, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072,
         bos_token_id=128_000, eos_token_id=[128_001, 128_008, 128_009],

@@ -21,6 +21,7 @@ GATE_UP = layer_rules(
 
 def read_glm_fields(attributes: Attributes, family: str) -> dict[str, Any]:
     """The fields that GLM and GLM-4-0414 read in the same way, as fields of `ModelConfig`."""
+    attributes.fill("eos_token_id")
     fields = read_fields(
         attributes, family, norm_eps=1.5625e-07, num_key_value_heads=2, head_dim=128, max_position_embeddings=131_072,
         eos_token_id=[151_329, 151_336, 151_338],

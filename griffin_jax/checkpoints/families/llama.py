@@ -87,7 +87,7 @@ def read_gguf_fields(attributes: Attributes, tensors: StoredTensors) -> dict[str
     """llama.cpp's metadata of Llama and similar families, in the terms of config.json."""
     values = read_gguf_sizes(attributes, "attention.layer_norm_rms_epsilon")
     theta = attributes.take("rope.freq_base", float, default=10_000.0)
-    scaling = _gguf_scaling(attributes)
+    scaling = read_gguf_scaling(attributes)
     if "rope_freqs.weight" in tensors.shapes:
         factors = tensors.read("rope_freqs.weight")
         if scaling is not None and not np.all(factors == 1):
@@ -116,18 +116,26 @@ def read_gguf_llama(attributes: Attributes, tensors: StoredTensors) -> dict[str,
     return read_gguf_fields(attributes, tensors) | read_gguf_experts(attributes) | {"model_type": "mixtral"}
 
 
-def _gguf_scaling(attributes: Attributes) -> dict[str, Any] | None:
-    kind = attributes.take("rope.scaling.type", str, default="none")
+def read_gguf_scaling(attributes: Attributes) -> dict[str, Any] | None:
+    """What llama.cpp's metadata say of a scaled rotary embedding, as `rope_scaling`; None if it is not scaled."""
+    # As in llama.cpp: it is linear where only the factor is given, and without a factor there is nothing to scale.
+    kind = attributes.take("rope.scaling.type", str, default="linear")
+    factor = attributes.take("rope.scaling.factor", float)
+    magnitude = attributes.take("rope.scaling.yarn_attn_factor", float)
     values = {
         "rope_type": kind,
-        "factor": attributes.take("rope.scaling.factor", float),
+        "factor": factor,
         "original_max_position_embeddings": attributes.take("rope.scaling.original_context_length", int),
         "beta_fast": attributes.take("rope.scaling.yarn_beta_fast", float),
         "beta_slow": attributes.take("rope.scaling.yarn_beta_slow", float),
-        "attention_factor": attributes.take("rope.scaling.yarn_attn_factor", float),
+        # The converter writes config.json's attention_factor or, where there is none, its attn_factor. That is another
+        # number: YaRN's own code multiplies its formula by it, transformers does not read it, and it is 1 wherever it
+        # is published. llama.cpp itself uses the formula in either case.
+        "attention_factor": None if magnitude == 1 else magnitude,
     }
     attributes.take("rope.scaling.finetuned", bool)
-    if kind == "none":
+    if kind == "none" or (kind in ("linear", "yarn") and not factor):
+        attributes.expect(**{"rope.scaling.yarn_attn_factor": 1.0})
         return None
     if kind == "linear":
         del values["original_max_position_embeddings"]

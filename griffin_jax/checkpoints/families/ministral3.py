@@ -29,7 +29,7 @@ def read_config(attributes: Attributes) -> ModelConfig:
     attributes.expect(attention_bias=False)
     fields = read_fields(
         attributes, "ministral3", norm_eps=1e-5, num_key_value_heads=8, max_position_embeddings=262_144,
-        head_dim=None if attributes.is_null("head_dim") else 128, bos_token_id=1, eos_token_id=2,
+        head_dim=128, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     sizes = fields["max_positions"], fields["head_dim"]
     said = attributes.take("rope_parameters", dict) or attributes.take("rope_scaling", dict)

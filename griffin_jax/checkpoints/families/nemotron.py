@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from griffin_jax.checkpoints.families.gemma import without_one
-from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES
+from griffin_jax.checkpoints.families.llama import COPIES, IGNORED, RULES, read_gguf_scaling
 from griffin_jax.checkpoints.families.starcoder2 import NORM_BIASES
 from griffin_jax.checkpoints.schema.attributes import Attributes, read_activation, read_gguf_sizes, read_sizes
 from griffin_jax.checkpoints.schema.family import Family, GgufFamily, StoredTensors
@@ -38,13 +38,13 @@ def read_config(attributes: Attributes) -> ModelConfig:
 
 def read_gguf_config(attributes: Attributes, tensors: StoredTensors) -> dict[str, Any]:
     """llama.cpp's metadata in the terms of config.json."""
+    # Newer versions of its converter write epsilon as that of RMSNorms, too.
+    attributes.rename(**{"attention.layer_norm_rms_epsilon": "attention.layer_norm_epsilon"})
     values = read_gguf_sizes(attributes)
-    factor = attributes.take("rope.scaling.factor", float)
-    linear = attributes.take("rope.scaling.type", str, default="none") == "linear"
     return values | {
         "norm_eps": attributes.take("attention.layer_norm_epsilon", float),
         "rope_theta": attributes.take("rope.freq_base", float, default=10_000.0),
-        "rope_scaling": {"rope_type": "linear", "factor": factor} if linear else None,
+        "rope_scaling": read_gguf_scaling(attributes),
         "partial_rotary_factor": values.get("partial_rotary_factor", 1.0),
         "attention_bias": "blk.0.attn_q.bias" in tensors.shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in tensors.shapes,

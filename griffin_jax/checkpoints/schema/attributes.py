@@ -142,6 +142,30 @@ class Attributes:
             if old in self._nulls and new not in self._values:
                 self._nulls |= {new}
 
+    def unite(self, count: int, *names: str) -> None:
+        """Replace lists of a value for each layer by that value, where it is the same in all.
+
+        Args:
+            count: number of layers.
+            names: names of attributes that may be lists.
+
+        Raises:
+            ValueError: a list is of another length, or layers differ.
+        """
+        for name in names:
+            value = self._values.get(name)
+            if isinstance(value, list):
+                if len(value) != count or any(each != value[0] for each in value):
+                    raise ValueError(
+                        f"{self.where}: {name} is {value!r:.200}; only one value, the same in all {count} layers, is "
+                        "supported"
+                    )
+                self._values[name] = value[0]
+
+    def fill(self, *names: str) -> None:
+        """Count attributes that are given as null as not given, so that they have their defaults."""
+        self._nulls -= set(names)
+
     def is_null(self, name: str) -> bool:
         """Whether an attribute is given as null, which switches off some features that are on by default."""
         return name in self._nulls
@@ -229,14 +253,16 @@ def read_sizes(attributes: Attributes, **defaults: Any) -> dict[str, Any]:
         attributes.count(name, defaults.get(name), MOST_LAYERS if name == "num_hidden_layers" else LARGEST_SIZE)
         for name in SIZES
     )
+    # As null they are not the family's defaults, but follow from the other sizes.
+    given = {name: value for name, value in defaults.items() if not attributes.is_null(name)}
     return {
         "vocab_size": vocabulary,
         "width": width,
         "ff_width": ff_width,
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": attributes.take("num_key_value_heads", int, default=defaults.get("num_key_value_heads", heads)),
-        "head_dim": attributes.take("head_dim", int, default=defaults.get("head_dim"))
+        "num_kv_heads": attributes.take("num_key_value_heads", int, default=given.get("num_key_value_heads", heads)),
+        "head_dim": attributes.take("head_dim", int, default=given.get("head_dim"))
         or whole_heads(attributes, width, heads),
         "max_positions": positions,
         **read_special_tokens(attributes, vocabulary, **defaults),
@@ -320,6 +346,8 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     attributes.require(
         "embedding_length", "feed_forward_length", "block_count", "attention.head_count", "context_length", *required
     )
+    layers = attributes.count("block_count", most=MOST_LAYERS)
+    attributes.unite(layers, "feed_forward_length", "attention.head_count", "attention.head_count_kv")
     width = attributes.count("embedding_length")
     heads = attributes.count("attention.head_count")
     head_dim = attributes.count("attention.key_length", width // heads)
@@ -330,7 +358,7 @@ def read_gguf_sizes(attributes: Attributes, *required: str) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": attributes.take("feed_forward_length", int),
-        "num_hidden_layers": attributes.count("block_count", most=MOST_LAYERS),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": attributes.take("attention.head_count_kv", int, default=heads),
         "head_dim": head_dim,

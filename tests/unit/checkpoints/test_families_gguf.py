@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from cases import all_cases, build_torch
-from checkpoints_gguf import write_gguf, write_twin
+from cases import LLAMA_LIKE, VOCABULARY, all_cases, build_torch, rewrite_config
+from checkpoints_gguf import add_field, write_gguf, write_twin
+from reference import assert_close, stepwise_logits, torch_logits
 from safetensors.numpy import load_file
 
 import griffin_jax as gj
@@ -123,3 +126,136 @@ def test_glm_is_the_same_when_published_as_chatglm(tmp_path):
     assert twin.config == dataclasses.replace(model.config, bos_token_id=None, eos_token_ids=())
     for array, counterpart in zip(jax.tree.leaves(twin), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(array, counterpart)
+
+
+# ---- Nemotron ----
+
+
+@pytest.fixture(scope="module")
+def nemotron(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("nemotron")
+    build_torch("nemotron", {**all_cases()["nemotron"].config, "norm_eps": 1e-3}, folder)
+    return folder
+
+
+def test_epsilon_of_nemotron_is_in_the_file_twice(nemotron, tmp_path):
+    """Newer converters take it for that of RMSNorms, too."""
+    both = write_twin(nemotron, tmp_path / "both.gguf")
+    one = write_twin(nemotron, tmp_path / "one.gguf", leave_out=("rms",))
+    assert open_source(both).config == open_source(one).config == open_source(nemotron).config
+    add = [lambda writer: writer.add_layer_norm_rms_eps(0.5)]
+    with pytest.raises(ValueError, match=r"layer_norm_rms_epsilon is 0\.5, but attention\.layer_norm_epsilon is 0\.00"):
+        open_source(write_twin(nemotron, tmp_path / "other.gguf", leave_out=("rms",), extra=add))
+
+
+def scaled(kind: gguf.RopeScalingType | None, factor: float = 4.0, **more: float) -> Callable[[gguf.GGUFWriter], None]:
+    """What makes the rotary embedding of a file one of another kind; further numbers by the end of their name."""
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        if kind is not None:
+            writer.add_rope_scaling_type(kind)
+        writer.add_rope_scaling_factor(factor)
+        for name, value in more.items():
+            getattr(writer, f"add_rope_scaling_{name}")(value)
+
+    return add
+
+
+@pytest.mark.parametrize(
+    ("add", "rope"),
+    [
+        (scaled(None), {"rope_type": "linear", "factor": 4.0}),
+        (scaled(gguf.RopeScalingType.LINEAR), {"rope_type": "linear", "factor": 4.0}),
+        (scaled(gguf.RopeScalingType.NONE), {"rope_type": "default"}),
+        (
+            scaled(gguf.RopeScalingType.YARN, orig_ctx_len=32),
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+    ],
+)
+def test_scaling_of_nemotron(nemotron, tmp_path, add, rope):
+    file = write_twin(nemotron, tmp_path / "twin.gguf", leave_out=("rope_scaling",), extra=[add])
+    folder = Path(shutil.copytree(nemotron, tmp_path / "hf"))
+    rewrite_config(folder, rope_parameters={"rope_theta": 10_000.0, "partial_rotary_factor": 0.5, **rope})
+    assert open_source(file).config == open_source(folder).config
+
+
+def test_scaling_of_nemotron_that_is_not_in_the_metadata(nemotron, tmp_path):
+    add = scaled(gguf.RopeScalingType.LONGROPE)
+    with pytest.raises(ValueError, match="missing short_factor"):
+        open_source(write_twin(nemotron, tmp_path / "twin.gguf", leave_out=("rope_scaling",), extra=[add]))
+
+
+# ---- YaRN ----
+
+
+@pytest.mark.parametrize("more", [{}, {"attn_factor": 1.0}, {"attention_factor": 1.3}])
+def test_magnitude_of_yarn_is_that_of_transformers(tmp_path, more):
+    """The file has `attn_factor` in the place of `attention_factor`, and transformers reads only the latter."""
+    rope = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16, **more}
+    model = build_torch("llama", {**LLAMA_LIKE, "num_hidden_layers": 1, "rope_parameters": rope}, tmp_path)
+    rotary = open_source(write_twin(tmp_path, tmp_path / "twin.gguf")).config.rotary
+    assert rotary.attention_factor == pytest.approx(model.model.rotary_emb.attention_scaling, rel=1e-6)
+
+
+# ---- Granite ----
+
+
+GRANITE4 = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "shared_intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 0,
+    "num_experts_per_tok": 0, "layer_types": ["full_attention"] * 2, "position_embedding_type": "rope",
+    "max_position_embeddings": 256, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+    "attention_multiplier": 0.09, "logits_scaling": 8.0, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8,
+}  # fmt: skip
+
+
+def test_granite_4_without_experts_or_other_layers_than_attention(tmp_path, rng):
+    """Its file is one of Granite, with what it does not have, and a number of key/value heads for each layer."""
+    model = build_torch("granitemoehybrid", GRANITE4, tmp_path)
+    twin = gj.load(write_twin(tmp_path, tmp_path / "twin.gguf"), "float32").model
+    assert (twin.config.family, twin.config.ff_width, twin.config.num_kv_heads) == ("granite", 48, 2)
+    tokens = rng.integers(0, VOCABULARY, (2, 20)).astype(np.int32)
+    assert_close(stepwise_logits(twin, [tokens], 20), torch_logits(model, tokens))
+
+
+@pytest.fixture(scope="module")
+def granite(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("granite")
+    build_torch("granite", all_cases()["granite"].config, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "left_out", "message"),
+    [
+        ("rope.scaling.finetuned", False, (), r"rope\.scaling\.finetuned is False, .* has no rotary embedding"),
+        ("attention.head_count_kv", [2, 0], ("head_count_kv",), r"kv is \[2, 0\]; only one value, the same"),
+        (
+            "attention.head_count_kv",
+            [2],
+            ("head_count_kv",),
+            r"kv is \[2\]; only one value, .* in all 2 layers",
+        ),
+        ("ssm.novelty", 3, (), r"ssm\.novelty=3"),
+    ],
+)
+def test_granites_that_are_refused(granite, tmp_path, field, value, left_out, message):
+    def add(writer: gguf.GGUFWriter) -> None:
+        add_field(writer, f"granite.{field}", value)
+
+    with pytest.raises(ValueError, match=message):
+        open_source(write_twin(granite, tmp_path / "twin.gguf", leave_out=left_out, extra=[add]))
+
+
+def test_numbers_of_layers_may_be_listed(granite, tmp_path):
+    config = open_source(granite).config
+
+    def add(writer: gguf.GGUFWriter) -> None:
+        writer.add_head_count([config.num_heads] * config.num_layers)
+        writer.add_head_count_kv([config.num_kv_heads] * config.num_layers)
+        writer.add_feed_forward_length([config.ff_width] * config.num_layers)
+
+    left_out = ("head_count", "feed_forward_length")
+    listed = open_source(write_twin(granite, tmp_path / "listed.gguf", leave_out=left_out, extra=[add])).config
+    assert listed == open_source(write_twin(granite, tmp_path / "plain.gguf")).config

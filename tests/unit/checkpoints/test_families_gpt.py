@@ -234,6 +234,24 @@ def test_checkpoints_of_the_bare_model(family, with_head, tmp_path):
     assert same(open_source(tmp_path / "bare"), expected)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gpt_neox", "mpt", "llama"])
+def test_a_tied_embedding_is_read_from_the_head_as_transformers_does(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    build_torch(family, {**cases_of(family).config, "tie_word_embeddings": True}, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name, of in families()[family].copies.items():
+        weights[name] = weights.pop(of)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((tmp_path / "config.json").read_bytes())
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    source = open_source(other)
+    assert same(source, open_source(tmp_path))
+    embedding = AutoModelForCausalLM.from_pretrained(other).get_input_embeddings().weight.numpy()
+    np.testing.assert_array_equal(source.read("embedding", np.dtype(np.float32)), embedding)
+
+
 BUFFERS = {
     "gpt2": ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
     "gptj": ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),

@@ -18,6 +18,9 @@ import pytest
 from checkpoints_gguf import write_gguf
 from conftest import first_and_slow
 from reference import needs_torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
 
 import griffin_jax as gj
 from griffin_jax.checkpoints import loading, sources, verification
@@ -229,11 +232,21 @@ def test_the_command_warns_in_one_line(capfd, hf_folder, tmp_path):
 
 def test_the_manifest_has_hashes_of_the_source(capfd, tmp_path):
     folder = checkpoints.write(tmp_path / "hf", shards=2)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    backend = Backend(models.BPE(vocab={f"t{token}": token for token in range(checkpoints.VOCABULARY)}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="{{ messages }}").save_pretrained(folder)
+    # What no model is read from.
+    for name in ("README.md", "vocab.json", "tokenizer.model"):
+        (folder / name).write_text("x")
     native = convert(folder, tmp_path / "native", progress=False).path
     expected = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    }
+        for name in (
+            "config.json", "generation_config.json", "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+            "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        )
+    }  # fmt: skip
     opened = NativeCheckpoint(native)
     assert (opened.converted_from, opened.hashes) == (str(folder), expected)
     again = convert(native, tmp_path / "again", progress=False).path

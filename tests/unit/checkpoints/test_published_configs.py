@@ -85,6 +85,29 @@ def test_they_are_read_as_transformers_reads_them(name):
     assert read_alike(PUBLISHED[name][1])
 
 
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim", "eos_token_id", "bos_token_id"])
+def test_null_means_what_it_means_to_transformers(name):
+    """Some classes have a default for null, which need not be that of a configuration without the attribute."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    filled = []
+    for _, published in PUBLISHED.values():
+        values = {**copy.deepcopy(published), name: None}
+        if name == "head_dim" and "hidden_size" in published:
+            # So that it is not the size of heads that a class has by default.
+            values["hidden_size"] *= 2
+        try:
+            full = json.loads(AutoConfig.for_model(**copy.deepcopy(values)).to_json_string())
+        except (AttributeError, StrictDataclassError):
+            continue
+        if full.get(name) is not None:
+            family = families()[values["model_type"]]
+            assert family.model_config(values, "given") == family.model_config(full, "filled"), family.model_type
+            filled.append(family.model_type)
+    assert bool(filled) == (name != "bos_token_id")
+
+
 def test_layers_that_are_not_named_are_those_of_transformers():
     values = dict(PUBLISHED["Olmo-3-1025-7B"][1])
     del values["layer_types"]

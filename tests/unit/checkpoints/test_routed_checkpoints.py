@@ -283,6 +283,10 @@ def test_quantised_experts_become_integers(mixtral, tmp_path, weights):
     expected = assemble(config, dequantised.items(), np.float32, format)
     for leaf, ours in zip(*map(jax.tree.leaves, (load_model(tmp_path / "native")[0], expected)), strict=True):
         np.testing.assert_array_equal(leaf, ours)
+    # As floating numbers again, which are near those that they were rounded from.
+    for path, array in parameters(tmp_path / "native").items():
+        error = np.abs(array - dequantised[path]).max()
+        assert error <= np.abs(dequantised[path]).max() / (4 if weights == "int4" else 100), path
 
 
 def test_the_first_files_of_mixtral_have_a_tensor_for_each_expert(mixtral, tmp_path):

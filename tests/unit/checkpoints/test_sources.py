@@ -157,6 +157,16 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path, weights):
     assert "lm_head.weight should be the same as model.embed_tokens.weight" in message
 
 
+def test_a_tied_embedding_may_be_stored_as_the_head_alone(tmp_path, weights):
+    """As safetensors' save_model may have it, which writes one of several names of a tensor."""
+    expected = weights.pop(EMBEDDING)
+    weights["lm_head.weight"] = expected
+    tied = checkpoints.config(tie_word_embeddings=True)
+    source = open_source(checkpoints.write(tmp_path / "tied", weights, config=tied))
+    np.testing.assert_array_equal(source.read("embedding", np.dtype("float32")), expected)
+    assert f"1 missing: {EMBEDDING}" in refusal(checkpoints.write(tmp_path / "untied", weights))
+
+
 # ---- weights that are not numbers ----
 
 
@@ -482,6 +492,8 @@ def test_gguf_without_optional_metadata(tmp_path, weights):
     ("kind", "extra", "expected"),
     [
         (gguf.RopeScalingType.LINEAR, (), {"rope_type": "linear", "factor": 4.0}),
+        (None, (), {"rope_type": "linear", "factor": 4.0}),
+        (gguf.RopeScalingType.NONE, (), None),
         (
             gguf.RopeScalingType.YARN,
             (lambda writer: writer.add_rope_scaling_orig_ctx_len(16),),
@@ -490,10 +502,22 @@ def test_gguf_without_optional_metadata(tmp_path, weights):
     ],
 )
 def test_gguf_rope_scaling(tmp_path, weights, kind, extra, expected):
-    scaled = (lambda writer: writer.add_rope_scaling_type(kind), lambda writer: writer.add_rope_scaling_factor(4.0))
+    scaled = [lambda writer: writer.add_rope_scaling_factor(4.0)]
+    if kind is not None:
+        scaled.append(lambda writer: writer.add_rope_scaling_type(kind))
     file = open_source(write_gguf(tmp_path / "twin.gguf", weights, extra=(*scaled, *extra)))
     folder = open_source(checkpoints.write(tmp_path / "hf", weights, config=checkpoints.config(rope_scaling=expected)))
     assert file.config == folder.config
+
+
+@pytest.mark.parametrize("kind", [None, gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN])
+def test_gguf_rope_scaling_without_a_factor_is_none(tmp_path, weights, kind):
+    extra = [] if kind is None else [lambda writer: writer.add_rope_scaling_type(kind)]
+    plain = open_source(write_gguf(tmp_path / "plain.gguf", weights)).config
+    assert open_source(write_gguf(tmp_path / "twin.gguf", weights, extra=extra)).config == plain
+    extra.append(lambda writer: writer.add_rope_scaling_yarn_attn_factor(1.5))
+    message = refusal(write_gguf(tmp_path / "other.gguf", weights, extra=extra))
+    assert "rope.scaling.yarn_attn_factor is 1.5; only 1.0 is supported" in message
 
 
 def add_rope_factors(factors):

@@ -51,6 +51,15 @@ def test_the_text_model_is_read_from_wherever_it_lies(tmp_path, layout, tied):
 
 
 @pytest.mark.filterwarnings("ignore:.*only the text model is read:UserWarning")
+def test_a_head_without_an_embedding_is_tied(tmp_path):
+    """By default it is, for transformers."""
+    drop = ("model.embed_tokens.weight",)
+    whole, _ = load_model(write_whole(tmp_path / "whole", "since then", drop=drop), "float32")
+    assert whole.config.tied_head
+    np.testing.assert_array_equal(whole.embedding, checkpoints.tensors()["lm_head.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:.*only the text model is read:UserWarning")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -16,13 +17,16 @@ import pytest
 from gguf_vocabularies import byte_level, names, sentencepiece
 from reference import needs_torch
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import griffin_jax
+from griffin_jax.checkpoints.families import families
 from griffin_jax.checkpoints.gguf import read_gguf_header
 from griffin_jax.checkpoints.loading import convert, load_model, open_source
+from griffin_jax.text import tokenizer_class
 from griffin_jax.text.tokenizer import Tokenizer, check_fits
+from griffin_jax.text.tokenizer_class import class_for
 from griffin_jax.utils.messages import CheckpointWarning
 
 ROOT = Path(__file__).parents[3]
@@ -180,6 +184,101 @@ def test_chat_templates():
         fussy.chat("hi")
 
 
+# ---- folders whose configuration names a class ----
+
+
+def name_class(folder: Path, said: Any, model_type: str = "llama", **more: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": said, **more}))
+    return folder
+
+
+def save_older_llama(folder: Path, said: Any) -> Path:
+    """A tokenizer.json like that of Llama 2, which puts a space before every part of a text."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "h", "i", "hi", "▁hi"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [("h", "i"), ("▁", "hi")]
+    backend = Backend(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    name_class(folder, said, bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.mark.parametrize("said", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None])
+def test_tokens_are_those_of_the_automatic_class(said, tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_older_llama(tmp_path / "hf", said)
+    tokenizer, reference = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.save(tmp_path / "saved")
+    for text in ("hi</s>\nhi", "hi</s> hi", " hi", "hi  hi", "</s>hi"):
+        for each in (tokenizer, Tokenizer.from_folder(tmp_path / "saved")):
+            assert each.encode(text) == reference.encode(text)
+            assert each.decode(each.encode(text)) == reference.decode(reference.encode(text), skip_special_tokens=True)
+    parts = reference.convert_ids_to_tokens(tokenizer.encode("hi</s>\nhi"))
+    space = [] if said and said.startswith("Llama") else ["▁"]
+    assert parts == ["<s>", "▁hi", "</s>", *space, "<0x0A>", "hi"]
+
+
+CLASSES = (
+    None, "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend",
+    "GPT2TokenizerFast", "Qwen2Tokenizer", "CodeGenTokenizer", "GemmaTokenizerFast", "BloomTokenizerFast", "Novelty",
+)  # fmt: skip
+
+
+class Chosen(Exception):
+    """The name of the class that is to read a folder."""
+
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "nemotron", "mistral", "gemma3", "gpt2", "exaone", "novelty")
+"""With and without a class of their own, a wrong one on the hub, Mistral's format, and unknown to transformers."""
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in MODEL_TYPES)) for name in (*families(), "novelty")],
+)
+def test_the_class_is_the_one_that_the_automatic_class_takes(model_type, tmp_path, monkeypatch):
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    def choose(cls, *_, **__):
+        raise Chosen(cls.__name__)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "from_pretrained", classmethod(choose))
+    codes, contents = [{}, {"auto_map": ["code.Own", None]}], ["{}", '"ByteLevel"']
+    for said, code, content in itertools.product(CLASSES, codes, contents):
+        folder = name_class(tmp_path, said, model_type, **code)
+        (folder / "tokenizer.json").write_text(content)
+        # Without a class that it knows, it would run that code.
+        if said not in (None, "Novelty") or not code:
+            with pytest.raises(Chosen) as chosen:
+                AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            assert class_for(folder).__name__ == str(chosen.value), (said, code, content)
+
+
+@pytest.mark.parametrize("said", ["LlamaForCausalLM", "pipeline", "__name__", 3, ["LlamaTokenizer"]])
+def test_names_that_are_not_those_of_tokenizers(said, tmp_path):
+    """The file is read as it is."""
+    folder = save_older_llama(tmp_path, said)
+    assert class_for(folder) is PreTrainedTokenizerFast
+
+
+def test_where_the_lists_are_not_in_the_source(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    folder = save_older_llama(tmp_path, "LlamaTokenizer")
+    monkeypatch.setattr(tokenizer_class, "MISNAMED", "NOVELTY")
+    monkeypatch.setattr(tokenizer_class, "_tables", tokenizer_class._tables.__wrapped__)
+    assert class_for(folder) is AutoTokenizer
+
+
 # ---- with models ----
 
 
@@ -291,6 +390,18 @@ def test_a_tokenizer_model_that_cannot_be_read(content, absent, message, tmp_pat
         )
     with pytest.raises(ImportError if absent else ValueError, match=message):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_no_class_imports_pytorch(tmp_path):
+    code = (
+        "import sys\n"
+        "from griffin_jax.text.tokenizer import Tokenizer\n"
+        "assert type(Tokenizer.from_folder(sys.argv[1])._tokenizer).__name__ == 'LlamaTokenizer'\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    command = [sys.executable, "-c", code, str(save_older_llama(tmp_path, "LlamaTokenizer"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_neither_pytorch_nor_chatter(tmp_path):
