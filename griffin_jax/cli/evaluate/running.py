@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from griffin_jax.adapters.healing import Healing
-from griffin_jax.adapters.peft import WEIGHTS
+from griffin_jax.adapters.peft import CONFIG, WEIGHTS
 from griffin_jax.cli.options import (
     check_batch,
     check_files,
@@ -66,6 +66,9 @@ WRITTEN = ("summarize", "solve")
 
 COMPARED = ("rows", "weights")
 """Settings that scores do not depend on where those of each variant and format are by themselves."""
+
+TOKENIZER = "tokenizer"
+"""The setting that has the hash of the tokenizer."""
 
 RESULTS, TABLE = "results.json", "table.txt"
 
@@ -143,17 +146,19 @@ def run(options: argparse.Namespace) -> None:
         "task": options.task,
         "model": model,
         "texts": sha256_of_files(files),
+        TOKENIZER: llm.tokenizer.digest,
         "dtype": str(llm.model.dtype),
         "rows": [variant.name for variant in variants],
         "seed": options.seed,
         **beyond,
         **evaluation.settings,
     }
-    known, unused = settings, ()
+    # Folders of earlier versions do not name the tokenizer.
+    known, unused = settings, (TOKENIZER,)
     if evaluation.grows:
         known = {name: value for name, value in settings.items() if name not in COMPARED}
         # Folders of earlier versions name what was compared, too.
-        unused = (*COMPARED, *beyond, "healing")
+        unused = (TOKENIZER, *COMPARED, *beyond, "healing")
     journal = open_journal(folder, known, overwrite=options.overwrite, unused=unused)
     scores = evaluation.run(journal)
     figures = evaluation.figures(scores)
@@ -291,5 +296,10 @@ def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -
         "ridge": options.ridge if uses_rows else None,
         "calibration_weight": options.calibration_weight if _has(variants, CALIBRATION) else None,
         "refresh_every": options.refresh_every if _has(variants, REFRESH) else None,
-        **({"healing": sha256_of_files([options.healing / WEIGHTS])} if _has(variants, HEALING) else {}),
+        **({"healing": _digest_of_adapter(options.healing)} if _has(variants, HEALING) else {}),
     }
+
+
+def _digest_of_adapter(folder: Path) -> str:
+    """A hash of its numbers and of what they are multiplied by."""
+    return sha256_of_files([folder / WEIGHTS, folder / CONFIG])
