@@ -1,1 +1,1 @@
-"""What a model needs and can reach on an accelerator that is not there: ahead-of-time compilation."""
+"""What a model needs and can reach on a chip that you don't have: ahead-of-time compilation."""

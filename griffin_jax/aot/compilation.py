@@ -260,7 +260,7 @@ def compile_for(
             raise ValueError("rows in two formats are not refitted: quality griffin, or all of the kept neurons in one")
     griffin = GriffinConfig(part, round_to=round_to, groups=1 if groups is None else groups)
     kept = griffin.kept(widths)
-    check_mesh(config, devices, kept)
+    check_mesh(config, devices, griffin.kept_of_ranges(widths))
     groups = neuron_groups(config, devices) if groups is None else groups
     griffin = dataclasses.replace(griffin, groups=groups)
     if mixed is not None:
@@ -532,8 +532,7 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
                 lowered = lower()
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            # TPU programs that need more memory than there is are refused; GPU programs are not.
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not needs_more_memory(str(error)):
                 raise
             found["refusals"].append(f"{name}: {' '.join(str(error).split())[:300]}")
             found[name] = None
@@ -629,6 +628,15 @@ def _compile_all(task: dict[str, Any]) -> dict[str, Any]:
                 ),
             )
     return found
+
+
+def needs_more_memory(refusal: str) -> bool:
+    """Whether XLA refused a program because the chip has too little memory for it, from XLA's message.
+
+    TPU programs that need more memory than there is are refused; GPU programs are not. The message about a kernel that
+    needs more shared memory than a GPU gives it begins in the same way, but a smaller model would be refused as well.
+    """
+    return "RESOURCE_EXHAUSTED" in refusal and "Shared memory" not in refusal
 
 
 def inspect(

@@ -1,7 +1,7 @@
-"""XLA's compilers for chips that are not there: found in this environment, or fetched into a folder of their own.
+"""XLA's compilers for chips that you don't have: found in this environment, or fetched into a folder outside of it.
 
-They are the plugins by which JAX runs on such chips. Where there is no such chip they stay out of the environment:
-JAX would load them in every process, and complain in each about the drivers that are missing.
+The compilers are the plugins with which JAX runs on such chips. On a machine without the chip, they stay out of the
+environment: JAX would load them in every process, and complain in each about missing drivers.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MODULES: dict[Platform, tuple[str, ...]] = {
     "tpu": ("libtpu",),
 }
 MEGABYTES: dict[Platform, int] = {"cuda": 182, "tpu": 137}
-"""What is downloaded: without CUDA, which compiling does not need."""
+"""Size of the download for each platform, without CUDA, which compiling does not need."""
 
 
 def requirements(platform: Platform) -> list[str]:
-    """The packages that fit the installed JAX, as pip writes them."""
+    """The packages that fit the installed JAX, in the notation of pip."""
     if platform == "cuda":
         version = importlib.metadata.version("jaxlib")
         return [f"jax-cuda12-plugin=={version}", f"jax-cuda12-pjrt=={version}"]
@@ -38,16 +38,16 @@ def requirements(platform: Platform) -> list[str]:
 
 
 def folder(platform: Platform) -> Path:
-    """Where a fetched compiler is kept."""
+    """The folder in which a fetched compiler is kept."""
     name = re.sub(r"[^\w.\-]+", "-", requirements(platform)[0]).strip("-.")
     return cache_folder() / "compilers" / f"{name}-{sys.implementation.cache_tag}"
 
 
 def find(platform: Platform) -> Path | None:
-    """The folder that must be on the compiling process's path; None if the environment has the compiler itself.
+    """The folder that must be on the compiling process's path; None if the environment itself has the compiler.
 
     Raises:
-        FileNotFoundError: it is in neither.
+        FileNotFoundError: the compiler is neither in the environment nor in the folder.
     """
     if any(map(_installed, MODULES[platform])):
         return None
@@ -57,14 +57,14 @@ def find(platform: Platform) -> Path | None:
 
 
 def fetch(platform: Platform, notice: Callable[[str], None] = lambda line: None) -> Path | None:
-    """Like `find`, but downloads what is missing, without what it depends on. The folder appears whole or not at all.
+    """Like `find`, but download a missing compiler, without its dependencies. The folder appears whole or not at all.
 
     Args:
-        platform: of the chip.
-        notice: is called with one line before a download.
+        platform: platform of the chip.
+        notice: called with one line before a download.
 
     Raises:
-        RuntimeError: it cannot be downloaded or written.
+        RuntimeError: the compiler cannot be downloaded or written.
     """
     try:
         return find(platform)
@@ -91,7 +91,7 @@ def fetch(platform: Platform, notice: Callable[[str], None] = lambda line: None)
 
 
 def search_path(folder: Path | None) -> str:
-    """PYTHONPATH of a process that sees what this one sees, and a fetched compiler."""
+    """PYTHONPATH for a process that sees what this process sees, and a fetched compiler."""
     own = [os.path.abspath(path) for path in sys.path]
     return os.pathsep.join(own if folder is None else [*own, str(folder)])
 

@@ -1,7 +1,7 @@
-"""Reading what XLA made of a decode loop: how many kernels a token takes, and what is copied that should not be.
+"""Reads what XLA made of a decode loop: how many kernels a token launches, and what is copied that should not be.
 
-The text is that of `jax.stages.Compiled.as_text()`, the optimised HLO of one module. Only as much of its grammar is
-read as that takes.
+The text comes from `jax.stages.Compiled.as_text()`, and is the optimised HLO of one module. Only the part of its
+grammar that this needs is read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLLECTIVES = {
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast", "send",
 }  # fmt: skip
-"""Opcodes by which devices communicate, each perhaps followed by `-start`."""
+"""Opcodes by which devices communicate; each may be followed by `-start`."""
 
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
@@ -39,7 +39,7 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class HloArray:
-    """An array that an instruction makes: its dimensions, memory space (0 is the main one) and bytes of an element."""
+    """An array that an instruction makes: dimensions, memory space (0 is the main one) and bytes of an element."""
 
     dims: tuple[int, ...]
     space: int
@@ -57,7 +57,7 @@ class Instruction:
     Attributes:
         name: unique within its computation.
         opcode: such as `fusion` or `copy-start`.
-        results: the arrays it makes; of `-start`, only those it makes and not what it reads.
+        results: the arrays that it makes; for `-start`, without those that it reads.
         operands: names of what it reads.
         called: computations that it runs, by role: `body`, `condition`, `calls`, ...
         attributes: the rest of the line.
@@ -78,14 +78,15 @@ class Instruction:
 
     @property
     def aliases(self) -> dict[int, int]:
-        """Numbers of the results that a custom call writes into an operand's memory, and of these operands."""
+        """The results that a custom call writes into an operand's memory: numbers of results, mapped to numbers of
+        operands."""
         _, _, aliases = self.attributes.partition("output_to_operand_aliasing={")
         found = _ALIAS.findall(aliases[: _closing(aliases, "{}")]) if aliases else []
         return {int(result or 0): int(operand) for result, operand in found}
 
     @property
     def runs(self) -> bool:
-        """Whether it costs a launch of its own."""
+        """Whether it costs a separate launch."""
         return self.opcode not in FREE and not self.opcode.endswith("-done") and "Bitcast" not in self.attributes
 
 
@@ -95,9 +96,8 @@ class Collective:
 
     Attributes:
         kind: such as `all-reduce`.
-        size: bytes of what it sums, puts together or sends: the larger of what goes in and what comes out, on
-            each device.
-        origin: as of the instruction.
+        size: bytes that it sums, puts together or sends: the larger of what goes in and what comes out, on each device.
+        origin: as for the instruction.
     """
 
     kind: str
@@ -114,7 +114,11 @@ class Module:
 
     @classmethod
     def parse(cls, text: str) -> Module:
-        """Raises `ValueError` where there is no entry computation."""
+        """Parse the text of a module.
+
+        Raises:
+            ValueError: the text has no entry computation.
+        """
         computations: dict[str, list[Instruction]] = {}
         entry, current = None, None
         for line in text.splitlines():
@@ -134,7 +138,7 @@ class Module:
         """The one loop of the entry computation.
 
         Raises:
-            ValueError: there is none, or more than one.
+            ValueError: the entry computation has no loop, or more than one.
         """
         loops = [i for i in self.computations[self.entry] if i.opcode == "while"]
         if len(loops) != 1:
@@ -142,7 +146,7 @@ class Module:
         return loops[0]
 
     def computations_of(self, instruction: Instruction) -> Iterator[list[Instruction]]:
-        """The computations that it runs instruction by instruction, and those that these run."""
+        """The computations that an instruction runs instruction by instruction, and those that these run."""
         for _, name in instruction.called:
             yield (computation := self.computations[name])
             for inner in computation:
@@ -157,7 +161,7 @@ class Module:
                 yield from self.computations_of(instruction)
 
     def kernels(self, loop: Instruction) -> int:
-        """Launches of one turn of a loop, its condition included; loops within count one turn."""
+        """Number of launches in one turn of a loop, its condition included; inner loops count one turn."""
         return sum(i.runs and i.opcode not in CONTROL for c in self.computations_of(loop) for i in c)
 
     def copies(
@@ -165,15 +169,14 @@ class Module:
     ) -> list[str]:
         """Instructions that read an array of one of these shapes and write at least half as many elements.
 
-        That is what a copy does, and a gather, a transposition, a conversion, a slice or a padding; a product does
-        not, nor does an update in place. Arrays of any dtype count, and with axes split or merged. So does whatever is
-        written in one of these shapes: scales that were repeated for each number are a matrix, too. What goes to
-        on-chip memory or comes from there does not count: an array that is there for a while is read there instead of
-        in main memory.
+        Copies do that, and so do gathers, transpositions, conversions, slices and paddings; products do not, nor do
+        updates in place. Arrays of any dtype count, also with axes split or merged. Writing an array of one of these
+        shapes counts, too: scales that were repeated for each number are a matrix as well. Copies to on-chip memory or
+        from it do not count: an array that is there for a while is read there instead of in main memory.
 
         Args:
-            computations: to look through; arrays that come into one from outside are what is looked for.
-            shapes: of these arrays.
+            computations: the computations to look through; the arrays in question come into a computation from outside.
+            shapes: the shapes of these arrays.
             on_chip: number of the memory space that is on the chip; None if the chip shows none.
 
         Returns:
@@ -199,14 +202,14 @@ class Module:
                     read = max((sources.get(name, 0) for name in operands), default=0)
                     written = max((r.elements for r in results if r.space != on_chip or not on_chip), default=0)
                     copied = bool(read) and 2 * written >= read
-                    # Else a copy is of an array that comes from the chip.
+                    # Any other copy is of an array that comes from on-chip memory.
                     copied = copied or (i.opcode not in ("copy", "copy-start") and any(map(alike, results)))
                     if copied and not self._updates_in_place(i):
                         found.append(self._described(i))
         return found
 
     def collectives(self, computations: Iterable[Sequence[Instruction]]) -> list[Collective]:
-        """What of these computations, and of their fusions, makes devices communicate."""
+        """The instructions of these computations, and of their fusions, that make devices communicate."""
         found = []
         for computation in computations:
             sizes = {i.name: math.ceil(sum(a.elements * a.itemsize for a in i.results)) for i in computation}
@@ -223,7 +226,7 @@ class Module:
         return [i for _, name in fusion.called for i in self.computations[name]]
 
     def _updates_in_place(self, i: Instruction) -> bool:
-        # Where XLA cannot update in place it puts an instruction that copies before the update.
+        # If XLA cannot update in place, it puts an instruction that copies before the update.
         if i.opcode == "fusion":
             return any(inner.opcode == "dynamic-update-slice" for inner in self._inside(i))
         return i.opcode == "dynamic-update-slice"
@@ -235,7 +238,7 @@ class Module:
 
 
 def _reshaped(dims: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    """Whether these are the dimensions of an array of this shape whose axes may be split, or merged."""
+    """Whether these are the dimensions of an array of this shape, perhaps with axes split or merged."""
     if math.prod(dims) != math.prod(shape):
         return False
     strides = [{math.prod(sizes[axis:]) for axis in range(len(sizes))} for sizes in (dims, shape)]
@@ -264,7 +267,7 @@ def _split_shape(line: str) -> tuple[str, str]:
 
 
 def _closing(text: str, brackets: str = "()") -> int:
-    """Where the bracket closes that was opened before the text."""
+    """Index of the bracket that closes the one opened just before the text."""
     depth = 0
     for bracket in re.finditer(f"[{re.escape(brackets)}]", text):
         depth += 1 if bracket[0] == brackets[0] else -1
@@ -274,7 +277,7 @@ def _closing(text: str, brackets: str = "()") -> int:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """The text between the commas that lie in no bracket."""
+    """The pieces of the text between commas that are outside of all brackets."""
     start = depth = 0
     for mark in re.finditer(r"[(){}\[\],]", text):
         if mark[0] == "," and depth == 0:

@@ -1,4 +1,4 @@
-"""What was found about a model on a chip, for people."""
+"""The report of `griffin-jax compile` as text: what was found about a model on a chip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from griffin_jax.model.weights import Precision, WeightFormat
 
 
 def table(model: str, report: Report) -> str:
-    """The report for people; `model` is what they call it."""
+    """Format a report as a table with notes.
+
+    Args:
+        model: the name by which the text calls the model.
+        report: what compiling showed.
+    """
     chip, columns = report.chip, [c for c in (report.dense, report.pruned) if c is not None]
     figures = f"{_size(chip.memory)}, {chip.bandwidth / 1e9:,.0f} GB/s"
     several = report.devices > 1
@@ -86,7 +91,7 @@ _REPLICATED = {
 
 
 def _tile_missed(report: Report) -> int:
-    """The rows of a tile, of which the kept neurons on a device are no multiple; 0 if they are."""
+    """The rows of a tile if the kept neurons on a device are no multiple of them; 0 if they are."""
     if report.pruned is None:
         return 0
     own = WeightFormat.parse(report.weights)
@@ -101,7 +106,7 @@ def _tile_missed(report: Report) -> int:
 
 
 def _in_few_bits(report: Report, columns: Sequence[Compiled]) -> list[str]:
-    """How many of the kept neurons are in the second format, if there are two."""
+    """A row with the number of kept neurons in the second format; no row if there is one format."""
     if report.mixed is None:
         return []
     _, _, others = report.mixed.partition("+")
@@ -110,7 +115,8 @@ def _in_few_bits(report: Report, columns: Sequence[Compiled]) -> list[str]:
 
 
 def _communication(report: Report, columns: Sequence[Compiled]) -> list[str]:
-    """How often the devices communicate: per layer, outside the layers and in `prune`, a row for each kind."""
+    """Rows that say how often the devices communicate in each layer, outside the layers and in `prune`, one for each
+    kind, and how many bytes."""
     rows = []
     for title, counts, share in (
         ("each layer", [c.collectives_in_layers for c in columns], report.layers),

@@ -1,4 +1,4 @@
-"""The chips that `griffin-jax compile` compiles for: published figures, and what XLA wants to know of each."""
+"""The chips that `griffin-jax compile` compiles for: published figures, and what XLA needs to know about each."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import MappingProxyType
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What XLA compiles an NVIDIA GPU's program by, besides memory size and bandwidth.
+    """What XLA needs to know about an NVIDIA GPU to compile for it, besides memory size and bandwidth.
 
     Attributes:
         capability: CUDA compute capability.
-        cores: streaming multiprocessors that are enabled.
-        lanes: float32 units of each.
-        threads: resident threads of each, at most.
-        shared_memory: of each, bytes.
-        block_shared_memory: what one block may opt in to, bytes.
-        l2_cache: bytes.
+        cores: number of enabled streaming multiprocessors.
+        lanes: float32 units of each multiprocessor.
+        threads: the most resident threads of each multiprocessor.
+        shared_memory: bytes of shared memory of each multiprocessor.
+        block_shared_memory: bytes of shared memory that one block may opt in to.
+        l2_cache: bytes of L2 cache.
         clock: boost clock, GHz.
     """
 
@@ -37,11 +37,11 @@ class Chip:
     """A chip with its published figures.
 
     Attributes:
-        name: as its vendor writes it.
-        memory: bytes of device memory, as the driver reports them where it does.
-        bandwidth: of the device memory, bytes per second.
-        gpu: more of an NVIDIA GPU; None for a TPU.
-        generation: of a TPU, as libtpu names it; None for a GPU.
+        name: its name, as its vendor writes it.
+        memory: bytes of device memory, as the driver reports them if it does.
+        bandwidth: bytes per second that the device memory delivers.
+        gpu: more about an NVIDIA GPU; None for a TPU.
+        generation: generation of a TPU, as libtpu names it; None for a GPU.
     """
 
     name: str
@@ -79,14 +79,15 @@ TARGETS: Mapping[str, Chip] = MappingProxyType({
 
 
 SLICES: Mapping[int, str] = MappingProxyType({1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8"})
-"""How many TPUs can work together, and the smallest slice with as many that libtpu has a description of."""
+"""The numbers of TPUs that can work together, with the smallest slice of at least that many of which libtpu has a
+description."""
 
 
 def target(name: str) -> Chip:
-    """The chip of this name, in any case.
+    """The chip of this name, in upper or lower case.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no chip has this name.
     """
     try:
         return TARGETS[name.lower()]
@@ -95,7 +96,7 @@ def target(name: str) -> Chip:
 
 
 def topology(chip: Chip, devices: int) -> str:
-    """What JAX calls this many of a chip; of a TPU slice with more, the first ones are used.
+    """JAX's name for the topology of this many chips of a kind; if a TPU slice has more, its first chips are used.
 
     Raises:
         ValueError: the chip does not come in this number.
@@ -109,7 +110,11 @@ def topology(chip: Chip, devices: int) -> str:
 
 
 def gpu_target_config(chip: Chip) -> str:
-    """XLA's GpuTargetConfigProto of an NVIDIA GPU, in text form."""
+    """XLA's GpuTargetConfigProto for an NVIDIA GPU, in text form.
+
+    Raises:
+        ValueError: the chip is not a GPU.
+    """
     gpu = chip.gpu
     if gpu is None:
         raise ValueError(f"{chip.name} is not a GPU")

@@ -1,15 +1,16 @@
-"""The model `griffin_jax` of lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
+"""The model `griffin_jax` for lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness).
 
     griffin-jax lm-eval --model_args path=smollm2-135m-instruct,density=0.5 --tasks hellaswag --limit 100
 
-What a task makes of texts and scores is the harness's own; this module only answers its three kinds of requests:
+The harness itself makes requests from a task's texts, and figures from the scores; this module only answers its three
+kinds of requests:
 
-    loglikelihood          a context is read by the full model, its continuation by the model pruned for that context
-    loglikelihood_rolling  of each window of a text the first share is read by the full model, the rest by the pruned
+    loglikelihood          the full model reads a context, the model pruned for that context reads its continuation
+    loglikelihood_rolling  the full model reads the first share of each window of a text, the pruned one the rest
     generate_until         answers as `LLM.generate` writes them
 
-At a density of 1 all of them are what the harness's own model `hf` answers. The harness imports this module where it
-knows plugins (the entry point `lm_eval.models`); where it does not, `griffin-jax lm-eval` does.
+At a density of 1, the answers to all of them are those of the harness's own model `hf`. Versions of the harness that
+know plugins import this module themselves (the entry point `lm_eval.models`); otherwise `griffin-jax lm-eval` does.
 """
 
 from __future__ import annotations
@@ -52,82 +53,86 @@ from griffin_jax.utils.deprecation import warn_renamed
 NAME = "griffin_jax"
 
 AUTO_BATCH = 8
-"""Rows of a batch where the harness asks for an automatic size, at most."""
+"""The largest number of rows of a batch if the harness asks for an automatic size."""
 
 USUAL_LENGTH = 1024
-"""Tokens of a sequence, by which it is judged whether a batch fits into memory."""
+"""The length of a sequence, in tokens, for which it is predicted whether a batch fits into memory."""
 
 PLATFORMS = ("cpu", "gpu", "tpu")
-"""What `--device` may say."""
+"""The allowed values of `--device`."""
 
 UNSAID = "cuda:0"
-"""The device of a command that says nothing of it."""
+"""The device that the harness passes if the command names none."""
 
 GENERATION = (
     "until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams", "stop_token_ids",
 )  # fmt: skip
-"""The generation arguments of tasks that are understood; of `num_beams` only 1."""
+"""The generation arguments of tasks that are supported; `num_beams` may only be 1."""
 
 logger = logging.getLogger(__name__)
 
 
 PRUNING = (*(field.name for field in dataclasses.fields(GriffinConfig)), "quality")
-"""The options of `LLM.generate` that `model_args` may have."""
+"""The options of `LLM.generate` that `model_args` may contain."""
 
 
 @register_model(NAME)
 class GriffinLM(TemplateLM):
-    """A pruned (or dense) language model as the harness wants it.
+    """A pruned (or dense) language model with the interface that the harness expects.
 
-    Continuations are scored as if they had been generated: the context is the prompt, the continuation the answer. The
-    full model then predicts the continuation's first token, so pruning changes nothing where all continuations are
-    one token long. The paper's way is `last_token_only`: of the model's input, which is all but the last token of
-    context and continuation, only the last token is read by the pruned model, by neurons chosen by those before it.
+    Continuations are scored as if they had been generated: the context is the prompt, the continuation is the answer.
+    The full model then predicts the continuation's first token, so pruning changes nothing if all continuations are one
+    token long. `last_token_only` is the paper's way: the model's input is all but the last token of context and
+    continuation, and only the last token of that input is read by the pruned model, with neurons chosen by the tokens
+    before it.
 
-    Perplexity tasks score every token of a text, in the harness's windows, where only one token stands before most
-    windows: too little to choose neurons by. So the first share of each window, `rolling_prompt`, is read and scored
-    by the full model and serves as the prompt of the rest; the figure is a mixture of both models' by design.
+    Perplexity tasks score every token of a text, in the harness's windows. Only one token stands before most windows,
+    which is too little to choose neurons by. So the full model reads and scores the first share of each window,
+    `rolling_prompt`, which serves as the prompt of the rest. The figure is a mixture of both models' by design.
 
     Sequences that are longer than `max_length` lose tokens on the left.
 
     Args:
         path: what `griffin_jax.load` takes, or a model that it has loaded.
-        dtype: of the computation: float32, bfloat16 or float16. By default float32 on CPUs, bfloat16 on accelerators.
-        weights: how the matrices are stored, such as `int8`, see `griffin_jax.load`.
-        prior: file that `griffin-jax prior` wrote, or what was read from it: neurons are chosen also by general text.
+        dtype: dtype of the computation: float32, bfloat16 or float16. By default float32 on CPUs, bfloat16 on
+            accelerators.
+        weights: format of the matrices, such as `int8`; see `griffin_jax.load`.
+        prior: file that `griffin-jax prior` wrote, or a `Prior` that was read from it: neurons are then also chosen by
+            general text.
         adapter: folder of an adapter in PEFT's format, which the model has for all requests.
-        moin: folder of a library that chooses an adapter for each context; windows of a text choose by their first
-            part, which `rolling_prompt` says. Neurons are shared, with `shared`, by contexts of one cluster only.
-        seed: of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons for
-            scored tokens are drawn with a seed made of this and the tokens they are chosen by, whatever the batch;
-            neurons for generated answers, and their tokens, with one made of this and the number of the batch.
-        last_token_only: score continuations the paper's way.
+        moin: folder of a library that chooses an adapter for each context. For a window of a text, it chooses by the
+            first part, whose share is `rolling_prompt`. With `shared`, only contexts of one cluster share neurons.
+        seed: seed of all draws; the harness's `--seed` is another one. The same command gives the same results. Neurons
+            for scored tokens are drawn with a seed made of this one and the tokens by which they are chosen, so the
+            batch does not matter; neurons for generated answers, and the answers' tokens, are drawn with a seed made of
+            this one and the number of the batch.
+        last_token_only: whether continuations are scored the paper's way.
         rolling_prompt: share of each window that the full model reads in perplexity tasks, in [0, 1).
-        max_length: longest input, in tokens; by default the model's context.
-        max_gen_toks: longest answer, in tokens, where a task does not say.
-        add_bos_token: whether texts begin with the tokenizer's first token; by default as it was trained.
-        prefix_token_id: what stands before a text that has no context; by default the tokenizer's first token, or
+        max_length: length of the longest input, in tokens; by default the model's context.
+        max_gen_toks: length of the longest answer, in tokens, if a task does not say.
+        add_bos_token: whether texts begin with the tokenizer's first token; by default as the tokenizer was trained.
+        prefix_token_id: token that stands before a text without a context; by default the tokenizer's first token, or
             else the one that ends a text.
-        chat_template_args: what the chat template knows besides the messages, such as `{"enable_thinking": false}`.
+        chat_template_args: arguments of the chat template besides the messages, such as `{"enable_thinking": false}`.
         allow_pickle: whether to read PyTorch's pickle files.
-        data: devices that batches are divided among, as in `--mesh data=2,model=4`.
-        model: devices that the model is divided among.
-        expert_parallel: whether these have whole experts each, of a model with routed experts.
-        batch_size: different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps neurons of
-            its own, so where answers are written as many sets of kept weights are in memory.
-        max_batch_size: the most that "auto" takes.
+        data: number of devices that batches are divided among, as in `--mesh data=2,model=4`.
+        model: number of devices that the model is divided among.
+        expert_parallel: whether each of these devices has whole experts, if the model has routed experts.
+        batch_size: number of different contexts, windows or prompts at a time, or "auto". Unless `shared`, each keeps
+            its own neurons, so memory must hold as many sets of kept weights while answers are written.
+        max_batch_size: the largest batch that "auto" takes.
         **options: `density`, `method`, `shared`, `round_to` and `groups` of `GriffinConfig` (with `shared`, scores
-            depend
-            on the batches; `groups` is 1 by default, so that scores do not depend on the number of devices), and
+            depend on the batches; `groups` is 1 by default, so that scores do not depend on the number of devices), and
             `quality` of `Extensions`: `griffin`, or `best` for prior, budgets and refit.
-        device: cpu, gpu or tpu, to make sure of it; JAX itself chooses by JAX_PLATFORMS. The harness says cuda:0 where
-            nobody says anything, so that may be anything.
+        device: cpu, gpu or tpu, to make sure that JAX runs there; JAX itself chooses by JAX_PLATFORMS. The harness
+            passes cuda:0 if the command names no device, so cuda:0 stands for any device.
 
     Raises:
-        FileNotFoundError: there is no such model, prior, adapter or library, or it has adapters that are not trained.
-        ValueError: an argument is unknown or outside its range, the model is not supported or has no tokenizer, the
-            prior, adapter or library is another model's, an adapter is given next to a library or a prior, there are
-            fewer devices, or these cannot share the kept neurons evenly.
+        FileNotFoundError: the model, prior, adapter or library does not exist, or the library has adapters that are not
+            trained.
+        ValueError: an argument is unknown or outside its range; the model is not supported or has no tokenizer; the
+            prior, adapter or library belongs to another model; an adapter is given together with a library or a prior;
+            there are fewer devices; or the devices cannot share the kept neurons evenly.
     """
 
     def __init__(
@@ -169,7 +174,7 @@ class GriffinLM(TemplateLM):
             raise ValueError("a prior is for a model without an adapter: give prior or adapter, not both")
         self._library = None if moin is None else Library.load(moin)
         self._adapter_files = {"adapter": adapter, "moin": moin}
-        # Scores are not to depend on the number of devices.
+        # Scores must not depend on the number of devices.
         options.setdefault("groups", 1)
         self._request = Request.of("GriffinLM", prior=self._prior, seed=seed, **options)
         self._pruner = Pruner.of(self._request.griffin, self._request.extensions)
@@ -218,8 +223,9 @@ class GriffinLM(TemplateLM):
             adapted = attach(self._llm.model, load_adapter(adapter, self._llm.config))
             self._llm = LLM(adapted, self.tokenizer, f"{self._llm.name}+{adapter}")
         config = self._llm.config
-        self._kept = self._pruner.config.kept(self._llm.model.config.neuron_ranges)
-        check_kept(self._llm.model, self._kept)
+        ranges = self._pruner.config.kept_of_ranges(self._llm.model.config.neuron_ranges)
+        check_kept(self._llm.model, ranges)
+        self._kept = tuple(map(sum, ranges))
         self.max_length = config.max_positions if max_length is None else max_length
         if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:
             raise ValueError(
@@ -246,14 +252,14 @@ class GriffinLM(TemplateLM):
         largest: int,
         max_length: int | None,
     ) -> tuple[int, str]:
-        """The batch that fits into memory, by what sequences of `USUAL_LENGTH` tokens need, and a line about it."""
+        """The batch size that fits into memory with sequences of `USUAL_LENGTH` tokens, and a line about it."""
         if isinstance(path, LLM):
             needs, devices = needs_of(path.model), path.model.embedding[...].devices()
         else:
             needs = needs_before_loading(path, dtype, weights, allow_pickle, mesh, expert_parallel)
             devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
         length = min(USUAL_LENGTH, needs.config.max_positions)
-        # Other lengths are refused once the model's context is known.
+        # Lengths that are not allowed are refused later, when the model's context is known.
         length = min(length, max_length) if isinstance(max_length, int) and max_length > 1 else length
         new = min(self.max_gen_toks, max(1, length // 2))
         kept = self._pruner.config.kept(needs.config.neuron_ranges)
@@ -283,16 +289,16 @@ class GriffinLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text that has no context."""
+        """The token that stands before a text without a context."""
         return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells the harness's stored requests of one model from those of another."""
+        """A name by which the harness keeps the stored requests of different models apart."""
         return self._llm.name.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results next to `model_args`."""
+        """What the harness writes into its results, next to `model_args`."""
         model = self._llm.model
         return {
             "model_name": self._llm.name,
@@ -320,7 +326,7 @@ class GriffinLM(TemplateLM):
         return griffin | {"quality": self._request.extensions.quality}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; a first token that is in the text already is not put there again."""
+        """The token ids of a text; a first token that the text contains already is not added again."""
         if add_special_tokens is not None:
             return self.tokenizer.encode(string, add_special_tokens)
         if has_bos_prefix(string, self.tokenizer.decode([self._prefix], skip_special=False)):
@@ -349,9 +355,9 @@ class GriffinLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """log p of each continuation in nats, and whether all of its tokens are the most probable ones.
 
-        An empty continuation of an empty context is certain.
+        An empty continuation of an empty context has probability 1.
         """
-        # The harness looks at the first token of what follows an empty context.
+        # The harness reads the first token of what follows an empty context, so it must not be empty.
         given = [number for number, request in enumerate(requests) if any(request.args)]
         answers = [(0.0, True)] * len(requests)
         found = super().loglikelihood([requests[number] for number in given], disable_tqdm)
@@ -383,7 +389,7 @@ class GriffinLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p of each whole text in nats, in windows as the harness's own models score it."""
+        """log p of each whole text in nats, scored in the windows that the harness's own models use."""
         windows = [
             (number, *utils.make_disjoint_window(pair))
             for number, request in enumerate(requests)
@@ -396,7 +402,7 @@ class GriffinLM(TemplateLM):
         ]
         passages = [window(context, tokens, self._rolling_prompt) for _, context, tokens in windows]
         totals = [0.0] * len(requests)
-        # Added up in the order of the texts, so that rounding does not depend on that of the batches.
+        # Added up in the order of the texts, so that rounding does not depend on the order of the batches.
         scores = dict(self._scores(passages, "Running loglikelihood_rolling requests", disable_tqdm))
         for index, (number, *_) in enumerate(windows):
             totals[number] += scores[index].log
@@ -405,7 +411,7 @@ class GriffinLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context, without its stop strings and what follows them."""
+        """The answer to each context, without stop strings and what follows them."""
         groups: dict[str, list[int]] = {}
         arguments = cast("list[tuple[str, dict[str, Any]]]", [request.args for request in requests])
         for number, (_, gen_kwargs) in enumerate(arguments):
@@ -423,7 +429,7 @@ class GriffinLM(TemplateLM):
                     batch = numbers[start : start + self.batch_size]
                     rows = [prompts[number] for number in batch]
                     if not self._pruner.config.shared:
-                        # A full batch compiles nothing; where it shares its neurons, every row has a say.
+                        # A full batch compiles nothing; but with shared neurons, every row influences the choice.
                         rows += [rows[-1]] * (self.batch_size - len(rows))
                     texts = self._answers(rows, new, options, seed_of(self._seed, f"batch {batches}"))
                     batches += 1
@@ -438,7 +444,7 @@ class GriffinLM(TemplateLM):
         of_one_model = self._request.extensions.rows > 0 or self._request.griffin.method == "magnitude"
         if library is None or not of_one_model:
             return self._written(prompts, library, new, options, seed)
-        # Rows are refitted to, and weights measured of, one model: the prompts of each cluster are asked together.
+        # Rows are refitted to one model, and weights ranked in one: the prompts of each cluster are answered together.
         found = [""] * len(prompts)
         for adapter, numbers in self._by_cluster(library, prompts):
             rows = [prompts[number] for number in numbers]
@@ -468,13 +474,13 @@ class GriffinLM(TemplateLM):
             **options,
         )
         for text, tokens in zip(generation.texts, generation.tokens, strict=True):
-            # The model's configuration may name other ends of an answer than the tokenizer does.
+            # The model's configuration may name other tokens that end an answer than the tokenizer does.
             if self.eot_token_id in tokens:
                 text = self.tokenizer.decode(tokens[: tokens.index(self.eot_token_id)])
             yield postprocess_generated_text(text, list(options["stop"]), None)
 
     def _options(self, arguments: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The longest answer, and options of `LLM.generate`, from a task's generation arguments."""
+        """The length of the longest answer, and options of `LLM.generate`, from a task's generation arguments."""
         given: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
         if unknown := sorted(given.keys() - set(GENERATION)):
             raise ValueError(f"gen_kwargs has {', '.join(unknown)}; allowed are {', '.join(GENERATION)}")
@@ -490,7 +496,7 @@ class GriffinLM(TemplateLM):
         if given.get("stop_token_ids"):
             options["stop_token_ids"] = given["stop_token_ids"]
         if given["do_sample"]:
-            # Values that other libraries have for "off".
+            # Values that mean "off" in other libraries.
             off = {"top_k": (0, -1), "top_p": (1,), "min_p": (0,)}
             options["temperature"] = given.get("temperature", 0.0)
             if options["temperature"] <= 0:
@@ -504,9 +510,10 @@ class GriffinLM(TemplateLM):
         return self._kept != self._llm.model.neurons
 
     def _fit(self, context: list[int], tokens: list[int]) -> tuple[list[int], list[int], bool]:
-        """Context and continuation without what is too much on the left, and whether there was any.
+        """Context and continuation, cut on the left to what the model can read, and whether anything was cut.
 
-        All but the last token are read, so there may be one more than the model reads. One token stays context.
+        The last token is not read, so there may be one token more than the model reads. At least one token of context
+        remains.
         """
         keep = self.max_length + 1
         scored = tokens[-(keep - 1) :]
@@ -524,7 +531,7 @@ class GriffinLM(TemplateLM):
         return tqdm(self._likelihoods(passages), desc=name, total=len(passages), disable=quiet)
 
     def _likelihoods(self, passages: Sequence[Passage]) -> Iterable[tuple[int, Likelihood]]:
-        """The score of each passage, by the model with the adapter that is chosen for what stands before the answer."""
+        """The score of each passage, with the adapter that the library chooses for what stands before the answer."""
         options: dict[str, Any] = {"size": self.batch_size, "seed": self._seed}
         if self._library is None or not passages:
             yield from likelihoods(self._llm.model, passages, self._pruner, **options)
@@ -536,7 +543,7 @@ class GriffinLM(TemplateLM):
                 yield numbers[number], score
 
     def _by_cluster(self, library: Library, contexts: Sequence[Sequence[int]]) -> Iterator[tuple[Adapter, list[int]]]:
-        """The adapter of each cluster that contexts go to, with the numbers of these contexts."""
+        """Yields the adapter of each cluster that contexts are assigned to, with the numbers of these contexts."""
         model = self._llm.model
         chosen = library.route(library.embedder(model, self.tokenizer), contexts).tolist()
         for cluster in sorted(set(chosen)):
@@ -548,11 +555,11 @@ ARGUMENTS = tuple(
     for name, parameter in inspect.signature(GriffinLM).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
 )
-"""What `model_args` may have."""
+"""The arguments that `model_args` may contain, besides `PRUNING`."""
 
 
 def _rows(batch_size: int | str, most: int | None) -> tuple[int | None, int]:
-    """The batch that is wanted, None for what fits, and the largest."""
+    """The batch size that is asked for (None for the largest that fits), and the largest to try."""
     if str(batch_size).split(":")[0] == "auto":
         return None, AUTO_BATCH if most is None else min(AUTO_BATCH, int(most))
     try:

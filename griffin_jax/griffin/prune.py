@@ -1,4 +1,12 @@
-"""prune: model, expert neurons -> a smaller model."""
+"""prune: model, expert neurons -> a smaller model.
+
+All feed-forward matrices are stored neuron-major, (F, D), so a neuron is one row of each matrix. To prune a layer is to
+gather the rows of its expert neurons E, and the pruned layer computes
+
+    z = act(Wg[E] x) * (Wu[E] x)        y = W_down[E]^T z
+
+with K rows where the full one has F.
+"""
 
 from __future__ import annotations
 
@@ -33,30 +41,45 @@ from griffin_jax.utils.deprecation import renamed_arguments
 
 @runtime_checkable
 class Refit(Protocol):
-    """What changes the kept rows of the down projections, beyond GRIFFIN.
+    """Beyond GRIFFIN: a refit, which changes the kept rows of the down projections.
 
-    It is a pytree, so that the gather can be jitted with it. `griffin_jax.extensions.reconstruction.Reconstruction` is
-    one.
+    It must be a pytree, so that the gather can be jitted with it. An implementation is
+    `griffin_jax.extensions.reconstruction.Reconstruction`.
     """
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
-        """Raise `ValueError` unless this fits a model with these numbers of neurons, and these kept neurons."""
+        """Raise `ValueError` unless this refit fits a model's layers and the kept neurons.
+
+        Args:
+            neurons: F of each layer of the full model.
+            indices: the kept neurons of each layer, (K,) or (B, K).
+        """
         ...
 
     def changes(
         self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
     ) -> Sequence[Float[Array, "*b _k d"]]:
-        """What to add to the kept rows of each layer's down projection, float32."""
+        """What to add to the kept rows of each layer's down projection, (K, D) or (B, K, D), float32.
+
+        Args:
+            down: W_down of each layer of the full model, (F, D).
+            indices: the kept neurons of each layer, (K,) or (B, K).
+        """
         ...
 
 
-def check_kept(model: Transformer, kept: Sequence[int]) -> None:
-    """Raise `ValueError` unless the devices that share a model can evenly share these numbers of neurons."""
+def check_kept(model: Transformer, kept: Sequence[int | Sequence[int]]) -> None:
+    """Raise `ValueError` unless the devices that share a model can evenly divide the kept neurons.
+
+    Args:
+        model: the full model.
+        kept: number of neurons that each layer keeps, or those that each of its ranges keeps.
+    """
     check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), kept)
 
 
 def check_whole(model: Transformer) -> None:
-    """Raise `ValueError` unless a model has one group of neurons for all sequences, and all of them take part."""
+    """Raise `ValueError` if a model is pruned for every sequence, held in two groups of rows, or masked."""
     if any(layer.ff.per_sequence for layer in model.layers):
         raise ValueError("this model is pruned for every sequence of a batch; prune the full model instead")
     if any(layer.ff.rest is not None for layer in model.layers):
@@ -66,7 +89,7 @@ def check_whole(model: Transformer) -> None:
 
 
 def check_own(model: Transformer, experts: ExpertNeurons) -> None:
-    """Raise `ValueError` if several sequences are to have neurons of their own in a model with routed experts."""
+    """Raise `ValueError` if a model with routed experts would be pruned differently for several sequences."""
     if model.config.routing is not None and not experts.shared and experts[0].shape[0] > 1:
         raise ValueError(
             f"{experts[0].shape[0]} sequences would each need a copy of all routed experts: mask the model instead"
@@ -82,41 +105,44 @@ def prune(
     reuse: Transformer | None = None,
     refit: Refit | None = None,
 ) -> Transformer:
-    """The same model with only the rows of the kept neurons in its feed-forward layers.
+    """Prune a model: keep only the rows of the expert neurons in its feed-forward layers.
 
-    Attention, norms, embedding, head and the bias of the down projection are the given model's own arrays; the biases
-    of the first projections follow their neurons. Expert neurons of shape (B, K) give matrices with a set of rows for
-    every sequence, unless B is 1. The gather is jitted and the rest is bookkeeping, so there is no need to jit `prune`
-    (jit copies what it passes through).
+    Attention, norms, embedding, head and the biases of the down projections are shared with the given model; the biases
+    of the gate and up projections are gathered with their neurons. Indices of shape (B, K) give matrices with a set of
+    rows for each sequence, unless B is 1. The gather is jitted and the rest is bookkeeping, so there is no need to jit
+    `prune` (under jit, arrays that are only passed through would be copied).
 
-    On a mesh the kept rows are divided as `griffin_jax.model.sharding` says. For that, rows move between devices unless
-    the number of groups of the expert neurons is that of the devices that share the model, or a multiple.
+    On a mesh, the kept rows are divided as `griffin_jax.model.sharding` says. Rows then move between devices, unless
+    the number of groups of the expert neurons is the number of devices that share the model, or a multiple of it.
 
     Args:
         model: the full model; it stays as it is.
         experts: the neurons to keep, from `select`.
-        reuse: an earlier result of `prune` that is no longer needed. If its kept rows are as large as the new ones,
-            their memory is used for these, and it cannot be used again. That is faster on CPUs, where writing for the
-            first time to memory from the operating system takes longer than the copying.
-        refit: beyond GRIFFIN: what changes the kept rows of the down projections, such as a `Reconstruction`, which
-            fits them to what all neurons gave for the prompt. Without it the rows are the model's own.
+        reuse: an earlier result of `prune` that is no longer needed. If its kept rows have the shapes of the new ones,
+            the new ones are written into their memory, and the earlier result cannot be used again. This is faster on
+            CPUs, where the first write to memory from the operating system takes longer than the copying.
+        refit: beyond GRIFFIN: changes the kept rows of the down projections. For example, a `Reconstruction` fits them
+            to the output that all neurons had for the prompt. Without a refit, the rows are the model's own.
+
+    Returns:
+        A model of the same structure, with K rows where the given one has F.
 
     Raises:
-        ValueError: the experts were selected for a model of other layers or widths, the model is masked or holds a set
-            of neurons for every sequence already, several sequences are to have neurons of their own in a model with
-            routed experts, `reuse` shares feed-forward arrays with the model, `refit` does not
-            belong to the model or the experts, or the devices of a mesh cannot share the kept rows evenly.
+        ValueError: the expert neurons were selected for a model with other layers or widths; the model is masked, held
+            in two groups of rows, or has a set of neurons for every sequence already; several sequences would have
+            different neurons in a model with routed experts; `reuse` shares feed-forward arrays with the model; `refit`
+            does not fit the model or the expert neurons; or the devices of a mesh cannot divide the kept rows evenly.
     """
     check_whole(model)
     check_experts(experts, model)
     if refit is not None:
         refit.check(model.neurons, experts.indices)
     check_own(model, experts)
-    check_kept(model, experts.kept)
+    check_kept(model, experts.shares or experts.kept)
     rows = _neuron_rows(model)
     outputs = [(part.down_scale, part.down_right) for part in neuron_modules(model)] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)
-    # The modules are copied while the rows are: with many layers that takes as long.
+    # The gather runs asynchronously while the modules are copied; with many layers, both take equally long.
     pruned: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for part, kept in zip(neuron_modules(pruned), gathered, strict=True):
         for name, weight in kept.items():
@@ -125,7 +151,7 @@ def prune(
 
 
 def neuron_modules(model: Transformer) -> list[NeuronModule]:
-    """The modules with neurons, layer by layer."""
+    """The modules that have neurons, layer by layer: feed-forward layers, routed experts and shared experts."""
     return [part for layer in model.layers for part in layer.ff.parts()]
 
 
@@ -134,8 +160,8 @@ def _neuron_rows(model: Transformer) -> list[dict[str, nnx.Param]]:
 
 
 _Outputs = tuple[nnx.Param | None, nnx.Param | None]
-"""What belongs to all rows of a layer's down projection: the scales of its outputs, and the rows that an addition is
-combined of."""
+"""The parts of a down projection that belong to all its rows: the scales of its outputs (`down_scale`), and the right
+factor of an addition of low rank (`down_right`)."""
 
 
 def _gather_into(
@@ -146,7 +172,7 @@ def _gather_into(
     reuse: Transformer | None,
     model: Transformer,
 ) -> list[dict[str, nnx.Param]]:
-    """The kept rows; and where they are refitted, the scales of their outputs, which were `outputs`."""
+    """The kept rows, in the memory of `reuse` if possible; with new scales of the outputs if they are refitted."""
     given = rows, outputs, experts, refit, model.config, tuple(part.weights for part in neuron_modules(model))
     if reuse is None or any(isinstance(index, Tracer) for index in experts):
         return _gather(*given)
@@ -160,15 +186,15 @@ def _gather_into(
 
 @dataclasses.dataclass(frozen=True)
 class NeuronPart:
-    """Where the neurons of a module are among those of its layer.
+    """Where the neurons of a module lie among those of its layer.
 
     Attributes:
         layer: number of the layer.
-        experts: number of experts whose neurons the module has; 0 for a feed-forward layer.
-        start: the first of its neurons.
-        size: number of its neurons, of each expert if there are some.
-        first: place of the first of its neurons among the kept ones.
-        kept: number of them that are kept, likewise.
+        experts: number of routed experts whose neurons the module has; 0 for a feed-forward layer.
+        start: index of the module's first neuron among all neurons of the layer.
+        size: number of the module's neurons; for routed experts, of each expert.
+        first: place of the module's first kept neuron among all kept neurons of the layer.
+        kept: number of the module's kept neurons; for routed experts, of each expert.
     """
 
     layer: int
@@ -187,7 +213,11 @@ class NeuronPart:
         return Experts if self.experts else FeedForward
 
     def indices(self, of_layer: Int[Array, "*b k"]) -> Int[Array, "... own"]:
-        """The module's own neurons that are kept: (K,), (B, K) or for experts (E, K)."""
+        """The module's kept neurons, counted from its own first one: (K,), (B, K), or (E, K) for routed experts.
+
+        Args:
+            of_layer: the kept neurons of the layer, (K,) or (B, K).
+        """
         count = max(self.experts, 1)
         own = of_layer[..., self.first : self.first + count * self.kept] - self.start
         if not self.experts:
@@ -196,7 +226,7 @@ class NeuronPart:
 
 
 def parts_of_neurons(config: ModelConfig, experts: ExpertNeurons) -> list[NeuronPart]:
-    """Where the neurons of each module are, in the order of `neuron_modules`."""
+    """Where the neurons of each module lie, in the order of `neuron_modules`."""
     found = []
     for layer, (neurons, kept) in enumerate(zip(experts.neurons, experts.kept, strict=True)):
         if not config.routed(layer):
@@ -214,7 +244,7 @@ def parts_of_neurons(config: ModelConfig, experts: ExpertNeurons) -> list[Neuron
 def _kept_shapes(
     rows: list[dict[str, nnx.Param]], experts: ExpertNeurons, config: ModelConfig
 ) -> list[tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of every array of kept rows, in the order of the pytree's leaves."""
+    """Shape and dtype that each array of kept rows will have, in the order of the pytree's leaves."""
 
     def kept(part: NeuronPart, name: str, array: Array) -> tuple[tuple[int, ...], np.dtype]:
         axis, sets = part.kind.neuron_axes[name], experts[part.layer].shape[:-1]
@@ -222,7 +252,7 @@ def _kept_shapes(
         return (*array.shape[:axis], *own, *array.shape[axis + 1 :]), array.dtype
 
     parts = zip(rows, parts_of_neurons(config, experts), strict=True)
-    # A pytree has the entries of a dictionary in the order of their names.
+    # A pytree orders the entries of a dictionary by their names.
     named = [(part, name) for layer, part in parts for name in sorted(layer)]
     return [kept(part, name, array) for (part, name), array in zip(named, jax.tree.leaves(rows), strict=True)]
 
@@ -240,7 +270,7 @@ def _gathered(
         if part.experts:
             take = functools.partial(_take_of_experts, axis=part.kind.neuron_axes[name], groups=experts.groups)
             return jax.tree.map(lambda w: take(w, index, by_expert=config.expert_parallel), weight)
-        # What is added for each sequence of its own has an axis more.
+        # A low-rank addition for each sequence has one more axis; `take_neurons` handles both.
         return jax.tree.map(lambda w: take_neurons(name, w, index, experts.groups), weight)
 
     def place(part: NeuronPart, name: str, weight: nnx.Param) -> nnx.Param:
@@ -268,7 +298,7 @@ def _refit(
     kept: list[dict[str, nnx.Param]],
     weights: tuple[WeightFormat, ...],
 ) -> None:
-    """Change the kept rows of the down projections, those of all experts of a layer together."""
+    """Refit the kept rows of the down projections in place in `kept`; all experts of a layer are refitted together."""
     whole: list[list[Array]] = [[] for _ in indices]
     for part, own, (scale, right) in zip(parts, rows, outputs, strict=True):
         matrix = plus_matrix(_down(own, scale), own.get("down_left"), right)
@@ -287,7 +317,7 @@ def _down(rows: dict[str, nnx.Param], scale: nnx.Param | None) -> Float[Array, "
 def _stored_down(
     part: NeuronPart, matrix: Float[Array, "*b k d"], weights: WeightFormat, dtype: DTypeLike
 ) -> dict[str, nnx.Param]:
-    """Rows of a down projection as the model stores its own: integers are rounded anew, with scales for these rows."""
+    """Refitted rows of a down projection in the model's format; integers are rounded again, with new scales."""
     if not weights.quantised:
         return {"down": nnx.Param(matrix.astype(dtype))}
     own = functools.partial(quantise, format=weights, outputs=part.kind.down_outputs)
@@ -304,33 +334,33 @@ def _placed(path: str, weight: Array, config: ModelConfig, mesh: Mesh | Abstract
 
 
 _SHARED_AXES = {"gate_up_left": 3, "down_left": 2}
-"""Axes of what is added to a matrix for all sequences together."""
+"""Number of axes of the left factors of low-rank additions that all sequences share."""
 
 
 def take_neurons(name: str, weight: Array, indices: Int[Array, "*b k"], groups: int = 1) -> Array:
-    """The rows of these neurons of a parameter.
+    """Takes the rows of the given neurons from a parameter.
 
     Args:
-        name: one of `NEURON_AXES`.
-        weight: the parameter, of all neurons.
-        indices: the neurons, for all sequences or for each its own.
-        groups: of the neurons, as `ExpertNeurons` have them.
+        name: the parameter's name, one of `NEURON_AXES`.
+        weight: the parameter, with rows for all neurons.
+        indices: the neurons to take, (K,) for all sequences or (B, K).
+        groups: number of groups of the neurons, see `ExpertNeurons`.
     """
     indices = indices[0] if indices.ndim == 2 and indices.shape[0] == 1 else indices
     axis = NEURON_AXES[name]
     if weight.ndim == _SHARED_AXES.get(name, weight.ndim):
         return _take_on_mesh(weight, indices, axis=axis, groups=groups)
-    # Each sequence has rows of its own.
+    # Each sequence has a different addition.
     each = jnp.broadcast_to(indices, (weight.shape[axis], indices.shape[-1]))
     return jax.vmap(lambda own, index: jnp.take(own, index, axis=axis), in_axes=(axis, 0), out_axes=axis)(weight, each)
 
 
 def _take_of_experts(weight: Array, indices: Int[Array, "e k"], *, axis: int, groups: int, by_expert: bool) -> Array:
-    """The rows of these neurons of each expert."""
+    """Takes the rows of the given neurons, (E, K), from the parameter of E routed experts."""
     mesh = mesh_of(weight)
     if not by_expert or axis_size(mesh, MODEL_AXIS) == 1:
         return _take_on_mesh(weight, indices, axis=axis, groups=groups, of_experts=True)
-    # Each device has all rows of its experts.
+    # Each device has whole experts, so no rows move.
     own = PartitionSpec(MODEL_AXIS)
     take = jax.vmap(functools.partial(take_rows, axis=axis - 1))
     return jax.shard_map(take, mesh=mesh, in_specs=(own, own), out_specs=own)(weight, indices)
@@ -339,7 +369,7 @@ def _take_of_experts(weight: Array, indices: Int[Array, "e k"], *, axis: int, gr
 def _take_on_mesh(
     weight: Array, indices: Int[Array, "*b k"], *, axis: int, groups: int, of_experts: bool = False
 ) -> Array:
-    """The rows of these neurons: each device takes from its own rows, and they exchange rows only if they have to."""
+    """Takes the rows of the given neurons; each device takes its own, and devices exchange rows only if they must."""
     mesh = mesh_of(weight)
     devices = axis_size(mesh, MODEL_AXIS)
 
@@ -351,7 +381,7 @@ def _take_on_mesh(
     if mesh is None or devices == 1:
         return take(weight, indices)
     stays = groups % devices == 0
-    # The axis of the experts is whole on every device.
+    # The axis of the routed experts is not divided among devices.
     batch = [None] if of_experts else [dividing(mesh, DATA_AXIS, b) for b in indices.shape[:-1]]
     axis_after = axis if of_experts else axis + len(batch)
 
@@ -361,7 +391,7 @@ def _take_on_mesh(
         taken = take(weight, at)
         if stays:
             return taken
-        # Devices cannot send halves of bytes.
+        # Devices cannot exchange 4-bit integers.
         taken = taken.astype(jnp.int8) if weight.dtype == jnp.int4 else taken
         before = [*range(1, axis)] if of_experts else [*range(axis)]
         own = jnp.expand_dims((at >= 0) & (at < neurons), [*before, *range(axis_after + 1, taken.ndim)])
@@ -391,6 +421,6 @@ def _overwrite(
     weights: tuple[WeightFormat, ...],
     old: list[dict[str, nnx.Param]],
 ) -> list[dict[str, nnx.Param]]:
-    """`_gathered` into the memory of `old`."""
+    """`_gathered`, with the result written into the memory of `old`."""
     del old
     return _gathered(rows, outputs, experts, refit, config, weights)

@@ -160,27 +160,34 @@ def dotted(path: tuple[object, ...]) -> str:
 
 def parts_of(path: str, config: ModelConfig) -> list[str]:
     """The paths that a module's parameter has in a checkpoint: mostly only its own."""
-    layer, _, name = path.rpartition(".")
-    suffix = next((suffix for suffix in ("_bias", "_scale") if name.endswith(suffix)), "")
-    if name.removesuffix(suffix) == "qkv":
+    layer, matrix, suffix = _named(path)
+    if matrix == "qkv":
         return [f"{layer}.{part}{suffix}" for part in ("query", "key", "value")]
-    if name.removesuffix(suffix) == "gate_up":
+    if matrix == "gate_up":
         return [f"{layer}.{part}{suffix}" for part in (("gate", "up") if config.gated else ("up",))]
     return [path]
+
+
+def _named(path: str) -> tuple[str, str, str]:
+    """The path of a parameter in parts: its module, its matrix, and `_bias` or `_scale` if it belongs to the matrix."""
+    module, _, name = path.rpartition(".")
+    suffix = next((suffix for suffix in ("_bias", "_scale") if name.endswith(suffix)), "")
+    return module, name.removesuffix(suffix), suffix
 
 
 def join(path: str, parts: list[Any], kv_copies: int = 1) -> Any:
     """A module's parameter from its parts, in the order of `parts_of`; NumPy arrays stay NumPy arrays."""
     np_or_jnp: ModuleType = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+    _, matrix, _ = _named(path)
     if kv_copies > 1:
-        held = parts if _of_each_kv_head(path, parts[0].ndim) else parts[1:] if ".qkv" in path else []
+        held = parts if _of_each_kv_head(path, parts[0].ndim) else parts[1:] if matrix == "qkv" else []
         parts = [*parts[: len(parts) - len(held)], *(np_or_jnp.repeat(part, kv_copies, axis=0) for part in held)]
-    if ".qkv" in path:
+    if matrix == "qkv":
         query, key, value = parts
         groups = key.shape[0]
         query = query.reshape(groups, query.shape[0] // groups, *query.shape[1:])
         return np_or_jnp.concatenate([query, key[:, None], value[:, None]], axis=1)
-    return np_or_jnp.stack(parts, _axis_of_parts(path)) if ".gate_up" in path else parts[0]
+    return np_or_jnp.stack(parts, _axis_of_parts(path)) if matrix == "gate_up" else parts[0]
 
 
 def _axis_of_parts(path: str) -> int:
@@ -195,24 +202,24 @@ def _of_each_kv_head(path: str, axes: int) -> bool:
 
 def _placed(path: str, whole: Any, part: Any) -> Any:
     """A joined parameter on the devices of its parts, divided as `part` is."""
-    sharding = getattr(part, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or (".qkv" not in path and ".gate_up" not in path):
+    sharding, (_, matrix, _) = getattr(part, "sharding", None), _named(path)
+    if not isinstance(sharding, NamedSharding) or matrix not in ("qkv", "gate_up"):
         return whole
     axes = [*sharding.spec, *[None] * (part.ndim - len(sharding.spec))]
     # (G, R + 2, H, D) from (G, H, D) or (N, H, D), (2, F, D) from (F, D), and (E, 2, F, D) from (E, F, D).
-    axes.insert(1 if ".qkv" in path else _axis_of_parts(path), None)
+    axes.insert(1 if matrix == "qkv" else _axis_of_parts(path), None)
     return jax.device_put(whole, NamedSharding(sharding.mesh, PartitionSpec(*axes)))
 
 
 def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
     """The parts of a module's parameter by their paths: the inverse of `join`."""
-    parts, copies = parts_of(path, config), config.kv_copies
+    parts, copies, (_, matrix, _) = parts_of(path, config), config.kv_copies, _named(path)
     if _of_each_kv_head(path, array.ndim):
         return {path: array[::copies]}
-    if ".qkv" in path:
+    if matrix == "qkv":
         query = array[:, :-2].reshape(-1, *array.shape[2:])
         return dict(zip(parts, (query, array[::copies, -2], array[::copies, -1]), strict=True))
-    if ".gate_up" in path:
+    if matrix == "gate_up":
         axis = _axis_of_parts(path)
         return {name: array[(slice(None),) * axis + (number,)] for number, name in enumerate(parts)}
     return {path: array}
@@ -220,7 +227,11 @@ def split(path: str, array: Any, config: ModelConfig) -> dict[str, Any]:
 
 def without_copies(path: str, array: Any, config: ModelConfig) -> Any:
     """A module's parameter as in a model that holds each key/value head once."""
-    return array if config.kv_copies == 1 else join(path, list(split(path, array, config).values()))
+    if config.kv_copies == 1:
+        return array
+    # The rows of an addition of low rank lie as those of its matrix.
+    path = path.removesuffix("_left") if path.endswith(".qkv_left") else path
+    return join(path, list(split(path, array, config).values()))
 
 
 def disassemble(model: Transformer) -> Iterator[tuple[str, jax.Array]]:

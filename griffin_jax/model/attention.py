@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.kernels import triton_compiles
 from griffin_jax.model.low_rank import plus_linear, plus_matmul
 from griffin_jax.model.norm import head_norm, softcap
 from griffin_jax.model.ops import ordered_after, with_gradients_of
@@ -91,13 +93,20 @@ class Attention(nnx.Module):
             query = query * at.growth.astype(query.dtype)
 
         operands = query, key, value, cached_keys, cached_values, cursor
-        in_blocks = functools.partial(self._in_blocks, at)
         kernel = self._kernel(at, query, key)
         if kernel is None:
-            mixed, cached_keys, cached_values = in_blocks(*operands)
+            mixed, cached_keys, cached_values = self._in_blocks(at, *operands)
         else:
+
+            def in_blocks(*given: Any) -> _Attended:
+                *own, queries, slots, masks = given
+                return self._in_blocks(dataclasses.replace(at, queries=queries, slots=slots, masks=masks), *own)
+
+            # Positions and masks are operands, too: functions with gradients of their own cannot close over arrays.
             mixed, cached_keys, cached_values = jax.lax.platform_dependent(
-                *operands, cuda=with_gradients_of(in_blocks, kernel), default=in_blocks
+                *(*operands, at.queries, at.slots, at.masks),
+                cuda=with_gradients_of(in_blocks, lambda *given: kernel(*given[:-1])),
+                default=in_blocks,
             )
 
         b, n, t, h = query.shape
@@ -112,13 +121,15 @@ class Attention(nnx.Module):
     def _kernel(
         self, at: Positions, query: Float[Array, "b n t h"], key: Float[Array, "b g t h"]
     ) -> Callable[..., _Attended] | None:
-        """Attention as one kernel of a GPU, where there is one for these operands; otherwise None.
+        """Attention as one kernel of a GPU, where there is one for these operands and this GPU; otherwise None.
 
-        The kernels take nothing that is added to scores, and no sinks. On a mesh each device attends with the heads
-        that it has.
+        After the operands it takes the positions of the tokens and of the slots. There is none with something that is
+        added to scores, or with sinks. On a mesh each device attends with the heads that it has.
         """
         tokens = query.shape[2]
         if query.dtype.itemsize > KERNEL_ITEMSIZE or at.biases is not None or self.sinks is not None:
+            return None
+        if not triton_compiles():
             return None
         try:
             # Here, because JAX does not have Triton everywhere, and most requests on a CPU need none.
@@ -151,7 +162,7 @@ class Attention(nnx.Module):
                 out_specs=heads,
                 check_vma=False,
             )
-        return lambda *operands: kernel(*operands, at.queries, at.slots)
+        return kernel
 
     def _in_blocks(
         self,

@@ -12,28 +12,29 @@ from jaxtyping import Array, Float, Int
 from griffin_jax.model.config import ModelConfig
 
 EMPTY = -1
-"""The position of a slot or a token that holds nothing: it is padding, or not written yet."""
+"""The position of a slot or token that holds nothing: padding, or a slot that is not written yet."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of the tokens seen so far.
+    """Keys and values of the tokens read so far.
 
-    Tokens take slots in the order in which they are written, the same slot for every row of a batch; rows differ in the
-    *position* of each slot. A prompt shorter than its bucket leaves slots with position `EMPTY`, which no query ever
-    attends to, and the answer begins after the bucket in every row. So one scalar says where the next token goes.
+    Tokens fill the slots in the order in which they are written, and take the same slot in every row of a batch; rows
+    differ in the *position* of the token in each slot. A prompt shorter than its bucket leaves slots with the position
+    `EMPTY`, which no query attends to, and in every row the answer begins after the bucket. One scalar is therefore
+    enough to say where the next token goes.
 
-    Keys are stored with their tokens last and values with their tokens second to last: so both are right-hand sides of
+    Keys have their tokens on the last axis, values on the second to last. In this layout, both are right-hand sides of
     attention's products as they are stored, and XLA transposes nothing.
 
     Attributes:
-        keys: keys of each layer, after rotary embedding.
-        values: values of each layer.
-        positions: position of the token in each slot, `EMPTY` where there is none.
-        cursor: number of the next free slot.
-        context: the most tokens that each row may come to hold, by which some rotary embeddings choose their
-            wavelengths.
+        keys: keys of each layer after rotary embedding, (B, G, H, S).
+        values: values of each layer, (B, G, S, H).
+        positions: position of the token in each slot, (B, S); `EMPTY` for slots without a token.
+        cursor: number of the next free slot, a scalar.
+        context: how many tokens each row may come to hold at most, (B,). Some rotary embeddings choose their
+            wavelengths by it.
     """
 
     keys: tuple[Float[Array, "b g h s"], ...]
@@ -66,10 +67,10 @@ def empty_cache(
 
     Args:
         config: the architecture of the model.
-        batch: number of rows.
-        slots: tokens of each row, padding included.
+        batch: B, the number of rows.
+        slots: S, the number of tokens that each row has room for, padding included.
         dtype: dtype of keys and values.
-        context: tokens that each row may come to hold, without padding; all slots if None.
+        context: how many tokens each row may come to hold at most, without padding; all slots if None.
     """
     layers, b, g, h = range(config.num_layers), batch, config.kv_heads, config.head_dim
     return KVCache(

@@ -1,4 +1,4 @@
-"""What a model is: `ModelConfig`, `Rotary`, `Alibi`, `Routing`.
+"""The architecture of a model as plain data: `ModelConfig` and its parts `Rotary`, `Alibi` and `Routing`.
 
 All are frozen and hashable, so that they can be static arguments of `jax.jit`.
 """
@@ -24,16 +24,16 @@ RouterScores = Literal["softmax", "sigmoid", "sparsemixer", "equal"]
 
 
 LARGEST_SIZE = 2**31 - 1
-"""Of anything that is counted: positions and indices are int32."""
+"""The largest value of anything that is counted, since positions and indices are int32."""
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 MOST_LAYERS = 1 << 16
-"""That a model may have; far more than any has."""
+"""The largest number of layers that a model may have; far more than any has."""
 
 
 def check_types(instance: Any) -> None:
-    """Raise `ValueError` unless every field of a dataclass holds what its annotation says, and numbers are finite.
+    """Raise `ValueError` unless every field of a dataclass has the type of its annotation, and all numbers are finite.
 
-    Numbers must also be those of float32 or int32, in which they are used.
+    Numbers must also fit into float32 or int32, in which they are used.
     """
     for name, kind in _kinds(type(instance)).items():
         value = getattr(instance, name)
@@ -55,7 +55,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return False
     if kind is int:
         return -LARGEST_SIZE <= value <= LARGEST_SIZE
-    # Not so of NaN.
+    # The comparison is false for NaN.
     return -LARGEST_FLOAT <= value <= LARGEST_FLOAT if kind is float else isinstance(value, kind)
 
 
@@ -77,25 +77,25 @@ class Rotary:
     """Rotary position embedding (RoFormer, arXiv 2104.09864) and its context extensions.
 
     Attributes:
-        theta: base of the wavelengths, which are a geometric series.
-        kind: `default`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: long
-            wavelengths divided by `factor`, a smooth blend between); `yarn` (arXiv 2309.00071);
-            `longrope` (arXiv 2402.13753: a factor for every wavelength).
-        dims: number of leading dimensions of a head that turn, the others stay as they are; None for all.
+        theta: base of the wavelengths, which form a geometric series.
+        kind: `default`; `linear` (positions divided by `factor`); `llama3` (Llama 3.1: the frequencies of long
+            wavelengths divided by `factor`, with a smooth blend between); `yarn` (arXiv 2309.00071); `longrope`
+            (arXiv 2402.13753: a factor for every wavelength).
+        dims: number of leading dimensions of a head that turn, while the others are left alone; None for all.
         interleaved: whether dimension 2i turns with 2i + 1 (GPT-J) instead of i with i + dims/2.
         factor: how many times the context grows.
         original_positions: context of the unscaled model, in tokens (`llama3`, `yarn`, `longrope`).
-        low_freq_factor: wavelengths above `original_positions / low_freq_factor` are scaled by all of `factor`.
-        high_freq_factor: wavelengths below `original_positions / high_freq_factor` stay as they are.
-        beta_fast: rotations within the original context above which `yarn` leaves a wavelength alone.
-        beta_slow: rotations below which `yarn` divides it by `factor`.
+        low_freq_factor: wavelengths above `original_positions / low_freq_factor` are scaled by the whole `factor`.
+        high_freq_factor: wavelengths below `original_positions / high_freq_factor` are left alone.
+        beta_fast: `yarn` leaves wavelengths alone that make more than this many rotations within the original context.
+        beta_slow: `yarn` divides the frequencies that make fewer than this many rotations by `factor`.
         truncate: whether `yarn` rounds the two limits of its blend to whole dimensions.
-        attention_factor: factor of the cosines and sines (`yarn`, `longrope`; elsewhere 1).
-        short_factors: `longrope`'s divisors of the frequencies, one for each pair of dimensions, for
+        attention_factor: factor of the cosines and sines (`yarn`, `longrope`; 1 for the other kinds).
+        short_factors: the numbers by which `longrope` divides the frequencies, one for each pair of dimensions, in
             texts of at most `original_positions` tokens.
         long_factors: the same for longer texts.
         query_growth: queries at position p are multiplied by 1 + query_growth ln(1 + floor(p / original_positions))
-            after they turned (Llama 4, Ministral 3).
+            after rotary embedding (Llama 4, Ministral 3).
 
     Raises:
         ValueError: a value is outside its range, or does not belong to the kind.
@@ -155,9 +155,9 @@ class Alibi:
     """Attention with linear biases (arXiv 2108.12409): a score falls by slope x distance.
 
     Attributes:
-        max_bias: the slopes of N heads are 2^(-max_bias i / N), i = 1 ... N; where N is not a power of two, those of
-            the next smaller power and then every other one of the next larger.
-        scaled: whether the bias is multiplied by the attention's scale like the scores (Falcon).
+        max_bias: the slopes of N heads are 2^(-max_bias i / N), i = 1 ... N. If N is not a power of two, they are the
+            slopes for the next smaller power, followed by every other one of those for the next larger.
+        scaled: whether the bias is multiplied by the attention's scale, as the scores are (Falcon).
         rounded: whether slopes and biases are rounded to bfloat16, whatever the model's dtype (Falcon).
 
     Raises:
@@ -176,29 +176,34 @@ class Alibi:
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """Feed-forward layers of several experts, of which a router chooses some for each token (arXiv 1701.06538).
+    """Routed experts (a mixture of experts): feed-forward layers with several experts, from which a router chooses some
+    for each token (arXiv 1701.06538).
 
     Attributes:
         experts: E, the number of experts of a layer.
         active: number of experts that each token chooses.
         width: F_e, the number of neurons of each expert.
-        scores: what the router's logits become. `softmax` over all experts; `sigmoid` of each (DeepSeek V3);
-            `sparsemixer` (arXiv 2409.12136, Phi-3.5-MoE): each choice has its softmax over the logits that are near it;
-            `equal` (FactorLLM, arXiv 2408.11855): logits only choose, and all chosen experts have the weight 1.
+        scores: how the router's logits become scores. `softmax`: a softmax over all experts. `sigmoid`: the sigmoid of
+            each logit (DeepSeek V3). `sparsemixer` (arXiv 2409.12136, Phi-3.5-MoE): each choice has a separate softmax
+            over the logits that are near it. `equal` (FactorLLM, arXiv 2408.11855): the logits only choose, and every
+            chosen expert has the weight 1.
         normalised: whether the weights of the chosen experts are divided by their sum.
         scale: factor of the weights.
         router_bias: whether the router's logits have a bias (gpt-oss).
-        choice_bias: whether experts are chosen by their scores plus a number of their own, which is not in their
-            weights (DeepSeek V3).
-        groups: experts lie in so many equal groups, and a token chooses from `active_groups` of them (DeepSeek).
-        active_groups: number of groups that a token chooses from; those with the best score are taken.
-        group_best: number of best scores whose sum is a group's score.
-        tolerance: of `sparsemixer`: logits that differ from the best one by more than this part are left out.
-        shared_width: number of neurons that every token reads, too: those of the shared experts; 0 for none.
-        shared_gate: whether the shared experts' output is multiplied by a sigmoid of the input (Qwen2-MoE).
+        choice_bias: whether each expert has a number that is added to its score when experts are chosen, but not to its
+            weight (DeepSeek V3).
+        groups: number of equal groups that the experts lie in; a token chooses from `active_groups` of them (DeepSeek).
+        active_groups: number of groups that a token chooses from, which are those with the best scores.
+        group_best: a group's score is the sum of this many of its best experts' scores.
+        tolerance: for `sparsemixer`: logits that differ from the best one by more than this fraction are left out.
+        shared_width: number of neurons of the shared experts, which every token reads in addition to the experts that
+            it chooses; 0 if there are none.
+        shared_gate: whether the shared experts' output is multiplied by the sigmoid of a projection of the input
+            (Qwen2-MoE).
         dense_layers: numbers of the layers that have `ff_width` neurons and no router.
-        centred: whether the layer has a bias, which is added whichever experts a token chooses, next to those of the
-            experts' down projections: what experts give on average can be the layer's, and each of them what differs.
+        centred: whether the layer has a bias that is added whichever experts a token chooses, besides the biases of the
+            experts' down projections. The layer's bias can then hold what the experts give on average, and each
+            expert's bias how it differs from that.
 
     Raises:
         ValueError: a value is outside its range, or contradicts another.
@@ -256,46 +261,45 @@ class ModelConfig:
         family: name of the module in `griffin_jax.checkpoints.families` that read the weights.
         vocab_size: V, the number of rows of the embedding.
         width: D, the width of the residual stream.
-        ff_width: F, the number of neurons of each feed-forward layer before pruning; of layers with routed experts
+        ff_width: F, the number of neurons of each feed-forward layer before pruning; for layers with routed experts,
             `routing` says it.
         num_layers: number of transformer layers.
         num_heads: N, the number of query heads.
         num_kv_heads: G, the number of key/value heads; N is a multiple of G.
         head_dim: H, the size of a head.
         max_positions: the context, in tokens: prompt and answer together.
-        activation: the non-linearity of the feed-forward layer. `gelu` is exact, `gelu_tanh` its
-            tanh approximation, `gelu_quick` x * sigmoid(1.702 x) (gpt-oss); `relu_squared` is max(x, 0)^2 (Nemotron);
-            `xielu` (arXiv 2411.13010, Apertus) has two numbers of its own in each layer.
+        activation: the non-linearity act of the feed-forward layer. `gelu` is exact, `gelu_tanh` its tanh
+            approximation, `gelu_quick` x * sigmoid(1.702 x) (gpt-oss); `relu_squared` is max(x, 0)^2 (Nemotron);
+            `xielu` (arXiv 2411.13010, Apertus) has two parameters in each layer.
         gated: z = act(Wg x) * (Wu x) if true, z = act(Wu x + b) if not.
         norm: `rms` (RMSNorm) or `layer` (LayerNorm).
         norm_eps: what norms add to the mean square or the variance.
-        norm_scale: whether norms multiply by a scale; those of OLMo 1 do not.
+        norm_scale: whether norms multiply by a scale; the norms of OLMo 1 do not.
         norm_bias: whether norms have a bias (LayerNorm).
         norm_plus_one: whether norms multiply by 1 + scale instead of scale (Gemma, Nemotron).
         norm_placement: where a sublayer f, attention or feed-forward, has its norms. `pre`: x + f(norm(x)); `post`:
-            norm(x + f(x)) (OPT-350m); `output`: x + norm(f(x)) (OLMo 2); `sandwich`:
-            x + norm(f(norm(x))) (Gemma 2).
+            norm(x + f(x)) (OPT-350m); `output`: x + norm(f(x)) (OLMo 2); `sandwich`: x + norm(f(norm(x))) (Gemma 2).
         final_norm: whether there is a norm before the head.
-        head_norm: norm of queries and keys. `shared`: each head for itself, one
-            scale for all (Qwen3); `own`: each head for itself with a scale of its own (StableLM 2);
-            `joint`: over all heads together (OLMo 2).
-        head_norm_after_rotary: whether it comes after rotary embedding (HunYuan) instead of before.
+        head_norm: how queries and keys are normalised. `none`: not at all; `shared`: each head separately, with one
+            scale for all heads (Qwen3); `own`: each head separately, with a scale for each head (StableLM 2); `joint`:
+            over all heads together (OLMo 2).
+        head_norm_after_rotary: whether this norm comes after rotary embedding (HunYuan) instead of before.
         parallel: whether attention and feed-forward read the same x: x + attention(norm(x)) + ff(norm(x)).
         shared_norm: whether parallel layers also share one norm.
         rotary: rotary position embedding; None for none.
-        local_rotary: the rotary embedding of layers with a window, if it is another (Gemma 3).
+        local_rotary: the rotary embedding of layers with a window, if it differs from `rotary` (Gemma 3).
         unrotated_layers: numbers of the layers without rotary embedding (SmolLM3).
         alibi: linear attention biases; None for none.
         learned_positions: whether an embedding of the position is added to that of the token.
-        windows: number of tokens that a query of each layer reads back, itself included; 0 for all. Empty if
-            no layer has a window.
+        windows: for each layer, how many tokens back a query reads, itself included; 0 for all. Empty if no layer has a
+            window.
         attention_scale: factor of the scores; None for head_dim^-0.5.
         attention_softcap: scores s become cap * tanh(s / cap); None for no cap.
-        attention_sinks: whether each head has a score of its own that takes part in the softmax and has no value
+        attention_sinks: whether each head has an additional score that takes part in the softmax but has no value
             (gpt-oss).
         qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip]; None for no clip.
         embedding_width: E, the number of columns of the embedding and the head, if it is not D: two projections then
-            join them to the layers (OPT-350m). None for D.
+            connect them to the layers (OPT-350m). None for D.
         embedding_scale: factor of the embedding.
         embedding_norm: whether there is a norm after the embedding (BLOOM).
         residual_scale: factor of what a sublayer adds to the residual stream (Granite).
@@ -306,16 +310,18 @@ class ModelConfig:
         attention_bias: whether query, key and value have biases.
         attention_out_bias: whether the attention's output projection has a bias.
         ff_bias: whether the projections of the feed-forward layer have biases.
-        ff_clip: the gate is at most this, and Wu x lies in [-ff_clip, ff_clip] (gpt-oss); None for no limit.
+        ff_clip: Wg x is limited to at most ff_clip before the activation, and Wu x is clipped to [-ff_clip, ff_clip]
+            (gpt-oss); None for no limit.
         up_plus_one: whether z = act(Wg x) * (Wu x + 1) (gpt-oss).
-        routing: how layers with several experts are; None where no layer has any.
+        routing: the routed experts of the layers that have any; None if no layer has.
         bos_token_id: first token of a text, or None.
         eos_token_ids: tokens that end an answer.
-        kv_copies: how often the model holds each key/value head, every time with an equal share of its query heads.
-            Not a property of a checkpoint: more devices than heads are given copies, which change no result; see
-            `griffin_jax.model.sharding.with_kv_copies`.
-        expert_parallel: whether devices that share the model have whole experts each, instead of a part of the neurons
-            of every one. Not a property of a checkpoint, either; see `griffin_jax.model.sharding.with_whole_experts`.
+        kv_copies: how many copies of each key/value head the model holds, each with an equal share of its query heads.
+            This is not a property of a checkpoint: with more devices than heads, devices hold copies, which change no
+            result; see `griffin_jax.model.sharding.with_kv_copies`.
+        expert_parallel: whether each of the devices that share the model holds whole experts, instead of a part of the
+            neurons of every expert. This is not a property of a checkpoint, either; see
+            `griffin_jax.model.sharding.with_whole_experts`.
 
     Raises:
         ValueError: a value is outside its range, or contradicts another.
@@ -430,13 +436,14 @@ class ModelConfig:
             raise ValueError(f"unrotated_layers must lie in [0, {self.num_layers - 1}], got {self.unrotated_layers}")
 
     def routed(self, layer: int) -> bool:
-        """Whether a layer has several experts and a router."""
+        """Whether a layer has routed experts."""
         return self.routing is not None and layer not in self.routing.dense_layers
 
     @property
     def neuron_ranges(self) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the ranges that the neurons of each layer lie in, one after the other: all of them, or those of
-        each expert, and at last those of the shared experts."""
+        """The sizes of the ranges that the neurons of each layer lie in, one after the other: a single range of all
+        neurons or, with routed experts, one range for each expert and a last one for the shared experts, if there are
+        any."""
         return tuple(self._ranges(layer) for layer in range(self.num_layers))
 
     def _ranges(self, layer: int) -> tuple[int, ...]:
@@ -447,36 +454,36 @@ class ModelConfig:
 
     @property
     def neurons(self) -> tuple[int, ...]:
-        """Number of feed-forward neurons of each layer before pruning, those of all experts together."""
+        """Number of feed-forward neurons of each layer before pruning, counting those of all experts."""
         return tuple(map(sum, self.neuron_ranges))
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads that the model holds, copies included."""
+        """Number of key/value heads that the model holds, copies included."""
         return self.num_kv_heads * self.kv_copies
 
     @property
     def score_scale(self) -> float:
-        """The factor of attention's scores."""
+        """The factor of attention scores."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def window(self, layer: int) -> int:
-        """Number of tokens that a query of this layer reads back, itself included; 0 for all."""
+        """How many tokens back a query of this layer reads, itself included; 0 for all."""
         return self.windows[layer] if self.windows else 0
 
     def layer_rotary(self, layer: int) -> Rotary | None:
-        """The rotary embedding of this layer, if it has one."""
+        """The rotary embedding of this layer; None if it has none."""
         if layer in self.unrotated_layers:
             return None
         return self.local_rotary if self.local_rotary is not None and self.window(layer) else self.rotary
 
     def to_json(self) -> dict[str, Any]:
-        """A plain dictionary that `from_json` turns back into an equal config."""
+        """A plain dictionary from which `from_json` makes an equal config."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> ModelConfig:
-        """The config of a dictionary from `to_json`.
+        """The config from a dictionary that `to_json` made.
 
         Raises:
             ValueError: a field is unknown, missing or outside its range.

@@ -159,9 +159,14 @@ class NeuronModule(nnx.Module):
         return {name: parameter for name, parameter in named.items() if parameter is not None}
 
     def _curved(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The activation of y, in its dtype: computed in float32 at least and rounded once, as PyTorch does."""
+        wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
         if self.positive_curve is None or self.negative_curve is None:
-            return ACTIVATIONS[self.activation](y)
-        return xielu(y, self.positive_curve[...], self.negative_curve[...])
+            z = ACTIVATIONS[self.activation](wide)
+        else:
+            curves = self.positive_curve[...], self.negative_curve[...]
+            z = xielu(wide, *(curve.astype(wide.dtype) for curve in curves))
+        return z.astype(y.dtype)
 
 
 class FeedForward(NeuronModule):

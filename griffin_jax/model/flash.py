@@ -31,8 +31,12 @@ from griffin_jax.model.cache import EMPTY
 from griffin_jax.model.norm import softcap
 from griffin_jax.model.positions import attention_mask
 
-BLOCK_SLOTS = 64
-"""Slots of the cache that a program reads at a time."""
+BLOCK_SLOTS, FEWEST_SLOTS = 64, 16
+"""Slots of the cache that a program reads at a time, at most and at least; tensor cores take no fewer."""
+
+SHARED_MEMORY = 101_376
+"""Bytes of shared memory that a program can have on every GPU that Triton compiles for. Compute capabilities 8.6,
+8.9 and 12.0 have no more; A100 and H100 do."""
 
 DECODE_PROGRAMS = 264
 """Programs that `decode_step` is divided into, if there are not more heads: two for each processor of an H100."""
@@ -42,6 +46,11 @@ PROMPT_QUERIES = 128
 
 DOT_ROWS = 16
 """Rows that a product on tensor cores has at least."""
+
+FEW_ROWS, FEW_NUMBERS = 128, 128 * 128
+"""The most rows that a program of `read_few` has, and the most numbers in all of them: the sums of more do not fit into
+the registers of its threads. Seen in machine code for H100 and RTX 4090 (jax 0.10.2): with twice as many numbers, a
+kilobyte and more of each thread is in memory."""
 
 VECTOR = 8
 """Numbers of 16 bits that a thread loads together."""
@@ -105,6 +114,19 @@ def _below(first: Array, count: int, stop: int | Array, there: int) -> Array:
     return numbers < (stop + each - 1) // each
 
 
+def _block_slots(rows: int, dims: int) -> int:
+    """Slots that a program with this many queries (rows) of this many dimensions reads at a time.
+
+    Triton (jax 0.10.2) holds the queries, the keys and values of the slots and the weights in shared memory, in 16 bits
+    each, and the positions in 32. Seen in programs compiled for RTX 4090: 106,752 bytes with 64 queries, 64 slots and
+    256 dimensions, which is more than there is. For H100 it holds keys and values twice, and there is room for that.
+    """
+    slots = BLOCK_SLOTS
+    while slots > FEWEST_SLOTS and 2 * (rows * (dims + slots) + 2 * slots * dims) + 4 * slots > SHARED_MEMORY:
+        slots //= 2
+    return slots
+
+
 def _over_slots(
     q: Array, at: Array, keys: Any, values: Any, positions: Any, start: int | Array, count: Array, stop: Array,
     state: _Softmax, *, size: int, scale: float, cap: float | None, window: int,
@@ -126,17 +148,18 @@ def _over_slots(
         cap: likewise.
         window: likewise.
     """
-    dims = q.shape[1]
+    rows, dims = q.shape
+    slots = _block_slots(rows, dims)
     at_dims, is_dim = pl.ds(0, dims), _below(jnp.int32(0), dims, size, size)
 
     def block(number: Array, state: _Softmax) -> _Softmax:
-        first = start + number * BLOCK_SLOTS
-        at_slots = pl.ds(first, BLOCK_SLOTS)
-        inside = first + jnp.arange(BLOCK_SLOTS, dtype=jnp.int32) < stop
+        first = start + number * slots
+        at_slots = pl.ds(first, slots)
+        inside = first + jnp.arange(slots, dtype=jnp.int32) < stop
         places = triton.load(positions.at[at_slots], mask=inside, other=EMPTY)
         readable = _readable(places[None], at, window)
         # Keys of slots that hold nothing do no harm: their scores are masked.
-        loaded = _below(first, BLOCK_SLOTS, stop, keys.shape[1])
+        loaded = _below(first, slots, stop, keys.shape[1])
 
         def read(state: _Softmax) -> _Softmax:
             k = triton.load(keys.at[at_dims, at_slots], mask=is_dim[:, None] & loaded[None], other=0)
@@ -149,7 +172,7 @@ def _over_slots(
         # Windows leave out whole blocks, which are not read.
         return jax.lax.cond(jnp.sum(readable.astype(jnp.int32)) > 0, read, lambda state: state, state)
 
-    return jax.lax.fori_loop(0, pl.cdiv(count, BLOCK_SLOTS), block, state)
+    return jax.lax.fori_loop(0, pl.cdiv(count, slots), block, state)
 
 
 def _decode_kernel(
@@ -258,14 +281,15 @@ def decode_step(
     return _joined(mixed, largest, total, query, interpret), keys, values
 
 
-def _of_head(*shape: int) -> pl.BlockSpec:
-    """What a program reads of an array (B, G, ...): all that belongs to its sequence and key/value head."""
-    return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j, *[0] * len(shape)))
+def _of_head(*shape: int, blocks: int = 1) -> pl.BlockSpec:
+    """What a program reads of an array (B, G, ...): all that belongs to its sequence and key/value head. Each head has
+    as many programs as there are blocks of its rows."""
+    return pl.BlockSpec((None, None, *shape), lambda i, j, p: (i, j // blocks, *[0] * len(shape)))
 
 
-def _of_range(*shape: int) -> pl.BlockSpec:
+def _of_range(*shape: int, blocks: int = 1) -> pl.BlockSpec:
     """What a program writes of an array (B, G, ranges, ...): all that belongs to its range of slots, too."""
-    return pl.BlockSpec((None, None, None, *shape), lambda i, j, p: (i, j, p, *[0] * len(shape)))
+    return pl.BlockSpec((None, None, None, *shape), lambda i, j, p: (i, j // blocks, p, *[0] * len(shape)))
 
 
 def _of_ranges(b: int, g: int, parts: int, r: int, h: int) -> list[jax.ShapeDtypeStruct]:
@@ -320,19 +344,23 @@ def _join_kernel(mixed: Any, largest: Any, total: Any, joined: Any, *, parts: in
 
 def _few_kernel(
     query: Any, keys: Any, values: Any, queries: Any, positions: Any, cursor: Any, mixed: Any, largest: Any, total: Any,
-    *, rows_there: int, tokens: int, size: int, scale: float, cap: float | None, window: int, share: int,
+    *, block: int, tokens: int, size: int, scale: float, cap: float | None, window: int, share: int,
 ) -> None:  # fmt: skip
-    """One program: all tokens of the query heads of a key/value head, and a range of `share` slots."""
+    """One program: a block of the rows of a key/value head, and a range of `share` slots.
+
+    The rows are all tokens of all query heads of the key/value head; `size` as in `_decode_kernel`.
+    """
     start = pl.program_id(2) * share
     rows, dims = mixed.shape
-    at_rows, at_dims = pl.ds(0, rows), pl.ds(0, dims)
-    is_row, is_dim = jnp.arange(rows, dtype=jnp.int32) < rows_there, jnp.arange(dims, dtype=jnp.int32) < size
+    first = jax.lax.rem(pl.program_id(1), np.int32(pl.cdiv(rows, block))) * block
+    at_rows, at_dims = pl.ds(first, block), pl.ds(0, dims)
+    is_row, is_dim = first + jnp.arange(block, dtype=jnp.int32) < rows, jnp.arange(dims, dtype=jnp.int32) < size
     q = triton.load(query.at[at_rows, at_dims], mask=is_row[:, None] & is_dim[None], other=0)
     at = triton.load(queries.at[at_rows], mask=is_row, other=EMPTY)
     stop = cursor[0] + tokens
 
     options = {"size": size, "scale": scale, "cap": cap, "window": window}
-    left, state = jnp.clip(stop - start, 0, share), _nothing_seen(rows, dims)
+    left, state = jnp.clip(stop - start, 0, share), _nothing_seen(block, dims)
     state = _over_slots(q, at[:, None], keys, values, positions, start, left, stop, state, **options)
     triton.store(mixed.at[at_rows, at_dims], state[2], mask=is_row[:, None] & is_dim[None])
     triton.store(largest.at[at_rows], state[0], mask=is_row)
@@ -353,27 +381,30 @@ def read_few(
     window: int = 0,
     interpret: bool = False,
 ) -> Float[Array, "b n t h"]:
-    """`read_prompt` where there are few tokens: those of all query heads of a key/value head are read at once.
+    """`read_prompt` for few tokens: a program reads those of all query heads of a key/value head, or a block of these
+    rows where they are many.
 
     It has no gradients.
     """
     b, n, t, h = query.shape
     g, slots = keys.shape[1], keys.shape[3]
-    r = n // g * t
-    parts, share = _ranges(slots, b * g)
-    rows, dims = max(DOT_ROWS, pl.next_power_of_2(r)), pl.next_power_of_2(h)
+    r, dims = n // g * t, pl.next_power_of_2(h)
+    block = min(max(DOT_ROWS, pl.next_power_of_2(r)), FEW_ROWS, FEW_NUMBERS // dims)
+    blocks = pl.cdiv(r, block)
+    parts, share = _ranges(slots, b * g * blocks)
     grouped = query.reshape(b, g, r, h)
 
+    of_head, of_range = functools.partial(_of_head, blocks=blocks), functools.partial(_of_range, blocks=blocks)
     row = functools.partial(pl.BlockSpec, index_map=lambda i, j, p: (i, 0))
-    options = {"rows_there": r, "tokens": t, "size": h, "scale": scale, "cap": cap, "window": window, "share": share}
+    options = {"block": block, "tokens": t, "size": h, "scale": scale, "cap": cap, "window": window, "share": share}
     mixed, largest, total = pl.pallas_call(
         functools.partial(_few_kernel, **options),
-        grid=(b, g, parts),
+        grid=(b, g * blocks, parts),
         in_specs=[
-            _of_head(rows, dims), _of_head(dims, slots), _of_head(slots, dims), row((None, rows)), row((None, slots)),
+            of_head(r, dims), of_head(dims, slots), of_head(slots, dims), row((None, r)), row((None, slots)),
             pl.BlockSpec((1,), lambda i, j, p: (0,)),
         ],
-        out_specs=[_of_range(rows, dims), _of_range(rows), _of_range(rows)],
+        out_specs=[of_range(r, dims), of_range(r), of_range(r)],
         out_shape=_of_ranges(b, g, parts, r, h),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,

@@ -3,16 +3,21 @@
     linear_of_experts(x, experts, w)    each token times the rows of its experts' matrices
     matmul_of_experts(z, experts, w)    each choice's z @ its expert's matrix, summed over the choices of a token
 
-A *pair* is a token and one of its choices. Few pairs go through their matrices one after the other, which reads the
-matrices that were chosen and no others: that is decoding. Many pairs are sorted by their experts, and go through the
-matrix of each in blocks. No expert has a capacity, and no token is dropped.
+Letters in shapes, besides those of `griffin_jax.model`: e experts, k choices of a token, a matrices that multiply x
+(gate and up, or up alone), n groups of a row, m devices that hold whole experts, p pairs.
 
-`jax.lax.ragged_dot` is this product, too. XLA for CPUs and GPUs (jax 0.10.2) makes of it a product of every token with
-every expert: 76 s instead of 1.4 for 1,024 tokens with 4 of 64 experts (768 x 2,048, 2 cores), and for 1,024 tokens
-with 8 of 128 experts temporaries of 4.7 GB in a program compiled for an H100. On TPUs it is a kernel, and used here.
+A *pair* is a token and one of its choices. Few pairs go through their matrices one after the other, so that only the
+chosen matrices are read; this is the case in decoding. Many pairs are sorted by their experts, and go through the
+matrix of each expert in blocks. No expert has a capacity, and no token is dropped.
 
-Both products have derivatives with respect to everything but the choices and integers. They are products of the same
-kind, and one more, a matrix for each expert that is a sum over its pairs; nothing but the operands is kept for them.
+`jax.lax.ragged_dot` computes this product, too. XLA for CPUs and GPUs (jax 0.10.2) turns it into a product of every
+token with every expert: 76 s instead of 1.4 for 1,024 tokens with 4 of 64 experts (768 x 2,048, 2 cores), and
+temporaries of 4.7 GB for 1,024 tokens with 8 of 128 experts in a program compiled for an H100. On TPUs it is a kernel,
+and is used here.
+
+Both products have derivatives with respect to all operands except the choices and integers. The derivatives are
+products of the same kind, and a matrix for each expert that is a sum over its pairs. Nothing but the operands is kept
+for them.
 """
 
 from __future__ import annotations
@@ -46,12 +51,12 @@ from griffin_jax.model.weights import dequantise, floating_rows, grouped
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, local_sequences, mesh_of
 
 BLOCK_TOKENS = 32
-"""Tokens of an expert that go through its matrix together. Fewer read the matrix more often, more compute more for
-places that no token is in."""
+"""Tokens of an expert that go through its matrix together. With fewer, the matrix is read more often; with more, there
+is more computation for places that hold no token."""
 
 CPU_BLOCKS = (8, 16, 32, 48, 64, 80, 96, 128)
-"""The same on CPUs, where a block has the least of these sizes that its tokens fit into. Seen in timings with 64 tokens
-an expert (768 x 2,048, 128 experts): blocks of 32 take a third longer."""
+"""The same on CPUs, where a block has the smallest of these sizes that its tokens fit into. Seen in timings with 64
+tokens per expert (768 x 2,048, 128 experts): blocks of 32 take a third longer."""
 
 
 def linear_of_experts(
@@ -67,12 +72,12 @@ def linear_of_experts(
 
     Args:
         x: the tokens.
-        experts: the experts that each of them chose.
+        experts: numbers of the experts that each token chose.
         weight: the matrices of all experts.
-        scale: of integers: one for each row (n = 1), or for each of n groups of a row.
-        bias: is added to each row's product.
-        by_expert: whether devices that share the model have whole experts each, instead of rows of all of them. The
-            result then has an axis m for these devices, and is zero but for the one that has the expert.
+        scale: for integers, the scales of each row: one (n = 1), or one for each of n groups.
+        bias: added to the product with each row.
+        by_expert: whether each of the devices that share the model holds whole experts, instead of rows of all experts.
+            The result then has an axis m for these devices, and is zero except for the device that has the expert.
     """
     mesh = mesh_of(weight)
     by_expert = by_expert and axis_size(mesh, MODEL_AXIS) > 1
@@ -106,12 +111,12 @@ def matmul_of_experts(
     """Each choice's z @ the matrix of its expert, summed over the choices of a token; float32.
 
     Args:
-        z: what each token and choice has for the neurons of its expert; with an axis for devices if these have whole
-            experts each, see `linear_of_experts`.
-        experts: the experts that each token chose.
+        z: for each token and choice, the values of the expert's neurons; with an axis m for devices if these hold whole
+            experts, see `linear_of_experts`.
+        experts: numbers of the experts that each token chose.
         weight: the matrices of all experts.
-        scale: of integers, for each output of an expert.
-        row_scale: of integers, for each of n groups of a row, instead.
+        scale: for integers, one scale for each output of an expert.
+        row_scale: for integers in groups, instead of `scale`, one scale for each of n groups of a row.
     """
     mesh, by_expert = mesh_of(weight), z.ndim == 5
     form = _form(experts, weight, mesh, by_expert)
@@ -140,8 +145,8 @@ class _Form:
 
     Attributes:
         few: whether pairs go through their matrices one after the other.
-        partial: whether some choices are none, since another device has their experts. They have the number after the
-            last expert, read nothing on CPUs, and give zeros.
+        partial: whether some choices are missing, because another device has their experts. A missing choice has the
+            number after the last expert, reads nothing on CPUs, and gives zeros.
     """
 
     few: bool
@@ -149,25 +154,30 @@ class _Form:
 
 
 def _form(experts: Array, weight: Array, mesh: Mesh | AbstractMesh | None, by_expert: bool) -> _Form:
-    """Pairs are few if they read no more matrices than there are on a device."""
+    """The form of a product. Pairs are few if a device has no more pairs than matrices."""
     pairs = local_sequences(mesh, experts.shape[0]) * math.prod(experts.shape[1:])
     matrices = weight.shape[0] // (axis_size(mesh, MODEL_AXIS) if by_expert else 1)
     return _Form(pairs <= matrices, by_expert)
 
 
 def _divided(x: Array, neurons: int, mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, str | None]:
-    """How tokens and neurons are divided among devices, each of which sorts its own tokens."""
+    """How tokens and neurons are divided among devices, each of which sorts its own tokens.
+
+    Returns:
+        The spec of the tokens, and the mesh axis that divides the neurons, if any does.
+    """
     return PartitionSpec(dividing(mesh, DATA_AXIS, x.shape[0])), dividing(mesh, MODEL_AXIS, neurons)
 
 
 def _of_device(experts: Int[Array, "b t k"], count: int) -> Int[Array, "b t k"]:
-    """The choices as numbers of this device's own experts, of which it has so many, and none of the others."""
+    """The choices as numbers of this device's own `count` experts; the number `count` stands for the experts of other
+    devices."""
     own = experts - jax.lax.axis_index(MODEL_AXIS) * count
     return jnp.where((own >= 0) & (own < count), own, count)
 
 
 def _or_zero(form: _Form, y: Float[Array, "b t k *n"], experts: Int[Array, "b t k"], count: int) -> Array:
-    """What choices give; zeros for those that are none."""
+    """The result y of each choice, with zeros for missing choices."""
     if not form.partial:
         return y
     return jnp.where((experts < count).reshape(*experts.shape, *[1] * (y.ndim - 3)), y, 0)
@@ -218,7 +228,7 @@ def _matmul_forward(form: _Form, *operands: Any) -> tuple[Array, tuple]:
 def _matmul_backward(form: _Form, operands: tuple, change: Float[Array, "b t d"]) -> tuple:
     z, experts, weight, scale, row_scale = operands
     change = change[:, :, None]
-    # Where experts have scales of their own, each choice of a token is a token.
+    # If experts have scales, these differ between the choices of a token, and each choice is treated as a token.
     scaled = change if scale is None else change * _chosen(scale, experts)
     b, t, each, d = scaled.shape
     tokens, choices = scaled.reshape(b, t * each, d).astype(z.dtype), experts.reshape(b, t * each, -1)
@@ -238,12 +248,12 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 def _sums_of_experts(
     left: Float[Array, "b t k m"], right: Float[Array, "b t each n"], experts: Int[Array, "b t k"], count: int
 ) -> Float[Array, "e m n"]:
-    """For each expert the sum over its pairs of left^T right, float32.
+    """For each expert, the sum of left^T right over its pairs, float32.
 
     Args:
-        left: of each pair.
-        right: of each pair, or of each token (`each` is 1).
-        experts: the experts that each token chose.
+        left: a row for each pair.
+        right: a row for each pair, or for each token (`each` is 1).
+        experts: numbers of the experts that each token chose.
         count: number of experts.
     """
     k, m, each, n = left.shape[2], left.shape[3], right.shape[2], right.shape[3]
@@ -262,7 +272,7 @@ def _sums_of_experts(
 
         def block(number: Array, sums: Array) -> Array:
             start, owner = blocks.starts[number], blocks.owners[number]
-            # The places of the next expert are not in the sum, whatever they hold.
+            # Places that belong to the next expert do not count, whatever they hold.
             own = (jnp.arange(BLOCK_TOKENS) < blocks.counts[number])[:, None]
             mine, theirs = (
                 jnp.where(own, jax.lax.dynamic_slice_in_dim(array, start, BLOCK_TOKENS), 0) for array in padded
@@ -286,7 +296,7 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
         per_row = scale is not None and scale.shape[-1] == 1
 
         def product(number: Array) -> Array:
-            # As everywhere on CPUs: a matrix whose use could move would be converted, all of it, before the loop.
+            # As everywhere on CPUs: if its use could move, XLA would convert the whole matrix before the loop.
             token, matrices, scales = here(tokens[number // k], weight, scale)
             expert = chosen[number]
             own_scale = None if scales is None else scales[expert].reshape(a * f, -1)
@@ -297,8 +307,9 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
         return _filled(form, chosen, e, a * f, tokens, product).reshape(b, t, k, a, f)
 
     def at_once(x: Array, weight: Array, scale: Array | None) -> Array:
-        # One kernel on GPUs, which takes the look-up of the matrices and their conversion into the sum. Seen in
-        # programs compiled for H100 (jax 0.10.2); as products XLA writes the chosen matrices to memory, transposed.
+        # On GPUs XLA makes one kernel of this sum, with the look-up of the matrices and their conversion. Seen in
+        # programs compiled for H100 (jax 0.10.2). For products it would write the chosen matrices to memory,
+        # transposed.
         rows = _chosen(weight, experts)
         token = x.astype(jnp.float32)[:, :, None, None, None]
         if scale is None or scale.shape[-1] == 1:
@@ -308,8 +319,8 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
         return jnp.sum(matrix * token.reshape(*token.shape[:-1], *matrix.shape[-2:]), axis=(-2, -1))
 
     def in_turn(x: Array, weight: Array, scale: Array | None) -> Array:
-        # On TPUs XLA takes the look-up of one matrix into its product. Of a look-up of several it makes slices of the
-        # columns of all matrices, which it writes to memory. Seen in programs compiled for TPU v5e (jax 0.10.2).
+        # On TPUs XLA fuses the look-up of one matrix into its product. It turns the look-up of several into slices of
+        # the columns of all matrices, which it writes to memory. Seen in programs compiled for TPU v5e (jax 0.10.2).
         b, t, k = experts.shape
         e, a, f, d = weight.shape
         tokens, chosen = x.reshape(b * t, d), experts.reshape(-1)
@@ -331,7 +342,8 @@ def _linear_pairs(form: _Form, x: Array, experts: Array, weight: Array, scale: A
 def _one_expert(
     x: Float[Array, "d"], weight: Num[Array, "e r d"], expert: Int[Array, ""], scale: Array | None
 ) -> Float[Array, "r"]:
-    """One token times the rows of one expert, on CPUs; `scale` is that of groups."""
+    """One token times the rows of one expert, on CPUs; `scale` is None, or has the scales of groups of this expert's
+    rows."""
     parts = parts_of(x)
     if parts is not None and scale is None:
         if DOTS_FUSE and weight.dtype == jnp.bfloat16 and weight.shape[0] <= MOST_BRANCHES:
@@ -355,8 +367,8 @@ def _matmul_pairs(
             expert = chosen[number]
 
             def rows(start: int, size: int) -> tuple[Array, Array | None]:
-                # Rows of all experts: a part of one expert's matrix would be copied, after all of that. Seen in
-                # timings, 60 ms instead of 13 for four layers of eight experts in int8 (768 x 2,048).
+                # Rows of all experts: XLA would copy a part of one expert's matrix, after copying the whole matrix.
+                # Seen in timings: 60 ms instead of 13 for four layers of eight experts in int8 (768 x 2,048).
                 some = jax.lax.dynamic_slice_in_dim(matrices.reshape(e * f, d), expert * f + start, size)
                 if scales is None:
                     return some, None
@@ -407,7 +419,16 @@ def _filled(
     given: Array,
     product: Callable[[Array], Float[Array, "d"]],
 ) -> Float[Array, "p d"]:
-    """What `product` gives for each pair, one after the other; anything for choices that are none."""
+    """The results of `product` for all pairs, computed one after the other; missing choices get arbitrary values.
+
+    Args:
+        form: the form, which says whether choices are missing.
+        chosen: number of the expert of each pair.
+        count: number of experts.
+        width: length of each result.
+        given: the array that `product` reads; see `_empty`.
+        product: function of the number of a pair.
+    """
 
     def fill(pair: Array, y: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(y, product(pair)[None], pair, 0)
@@ -421,19 +442,20 @@ def _filled(
 
 
 def _empty(rows: int, width: int, given: Array) -> Float[Array, "p d"]:
-    """Anything, to be overwritten, that depends on what is given: zeros of all layers would be in memory at once."""
+    """An array of arbitrary values, to be overwritten. It depends on `given`, since zeros of all layers would be in
+    memory at once."""
     return jnp.broadcast_to(given[0, 0].astype(jnp.float32), (rows, width))
 
 
 def _over_choices(
     y: Float[Array, "b t k d"], experts: Int[Array, "b t k"], scale: Float[Array, "e d"] | None
 ) -> Float[Array, "b t d"]:
-    """The sum over the choices of each token, with the scales of their experts."""
+    """The sum over the choices of each token, each multiplied by the scales of its expert, if there are any."""
     return jnp.sum(y if scale is None else y * _chosen(scale, experts), axis=2)
 
 
 def _chosen(arrays: Array, experts: Int[Array, "b t k"]) -> Array:
-    """What belongs to the expert of each pair."""
+    """The entries of an array (E, ...) that belong to the expert of each pair."""
     return jnp.take(arrays, experts, axis=0, mode="clip")
 
 
@@ -446,8 +468,8 @@ class _Sorted:
     """Pairs in the order of their experts.
 
     Attributes:
-        order: the pair at each place.
-        counts: number of pairs of each expert; choices that are none come after all of them.
+        order: number of the pair at each place.
+        counts: number of pairs of each expert; pairs whose choice is missing come after all others.
     """
 
     order: Int[Array, "p"]
@@ -463,14 +485,14 @@ class _Sorted:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Blocks:
-    """Sorted pairs in blocks, of which each has pairs of one expert only.
+    """Sorted pairs in blocks, each of which has pairs of one expert only.
 
     Attributes:
         number: number of blocks.
-        starts: the place at which each begins. Where an expert has no more pairs, its last block reaches into the
-            places of the next one, whose own block is computed later.
-        owners: the expert of each.
-        counts: number of pairs of its own of each.
+        starts: the place at which each block begins. The last block of an expert may reach into the places of the next
+            expert, whose own block is computed later.
+        owners: number of the expert of each block.
+        counts: how many pairs of each block belong to its expert.
     """
 
     number: Int[Array, ""]
@@ -480,7 +502,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, at: _Sorted, size: int) -> _Blocks:
-        """Blocks of `size` pairs, but for the last one of each expert."""
+        """Blocks of `size` pairs; the last block of each expert may have fewer."""
         pairs, experts = at.order.shape[0], at.counts.shape[0]
         blocks = -(-at.counts // size)
         ends = jnp.cumsum(blocks)
@@ -492,21 +514,25 @@ class _Blocks:
 
 
 _Product = Callable[[Array, Array, Array], Array]
-"""A function of a block of pairs, the number of their expert, and the number of pairs in the block: the first rows."""
+"""A function of a block of pairs, the number of their expert, and the number of pairs in the block, which are its first
+rows."""
 
 
 def _through_blocks(
     given: Float[Array, "r n"], rows: Int[Array, "p"], at: _Sorted, product: _Product, width: int, size: int
 ) -> Float[Array, "q w"]:
-    """The product of each sorted pair with its expert's matrix, and as many more rows as a block has.
+    """Multiply each sorted pair by its expert's matrix, block by block.
 
     Args:
-        given: what is multiplied.
-        rows: the row of it that belongs to each pair, in the order of `at`.
+        given: the rows to multiply.
+        rows: for each pair in the order of `at`, the number of its row in `given`.
         at: the order of the pairs.
-        product: what a block is multiplied by.
+        product: multiplies a block by its expert's matrix.
         width: number of columns of the result.
-        size: number of pairs of a block, at most.
+        size: the largest number of pairs of a block.
+
+    Returns:
+        One row for each pair in the order of `at`, followed by as many more rows as a block has.
     """
     # The last block may reach beyond the last pair.
     padded, blocks = given[jnp.pad(rows, (0, size))], _Blocks.of(at, size)
@@ -521,9 +547,9 @@ def _through_blocks(
 
 
 def _of_first(count: Array, product: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
-    """`product` of the first `count` rows of a block, with anything for the others, on CPUs.
+    """`product` for the first `count` rows of a block, on CPUs; the other rows of the result are arbitrary.
 
-    Programs have fixed shapes, so there is one for each size of `CPU_BLOCKS`.
+    Programs have fixed shapes, so there is a branch for each size of `CPU_BLOCKS`.
     """
     size = jnp.searchsorted(jnp.asarray(CPU_BLOCKS), count)
 
@@ -600,7 +626,18 @@ def _by_platform(
     ragged: Callable[[Array], Array],
     width: int,
 ) -> Float[Array, "p w"]:
-    """The product of each pair's row of `given` with its expert's matrix, in the order that the pairs had before."""
+    """Multiply each pair's row of `given` by its expert's matrix, and return the results in the original order of the
+    pairs.
+
+    Args:
+        given: the rows to multiply.
+        rows: for each pair in the order of `at`, the number of its row in `given`.
+        at: the order of the pairs.
+        on_cpu: multiplies a block on CPUs.
+        as_it_is: multiplies a block on GPUs.
+        ragged: multiplies all sorted rows at once on TPUs.
+        width: number of columns of the result.
+    """
     inverse = jnp.argsort(at.order)
     return jax.lax.platform_dependent(
         given,

@@ -1,18 +1,19 @@
-"""Additions of low rank to matrices, which are not made: (W + left right) x is W x + left (right x).
+"""Additions of low rank to matrices, without forming the sum: (W + left right) x is W x + left (right x).
 
-Every matrix here has the width D as its last axis and a row for each head, neuron, ... before it. What is added to it
-has a row of `left` for each of its rows, and S rows of `right`, which have the width:
+Every matrix here has the width D as its last axis, and a row for each head, neuron, ... on the axes before it. An
+addition of rank S (in this module S is no number of slots) has a row of `left` for each row of the matrix, and S rows
+of `right`, each of the width D:
 
     W'[row] = W[row] + sum_s left[row, s] right[s]
 
-So whatever keeps, moves or divides the rows of W does the same with those of `left`, and `right` stays as it is. The
-additions may be for all sequences of a batch, or for each its own; then the sequences have an axis in `right` before S,
-and in `left` before the last axis of rows.
+Whatever keeps, moves or divides the rows of W therefore does the same with the rows of `left`, and `right` stays as it
+is. The sequences of a batch may share an addition, or each have their own. In the latter case `right` has an axis for
+the sequences before S, and `left` has one before its last axis of rows.
 
-For one token the products are those of XLA's CPU code (jax 0.10.2) with a vector, which are fast for matrices of two
-axes. Sums of products over the last axis, which it would join with what comes after, are not added up in vectors: they
-made decoding with an adapter of rank 8 a tenth slower. Sums over the first axis are, and are no slower than products.
-Seen in timings.
+For one token, the products are those of a vector with a matrix of two axes, which are fast in XLA's CPU code
+(jax 0.10.2). Sums of products over the last axis, which XLA would join with what comes after, are not vectorised: they
+made decoding with an adapter of rank 8 a tenth slower. Sums over the first axis are vectorised, and are no slower than
+products. Seen in timings.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
 def plus_linear(
     y: Float[Array, "b t *rows"], x: Float[Array, "b t d"], left: nnx.Param | None, right: nnx.Param | None
 ) -> Float[Array, "b t *rows"]:
-    """What `griffin_jax.model.products.linear` gives with the addition, from what it gives without.
+    """Add a matrix's addition to the result of `griffin_jax.model.products.linear`.
 
     Args:
-        y: the product of the matrix alone.
+        y: the product with the matrix alone.
         x: the activations.
-        left: (*rows, S), or for each sequence its own; None if nothing is added.
-        right: (S, D), or (B, S, D).
+        left: (*rows, S), with an axis B before the last axis of rows if each sequence has its own; None if nothing is
+            added.
+        right: (S, D), or (B, S, D) if each sequence has its own.
     """
     if left is None or right is None:
         return y
@@ -51,13 +53,14 @@ def plus_linear(
 def plus_matmul(
     y: Float[Array, "b t d"], x: Float[Array, "b t *rows"], left: nnx.Param | None, right: nnx.Param | None
 ) -> Float[Array, "b t d"]:
-    """What `griffin_jax.model.products.matmul` gives with the addition, from what it gives without.
+    """Add a matrix's addition to the result of `griffin_jax.model.products.matmul`.
 
     Args:
-        y: the product of the matrix alone.
+        y: the product with the matrix alone.
         x: the activations, with an axis for each axis of rows.
-        left: (*rows, S), or for each sequence its own; None if nothing is added.
-        right: (S, D), or (B, S, D).
+        left: (*rows, S), with an axis B before the last axis of rows if each sequence has its own; None if nothing is
+            added.
+        right: (S, D), or (B, S, D) if each sequence has its own.
     """
     if left is None or right is None:
         return y
@@ -75,10 +78,10 @@ def plus_matmul(
 def plus_matrix(
     matrix: Float[Array, "*rows d"], left: nnx.Param | None, right: nnx.Param | None
 ) -> Float[Array, "*rows d"]:
-    """The matrix with what is added to it.
+    """The matrix with its addition.
 
     Raises:
-        ValueError: each sequence of a batch has an addition of its own.
+        ValueError: each sequence of a batch has its own addition.
     """
     if left is None or right is None:
         return matrix

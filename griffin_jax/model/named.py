@@ -1,4 +1,4 @@
-"""The architectures of well-known models by name, for what needs no weights: compiling, sizes, speed limits."""
+"""The architectures of well-known models by name, for tasks that need no weights: compiling, sizes, speed limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from griffin_jax.model.config import ModelConfig, Rotary, Routing
 def _llama(
     vocab: int, width: int, ff: int, layers: int, heads: int, kv_heads: int, context: int, theta: float, **other: Any
 ) -> ModelConfig:
-    """RMSNorm before each sublayer, rotary embedding, gated SiLU: what most families are built on."""
+    """A config with RMSNorm before each sublayer, rotary embedding and gated SiLU, as in most families."""
     fields: dict[str, Any] = {"family": "llama", "head_dim": width // heads, "rotary": Rotary(theta)} | other
     return ModelConfig(
         vocab_size=vocab, width=width, ff_width=ff, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
@@ -81,10 +81,10 @@ NAMED: Mapping[str, ModelConfig] = MappingProxyType({
     "SmolLM2-360M": _llama(49152, 960, 2560, 32, 15, 5, 8192, 1e5, tied_head=True),
     "SmolLM2-1.7B": _llama(49152, 2048, 8192, 24, 32, 32, 8192, 130_000.0, tied_head=True),
 })  # fmt: skip
-"""Taken from the config.json that each model's authors published on the Hugging Face hub.
+"""The architectures, from the config.json that each model's authors published on the Hugging Face hub.
 
-Special tokens are left out: they change no size and belong to a tokenizer. The OPT models have two rows fewer in their
-tables of positions than their checkpoints, in which the first two are never used.
+Special tokens are left out: they change no size and belong to a tokenizer. The position tables of the OPT models have
+two rows fewer than in their checkpoints, in which the first two are never used.
 """
 
 
@@ -92,11 +92,11 @@ def named(name: str, layers: int | None = None) -> ModelConfig:
     """The architecture of a well-known model.
 
     Args:
-        name: one of `NAMED`, in any case.
-        layers: number of layers to keep, the first ones; all if None.
+        name: one of the names in `NAMED`, in upper or lower case.
+        layers: how many layers to keep, counted from the first; all if None.
 
     Raises:
-        ValueError: there is no model of that name, or it has fewer layers.
+        ValueError: no model has this name, or it has fewer layers.
     """
     for known, config in NAMED.items():
         if known.lower() == name.lower():

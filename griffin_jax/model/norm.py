@@ -17,6 +17,13 @@ class Norm(nnx.Module):
     """RMSNorm, x / sqrt(mean(x^2) + eps) * scale (arXiv 1910.07467), or LayerNorm (arXiv 1607.06450).
 
     Mean, variance and the division are computed in float32.
+
+    Args:
+        shape: shape of the scale and of the bias.
+        config: the architecture, which says what kind of norm it is.
+        dtype: dtype of the scale and of the bias.
+        bias: whether there is a bias.
+        joint: whether all heads of a (B, N, T, H) array are normalised together.
     """
 
     def __init__(
@@ -31,11 +38,14 @@ class Norm(nnx.Module):
         self.joint = joint
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x normalised over its last axis, or if `joint`, over all heads of a (B, N, T, H) array together."""
+        """Normalise x over its last axis or, if `joint`, over all heads of a (B, N, T, H) array together."""
         return self.of_stream(x)[1]
 
     def of_stream(self, x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """x and its norm, where x is used again."""
+        """Return x and its norm, for an x that is used again.
+
+        Callers must go on with the x that is returned; see `griffin_jax.model.ops.of_one_row`.
+        """
         return of_one_row(self._normed, x) if x.size == x.shape[-1] else (x, self._normed(x))
 
     def _normed(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -54,12 +64,12 @@ class Norm(nnx.Module):
 
 
 def apply_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-    """norm(x), or x where there is no norm."""
+    """norm(x), or x if there is no norm."""
     return x if norm is None else norm(x)
 
 
 def stream_and_norm(norm: Norm | None, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, "b t d"]]:
-    """x and norm(x), or x twice where there is no norm: for an x that goes on next to its norm."""
+    """x and norm(x), or x twice if there is no norm: for an x that is used again besides its norm."""
     return (x, x) if norm is None else norm.of_stream(x)
 
 
@@ -69,12 +79,18 @@ def scaled(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-    """cap * tanh(x / cap), or x where there is no cap."""
+    """cap * tanh(x / cap), or x if there is no cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def head_norm(heads: int, config: ModelConfig, dtype: DTypeLike) -> Norm | None:
-    """The norm of queries or keys that `ModelConfig.head_norm` asks for, if it does."""
+    """The norm of queries or keys that `ModelConfig.head_norm` asks for; None if it asks for none.
+
+    Args:
+        heads: number of heads: N for queries, G for keys.
+        config: the architecture.
+        dtype: dtype of the scale.
+    """
     if config.head_norm == "none":
         return None
     shape = (config.head_dim,) if config.head_norm == "shared" else (heads, 1, config.head_dim)

@@ -1,4 +1,4 @@
-"""Initial values of the parameters of a module."""
+"""The parameters that make up a matrix, and initial values of parameters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from griffin_jax.model.weights import FLOATING, GROUP_SCALE, Outputs, WeightForm
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """The parameters that are one matrix.
+    """The parameters that make up one matrix.
 
     Attributes:
-        values: its numbers, floating or integers.
-        scale: the scales of its outputs, or of groups that lie along the axis which is summed over; None for floating
-            numbers.
-        row_scale: the scales of groups that lie along the outputs, instead.
+        values: the numbers, floating or integers.
+        scale: for integers, the scales of the outputs, or of groups that lie along the axis that the product sums over.
+        row_scale: for integers, the scales of groups that lie along the outputs. At most one of `scale` and `row_scale`
+            is set, and neither for floating-point numbers.
     """
 
     values: nnx.Param
@@ -29,7 +29,7 @@ class Matrix:
 
     @classmethod
     def of_integers(cls, numbers: jax.Array, scale: jax.Array, weights: WeightFormat, outputs: Outputs) -> Matrix:
-        """What `griffin_jax.model.weights.quantise` gives, as parameters."""
+        """The parameters for integers and scales that `griffin_jax.model.weights.quantise` returns."""
         if outputs != "first" and weights.group is not None:
             return cls(nnx.Param(numbers), row_scale=nnx.Param(scale))
         return cls(nnx.Param(numbers), scale=nnx.Param(scale))
@@ -38,14 +38,14 @@ class Matrix:
 def matrix(
     rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, weights: WeightFormat, outputs: Outputs = "first"
 ) -> Matrix:
-    """A matrix of zeros, or with `rngs` of normal numbers of variance 1 / `fan_in`.
+    """A matrix of zeros or, with `rngs`, of normally distributed numbers with variance 1 / `fan_in`.
 
     Args:
-        rngs: where the numbers are drawn from.
+        rngs: where the random numbers come from; None for zeros.
         shape: shape of the matrix.
         fan_in: how many products are summed for each output.
-        weights: how it is stored.
-        outputs: the axes that count outputs, see `griffin_jax.model.weights.quantise`.
+        weights: how the matrix is stored.
+        outputs: which axes count outputs; see `griffin_jax.model.weights.quantise`.
     """
     if not weights.quantised:
         return Matrix(floating(rngs, shape, fan_in=fan_in, dtype=weights.dtype))
@@ -65,7 +65,8 @@ def _unit_scale(shape: tuple[int, ...], weights: WeightFormat, outputs: Outputs)
 
 
 def floating(rngs: nnx.Rngs | None, shape: tuple[int, ...], *, fan_in: int, dtype: DTypeLike) -> nnx.Param:
-    """A matrix that no format applies to: zeros, or with `rngs` normal numbers of variance 1 / `fan_in`."""
+    """A matrix to which no weight format applies: zeros or, with `rngs`, normally distributed numbers with variance 1 /
+    `fan_in`."""
     if rngs is None:
         return nnx.Param(jnp.zeros(shape, dtype))
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5)
@@ -77,10 +78,10 @@ def bias_vector(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
 
 
 def as_format(weights: WeightFormat | None, dtype: DTypeLike) -> WeightFormat:
-    """How matrices are stored: as the format says, or in the dtype of everything else.
+    """The format in which matrices are stored: `weights`, or `dtype` if that is None.
 
     Raises:
-        ValueError: weights cannot have this dtype.
+        ValueError: `dtype` is not a floating dtype that weights can have.
     """
     name = jnp.dtype(dtype).name
     if name not in FLOATING:
@@ -89,5 +90,5 @@ def as_format(weights: WeightFormat | None, dtype: DTypeLike) -> WeightFormat:
 
 
 def array_of(parameter: nnx.Param | None) -> jax.Array | None:
-    """The array of a parameter that a module may lack."""
+    """The array of a parameter; None if the module lacks the parameter."""
     return None if parameter is None else parameter[...]

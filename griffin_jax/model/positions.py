@@ -1,4 +1,4 @@
-"""What attention makes of the positions of tokens: rotary embeddings, ALiBi, masks."""
+"""What attention computes from the positions of tokens: rotary embeddings, ALiBi biases and masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from griffin_jax.model.ops import computed_once
 
 
 def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> np.ndarray:
-    """Angle per position of each pair of dimensions that turns, (dims/2,) float32.
+    """The angle per position of each pair of dimensions that turns, (dims/2,) float32.
 
     Args:
         rotary: the rotary embedding.
@@ -41,7 +41,7 @@ def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> 
     else:
 
         def dimension(rotations: float) -> float:
-            """The (fractional) pair that turns this often within the original context."""
+            """The (fractional) number of the pair that makes this many rotations within the original context."""
             ratio = rotary.original_positions / (rotations * 2 * math.pi)
             return dims * math.log(ratio) / (2 * math.log(rotary.theta))
 
@@ -57,7 +57,14 @@ def rotary_frequencies(rotary: Rotary, head_dim: int, *, long: bool = False) -> 
 def rotary_angles(
     positions: Int[Array, "b t"], context: Int[Array, "b"], rotary: Rotary, head_dim: int
 ) -> tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]]:
-    """Cosines and sines of the angles at each position; `context` is the most tokens that a row may come to hold."""
+    """Cosines and sines of the angles of each pair of dimensions at each position, float32.
+
+    Args:
+        positions: position of each token.
+        context: how many tokens each row may come to hold at most, by which `longrope` chooses its frequencies.
+        rotary: the rotary embedding.
+        head_dim: H.
+    """
     frequencies = jnp.asarray(rotary_frequencies(rotary, head_dim))
     if rotary.kind == "longrope":
         is_long = (context > rotary.original_positions)[:, None, None, None]
@@ -73,7 +80,14 @@ def rotate(
     sin: Float[Array, "b 1 t pairs"],
     interleaved: bool = False,
 ) -> Float[Array, "b n t h"]:
-    """x with its leading pairs of dimensions turned: i with i + pairs, or 2i with 2i + 1 if interleaved."""
+    """Turn the leading pairs of dimensions of x.
+
+    Args:
+        x: queries or keys.
+        cos: cosines of the angles.
+        sin: sines of the angles.
+        interleaved: whether dimension 2i turns with 2i + 1, instead of i with i + pairs.
+    """
     turning = 2 * cos.shape[-1]
     pairs = x[..., :turning].reshape(*x.shape[:-1], *((-1, 2) if interleaved else (2, -1)))
     axis = pairs.ndim - (1 if interleaved else 2)
@@ -85,13 +99,14 @@ def rotate(
 
 
 def query_growth(positions: Int[Array, "b t"], rotary: Rotary) -> Float[Array, "b 1 t 1"]:
-    """The factor of each query, float32, by which attention stays sharp among very many keys."""
+    """The factor of each query, float32, that grows with its position and keeps attention sharp among very many
+    keys."""
     lengths = jnp.floor(jnp.maximum(positions, 0).astype(jnp.float32) / rotary.original_positions)
     return (1.0 + rotary.query_growth * jnp.log(1.0 + lengths))[:, None, :, None]
 
 
 def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
-    """The slope by which each head's scores fall with distance, (N,) float32."""
+    """The slope with which the scores of each head fall with distance, (N,) float32."""
     power = 2 ** math.ceil(math.log2(heads))
     slopes = 2.0 ** (-alibi.max_bias * np.arange(1, power + 1) / power)
     if power != heads:
@@ -102,7 +117,15 @@ def alibi_slopes(alibi: Alibi, heads: int) -> np.ndarray:
 def alibi_bias(
     query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], alibi: Alibi, scale: float, heads: int
 ) -> Float[Array, "b n t s"]:
-    """The bias of the scores, float32, up to a constant for each query, which the softmax ignores."""
+    """The biases of the scores, float32, up to a constant for each query, which the softmax ignores.
+
+    Args:
+        query_positions: position of each query.
+        key_positions: position of each key.
+        alibi: the linear biases.
+        scale: the factor of the scores.
+        heads: N, the number of query heads.
+    """
     slopes = jnp.asarray(alibi_slopes(alibi, heads))[:, None, None]
     if alibi.rounded:
         # Rounding makes the bias depend on the position of the key and not on the distance alone.
@@ -117,12 +140,12 @@ def alibi_bias(
 def attention_mask(
     query_positions: Int[Array, "b t"], key_positions: Int[Array, "b s"], window: int = 0
 ) -> Bool[Array, "b 1 1 t s"]:
-    """Which keys a query may read: those of real tokens, up to its own position and within the window.
+    """Which keys each query may read: those of real tokens, up to its own position and within the window.
 
     Args:
         query_positions: position of each query.
         key_positions: position of each key; `EMPTY` for padding.
-        window: number of tokens that a query reads back, itself included; 0 for all.
+        window: how many tokens back a query reads, itself included; 0 for all.
     """
     query, key = query_positions[:, :, None], key_positions[:, None, :]
     mask = (key != EMPTY) & (key <= query)
@@ -133,16 +156,19 @@ def attention_mask(
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of the positions of a call's tokens and of the cache; the same for many layers.
+    """What attention needs to know about the positions of a call's tokens and of the cache; the same for many layers.
+
+    In the shapes, t counts the queries, which are this call's tokens, s the slots of the cache that attention reads,
+    and u this call's tokens as keys.
 
     Attributes:
-        angles: cosines and sines of the rotary embedding, or None.
+        angles: cosines and sines of the rotary embedding; None without one.
         masks: which slots of the cache, and which of this call's tokens, each query may read.
-        biases: what is added to the scores of both, or None.
+        biases: what is added to the scores of both; None without ALiBi.
         queries: position of each of this call's tokens.
-        slots: position of each slot of the cache, those of this call's tokens included.
-        window: number of tokens that a query reads back, itself included; 0 for all.
-        growth: factor of the queries, or None.
+        slots: position of every slot of the cache, including those of this call's tokens.
+        window: how many tokens back a query reads, itself included; 0 for all.
+        growth: factor of the queries; None if there is none.
     """
 
     angles: tuple[Float[Array, "b 1 t pairs"], Float[Array, "b 1 t pairs"]] | None
@@ -154,7 +180,11 @@ class Positions:
     growth: Float[Array, "b 1 t 1"] | None = None
 
     def block(self, start: int, stop: int) -> Positions:
-        """The same for queries `start` to `stop` of the call, without its keys after them, which they never read."""
+        """The same for the queries from `start` to `stop` of the call, without the keys after them, which they never
+        read.
+
+        Rotary angles and the factor of the queries are left out: they have been applied by then.
+        """
         masks = (self.masks[0][..., start:stop, :], self.masks[1][..., start:stop, :stop])
         biases = self.biases
         if biases is not None:
@@ -166,13 +196,13 @@ class Positions:
 def layer_positions(
     config: ModelConfig, positions: Int[Array, "b t"], cache: KVCache, read_slots: int | None = None
 ) -> list[Positions]:
-    """`Positions` of every layer, with each distinct part computed once.
+    """The `Positions` of every layer, with each distinct part computed once.
 
     Args:
         config: the architecture.
         positions: position of each of the call's tokens.
-        cache: the tokens before.
-        read_slots: number of its slots that are read; all if None.
+        cache: the tokens that were read before.
+        read_slots: number of slots of the cache that attention reads; all if None.
     """
     cached, context = cache.positions[:, :read_slots], cache.context
     slots = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.cursor, axis=1)

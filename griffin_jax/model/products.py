@@ -1,18 +1,18 @@
-"""Products of activations with matrices as they are stored, in the form that XLA makes fast on each platform.
+"""Products of activations with matrices in their stored form, written so that XLA makes them fast on each platform.
 
     linear(x, w)    x times every row of w, summed over the last axis of w
     matmul(x, w)    x @ w, summed over the first axis of w
 
-Both take matrices of floating numbers or of integers with scales (`griffin_jax.model.weights`), and compute the same
-whatever their form: the docstrings say what XLA makes of the plain form, with which version and on which platform, and
-how that was seen, so that the special form can go once XLA does better.
+Both take matrices of floating-point numbers, or of integers with scales (`griffin_jax.model.weights`), and compute the
+same in each form. The docstrings say what XLA makes of the plain form, with which version and on which platform, and
+how that was seen, so that a special form can be removed once XLA does better.
 
-On GPUs and TPUs a conversion of the matrix is taken into its product, which reads the stored numbers and nothing else;
-seen in programs compiled for H100 and TPU v5e. Scales of groups are fused on GPUs only: for TPU v5e XLA writes the
-converted matrix, or the repeated scales, to memory at every step in each of the forms that were tried, and of these the
+On GPUs and TPUs, XLA fuses the conversion of a matrix into its product, which then reads the stored numbers and nothing
+else; seen in programs compiled for H100 and TPU v5e. Group scales are fused on GPUs only. For TPU v5e, XLA writes the
+converted matrix or the repeated scales to memory at every step, in each of the forms that were tried; of these, the
 plain product reads and writes least. XLA's CPU code (jax 0.10 to 0.12) mostly writes the whole converted matrix to
-memory first: products of integers then take ten times as long as those of float32. The forms that it does not do this
-with depend on the number of tokens.
+memory first, and products of integers then take ten times as long as those of float32. Which forms avoid this depends
+on the number of tokens.
 """
 
 from __future__ import annotations
@@ -31,72 +31,76 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
+from griffin_jax.model.kernels import triton_compiles
 from griffin_jax.model.ops import with_gradients_of
 from griffin_jax.model.weights import dequantise, grouped
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing, mesh_of
 
 GEMV_VARIABLE = "GRIFFIN_JAX_GEMV"
-"""Environment variable that, not empty, makes few tokens be multiplied by integers with `griffin_jax.model.gemv` on
-NVIDIA GPUs. No GPU has run these kernels yet, so XLA's products are the default; `python -m benchmarks gpu` measures
-both."""
+"""Environment variable that, if it is not empty, makes `griffin_jax.model.gemv` compute the products of a few tokens
+with matrices of integers on NVIDIA GPUs. No GPU has run these kernels yet, so XLA's products are the default; both are
+measured by `python -m benchmarks gpu`."""
 
 FUSED_BYTES = 16 << 10
-"""XLA's CPU code takes a conversion into a product with a vector only if the vector has fewer bytes (kFusionThreshold
-in its cpu_instruction_fusion)."""
+"""XLA's CPU code fuses a conversion into a product with a vector only if the vector has fewer bytes than this
+(kFusionThreshold in its cpu_instruction_fusion)."""
 
 MOST_PASSES = 4
-"""Parts of a longer vector, at most, that are each multiplied by the whole matrix."""
+"""The largest number of parts that a longer vector is cut into; each part is multiplied by the whole matrix."""
 
 PASS_BYTES = 4 << 20
-"""Size of the rows of an expert's matrix that a long vector is multiplied by in all passes, before the next rows. Seen
-in timings: half or twice as many take up to 5% longer, 512 KiB and 16 MiB more."""
+"""Bytes of the rows of an expert's matrix that go through all passes of a long vector before the next rows do. Seen in
+timings: half or twice as many take up to 5% longer, 512 KiB and 16 MiB more than that."""
 
 MOST_BRANCHES = 16
-"""Matrices in bfloat16, at most, each of which has a branch of its own, since a program has as many for each layer."""
+"""The largest number of bfloat16 matrices that get a branch each; a program has this many branches for each layer."""
 
 ROWS_FIRST = 128
-"""Tokens, at most, that a matrix is multiplied by instead of they by it. For more of them what is gained is lost again
-where the result is transposed. Seen in timings of prompts of 512 tokens, one and four at a time."""
+"""The largest number of tokens for which products are computed as weight @ x.T. With more tokens, transposing the
+result costs what this order gains. Seen in timings of prompts of 512 tokens, one and four at a time."""
 
 BLOCK_ROWS = 512
-"""Rows of a matrix that are converted at a time for more tokens: what they become stays in the processor's cache."""
+"""Rows of a matrix that are converted at a time for more tokens; the converted rows stay in the processor's cache."""
 
 PARTS = 12
-"""Parts of a matrix whose rows are added up in one pass for one token. Seen in timings: nine to twelve take up to a
-tenth less than eight, and sixteen of int8 half as long again."""
+"""Number of parts that the rows of a matrix are divided into for one token; one pass adds up the parts. Seen in
+timings: nine to twelve take up to a tenth less than eight, and sixteen of int8 half as long again."""
 
 FUSED_TOKENS = 16
-"""Tokens, at most, whose products with groups of integers are sums on GPUs, for which no matrix is converted in memory.
-XLA makes one kernel of eight, so that these read the integers twice: a quarter of the bytes that a converted matrix
-costs, which is written and read once."""
+"""The largest number of tokens whose products with grouped integers are written as sums on GPUs; no matrix is then
+converted in memory. XLA makes one kernel for eight tokens, so sixteen tokens read the integers twice. This is a quarter
+of the bytes that a converted matrix costs, which is written and read once."""
 
 FUSED_TOKENS_OF_EACH = 8
-"""Tokens of each sequence, at most, where each has a matrix of its own, of integers or of 16 bits, on GPUs and TPUs."""
+"""The largest number of tokens of each sequence for which the same is done on GPUs and TPUs if each sequence has its
+own matrix, of integers or of 16 bits."""
 
 ROW_PARTS = 64
-"""Parts of a matrix whose rows are added up in one pass on GPUs: as many as XLA makes of a large one."""
+"""Number of parts that the rows of a matrix are divided into on GPUs; the first pass sums the rows of each part. XLA
+divides a large matrix into as many."""
 
 _JAX = tuple(map(int, jax.__version__.split(".")[:2]))
 
 DOTS_FUSE = _JAX < (0, 11)
-"""Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 it does so in loops
-only: outside of one the product takes ten times as long, a vector in parts takes longer than a sum of products
-everywhere, and of integers in groups sums take ten times as long as the product."""
+"""Whether XLA's CPU code multiplies a vector by a converted matrix well (jax 0.10). In jax 0.12.0 it does so only
+inside loops: outside of a loop the product takes ten times as long. In that version a vector in parts takes longer than
+a sum of products everywhere, and for grouped integers sums take ten times as long as the product."""
 
 DOTS_NEED_FLOATS = _JAX == (0, 11)
-"""Whether it does so nowhere (jax 0.11): then blocks of rows are converted into the processor's cache first. Seen in
-timings of a matrix of 8,960 x 1,536: 2 to 3 ms instead of 8 to 15 in int8, bfloat16 and int4."""
+"""Whether XLA's CPU code does so nowhere (jax 0.11): blocks of rows are then converted into the processor's cache
+first. Seen in timings of a matrix of 8,960 x 1,536: 2 to 3 ms instead of 8 to 15 in int8, bfloat16 and int4."""
 
 FEW_TOKENS = 1 if DOTS_NEED_FLOATS else 4
-"""Tokens that are multiplied one by one, with converted numbers that never reach memory. Seen in timings: two tokens
-take half as long as with `BLOCK_ROWS`, eight as long."""
+"""The largest number of tokens that are multiplied one by one, with converted numbers that never reach memory. Seen in
+timings: two tokens take half as long as with `BLOCK_ROWS`, eight as long."""
 
 
 def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    """A stored matrix in float32, in a form that XLA's CPU code converts within its use.
+    """Convert a stored matrix to float32, in a form that XLA's CPU code fuses into the use of the matrix.
 
-    A conversion of bfloat16 is moved to where the program begins, and so all of the matrix is converted into memory
-    (jax 0.10.2); one that is written with integers is not. Seen in timings, 20 ms instead of 2.
+    XLA moves a plain conversion from bfloat16 to the beginning of the program, where it converts the whole matrix into
+    memory (jax 0.10.2). It does not move a conversion that is written with integers. Seen in timings: 20 ms with the
+    plain conversion, 2 with this one.
     """
     if weight.dtype == jnp.bfloat16:
         bits = jax.lax.bitcast_convert_type(weight, jnp.uint16).astype(jnp.uint32)
@@ -105,11 +109,11 @@ def wide(weight: Num[Array, "..."], scale: Float[Array, "..."] | None) -> Float[
 
 
 def here(x: Array, weight: Array, scale: Array | None) -> tuple[Array, Array, Array | None]:
-    """The same arrays, whose use stays where it is.
+    """Return the same arrays, and keep XLA from moving their use elsewhere.
 
-    XLA (jax 0.10.2) moves conversions of weights out of the loop over tokens, since they are the same for all of them:
-    then all weights are in memory in float32, too, and these are what every step reads. Seen in the compiled decode
-    loop on CPUs. What depends on a barrier together with x stays with x.
+    XLA (jax 0.10.2) moves conversions of weights out of the loop over tokens, since they are the same for all tokens.
+    All weights are then in memory in float32, too, and every step reads those. Seen in the compiled decode loop on
+    CPUs. Whatever depends on an optimisation barrier together with x stays with x.
     """
     return jax.lax.optimization_barrier((x, weight, scale))
 
@@ -123,16 +127,16 @@ def linear(
 ) -> Float[Array, "b t *rows"]:
     """x times every row of `weight`.
 
-    XLA's CPU code (jax 0.10.2) has a fast product of one token with a matrix of two axes that is not transposed in the
-    program; with more axes it is slower. Seen in timings of decoding. On other platforms the axes stay as they are:
-    merging (2, F, D) to (2 F, D), where F is divided among devices, makes XLA gather the matrix on every device at
-    every token. Seen as an all-gather in programs compiled for eight GPUs and for eight CPU devices; hence on a mesh of
-    CPUs each device merges the axes of its own part.
+    On CPUs the axes of rows are merged: XLA's CPU code (jax 0.10.2) has a fast product of one token with a matrix of
+    two axes that is not transposed in the program, and is slower with more axes. Seen in timings of decoding. On other
+    platforms the axes stay apart: merging (2, F, D) to (2 F, D), with F divided among devices, makes XLA gather the
+    matrix on every device at every token. Seen as an all-gather in programs compiled for eight GPUs and for eight CPU
+    devices. On a mesh of CPUs, each device therefore merges the axes of its own part.
 
     Args:
         x: the activations.
-        weight: the matrix.
-        scale: of integers: one for each row (n = 1), or for each of n groups of a row.
+        weight: the matrix; all its axes but the last one count rows.
+        scale: for integers, the scales of each row: one (n = 1), or one for each of n groups.
         dtype: dtype of the result; that of x if None.
     """
     mesh, dtype = mesh_of(weight), jnp.dtype(dtype or x.dtype)
@@ -153,7 +157,7 @@ def linear(
             out_specs=PartitionSpec(None, None, None, MODEL_AXIS),
         )
     default = functools.partial(_as_it_is, dtype=dtype)
-    # Branches take time wherever programs are traced, so only what differs has one.
+    # Every branch takes time when a program is traced, so only platforms that differ have one.
     others: dict[str, Callable[..., Array]] = {}
     if scale is not None and scale.shape[-1] > 1:
         others["tpu"] = functools.partial(default, fused=0)
@@ -169,15 +173,23 @@ def linear(
 
 
 def _gemv(x: Array, weight: Array, scale: Array | None) -> Any:
-    """`griffin_jax.model.gemv`, if its kernels are to be used and take these operands on a GPU; otherwise None.
+    """The module `griffin_jax.model.gemv` if its kernels are to be used, and take these operands on a GPU; otherwise
+    None.
 
-    They are not divided among devices: on a mesh of several XLA divides its own products.
+    The kernels are not divided among devices: on a mesh of several devices, XLA divides its own products.
+
+    Args:
+        x: the activations.
+        weight: the matrix.
+        scale: scales of its rows, outputs or groups; None for floating-point numbers.
     """
     mesh = mesh_of(weight)
     if not os.environ.get(GEMV_VARIABLE) or scale is None or (mesh is not None and mesh.size > 1):
         return None
+    if not triton_compiles():
+        return None
     try:
-        # Here, because JAX does not have Triton everywhere.
+        # Imported here, because JAX does not have Triton on every platform.
         from griffin_jax.model import gemv
     except ImportError:
         return None
@@ -188,11 +200,12 @@ def _gemv(x: Array, weight: Array, scale: Array | None) -> Any:
 def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype, fused: int = FUSED_TOKENS) -> Array:
     """`linear` in the form for GPUs and TPUs.
 
-    Scales of groups are neither multiplied onto a matrix that enters a product, for XLA would write all of it to memory
-    in the dtype of x, nor onto the sums of each group, which are as many bytes as a matrix of int4 for eight tokens.
-    A sum of products for each token is fused with the conversion, and those of up to eight tokens with each other: one
-    kernel reads the integers and their scales, once. Seen in programs compiled for H100 (jax 0.10.2), and not for TPU
-    v5e, which converts in memory whatever the form. More than `fused` tokens are worth a floating matrix.
+    Group scales are not multiplied onto a matrix that enters a product, because XLA would write all of it to memory in
+    the dtype of x. Nor are they multiplied onto the sums of each group, which for eight tokens have as many bytes as a
+    matrix of int4. Instead, each token has a sum of products. XLA fuses it with the conversion, and the sums of up to
+    eight tokens with each other, so that one kernel reads the integers and their scales once. Seen in programs compiled
+    for H100 (jax 0.10.2), but not for TPU v5e, for which XLA converts in memory whatever the form. For more than
+    `fused` tokens, it pays to make a floating-point matrix.
     """
     if scale is None or scale.shape[-1] == 1:
         y = _dot(x, weight, ((2,), (weight.ndim - 1,)), ((), ()), dtype=dtype if scale is None else jnp.float32)
@@ -209,23 +222,24 @@ def _as_it_is(x: Array, weight: Array, scale: Array | None, *, dtype: np.dtype, 
 
 
 def _tokens(x: Float[Array, "b t d"], weight: Array) -> Float[Array, "p bt d"]:
-    """All tokens in float32, for each of the p parts that the sequences are divided into among devices."""
+    """All tokens in float32, with an axis for the p parts that the devices divide the sequences into."""
     parts = axis_size(mesh_of(weight), DATA_AXIS)
     parts = parts if x.shape[0] % parts == 0 else 1
     return x.reshape(parts, -1, x.shape[-1]).astype(jnp.float32)
 
 
 def _in_order(weight: Array, scale: Array | None, sequences: int | None = None) -> tuple[Array, Any]:
-    """The same arrays, which lie in memory as they are: rows one after the other.
+    """Return the same arrays, pinned to their layout in memory: rows one after the other.
 
     XLA wants the numbers that it adds up next to each other, and would write the whole matrix anew, transposed, before
-    the loop over tokens. Seen in programs compiled for H100 (jax 0.10.2); sums of rows as they lie read no more. What
-    is divided among devices is pinned part by part, since XLA would put it together to keep its place.
+    the loop over tokens. Seen in programs compiled for H100 (jax 0.10.2); sums over rows in this layout read no more.
+    Arrays that are divided among devices are pinned part by part, since XLA would otherwise gather them to keep the
+    layout.
 
     Args:
-        weight: a matrix, the last axis but one of which counts rows.
-        scale: scales of its rows.
-        sequences: the axis that counts sequences, if each has a matrix of its own.
+        weight: a matrix, whose second to last axis counts rows.
+        scale: scales of its rows; None for floating-point numbers.
+        sequences: number of the axis that counts sequences, if each has its own matrix.
     """
 
     def pinned(*arrays: Array | None) -> tuple[Array, Any]:
@@ -243,11 +257,16 @@ def _in_order(weight: Array, scale: Array | None, sequences: int | None = None) 
 
 
 def _added(rows: Float[Array, "b k n g"], weight: Array) -> Float[Array, "b n g"]:
-    """The sum over k; on GPUs in two passes: of some rows each, and of these sums.
+    """The sum over k. On GPUs it takes two passes: sums of some rows each, and the sum of these.
 
-    In one pass XLA would write all of the converted rows to memory for some shapes, such as 4,096 x 3,072 or 2,048 x
-    2,048, and merges passes that nothing keeps apart. Seen in programs compiled for H100 (jax 0.10.2). On TPUs it is
-    two passes that make it do so: seen for TPU v5e, with a matrix of int8 for each sequence.
+    In one pass, XLA would write all of the converted rows to memory for some shapes, such as 4,096 x 3,072 or
+    2,048 x 2,048; and it merges passes that nothing keeps apart. Seen in programs compiled for H100 (jax 0.10.2). On
+    TPUs, two passes are what makes XLA write the rows to memory: seen for TPU v5e, with a matrix of int8 for each
+    sequence.
+
+    Args:
+        rows: the k rows of each of b matrices, with their columns in n groups of g.
+        weight: the stored matrix of these rows, which says how devices divide them.
     """
     b, k = rows.shape[:2]
     devices = axis_size(mesh_of(weight), MODEL_AXIS)
@@ -266,7 +285,7 @@ def _dot(x: Array, weight: Array, contracting: tuple, batch: tuple, *, dtype: DT
 
 
 def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Array:
-    """The product with a matrix of two axes."""
+    """`linear` in the form for CPUs, for a matrix (F, D) and scales (F, n)."""
     b, t, d = x.shape
     if weight.dtype == x.dtype == jnp.float32:
         if 1 < b * t <= ROWS_FIRST:
@@ -283,31 +302,38 @@ def _on_cpu(x: Array, weight: Array, scale: Array | None, dtype: np.dtype) -> Ar
     if per_row and scale is not None:
         y = y * scale[:, 0]
     elif b * t <= FEW_TOKENS:
-        # A bias that is added next and used more than once is taken into the product, for which all of the matrix is
-        # converted in memory then, at every token. Seen in timings of 16,384 x 1,024: 47 ms in bfloat16, 0.6 without.
+        # XLA would fuse a bias that is added next, and used more than once, into the product, and then convert the
+        # whole matrix in memory at every token. Seen in timings of 16,384 x 1,024: 47 ms in bfloat16, 0.6 without.
         y = _in_memory(y)
     return y.reshape(b, t, -1).astype(dtype)
 
 
 def _in_memory(x: Float[Array, "t d"]) -> Float[Array, "t d"]:
-    """The same numbers, which are in memory before they are used.
+    """Return the same numbers, and make sure that they are in memory before they are used.
 
-    XLA's CPU code (jax 0.10 and 0.12) otherwise takes what computes a vector, such as a norm, into the product with a
-    converted matrix, and computes it again for every row of that. Neither a barrier nor a table that it is written into
-    keeps it from that; the branches of a condition are programs of their own. Seen in timings of a matrix of 8,960 x
-    1,536 after a norm: 1.1 ms without, 0.5 with it.
+    XLA's CPU code (jax 0.10 and 0.12) otherwise fuses the computation of a vector, such as a norm, into the product
+    with a converted matrix, and repeats it for every row of the matrix. Neither a barrier nor writing the vector into a
+    table prevents that. The branches of a condition do, because they are separate programs. Seen in timings of a matrix
+    of 8,960 x 1,536 after a norm: 1.1 ms without, 0.5 with it.
     """
     return jax.lax.cond(jnp.isnan(x[0, 0]), lambda x: jnp.where(jnp.isnan(x), jnp.nan, x), lambda x: x, x)
 
 
 def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | None) -> Float[Array, "f"]:
-    """The product with one vector; `scale` is that of groups.
+    """The product of one vector with every row of a matrix, on CPUs.
 
-    A vector that is too long is multiplied by floating numbers part by part. Slices of the columns would be copied, so
-    each part is multiplied by all rows cut into as many, of which only those that belong to it count: two passes over a
-    matrix of 13,824 x 5,120 in bfloat16 take 12 ms, sums of products 100; two of 6,912 x 5,120 in float32, looked up
-    among those of several experts, 20, sums 62, and the product, for which XLA copies the matrix, 363. Seen in timings;
-    in a loop over tokens passes over int8 take four times as long as sums (but see `long_token`, for experts).
+    A vector that is too long (see `FUSED_BYTES`) is multiplied by floating-point numbers part by part. XLA would copy
+    slices of the columns; instead, all rows are cut into as many pieces as the vector has parts, each part is
+    multiplied by all pieces, and only the products with its own pieces count. Two such passes over a matrix of
+    13,824 x 5,120 in bfloat16 take 12 ms, sums of products 100. Two passes over 6,912 x 5,120 in float32, looked up
+    among the matrices of several experts, take 20, sums 62, and the product, for which XLA copies the matrix, 363. Seen
+    in timings. In a loop over tokens, passes over int8 take four times as long as sums (but see `long_token`, for
+    experts).
+
+    Args:
+        x: the vector, float32.
+        weight: the matrix.
+        scale: scales of the groups of its rows, (F, n), or None.
     """
 
     def times(x: Array, rows: Array) -> Array:
@@ -320,7 +346,7 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
     if scale is None and (parts is None or not DOTS_FUSE):
         if parts == 1:
             return blocks_of_rows(x[None], weight, None, times)[0]
-        # Not `wide`, which is written with integers, and for a sum these are converted in memory.
+        # Not `wide`, which is written with integers: for a sum, XLA would convert those in memory.
         return jnp.sum(weight.astype(jnp.float32) * x, axis=-1)
     matrix = wide(weight, scale)
     if parts is None:
@@ -331,17 +357,24 @@ def one_token(x: Float[Array, "d"], weight: Num[Array, "f d"], scale: Array | No
 
 
 def parts_of(x: Float[Array, "d"], most: int = MOST_PASSES) -> int | None:
-    """Into how many equal parts a vector is divided for XLA's CPU code; None if `most` are too few."""
+    """The number of equal parts that a vector must be cut into for XLA's CPU code; None if `most` parts are too few."""
     return next((n for n in range(1, most + 1) if x.shape[0] % n == 0 and x.nbytes // n < FUSED_BYTES), None)
 
 
 def _vector_times(x: Float[Array, "d"], rows: Float[Array, "f d"]) -> Float[Array, "f"]:
-    """The product with rows that have just been converted, which are in memory only if that is faster."""
+    """The product of a vector with rows that have just been converted, which are written to memory only if that is
+    faster."""
     return jax.lax.optimization_barrier(rows) @ x if DOTS_NEED_FLOATS else x @ rows.T
 
 
 def _in_passes(x: Float[Array, "p n"], rows: Float[Array, "fp n"]) -> Float[Array, "f"]:
-    """The parts of a vector times those of each row, of which only those that belong together count."""
+    """The product of a vector with every row, part by part.
+
+    Args:
+        x: the p parts of the vector, of n numbers each.
+        rows: the f rows, each cut into p pieces. Every part is multiplied by all pieces, but only the products of parts
+            and pieces that belong together count.
+    """
     each = [_vector_times(part, rows).reshape(-1, len(x))[:, number] for number, part in enumerate(x)]
     return jnp.sum(jnp.stack(each), axis=0)
 
@@ -349,51 +382,53 @@ def _in_passes(x: Float[Array, "p n"], rows: Float[Array, "fp n"]) -> Float[Arra
 def long_token(
     x: Float[Array, "d"], weight: Num[Array, "r d"], start: Int[Array, ""], count: int, parts: int
 ) -> Float[Array, "{count}"]:
-    """`one_token` of a long vector and some rows of a larger matrix.
+    """`one_token` for a long vector and some rows of a larger matrix.
 
-    With jax 0.12.0 also of a short one, and in bfloat16: two of four experts of 2,048 x 1,536 take 0.7 ms, and sums,
-    which copy the experts, 2.6. Seen in timings. With jax 0.10 all of a matrix in bfloat16 would be converted.
+    With jax 0.12.0 this function also takes short vectors, and bfloat16: two of four experts of 2,048 x 1,536 take 0.7
+    ms, and sums, which copy the experts, 2.6. Seen in timings. With jax 0.10 all of a bfloat16 matrix would be
+    converted.
 
-    The passes are over blocks of the rows, which stay in the processor's cache for the second one. There are two blocks
-    at least: what is in no loop XLA's CPU code (jax 0.10.2) copies. Seen in timings of two of four experts (6,912 x
-    5,120 each): of int8 7 ms, in passes over all rows 10, as sums of products 250; of float32 11 ms, in passes over all
-    rows 17, where the same two without a choice take 8.5.
+    The passes are over blocks of rows, which stay in the processor's cache for the second pass. There are at least two
+    blocks, because XLA's CPU code (jax 0.10.2) copies what is not in a loop. Seen in timings of two of four experts
+    (6,912 x 5,120 each): int8 takes 7 ms, 10 in passes over all rows, and 250 as sums of products; float32 takes 11 ms,
+    and 17 in passes over all rows, where the same two experts without a choice take 8.5.
 
     Args:
         x: the vector, float32.
         weight: the larger matrix.
-        start: the first of the rows.
-        count: how many rows.
-        parts: of the vector, as `parts_of` gives.
+        start: number of the first row.
+        count: number of rows.
+        parts: number of parts of the vector, from `parts_of`.
     """
     flat, tokens = weight.reshape(-1, weight.shape[1] // parts), x.reshape(parts, -1)
     blocks = max(2, -(-count * weight.shape[1] * weight.dtype.itemsize // PASS_BYTES))
     size = -(-count // blocks)
 
     def fill(block: Array, y: Array) -> Array:
-        # The last block begins where it ends with the last row.
+        # The last block is moved back to end with the last row.
         first = jnp.minimum(block * size, count - size)
         rows = jax.lax.dynamic_slice_in_dim(flat, (start + first) * parts, size * parts)
         return jax.lax.dynamic_update_slice_in_dim(y, _in_passes(tokens, wide(rows, None)), first, 0)
 
-    # Not zeros, which depend on nothing, so that those of all layers are in memory at once.
+    # Not zeros: these depend on nothing, so that those of all layers would be in memory at once.
     return jax.lax.fori_loop(0, blocks, fill, jnp.broadcast_to(x[0], (count,)))
 
 
 def bfloat16_token(
     x: Float[Array, "d"], weight: Num[Array, "e r d"], expert: Int[Array, ""], parts: int
 ) -> Float[Array, "r"]:
-    """`one_token` of a vector and one of a few matrices in bfloat16.
+    """`one_token` for a vector and one of a few matrices in bfloat16.
 
     XLA's CPU code (jax 0.10.2) has no look-up in bfloat16: it converts all matrices to float32 first, at every token.
-    So there is a branch for each matrix, and for each part of the vector, since a matrix that two products take is
-    copied. Seen in timings of two of four experts: 6,912 x 5,120 14 ms instead of 200, 6,912 x 2,048 4 instead of 53.
+    There is therefore a branch for each matrix, and for each part of the vector, since XLA copies a matrix that two
+    products use. Seen in timings of two of four experts: 14 ms instead of 200 for 6,912 x 5,120, 4 instead of 53 for
+    6,912 x 2,048.
 
     Args:
         x: the vector, float32.
         weight: the matrices.
-        expert: the number of one of them.
-        parts: of the vector, as `parts_of` gives.
+        expert: number of the matrix.
+        parts: number of parts of the vector, from `parts_of`.
     """
     tokens = x.reshape(parts, -1)
 
@@ -409,10 +444,10 @@ def bfloat16_token(
 
 
 def rows_first(x: Float[Array, "t d"], weight: Float[Array, "f d"]) -> Float[Array, "t f"]:
-    """x times every row, as the transpose of weight @ x.T: on CPUs faster for few tokens.
+    """x times every row, as the transpose of weight @ x.T, which is faster on CPUs for few tokens.
 
     Seen in timings (jax 0.10.2): for 128 matrices of 1,536 x 2,048 and 16 tokens each 135 ms instead of 207, for 128
-    tokens 628 instead of 699. XLA would undo it without the barrier.
+    tokens 628 instead of 699. Without the barrier, XLA would undo it.
     """
     return jax.lax.optimization_barrier(weight @ x.T).T
 
@@ -427,38 +462,50 @@ def blocks_of_rows(
     scale: Array | None,
     times: Callable[[Array, Array], Array] = _rows_times,
 ) -> Float[Array, "t f"]:
-    """x times every row, `times` of some of them at a time, which are converted for it."""
+    """x times every row, for one block of rows after the other, each converted to float32 just before its product.
+
+    Args:
+        x: the tokens.
+        weight: the matrix.
+        scale: scales of the groups of its rows, (F, n), or None.
+        times: product of the tokens with a block of R rows: (T, D) and (R, D) to (T, R).
+    """
     rows = weight.shape[0]
     blocks, size = _blocks(rows, BLOCK_ROWS)
 
     def block(number: Array, y: Array) -> Array:
-        # The last block begins where it ends with the last row.
+        # The last block is moved back to end with the last row.
         start = jnp.minimum(number * size, rows - size)
         own = times(x, wide(*_rows(weight, scale, start, size)))
         return jax.lax.dynamic_update_slice_in_dim(y, own, start, axis=1)
 
-    # Not zeros, which depend on nothing, so that those of all layers are in memory at once. Where devices divide the
-    # rows, what goes through the loop must be divided before it, too, which a product with one of them is.
+    # Not zeros: these depend on nothing, so that those of all layers would be in memory at once. If devices divide the
+    # rows, what goes through the loop must be divided before it, too; a product with one row is.
     first = times(x, wide(*_rows(weight, scale, 0, 1)))
     return jax.lax.fori_loop(0, blocks, block, jnp.broadcast_to(first, (x.shape[0], rows)))
 
 
 def _blocks(rows: int, most: int) -> tuple[int, int]:
-    """The number of blocks that rows are divided into, and how many each has at most: two blocks, at least.
+    """The number of blocks that rows are divided into, at least two, and the largest number of rows of a block.
 
-    A loop that runs once is none, and what is in no loop is converted where the program begins, for all layers; see
-    `_rows`.
+    To XLA a loop that runs once is no loop, and what is not in a loop is converted where the program begins, for all
+    layers; see `_rows`.
+
+    Args:
+        rows: number of rows.
+        most: the largest number of rows that a block may have.
     """
     blocks = max(2, -(-rows // most))
     return blocks, -(-rows // blocks)
 
 
 def _rows(weight: Array, scale: Array | None, start: int | Array, size: int) -> tuple[Array, Array | None]:
-    """Some rows of a matrix and their scales, in a loop.
+    """Some rows of a matrix and their scales, for use in a loop.
 
-    Slices of all of it, or a matrix divided into blocks, as `jax.lax.scan` takes it, are copied, and those of all
-    layers at once, since nothing makes them wait. So are single blocks outside of the loop: those of 24 layers took
-    140 MB and a fifth of the time of 16 tokens in int8. Seen in compiled programs and timings on CPUs (jax 0.10.2).
+    XLA copies slices of the whole matrix, and also a matrix that is divided into blocks as `jax.lax.scan` takes it. It
+    makes these copies for all layers at once, since nothing makes them wait. The same is true of single blocks outside
+    of the loop: those of 24 layers took 140 MB, and a fifth of the time of 16 tokens in int8. Seen in compiled programs
+    and timings on CPUs (jax 0.10.2).
     """
     rows = jax.lax.dynamic_slice_in_dim(weight, start, size)
     return rows, None if scale is None else jax.lax.dynamic_slice_in_dim(scale, start, size)
@@ -470,17 +517,17 @@ def matmul(
     scale: Float[Array, "d"] | None = None,
     row_scale: Float[Array, "k n"] | None = None,
 ) -> Float[Array, "b t d"]:
-    """x @ weight, of the dtype of x.
+    """x @ weight, in the dtype of x.
 
     XLA's CPU code (jax 0.10.2) multiplies a vector by a matrix of a few hundred rows on a single core, and by larger
-    ones at a third to half of the speed of memory. The sums of a few rows each, and then of these sums, are computed on
-    all cores, as fast as memory can be read. Seen in timings of decoding.
+    ones at a third to half of the speed of memory. On CPUs the product is therefore written as sums of a few rows each,
+    and of these sums: they are computed on all cores, as fast as memory can be read. Seen in timings of decoding.
 
     Args:
         x: the activations.
         weight: the matrix.
-        scale: of integers, for each output.
-        row_scale: of integers, for each of n groups of a row, instead.
+        scale: for integers, one scale for each output.
+        row_scale: for integers in groups, instead of `scale`, one scale for each of n groups of a row.
     """
     operands = x, weight, scale, row_scale
     others: dict[str, Callable[..., Array]] = {}
@@ -501,11 +548,11 @@ def _matmul_as_it_is(
 ) -> Array:
     """`matmul` in the form for GPUs and TPUs.
 
-    With scales of groups as in `linear`: sums of rows, fused with the conversion. XLA makes one kernel of two tokens
-    only, so that sixteen read the matrix eight times, which is what it costs to convert it in memory. Seen in programs
-    compiled for H100 (jax 0.10.2), where a product for each group writes as much for eight tokens as the integers have
-    bytes, and transposes them before the loop. For TPU v5e sums read and write twice as much as the product with a
-    matrix of 6,912 x 5,120 in int4, by XLA's count.
+    Group scales are handled as in `linear`, by sums of rows that are fused with the conversion. XLA makes one kernel
+    for two tokens only, so that sixteen tokens read the matrix eight times, which is what it costs to convert it in
+    memory. Seen in programs compiled for H100 (jax 0.10.2); there, a product for each group writes as many bytes for
+    eight tokens as the integers have, and transposes the integers before the loop. For TPU v5e, sums read and write
+    twice as much as the product with a matrix of 6,912 x 5,120 in int4, by XLA's count.
     """
     if row_scale is None:
         y = _dot(x, weight, ((2,), (0,)), ((), ()), dtype=x.dtype if scale is None else jnp.float32)
@@ -522,7 +569,7 @@ def _matmul_as_it_is(
 def _matmul_on_cpu(x: Array, weight: Array, scale: Array | None, row_scale: Array | None) -> Array:
     b, t, k = x.shape
     if axis_size(mesh_of(weight), MODEL_AXIS) > 1:
-        # Parts of rows would be exchanged between devices.
+        # The forms below would exchange parts of rows between devices.
         y = jnp.einsum("btk,kd->btd", x.astype(jnp.float32), wide(weight, row_scale))
         return (y if scale is None else y * scale).astype(x.dtype)
     if b * t > 1 and weight.dtype == x.dtype == jnp.float32:
@@ -544,14 +591,16 @@ def _cut(weight: Array, scale: Array | None, start: int, size: int) -> tuple[Arr
 def sum_of_rows(
     x: Float[Array, "k"], rows: Callable[[int, int], tuple[Num[Array, "_s d"], Array | None]]
 ) -> Float[Array, "d"]:
-    """x @ weight, as sums of `PARTS` rows that are added up by a product with ones; for CPUs.
+    """x @ weight for one token, as sums of `PARTS` rows that are added up by a product with ones; for CPUs.
 
-    Scales of groups are multiplied onto x, with an axis for the groups. Groups as slices of the columns are as fast for
-    small matrices, three times as slow for 8,960 x 1,536, and take ten times as long to compile. Seen in timings.
+    Group scales are multiplied onto x, which gets an axis for the groups. Handling groups as slices of the columns is
+    as fast for small matrices, three times as slow for 8,960 x 1,536, and takes ten times as long to compile. Seen in
+    timings.
 
     Args:
         x: one vector, float32.
-        rows: function of a start and a size that gives so many rows of the matrix, and the scales of their groups.
+        rows: function of a start and a size, which returns this many rows of the matrix, (S, D), and the scales of
+            their groups, (S, n), or None.
     """
     k = x.shape[0]
     size = k // PARTS
@@ -580,12 +629,20 @@ def blocks_of_sums(
     scale: Array | None,
     times: Callable[[Array, Array], Array] = jnp.matmul,
 ) -> Float[Array, "t d"]:
-    """x @ weight, `times` of some rows of the matrix at a time, which are converted for it."""
+    """x @ weight, for one block of rows after the other, each converted to float32 just before its product.
+
+    Args:
+        x: the tokens.
+        weight: the matrix.
+        scale: scales of the groups of its rows, (K, n), or None.
+        times: product of a part of the tokens' columns with a block of R rows: (T, R) and (R, D) to (T, D).
+    """
     k = weight.shape[0]
     blocks, size = _blocks(k, 2 * BLOCK_ROWS)
 
     def block(number: Array, y: Array) -> Array:
-        # The last block begins where it ends with the last row, and leaves out what the one before has added.
+        # The last block is moved back to end with the last row, and leaves out the rows that the block before has
+        # added.
         start = jnp.minimum(number * size, k - size)
         own = jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
         own = jnp.where(start + jnp.arange(size) < number * size, 0, own)
@@ -599,11 +656,16 @@ def blocks_of_sums(
 def linear_of_each(
     x: Float[Array, "b t d"], weight: Num[Array, "a b f d"], scale: Float[Array, "a b f n"] | None = None
 ) -> Float[Array, "b t a f"]:
-    """`linear` where each sequence has a matrix of its own.
+    """`linear` for sequences that each have their own matrix.
 
-    On GPUs and TPUs a product in which the axis of the sequences lies between others makes XLA write the matrices anew
-    before the loop over tokens, whatever their dtype; sums of products, with conversions fused, do not. Seen in
+    On GPUs and TPUs, a product in which the axis of the sequences lies between others makes XLA write the matrices anew
+    before the loop over tokens, whatever their dtype. Sums of products, with conversions fused, do not. Seen in
     programs compiled for H100, on one device and on eight (jax 0.10.2).
+
+    Args:
+        x: the activations.
+        weight: for each sequence, a matrices of F rows.
+        scale: for integers, the scales of each row: one (n = 1), or one for each of n groups.
     """
 
     def as_it_is(x: Array, weight: Array, scale: Array | None) -> Array:
@@ -638,7 +700,14 @@ def matmul_of_each(
     scale: Float[Array, "*b d"] | None = None,
     row_scale: Float[Array, "b k n"] | None = None,
 ) -> Float[Array, "b t d"]:
-    """`matmul` where each sequence has a matrix of its own; `scale` may be for all of them."""
+    """`matmul` for sequences that each have their own matrix.
+
+    Args:
+        x: the activations.
+        weight: the matrix of each sequence.
+        scale: for integers, one scale for each output, (D,) for all sequences or (B, D).
+        row_scale: for integers in groups, instead of `scale`, one scale for each of n groups of a row.
+    """
 
     def as_it_is(x: Array, weight: Array, row_scale: Array | None) -> Array:
         if x.shape[1] > FUSED_TOKENS_OF_EACH or weight.dtype == jnp.float32:

@@ -1,7 +1,10 @@
-"""The feed-forward layer with routed experts: a router chooses some of them for each token (arXiv 1701.06538).
+"""The feed-forward layer with routed experts, from which a router chooses some for each token (arXiv 1701.06538).
 
-An expert is a feed-forward layer of its own. The neurons of all experts of a layer count as its neurons, one expert
-after the other, and those of the shared experts, which every token reads, come last.
+Each expert is a feed-forward layer. The neurons of the layer are those of all its experts, one expert after the other,
+followed by those of the shared experts, which every token reads.
+
+Letters in shapes, besides those of `griffin_jax.model`: e experts, k choices of a token, f neurons of an expert, s
+neurons of the shared experts, n neurons of the whole layer, m devices that hold whole experts.
 """
 
 from __future__ import annotations
@@ -25,20 +28,21 @@ from griffin_jax.model.parameters import array_of, bias_vector, floating, matrix
 from griffin_jax.model.weights import Outputs, WeightFormat, floating_rows
 
 LEAST_SUM = 1e-20
-"""What a sum of weights is at least before they are divided by it, as in DeepSeek V3."""
+"""The least sum of weights that they are divided by, as in DeepSeek V3."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class RoutedActivations:
-    """z of a layer with routed experts: the input of the down projections, of the chosen experts only.
+    """The intermediates z of a layer with routed experts, for the experts that each token chose: the input of their
+    down projections.
 
     Attributes:
-        experts: the experts that each token chose, int32; the best one first.
-        weights: the factor of each choice, float32, which is in `z` already.
-        z: the intermediates of each choice. Where devices have whole experts each, with an axis for these devices after
-            that of the choices, and zeros but for the one that has the expert.
-        shared: those of the shared experts, with their factor, too; None if there are none.
+        experts: numbers of the experts that each token chose, int32; the best one first.
+        weights: the factor of each choice, float32; `z` is already multiplied by it.
+        z: the intermediates of each choice. If devices hold whole experts, the axis of the choices is followed by an
+            axis m for these devices, with zeros except for the device that has the expert.
+        shared: the intermediates of the shared experts, already multiplied by their gate; None if there are none.
         count: E, the number of experts.
     """
 
@@ -51,7 +55,7 @@ class RoutedActivations:
     def everywhere(self) -> Float[Array, "b t n"]:
         """z of all neurons of the layer, with zeros for experts that a token did not choose.
 
-        The layer is the dense one whose intermediates are these. That takes E / k times the memory.
+        A dense layer with these intermediates gives the same output. The array takes E / k times the memory.
         """
         z = self.z if self.z.ndim == 4 else jnp.sum(self.z, axis=3)
         b, t, _, f = z.shape
@@ -62,11 +66,11 @@ class RoutedActivations:
 
 
 Activations = Float[Array, "b t f"] | RoutedActivations
-"""z of a feed-forward layer, of whichever kind."""
+"""The intermediates z of a feed-forward layer, with or without routed experts."""
 
 
 def everywhere(z: Activations) -> Float[Array, "b t n"]:
-    """z with a value for each neuron of the layer."""
+    """z with a value for each neuron of the layer; see `RoutedActivations.everywhere`."""
     return z.everywhere() if isinstance(z, RoutedActivations) else z
 
 
@@ -83,9 +87,9 @@ def choose(
     """The experts that each token chooses, the best one first, and their weights.
 
     Args:
-        logits: the router's, float32.
+        logits: the router's logits, float32.
         routing: how experts are chosen.
-        choice_bias: what is added to scores for choosing.
+        choice_bias: what is added to the scores of the experts when these are chosen, but not to their weights.
     """
     if routing.scores == "sparsemixer":
         return _sparsemixer(logits, routing)
@@ -103,7 +107,8 @@ def choose(
 
 
 def _of_best_groups(scores: Float[Array, "b t e"], routing: Routing) -> Float[Array, "b t e"]:
-    """The scores, and those outside of a token's best groups so low that nothing is chosen there (DeepSeek)."""
+    """The scores, with minus infinity for all experts outside of a token's best groups, so that none of them is chosen
+    (DeepSeek)."""
     grouped = scores.reshape(*scores.shape[:-1], routing.groups, -1)
     ranks = jnp.sum(jax.lax.top_k(grouped, routing.group_best)[0], axis=-1)
     best = jax.lax.top_k(ranks, routing.active_groups)[1]
@@ -112,7 +117,8 @@ def _of_best_groups(scores: Float[Array, "b t e"], routing: Routing) -> Float[Ar
 
 
 def _sparsemixer(logits: Float[Array, "b t e"], routing: Routing) -> tuple[Array, Array]:
-    """One expert after the other, each with its part of a softmax over those that are left and nearly as good."""
+    """Choose one expert after the other; the weight of each comes from a softmax over the remaining experts that are
+    nearly as good."""
     left, experts, weights = logits, [], []
     for _ in range(routing.active):
         best = jnp.max(left, axis=-1, keepdims=True)
@@ -126,12 +132,12 @@ def _sparsemixer(logits: Float[Array, "b t e"], routing: Routing) -> tuple[Array
 
 
 class Experts(NeuronModule):
-    """The experts of a layer, neuron-major: `gate_up` is (E, A, F_e, D), with A = 2, or 1 if not gated, and `down`
+    """The experts of a layer, neuron-major: `gate_up` is (E, A, F_e, D), with A = 2, or 1 if not gated, and `down` is
     (E, F_e, D).
 
     After pruning each expert has K rows instead of F_e, and the rows may lie in two groups, as in `FeedForward`.
-    Integers have scales as in `FeedForward`: `gate_up_scale` (E, A, F_e, n); for `down` either `down_scale` for each
-    output of an expert, (E, D), or `down_row_scale`, (E, F_e, n).
+    Integers have scales, as in `FeedForward`: `gate_up_scale` (E, A, F_e, n); and for `down` either `down_scale`, (E,
+    D), for each output of an expert, or `down_row_scale`, (E, F_e, n).
     """
 
     neuron_axes: ClassVar[Mapping[str, int]] = {name: axis + 1 for name, axis in NEURON_AXES.items()}
@@ -153,10 +159,11 @@ class Experts(NeuronModule):
     def intermediate(
         self, x: Float[Array, "b t d"], experts: Int[Array, "b t k"], weights: Float[Array, "b t k"]
     ) -> Float[Array, "b t k *m f"]:
-        """z of each choice, times its weight; after an expert's own rows those of `rest`."""
+        """z of each choice, multiplied by its weight; the values of an expert's own rows are followed by those of
+        `rest`."""
         parameters = self.gate_up[...], array_of(self.gate_up_scale), array_of(self.gate_up_bias)
         y = linear_of_experts(x, experts, *parameters, by_expert=self.by_expert)
-        # Of a device that has not the expert, products are zeros, and so is what any activation makes of them.
+        # On devices that do not have the expert, products are zero, and so are the activations of them.
         z = self.activated(y.astype(x.dtype), axis=y.ndim - 2)
         z = (z * weights.reshape(*weights.shape, *[1] * (z.ndim - 3))).astype(x.dtype)
         return z if self.rest is None else jnp.concatenate([z, self.rest.intermediate(x, experts, weights)], axis=-1)
@@ -176,12 +183,12 @@ class Experts(NeuronModule):
         return y
 
     def down_matrix(self) -> Float[Array, "n d"]:
-        """The down projections of all neurons as floating numbers, one expert after the other."""
+        """The down projections of all neurons as floating-point numbers, one expert after the other."""
         weight = floating_rows(self.down[...], array_of(self.down_scale), array_of(self.down_row_scale))
         return weight.reshape(-1, weight.shape[-1])
 
     def gate_up_matrix(self) -> Float[Array, "a n d"]:
-        """The matrices that multiply x as floating numbers, likewise."""
+        """The matrices that multiply x as floating-point numbers, one expert after the other."""
         weight = floating_rows(self.gate_up[...], None, array_of(self.gate_up_scale))
         return weight.swapaxes(0, 1).reshape(weight.shape[1], -1, weight.shape[-1])
 
@@ -189,8 +196,8 @@ class Experts(NeuronModule):
 class RoutedFeedForward(nnx.Module):
     """y = sum of w_e E_e(x) over the experts e that a router chooses for a token, plus the shared experts' output.
 
-    The weights w_e are multiplied onto z, so that z is the input of the down projections here, too. A `mask` says which
-    of all neurons take part; see `griffin_jax.griffin.masked`.
+    The weights w_e are multiplied onto z, so that here, too, z is the input of the down projections. A `mask` says
+    which of all neurons take part; see `griffin_jax.griffin.masked`.
     """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, weights: WeightFormat, rngs: nnx.Rngs | None):
@@ -209,34 +216,34 @@ class RoutedFeedForward(nnx.Module):
 
     @property
     def neurons(self) -> int:
-        """The neurons of all experts, those of the shared ones included."""
+        """Number of neurons of all experts, including the shared ones."""
         return sum(part.neurons for part in self.parts())
 
     def parts(self) -> tuple[NeuronModule, ...]:
-        """The modules that the layer's neurons are in, in the order in which they count."""
+        """The modules that hold the layer's neurons, in the order in which neurons are numbered."""
         return (self.experts,) if self.shared is None else (self.experts, self.shared)
 
     @property
     def per_sequence(self) -> bool:
-        """Whether each sequence has experts of its own; copies of all of them would be too large."""
+        """Whether each sequence has its own rows. None ever has, since copies of all experts would be too large."""
         return False
 
     @property
     def rest(self) -> NeuronModule | None:
-        """A second group of rows, if any part has one."""
+        """The second group of rows of the first part that has one; None if no part has."""
         return next((part.rest for part in self.parts() if part.rest is not None), None)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
-        """The router's scores of all experts, float32."""
+        """The router's logits of all experts, float32."""
         logits = float32_product("btd,ed->bte", x, self.router[...])
         return logits if self.router_bias is None else logits + self.router_bias[...].astype(jnp.float32)
 
     def choose(self, x: Float[Array, "b t d"]) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"]]:
-        """The experts that each token chooses, and their weights; see `choose`."""
+        """The experts that each token chooses, and their weights; see the function `choose`."""
         return choose(self.logits(x), self.routing, array_of(self.choice_bias))
 
     def down_matrix(self) -> Float[Array, "n d"]:
-        """The down projections of all neurons as floating numbers."""
+        """The down projections of all neurons as floating-point numbers."""
         own = self.experts.down_matrix()
         if self.shared is None:
             return own
@@ -245,12 +252,12 @@ class RoutedFeedForward(nnx.Module):
         return jnp.concatenate([own.astype(dtype), shared.astype(dtype)])
 
     def gate_up_matrix(self) -> Float[Array, "a n d"]:
-        """The matrices that multiply x as floating numbers."""
+        """The matrices that multiply x as floating-point numbers."""
         own = self.experts.gate_up_matrix()
         return own if self.shared is None else jnp.concatenate([own, self.shared.gate_up_matrix()], axis=1)
 
     def intermediate(self, x: Float[Array, "b t d"]) -> RoutedActivations:
-        """The choices of each token, and z of what it chose."""
+        """The choices of each token, and the intermediates z of the chosen experts."""
         experts, weights = self.choose(x)
         z, shared = self.experts.intermediate(x, experts, weights), None
         if self.shared is not None:
@@ -276,7 +283,7 @@ class RoutedFeedForward(nnx.Module):
 
 
 def _masked(z: RoutedActivations, mask: Mask) -> RoutedActivations:
-    """z, zero where a neuron is not kept."""
+    """z, with zeros for the neurons that the mask does not keep."""
     (b, t, k), f = z.experts.shape, z.z.shape[-1]
     of_experts = mask.kept[..., : z.count * f].reshape(*mask.kept.shape[:-1], z.count, f)
     if of_experts.ndim == 2:

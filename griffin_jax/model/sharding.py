@@ -146,13 +146,14 @@ INTEGER_TILE = 128
 the down projection, for which all of it is converted in memory. Seen in programs compiled for H100."""
 
 
-def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> None:
+def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int | Sequence[int]] = ()) -> None:
     """Raise `ValueError` if this many devices cannot share the neurons evenly, all of them or those that are kept.
 
     Args:
         config: the architecture of the model.
         devices: number of devices along `MODEL_AXIS`.
-        kept: neurons of each layer after pruning; empty if the model is not pruned.
+        kept: neurons of each layer after pruning; of layers with experts those of each range, each of which is shared
+            (`GriffinConfig.kept_of_ranges`); empty if the model is not pruned.
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
@@ -167,7 +168,8 @@ def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int] = ()) -> N
         if config.routing is not None:
             of = f"the {' or '.join(map(str, sorted({*sum(config.neuron_ranges, ())})))} neurons of each expert"
         raise ValueError(f"{devices} devices cannot share {of} evenly; these can: {possible}")
-    if uneven := sorted({k for k in kept if k % devices}):
+    shares = [_divided(config, layer, own) if isinstance(own, Sequence) else (own,) for layer, own in enumerate(kept)]
+    if uneven := sorted({k for own in shares for k in own if k % devices}):
         raise ValueError(
             f"{devices} devices cannot share {uneven[0]} kept neurons evenly: round them up to a multiple of {devices}"
             f" (--round-to {devices}; for whole tiles on each GPU --round-to {GPU_TILE * devices})"
@@ -179,13 +181,14 @@ def _smallest_share(config: ModelConfig) -> int:
 
     Where devices have whole experts, that of the shared experts' and dense layers'; 0 if there are none.
     """
-    return math.gcd(*(size for layer in range(config.num_layers) for size in _divided_ranges(config, layer)))
+    layers = enumerate(config.neuron_ranges)
+    return math.gcd(*(size for layer, ranges in layers for size in _divided(config, layer, ranges)))
 
 
-def _divided_ranges(config: ModelConfig, layer: int) -> tuple[int, ...]:
-    """The sizes of a layer's ranges of neurons of which devices have a part each."""
+def _divided(config: ModelConfig, layer: int, ranges: Sequence[int]) -> Sequence[int]:
+    """Of a layer's ranges of neurons, or numbers that belong to them, those that devices have a part of each."""
     whole = config.routing.experts if config.expert_parallel and config.routing and config.routed(layer) else 0
-    return config.neuron_ranges[layer][whole:]
+    return ranges[whole:]
 
 
 def neuron_groups(config: ModelConfig, devices: int) -> int:

@@ -21,21 +21,27 @@ from griffin_jax.parallel.mesh import MODEL_AXIS
 
 
 def masks_are_less(neurons: int, kept: int, sets: int) -> bool:
-    """Whether a step reads no more if it reads all neurons, once, than if it reads those that each sequence keeps.
+    """Whether a decode step that reads all neurons once reads no more than one that reads each sequence's kept neurons.
 
     Args:
-        neurons: of the full model.
-        kept: of these by each sequence.
-        sets: sequences that each keep neurons of their own.
+        neurons: number of neurons of the full model.
+        kept: number of neurons that each sequence keeps.
+        sets: number of sequences that have their own kept neurons.
     """
     return sets > 1 and sets * kept >= neurons
 
 
 def part_read(config: ModelConfig, layer: int, tokens: int = 1, devices: int = 1) -> float:
-    """Part of a layer's neurons on each of some devices that so many tokens read at a step.
+    """The fraction of a layer's neurons on each device that a decode step reads.
 
-    Of routed experts these are those that they choose, no two of them the same one, if there are enough. Where devices
-    have whole experts each, all choices may be experts of one device.
+    With routed experts, this counts the experts that the tokens choose: as if all choices differed, as far as there are
+    enough experts. If devices hold whole experts, all choices may be experts of one device.
+
+    Args:
+        config: the architecture.
+        layer: number of the layer.
+        tokens: number of tokens in the step.
+        devices: number of devices that the model is divided among.
     """
     routing = config.routing
     if routing is None or not config.routed(layer):
@@ -46,23 +52,24 @@ def part_read(config: ModelConfig, layer: int, tokens: int = 1, devices: int = 1
 
 
 class Sizes:
-    """Bytes that each device has of the parts of a model, counted from its architecture; nothing is allocated.
+    """Bytes that the parts of a model have on each device, counted from its architecture; nothing is allocated.
 
     Args:
         config: the architecture.
         batch: number of sequences.
-        slots: tokens that each row of the cache has room for.
+        slots: number of tokens that each row of the cache has room for.
         precision: how the model computes, and how its matrices are stored.
-        shared: whether the batch shares its experts, or every sequence has its own.
-        refitted: whether kept rows are changed, so that every sequence has a copy of its own, however many they are.
+        shared: whether the sequences of the batch share their expert neurons; otherwise each has its own.
+        refitted: whether kept rows are changed, so that every sequence has its own copy of them, however many they are.
         devices: number of devices that the model is divided among, as `griffin_jax.model.sharding` says.
 
     Attributes:
         parameters: number of parameters of the full model on all devices together.
         local: bytes of the full model on one device.
         row: bytes of a neuron, on all devices together.
-        cache: bytes of keys and values in all slots.
-        tables: bytes of the tables of which a step reads only a row for each token.
+        cache: bytes of keys and values in all slots, on one device.
+        tables: bytes of the tables from which a step reads only one row for each token.
+        table_rows: bytes of these rows for one token of each sequence.
     """
 
     def __init__(
@@ -76,7 +83,7 @@ class Sizes:
         self.parameters = sum(map(math.prod, parameter_shapes(one).values()))
         self.local = sum(map(bytes_of, arrays.values()))
         of_layer = local_arrays(one, 1, precision)
-        # Neurons of experts are as large as others.
+        # A neuron of an expert is as large as any other.
         part = "ff.experts" if config.routed(0) else "ff"
         rows = [of_layer[path] for name in NEURON_AXES if (path := f"layers.0.{part}.{name}") in of_layer]
         self.row = sum(map(bytes_of, rows)) / math.prod(of_layer[f"layers.0.{part}.down"].shape[:-1])
@@ -89,7 +96,12 @@ class Sizes:
         self.table_rows = sum(stored_bytes(table.shape[1:], table.dtype) for table in looked_up) * batch
 
     def masked(self, kept: Sequence[int] | None) -> bool:
-        """Whether pruned decoding reads the full model, with a mask for each sequence, instead of copies of rows."""
+        """Whether pruned decoding reads the full model, with a mask for each sequence, instead of copies of the kept
+        rows.
+
+        Args:
+            kept: number of neurons of each layer that a sequence keeps; None for the full model.
+        """
         if kept is None or self.sets == 1:
             return False
         if self.config.routing is not None:
@@ -98,48 +110,50 @@ class Sizes:
         return not self.refitted and masks_are_less(sum(self.config.neurons), sum(kept), self.sets)
 
     def ff(self, kept: Sequence[int] | None) -> int:
-        """Bytes of the parameters with a row for each neuron: all rows if `kept` is None, else the kept ones, of every
-        sequence."""
+        """Bytes of the parameters with a row for each neuron: of all rows if `kept` is None or the full model is
+        masked, otherwise of the rows that the sequences keep."""
         if kept is None or self.masked(kept):
             return int(sum(self.config.neurons) // self.devices * self.row)
         return int(sum(kept) // self.devices * self.sets * self.row)
 
     def read(self, kept: Sequence[int] | None) -> int:
-        """Bytes of these rows that a step reads; see `part_read`."""
+        """Bytes of the neurons' rows that a decode step reads; see `part_read`."""
         rows = self.config.neurons if kept is None or self.masked(kept) else kept
         sets = 1 if kept is None or self.masked(kept) else self.sets
         read = sum(k * part_read(self.config, layer, self.batch, self.devices) for layer, k in enumerate(rows))
         return int(read / self.devices * sets * self.row)
 
     def copied(self, kept: Sequence[int]) -> int:
-        """Bytes of kept rows next to the full model's: none where it is masked."""
+        """Bytes of the kept rows that are held next to the full model: none if the full model is masked."""
         return 0 if self.masked(kept) else self.ff(kept)
 
     def weights(self, kept: Sequence[int] | None) -> int:
-        """Bytes of the model: the full one if `kept` is None, else with the kept rows only."""
+        """Bytes of the model that decodes: the full one if `kept` is None, otherwise one with the kept rows only."""
         return self.local - self.ff(None) + self.ff(kept)
 
     def step(self, kept: Sequence[int] | None) -> int:
-        """Bytes that one decode step must read: of tables only the tokens' rows, of the cache all slots."""
+        """Bytes that a decode step must read: the weights, of which tables count only with the tokens' rows, and all
+        slots of the cache."""
         return self.weights(kept) - self.ff(kept) + self.read(kept) - self.tables + self.table_rows + self.cache
 
 
 def bytes_of(array: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array, two numbers of 4 bits in each."""
+    """Bytes of an array in storage, where a byte holds two numbers of 4 bits."""
     return stored_bytes(array.shape, array.dtype)
 
 
 def held_bytes(array: jax.ShapeDtypeStruct, platform: str) -> int:
-    """Bytes of an array as the devices of a platform hold it, see `griffin_jax.model.weights.held`."""
+    """Bytes of an array in the dtype in which the devices of a platform hold it; see
+    `griffin_jax.model.weights.held`."""
     return math.prod(array.shape) if platform == "cpu" and array.dtype == jnp.int4 else bytes_of(array)
 
 
 @functools.lru_cache(maxsize=16)
 def local_arrays(config: ModelConfig, devices: int, precision: Precision) -> Mapping[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of each device's part of every array of the full model, by path in the module.
+    """Shape and dtype of each device's part of every array of the full model, by the array's path in the module.
 
     Raises:
-        ValueError: this many devices cannot share the neurons evenly, or the precision does not fit the model.
+        ValueError: the devices cannot share the neurons evenly, or the precision does not fit the model.
     """
     model = abstract_model(config, precision.dtype, precision.weights)
     shardings = jax.tree.leaves(model_shardings(model, AbstractMesh((devices,), (MODEL_AXIS,))))

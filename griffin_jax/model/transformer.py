@@ -1,4 +1,4 @@
-"""The transformer from its parts: a layer is attention and feed-forward, a model is embedding, layers and head.
+"""The whole transformer: a layer is attention and feed-forward, and a model is the embedding, the layers and the head.
 
 `griffin_jax.model` explains the letters in names and shapes.
 """
@@ -30,16 +30,16 @@ from griffin_jax.model.routed import Activations, RoutedFeedForward
 from griffin_jax.model.weights import WeightFormat, dequantise, stored_bytes
 
 LAYER_SCOPE = "layer"
-"""Name of everything that a layer computes, in profiles and compiled programs."""
+"""The scope of everything that a layer computes, by which profiles and compiled programs name it."""
 
 Observer = Callable[[int, Activations, Bool[Array, "b t"]], Any]
-"""A function that sees the intermediates z of each feed-forward layer while the model reads.
+"""A function that sees the intermediates z of each feed-forward layer while the model reads tokens.
 
-It is called, inside of jit, with the number of the layer, z, and which tokens are real (false for padding, where z is
-finite and means nothing). Of a layer with routed experts z is a `griffin_jax.model.routed.RoutedActivations`, with the
-choices of each token and their weights. The model returns what it returns, arrays in any pytree or None, next to its
-own output.
-Nothing else of z is kept: only z of one layer is in memory at a time.
+The model calls it inside jit, with the number of the layer, z, and which tokens are real (false for padding, where z is
+finite but meaningless). z is (B, T, F) or, for a layer with routed experts, a
+`griffin_jax.model.routed.RoutedActivations`, with the choices of each token and their weights. The function returns
+arrays in any pytree, or None, and the model returns these next to its own output. Nothing else of z is kept, so only
+one layer's z is in memory at a time.
 """
 
 
@@ -47,6 +47,13 @@ class Layer(nnx.Module):
     """Attention and feed-forward, each added to the residual stream.
 
     `ModelConfig.norm_placement` says where their norms are. Parallel layers add both to the same x.
+
+    Args:
+        config: the architecture.
+        number: number of the layer, from 0.
+        dtype: dtype of all parameters that `weights` does not cover.
+        weights: how the matrices are stored.
+        rngs: where the random matrices are drawn from; None for zeros.
     """
 
     def __init__(
@@ -81,7 +88,21 @@ class Layer(nnx.Module):
         cursor: Int[Array, ""],
         observe: Callable[[Activations, Bool[Array, "b t"]], Any] | None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b g h slots"], Float[Array, "b g slots h"], Any]:
-        """The residual stream after the layer, its cache, and what `observe` returns for z, if it is given."""
+        """Read T tokens of every row.
+
+        Args:
+            x: the residual stream.
+            real: which tokens are real; the others are padding.
+            at: what attention needs to know about positions.
+            cached_keys: keys of this layer in the cache.
+            cached_values: values of this layer in the cache.
+            cursor: number of the first slot that is written.
+            observe: function that sees z and `real`, see `Observer`; or None.
+
+        Returns:
+            The residual stream after the layer, its cached keys and values with those of this call, and what `observe`
+            returns (None without it).
+        """
         x, normed = stream_and_norm(self.attention_norm, x)
         mixed, keys, values = self.attention(normed, at, cached_keys, cached_values, cursor)
         mixed = scaled(apply_norm(self.attention_out_norm, mixed), self.residual_scale)
@@ -102,11 +123,11 @@ class Transformer(nnx.Module):
 
     Args:
         config: the architecture.
-        dtype: dtype of the computation, and of all parameters that `weights` is not about; norms, softmax, logits and
+        dtype: dtype of the computation, and of all parameters that `weights` does not cover; norms, softmax, logits and
             statistics are always float32.
         weights: how the matrices are stored; in `dtype` if None.
-        rngs: where the random matrices are drawn from (`rngs.params`); without it they are zero. Weights of a
-            checkpoint come through `griffin_jax.load`.
+        rngs: where the random matrices are drawn from (`rngs.params`); without it they are zero. To load the weights of
+            a checkpoint, use `griffin_jax.load`.
     """
 
     def __init__(
@@ -143,14 +164,14 @@ class Transformer(nnx.Module):
 
     @weights.setter
     def weights(self, weights: WeightFormat) -> None:
-        """For who stores the matrices of a model anew: what they are stored as."""
+        """Set the format of the matrices, for code that has stored them anew."""
         self._dtype, self._format = self.dtype, weights
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the computation, and of everything that `weights` is not about.
+        """The dtype of the computation, and of all parameters that `weights` does not cover.
 
-        It is read off the parameters, since a model may be cast as any pytree is.
+        It is read off the parameters, since a model may be cast like any pytree.
         """
         layer = self.layers[0]
         norms = (self.norm, layer.attention_norm, layer.ff_norm, layer.attention_out_norm, layer.attention_sum_norm)
@@ -161,12 +182,12 @@ class Transformer(nnx.Module):
 
     @property
     def neurons(self) -> tuple[int, ...]:
-        """Neurons of each feed-forward layer: F, or the kept ones of a pruned model; of a masked one F, too."""
+        """Number of neurons of each feed-forward layer: F for a full or masked model, K for a pruned one."""
         return tuple(layer.ff.neurons for layer in self.layers)
 
     @property
     def adapted(self) -> bool:
-        """Whether matrices have additions of low rank, see `griffin_jax.model.low_rank`."""
+        """Whether any matrix has a low-rank addition; see `griffin_jax.model.low_rank`."""
         owners = [owner for layer in self.layers for owner in (layer.attention, *layer.ff.parts())]
         return any(
             value is not None for owner in owners for name, value in vars(owner).items() if name.endswith("_left")
@@ -174,7 +195,7 @@ class Transformer(nnx.Module):
 
     @property
     def ff_bytes(self) -> int:
-        """Bytes of all feed-forward arrays that have a row for each neuron, as their format says."""
+        """Bytes of all feed-forward arrays with a row for each neuron, in the format in which the model stores them."""
         arrays = [rows for layer in self.layers for part in layer.ff.parts() for rows in part.rows().values()]
         kinds = [self.weights.dtype if array.dtype == jnp.int8 else array.dtype for array in arrays]
         return sum(stored_bytes(array.shape, kind) for array, kind in zip(arrays, kinds, strict=True))
@@ -192,13 +213,13 @@ class Transformer(nnx.Module):
 
         Args:
             tokens: token ids.
-            positions: position of each token in its row, rising; `EMPTY` anywhere among them marks padding, which is
-                written to the cache but never attended to and enters no statistic.
+            positions: position of each token in its row, rising. `EMPTY` anywhere among them marks padding, which is
+                written to the cache but never attended to, and enters no statistic.
             cache: the tokens that were read before, with room for T more.
             read_slots: number of slots of the cache that attention reads (all of them if None). They must hold every
                 token so far; 0 for an empty cache.
             observe: function that sees the intermediates of every layer, such as `griffin_jax.griffin.statistic`'s
-                `statistic`, which collects what GRIFFIN selects by.
+                `statistic`, which collects the statistic that GRIFFIN selects by.
 
         Returns:
             The residual stream after the last layer (for `logits`), the cache with T more tokens, and what `observe`
@@ -229,7 +250,7 @@ class Transformer(nnx.Module):
         return x, cache, () if observe is None else tuple(observed)
 
     def embed(self, tokens: Int[Array, "b t"], positions: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """The residual stream before the first layer; where a position is `EMPTY`, it means nothing."""
+        """The residual stream before the first layer; meaningless where a position is `EMPTY`."""
         x = lookup(self.embedding[...], tokens)
         if self.embedding_scale is not None:
             x = dequantise(x, lookup(self.embedding_scale[...], tokens))

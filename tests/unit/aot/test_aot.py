@@ -22,6 +22,7 @@ from griffin_jax.cli.main import main
 from griffin_jax.extensions.speculative import MOST_WITH_COPIES
 from griffin_jax.generation.padding import DEFAULT_CHUNK
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.kernels import LEAST_CAPABILITY
 from griffin_jax.model.named import named
 from griffin_jax.model.products import GEMV_VARIABLE
 from griffin_jax.model.sharding import GPU_TILE, INTEGER_TILE
@@ -557,6 +558,61 @@ def test_every_gpu_is_accepted(cuda):
     assert result.stdout.splitlines() == [chip.name for chip in TARGETS.values() if chip.gpu is not None], result.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("rtx4090", [256]),
+        *(
+            pytest.param(name, [64, 128, 160, 256, 512], marks=pytest.mark.slow)
+            for name, chip in TARGETS.items()
+            if chip.gpu is not None
+        ),
+    ],
+    ids=str,
+)
+def test_attention_compiles_for_every_gpu(cuda, name, sizes):
+    """With as much shared memory as each has: a prompt, few tokens of many query heads, and one."""
+    script = f"""if True:
+        import jax, jax.numpy as jnp, numpy as np
+        from jax.experimental import topologies
+        from griffin_jax.aot.targets import TARGETS, gpu_target_config
+        from griffin_jax.model import flash
+        (device,) = topologies.get_topology_desc(
+            platform="cuda", topology_name="one", target_config=gpu_target_config(TARGETS[{name!r}]), topology="1x1x1"
+        ).devices
+        mesh = jax.sharding.Mesh(np.asarray([device]), ("model",))
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        def array(*shape, dtype=jnp.bfloat16):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+        def positions(*shape):
+            return array(*shape, dtype=jnp.int32)
+        def compile(kernel, *operands):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                lowered = jax.jit(lambda *arrays: kernel(*arrays, scale=0.1)).lower(*operands)
+            lowered.compile()
+        for size in {sizes!r}:
+            cache = array(1, 1, size, 256), array(1, 1, 256, size)
+            for kernel, tokens in ((flash.read_prompt, 200), (flash.read_few, 9)):
+                query = array(1, 8, tokens, size)
+                compile(kernel, query, *cache, positions(1, tokens), positions(1, 256), positions())
+            token = array(1, 1, 64, size), array(1, 1, size), array(1, 1, size)
+            compile(flash.decode_step, *token, *cache, positions(1), positions(1, 256), positions())
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=compilation.child_environment(cuda),
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_targets_are_gpus_that_triton_compiles_for():
+    """Programs for them have its kernels, whatever GPU is there."""
+    assert all(chip.gpu.capability >= LEAST_CAPABILITY for chip in TARGETS.values() if chip.gpu is not None)
+
+
 def test_tpu(tpu):
     report = compile_for("tpu-v5e", named("SmolLM2-135M", layers=1), prompt=16, new=16)
     assert report.dense.fits
@@ -649,6 +705,18 @@ class TestOutcomes:
         assert "refused" in table("Llama", compile_for("tpu-v5e", LLAMA, devices=4))
         assert "refused" in shown
         assert "not compiled: dense: too large" in shown
+
+
+@pytest.mark.parametrize(
+    ("refusal", "more_memory"),
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.35G of 15.75G hbm.", True),
+        ("RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 106752, available: 101376", False),
+        ("INTERNAL: no such instruction", False),
+    ],
+)
+def test_what_is_refused_for_want_of_memory(refusal, more_memory):
+    assert compilation.needs_more_memory(refusal) == more_memory
 
 
 class TestRefusals:

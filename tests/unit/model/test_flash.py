@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -63,8 +64,9 @@ def cache(rng) -> Any:
         (2, 2, 3, 24, 200, None, 50),
         (1, 1, 20, 64, 1000, 5.0, 0),
         (3, 8, 1, 8, 70, None, 7),
+        (2, 1, 8, 130, 100, None, 40),
     ],
-    ids=["one_head", "grouped_window", "many_heads_cap", "batch_window"],
+    ids=["one_head", "grouped_window", "many_heads_cap", "batch_window", "wide_heads"],
 )
 class TestKernels:
     def test_a_token(self, cache, rng, batch, groups, heads, size, slots, cap, window):
@@ -160,6 +162,35 @@ def test_blocks_outside_of_the_window_are_not_read(rng, tokens):
     assert_close(np.asarray(found).reshape(expected.shape), expected)
 
 
+@pytest.mark.parametrize(
+    ("heads", "tokens", "size", "block"),
+    [(1, 2, 128, 16), (16, 8, 128, 128), (48, 9, 128, 128), (48, 9, 64, 128), (8, 5, 256, 64), (8, 9, 400, 32)],
+)
+def test_programs_of_few_tokens_have_few_rows(monkeypatch, heads, tokens, size, block):
+    """As many as registers can hold the sums of."""
+    found, plain = [], flash._block_slots
+
+    def noted(*shape: int) -> int:
+        found.append(shape)
+        return plain(*shape)
+
+    monkeypatch.setattr(flash, "_block_slots", noted)
+    query, keys, values = (
+        jnp.zeros(shape, jnp.bfloat16) for shape in ((1, heads, tokens, size), (1, 1, size, 80), (1, 1, 80, size))
+    )
+    positional = jnp.zeros((1, tokens), jnp.int32), jnp.zeros((1, 80), jnp.int32), jnp.int32(0)
+    jax.eval_shape(lambda *arrays: flash.read_few(*arrays, scale=SCALE), query, keys, values, *positional)
+    assert set(found) == {(block, 1 << (size - 1).bit_length())}
+
+
+@pytest.mark.parametrize(
+    ("rows", "dims", "slots"), [(16, 128, 64), (128, 128, 64), (32, 256, 64), (64, 256, 32), (64, 512, 16)]
+)
+def test_wide_heads_read_fewer_slots_at_a_time(rows, dims, slots):
+    """Of those that a kernel was measured with, up to 128 dimensions, none do."""
+    assert flash._block_slots(rows, dims) == slots
+
+
 LLAMA = ModelConfig(
     family="llama", vocab_size=61, width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=256, rotary=Rotary(theta=1e4),
@@ -185,10 +216,9 @@ def kernels(monkeypatch) -> Any:
 
             return call
 
-        def as_on_cuda(*operands: Any, default: Any = None, cuda: Any = None, **others: Any) -> Any:
-            if cuda is not None:
-                return cuda(*operands)
-            return plain(*operands, default=default, **others)
+        def as_on_cuda(*operands: Any, cuda: Any = None, **others: Any) -> Any:
+            # Still a branch of several, since only some functions can be one.
+            return plain(*operands, **(others if cuda is None else others | {"cpu": cuda}))
 
         original = {name: getattr(flash, name) for name in ("decode_step", "read_few", "read_prompt")}
         with monkeypatch.context() as patch:
@@ -295,6 +325,18 @@ def test_what_kernels_are_for(tokens, dtype, biases, there):
     assert (layer._kernel(at, query, key) is not None) == there
 
 
+@pytest.mark.parametrize(("capabilities", "there"), [(["8.0", "12.0"], True), (["8.6", "7.5"], False)])
+def test_old_gpus_attend_without_kernels(monkeypatch, capabilities, there):
+    """Triton compiles for none before Ampere. Where there is no GPU, programs may be compiled for another machine."""
+    gpus = [SimpleNamespace(compute_capability=capability) for capability in capabilities]
+    at = Positions(None, (jnp.ones((1, 1, 1, 1, 1), bool),) * 2, None, *[jnp.zeros((1, 1), jnp.int32)] * 2, 0)
+    layer = random_model(LLAMA, jnp.bfloat16, seed=0).layers[0].attention
+    operands = [jnp.zeros((1, heads, 1, 8), jnp.bfloat16) for heads in (4, 2)]
+    assert layer._kernel(at, *operands) is not None
+    monkeypatch.setattr(jax, "local_devices", lambda **_: gpus)
+    assert (layer._kernel(at, *operands) is not None) == there
+
+
 @pytest.mark.slow
 def test_a_jax_without_triton_attends_without_kernels(monkeypatch):
     monkeypatch.setitem(sys.modules, "griffin_jax.model.flash", None)
@@ -358,3 +400,21 @@ def test_models_of_16_bits_have_gradients(tokens):
 
     gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
     assert all(np.isfinite(np.asarray(gradient, np.float32)).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("tokens", first_and_slow(1, 8, 1, 32))
+def test_gradients_of_a_model_are_the_same_with_kernels(kernels, tokens, rng):
+    """They are those of XLA's operations, wherever a kernel computed what they begin with."""
+    model = random_model(GEMMA, seed=4)
+    read = jnp.asarray(rng.integers(0, 61, (2, tokens)).astype(np.int32))
+
+    def loss(model: gj.Transformer) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), read.shape)
+        x, _, _ = model(read, positions, gj.empty_cache(GEMMA, 2, 40, jnp.float32))
+        return jnp.sum(model.logits(x) ** 2)
+
+    expected = jax.jit(jax.grad(loss))(model)
+    found, ran = kernels(lambda: jax.jit(jax.grad(lambda model: loss(model)))(model))
+    assert set(ran) == {"decode_step" if tokens == 1 else "read_few" if tokens < 16 else "read_prompt"}
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(np.asarray(got), np.asarray(want))

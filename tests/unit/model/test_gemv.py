@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -125,10 +126,13 @@ def test_products_are_those_of_other_platforms(on_gpu, operands, monkeypatch, gr
     np.testing.assert_allclose(found[0].reshape(2, 24), x[:, 0] @ grouped(numbers, scale).reshape(24, 64).T, **CLOSE)
 
 
-def test_a_jax_without_triton_and_other_operands_take_xlas_products(on_gpu, operands, monkeypatch):
+def test_a_jax_without_triton_old_gpus_and_other_operands_take_xlas_products(on_gpu, operands, monkeypatch):
     x, numbers, scale = operands(5, 8, 64, jnp.int8, 1, 64)
     products.linear(x[:, None], numbers, scale)
     products.linear(x[:1, None], numbers.astype(jnp.bfloat16))
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda **_: [SimpleNamespace(compute_capability="7.5")])
+        products.linear(x[:1, None], numbers, scale)
     monkeypatch.setitem(sys.modules, "griffin_jax.model.gemv", None)
     monkeypatch.delattr("griffin_jax.model.gemv")
     products.linear(x[:1, None], numbers, scale)

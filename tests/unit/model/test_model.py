@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from reference import TinyLlama, assert_close, stepwise_logits, torch_intermedia
 import griffin_jax as gj
 from griffin_jax.generation import jitted
 from griffin_jax.griffin.statistic import statistic
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.feed_forward import ACTIVATIONS
 
 # What else there is, and all other families: tests/parity/test_family_parity.py.
 VARIANTS = {
@@ -85,6 +88,19 @@ def test_observers_see_the_intermediates_of_real_tokens_and_change_nothing(tiny,
 def test_padded_queries_stay_finite(tiny):
     padded = np.full((1, 8), -1, np.int32)
     assert np.isfinite(stepwise_logits(tiny.llm.model, [padded], 8)).all()
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "xielu"])
+def test_activations_are_rounded_once(activation):
+    """Of all finite numbers of bfloat16, and of float64 not at all."""
+    config = gj.ModelConfig("llama", 7, 2, 3, 1, 1, 1, 2, 8, activation=activation)
+    layer = random_model(config, jnp.bfloat16).layers[0].ff
+    numbers = jax.lax.bitcast_convert_type(jnp.arange(1 << 16, dtype=jnp.uint16), jnp.bfloat16)
+    numbers = numbers[jnp.isfinite(numbers)]
+    expected = layer._curved(numbers.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(layer._curved(numbers), expected)
+    with jax.enable_x64(True):
+        assert layer._curved(jnp.asarray([0.3], jnp.float64)).dtype == jnp.float64
 
 
 @pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")

@@ -25,7 +25,7 @@ from griffin_jax.model.grouped import linear_of_experts, matmul_of_experts
 from griffin_jax.model.parameters import array_of
 from griffin_jax.model.products import DOTS_NEED_FLOATS
 from griffin_jax.model.routed import RoutedFeedForward, choose
-from griffin_jax.model.sharding import neuron_groups
+from griffin_jax.model.sharding import check_mesh, neuron_groups
 from griffin_jax.model.sizes import Sizes
 from griffin_jax.model.weights import Precision, WeightFormat, dequantise, floating_rows, quantise
 from griffin_jax.parallel.mesh import make_mesh
@@ -431,6 +431,25 @@ def test_on_a_mesh(text, division, rng):
             assert pruned.layers[0].ff.experts.down[...].sharding.shard_shape((6, 20, 32)) == shape
     for one, many in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * float(np.abs(np.asarray(one, float)).max()))
+
+
+@pytest.mark.parametrize(
+    ("whole", "shared", "message"), [(False, 0, "3 kept"), (False, 8, "3 kept"), (True, 8, None), (True, 10, "5 kept")]
+)
+def test_devices_share_what_each_expert_keeps(whole, shared, message):
+    """Half of the neurons of each of four experts and of the shared one; whether the sum can be shared says nothing."""
+    routing = Routing(4, 2, 6, shared_width=shared)
+    divided = dataclasses.replace(config(), num_layers=1, routing=routing, expert_parallel=whole)
+    model, ranges = random_model(divided, mesh=make_mesh(1, 2)), divided.neuron_ranges
+    starts = np.cumsum((0, *ranges[0]))[:-1]
+    kept = np.concatenate([start + np.arange(size // 2) for start, size in zip(starts, ranges[0], strict=True)])
+    experts = gj.ExpertNeurons.from_indices([kept], divided.neurons, ranges=ranges)
+    if message is None:
+        assert gj.prune(model, experts).layers[0].ff.experts.down.shape == (4, 3, WIDTH)
+        return
+    for refused in (lambda: gj.prune(model, experts), lambda: check_mesh(divided, 2, experts.shares)):
+        with pytest.raises(ValueError, match=f"2 devices cannot share {message} neurons evenly: .*--round-to 2;"):
+            refused()
 
 
 class TestWholeExperts:

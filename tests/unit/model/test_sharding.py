@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import all_cases, feed_forward_structure, first_of_each, model_config
-from conftest import every_and_slow, first_and_slow
+from conftest import drawn_adapter, every_and_slow, first_and_slow
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from griffin_jax.adapters.adapter import attach, stack
 from griffin_jax.checkpoints.huggingface import read_hf_config
 from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.generation import jitted
@@ -231,6 +232,19 @@ class TestKeyValueHeadsThatAreFewerThanDevices:
         np.testing.assert_allclose(one.logits, many.logits, rtol=1e-5, atol=1e-5)
         repeated = jnp.repeat(one.cache.values[1], 4, axis=1)
         np.testing.assert_allclose(many.cache.values[1], repeated, rtol=1e-5, atol=1e-5)
+
+    def test_fingerprints_of_adapters_are_those_without_copies(self):
+        """One for all sequences, and one for each."""
+        config = dataclasses.replace(TINY, num_kv_heads=2, num_layers=1)
+        one = random_model(config)
+        many = assemble(with_kv_copies(config, 8), disassemble(one), jnp.float32)
+        adapters = [drawn_adapter(config, seed) for seed in (1, 2)]
+        found = set()
+        for given in ((adapters[0],), (adapters[1],), (stack(adapters), [0, 1])):
+            prints = {fingerprint(attach(model, *given)) for model in (one, many)}
+            assert len(prints) == 1
+            found |= prints
+        assert len(found) == 3
 
     def test_a_config_says_what_does_not_fit(self):
         with pytest.raises(ValueError, match="num_heads 8 is not a multiple of num_kv_heads 2 x 8"):

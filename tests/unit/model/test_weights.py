@@ -87,6 +87,12 @@ class TestQuantise:
             assert scale.shape == ((24, 1) if outputs == "first" else (40,))
             assert_close(np.asarray(dequantise(numbers, scale)), np.asarray(numbers) * expected)
 
+    def test_outputs_of_each_of_several_matrices(self, rng):
+        w = rng.normal(size=(3, 24, 40)).astype(np.float32)
+        numbers, scale = quantise(w, WeightFormat("int8"), "last_of_each")
+        alone = [dequantise(*quantise(matrix, WeightFormat("int8"), "last")) for matrix in w]
+        np.testing.assert_array_equal(dequantise(numbers, scale), np.stack(alone))
+
     @pytest.mark.parametrize(("kind", "format"), [("Q8_0", "int8:32"), ("Q4_0", "int4:32")])
     def test_what_llama_cpp_stores_is_kept(self, rng, kind, format):
         stored = quantize(rng.normal(size=(24, 96)).astype(np.float32), GGMLQuantizationType[kind])
