@@ -1,1 +1,1 @@
-"""The benchmark runner: `python -m benchmarks run` and `memory`."""
+"""The benchmark runner: `python -m benchmarks run`, `memory` and others."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks COMMAND`: what pruning gains, and conversion needs, on this machine."""
+"""`python -m benchmarks COMMAND`: measures what pruning gains, and what conversion needs, on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (run, gpu, memory, adapters, routed, factored):
         name = module.__name__.rpartition(".")[2]
-        # What the command was called before it measured more than one density at a time.
+        # The command's name before it measured more than one density at a time.
         aliases = ["speed"] if module is run else []
         command = commands.add_parser(
             name,

@@ -1,8 +1,9 @@
-"""What an adapter costs: decoding with it next to the base, merged and not, and the choice of one next to prefill.
-With `--train` instead what updates of several adapters take, in turn and at once.
+"""Measures what an adapter costs: decoding with it, merged or not, and the choice of an adapter, relative to the base.
 
-All are run in turn, so that only ratios count. The adapter's numbers are random, as fast as trained ones. The last line
-is one JSON object.
+With `--train`, it measures instead what updates of several adapters take, one after the other and at once.
+
+All are run in turn, and only the ratios count. The adapter's numbers are random, which is as fast as trained ones. The
+last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ from griffin_jax.training.loop import init_state, make_optimizer, make_step
 from griffin_jax.utils import memory
 
 LENGTH = 128
-"""Tokens of a sequence that is trained on."""
+"""Number of tokens of a training sequence."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=demo.NAME, help="(default: %(default)s)")
     parser.add_argument("--weights", metavar="FORMAT", help="as for griffin-jax generate")
-    parser.add_argument("--rank", type=int, default=8, metavar="R", help="(default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=999, metavar="T", help="tokens (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens decoded (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=8, metavar="R", help="of the adapter (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=999, metavar="T", help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens to decode (default: %(default)s)")
     parser.add_argument(
         "--train",
         type=int,
         default=0,
         metavar="N",
-        help="instead: updates of N adapters, at once and in turn (default: none)",
+        help="measure updates of N adapters instead, at once and in turn (default: none)",
     )
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each timing (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,12 +72,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _compared(work: Mapping[str, Callable[[], float]], of_base: Mapping[str, str], repeats: int) -> dict[str, Any]:
-    """Runs all in turn, and prints and returns medians of what each takes next to another one.
+    """Time all functions in turn, print how long each takes relative to another one, and return the medians.
 
     Args:
-        work: functions that return seconds.
-        of_base: what each of them is compared with.
-        repeats: how often; once more before that, which compiles.
+        work: functions that return the seconds they took, by name.
+        of_base: for each name, the name that it is compared with.
+        repeats: number of rounds, after one more round that compiles.
     """
     found: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 1):
@@ -106,11 +107,11 @@ def _run_training(model: Transformer, options: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Updates:
-    """An update of each of some adapters.
+    """One training update of each of several adapters.
 
     Attributes:
-        bytes: of their states and of what one program makes for a while, as XLA has it.
-        run: makes them.
+        bytes: size of their states and of the temporaries of one program, according to XLA.
+        run: makes the updates.
     """
 
     bytes: int
@@ -118,7 +119,7 @@ class Updates:
 
 
 def _training(model: Transformer, rank: int, count: int) -> dict[str, Updates]:
-    """An update of each of some adapters, one sequence of `LENGTH` tokens for each."""
+    """One update of each of `count` adapters, with one sequence of `LENGTH` tokens each: in turn, and at once."""
     config = TrainingConfig(steps=2, batch=1, length=LENGTH, warmup=1)
     optimizer = make_optimizer(config)
     step = make_step(adapter_loss, optimizer)
@@ -156,7 +157,7 @@ def _prefill(model: Transformer, prompt: list[int]) -> Callable[[], Any]:
 
 
 def _decoding(model: Transformer, prompt: list[int], new: int) -> Callable[[], float]:
-    """Seconds of decoding alone, each time after the same prompt."""
+    """A function that returns the seconds of decoding alone, each time after the same prompt."""
     tokens, lengths = np.asarray([prompt], np.int32), np.asarray([len(prompt)], np.int32)
     prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=new, collect=False)
 

@@ -1,8 +1,8 @@
-"""What a factored model gains: a dense model next to itself, divided into experts of which each token reads some.
+"""Measures what factoring gains: a dense model against itself divided into experts, of which each token reads some.
 
-A well-known model gets random weights in true shape, except for a vocabulary of 256 tokens, and so next to no head;
-any other is loaded. Training changes no speed, so routers are random. Both are run in turn. The last line is one JSON
-object.
+A well-known model has random weights in its true shape, except for a vocabulary of only 256 tokens, so it has next to
+no head; any other model is loaded. Training does not change the speed, so the routers are random. Both models are run
+in turn. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from griffin_jax.model.weights import Precision, WeightFormat
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", default="Llama-2-13B", help="a well-known one or a checkpoint (default: %(default)s)"
+        "--model", default="Llama-2-13B", help="a well-known model or a checkpoint (default: %(default)s)"
     )
-    parser.add_argument("--layers", type=int, default=2, metavar="L", help="of a well-known one (default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=4, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--active", type=int, default=2, metavar="K", help="(default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=2, metavar="L", help="layers of a well-known model (default: %(default)s)"
+    )
+    parser.add_argument("--experts", type=int, default=4, metavar="N", help="experts of a layer (default: %(default)s)")
+    parser.add_argument(
+        "--active", type=int, default=2, metavar="K", help="experts that a token reads (default: %(default)s)"
+    )
     parser.add_argument("--weights", default="float32", metavar="FORMAT", help="(default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=256, metavar="T", help="tokens (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens decoded (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=256, metavar="T", help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens to decode (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each timing (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,15 +1,15 @@
-"""What pruning gains on this accelerator: proof by one command, in parts that are kept.
+"""Measures what pruning gains on this accelerator, in parts whose results are kept.
 
-The parts, in the order of what they are worth: whether the device computes what the processor computes (tiny models of
-five families); decoding and prefill of Llama-2-13B and Gemma-7B in their true shapes with random weights, in bfloat16,
-int8 and int4, one sequence and eight, and of one in int8 with a density of bytes; the same in integers with
-`griffin_jax.model.gemv`, whose kernels are no default before they have been measured; transformers and the published
-GRIFFIN in PyTorch on the same device and shapes; the kernels of a decode step; one copy of the weights instead of two;
-and the loop over tokens as one CUDA graph.
+The parts are, with the most valuable ones first: whether the device computes what the CPU computes (tiny models of five
+families); decoding and prefill of Llama-2-13B and Gemma-7B in their true shapes with random weights, in bfloat16, int8
+and int4, for one sequence and for eight, and for one sequence in int8 with a density of bytes; the integer formats with
+the kernels of `griffin_jax.model.gemv`, which are not the default until they have been measured; transformers and the
+published GRIFFIN in PyTorch, on the same device with the same shapes; the kernels of a decode step; one copy of the
+weights instead of two; and the loop over tokens as one CUDA graph.
 
-Each part runs in a process of its own and leaves a file in --output. Run again, the command goes on with the parts that
-are missing, so that a device that is lent for minutes is enough; no part begins that --minutes leaves no time for. At
-the end of each run all that there is so far is put together, in results.json and results.txt.
+Each part runs in a separate process and leaves a file in --output. If the command is run again, it goes on with the
+parts that are missing, so a few minutes at a time on a device are enough. No part begins for which --minutes leaves no
+time. At the end of each run, all results so far are collected in results.json and results.txt.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ PAPER = {"Llama-2-13B": 1.25, "Gemma-7B": 1.29}
 """The speed-up of decoding at a density of 0.5 that the paper measured on an L40 (arXiv 2404.01365)."""
 
 CHECKS = ("correctness", "correctness-gemv")
-"""The parts that check what the device computes."""
+"""Names of the parts that check what the device computes."""
 
 FIRST_GUESS = 60.0
-"""Seconds that a part takes, before one has been run."""
+"""Seconds that a part is assumed to take before any part has been run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large everything is.
+    """The sizes of all that is measured.
 
     Attributes:
-        models: names of `griffin_jax.model.named`.
-        layers: of each, the first ones; all if None.
-        lengths: tokens of prompt and answer.
-        densities: that are measured.
+        models: names of models in `griffin_jax.model.named`.
+        layers: number of layers of each model, from the first; all if None.
+        lengths: numbers of tokens of prompt and answer, such as `2048+128`.
+        densities: the densities to measure, separated by commas.
         batches: numbers of sequences.
-        repeats: of each measurement.
-        formats: of the weights; several sequences, and what is worth most, are measured in the first two.
-        families: whose tiny models are checked, of `benchmarks.gpu_checks`.
-        gemv: whether the kernels of `griffin_jax.model.gemv` are checked and measured, too, which only GPUs have.
+        repeats: number of repeats of each measurement.
+        formats: formats of the weights; the first two are measured earlier, and also with several sequences.
+        families: the models of `benchmarks.gpu_checks` whose tiny versions are checked.
+        gemv: whether the kernels of `griffin_jax.model.gemv`, which only GPUs have, are checked and measured, too.
     """
 
     models: tuple[str, ...]
@@ -80,19 +80,19 @@ FULL = Size(
     ("Llama-2-13B", "Gemma-7B"), None, "2048+128", "1,0.5", (1, 8), 3, ("bfloat16", "int8", "int4"), FAMILIES, gemv=True
 )
 SMALL = Size(("SmolLM2-135M",), 1, "32+8", "1,0.5", (1,), 1, ("bfloat16", "int8"), FAMILIES[:1], gemv=False)
-"""For a test of this command on any machine. Its figures mean nothing."""
+"""Sizes for a test of this command on any machine; the figures mean nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One process.
+    """One part, which runs in a separate process.
 
     Attributes:
-        name: of its file.
-        command: arguments after `python -m`; it writes a JSON object to the file that follows `--json-file`.
-        in_torch: whether it leaves the device to PyTorch.
-        xla_flags: for this process only.
-        gemv: whether few tokens are multiplied by integers with `griffin_jax.model.gemv`.
+        name: name of the part's file, without suffix.
+        command: arguments after `python -m`; the process writes a JSON object to the file given by `--json-file`.
+        in_torch: whether JAX leaves the device to PyTorch.
+        xla_flags: further `XLA_FLAGS` for this process only.
+        gemv: whether products of a few tokens with integers use `griffin_jax.model.gemv`.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Part:
 
 
 def parts(scale: Size) -> Iterator[Part]:
-    """All parts, in the order of what they are worth."""
+    """All parts, the most valuable ones first."""
 
     def run(model: str, *more: str) -> tuple[str, ...]:
         layers = () if scale.layers is None else ("--layers", str(scale.layers))
@@ -118,7 +118,7 @@ def parts(scale: Size) -> Iterator[Part]:
             "--experts", "shared",
         )  # fmt: skip
         if weights == "int8" and batch == first:
-            # Whole tiles in both formats, as the neurons of one have them at these densities anyway.
+            # Whole tiles in both formats, as a single format has at these densities anyway.
             options += ("--mixed-weights", "int4", "--round-to", str(INTEGER_TILE))
         name = f"{model}-{weights}-batch-{batch}" + "-gemv" * gemv
         return Part(name, ("benchmarks", "run", *options), gemv=gemv)
@@ -149,40 +149,38 @@ def parts(scale: Size) -> Iterator[Part]:
     for model in scale.models:
         yield Part(f"{model}-in-place", ("benchmarks", "run", *run(model, *short, "--in-place")))
     for model in scale.models:
-        # XLA records the steps of a loop in CUDA graphs by default, and launches each from the processor. So it
-        # records the loop, too.
+        # By default XLA records the steps of a loop in CUDA graphs, and the CPU launches each of them. With this flag
+        # it records the loop, too.
         command = ("benchmarks", "run", *run(model, *short))
         yield Part(f"{model}-loop-in-a-graph", command, xla_flags="--xla_gpu_enable_command_buffer=+WHILE")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the command's arguments."""
     parser.add_argument(
         "--output", type=Path, default=Path("gpu-results"), metavar="FOLDER", help="(default: %(default)s)"
     )
     parser.add_argument(
         "--minutes", type=float, default=9.0, metavar="M",
-        help="no part begins that would probably end later than this (default: %(default)g)",
+        help="start no part that would probably end later than this (default: %(default)g)",
     )  # fmt: skip
-    parser.add_argument("--part", metavar="TEXT", help="only the parts that have this in their names")
+    parser.add_argument("--part", metavar="TEXT", help="run only the parts that have this text in their names")
+    parser.add_argument("--density", metavar="LIST", help=f"densities to decode with (default: {FULL.densities})")
+    parser.add_argument("--list", action="store_true", help="list the parts, and which of them are done")
     parser.add_argument(
-        "--density", metavar="LIST", help=f"densities that are decoded with (default: {FULL.densities})"
-    )
-    parser.add_argument("--list", action="store_true", help="name the parts, and those that are there already")
-    parser.add_argument(
-        "--small", action="store_true", help="a few layers of a small model: tests this command, on any machine"
+        "--small", action="store_true", help="use one layer of a small model, to test this command on any machine"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs what is missing, and puts together what there is.
+    """Run the missing parts, and collect all results so far.
 
     Returns:
-        1 if a part failed, or the device computed something wrong; otherwise 0.
+        1 if a part failed or the device computed something wrong; otherwise 0.
 
     Raises:
-        ValueError: no part has the given text in its name, densities are no numbers, or there is no time.
-        FileExistsError: the folder has results of another device or version.
+        ValueError: no part has the given text in its name, the densities are not numbers, or --minutes is not above 0.
+        FileExistsError: the folder has results of another device, version or size.
     """
     scale = SMALL if options.small else FULL
     if options.density is not None:
@@ -214,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run_missing(wanted: Sequence[Part], folder: Path, seconds: float) -> dict[str, str]:
-    """Runs the parts that have no file yet, as far as there is time; why some failed, by name."""
+    """Run the parts that have no file yet, as long as there is time; returns why parts failed, by name."""
     start, longest = time.monotonic(), 0.0
     failed: dict[str, str] = {}
     for part in wanted:
@@ -233,13 +231,13 @@ def _run_missing(wanted: Sequence[Part], folder: Path, seconds: float) -> dict[s
 
 
 def _run(part: Part, folder: Path, seconds: float) -> str | None:
-    """Runs a part; why it failed, if it did. What it says is kept next to its file."""
+    """Run a part, and keep its output next to its file; returns why it failed, or None."""
     target = _file(folder, part)
     environment = dict(os.environ)
     if part.in_torch:
         environment["JAX_PLATFORMS"] = "cpu"
     else:
-        # Nothing else is on the device.
+        # Nothing else uses the device.
         environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {part.xla_flags}".strip()
         environment[GEMV_VARIABLE] = "1" if part.gemv else ""
@@ -260,7 +258,7 @@ def _file(folder: Path, part: Part) -> Path:
 
 
 def _machine(scale: Size) -> dict[str, Any]:
-    """The device and versions, from a process of its own, so that this one leaves the device alone."""
+    """The device and versions, asked for in a separate process, so that this one does not occupy the device."""
     code = (
         "import json, jax, griffin_jax; print(json.dumps({'griffin_jax': griffin_jax.__version__,"
         "'jax': jax.__version__, 'backend': jax.default_backend(), 'device': jax.devices()[0].device_kind}))"
@@ -293,7 +291,7 @@ def _check_same(file: Path, machine: Mapping[str, Any]) -> None:
 
 
 def collected(machine: Mapping[str, Any], every: Sequence[Part], folder: Path) -> dict[str, Any]:
-    """All that there is so far."""
+    """All results so far, as one JSON object."""
     found = {part.name: json.loads(_file(folder, part).read_text()) for part in every if _file(folder, part).exists()}
     return {
         "format": FORMAT,
@@ -305,7 +303,7 @@ def collected(machine: Mapping[str, Any], every: Sequence[Part], folder: Path) -
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """All of it for people: what was checked, a summary of decoding, and the tables of every part."""
+    """All results for people: the checks, a summary of decoding, and the tables of every part."""
     found = result["parts"]
     driver = "" if result["driver"] is None else f", driver {result['driver']}"
     lines = [

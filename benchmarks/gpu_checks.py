@@ -1,4 +1,4 @@
-"""Whether an accelerator computes what a processor computes: tiny models of five families, on both."""
+"""Checks that an accelerator computes what the CPU computes, with tiny models of five families on both."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils.wholefile import write_text
 
 FAMILIES = ("Gemma-2-9B", "Llama-3-8B", "Qwen2.5-7B", "Qwen3-8B", "OPT-6.7B")
-"""Windows, soft caps and norms of two kinds; grouped heads; biases; norms of heads; no gate, and learned positions."""
+"""In this order: windows, soft caps and norms of two kinds; grouped heads; biases; norms of heads; no gate, and learned
+positions."""
 
 PROMPTS, NEW = (100, 37), 24
-"""Tokens of both prompts and of each answer."""
+"""Numbers of tokens of the two prompts, and of each answer."""
 DENSITY = 0.5
 SPARE = 2.0
-"""How many times the error of a processor's bfloat16 that of an accelerator's may be: it adds up in another order."""
+"""How many times the CPU's error in bfloat16 the accelerator's may be, because it adds up in another order."""
 
 
 def tiny(name: str) -> ModelConfig:
-    """A well-known model's architecture in the smallest sizes that its kernels take."""
+    """A well-known model's architecture in the smallest sizes that the kernels accept."""
     config, heads, width = named(name, layers=2), 4, 256
     return dataclasses.replace(
         config, vocab_size=512, width=width, ff_width=512, num_heads=heads, head_dim=width // heads, max_positions=256,
@@ -56,7 +57,7 @@ def _prompts(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _answers(model: Transformer) -> tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray, np.ndarray]:
-    """The kept neurons of every layer, the tokens of the full model and of the pruned one, and the first logits."""
+    """The kept neurons of every layer, the tokens of the full and the pruned model, and logits after the prompts."""
     tokens, lengths = _prompts(model.config)
 
     def read() -> gj.Prefilled:
@@ -72,7 +73,7 @@ def _answers(model: Transformer) -> tuple[tuple[np.ndarray, ...], np.ndarray, np
 
 
 def _forced_logits(model: Transformer, answers: np.ndarray) -> np.ndarray:
-    """Logits after the prompts and after each token of given answers, through the cache."""
+    """Logits after the prompts and after each token of given answers but the last, through the cache."""
     tokens, lengths = _prompts(model.config)
     prefilled = jitted.prefill(model, tokens, lengths, max_new_tokens=NEW, collect=False)
 
@@ -90,7 +91,7 @@ def _forced_logits(model: Transformer, answers: np.ndarray) -> np.ndarray:
 
 
 def _gathered(model: Transformer, experts: tuple[np.ndarray, ...], pruned: Transformer) -> float:
-    """The share of arrays of a pruned model that are not, bit for bit, rows that NumPy takes."""
+    """The share of a pruned model's arrays that are not, bit for bit, the rows that NumPy takes."""
     differ = total = 0
     for full, kept, indices in zip(model.layers, pruned.layers, experts, strict=True):
         for name, axis in NEURON_AXES.items():
@@ -104,7 +105,7 @@ def _gathered(model: Transformer, experts: tuple[np.ndarray, ...], pruned: Trans
 
 
 def checks(family: str) -> list[dict[str, Any]]:
-    """All checks of one family: this process's default device next to its CPU."""
+    """All checks of one family: this process's default device against its CPU."""
     config, cpu, device = tiny(family), jax.devices("cpu")[0], jax.devices()[0]
 
     def on(where: Any, dtype: Any, weights: str | None = None) -> Transformer:
@@ -125,7 +126,7 @@ def checks(family: str) -> list[dict[str, Any]]:
     ]
     for weights in ("bfloat16", "int8", "int4"):
         with jax.default_device(cpu):
-            # The same rounded weights, computed with in float32.
+            # The same rounded weights, but computed in float32.
             rounded = on(cpu, jnp.bfloat16, weights)
             exact = _forced_logits(jax.tree.map(_in_float32, rounded), expected[1])
             of_cpu = _error(_forced_logits(rounded, expected[1]), exact)
@@ -147,19 +148,20 @@ def _in_float32(array: jax.Array) -> jax.Array:
 
 
 def _error(found: np.ndarray, exact: np.ndarray) -> float:
-    """The largest difference, as a share of the largest number."""
+    """The largest difference, relative to the largest exact magnitude."""
     return float(np.max(np.abs(found - exact)) / np.max(np.abs(exact)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_checks", description=__doc__)
-    parser.add_argument("--families", default=",".join(FAMILIES), metavar="NAMES", help="separated by commas")
+    parser.add_argument("--families", default=",".join(FAMILIES), metavar="NAMES", help="models, separated by commas")
     parser.add_argument("--json-file", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
     families = options.families.split(",")
-    # Most of it is compiling. Together they are on the device, so none may take all of its memory.
+    # Most of the time is compiling, so families run in parallel. They share the device, so none may take all of its
+    # memory.
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    # Which of XLA's products is fastest is found out by compiling all of them.
+    # To find out which of its products is fastest, XLA would compile all of them.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     workers = min(len(families), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as processes:

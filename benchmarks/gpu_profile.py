@@ -1,8 +1,8 @@
-"""Where the time of a decode step goes: its kernels, read off a profile and the compiled program.
+"""Shows where the time of a decode step goes: its kernels, read off a profile and the compiled program.
 
-While a profiler runs XLA launches kernel by kernel, so the time between them, `idle`, is longer than without: what a
-kernel takes by itself is what counts here. Bytes of a kernel are those of all arrays that it takes and makes, each
-counted whole; so are its bytes per second. Weights are random, and a few layers are enough.
+While a profiler runs, XLA launches kernel by kernel, so the time between kernels, `idle`, is longer than without it.
+What counts here is the time of each kernel alone. The bytes of a kernel, and its bytes per second, are those of all
+arrays that it reads and writes, each counted whole. Weights are random, and a few layers are enough.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from griffin_jax.utils.wholefile import write_text
 FORMAT = "griffin_jax profile 1"
 
 LEAST_SHARE = 0.004
-"""Share of a step's time, at least, of the kernels that are shown one by one."""
+"""Least share of a step's time at which a kernel is shown in a separate row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One run of a kernel: the instruction of HLO that it belongs to, its own name, and when it ran, in ns."""
+    """One run of a kernel: the HLO instruction that it belongs to, its name, its start and its duration, in ns."""
 
     instruction: str
     kernel: str
@@ -49,10 +49,10 @@ class Event:
 
 
 def events(folder: Path, module: str) -> list[Event]:
-    """All runs of kernels of an HLO module in the newest profile of a folder; on a CPU of its instructions.
+    """All runs of an HLO module's kernels (on a CPU, of its instructions) in the newest profile of a folder.
 
     Raises:
-        RuntimeError: the profile has none.
+        RuntimeError: the profile has no kernel of the module.
     """
     newest = max(folder.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime_ns)
     found = list(_events(ProfileData.from_file(str(newest)), module))
@@ -66,7 +66,7 @@ def _events(profile: Any, module: str) -> Iterator[Event]:
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
     for plane in devices or planes:
         for line in plane.lines:
-            # Other lines of a device show the same time again, by steps and by modules.
+            # The other lines of a device show the same time again, by steps and by modules.
             if devices and not line.name.startswith("Stream"):
                 continue
             for event in line.events:
@@ -76,11 +76,11 @@ def _events(profile: Any, module: str) -> Iterator[Event]:
 
 
 def kernels(found: Sequence[Event], module: Module, tokens: int) -> list[dict[str, Any]]:
-    """Kernels that are alike put together, those that take longest first; times in microseconds."""
+    """The kernels, with similar ones as one row, those that take longest first; times in microseconds."""
     instructions = {i.name: i for computation in module.computations.values() for i in computation}
     alike: dict[tuple[str, str, int], list[Event]] = collections.defaultdict(list)
     for event in found:
-        # Of a CUDA graph the event names the graph, and the kernel is called as its instruction is.
+        # In a CUDA graph, the event names the graph as its instruction, and the kernel has the instruction's name.
         own = re.sub(r"_(\d+)$", r".\1", event.kernel)
         instruction = instructions.get(event.instruction, instructions.get(own, instructions.get(event.kernel)))
         if instruction is None or instruction.opcode not in CONTROL:
@@ -101,7 +101,7 @@ def kernels(found: Sequence[Event], module: Module, tokens: int) -> list[dict[st
 
 
 def _kind(event: Event, instruction: Instruction | None, all_of: Mapping[str, Instruction]) -> tuple[str, str, int]:
-    """A kernel's name without numbers, the arrays that its instruction makes, and the bytes of all it touches."""
+    """A kernel's name without numbers, the shapes that its instruction makes, and the bytes of all its arrays."""
     name = re.sub(r"[._]?\d+$", "", event.kernel)
     if instruction is None:
         return name, "", 0
@@ -117,7 +117,7 @@ def _size(array: HloArray) -> float:
 def profile(model: Transformer, density: float, prompt: int, new: int, folder: Path) -> dict[str, Any]:
     """The kernels of a decode step of the model at a density, after a random prompt.
 
-    The profile and the program's text stay in the folder.
+    The profile and the program's HLO text stay in the folder.
     """
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, prompt)).astype(np.int32)
     lengths = np.array([prompt], np.int32)
@@ -144,7 +144,7 @@ def profile(model: Transformer, density: float, prompt: int, new: int, folder: P
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The profile for people."""
+    """The profile as a table for people."""
     lines = [
         f"{result['profiled']}: {result['layers']} layers, {result['stored_as']}, cache of {result['slots']} slots"
     ]
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--weights", default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--density", default="1,0.5", help="(default: %(default)s)")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="profiles and HLO are left there")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep profiles and HLO in this folder")
     parser.add_argument("--json-file", type=Path, required=True)
     options = parser.parse_args()
     prompt, new = map(int, options.lengths.split("+"))

@@ -1,8 +1,8 @@
-"""The same shapes in PyTorch on the same device: transformers as fast as it goes, and GRIFFIN as its authors run it.
+"""Times the same shapes in PyTorch on the same device: transformers at its fastest, and GRIFFIN as its authors run it.
 
 transformers decodes with a static cache and a compiled step (CUDA graphs). The published computation
-(`benchmarks.torchpeers.GriffinMLP`) copies the kept rows at every prompt, which no compiled step takes, so it decodes
-as it is, next to the dense model run in the same way. Weights are random.
+(`benchmarks.torchpeers.GriffinMLP`) copies the kept rows for every prompt, which a compiled step does not allow. It
+decodes uncompiled, and is compared with the dense model run in the same way. Weights are random.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COMPILED, EAGER, PUBLISHED = "transformers, compiled", "transformers", "publishe
 
 
 def build(config: ModelConfig, dtype: Any, device: Any) -> Any:
-    """transformers' model of this architecture with random weights.
+    """transformers' model of this architecture, with random weights.
 
     Raises:
         ValueError: the architecture is neither a Llama nor a Gemma.
@@ -54,7 +54,7 @@ def build(config: ModelConfig, dtype: Any, device: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02, generator=generator)
-        # Angles are made with the model, and so were not on this device.
+        # The rotary frequencies were made with the model, on the meta device, so they have no values yet.
         rotary = model.model.rotary_emb
         frequencies = config.rotary.theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
         for name in ("inv_freq", "original_inv_freq"):
@@ -80,13 +80,13 @@ def _seconds(step: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def greedy(model: Any, prompts: np.ndarray, new: int, step: Any = None) -> tuple[list[list[int]], float, float]:
-    """Greedy tokens of each row, seconds of prefill, and of each decoded token of the batch.
+    """Greedy tokens of each row, seconds of prefill, and seconds of each decoded token of the batch.
 
     Args:
-        model: of transformers.
+        model: a model of transformers.
         prompts: tokens (B, T).
-        new: tokens of each answer.
-        step: the model's compiled `forward`, which decodes with a static cache; None decodes as the model is.
+        new: number of tokens of each answer.
+        step: the model's compiled `forward`, which decodes with a static cache; None decodes without compiling.
     """
     import torch
     import transformers
@@ -103,14 +103,14 @@ def greedy(model: Any, prompts: np.ndarray, new: int, step: Any = None) -> tuple
     kept = {cache_name(model): cache, "use_cache": True}
 
     def read() -> Any:
-        # A prompt is read once: compiling that would take longer.
+        # A prompt is read only once, so compiling this would take longer.
         return model(tokens, logits_to_keep=1, **kept).logits[:, -1:].argmax(-1)
 
     def write(newest: Any) -> list[Any]:
         written = [newest]
         for _ in range(new - 1):
             state = (step or model)(written[-1], **kept)
-            # The memory of a compiled step's result is that of the next one's.
+            # The next compiled step reuses the memory of this one's result.
             written.append(state.logits[:, -1:].argmax(-1).clone())
         return written
 
@@ -123,7 +123,7 @@ def greedy(model: Any, prompts: np.ndarray, new: int, step: Any = None) -> tuple
 def measure(
     config: ModelConfig, batch: int, prompt: int, new: int, densities: list[float], repeats: int, dtype: str
 ) -> list[dict[str, Any]]:
-    """One row for each system and density: medians in milliseconds, after a round that warms up."""
+    """One row for each system and density: medians in milliseconds, after a warm-up round."""
     import torch
 
     from benchmarks import torchpeers
@@ -163,7 +163,7 @@ def main() -> None:
     import torch
     import transformers
 
-    # Names of arguments change from version to version of transformers; here they need to work for many.
+    # transformers renames arguments from version to version; this has to work with many versions.
     warnings.simplefilter("ignore", FutureWarning)
     prompt, new = map(int, options.lengths.split("+"))
     densities = numbers("--density", options.density, float)

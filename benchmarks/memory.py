@@ -1,10 +1,9 @@
-"""Peak memory of a conversion, next to what is promised: 1.5 times the largest tensor, and 1 GiB.
+"""Compares the peak memory of a conversion with the promised limit: 1.5 times the largest tensor, plus 1 GiB.
 
-Writes a sharded checkpoint of Llama's shape with random weights, converts it in a process of its own,
-and compares that process's largest resident memory (VmHWM on Linux, else maxrss) with the limit:
-1.5 times the largest tensor in the target dtype, plus 1 GiB, plus what the interpreter with all its
-imports had before the first tensor. Everything is deleted afterwards. The exit code is 1 if the limit
-does not hold. The last line is one JSON object.
+This writes a sharded checkpoint of Llama's shape with random weights, converts it in a separate process, and compares
+the peak resident memory of that process (VmHWM on Linux, otherwise maxrss) with the limit: 1.5 times the largest tensor
+in the target dtype, plus 1 GiB, plus what the interpreter with all its imports had before the first tensor. Everything
+is deleted afterwards. The exit code is 1 if the limit does not hold. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from griffin_jax.checkpoints.native import DTYPES
 
 GIB = 1 << 30
 STEP = 1 << 22
-"""So many values are drawn at a time."""
+"""Number of random values that are drawn at a time."""
 
 SHAPES = [(128256, 4096, 14336, 8, 128), (32000, 2048, 5632, 4, 64), (4096, 256, 768, 2, 32), (64, 16, 24, 1, 8)]
-"""Vocabulary, width, neurons, key/value heads and their size of models of less and less parameters."""
+"""Vocabulary, width, neurons, key/value heads and head size of models with fewer and fewer parameters."""
 
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
@@ -51,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gigabytes", type=float, default=8.0, metavar="N", help="size of the checkpoint (default: %(default)s)"
     )
-    parser.add_argument("--shards", type=int, default=8, metavar="N", help="its files (default: %(default)s)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="to convert to (default: %(default)s)")
-    parser.add_argument("--stored", choices=DTYPES, default="bfloat16", help="of its weights (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to work (default: that of temporary files)")
+    parser.add_argument("--shards", type=int, default=8, metavar="N", help="number of files (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="target dtype (default: %(default)s)")
+    parser.add_argument("--stored", choices=DTYPES, default="bfloat16", help="stored dtype (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="working folder (default: that of temporary files)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -101,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def model_of(size: float, itemsize: int) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """config.json and shapes of tensors of a Llama model that has at least so many bytes."""
+    """The config.json and the tensors' shapes of a Llama model of at least `size` bytes."""
     vocabulary, width, neurons, groups, head = next(
         shape for shape in SHAPES if 4 * shape[0] * shape[1] * itemsize < size or shape is SHAPES[-1]
     )
@@ -135,7 +134,7 @@ def model_of(size: float, itemsize: int) -> tuple[dict[str, Any], dict[str, tupl
 def write_checkpoint(
     folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: str, num_shards: int
 ) -> None:
-    """A Hugging Face folder of random weights, with memory for a few millions of them."""
+    """Write a Hugging Face folder of random weights, with memory for only a few million of them at a time."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     itemsize = jnp.dtype(dtype).itemsize
@@ -175,7 +174,7 @@ def _values(random: np.random.Generator, count: int) -> Iterator[np.ndarray]:
 
 
 def _convert(source: Path, output: Path, dtype: str) -> dict[str, Any]:
-    """The report of a conversion in a process of its own, of which nothing else makes the memory grow."""
+    """The report of a conversion in a separate process, whose memory nothing else increases."""
     command = [sys.executable, "-c", CONVERSION, str(source), str(output), dtype]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -1,6 +1,6 @@
-"""What griffin_jax is measured against, on the same weights and work, of what is installed.
+"""The installed systems that griffin_jax is measured against, with the same weights on the same work.
 
-torchpeers.py has transformers' dense model and GRIFFIN as its authors run it; llama.cpp is run by llama-cpp-python.
+`torchpeers.py` has transformers' dense model and GRIFFIN as its authors run it. llama-cpp-python runs llama.cpp.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TRANSFORMERS, PUBLISHED, LLAMA_CPP = "transformers", "published GRIFFIN", "llama
 
 FLOAT32 = f"{LLAMA_CPP} F32"
 MADE = {f"{LLAMA_CPP} F16": gguf.LlamaFileType.MOSTLY_F16, f"{LLAMA_CPP} Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-"""What llama.cpp's own tool makes of the model in float32."""
+"""The formats that llama.cpp's own tool makes from the model in float32, by the name of the peer."""
 
 
 class Unavailable(Exception):
@@ -41,13 +41,13 @@ class Unavailable(Exception):
 def find(
     models: Mapping[WeightFormat, gj.Transformer], source: str, names: Sequence[str], stack: contextlib.ExitStack
 ) -> tuple[list[Peer], dict[str, str]]:
-    """The peers that can run here, and why others cannot, by name.
+    """The peers that can run here, and why the others cannot, by name.
 
     Args:
-        models: the model by the format of its weights; those in PyTorch get the weights of the one in float32.
-        source: that the model was loaded from; llama.cpp needs its GGUF file.
-        names: of those that are wanted.
-        stack: gets what must be undone in the end.
+        models: the model, by the format of its weights; the peers in PyTorch get the weights of the float32 one.
+        source: what the model was loaded from; llama.cpp needs its GGUF file.
+        names: names of the wanted peers.
+        stack: receives the clean-up to be done at the end.
     """
     found: list[Peer] = []
     skipped: dict[str, str] = {}
@@ -69,7 +69,7 @@ def find(
 
 
 def _version(package: str) -> str:
-    """Name and version of an installed package."""
+    """Name and version of a package, which must be installed."""
     if importlib.util.find_spec(package.replace("-", "_").removesuffix("_python")) is None:
         raise Unavailable(f"{package} is not installed")
     return f"{package} {importlib.metadata.version(package)}"
@@ -117,7 +117,7 @@ def _in_llama_cpp(source: str, names: Sequence[str], stack: contextlib.ExitStack
         else:
             weights = quantised(wide, folder / f"{MADE[name].name}.gguf", MADE[name])
             made = f"{file.name}, dequantised to float32, then {stored_as(weights)}"
-        # The default of llama.cpp is a cache of float16; next to float32 it has ours.
+        # llama.cpp's cache is float16 by default. Next to weights in float32 it gets the dtype of ours.
         cache = gguf.GGMLQuantizationType.F32 if name == FLOAT32 else gguf.GGMLQuantizationType.F16
         peer = LlamaCpp(weights, cache)
         stack.callback(peer.close)
@@ -131,7 +131,7 @@ def _in_llama_cpp(source: str, names: Sequence[str], stack: contextlib.ExitStack
 
 
 def stored_as(file: Path) -> str:
-    """What most tensors of a GGUF file are stored as, as llama.cpp calls it: Q4_K_M, F16, ..."""
+    """The format of most tensors of a GGUF file, by llama.cpp's name: Q4_K_M, F16, ..."""
     field = gguf.GGUFReader(file).get_field(gguf.Keys.General.FILE_TYPE)
     if field is None:
         return "of no name"
@@ -139,21 +139,21 @@ def stored_as(file: Path) -> str:
 
 
 def bytes_per_step(file: Path) -> int:
-    """Bytes of the tensors that a decode step reads: all but an embedding that makes no logits."""
+    """Bytes of the tensors that a decode step reads: all except an embedding that is not also the head."""
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors}
     return sum(sizes.values()) - ("output.weight" in sizes) * sizes.get("token_embd.weight", 0)
 
 
 def quantised(source: Path, target: Path, kind: gguf.LlamaFileType) -> Path:
-    """What llama.cpp makes of a GGUF file in float32; returns `target`.
+    """Write the file that llama.cpp makes from a GGUF file in float32; returns `target`.
 
     Raises:
-        Unavailable: it makes nothing of it.
+        Unavailable: llama.cpp could not make this file.
     """
     llama_cpp: Any = importlib.import_module("llama_cpp")
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.nthread = int(kind), threads()
-    # Where its lines about every tensor go.
+    # It logs a line for every tensor.
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     if failed := llama_cpp.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(settings)):
         raise Unavailable(f"llama.cpp could not make {kind.name} of it (code {failed})")
@@ -164,8 +164,8 @@ class LlamaCpp:
     """A GGUF model in llama.cpp.
 
     Args:
-        file: the model.
-        cache: what its keys and values are stored as.
+        file: the GGUF file.
+        cache: format in which keys and values are stored.
     """
 
     def __init__(self, file: Path, cache: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32):
@@ -174,12 +174,12 @@ class LlamaCpp:
         self._llama: Any = None
 
     def measure(self, prompt: Sequence[int], new: int, density: float = 1.0) -> dict[str, float]:
-        """Seconds of prefill, and of each decoded token."""
+        """Seconds of prefill and of each decoded token."""
         _, prefill, token = self.greedy(prompt, new)
         return {"prefill": prefill, "token": token}
 
     def greedy(self, prompt: Sequence[int], new: int) -> tuple[list[int], float, float]:
-        """Greedy tokens, seconds of prefill, and seconds for each decoded token."""
+        """Greedy tokens, seconds of prefill, and seconds of each decoded token."""
         llama = self._with_room(len(prompt) + new)
         llama.reset()
         start = time.perf_counter()
@@ -192,13 +192,13 @@ class LlamaCpp:
         return tokens, prefilled - start, (time.perf_counter() - prefilled) / max(1, new - 1)
 
     def close(self) -> None:
-        """Frees the model."""
+        """Free the model."""
         if self._llama is not None:
             self._llama.close()
             self._llama = None
 
     def _with_room(self, slots: int) -> Any:
-        """The model with a cache of so many tokens: for each pair of lengths one of its own, as griffin_jax has."""
+        """The model with a cache of `slots` tokens: a new one for each pair of lengths, as in griffin_jax."""
         if slots != self._slots:
             import llama_cpp  # pyright: ignore[reportMissingImports]
 
@@ -212,9 +212,9 @@ class LlamaCpp:
 
 
 def write_float32(source: Path, target: Path) -> Path:
-    """A GGUF file with every tensor dequantised to float32 and all else as it is; returns `target`.
+    """Write a GGUF file with every tensor dequantised to float32 and all else unchanged; returns `target`.
 
-    Memory is needed for one tensor at a time.
+    Only one tensor at a time is in memory.
     """
     reader = gguf.GGUFReader(source)
     architecture = reader.fields[gguf.Keys.General.ARCHITECTURE].contents()

@@ -1,7 +1,7 @@
-"""What routed experts cost: a model with them next to a dense one with as many neurons as a token reads of it.
+"""Measures what routed experts cost: a model with them against a dense one with as many neurons as a token reads.
 
-Both have random weights in true shape, except for a vocabulary of 256 tokens, and so next to no head: what is timed is
-their layers. They are run in turn. The last line is one JSON object.
+Both have random weights in their true shapes, except for a vocabulary of only 256 tokens. They have next to no head, so
+the timings are those of their layers. The models are run in turn. The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ VOCABULARY = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="Qwen3-30B-A3B", help="a well-known one (default: %(default)s)")
-    parser.add_argument("--layers", type=int, default=2, metavar="L", help="(default: %(default)s)")
+    parser.add_argument("--model", default="Qwen3-30B-A3B", help="a well-known model (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, metavar="L", help="number of layers (default: %(default)s)")
     parser.add_argument("--weights", default="float32", metavar="FORMAT", help="(default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=1024, metavar="T", help="tokens (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens decoded (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=1024, metavar="T", help="prompt tokens (default: %(default)s)")
+    parser.add_argument("--new", type=int, default=64, metavar="N", help="tokens to decode (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each timing (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -53,8 +53,8 @@ def run(options: argparse.Namespace) -> None:
         f"{options.model}: {options.layers} layers, {weights}, {options.prompt} + {options.new} tokens, batch 1,"
         f" {jax.default_backend()}, bandwidth {bandwidth / 1e9:.1f} GB/s, medians of {options.repeats}"
     )
-    for name, each in medians.items():
-        step = each["decode"] / options.new
+    for name in medians:
+        step = measured.step(name)
         print(f"{measured.line(name)}, {step / (read[name] / bandwidth):.2f} of the time that these bytes take")
     print(f"routed / dense: prefill {ratios['prefill']:.2f}, decode {ratios['decode']:.2f}")
     print(json.dumps({"ratios": ratios, "seconds": medians, "read": read, "bandwidth": bandwidth}))
@@ -62,13 +62,13 @@ def run(options: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """What answers of several models take, one at a time.
+    """How long answers of several models take, each timed alone.
 
     Attributes:
-        new: tokens of an answer.
-        medians: seconds of `prefill` and of `decode`, all tokens of it, of each model.
-        read: bytes that a step of each reads.
-        bandwidth: bytes per second that memory gives, at best.
+        new: number of tokens of an answer.
+        medians: for each model, seconds of `prefill`, and of `decode`: all tokens of the answer but the first.
+        read: bytes that a decode step of each model reads.
+        bandwidth: bytes per second that the memory gives, at best.
     """
 
     new: int
@@ -76,10 +76,14 @@ class Compared:
     read: dict[str, int]
     bandwidth: float
 
+    def step(self, name: str) -> float:
+        """Seconds of a decode step; the first token of an answer needs none."""
+        return self.medians[name]["decode"] / (self.new - 1)
+
     def line(self, name: str) -> str:
-        """A model's figures, for people."""
+        """The figures of a model, for people."""
         width, read = max(map(len, self.medians)), self.read[name]
-        prefill, step = self.medians[name]["prefill"], self.medians[name]["decode"] / self.new
+        prefill, step = self.medians[name]["prefill"], self.step(name)
         return (
             f"{name:{width}} prefill {prefill * 1e3:9,.1f} ms   decode {step * 1e3:7.2f} ms/token,"
             f" {read / 1e6:,.1f} MB read at {read / step / 1e9:.1f} GB/s"
@@ -87,7 +91,7 @@ class Compared:
 
 
 def compare(models: Mapping[str, Transformer], prompt: np.ndarray, new: int, repeats: int) -> Compared:
-    """Times answers of `new` tokens of all models in turn."""
+    """Time answers of `new` tokens by all models in turn."""
     found: dict[str, dict[str, list[float]]] = {name: {"prefill": [], "decode": []} for name in models}
     bandwidth = measure_bandwidth()
     for repeat in range(repeats + 1):
@@ -107,20 +111,20 @@ def compare(models: Mapping[str, Transformer], prompt: np.ndarray, new: int, rep
 
 
 def random_models(configs: Mapping[str, ModelConfig], weights: WeightFormat) -> dict[str, Transformer]:
-    """Models with random weights, of the dtype that this platform computes in."""
+    """Models with random weights, in the dtype that this platform computes in."""
     dtype = np.dtype("bfloat16") if jax.default_backend() != "cpu" else np.dtype(np.float32)
     return {name: random_model(each, dtype, weights=weights) for name, each in configs.items()}
 
 
 def _twin(config: ModelConfig) -> ModelConfig:
-    """The dense model whose layers have as many neurons as a token reads of the routed one's."""
+    """The dense model whose layers have as many neurons as a token reads in the routed model."""
     assert config.routing is not None
     read = config.routing.active * config.routing.width + config.routing.shared_width
     return dataclasses.replace(config, routing=None, ff_width=read)
 
 
 def _timed(model: Transformer, prompt: np.ndarray, new: int) -> dict[str, float]:
-    """Seconds of the prompt, and of the answer's other tokens."""
+    """Seconds of reading the prompt, and of writing the answer's tokens after the first."""
     lengths = np.asarray([prompt.shape[1]], np.int32)
 
     def timed(work: Any) -> tuple[Any, float]:

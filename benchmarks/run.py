@@ -1,4 +1,4 @@
-"""`griffin-jax bench`, with peers in PyTorch and llama.cpp on request."""
+"""`griffin-jax bench`, optionally with peers in PyTorch and llama.cpp."""
 
 from __future__ import annotations
 

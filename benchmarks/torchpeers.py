@@ -1,4 +1,4 @@
-"""The peers in PyTorch: transformers' dense model, and GRIFFIN as its authors run it."""
+"""Peers in PyTorch: transformers' dense model, and GRIFFIN as its authors run it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from griffin_jax.model.assembly import disassemble
 
 
 class GriffinMLP(nn.Module):
-    """The published PyTorch computation, on one layer of a gated transformers model.
+    """The published PyTorch computation, for one gated feed-forward layer of a transformers model.
 
-    More than one token means prefill: the statistic is taken of this call, the kept rows (and, of the
-    down projection, columns) are copied into smaller layers. One token means decoding with those.
+    A call with more than one token is prefill: it takes the statistic of these tokens, and copies the kept rows (and
+    the kept columns of the down projection) into smaller layers. A call with one token decodes with those.
     """
 
     def __init__(self, mlp: Any, density: float):
@@ -48,7 +48,7 @@ def _linear(weight: torch.Tensor) -> nn.Linear:
 
 @contextmanager
 def pruned(model: Any, density: float) -> Iterator[Any]:
-    """The model with the published GRIFFIN in its feed-forward layers; the dense one for density 1."""
+    """The model with the published GRIFFIN in its feed-forward layers; the dense model for density 1."""
     layers = model.model.layers
     full = [layer.mlp for layer in layers]
     if density < 1:
@@ -62,13 +62,13 @@ def pruned(model: Any, density: float) -> Iterator[Any]:
 
 
 def cache_name(model: Any) -> str:
-    """What transformers calls the cache: `cache` from 5.24 on; 5.40 will not know the older name."""
+    """The name of transformers' argument for the cache: `cache` from 5.24 on; 5.40 will not know the older name."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], float, float]:
-    """Greedy tokens, seconds of prefill, and seconds for each decoded token."""
+    """Greedy tokens, seconds of prefill, and seconds of each decoded token."""
     cache = cache_name(model)
     start = time.perf_counter()
     state = model(torch.tensor([list(prompt)]), use_cache=True, logits_to_keep=1)
@@ -83,7 +83,7 @@ def greedy(model: Any, prompt: Sequence[int], new: int) -> tuple[list[int], floa
 
 
 def from_jax(model: Any) -> Any:
-    """transformers' Llama with the weights of a griffin_jax model, float32."""
+    """transformers' Llama with the weights of a griffin_jax model, in float32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = model.config

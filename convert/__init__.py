@@ -1,1 +1,1 @@
-"""Conversion of checkpoints, run as `python -m convert` in a checkout; `griffin-jax convert` where installed."""
+"""Conversion of checkpoints: `python -m convert` in a checkout; once installed, `griffin-jax convert`."""

@@ -1,4 +1,4 @@
-"""`python -m convert SOURCE OUTPUT`: write a model in griffin_jax's native format."""
+"""`python -m convert SOURCE OUTPUT`: writes a model in griffin_jax's native format."""
 
 from __future__ import annotations
 

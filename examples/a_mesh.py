@@ -1,7 +1,7 @@
 """A model on eight devices: `python examples/a_mesh.py`.
 
-The processor of this machine counts as eight devices, so the example runs anywhere; it is no faster for it. Where there
-are accelerators, leave out the environment variable.
+The CPU of this machine acts as eight devices, so the example runs anywhere, although no faster than on one device. If
+you have accelerators, leave out the environment variables.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import griffin_jax as gj
 
 
 def main() -> None:
-    """Answers a batch on a mesh, batches divided in two and the model in four."""
+    """Answer a batch on a mesh that divides the batch in two and the model in four."""
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     llm = gj.load("smollm2-135m-instruct", mesh=mesh)
     down = llm.model.layers[0].ff.down[...]

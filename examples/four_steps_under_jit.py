@@ -13,7 +13,7 @@ import griffin_jax as gj
 def answer(
     model: gj.Transformer, tokens: jax.Array, lengths: jax.Array, config: gj.GriffinConfig, new: int
 ) -> jax.Array:
-    """Answers of `new` tokens, (B, new), each row by the neurons that its own prompt chose."""
+    """Answers of `new` tokens each, (B, new), with the neurons that each row's own prompt selects."""
     prefilled = gj.prefill(model, tokens, lengths, max_new_tokens=new)
     experts = gj.select(prefilled.statistics, config)
     pruned = gj.prune(model, experts)
@@ -21,7 +21,7 @@ def answer(
 
 
 def main() -> None:
-    """Answers two prompts of different lengths, dense and pruned."""
+    """Answer two prompts of different lengths, dense and pruned."""
     llm = gj.load("smollm2-135m-instruct")
     prompts = ["The tallest mountain on Earth is", "Bees tell each other by dancing where flowers are. A dance shows"]
     tokens, lengths = gj.pad([llm.tokenizer.encode(prompt) for prompt in prompts], length=16)

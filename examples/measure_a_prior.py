@@ -1,7 +1,7 @@
-"""Measure what a model's neurons do in general text, and choose by that, too: `python examples/measure_a_prior.py`.
+"""Measure what a model's neurons do in general text, and also select by that: `python examples/measure_a_prior.py`.
 
-`griffin-jax prior` does the same with budgets for the layers, for files of any size. Here it is the statistic and the
-calibration rows of a few sentences, which is too little text to gain much.
+`griffin-jax prior` does this for files of any size, and adds budgets for the layers. This example measures only the
+statistic and the calibration rows, and only of a few sentences, which is too little text to gain much.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPT = "The river has three bridges. The oldest, built in 1874,"
 
 
 def main() -> None:
-    """Measures a prior, saves it, and answers with and without it."""
+    """Measure a prior, save it, and answer with and without it."""
     llm = gj.load("smollm2-135m-instruct")
     windows = list(general_text.windows(llm.tokenizer, GENERAL, 64))
     prior = general_text.measure(llm.model, windows, size=2, rows=32, quiet=True)

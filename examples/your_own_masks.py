@@ -1,6 +1,6 @@
 """Keep the neurons of your choice: `python examples/your_own_masks.py`.
 
-Here each layer keeps those that are among the best half for at least two of three texts, filled up by the most wanted.
+In this example, each text votes for the best half of a layer's neurons, and the layer keeps the half with most votes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TEXTS = [
 
 
 def main() -> None:
-    """Selects by three texts, keeps what they agree on, and answers with that."""
+    """Select by three texts, keep the neurons with most votes, and answer with those."""
     llm = gj.load("smollm2-135m-instruct")
     votes = [np.asarray(mask).sum(axis=0) for mask in llm.experts(TEXTS, density=0.5).masks()]  # (F,) per layer
 
