@@ -1,6 +1,6 @@
-"""GRIFFIN (arXiv 2404.01365) for JAX: faster answers from the feed-forward neurons a prompt needs.
+"""GRIFFIN (arXiv 2404.01365) for JAX: faster answers, written with only the feed-forward neurons that a prompt needs.
 
-Public names are loaded when they are first used: `import griffin_jax` alone loads nothing, not even JAX.
+Public names are loaded on first use: `import griffin_jax` alone loads nothing, not even JAX.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _RENAMED = {
     "begin": "init_decode",
     "decode_lossless": "decode_speculative",
 }
-"""Names of version 0.1, which still work here."""
+"""Old names from version 0.1 and the names that replace them; the old ones still work."""
 
 __all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,10 +1,10 @@
-"""Adapters of low rank (LoRA, arXiv 2106.09685), and a library of independent ones, of which each prompt takes one
+"""Low-rank adapters (LoRA, arXiv 2106.09685), and libraries of independent adapters, one of which answers each prompt
 (MoIN, arXiv 2410.09687).
 
     adapter = load_adapter("adapter", model.config)       a folder that PEFT or `save_adapter` wrote
     adapted = attach(model, adapter)                      a model like any other, with the same weights
     pruned = prune(adapted, experts)
 
-**An adapted model is a model**, chosen once for each sequence as GRIFFIN's neurons are: prefill, select, prune and
-decode do not know that there is an adapter.
+**An adapted model is a model.** Like GRIFFIN's neurons, the adapter is chosen once for each sequence: prefill, select,
+prune and decode need not know that there is one.
 """

@@ -1,8 +1,9 @@
 """Adapters as pytrees, and models that have them.
 
-An adapter is kept as PEFT keeps it: for each linear layer, by its name there, A of (rank, inputs) and B of (outputs,
-rank), which stand for scale * B A. `attach` makes of them what `griffin_jax.model.low_rank` adds to the matrices of
-this package, which have other axes; so gradients reach A and B themselves, and training is that of PEFT.
+An adapter is kept as PEFT keeps it: for each linear layer, under its name there, A of shape (rank, inputs) and B of
+shape (outputs, rank), which stand for scale * B A. The matrices of this package have other axes, so `attach` converts
+A and B to what `griffin_jax.model.low_rank` adds to them. Gradients reach A and B themselves, so training is that of
+PEFT.
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ JOINED = {
     "ff.gate_up": ("gate", "up"),
     "ff.down": ("down",),
 }
-"""The matrices of a layer here, and those of checkpoints that each of them is."""
+"""The matrices of a layer in this package, each with the matrices of checkpoints that it is made of."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factors:
-    """A and B of one linear layer; of several adapters with an axis that counts these first.
+    """A and B of one linear layer. If several adapters are stacked, the first axis counts the adapters.
 
     Attributes:
-        a: reads the layer's inputs.
-        b: writes its outputs.
+        a: the matrix A, which reads the layer's inputs.
+        b: the matrix B, which writes the layer's outputs.
     """
 
     a: Float[Array, "*n r i"]
@@ -57,11 +58,11 @@ class Factors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """An adapter, or several of one rank, stacked.
+    """An adapter, or a stack of several adapters with the same shapes.
 
     Attributes:
-        factors: of the linear layers that it changes, by their names in Hugging Face's models.
-        scale: what B A is multiplied by.
+        factors: A and B of each linear layer that the adapter changes, by the layer's name in Hugging Face's models.
+        scale: factor of B A.
     """
 
     factors: dict[str, Factors]
@@ -69,15 +70,15 @@ class Adapter:
 
     @classmethod
     def init(cls, config: ModelConfig, options: AdapterConfig, key: Key[Array, ""]) -> Adapter:
-        """An adapter that changes nothing yet, as PEFT begins: B is zero, and A uniform in +-1 / sqrt(inputs). Float32.
+        """An adapter that changes nothing yet, float32. As in PEFT, B is zero, and A uniform in +-1 / sqrt(inputs).
 
         Args:
-            config: of the model.
-            options: what the adapter is like.
-            key: of the random numbers.
+            config: configuration of the model.
+            options: options of the adapter.
+            key: key of the random numbers.
 
         Raises:
-            ValueError: the model has no such linear layers.
+            ValueError: the model does not have the linear layers that the options name.
         """
         factors = {}
         for number, module in enumerate(chosen_modules(config, options.names)):
@@ -89,22 +90,22 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any layer."""
+        """The largest rank among the layers."""
         return max((factors.a.shape[-2] for factors in self.factors.values()), default=0)
 
     @property
     def stacked(self) -> int | None:
-        """How many adapters these are; None for one that is not stacked."""
+        """The number of adapters in a stack; None for a single adapter."""
         first = next(iter(self.factors.values()), None)
         return None if first is None or first.a.ndim == 2 else first.a.shape[0]
 
     @property
     def parameters(self) -> int:
-        """Numbers in all factors."""
+        """The number of parameters: the numbers in all factors."""
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
     def check(self, config: ModelConfig) -> None:
-        """Raise `ValueError` unless this belongs to a model of these shapes."""
+        """Raise `ValueError` unless this adapter is for a model of these shapes."""
         modules = modules_of(config)
         for name, factors in self.factors.items():
             module = modules.get(name)
@@ -119,22 +120,23 @@ class Adapter:
 
 
 def parameters_of(config: ModelConfig, options: AdapterConfig) -> int:
-    """Numbers that an adapter of a model would have.
+    """The number of parameters that an adapter of a model would have.
 
     Raises:
-        ValueError: the model has no such linear layers.
+        ValueError: the model does not have the linear layers that the options name.
     """
     return options.rank * sum(module.inputs + module.outputs for module in chosen_modules(config, options.names))
 
 
 def step_bytes(adapter: Adapter, config: ModelConfig, kept: Sequence[int], *, merged: bool) -> int:
-    """Bytes of an adapter that a decode step of a pruned model reads beside the model's own weights.
+    """Bytes of an adapter that a decode step of a pruned model reads in addition to the model's own weights.
 
     Args:
-        adapter: one alone.
-        config: of the full model.
-        kept: neurons that each layer keeps.
-        merged: whether its products for neurons are added to their rows (`merge_neurons`), and so are not read.
+        adapter: a single adapter.
+        config: configuration of the full model.
+        kept: number of neurons that each layer keeps.
+        merged: whether the adapter's additions to neurons are merged into their rows (`merge_neurons`), so that they
+            are not read separately.
     """
     total = 0
     made = jax.eval_shape(lambda adapter: _made(adapter, config), adapter)
@@ -147,13 +149,13 @@ def step_bytes(adapter: Adapter, config: ModelConfig, kept: Sequence[int], *, me
 
 
 def stack(adapters: Sequence[Adapter | None]) -> Adapter:
-    """Several adapters as one pytree, each padded with zeros to the largest rank; None changes nothing.
+    """Stack several adapters into one pytree, padding each with zeros to the largest rank.
 
     Args:
-        adapters: at least one, which need not be for the same linear layers.
+        adapters: adapters, which need not be for the same linear layers; None stands for one that changes nothing.
 
     Raises:
-        ValueError: there is none.
+        ValueError: all entries are None, or the sequence is empty.
     """
     given = [adapter for adapter in adapters if adapter is not None]
     if not given:
@@ -170,7 +172,7 @@ def stack(adapters: Sequence[Adapter | None]) -> Adapter:
             return Factors(jnp.zeros((rank, like.a.shape[1])), jnp.zeros((like.b.shape[0], rank)))
         own = adapter.factors[name]
         more = ranks[name] - own.a.shape[0]
-        # All have one scale, which the factors make good for.
+        # A stack has a single scale, so the factors make up for the difference.
         return Factors(
             jnp.pad(own.a, ((0, more), (0, 0))), jnp.pad(own.b, ((0, 0), (0, more))) * (adapter.scale / scale)
         )
@@ -181,7 +183,7 @@ def stack(adapters: Sequence[Adapter | None]) -> Adapter:
 
 
 def unstack(adapters: Adapter) -> list[Adapter]:
-    """The adapters of a stack one by one."""
+    """The adapters of a stack, one by one."""
     return [jax.tree.map(lambda leaf, number=number: leaf[number], adapters) for number in range(adapters.stacked or 0)]
 
 
@@ -192,20 +194,21 @@ def attach(
     *,
     experts: ExpertNeurons | None = None,
 ) -> Transformer:
-    """The same model with an adapter, or with one for each sequence of a batch.
+    """Attach an adapter to a model, or a separate one for each sequence of a batch.
 
-    All weights are the given model's own arrays, of whatever format. What is made of the adapter is jitted, and the
-    rest is bookkeeping; inside of a user's own jit or grad it is differentiable in the adapter.
+    The result shares the arrays of all the model's weights, in whatever format these are. Converting the adapter is
+    jitted, and the rest is bookkeeping. Inside your own jit or grad, the result is differentiable in the adapter.
 
     Args:
-        model: full or pruned; it stays as it is.
-        adapter: one, or a stack.
-        index: of a stack, which adapter each sequence has. An array, so that other choices compile nothing.
-        experts: for a model that is pruned already, the neurons that it keeps.
+        model: a full or pruned model; it is not changed.
+        adapter: a single adapter, or a stack.
+        index: for a stack, the number of the adapter that each sequence has. This is an array, so other choices do not
+            compile anything.
+        experts: for a model that is already pruned, the neurons that it keeps.
 
     Raises:
-        ValueError: the adapter is of another model, the model has one already, an index is missing or for nothing, or
-            the model is pruned and nobody says how.
+        ValueError: the adapter is for another model; the model already has an adapter; `index` is missing for a stack,
+            or given for a single adapter; or the model is pruned, and `experts` is missing.
     """
     adapter.check(model.config)
     if model.adapted:
@@ -228,7 +231,7 @@ def attach(
 
 
 def detach(model: Transformer) -> Transformer:
-    """The same model without its adapter."""
+    """Return the same model without its adapter."""
     bare: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for owner, matrix in _matrices(bare):
         _drop(owner, matrix)
@@ -236,13 +239,14 @@ def detach(model: Transformer) -> Transformer:
 
 
 def merge(model: Transformer) -> Transformer:
-    """A model without an adapter that computes what this one does with its own: W becomes W + scale * B A.
+    """Merge a model's adapter into its weights: W becomes W + scale * B A. The result computes the same.
 
     Args:
-        model: from `attach`; it stays as it is. Matrices that the adapter does not change are shared.
+        model: a model from `attach`; it is not changed. Matrices that the adapter does not change are shared.
 
     Raises:
-        ValueError: its matrices are integers, which would be rounded anew, or each sequence has an adapter of its own.
+        ValueError: the model's matrices are integers, which would be rounded again, or each sequence has a separate
+            adapter.
     """
     if model.weights.quantised:
         raise ValueError(
@@ -258,14 +262,14 @@ def merge(model: Transformer) -> Transformer:
 
 
 def merge_neurons(model: Transformer) -> Transformer:
-    """`merge` of the matrices of neurons alone, into their own memory.
+    """Like `merge`, but only for the matrices of neurons, whose memory is reused.
 
     Args:
-        model: from `attach`, with floating weights and with rows of neurons that nothing else needs, such as a pruned
-            model has. It is used up.
+        model: a model from `attach` with floating weights, whose rows of neurons nothing else needs, as those of a
+            pruned model. It is used up.
 
     Raises:
-        ValueError: its sequences have adapters of their own.
+        ValueError: each sequence has a separate adapter.
     """
     merged: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for owner, matrix in (found for layer in merged.layers for found in _matrices_of_neurons(layer)):
@@ -277,14 +281,14 @@ def merge_neurons(model: Transformer) -> Transformer:
 
 
 def unmerge(model: Transformer, adapter: Adapter) -> Transformer:
-    """The model that `merge` was given, up to rounding, without its adapter.
+    """Undo `merge`: return the model without the adapter, up to rounding.
 
     Args:
-        model: merged with the adapter.
-        adapter: that was merged, one alone.
+        model: a model with the adapter merged into it.
+        adapter: the single adapter that was merged.
 
     Raises:
-        ValueError: as `attach` and `merge`.
+        ValueError: as for `attach` and `merge`.
     """
     return merge(attach(model, dataclasses.replace(adapter, scale=-adapter.scale)))
 
@@ -294,7 +298,7 @@ _sum_into = programs.jit(plus_matrix, donate_argnames="matrix")
 
 
 def _matrices(model: Transformer) -> list[tuple[Any, str]]:
-    """The modules that may have additions, each with the name of a matrix."""
+    """All matrices that may have additions, as pairs of the module and the name of the matrix."""
     return [(owner, matrix) for layer in model.layers for owner, matrix in _matrices_of(layer)]
 
 
@@ -307,13 +311,13 @@ def _matrices_of_neurons(layer: Layer) -> list[tuple[Any, str]]:
 
 
 def _drop(owner: Any, matrix: str) -> None:
-    """Leaves a matrix without an addition."""
+    """Remove the addition from a matrix."""
     setattr(owner, f"{matrix}_left", nnx.data(None))
     setattr(owner, f"{matrix}_right", nnx.data(None))
 
 
 def _check_rows(path: str, matrix: Array, left: Array, right: Array) -> None:
-    """Raise `ValueError` unless an addition has a row for each row of a matrix."""
+    """Raise `ValueError` unless an addition has one row for each row of its matrix."""
     rows = (*left.shape[:-3], left.shape[-2]) if right.ndim == 3 else left.shape[:-1]
     if rows != matrix.shape[:-1] and left.shape[:-1] != matrix.shape[:-1]:
         raise ValueError(
@@ -330,7 +334,7 @@ def _additions(
     config: ModelConfig,
     mesh: Mesh | AbstractMesh | None,
 ) -> list[dict[str, tuple[Array, Array]]]:
-    """Left and right of every matrix that is changed, for each layer."""
+    """For each layer, `left` and `right` of every matrix that is changed."""
     if index is not None:
         chosen = jax.tree.map(lambda leaf: leaf[index], adapter)
         made = jax.vmap(lambda one: _made(one, config), out_axes=_axes_of_sequences(adapter, config))(chosen)
@@ -356,7 +360,7 @@ def _additions(
 
 
 SEQUENCE_AXES = {"attention.qkv": 2, "attention.out": 1, "ff.gate_up": 1, "ff.down": 0}
-"""Where `left` has the axis of sequences: before its last axis of rows."""
+"""Position of the axis of sequences in `left`: before its last axis of rows."""
 
 
 def _axes_of_sequences(adapter: Adapter, config: ModelConfig) -> list[dict[str, tuple[int, int]]]:
@@ -364,7 +368,7 @@ def _axes_of_sequences(adapter: Adapter, config: ModelConfig) -> list[dict[str, 
 
 
 def _by_matrix(adapter: Adapter, config: ModelConfig) -> list[dict[str, dict[str, tuple[Module, Part]]]]:
-    """For each layer and each matrix of the model that is changed, the linear layers that its parts belong to."""
+    """For each layer, and each of its matrices that is changed, the linear layers that its parts belong to."""
     modules = modules_of(config)
     parts = {part.path: (modules[name], part) for name in adapter.factors for part in modules[name].parts}
 
@@ -388,9 +392,9 @@ def _made(adapter: Adapter, config: ModelConfig) -> list[dict[str, tuple[Array, 
 def _joined(
     joined: str, parts: Mapping[str, tuple[Module, Part]], adapter: Adapter, config: ModelConfig
 ) -> tuple[Float[Array, "*rows s"], Float[Array, "s d"]]:
-    """Left and right of a matrix from the factors of all linear layers that it is made of.
+    """`left` and `right` of a matrix, from the factors of all linear layers that it is made of.
 
-    Linear layers have columns of `left` and rows of `right` of their own, one after the other.
+    Each linear layer has separate columns of `left` and rows of `right`, one after the other.
     """
     modules = list(dict.fromkeys(module.name for module, _ in parts.values()))
     factors = [adapter.factors[name] for name in modules]
@@ -408,7 +412,7 @@ def _joined(
 
 
 def _nothing(name: str, config: ModelConfig, rank: int) -> Float[Array, "*rows s"]:
-    """Zeros for the rows of a matrix that no linear layer of the adapter is for."""
+    """Zeros for the rows of a matrix that the adapter does not change."""
     heads = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
     rows = (heads[name], config.head_dim) if name in heads else (config.ff_width,)
     return jnp.zeros((*rows, rank), jnp.float32)

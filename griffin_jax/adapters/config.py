@@ -1,4 +1,4 @@
-"""The options of an adapter, `AdapterConfig`, and of one for pruned models, `Course`."""
+"""The options of an adapter, `AdapterConfig`, and of the training of a healing, `Course`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from griffin_jax.utils.options import flag, number, option, whole
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What an adapter is like before it is trained.
+    """Options of an adapter before it is trained.
 
     Attributes:
-        rank: rows of A and columns of B of each linear layer; 0 for an adapter that changes nothing.
+        rank: number of rows of A and of columns of B, in each linear layer; 0 for an adapter that changes nothing.
         alpha: B A is multiplied by alpha / rank.
-        rslora: by alpha / sqrt(rank) instead (arXiv 2312.03732).
-        targets: which linear layers: `attention`, `feed_forward`, or last parts of names such as `q_proj`, separated by
-            commas.
+        rslora: whether B A is multiplied by alpha / sqrt(rank) instead (arXiv 2312.03732).
+        targets: the linear layers that get an adapter, separated by commas: `attention`, `feed_forward`, or the last
+            parts of names, such as `q_proj`.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    rank: int = option(8, "rank of an adapter", metavar="R")
-    alpha: float = option(16.0, "an adapter's product is multiplied by alpha / rank", metavar="A")
-    rslora: bool = option(False, "by alpha / sqrt(rank) instead")
+    rank: int = option(8, "rank of the adapter", metavar="R")
+    alpha: float = option(16.0, "the adapter's product B A is multiplied by alpha / rank", metavar="A")
+    rslora: bool = option(False, "multiply the adapter's product by alpha / sqrt(rank) instead")
     targets: str = option(
         "attention,feed_forward",
-        "which linear layers: attention, feed_forward or names such as q_proj",
+        "linear layers that get an adapter, separated by commas: attention, feed_forward, or names such as q_proj",
         metavar="NAMES",
     )
 
@@ -48,26 +48,26 @@ class AdapterConfig:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The targets one by one."""
+        """The targets, one by one."""
         return tuple(dict.fromkeys(name.strip() for name in self.targets.split(",") if name.strip()))
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by."""
+        """The factor of B A."""
         return scale_of(self.alpha, self.rank, self.rslora)
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """How a healing is trained, see `griffin_jax.adapters.healing_training`.
+    """Options of the training of a healing; see `griffin_jax.adapters.healing_training`.
 
     Attributes:
-        adapter: what it is like.
-        training: how it is trained.
-        prompt: tokens of each sequence that are its prompt; the others are its answer.
+        adapter: options of the adapter.
+        training: options of the training.
+        prompt: number of tokens at the start of each sequence that are its prompt; the others are its answer.
 
     Raises:
-        ValueError: no tokens are left for the answer.
+        ValueError: `prompt` is less than 1, or leaves fewer than two tokens for the answer.
     """
 
     adapter: AdapterConfig = AdapterConfig()
@@ -83,5 +83,5 @@ class Course:
 
 
 def scale_of(alpha: float, rank: int, rslora: bool) -> float:
-    """What B A is multiplied by; of rank 0 it does not matter."""
+    """The factor of B A; for rank 0 it does not matter."""
     return float(alpha) / (max(rank, 1) ** 0.5 if rslora else max(rank, 1))

@@ -1,14 +1,14 @@
-"""Where a text lies among others: the mean of what the model's first layers make of its first tokens.
+"""Embeddings of texts: the mean of the residual stream of a text's first tokens after the model's first layers.
 
     e = mean_t x_t / ||x_t||,  divided by its norm        x_t the residual stream after L layers, t < P
 
-Each token counts the same, as in GRIFFIN's statistic: the residual stream of a text's first token is longer than all
-others. The layers are those of the base, without any adapter, so that a text has the same place before and after there
-are adapters.
+Each token counts the same, as in GRIFFIN's statistic; without the division, the first token of a text would dominate,
+since its residual stream has a larger norm than all others. The layers are those of the base, without any adapter, so
+that a text has the same embedding before and after adapters are trained.
 
-A prompt must be embedded before it is read with its adapter, and what the base made of it is not what the adapted model
-makes: nothing of it can be kept but the embedding. So it has to be cheap, which few layers and a bounded number of
-tokens are. With no layers at all it is the mean of token embeddings.
+A prompt must be embedded before it is read with its adapter. The base and the adapted model compute different things,
+so nothing of this pass can be kept except the embedding. It therefore has to be cheap, with few layers and a bounded
+number of tokens. With no layers at all, the embedding is the mean of the token embeddings.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ from griffin_jax.utils import programs
 from griffin_jax.utils.options import option, whole
 
 BATCH = 8
-"""Texts that are embedded at a time."""
+"""Number of texts that are embedded at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:
-    """What a text is embedded by.
+    """Options of how texts are embedded.
 
     Attributes:
-        layers: of the model, from the first on.
-        tokens: of the text, from the first on, at most.
-        model: name of a model of sentence-transformers that embeds instead.
+        layers: number of the model's first layers that are used.
+        tokens: largest number of a text's first tokens that are used.
+        model: name of a model of sentence-transformers that embeds instead; None for none.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    layers: int = option(8, "layers of the model that a text is embedded by", metavar="L")
-    tokens: int = option(64, "first tokens of a text that it is embedded by, at most", metavar="P")
+    layers: int = option(8, "number of the model's first layers that embed a text", metavar="L")
+    tokens: int = option(64, "largest number of a text's first tokens that are embedded", metavar="P")
     model: str | None = option(
         None, "a model of sentence-transformers that embeds instead (pip install sentence-transformers)",
         type=str, metavar="NAME",
@@ -63,16 +63,16 @@ class EmbeddingConfig:
 def embed(
     model: Transformer, tokens: Int[Array | np.ndarray, "b t"], lengths: Int[Array | np.ndarray, "b"], layers: int
 ) -> Float[Array, "b d"]:
-    """The embedding of each text, of length 1, float32. Under jit the layers after the last one are not computed.
+    """The embedding of each text, with norm 1, float32. Only the first `layers` layers are computed.
 
     Args:
-        model: without adapter.
+        model: the base, without an adapter.
         tokens: the texts, padded on the right with any token.
-        lengths: number of real tokens of each, at least 1.
-        layers: how many of the model's layers, static.
+        lengths: number of real tokens of each text, at least 1.
+        layers: number of the model's first layers that are used; static.
 
     Raises:
-        ValueError: the model has fewer layers, or an adapter.
+        ValueError: the model has fewer layers, or has an adapter.
     """
     if layers > len(model.layers):
         raise ValueError(f"texts are to be embedded by {layers} layers, and the model has {len(model.layers)}")
@@ -105,13 +105,13 @@ class Embedder:
     """Embeds texts as a config says.
 
     Args:
-        config: by what.
-        model: the base, without adapter.
-        tokenizer: of the model, for a model of sentence-transformers to read what tokens say.
+        config: options of the embedding.
+        model: the base, without an adapter.
+        tokenizer: tokenizer of the model. Only a model of sentence-transformers needs it, to turn token ids into text.
 
     Raises:
-        ImportError: sentence-transformers is asked for and not installed.
-        ValueError: the model has fewer layers.
+        ImportError: the config names a model of sentence-transformers, which is not installed.
+        ValueError: the model has fewer layers than the config says.
     """
 
     def __init__(self, config: EmbeddingConfig, model: Transformer, tokenizer: Tokenizer | None = None):
@@ -130,15 +130,15 @@ class Embedder:
 
     @property
     def reads_text(self) -> bool:
-        """Whether texts are embedded, not token ids."""
+        """Whether text is embedded instead of token ids."""
         return self._sentences is not None
 
     def __call__(self, sequences: Sequence[Sequence[int]], *, quiet: bool = True) -> Float[np.ndarray, "n d"]:
-        """The embedding of each sequence of token ids, float32; it does not depend on the others.
+        """The embedding of each sequence of token ids, float32, independent of the other sequences.
 
         Args:
-            sequences: each of at least one token.
-            quiet: no progress bar.
+            sequences: token ids of each text, at least one.
+            quiet: whether to hide the progress bar.
 
         Raises:
             ValueError: a model of sentence-transformers embeds, and there is no tokenizer.
@@ -157,6 +157,6 @@ class Embedder:
         return np.concatenate(found)
 
     def of_texts(self, texts: Iterable[str]) -> Float[np.ndarray, "n d"]:
-        """The embedding of each text by sentence-transformers, float32, of length 1."""
+        """The embedding of each text by sentence-transformers, float32, with norm 1."""
         found = self._sentences.encode(list(texts), normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(found, np.float32)

@@ -1,11 +1,11 @@
-"""Healing: an adapter that only pruned models have, trained to predict what the dense model does.
+"""Healing: an adapter that only pruned models have, trained so that they predict what the dense model predicts.
 
     experts = select(prefilled.statistics, GriffinConfig(0.5))
     healed = healing.heal(prune(model, experts), experts)
 
-The prompt is read by the full model as it is; the adapter changes what is decoded with, and nothing that selects. Of
-a model that is pruned once, low-rank adapters make good for much of what was lost, after little training
-(arXiv 2403.17887 calls that healing). Here every prompt has a pruned model of its own, and one adapter serves all of
+The unchanged full model reads the prompt. The adapter changes decoding only, and not which neurons are selected. If a
+model is pruned once and for all, low-rank adapters recover much of what was lost, after little training
+(arXiv 2403.17887 calls that healing). Here every prompt has a different pruned model, and one adapter serves all of
 them: a kept neuron's rows of the low-rank product belong to that neuron, whichever others are kept with it.
 """
 
@@ -27,17 +27,17 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
 
 NOTES = "healing.json"
-"""Next to an adapter's own files: which model it heals, and how it was trained."""
+"""Name of the file, next to an adapter's own, that says which model it heals and how it was trained."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Healing:
-    """What `griffin_jax.extensions.config.Extensions` takes as `healing`.
+    """A healing, which `griffin_jax.extensions.config.Extensions` takes as `healing`.
 
     Attributes:
-        adapter: of the pruned models, one alone.
-        model: the fingerprint of the full model that it was trained for; None if that is not known.
+        adapter: the single adapter of all pruned models.
+        model: fingerprint of the full model that it was trained for; None if that is unknown.
     """
 
     adapter: Adapter
@@ -45,15 +45,15 @@ class Healing:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], config: ModelConfig) -> Healing:
-        """What `save` wrote.
+        """Load a healing that `save` wrote.
 
         Args:
-            folder: with an adapter in PEFT's format, and notes.
-            config: of the model.
+            folder: folder with an adapter in PEFT's format, and notes.
+            config: configuration of the model.
 
         Raises:
-            FileNotFoundError: a file is not there.
-            ValueError: the files are damaged, or of another model.
+            FileNotFoundError: a file does not exist.
+            ValueError: the files are damaged, or for another model.
         """
         adapter, notes = load_adapter(folder, config), Path(folder) / NOTES
         if not notes.is_file():
@@ -73,24 +73,24 @@ class Healing:
         """Write a folder in PEFT's format, with notes.
 
         Args:
-            folder: that does not exist yet.
-            config: of the model.
+            folder: folder to write; it must not exist yet.
+            config: configuration of the model.
             base: name or path of the model, which the files mention.
-            about: how it was trained, for people.
+            about: how the healing was trained, for people to read.
 
         Raises:
-            FileExistsError: the folder exists.
-            OSError: it cannot be written.
+            FileExistsError: the folder exists already.
+            OSError: the folder cannot be written.
         """
         notes = json.dumps({"model": self.model, **about}, indent=2) + "\n"
         save_adapter(self.adapter, folder, config, base, {NOTES: notes})
 
     def check(self, config: ModelConfig, model: str) -> None:
-        """Raise `ValueError` unless this was trained for a model.
+        """Raise `ValueError` unless this was trained for the given model.
 
         Args:
-            config: of the model.
-            model: its fingerprint.
+            config: configuration of the model.
+            model: fingerprint of the model.
         """
         self.adapter.check(config)
         if self.model not in (None, model):
@@ -99,27 +99,28 @@ class Healing:
             )
 
     def step_bytes(self, config: ModelConfig, kept: Sequence[int], *, quantised: bool) -> int:
-        """Bytes that a decode step reads of the adapter, beside the model: of what `heal` leaves apart.
+        """Bytes that a decode step reads in addition to the model: of those parts of the adapter that stay separate.
 
         Args:
-            config: of the full model.
-            kept: neurons that each layer keeps.
+            config: configuration of the full model.
+            kept: number of neurons that each layer keeps.
             quantised: whether the model's weights are integers.
         """
         return step_bytes(self.adapter, config, kept, merged=not quantised)
 
     def heal(self, pruned: Transformer, experts: ExpertNeurons) -> Transformer:
-        """The pruned model with its adapter.
+        """Attach the adapter to a pruned model.
 
-        What is added to floating rows of kept neurons is added up with them, into their memory, so that decoding costs
-        what it costs without. Next to integers, and to attention, which belongs to the full model, it stays apart.
+        If the weights are floating, the adapter's part for the rows of kept neurons is merged into them, in their own
+        memory, so decoding costs what it costs without an adapter. The adapter stays separate next to integers, and
+        next to attention, whose matrices belong to the full model.
 
         Args:
-            pruned: from `prune`, used up if its weights are floating; or from `mask`.
-            experts: the neurons it keeps.
+            pruned: a model from `prune`, which is used up if its weights are floating; or from `mask`.
+            experts: the neurons that the model keeps.
 
         Raises:
-            ValueError: as `griffin_jax.attach`.
+            ValueError: as for `griffin_jax.attach`.
         """
         if any(layer.ff.mask is not None for layer in pruned.layers):
             return attach(pruned, self.adapter)

@@ -1,8 +1,8 @@
-"""Training a healing: the adapter of pruned models, see `griffin_jax.adapters.healing`.
+"""Trains a healing, the adapter of pruned models; see `griffin_jax.adapters.healing`.
 
-In training each sequence of text is a prompt and its answer. The full model reads the prompt and selects neurons; the
-pruned model with the adapter reads the answer, and the loss is the mean of KL(dense || pruned) over its tokens
-(distillation, arXiv 1503.02531). The model's own weights are never changed, and need not be floating.
+In training, each sequence of text is a prompt and its answer. The full model reads the prompt, by which neurons are
+selected. The pruned model with the adapter reads the answer, and the loss is the mean of KL(dense || pruned) over the
+answer's tokens (distillation, arXiv 1503.02531). The model's own weights are never changed, and may be integers.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from griffin_jax.training.loop import (
 )
 
 AGREE = "agree"
-"""Among the figures of an update: the part of the tokens of which both models' most probable ones are the same."""
+"""Name of a figure of an update: the share of tokens for which both models find the same token the most probable."""
 
 
 def healing_loss(prompt: int) -> MeasuredLoss:
-    """The loss as a function of the adapter, of the full model with its `Pruner`, and of a batch.
+    """The loss, as a function of the adapter, of the full model with its `Pruner`, and of a batch.
 
     Args:
-        prompt: tokens of each sequence that are its prompt.
+        prompt: number of tokens at the start of each sequence that are its prompt.
     """
 
     def loss(
@@ -59,7 +59,7 @@ def healing_loss(prompt: int) -> MeasuredLoss:
         scorer = pruner.scorer(model, prefilled.statistics, prefilled.rows)
         hidden, _ = teacher_force(attach(scorer, adapter), prefilled, answers, real)
         (found,) = compare(model, dense, (hidden,), answers)
-        # The first token of an answer is predicted by the full model.
+        # The full model predicts the first token of an answer.
         columns = jnp.arange(answers.shape[1])
         counted = (columns >= 1) & (columns < real[:, None])
         total = jnp.maximum(jnp.sum(counted), 1)
@@ -80,24 +80,24 @@ def train_healing(
     save_every: int = 50,
     quiet: bool = False,
 ) -> tuple[Healing, list[float]]:
-    """Trains an adapter for the pruned forms of a model.
+    """Train one adapter for all pruned forms of a model.
 
     Args:
-        model: the full one, in any format; it stays as it is.
+        model: the full model, in any format; it is not changed.
         packed: the texts, in sequences of `course.training.length` tokens.
-        pruner: how models are pruned that it is for.
-        course: how it is trained.
-        fingerprint: of the model.
-        folder: where checkpoints are kept, from which an interrupted run goes on; None for none.
-        save_every: updates between two checkpoints.
-        quiet: no progress bar.
+        pruner: how the models that the adapter is for are pruned.
+        course: options of the adapter and its training.
+        fingerprint: fingerprint of the model.
+        folder: folder for checkpoints, from which an interrupted run resumes; None for none.
+        save_every: number of updates between two checkpoints.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        The healing, and the loss of each update that was made by this call.
+        The healing, and the loss of each update that this call made.
 
     Raises:
         ValueError: the sequences have another length, the model cannot have such an adapter, or the folder has a
-            checkpoint of something else.
+            checkpoint of another run.
         FloatingPointError: the loss is not finite.
     """
     training = course.training
@@ -127,7 +127,7 @@ def train_healing(
 
 
 def _digest(pruner: Pruner) -> str:
-    """A hash of the options, and of what they take from a prior."""
+    """A hash of a pruner's options, and of what it has from a prior."""
     leaves, structure = jax.tree.flatten(pruner)
     whole = hashlib.sha256(repr(structure).encode())
     for leaf in map(np.asarray, leaves):

@@ -1,7 +1,7 @@
-"""Training the adapters of a library: each is a job of its own, which needs the base model and one shard of text.
+"""Trains the adapters of a library. Each is a separate job, which needs the base model and one shard of text.
 
-Nothing that a job draws or computes depends on another one, so jobs can run anywhere, in any order, and give the same.
-On one device several can also run at once, as one job whose arrays have one axis more (`jax.vmap`).
+Nothing that a job draws or computes depends on another job, so jobs can run anywhere and in any order, and give the
+same results. On one device, several can also run at once, as one job whose arrays have one more axis (`jax.vmap`).
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from griffin_jax.training.loop import TrainingState, init_state, make_optimizer,
 from griffin_jax.training.loss import next_token_loss
 
 NOTES = "training.json"
-"""Next to an adapter's own files: how it was trained."""
+"""Name of the file, next to an adapter's own, that says how it was trained."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """How an adapter of a library is trained.
+    """Options of the training of a library's adapters.
 
     Attributes:
-        adapter: what it is like.
-        training: how it is trained.
+        adapter: options of each adapter.
+        training: options of the training.
     """
 
     adapter: AdapterConfig = AdapterConfig()
     training: TrainingConfig = TrainingConfig()
 
     def seed_of(self, number: int) -> int:
-        """A seed for a cluster of its own."""
+        """The seed of a cluster, different for each one."""
         return int(np.random.SeedSequence([self.training.seed, number]).generate_state(1)[0] >> 1)
 
     def start(self, number: int, config: ModelConfig) -> TrainingState[Adapter]:
@@ -56,12 +56,12 @@ class Job:
         return init_state(adapter, make_optimizer(self.training))
 
     def batches(self, number: int, packed: Packed) -> Callable[[int], Batch]:
-        """The batch of every step."""
+        """A function that returns the batch of a step."""
         return packed.batches(self.training.batch, seed=self.seed_of(number))
 
 
 def adapter_loss(adapter: Adapter, model: Transformer, batch: Batch) -> jax.Array:
-    """The loss of a model with an adapter, as a function of the adapter."""
+    """The loss of the model with an adapter, as a function of the adapter."""
     return next_token_loss(attach(model, adapter), batch)
 
 
@@ -83,26 +83,26 @@ def train_clusters(
     save_every: int = 100,
     quiet: bool = False,
 ) -> list[int]:
-    """Trains the adapters of these clusters, in turn or several at once, but for those that are finished.
+    """Train the adapters of some clusters, one after the other or several at once, except those that are finished.
 
-    A job that was interrupted goes on where its last checkpoint is.
+    A job that was interrupted resumes from its last checkpoint.
 
     Args:
-        model: the base, in any format.
-        tokenizer: of the model.
-        library: whose shards are there.
-        numbers: of clusters.
-        job: how they are trained.
+        model: the base model, in any format.
+        tokenizer: tokenizer of the model.
+        library: library that has the shards of these clusters.
+        numbers: numbers of the clusters.
+        job: how the adapters are trained.
         base: name or path of the base, which the adapters' files mention.
-        at_once: adapters that are trained together, on one device.
-        save_every: updates between two checkpoints.
-        quiet: no progress bars.
+        at_once: number of adapters that are trained together, on one device.
+        save_every: number of updates between two checkpoints.
+        quiet: whether to hide the progress bars.
 
     Returns:
-        The clusters that were trained by this call.
+        The numbers of the clusters that this call trained.
 
     Raises:
-        ValueError: an adapter is there that was trained in another way, or so is a checkpoint.
+        ValueError: an adapter or a checkpoint exists that was trained with other texts or options.
     """
     if at_once < 1:
         raise ValueError(f"at_once must be at least 1, got {at_once}")
@@ -141,7 +141,7 @@ def _check_same(notes: Path, about: str) -> None:
     try:
         found = json.loads(notes.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        # An adapter from elsewhere.
+        # The adapter was made elsewhere.
         return
     if found != json.loads(about):
         raise ValueError(

@@ -1,12 +1,12 @@
-"""A library of adapters: texts in clusters, an adapter for each, and which of them a prompt is answered with.
+"""Libraries of adapters: clusters of texts, with an adapter for each cluster, one of which answers each prompt.
 
 A library is a folder, so that its adapters can be trained wherever the base model is, each from its own shard of the
-text and without a word from the others:
+text and independently of the others:
 
-    library.safetensors     centroids, and how texts are embedded, next to typical texts of each cluster
+    library.safetensors     centroids, how texts are embedded, and typical texts of each cluster
     shards/007.jsonl        the texts of a cluster
     training/007/           checkpoints of an adapter that is not finished
-    adapters/007/           the adapter, in the format of PEFT
+    adapters/007/           the adapter, in PEFT's format
     priors/007.safetensors  optional: what the base model's neurons do in these texts
 """
 
@@ -38,21 +38,21 @@ LIBRARY_FORMAT = "griffin_jax library 1"
 LIBRARY = "library.safetensors"
 
 TYPICAL, EXCERPT = 3, 160
-"""Typical texts of each cluster, and how many characters of each are shown."""
+"""Number of typical texts of each cluster, and of the characters that are shown of each."""
 
 RESTARTS = 10
-"""Times that k-means begins anew; the best result counts."""
+"""Number of times that k-means is started; the best result counts."""
 
 Method = Literal["kmeans", "random"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What is known of a cluster.
+    """A summary of a cluster.
 
     Attributes:
-        count: texts.
-        typical: the beginnings of those nearest to its centroid.
+        count: number of texts.
+        typical: the beginnings of the texts that are nearest to the centroid.
     """
 
     count: int
@@ -61,16 +61,15 @@ class Cluster:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Library:
-    """Clusters of texts, and the folder with what belongs to them.
+    """Clusters of texts, and the folder with their texts, adapters and priors.
 
     Attributes:
-        folder: where it is.
+        folder: folder of the library.
         centroids: mean embedding of the texts of each cluster.
-        clusters: what is known of each.
-        embedding: how texts are embedded.
+        clusters: a summary of each cluster.
+        embedding: options of how texts are embedded.
         model: fingerprint of the base model.
-        method: `kmeans`; or `random`, where texts and prompts are dealt out by a hash, which is what clusters must be
-            compared with.
+        method: `kmeans`; or `random`, which deals texts and prompts out by a hash, as a baseline for clusters.
     """
 
     folder: Path
@@ -85,11 +84,11 @@ class Library:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Library:
-        """The library in a folder.
+        """Load the library in a folder.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged.
+            FileNotFoundError: the folder has no library.
+            ValueError: the library is damaged.
         """
         path = Path(folder) / LIBRARY
         arrays, metadata = load_arrays(path, LIBRARY_FORMAT)
@@ -108,7 +107,7 @@ class Library:
             raise ValueError(f"{path} is damaged: {error}") from error
 
     def check(self, model: str) -> None:
-        """Raise `ValueError` unless this belongs to a model.
+        """Raise `ValueError` unless this library is for the given model.
 
         Args:
             model: the model's `griffin_jax.model.fingerprint.fingerprint`.
@@ -120,37 +119,37 @@ class Library:
             )
 
     def nearest(self, embeddings: Float[np.ndarray, "b d"]) -> Int[np.ndarray, "b"]:
-        """The cluster whose centroid is nearest to each embedding."""
+        """The number of the cluster whose centroid is nearest to each embedding."""
         distances = np.square(embeddings[:, None].astype(np.float64) - self.centroids[None]).sum(-1)
         return distances.argmin(axis=1)
 
     def route(self, embedder: Embedder, sequences: Sequence[Sequence[int]]) -> Int[np.ndarray, "b"]:
-        """The cluster of each sequence of token ids."""
+        """The number of the cluster of each sequence of token ids."""
         if self.method == "random":
             return np.asarray([dealt(sequence, len(self)) for sequence in sequences])
         return self.nearest(embedder(sequences))
 
     def embedder(self, model: Transformer, tokenizer: Tokenizer | None = None) -> Embedder:
-        """What embeds texts for this library.
+        """The embedder for this library.
 
         Args:
             model: the base.
-            tokenizer: of the model; only libraries of sentence-transformers need it.
+            tokenizer: tokenizer of the model; only needed if sentence-transformers embeds texts for this library.
 
         Raises:
-            ImportError: these are not installed.
+            ImportError: the library needs sentence-transformers, which is not installed.
         """
         return Embedder(self.embedding, model, tokenizer)
 
     def shard(self, number: int) -> Path:
-        """The file with the texts of a cluster."""
+        """Path of the file with the texts of a cluster."""
         return self._part("shards", number, ".jsonl")
 
     def texts(self, number: int) -> list[str]:
         """The texts of a cluster.
 
         Raises:
-            FileNotFoundError: there is no such shard.
+            FileNotFoundError: the file with the texts does not exist.
         """
         path = self.shard(number)
         if not path.is_file():
@@ -158,11 +157,11 @@ class Library:
         return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
     def adapter_folder(self, number: int) -> Path:
-        """Where the adapter of a cluster is, or will be."""
+        """Folder in which the adapter of a cluster is, or will be."""
         return self._part("adapters", number)
 
     def prior_file(self, number: int) -> Path:
-        """Where the prior of a cluster is, or will be."""
+        """File in which the prior of a cluster is, or will be."""
         return self._part("priors", number, ".safetensors")
 
     def _part(self, kind: str, number: int, suffix: str = "") -> Path:
@@ -171,21 +170,21 @@ class Library:
         return self.folder / kind / f"{number:03}{suffix}"
 
     def trained(self) -> list[int]:
-        """The clusters whose adapters are finished."""
+        """The numbers of the clusters whose adapters are finished."""
         return [number for number in range(len(self)) if self.adapter_folder(number).is_dir()]
 
     @property
     def adapter_bytes(self) -> int:
-        """What an adapter takes in memory, at most: the size of the largest file; 0 if none is trained."""
+        """The most bytes that an adapter takes in memory: the size of the largest file; 0 if none is trained."""
         files = [self.adapter_folder(number) / WEIGHTS for number in self.trained()]
         return max((file.stat().st_size for file in files if file.is_file()), default=0)
 
     def adapter(self, number: int, config: ModelConfig) -> Adapter:
-        """The adapter of a cluster; each is read once.
+        """The adapter of a cluster. Adapters that were read are cached.
 
         Raises:
-            FileNotFoundError: it is not trained yet.
-            ValueError: it is damaged.
+            FileNotFoundError: the adapter is not trained yet.
+            ValueError: the adapter is damaged.
         """
         folder = self.adapter_folder(number)
         if not folder.is_dir():
@@ -196,8 +195,8 @@ class Library:
         """The prior of a cluster.
 
         Raises:
-            FileNotFoundError: it was not measured.
-            ValueError: it is damaged.
+            FileNotFoundError: the prior has not been measured.
+            ValueError: the prior is damaged.
         """
         if not self.prior_file(number).is_file():
             raise FileNotFoundError(f"cluster {number} has no prior: griffin-jax moin prior {self.folder}")
@@ -210,14 +209,14 @@ def _load(folder: Path, config: ModelConfig) -> Adapter:
 
 
 def dealt(sequence: Sequence[int], count: int) -> int:
-    """A number below `count` that depends on nothing but the tokens, and on these as if it were drawn."""
+    """A pseudo-random number below `count`: a hash of the tokens, which depends on nothing else."""
     return int.from_bytes(hashlib.sha256(np.asarray(sequence, np.int32).tobytes()).digest()[:8], "big") % count
 
 
 def find_clusters(
     embeddings: Float[np.ndarray, "n d"], count: int, *, seed: int = 0
 ) -> tuple[Float[np.ndarray, "c d"], Int[np.ndarray, "n"]]:
-    """Centroids by k-means, the cluster with most texts first, and the cluster of each text.
+    """Cluster texts by k-means: the centroids, the cluster with the most texts first, and the cluster of each text.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -249,23 +248,23 @@ def make_library(
     seed: int = 0,
     quiet: bool = False,
 ) -> Library:
-    """Divides texts into clusters, and writes the folder of a library without adapters, whole or not at all.
+    """Divide texts into clusters, and write the folder of a library without adapters, whole or not at all.
 
     Args:
-        folder: that does not exist yet.
-        texts: what the adapters will be trained on.
-        sequences: their token ids.
-        embedder: what embeds them.
+        folder: folder to write; it must not exist yet.
+        texts: texts that the adapters will be trained on.
+        sequences: token ids of each text.
+        embedder: embedder for the texts.
         model: fingerprint of the base model.
-        count: of clusters.
-        method: `random` deals the texts out instead.
-        seed: of k-means.
-        quiet: no progress bar.
+        count: number of clusters.
+        method: `kmeans`, or `random` to deal the texts out by a hash instead.
+        seed: seed of k-means.
+        quiet: whether to hide the progress bar.
 
     Raises:
-        FileExistsError: the folder exists.
+        FileExistsError: the folder exists already.
         ImportError: scikit-learn is not installed.
-        ValueError: there are fewer texts than clusters, or a cluster would be without texts.
+        ValueError: there are fewer texts than clusters, or a cluster would have no texts.
     """
     folder = Path(folder)
     if os.path.lexists(folder):

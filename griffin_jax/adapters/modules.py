@@ -1,4 +1,4 @@
-"""Which linear layers of a model adapters are for, as Hugging Face's models name them, and what they are here."""
+"""The linear layers that adapters are for: their names in Hugging Face's models, and their matrices in this package."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from griffin_jax.checkpoints.schema.layouts import Layout, sizes_of
 from griffin_jax.model.config import ModelConfig
 
 INWARD, OUTWARD = ("query", "key", "value", "gate", "up"), ("out", "down")
-"""The matrices that read the residual stream, and those that write to it."""
+"""Names of the matrices that read the residual stream, and of those that write to it."""
 
 GROUPS = {"attention": ("query", "key", "value", "out"), "feed_forward": ("gate", "up", "down")}
-"""The matrices of a layer by the part of it that they belong to."""
+"""Names of the matrices of a layer, by the part of the layer that they belong to."""
 
 WIDTH = (("D",),)
-"""The axis of a tensor that is the residual stream's."""
+"""The factors of an axis that is the width of the residual stream."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A matrix of the model that is a linear layer of Hugging Face's, or some of its rows.
+    """A matrix of the model that corresponds to a linear layer in Hugging Face's model, or to some rows of one.
 
     Attributes:
-        path: of the matrix, such as `layers.3.attention.query`.
-        layout: how the axes of the layer's weight become those of the matrix.
+        path: path of the matrix, such as `layers.3.attention.query`.
+        layout: how the axes of the linear layer's weight become those of the matrix.
     """
 
     path: str
@@ -43,30 +43,30 @@ class Part:
 
     @property
     def width_first(self) -> bool:
-        """Whether the weight's first axis is the residual stream's."""
+        """Whether the first axis of the linear layer's weight is the width of the residual stream."""
         return tuple(factor.parts for factor in self.layout.before[0]) == WIDTH
 
     def rows(self, factor: Float[Array, "..."], config: ModelConfig) -> Float[Array, "*rows r"]:
-        """What belongs to the rows of this matrix of one factor of an adapter.
+        """The part of a factor of an adapter that belongs to the rows of this matrix.
 
         Args:
-            factor: (rows of the layer, R), in the order of the layer.
-            config: the architecture.
+            factor: factor of shape (rows of the linear layer, R), in the order of the linear layer.
+            config: configuration of the model.
         """
         sizes = sizes_of(config) | {"D": factor.shape[-1]}
-        # The layout of the weight holds for what has R in the place of the width.
+        # The layout of the weight also holds for an array that has R in place of the width.
         return self.layout.apply(factor.T if self.width_first else factor, sizes)  # pyright: ignore
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer, as Hugging Face's models name it.
+    """A linear layer of a Hugging Face model.
 
     Attributes:
-        name: such as `model.layers.3.self_attn.q_proj`.
-        inputs: numbers that it reads.
-        outputs: numbers that it writes.
-        parts: the matrices that it is.
+        name: name of the layer, such as `model.layers.3.self_attn.q_proj`.
+        inputs: number of inputs.
+        outputs: number of outputs.
+        parts: matrices of this package that the layer consists of.
     """
 
     name: str
@@ -76,27 +76,29 @@ class Module:
 
     @property
     def inward(self) -> bool:
-        """Whether it reads the residual stream; else it writes to it."""
+        """Whether the layer reads the residual stream; otherwise it writes to it."""
         return self.parts[0].matrix in INWARD
 
     @property
     def kind(self) -> str:
-        """The last part of its name, which it shares with those of other layers."""
+        """The last part of the name, which is the same in all layers of the model."""
         return self.name.rpartition(".")[-1]
 
     @property
     def stored_transposed(self) -> bool:
-        """Whether its weight has the inputs first, as transformers' Conv1D."""
+        """Whether the weight is stored with the inputs first, as in the Conv1D of transformers."""
         return self.parts[0].width_first == self.inward
 
 
 @functools.lru_cache(maxsize=16)
 def modules_of(config: ModelConfig) -> Mapping[str, Module]:
-    """The linear layers of a model by their names; without matrices that are no layers of their own there, and without
-    those of routed and shared experts.
+    """The linear layers of a model by their names.
+
+    Matrices that are not separate linear layers in Hugging Face's model are left out, and so are those of routed and
+    shared experts.
 
     Raises:
-        ValueError: it is of no family of Hugging Face's models.
+        ValueError: the model's family is not one of Hugging Face's.
     """
     family = families().get(config.family)
     if family is None:
@@ -124,14 +126,14 @@ def _matrices(group: str, config: ModelConfig) -> list[str]:
 
 
 def chosen_modules(config: ModelConfig, targets: Sequence[str]) -> tuple[Module, ...]:
-    """The linear layers that these names mean.
+    """The linear layers that the targets name.
 
     Args:
-        config: the architecture.
-        targets: `attention`, `feed_forward`, or last parts of names such as `q_proj`.
+        config: configuration of the model.
+        targets: `attention`, `feed_forward`, or the last parts of names, such as `q_proj`.
 
     Raises:
-        ValueError: the model has no such layers.
+        ValueError: the model does not have these linear layers.
     """
     modules = modules_of(config)
     kinds = list(dict.fromkeys(module.kind for module in modules.values()))
@@ -155,6 +157,6 @@ def chosen_modules(config: ModelConfig, targets: Sequence[str]) -> tuple[Module,
 
 
 def padded(array: Float[Array, "*rows r"], start: int, size: int) -> Float[Array, "*rows s"]:
-    """The array as some of `size` columns, from `start` on, with zeros for the others."""
+    """Widen an array to `size` columns: its own columns begin at `start`, and the others are zeros."""
     before = [(0, 0)] * (array.ndim - 1)
     return jnp.pad(array, [*before, (start, size - start - array.shape[-1])])

@@ -1,4 +1,4 @@
-"""Adapters in the format of PEFT (https://github.com/huggingface/peft): adapter_config.json and a safetensors file."""
+"""Reads and writes adapters in the format of PEFT (https://github.com/huggingface/peft): JSON and safetensors."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 READ = ("peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights")
-"""What of a configuration says how the tensors are meant."""
+"""Entries of a configuration that say how the tensors are meant."""
 
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-"""Ways in which A and B began, that leave the model's own weights as they were; others, such as PiSSA, change these."""
+"""Initialisations of A and B that do not change the model's own weights; others, such as PiSSA, do."""
 
 IGNORED = (
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_version",
     "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 )  # fmt: skip
-"""What says how it was trained, or again what the tensors' names say."""
+"""Entries that only say how the adapter was trained, or repeat what the names of the tensors say."""
 
 DEFAULTS: Mapping[str, Any] = {"bias": "none"}
-"""What of everything else must be said, if anything is; without an entry it is nothing: null, false, or empty."""
+"""Values that further entries may have. An entry that is not listed here may only be null, false or empty."""
 
 
 def load_adapter(folder: str | os.PathLike[str], config: ModelConfig) -> Adapter:
-    """An adapter for a model, float32.
+    """Load an adapter for a model, as float32.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
-        config: of the model.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
+        config: configuration of the model.
 
     Raises:
-        FileNotFoundError: a file is not there.
-        ValueError: the files are damaged, they are of something else than plain LoRA, or of another model.
+        FileNotFoundError: a file does not exist.
+        ValueError: the files are damaged, for another model, or for anything other than plain LoRA.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
@@ -86,22 +86,22 @@ def save_adapter(
     base: str = "",
     notes: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
-    """Writes an adapter so that PEFT can load it; the folder appears whole or not at all.
+    """Write an adapter so that PEFT can load it; the folder appears whole or not at all.
 
     Args:
-        adapter: one, of one rank in all layers.
-        folder: that does not exist yet.
-        config: of the model that it is for.
+        adapter: a single adapter with the same rank in all layers.
+        folder: folder to write; it must not exist yet.
+        config: configuration of the model that the adapter is for.
         base: name or path of that model, for people and for PEFT's own loader.
-        notes: further files, texts by name.
+        notes: contents of further text files, by name.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: the folder exists.
-        OSError: it cannot be written.
-        ValueError: the adapter is of another model, a stack, or has several ranks.
+        FileExistsError: the folder exists already.
+        OSError: the folder cannot be written.
+        ValueError: the adapter is for another model, is a stack, or has different ranks in different layers or rank 0.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
@@ -142,10 +142,10 @@ def save_adapter(
 
 
 def _read_config(values: Any, where: str) -> tuple[int, float]:
-    """Rank and scale.
+    """The rank and the scale that a configuration gives.
 
     Raises:
-        ValueError: something is not understood, so that the adapter would not compute what it did.
+        ValueError: an entry is not supported, so the adapter would not compute what it did in PEFT.
     """
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         kind = values.get("peft_type") if isinstance(values, dict) else values

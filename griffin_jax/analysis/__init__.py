@@ -1,1 +1,1 @@
-"""Why pruning works: what neurons do in texts."""
+"""Why pruning works: what neurons and experts do in texts."""

@@ -1,20 +1,20 @@
-"""Flocking, shown for any model and texts: within a text the same neurons are strong in most tokens, and they are
-others in other texts (arXiv 2404.01365, section 3).
+"""Shows flocking for any model and texts (arXiv 2404.01365, section 3).
 
-Drawn and measured are
+Within a text the same neurons are strong in most tokens, and in other texts other neurons are. This is what is drawn
+and measured. Experts are, as in the paper, the neurons that are kept for a text.
 
     relative activations   |z| / ||z|| of the first tokens and neurons of some texts, in some layers
     similarity             Jaccard similarity of the experts of different texts, for every density and layer; the same
                            for these texts with their tokens permuted, and for random tokens
-    stability              Jaccard similarity of a prompt's experts and those of the tokens that follow it, window by
-                           window, and of all that followed so far
+    stability              Jaccard similarity between a prompt's experts and those of the tokens that follow it, for
+                           each window of tokens and for all tokens so far
 
-next to what sets of neurons chosen at random would have.
+As a baseline there is the similarity of sets of neurons chosen at random.
 
-Neurons of routed experts are compared expert by expert: each has those that its own tokens need. The similarity of a
-layer is the mean over the experts that both texts reach, each weighted by the tokens that it has of the text that gives
-it fewer; shared experts, which all tokens read, count as one more. (The sets that are called experts elsewhere on this
-page, as the paper does, are the kept neurons.)
+In models with routed experts, neurons are compared expert by expert, since each routed expert has the neurons that its
+own tokens need. The similarity of a layer is the mean over the routed experts that both texts reach. Each is weighted
+by the number of tokens it gets from the text that sends it fewer. Shared experts, which all tokens read, count as one
+more.
 """
 
 from __future__ import annotations
@@ -46,40 +46,40 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
 Ranges = tuple[int, ...]
-"""Sizes of the ranges of a layer's neurons, see `ModelConfig.neuron_ranges`."""
+"""Sizes of the ranges of a layer's neurons; see `ModelConfig.neuron_ranges`."""
 
 Similar = Callable[[Bool[Array, "*a e f"], Bool[Array, "*b e f"]], Float[Array, "*c e"]]
-"""How alike sets of neurons are, expert by expert."""
+"""A function that says how similar sets of neurons are, expert by expert."""
 
 SHOWN = 512
-"""Tokens and neurons of a heat map of relative activations, as in the paper."""
+"""Number of tokens and of neurons in a heat map of relative activations, as in the paper."""
 
 
 def jaccard(first: Bool[Array, "*#b f"], second: Bool[Array, "*#b f"]) -> Float[Array, "..."]:
-    """|A & B| / |A | B| of sets of neurons given as masks; sets that are not empty."""
+    """|A & B| / |A | B| of non-empty sets of neurons, given as masks."""
     return jnp.sum(first & second, axis=-1) / jnp.sum(first | second, axis=-1)
 
 
 def jaccard_of_pairs(masks: Bool[Array, "n f"]) -> Float[Array, "n n"]:
-    """Jaccard similarity of every pair of sets, by one product of masks."""
+    """Jaccard similarity of every pair of sets, from one product of their masks."""
     members = masks.astype(jnp.float32)
-    # Exact in any precision: products of 0 and 1 are, and sums are float32.
+    # Exact in any precision: products of 0 and 1 are exact, and sums are float32.
     both = jnp.einsum("nf,mf->nm", members, members, preferred_element_type=jnp.float32)
     size = jnp.diagonal(both)
     return both / (size[:, None] + size - both)
 
 
 def mean_of_pairs(similarity: Float[Array, "n n"]) -> Float[Array, ""]:
-    """The mean over pairs of different texts, without those that are NaN; at least two texts."""
+    """The mean over pairs of different texts, ignoring pairs that are NaN; takes at least two texts."""
     return jnp.nanmean(jnp.where(jnp.eye(similarity.shape[0], dtype=bool), jnp.nan, similarity))
 
 
 def by_expert(array: Array, ranges: Ranges) -> Iterator[Array]:
-    """What a layer's neurons have, (..., f), as (..., E, F_e): first of its experts, then of the shared ones.
+    """Values of a layer's neurons, (..., f), as (..., E, F_e): first those of its experts, then of the shared ones.
 
     Args:
         array: one value for each neuron.
-        ranges: sizes of the layer's ranges, one for all neurons of a dense layer.
+        ranges: sizes of the layer's ranges; a dense layer has one range of all its neurons.
     """
     start = 0
     for size, alike in itertools.groupby(ranges):
@@ -92,23 +92,23 @@ def by_expert(array: Array, ranges: Ranges) -> Iterator[Array]:
 def mean_over_experts(
     first: Float[Array, "*a f"], second: Float[Array, "*b f"], ranges: Ranges, similar: Similar, config: GriffinConfig
 ) -> Float[Array, "..."]:
-    """How alike the neurons are that two texts choose in a layer, over the experts that both of them reach.
+    """How similar the neurons are that two texts choose in a layer, as a mean over the experts that both texts reach.
 
     Args:
-        first: s^2 of a text, or of several.
-        second: that of others, with axes that go together with those of `first`.
+        first: s^2 of one text, or of several.
+        second: s^2 of other texts, with axes that broadcast with those of `first`.
         ranges: sizes of the layer's ranges.
-        similar: similarity of masks (..., E, F_e) for each expert.
+        similar: function that gives the similarity of masks (..., E, F_e) for each expert.
         config: how neurons are chosen.
 
     Returns:
-        NaN where texts have no expert in common.
+        The similarity; NaN for texts that have no expert in common.
     """
     chosen = (by_expert(expert_masks(squares, config, ranges), ranges) for squares in (first, second))
     found = jnp.concatenate([similar(*masks) for masks in zip(*chosen, strict=True)], axis=-1)
     if len(ranges) == 1:
         return found[..., 0]
-    # A token adds one to the statistic of each of its experts.
+    # A token adds 1 to the sum of s^2 over each of its experts, so these sums count tokens.
     tokens = (
         jnp.concatenate([part.sum(axis=-1) for part in by_expert(squares, ranges)], axis=-1)
         for squares in (first, second)
@@ -119,10 +119,10 @@ def mean_over_experts(
 
 
 def expected_jaccard(kept: int, neurons: int) -> float:
-    """The expected Jaccard similarity of two sets of `kept` of `neurons`, drawn independently at random.
+    """The expected Jaccard similarity of two sets of `kept` out of `neurons`, drawn independently at random.
 
-    The size of their intersection is hypergeometric. (k/F) / (2 - k/F), the similarity of an intersection of
-    expected size, is its limit for many neurons.
+    The size of their intersection is hypergeometric. With many neurons, the expectation approaches
+    (k/F) / (2 - k/F), which is the similarity if the intersection has its expected size.
     """
     from scipy.stats import hypergeom
 
@@ -131,7 +131,7 @@ def expected_jaccard(kept: int, neurons: int) -> float:
 
 
 def expert_masks(squares: Float[Array, "*b f"], config: GriffinConfig, ranges: Ranges = ()) -> Bool[Array, "*b f"]:
-    """The experts that s^2 of one layer selects, for every sequence its own."""
+    """Masks of the experts that s^2 of one layer selects, separately for every sequence."""
     rows = squares.reshape(-1, squares.shape[-1])
     statistics = Statistics((rows,), jnp.ones(rows.shape[0], jnp.int32), (ranges,) if len(ranges) > 1 else ())
     return select(statistics, config).masks()[0].reshape(squares.shape)
@@ -167,14 +167,14 @@ def activations(
     layers: tuple[int, ...],
     neurons: int,
 ) -> tuple[Float[Array, "b t _n"], ...]:
-    """|zbar| of the first neurons of some layers, in the model's dtype; of routed experts within each of them.
+    """|zbar| of the first neurons of some layers, in the model's dtype; in routed experts, relative to each expert's z.
 
     Args:
         model: the full model or a pruned one.
-        tokens: texts, padded on the right with any token.
-        lengths: real tokens of each; where a text is padded, the result is anything.
+        tokens: token ids of the texts, padded on the right with any token.
+        lengths: number of real tokens of each text; the result for padding is arbitrary.
         layers: numbers of the layers, from 0, each once; static.
-        neurons: how many of each layer, or all if it has fewer; static.
+        neurons: number of neurons of each layer, or all if it has fewer; static.
 
     Returns:
         One array for each layer, in the order of `layers`.
@@ -205,9 +205,9 @@ def window_statistics(
 
     Args:
         model: the full model.
-        prefilled: the prompts, with room for R tokens. It stays as it is.
-        answers: token ids, padded on the right with `EMPTY`.
-        window: tokens of each window; static, R is a multiple of them. A window that a text ends in has fewer.
+        prefilled: the prompts, with room for R tokens; it is not changed.
+        answers: token ids that follow the prompts, padded on the right with `EMPTY`.
+        window: number of tokens in each window, a divisor of R; static. A window in which a text ends has fewer.
     """
     steps = jnp.arange(answers.shape[1], dtype=jnp.int32)
     positions = jnp.where(answers != EMPTY, prefilled.statistics.tokens[:, None] + steps, EMPTY)
@@ -221,24 +221,24 @@ def window_statistics(
 
 
 def permuted(item: Item, lead: int, rng: np.random.Generator) -> Item:
-    """The same prompt with its tokens in another order; the first `lead` stay."""
+    """The same prompt with its tokens in random order; the first `lead` tokens stay in place."""
     return dataclasses.replace(item, prompt=[*item.prompt[:lead], *rng.permutation(item.prompt[lead:]).tolist()])
 
 
 def random_tokens(item: Item, lead: int, vocabulary: int, rng: np.random.Generator) -> Item:
-    """A prompt of the same length, of tokens drawn uniformly from the vocabulary; the first `lead` stay."""
+    """A prompt of as many tokens, drawn uniformly from the vocabulary; the first `lead` tokens stay in place."""
     drawn = rng.integers(0, vocabulary, len(item.prompt) - lead).tolist()
     return dataclasses.replace(item, prompt=[*item.prompt[:lead], *drawn])
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """The texts of a measurement, all prompts of one length.
+    """The texts of a measurement, whose prompts all have the same length.
 
     Attributes:
-        items: prompts, with what follows them unless the model is to write it.
-        lead: tokens that the tokenizer puts in front of every text.
-        vocabulary: random tokens are below this.
+        items: prompts, with the tokens that follow them unless the model is to write these.
+        lead: number of tokens that the tokenizer puts in front of every text.
+        vocabulary: upper limit of random tokens, which are below it.
     """
 
     items: Sequence[Item]
@@ -246,7 +246,7 @@ class Texts:
     vocabulary: int
 
     def of_kind(self, kind: str, seed: int) -> Sequence[Item]:
-        """As they are, permuted, or random; always the same for a text and seed, whatever the others are."""
+        """The texts unchanged, permuted, or random. Each depends on its own text and the seed, not on other texts."""
         rngs = [np.random.default_rng(seed_of(seed, f"{kind} {item.name}")) for item in self.items]
         if kind == PERMUTED:
             return [permuted(item, self.lead, rng) for item, rng in zip(self.items, rngs, strict=True)]
@@ -267,28 +267,29 @@ def measure(
     size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Similarity between texts, and stability over what follows them.
+    """Measures the similarity between texts, and the stability over the tokens that follow them.
 
     Args:
         llm: the full model.
-        texts: at least two.
+        texts: at least two texts.
         densities: shares of neurons that are experts.
-        new: tokens that follow a prompt; the model writes them where a text has none of its own.
-        window: tokens of a window, a divisor of `new`.
-        size: texts in a batch.
-        seed: of permutations and random tokens.
+        new: number of tokens that follow a prompt; the model writes them if the texts have none.
+        window: number of tokens in a window, a divisor of `new`.
+        size: number of texts in a batch.
+        seed: seed of permutations and random tokens.
 
     Returns:
-        Plain numbers. `similarity` has for each of `KINDS`, and `own_permutation` for a text and its permutation,
-        one list over layers for each density: means over pairs and over texts, None where there are none. `stability`
-        has `windows` (the prompt's experts and those of a window), `so_far` (those of all up to the end of a window),
-        and `other_windows` and `other_so_far` (likewise with the experts of the prompt before this one, which the first
-        has not): for each density a list over layers of lists over windows, means over the `texts` that reached the end
-        of a window; None where there are none.
+        Plain numbers, with None instead of a mean over nothing. `similarity` has, for each of `KINDS`, one list over
+        layers for each density, of means over pairs of texts. `own_permutation` has the same lists for a text and its
+        permutation, of means over texts. `stability` compares the prompt's experts with those of a window (`windows`)
+        and with those of all tokens up to the end of the window (`so_far`). `other_windows` and `other_so_far` are the
+        same with the experts of the previous prompt, which the first prompt lacks. Each has, for each density, a list
+        over layers of lists over windows, of means over the texts that reached the end of the window; `texts` counts
+        these.
     """
     configs = tuple(GriffinConfig(density) for density in densities)
     ranges = llm.config.neuron_ranges
-    # Of several experts one counts, and layers without any are fewer.
+    # With routed experts this is the size of one expert; layers without them are fewer.
     neurons = max(ranges, key=len)[0]
     kept = [config.kept([neurons])[0] for config in configs]
     followed = _Followed(llm, configs, new, window)
@@ -326,7 +327,7 @@ def measure(
 
 
 class _Followed:
-    """Adds up over texts how stable their experts are."""
+    """Collects over texts how stable their experts are."""
 
     def __init__(self, llm: LLM, configs: tuple[GriffinConfig, ...], new: int, window: int):
         self._llm, self._configs, self._new, self._window = llm, configs, new, window
@@ -335,7 +336,7 @@ class _Followed:
         self._reached: list[np.ndarray] = []
 
     def add(self, batch: Batch, prefilled: Prefilled, squares: tuple[Float[Array, "b _f"], ...]) -> None:
-        """Takes the texts of a batch."""
+        """Adds the texts of a batch."""
         rows, new = len(batch.items), self._new
         if batch.items[0].answer:
             answers = [item.answer for item in batch.items]
@@ -347,7 +348,7 @@ class _Followed:
         windows = window_statistics(self._llm.model, prefilled, tokens, self._window)
         reached = np.cumsum(tokens[:rows] != EMPTY, axis=1)[:, self._window - 1 :: self._window]
         reached = reached == self._window * np.arange(1, new // self._window + 1)
-        # Of each text the one before it, also across batches.
+        # For each text the text before it, also across batches.
         before = squares if self._before is None else self._before
         others = [jnp.concatenate([last[:1], layer[:-1]]) for last, layer in zip(before, squares, strict=True)]
         so_far = [jnp.cumsum(layer, axis=1) for layer in windows]
@@ -368,7 +369,7 @@ class _Followed:
         self._before = tuple(layer[rows - 1 : rows] for layer in squares)
 
     def means(self) -> dict[str, Any]:
-        """Over the texts, for JSON."""
+        """The means over texts, for JSON."""
         return {
             "texts": np.concatenate(self._reached).sum(axis=0).tolist(),
             **{name: _means(np.concatenate(values, axis=2)) for name, values in self._found.items()},
@@ -376,14 +377,14 @@ class _Followed:
 
 
 def _means(values: Float[np.ndarray, "densities layers n ..."]) -> list[Any]:
-    """Means over texts without those that are NaN; None where all are."""
+    """Means over texts, ignoring those that are NaN; None if all are."""
     known = ~np.isnan(values)
     count = known.sum(axis=2)
     return _plain(np.where(count, np.where(known, values, 0.0).sum(axis=2) / np.maximum(count, 1), np.nan))
 
 
 def _plain(values: Float[np.ndarray, "..."]) -> list[Any]:
-    """For JSON, with None where a number is NaN."""
+    """Nested lists for JSON, with None in place of NaN."""
     found = values.astype(object)
     found[np.isnan(values)] = None
     return found.tolist()

@@ -1,4 +1,4 @@
-"""What `griffin-jax flocking` found: a table for people, and the paper's figures."""
+"""Shows what `griffin-jax flocking` found: a table, and the paper's figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from griffin_jax.utils.figures import new_figure
 
 TEXTS, PERMUTED, RANDOM = "texts", "permuted", "random_tokens"
 KINDS = {TEXTS: "different texts", PERMUTED: "their tokens permuted", RANDOM: "random tokens"}
-"""Prompts whose experts are compared, as JSON and people call them."""
+"""Kinds of prompts whose experts are compared: their names in JSON, and those to show."""
 
 OWN_PERMUTATION = "a text and its permutation"
 STABILITY = {
@@ -23,17 +23,17 @@ STABILITY = {
     "so_far": "a prompt and all after it",
     "other_so_far": "another prompt and all this",
 }
-"""Likewise, of the tokens that follow a prompt."""
+"""Comparisons with the tokens that follow a prompt: their names in JSON, and those to show."""
 
 RANDOM_EXPERTS = "experts chosen at random"
 BRIGHTEST = 99.5
-"""Per cent of the relative activations of a layer are within its colour scale."""
+"""Percentage of a layer's relative activations that lie within its colour scale."""
 
 Results = Mapping[str, Any]
 
 
 def table(results: Results) -> str:
-    """Jaccard similarities at the density that is drawn: mean over layers, and the layers with least and most."""
+    """Jaccard similarities at the density that is drawn: the mean over layers, and the lowest and the highest layer."""
     at = _drawn(results)
     rows: list[tuple[str, Sequence[float | None]]] = [
         *((title, results["similarity"][kind][at]) for kind, title in KINDS.items()),
@@ -41,7 +41,7 @@ def table(results: Results) -> str:
     ]
     windows, window = len(results["stability"]["texts"]), results["window"]
     for key, title in STABILITY.items():
-        # The first window is all so far.
+        # At the end of the first window, that window is all so far.
         whole = key.endswith("so_far")
         for number in [windows - 1] if whole else dict.fromkeys([0, windows - 1]):
             first = 1 if whole else number * window + 1
@@ -77,9 +77,9 @@ def plot_activations(
     """Draws heat maps of |zbar|, tokens x neurons: one row of panels for each layer, one column for each text.
 
     Args:
-        maps: of each text's number, by layer.
-        model: its name.
-        file: a PNG.
+        maps: heat maps by the number of the text, then by layer.
+        model: name of the model.
+        file: PNG file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -109,7 +109,7 @@ def plot_activations(
 
 
 def plot_similarity(results: Results, file: str | os.PathLike[str]) -> None:
-    """Draws how alike the experts of different prompts are: against the density for every layer, and by layer.
+    """Draws how similar the experts of different prompts are: against the density for every layer, and by layer.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -205,7 +205,7 @@ def _short(model: str) -> str:
 
 
 def _drawn(results: Results) -> int:
-    """Which of the densities is drawn by layer."""
+    """The index of the density that is drawn by layer."""
     return results["densities"].index(results["density"])
 
 

@@ -1,1 +1,1 @@
-"""What pruning gains in time."""
+"""Measures how much time pruning gains."""

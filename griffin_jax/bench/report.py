@@ -1,4 +1,4 @@
-"""What the benchmark found, for people: a table, a comparison with an earlier run, a plot."""
+"""Shows what the benchmark found: a table, a comparison with an earlier run, a plot."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 from griffin_jax.utils.figures import new_figure
 
 FORMAT = "griffin_jax bench 1"
-"""Version of the JSON object that a run prints and `read` reads."""
+"""Format and version of the JSON object that a run prints and `read` reads."""
 
 LABEL = 24
-"""Least width of the column with the system's name."""
+"""Least width of the column with the label of a row."""
 
 Row = Mapping[str, Any]
 Column = tuple[str, str, int, Callable[[Row], str]]
-"""Two lines of heading, the width, and what a row has in it."""
+"""Two lines of heading, the width, and a function that gives the text of a row's cell."""
 
 
 def read(file: str | os.PathLike[str]) -> dict[str, Any]:
-    """An earlier run: its JSON, or what it printed with the JSON object as the last line.
+    """The result of an earlier run, from a file whose last line is the JSON object that the run printed.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: there is no benchmark's result in it.
+        ValueError: the last line of the file is not the result of a benchmark.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no earlier result {file}")
@@ -43,7 +43,7 @@ def read(file: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The whole run in at most 120 columns."""
+    """A table of the whole run, at most 120 columns wide."""
     layers = f"{result['layers']} layer{'s' * (result['layers'] > 1)}"
     random = ", random weights" if result["weights"] == "random" else ""
     peak = {"of the process": result["peak_memory"], "of the device": result["device_memory"]}
@@ -99,17 +99,17 @@ DRAFTS = (
     "speculative: the pruned model drafts, the full one decides. Bytes are for each token of the answer, drafts and\n"
     "passes together. Random prompts say little about how many drafts are accepted: griffin-jax eval drafts has texts."
 )
-"""What the bytes of speculative rows are."""
+"""Explains the bytes of speculative rows."""
 
 
 def precision(result: Mapping[str, Any]) -> str:
-    """How the model computes, and how its matrices are stored where that differs."""
+    """The dtype in which the model computes, and the format of its matrices if that differs."""
     dtype, stored_as = result["dtype"], result.get("stored_as", result["dtype"])
     return dtype if stored_as == dtype else f"weights {stored_as} in {dtype}"
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of the same lengths and batch together."""
+    """The rows in groups of the same lengths and batch size."""
     found: dict[tuple[int, int, int], list[Row]] = {}
     for row in rows:
         found.setdefault((row["prompt"], row["new"], row["batch"]), []).append(row)
@@ -117,15 +117,18 @@ def groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def label(row: Row) -> str:
-    """What tells a row from others of the same density: its system, or `best`, what its batch keeps, and whether it
-    only drafts; of several formats of the weights also the format."""
+    """What distinguishes a row from others of the same density.
+
+    The label names the row's system, or `best`, the format of its weights if there are several, what its batch keeps,
+    and whether its model only drafts.
+    """
     drafts = "speculative" if row.get("drafts") else None
     parts = row["quality"] or row["system"], row.get("format"), row["experts"], drafts
     return " ".join(filter(None, parts))
 
 
 def size(value: int) -> str:
-    """Bytes for people."""
+    """A number of bytes as MB or GB."""
     return f"{value / 1e9:,.2f} GB" if value >= 1e9 else f"{value / 1e6:,.1f} MB"
 
 
@@ -173,7 +176,7 @@ REQUEST: tuple[Column, ...] = (
     ("1st token", "ms", 10, _number("first_token_ms", 1)),
     ("total", "ms", 10, _number("total_ms", 1)),
 )
-"""A request, phase by phase."""
+"""Columns for the phases of a request."""
 
 DECODING: tuple[Column, ...] = (
     ("density", "", 8, _density),
@@ -189,7 +192,7 @@ DECODING: tuple[Column, ...] = (
     ("of", "it", 5, _share("fraction_of_speedup")),
     ("peak", "memory", 9, _size("peak_memory")),
 )
-"""Decode steps next to their ceiling."""
+"""Columns for decode steps, next to their ceiling."""
 
 DRAFTING: tuple[Column, ...] = (
     ("density", "", 8, _density),
@@ -202,11 +205,11 @@ DRAFTING: tuple[Column, ...] = (
     ("bytes", "a token", 10, _size("step_bytes")),
     ("of", "dense", 7, _number("bytes_share", 2)),
 )
-"""What drafts read, and what they are worth."""
+"""Columns for what drafts read, and what they are worth."""
 
 
 def _drafting(rows: Sequence[Row]) -> list[str]:
-    """The block of the rows that draft, if there are any."""
+    """The block of the rows that draft; empty if there are none."""
     found = [row for row in rows if row.get("drafts")]
     return ["", *_block("drafting", DRAFTING, found)] if found else []
 
@@ -221,7 +224,7 @@ def _block(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> list[s
 
 
 def _prunes(rows: Sequence[Row]) -> list[str]:
-    """What of pruning has no column."""
+    """Lines for those times of pruning that have no column."""
     lines = []
     for title, name, form in (
         ("the first prune, into memory that is new", "first_prune_ms", "{:,.1f} ms"),
@@ -277,18 +280,19 @@ SETTINGS = (
     "mesh",
     "jax",
 )
-"""What two runs must have in common for their ratios to say something about the code."""
+"""Settings that must be the same in two runs for their ratios to say something about the code."""
 
 
 def comparison(now: Mapping[str, Any], before: Mapping[str, Any], name: str | os.PathLike[str]) -> str:
-    """The ratio of every figure to that of an earlier run, and what makes the two runs different.
+    """The ratio of every figure to that of an earlier run, and the settings in which the two runs differ.
 
-    Rows are matched by system, density, batch, experts and lengths; where only the lengths differ, with a warning.
+    Rows are matched by system, density, batch, experts, quality, formats, drafts and lengths. If only the lengths of a
+    row differ from those of a single earlier row, the two are compared, with a warning.
 
     Args:
-        now: this run.
-        before: the earlier one.
-        name: what the earlier one is called.
+        now: result of this run.
+        before: result of the earlier run.
+        name: name of the earlier run, for the heading.
     """
     warnings = [
         f"warning: {setting} was {before.get(setting)}, is {now.get(setting)}"
@@ -340,9 +344,9 @@ def _earlier(row: Row, rows: Sequence[Row]) -> Row | None:
 
 
 def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
-    """Draws how decoding speeds up with falling density next to what the bytes allow, as a PNG.
+    """Draws a PNG of how decoding speeds up as the density falls, next to what the bytes allow.
 
-    One panel for every pair of lengths, one colour for every batch (and what it keeps).
+    There is one panel for every pair of lengths, and one colour for every batch size (and what the batch keeps).
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -382,8 +386,11 @@ def plot(result: Mapping[str, Any], file: str | os.PathLike[str]) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """What belongs on one line of a plot, by its name; the dense row begins every line of its system and batch but
-    those of drafts, where the model that drafts may be dense, too."""
+    """The rows on each line of a plot, by the name of the line.
+
+    The dense row begins every line of its system and batch, except lines of drafts, where the model that drafts may be
+    dense, too.
+    """
     full = [row for row in rows if row["density"] == 1 and not row.get("drafts")]
     dense = {(row["system"], row["batch"], row.get("format")): row for row in full}
     found: dict[str, list[Row]] = {}
@@ -395,7 +402,7 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
                 (f"batch {row['batch']}", row["experts"]),
             )
             name = ", ".join(" ".join(filter(None, part)) for part in parts)
-            # Of two formats the first one is the dense model's, which has no name where there is no other.
+            # The first of two formats is that of the dense row, which names no format if all rows have the same.
             own = (row.get("format") or "").partition("+")[0]
             starts = [dense.get((row["baseline"], row["batch"], name)) for name in (own or None, None)]
             start = None if drafts else next(filter(None, starts), None)

@@ -1,25 +1,26 @@
-"""What pruning gains on this machine: every phase of a request timed, next to what the memory bandwidth allows.
+"""Measures what pruning gains on this machine: the time of each phase of a request, next to what the bandwidth allows.
 
-For every pair of prompt and answer lengths and every batch, the densities are measured in turn, round after round, so
-that a machine that is slower for a while is slower for all of them; each round begins with another one. The first
-round warms up and is not counted, and what XLA spends on compiling in it is shown apart. Prompts are random tokens of
-equal length, answers greedy, and no token ends them.
+For every pair of prompt and answer lengths and every batch size, the densities are measured in turn, round after round,
+so that a machine that is slower for a while is slower for all of them. Each round begins with another density. The
+first round is a warm-up and is not counted; the time that XLA spends compiling in it is shown separately. Prompts are
+random tokens of equal length, decoding is greedy, and no token ends an answer.
 
-A ceiling is what one decode step must read (weights in use, all slots of the cache) over the bandwidth that this run
-measured by summing a large array. A step gives one token to every sequence of the batch.
+A ceiling is the bytes that one decode step must read (the weights in use and all slots of the cache), divided by the
+bandwidth that this run measured by summing a large array. A step gives one token to every sequence of the batch.
 
-With random weights (--model NAME of a well-known model) shapes, bytes and times are the model's, its answers are not;
-its prior is random, too.
+With random weights (--model NAME of a well-known model), the shapes, bytes and times are those of the model, but its
+answers are not. Its prior is random, too.
 
-Rows in two formats (--mixed-weights) read as many bytes of their neurons as the density says, or have the given part of
-the kept ones in the model's own format, as `griffin-jax generate` does.
+With --mixed-weights there are also rows whose kept neurons are in two formats. Either the density says how many bytes
+of their neurons these rows read, or the given share of the kept neurons is in the model's own format, as in
+`griffin-jax generate`.
 
-Speculative rows, at batch 1, write the answer of the full model, for which the pruned one drafts. Their bytes are those
-of a token of the answer, drafts and passes of the full model together. How many drafts are accepted depends on the
-text, and these prompts are none: `griffin-jax eval drafts` counts it on texts.
+Speculative rows, at batch 1, write the answer of the full model, for which the pruned one drafts. Their bytes are
+counted per token of the answer, drafts and passes of the full model together. How many drafts are accepted depends on
+the text, and these prompts are not text: `griffin-jax eval drafts` counts accepted drafts on texts.
 
-On a mesh bytes and the bandwidth are those of each device, what the devices communicate is in no ceiling, and each
-keeps the best of its own neurons, as `generate` does.
+On a mesh, bytes and bandwidth are those of each device, and no ceiling includes what the devices communicate. Each
+device keeps the best of its own neurons, as in `griffin-jax generate`.
 """
 
 from __future__ import annotations
@@ -67,26 +68,26 @@ from griffin_jax.utils.timing import Stopwatch
 OURS = "griffin_jax"
 EXPERTS = ("shared", "per-sequence")
 BANDWIDTH_BYTES = 1 << 29
-"""Size of the array that is summed to measure the bandwidth: larger than every cache."""
+"""Size of the array that is summed to measure the bandwidth; larger than any processor's cache."""
 PEERS = {
     "transformers": 4, "published GRIFFIN": 0, "llama.cpp F32": 4, "llama.cpp F16": 2, "llama.cpp Q8_0": 1.1,
     "llama.cpp": 1,
 }  # fmt: skip
-"""Systems that griffin_jax can be compared with, and the bytes that they hold for each parameter, at most: those in
-PyTorch share their weights, and `llama.cpp` alone reads a GGUF file as it is stored."""
+"""Systems that griffin_jax can be compared with, and the bytes that each holds for a parameter, at most. Those in
+PyTorch share their weights; `llama.cpp` without a format reads a GGUF file as it is stored."""
 PAUSE = 0.3
-"""Seconds before a system is measured where there are peers: idle threads of the other library spin for a while."""
+"""Seconds to wait before a system is measured if there are peers: idle threads of another library spin for a while."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a group of rows has in common.
+    """What the rows of a group have in common.
 
     Attributes:
-        prompt: tokens of each prompt.
-        new: tokens of each answer.
-        batch: sequences.
-        drafts: tokens that are drafted at a time, at most; 0 where nothing is.
+        prompt: number of tokens in each prompt.
+        new: number of tokens in each answer.
+        batch: number of sequences.
+        drafts: greatest number of tokens that are drafted at a time; 0 if nothing is drafted.
     """
 
     prompt: int
@@ -96,24 +97,24 @@ class Case:
 
     @property
     def room(self) -> int:
-        """Tokens that an answer has room for. The last round of drafts may write more than was asked for."""
+        """Number of tokens that an answer has room for. The last round of drafts may write more than was asked for."""
         return bucket(self.new + self.drafts)
 
     @property
     def slots(self) -> int:
-        """Slots of the cache that is allocated for it, for each sequence."""
+        """Number of cache slots that are allocated for each sequence."""
         return bucket(self.prompt) + self.room
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What tells our rows of a case apart.
+    """What distinguishes the rows of griffin_jax within a case.
 
     Attributes:
         density: share of neurons kept.
-        shared: whether a batch shares its experts.
-        quality: of `LLM.generate`.
-        weights: how the matrices are stored; None as in the first format that is measured.
+        shared: whether the sequences of a batch share their experts.
+        quality: the argument of this name of `LLM.generate`.
+        weights: format in which the matrices are stored; None for the first format that is measured.
         speculative: whether the pruned model only drafts.
         mixed: whether the kept neurons are in two formats.
     """
@@ -131,7 +132,7 @@ class Reading:
     """What a decode step reads on each device.
 
     Attributes:
-        bytes: weights that are used, and all slots of the cache.
+        bytes: bytes of the weights that are used and of all slots of the cache.
         masked: whether all neurons are read, with a mask for each sequence.
         kept: bytes of the kept rows, which pruning copies or moves.
     """
@@ -146,12 +147,13 @@ class Peer:
     """A system that griffin_jax is compared with.
 
     Attributes:
-        name: of the system.
-        version: of what it runs on.
-        prunes: whether it is measured at the densities below 1, or dense.
+        name: name of the system.
+        version: version of the software that it runs on.
+        prunes: whether it is measured at the densities below 1, and not dense.
         baseline: name of the system whose dense decoding its speed-up refers to.
-        measure: (prompt, new tokens, density) -> seconds of `prefill` and of one decoded `token`.
-        weights: file that it reads, where it does not take those that griffin_jax has.
+        measure: function of the prompt, the number of new tokens and the density that returns the seconds of `prefill`
+            and of one decoded `token`.
+        weights: file that it reads; None if it takes the weights that griffin_jax has.
         weights_bytes: bytes of its weights that a step reads; None for those of griffin_jax's model in float32.
         cache_itemsize: bytes of a number in its cache.
     """
@@ -167,32 +169,33 @@ class Peer:
 
     @property
     def format(self) -> WeightFormat | None:
-        """The format of griffin_jax whose bytes it reads, if it reads those of one."""
+        """The format of griffin_jax whose bytes it reads, if there is one."""
         return WeightFormat("float32") if self.weights_bytes is None else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The options, checked; nothing is loaded yet.
+    """The checked options, before anything is loaded.
 
     Attributes:
-        source: of the model.
-        config: of the model.
-        random: whether it gets random weights.
-        formats: how the model computes, and how its matrices are stored: one after the other in each round. All compute
-            in the same dtype.
-        densities: descending; 1 is the first.
-        cases: in the order in which they are measured.
-        shared: what batches of several sequences are measured with.
-        qualities: what pruned models are measured with.
-        prior: of quality "best".
-        drafting: how many tokens are drafted at a time, and in which format.
-        mixing: what the kept neurons are read in that a prompt needs less, in rows of their own.
-        round_to: kept neurons are rounded up to a multiple of this.
-        in_place: whether every neuron is held once.
-        mesh: devices that batches and the model are divided among; None for one.
-        repeats: counted rounds.
-        peers: names of others that are measured, too, of `PEERS`.
+        source: the model, as it was given on the command line.
+        config: configuration of the model.
+        random: whether the model gets random weights.
+        formats: how the model computes, and how its matrices are stored; measured one after the other in each round.
+            All compute in the same dtype.
+        densities: densities in descending order; the first is 1.
+        cases: cases in the order in which they are measured.
+        shared: values of `Variant.shared` with which batches of several sequences are measured.
+        qualities: values of `Variant.quality` with which pruned models are measured.
+        prior: prior for the quality "best".
+        drafting: options that say how many tokens are drafted at a time, and in which format.
+        mixing: options that say in which format those kept neurons are read that a prompt needs less; measured in
+            separate rows.
+        round_to: the number of kept neurons is rounded up to a multiple of this.
+        in_place: whether every neuron is held only once.
+        mesh: devices that batches and the model are divided among; None for one device.
+        repeats: number of rounds that are counted.
+        peers: names of other systems that are measured, too, from `PEERS`.
     """
 
     source: str
@@ -218,15 +221,15 @@ class Plan:
         return self.formats[0].dtype
 
     def precision(self, variant: Variant) -> Precision:
-        """How the model of a row computes and is stored."""
+        """How the model of a row computes, and how its matrices are stored."""
         return Precision(self.dtype, variant.weights or self.formats[0].weights)
 
     def mixed(self, variant: Variant) -> MixedFormat | None:
-        """The formats of a row's kept neurons, as they are given; None for one format."""
+        """The two formats of a row's kept neurons, as given in the options; None if there is only one."""
         return self.mixing.mixed(self.precision(variant).weights) if variant.mixed else None
 
     def resolved(self, variant: Variant) -> tuple[MixedFormat | None, float]:
-        """These, with the share of the precise neurons, and the share of all neurons that is kept."""
+        """The two formats, with the share of the precise neurons, and the share of all neurons that is kept."""
         mixed = self.mixed(variant)
         if mixed is None:
             return None, variant.density
@@ -246,7 +249,7 @@ class Plan:
         return Pruner.of(config, Extensions.best(self.prior))
 
     def variants(self, case: Case) -> list[Variant]:
-        """The variants of a case, format by format; the dense one is the first of each."""
+        """The variants of a case, format by format; each format begins with the dense variant."""
         sharing = self.shared if case.batch > 1 else (False,)
         densities = [density for density in self.densities if density < 1]
         pruned = [Variant(d, shared, quality) for quality in self.qualities for shared in sharing for d in densities]
@@ -260,23 +263,27 @@ class Plan:
         ]
 
     def mixes(self, weights: WeightFormat) -> bool:
-        """Whether pruned models of this format are measured with two formats, too."""
+        """Whether pruned models of this format are also measured with neurons in two formats."""
         if self.mixing.mixed_weights is None:
             return False
         others, share = others_format(self.mixing.mixed_weights)
         return share is not None or others.bits < weights.bits
 
     def rows(self, case: Case, variant: Variant) -> int:
-        """Tokens of each prompt that a row refits its neurons to: none if two formats leave no neuron out, or some are
-        precise."""
+        """Number of tokens of each prompt to which a row refits its neurons.
+
+        It is 0 if the neurons are in two formats, and either none is left out or some are precise.
+        """
         formats, _ = self.resolved(variant)
         if formats is not None and (formats.share or self.kept(variant) == self.config.neurons):
             return 0
         return self.pruner(variant).rows_of_each(case.batch)
 
     def sizes(self, case: Case, variant: Variant = Variant(), *, copied: bool = False) -> Sizes:
-        """Bytes of a row's parts on each device; with `copied` each sequence has copies of its rows, whatever they
-        are."""
+        """Bytes of a row's parts on each device.
+
+        With `copied`, each sequence has copies of its kept rows, however many these are.
+        """
         devices, one = axis_size(self.mesh, MODEL_AXIS), variant.shared or case.batch == 1
         precision = self.precision(variant)
         if variant.speculative and self.drafting.drafter is not None:
@@ -293,7 +300,7 @@ class Plan:
         )
 
     def reading(self, case: Case, variant: Variant) -> Reading:
-        """What a step of a row reads on each device."""
+        """What a decode step of a row reads on each device."""
         sizes, kept, (formats, _) = self.sizes(case, variant), self.kept(variant), self.resolved(variant)
         if formats is None:
             return Reading(sizes.step(kept), sizes.masked(kept), sizes.ff(None if self.in_place else kept))
@@ -306,21 +313,21 @@ class Plan:
         return Reading(both.step, both.masked, sum(both.copied))
 
     def draft_bytes(self, case: Case, variant: Variant) -> tuple[int, int]:
-        """Bytes that a draft of a row reads, and those that a pass of its full model does; each with the cache."""
+        """Bytes that one draft of a row reads, and bytes that one pass of its full model reads; both with the cache."""
         precision, kept = self.precision(variant), self.kept(variant)
         return step_bytes(self.config, precision, case.slots, kept, self.drafting.drafter)
 
     def kept(self, variant: Variant) -> tuple[int, ...] | None:
-        """Neurons of every layer; None for the dense model."""
+        """Number of kept neurons in every layer; None for the dense model."""
         if variant.density == 1:
             return None
         return self.pruner(variant).config.kept(self.config.neuron_ranges)
 
 
 def needed_memory(plan: Plan) -> dict[str, int]:
-    """Bytes of what the largest case holds on a device at a time, by what it is for, see `griffin_jax.llm.memory`.
+    """Bytes that the largest case holds on a device at a time, by their purpose; see `griffin_jax.llm.memory`.
 
-    Devices that are one processor's count as one.
+    Devices of the same processor count as one.
     """
     parameters = plan.sizes(plan.cases[0]).parameters
 
@@ -334,7 +341,7 @@ def needed_memory(plan: Plan) -> dict[str, int]:
         return full if drafter is None else full + needs.drafter(drafter)
 
     def few_of(variant: Variant) -> int:
-        """All neurons in the second of two formats, which stay for all rows of the first one."""
+        """Bytes of all neurons in the second of two formats, which are kept for all rows of the first one."""
         if not plan.mixes(plan.precision(variant).weights):
             return 0
         others, _ = others_format(plan.mixing.mixed_weights or "")
@@ -375,18 +382,18 @@ def needed_memory(plan: Plan) -> dict[str, int]:
 
 
 def check_memory(plan: Plan) -> None:
-    """Raise `MemoryError` unless the largest case fits into what is free."""
+    """Raise `MemoryError` unless the largest case fits into the free memory."""
     advice = "take a smaller --batch, shorter --lengths, --weights of fewer bits or, of random weights, fewer --layers"
     memory.check(needed_memory(plan), free_memory(), advice)
 
 
 def free_memory() -> int | None:
-    """Bytes that can still be allocated on the default device; None where that is not known."""
+    """Bytes that can still be allocated on the default device; None if that is unknown."""
     return memory.free(jax.devices()[:1])
 
 
 def threads() -> int:
-    """CPU threads that this process may use."""
+    """Number of CPU threads that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -401,9 +408,9 @@ def measure(
 
     Args:
         plan: what to measure.
-        models: the full one in each of the plan's formats.
-        peers: to be measured at batch 1, in turn with the model.
-        skipped: peers that cannot run, and why.
+        models: the full model in each of the plan's formats.
+        peers: systems that are measured at batch 1, in turn with the model.
+        skipped: names of peers that cannot run, each with the reason.
     """
     in_place = plan.pruner(Variant(plan.densities[-1])).config if plan.in_place else None
     subjects = {weights: _Subject(model, in_place) for weights, model in models.items()}
@@ -413,7 +420,7 @@ def measure(
         for case in plan.cases:
             bandwidths.append(measure_bandwidth(plan.mesh))
             groups.append(_measure_case(plan, subjects, case, peers if case.batch == 1 else (), bar.update))
-    # A ceiling must not be lower than what the machine can do when nothing disturbs it.
+    # What counts is the bandwidth of the machine when nothing disturbs it.
     bandwidth = max(*bandwidths, measure_bandwidth(plan.mesh))
     rows = [
         row
@@ -449,14 +456,14 @@ def measure(
 
 
 def measure_bandwidth(mesh: Mesh | None = None) -> float:
-    """Bytes per second that summing a large array reads, at best; of a mesh each device, when all of them read."""
+    """Bytes per second read by summing a large array, at best; on a mesh by each device while all of them read."""
     devices = 1 if mesh is None else mesh.size
-    # Devices that are one processor's share its caches, and its memory.
+    # Devices of the same processor share its caches and its memory.
     size = BANDWIDTH_BYTES // 4 * (1 if jax.default_backend() == "cpu" else devices)
     sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     array = jnp.ones((size // devices * devices,), jnp.float32, device=sharding)
     total = jax.jit(jnp.sum)
-    # An accelerator reads the array in less time than ten launches take. It goes on while the next one is launched.
+    # An accelerator reads the array in less time than ten launches take, and keeps reading while the next is launched.
     runs = 1 if jax.default_backend() == "cpu" else 16
     times = []
     for _ in range(8):
@@ -471,13 +478,13 @@ class Measured:
     """A row before it is summarised.
 
     Attributes:
-        system: its name.
+        system: name of the system.
         baseline: name of the system whose dense row it is compared with.
-        variant: what it is measured with.
+        variant: variant that was measured.
         samples: seconds of every phase, one dictionary for every counted round.
-        compile: seconds that XLA spent on its programs; None of peers.
-        peak_memory: of the process while the row was measured, bytes; None where that is not known.
-        drafting: how the drafts of an answer fared; None where there were none.
+        compile: seconds that XLA spent compiling its programs; None for peers.
+        peak_memory: peak memory of the process while the row was measured, in bytes; None if that is unknown.
+        drafting: how many drafts of an answer were accepted; None if there were none.
     """
 
     system: str
@@ -490,11 +497,11 @@ class Measured:
 
 
 class _Subject:
-    """The model, selecting and pruning as `LLM` does.
+    """The model, with selection and pruning as in `LLM`.
 
     Args:
-        model: the full one.
-        in_place: how a request prunes, if every neuron is to be held once; the model is then used up.
+        model: the full model.
+        in_place: how a request prunes, if every neuron is to be held only once; `model` is then used up.
     """
 
     def __init__(self, model: Transformer, in_place: GriffinConfig | None):
@@ -503,17 +510,17 @@ class _Subject:
         self._few: Transformer | None = None
         self._in_place = None if in_place is None else InPlace(model)
         if self._in_place is not None and in_place is not None:
-            # Any experts: from now on the programs are those of two groups.
+            # Any experts will do: from now on the programs are those for two groups of rows.
             kept = in_place.kept(model.config.neuron_ranges)
             self._in_place.prune(ExpertNeurons.from_indices([range(k) for k in kept], model.neurons))
 
     @property
     def model(self) -> Transformer:
-        """The full one."""
+        """The full model."""
         return self._model if self._in_place is None else self._in_place.model
 
     def drafter(self, weights: WeightFormat | None) -> Transformer:
-        """What drafts before it is pruned: the full model, or a copy of it in another format, which is made once."""
+        """The model that drafts, before it is pruned: the full model, or a copy in another format that is made once."""
         if weights is None:
             return self.model
         drafter = self._drafter or jax.block_until_ready(drafter_of(self._model, weights))
@@ -521,13 +528,13 @@ class _Subject:
         return drafter
 
     def in_order(self, prefilled: Prefilled) -> Prefilled:
-        """Prompts that `model` has read, with statistics that stay true when its rows move."""
+        """Prompts that `model` has read, with statistics that stay valid when its rows move."""
         if self._in_place is None or not prefilled.statistics.squares:
             return prefilled
         return dataclasses.replace(prefilled, statistics=self._in_place.in_order(prefilled.statistics))
 
     def prune(self, model: Transformer, prefilled: Prefilled, pruner: Pruner, watch: Stopwatch) -> Transformer:
-        """The pruned model: the full one or its drafter, with the kept rows only."""
+        """The pruned model: the full model or its drafter, with only the kept rows."""
         statistics, rows = prefilled.statistics, prefilled.rows
         with watch.phase("select"):
             experts = jax.block_until_ready(pruner.select(self.model, statistics))
@@ -569,7 +576,7 @@ def _measure_case(
         for peer in peers
         for density in ([d for d in plan.densities if d < 1] if peer.prunes else [1.0])
     ]
-    # What a prefill records: nothing (None), GRIFFIN's statistic, or also so many rows of each prompt.
+    # What a prefill records: nothing (None), GRIFFIN's statistic (0), or also this many rows of each prompt.
     records = list(dict.fromkeys(_recorded(plan, case, row.variant) for row in ours))
     for number in range(plan.repeats + 1):
         # What comes first in a round may find threads asleep and caches cold.
@@ -610,7 +617,7 @@ def _recorded(plan: Plan, case: Case, variant: Variant) -> int | None:
 def _prefills(
     subject: _Subject, tokens: np.ndarray, lengths: np.ndarray, case: Case, order: Sequence[int | None]
 ) -> dict[int | None, tuple[Prefilled, Stopwatch]]:
-    """The prompts read with each of the things recorded, as neighbours in time; once for all densities."""
+    """Prefills of the prompts, one for each value of what is recorded, close together in time; for all densities."""
     sides: dict[int | None, tuple[Prefilled, Stopwatch]] = {}
     for rows in order:
         watch = Stopwatch()
@@ -628,7 +635,7 @@ def _prefills(
             )
         prefilled = subject.in_order(prefilled)
         for other, _ in sides.values():
-            # All caches are the same, and only one has to stay.
+            # All caches are equal, and only one has to be kept.
             prefilled = dataclasses.replace(prefilled, cache=other.cache)
         sides[rows] = prefilled, watch
     return sides
@@ -637,7 +644,7 @@ def _prefills(
 def _answer(
     subject: _Subject, prefilled: Prefilled, plan: Plan, variant: Variant, case: Case
 ) -> tuple[Stopwatch, Drafting | None]:
-    """An answer, phase by phase as `LLM.generate` writes it, and how its drafts fared if there were any."""
+    """Times of an answer, phase by phase as `LLM.generate` writes it, and how many of its drafts were accepted."""
     watch = Stopwatch()
     model = subject.drafter(plan.drafting.drafter) if variant.speculative else subject.model
     formats, _ = plan.resolved(variant)
@@ -645,7 +652,7 @@ def _answer(
         model = subject.mix(prefilled, plan.pruner(variant), formats, watch)
     elif variant.density < 1:
         model = subject.prune(model, prefilled, plan.pruner(variant), watch)
-    # `init_decode` takes the cache, and the next row needs it.
+    # `init_decode` uses up the cache, and the next row needs it.
     mine = jax.block_until_ready(dataclasses.replace(prefilled, cache=jax.tree.map(jnp.copy, prefilled.cache)))
     with watch.phase("init_decode"):
         answer = jax.block_until_ready(jitted.init_decode(mine))
@@ -667,7 +674,7 @@ def _answer(
 
 @contextlib.contextmanager
 def _peak_memory(row: Measured) -> Iterator[None]:
-    """Notes the largest resident memory during the block; of the process so far where it cannot be reset."""
+    """Notes the largest resident memory during the block, or that of the process so far if it cannot be reset."""
     memory.reset_peak()
     yield
     peak = memory.peak()
@@ -685,17 +692,17 @@ def summarise(
     """The rows of one case: medians over the rounds, and what follows from them.
 
     Args:
-        plan: what was measured.
-        case: likewise.
-        measured: its rows.
-        bandwidth: bytes per second.
-        peers: those among the rows, by their names.
+        plan: options of the measurement.
+        case: case that was measured.
+        measured: rows of the case.
+        bandwidth: measured bandwidth, in bytes per second.
+        peers: peers among the rows, by their names.
 
     Returns:
-        One dictionary for each row, of plain numbers: times in milliseconds unless their name says seconds, sizes
-        in bytes, speeds in bytes per second, and shares as fractions. What a row does not have is None.
+        One dictionary of plain numbers for each row: times in milliseconds unless their name says seconds, sizes in
+        bytes, speeds in bytes per second, and shares as fractions. What a row does not have is None.
     """
-    # Of several formats the first one is what the others are compared with, too.
+    # If there are several formats, the others are also compared with the first one.
     dense = {row.system: row for row in reversed(measured) if _is_dense(row.variant)}
     rows = []
     for row in measured:
@@ -717,7 +724,7 @@ def summarise(
         base = dense.get(row.baseline)
         is_pruned = variant.density < 1
         masked = ours and reading.masked
-        # Read and written; where rows are refitted, that is not what takes the time.
+        # Rows are read and written. If they are refitted, that is not what takes the time.
         copied = 2 * reading.kept if ours and is_pruned and not masked and variant.quality == "griffin" else None
         ceiling = (weights + cache) / bandwidth
         result: dict[str, Any] = {
@@ -775,7 +782,7 @@ def summarise(
 
 
 def _format(plan: Plan, variant: Variant) -> str | None:
-    """How a row's matrices are stored, where that is not the one format of all rows."""
+    """The format of a row's matrices; None if all rows have the same one."""
     mixed = plan.mixed(variant)
     if mixed is None and len(plan.formats) == 1:
         return None
@@ -787,9 +794,9 @@ def _is_dense(variant: Variant) -> bool:
 
 
 def _drafts(plan: Plan, case: Case, row: Measured) -> dict[str, Any]:
-    """What a speculative row has that others do not; bytes are for each token of the answer. Empty of other rows.
+    """Figures that only speculative rows have; empty for other rows.
 
-    The first token of an answer needs no step.
+    Bytes are for each token of the answer, except the first one, which needs no step.
     """
     if row.drafting is None:
         return {}
@@ -812,7 +819,7 @@ def _drafts(plan: Plan, case: Case, row: Measured) -> dict[str, Any]:
 
 
 def _median(samples: Sequence[dict[str, float]], name: str) -> float | None:
-    """In milliseconds; None of a phase that the row does not have."""
+    """The median in milliseconds; None for a phase that the row does not have."""
     return float(np.median([sample[name] for sample in samples])) * 1e3 if name in samples[0] else None
 
 
@@ -834,18 +841,18 @@ def _step(row: Measured, case: Case) -> float:
 
 
 def _overhead_share(samples: Sequence[dict[str, float]]) -> float | None:
-    """What pruning takes before the first step of decoding, as a fraction of prefill: all but the statistic's part."""
+    """Time of select and prune, as a fraction of prefill: what pruning takes before decoding, without the statistic."""
     if "select" not in samples[0]:
         return None
     return float(np.median([(sample["select"] + sample["prune"]) / sample["prefill"] for sample in samples]))
 
 
 def _statistic_share(samples: Sequence[dict[str, float]]) -> float | None:
-    """What collecting the statistic adds to prefill, as a fraction of prefill without it."""
+    """Time that collecting the statistic adds to prefill, as a fraction of prefill without it."""
     if "prefill_without" not in samples[0]:
         return None
-    # Neighbours in time: the median of their ratios is steadier than the ratio of two medians. Which one came first
-    # alternates, so the two orders get equal weight.
+    # Both prefills of a round are close in time, so the median of their ratios is steadier than the ratio of two
+    # medians. Which one comes first alternates, and the two orders get equal weight.
     ratios = [sample["prefill"] / sample["prefill_without"] for sample in samples]
     orders = [np.median(half) for half in (ratios[::2], ratios[1::2]) if half]
     return math.prod(map(float, orders)) ** (1 / len(orders)) - 1

@@ -1,1 +1,1 @@
-"""The command line: one thin module for each command."""
+"""The command line, with one thin module for each command."""

@@ -1,4 +1,4 @@
-"""`griffin-jax analyze`: a closer look at the experts of a model."""
+"""`griffin-jax analyze`: analyse the experts of a model."""
 
 from __future__ import annotations
 
@@ -49,29 +49,35 @@ from griffin_jax.model.config import ModelConfig
 from griffin_jax.utils.wholefile import replacing, write_text
 
 FORMAT = "griffin_jax analysis 1"
-"""What analysis.json calls its format."""
+"""The name of the format of analysis.json."""
 
 RESULTS, ARRAYS, PAGE = "analysis.json", "analysis.npz", "report.html"
 
-DESCRIPTION = """The analyses of "A Closer Look into Mixture-of-Experts" (arXiv 2406.18219), for any model with routed
-experts: how alike experts' weights are, whether the router goes with them, what experts answer and
-which of them tokens choose, next to null models. The weights are read layer by layer, and the model
-is never loaded unless there are texts. In a model without routers, GRIFFIN's neuron sets of different
-texts are compared, for which texts are needed.
+DESCRIPTION = """Repeats the analyses of "A Closer Look into Mixture-of-Experts" (arXiv 2406.18219) for any model with
+routed experts: how similar the experts' weights are, whether experts with similar weights also have
+similar router weights, what the experts output, and which experts tokens choose, all next to null
+models. The weights are read layer by layer, and the whole model is loaded only if there are texts.
+For a model without routers, GRIFFIN's neuron sets of different texts are compared, so texts are
+required.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument(
-        "model", metavar="MODEL", help="a converted folder, a Hugging Face folder or repository id, or a GGUF file"
+        "model",
+        metavar="MODEL",
+        help="a folder written by griffin-jax convert, a Hugging Face folder or repository id, or a GGUF file",
     )
     parser.add_argument(
         "files", metavar="TEXTS", nargs="*", type=Path,
-        help="a text each (UTF-8), or JSONL files with one text a line; without any, only weights are analysed",
+        help="text files (UTF-8) of one text each, or JSONL files with one text per line; without any, only weights are"
+        " analysed",
     )  # fmt: skip
     read = parser.add_argument_group("texts")
-    read.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
+    read.add_argument(
+        "--column", default="text", help="column of JSONL files that holds the text (default: %(default)s)"
+    )
     add_excerpt_arguments(read)
     read.add_argument(
         "--limit",
@@ -82,41 +88,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     read.add_argument(
         "--tokens", type=int, metavar="T", default=256,
-        help="of every text; shorter texts are left out (default: %(default)s)",
+        help="tokens that are read of each text; shorter texts are left out (default: %(default)s)",
     )  # fmt: skip
     what = parser.add_argument_group("what is analysed")
-    what.add_argument("--layers", metavar="L,...", help="from 0 (default: all that have routed experts, or all)")
+    what.add_argument(
+        "--layers", metavar="L,...",
+        help="layers to analyse, numbered from 0 (default: all with routed experts, or all if there are none)",
+    )  # fmt: skip
     what.add_argument(
         "--density", type=float, metavar="D", default=0.5,
-        help="share of neurons that GRIFFIN keeps of a text (default: %(default)s)",
+        help="share of neurons that GRIFFIN keeps for a text (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(
         "--sets", type=int, metavar="N", default=8,
-        help="texts whose neuron sets are experts, in a model without routers (default: %(default)s)",
+        help="in a model without routers, number of texts whose neuron sets stand for experts (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(
         "--neurons", type=int, metavar="N", default=1024,
-        help="of an expert that are matched with another's; the time grows with N^2 F (default: %(default)s)",
+        help="match at most N neurons of an expert with those of another; the time grows with N^2 F"
+        " (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(
         "--pairs", type=int, metavar="N", default=6,
-        help="of experts of a layer whose neurons are matched, drawn if there are more (default: %(default)s)",
+        help="match the neurons of at most N pairs of experts of a layer, drawn at random if there are more"
+        " (default: %(default)s)",
     )  # fmt: skip
     add_pickle_argument(parser)
     add_dtype_argument(parser)
     how = parser.add_argument_group("measurement")
     add_batch_argument(how, 4)
-    how.add_argument("--seed", type=int, default=0, help="of all draws (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, help="seed of all random draws (default: %(default)s)")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, metavar="FOLDER", default=Path("analysis"),
-        help="of the page, the figures and the numbers (default: %(default)s)",
+        help="folder for the page, the figures and the numbers (default: %(default)s)",
     )  # fmt: skip
     output.add_argument("--json", action="store_true", help=f"print {RESULTS} as the last line")
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command, from options to files and a table."""
+    """Runs the command, from its options to the files and the table."""
     _check(options)
     source = open_source(options.model, options.allow_pickle)
     config = source.config
@@ -165,7 +176,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise unless what needs no model is as it has to be."""
+    """Raise unless the options that need no model are valid."""
     least = {"limit": 2, "tokens": 2, "sets": 2, "neurons": 2, "pairs": 1}
     for name, value in least.items():
         if getattr(options, name) < value:
@@ -196,7 +207,7 @@ def _chosen_layers(options: argparse.Namespace, config: ModelConfig) -> tuple[in
 def _of_weights(
     options: argparse.Namespace, source: Source, layers: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the weights say, and what random ones do."""
+    """The analysis of the weights, and that of random weights."""
     sampling = weights.Sampling(options.neurons, options.pairs, options.seed)
     random = RandomExperts(source.config, options.seed)
     return (
@@ -208,7 +219,7 @@ def _of_weights(
 def _of_texts(
     options: argparse.Namespace, layers: tuple[int, ...]
 ) -> tuple[Measured, dict[str, Measured], Drawing, dict[str, Any]]:
-    """What texts say, the same of null models, what is drawn, and what was read."""
+    """The analysis of texts, that of null models, the data of the figures, and what was read."""
     needs = chosen_needs(options)
     options.batch = chosen_batch(
         options, lambda batch: needs.analysis(batch, options.tokens, options.sets), "fewer --tokens"
@@ -230,7 +241,7 @@ def _of_texts(
     if config.routing is None:
         nulls[RANDOM_SETS] = texts.measure_random_sets(model, read, layers, reading, options.seed)
     dtype, stored = model.dtype, model.weights
-    # Two models at once could be more than memory holds.
+    # Memory may not hold two models at once.
     del llm, model
     random = random_model(config, dtype, options.seed, weights=stored)
     nulls[RANDOM_WEIGHTS] = texts.measure(random, read, layers, reading)
@@ -243,7 +254,7 @@ def _of_texts(
 
 
 def _texts(options: argparse.Namespace, llm: Any, skipped: Skipped) -> list[list[int]]:
-    """Tokens of the first texts that are long enough."""
+    """The tokens of the first texts that are long enough."""
     cut = excerpt(options.after, options.before)
     named = ((name, cut(text)) for name, text in read_files(options.files, options.column, skipped))
     usable = itertools.islice(long_enough(named, llm.tokenizer.encode, options.tokens, skipped), options.limit)
@@ -259,7 +270,7 @@ def _texts(options: argparse.Namespace, llm: Any, skipped: Skipped) -> list[list
 
 
 def _about(options: argparse.Namespace, config: ModelConfig, used: int) -> str:
-    """A sentence about the model and the texts."""
+    """Two sentences about the model and the texts."""
     routing = config.routing
     if routing is None:
         layers = (

@@ -46,7 +46,8 @@ from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size
 from griffin_jax.utils.wholefile import write_text
 
 LENGTHS = {"cpu": "512+64"}
-"""Measured by default, by backend. Elsewhere it is the setting of arXiv 2404.01365, table 4."""
+"""Lengths of prompt and answer that are measured by default, by backend. On other backends they are `OTHER_LENGTHS`,
+the setting of arXiv 2404.01365, table 4."""
 OTHER_LENGTHS = "2048+128"
 
 
@@ -56,105 +57,119 @@ FindPeers = Callable[
     [Mapping[WeightFormat, Transformer], str, "tuple[str, ...]", contextlib.ExitStack],
     "tuple[list[Peer], dict[str, str]]",
 ]
-"""(the model by format, its source, names, stack of what must be undone) -> the peers that can run, and why others
-cannot, by name."""
+"""A function (the model in each format, its source, names of peers, a stack for clean-up) that returns the peers that
+can run, and the reasons why the others cannot, by name."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the benchmark takes."""
+    """Declare the arguments of the command."""
     what = parser.add_argument_group("what is measured")
     what.add_argument(
         "--model",
         default=demo.NAME,
-        help="any model that griffin_jax loads, or the name of a well-known one, which gets random weights in its true"
-        f" shape: {', '.join(NAMED)} (default: %(default)s)",
+        help="any model that griffin_jax loads, or one of these names, for random weights in the true shape of that"
+        f" model: {', '.join(NAMED)} (default: %(default)s)",
     )
-    what.add_argument("--layers", type=int, metavar="L", help="only the first L layers, of random weights")
+    what.add_argument("--layers", type=int, metavar="L", help="with random weights, use only the first L layers")
     add_dtype_argument(what, weights=False)
     what.add_argument(
         "--weights",
         metavar="FORMATS",
-        help="how matrices are stored, as generate has it; several are separated by commas (float32,int8), each a model"
-        " of its own, measured in turn (default: as generate has it)",
+        help="formats in which the weight matrices are stored, as in generate, separated by commas (float32,int8); each"
+        " is a separate model, and the models are measured in turn (default: as in generate)",
     )
     what.add_argument(
         "--density",
         nargs="+",
         default=["1,0.75,0.5,0.25"],
         metavar="D",
-        help="densities, separated by commas; 1, which the others are compared with, is always among them"
+        help="densities, separated by commas or spaces; 1, which the others are compared with, is always among them"
         " (default: 1,0.75,0.5,0.25)",
     )
     what.add_argument(
         "--lengths",
         metavar="P+N",
-        help="tokens of prompt and answer, several pairs separated by commas, such as 2048+128,2048+2048"
+        help="tokens of prompt and answer; several pairs are separated by commas, such as 2048+128,2048+2048"
         f" (default: {LENGTHS['cpu']} on CPU, else {OTHER_LENGTHS})",
     )
-    what.add_argument("--prompt", "--prompt-tokens", type=int, metavar="P", help="one pair of lengths, with --new")
-    what.add_argument("--new", "--new-tokens", type=int, metavar="N", help="likewise")
     what.add_argument(
-        "--batch", default="1", metavar="B", help="sequences; several separated by commas (default: %(default)s)"
+        "--prompt",
+        "--prompt-tokens",
+        type=int,
+        metavar="P",
+        help="tokens of the prompt (with --new, instead of --lengths)",
+    )
+    what.add_argument("--new", "--new-tokens", type=int, metavar="N", help="tokens of the answer (with --prompt)")
+    what.add_argument(
+        "--batch",
+        default="1",
+        metavar="B",
+        help="number of sequences, or several such numbers, separated by commas (default: %(default)s)",
     )
     what.add_argument(
         "--experts",
         default=",".join(EXPERTS),
-        help="what a batch of several keeps: one set of neurons for all, one for each sequence, or each in turn"
-        " (default: %(default)s)",
+        help="neurons that a batch of several sequences keeps: shared (one set for all), per-sequence (one set for"
+        " each), or both, separated by commas and measured in turn (default: %(default)s)",
     )
     what.add_argument(
         "--quality",
         default="griffin",
-        help="griffin, best (prior, budgets and reconstruction, as generate has them), or griffin,best for each in turn"
+        help="griffin, best (prior, budgets and refit, as in generate), or griffin,best to measure each in turn"
         " (default: %(default)s)",
     )
     what.add_argument(
         "--prior",
         type=Path,
         metavar="FILE",
-        help="of --quality best: what griffin-jax prior measured (default: the file next to the model)",
+        help="file that griffin-jax prior has measured, for --quality best (default: the file next to the model)",
     )
-    drafts = "at batch 1 also write the full model's answers, for which the others draft so many tokens at a time"
-    add_options(what, Extensions, "speculative", help=f"{drafts} (default: as many as are worth it)")
+    drafts = "at batch 1, also measure speculative decoding, in which the other models draft DRAFTS tokens at a time"
+    add_options(what, Extensions, "speculative", help=f"{drafts} for the full model (default: adaptive)")
     add_options(what, Extensions, "draft_weights")
-    mixed = "also every pruned row with kept neurons in two formats, as generate has them"
+    mixed = "also measure every pruned model with its kept neurons in two formats, as in generate"
     add_options(what, Extensions, "mixed_weights", help=mixed)
     add_options(what, GriffinConfig, "round_to")
     what.add_argument(
         "--in-place",
         action="store_true",
-        help="hold every neuron once, kept rows and others in two groups, as griffin_jax.load(in_place=True) does; with"
-        " one density below 1, and shared experts",
+        help="hold every neuron once, the kept rows and the others in two groups, as griffin_jax.load(in_place=True)"
+        " does; takes one density below 1, and measures shared neurons only",
     )
     add_mesh_argument(parser)
-    what.add_argument("--repeats", type=int, default=5, help="medians of this many (default: %(default)s)")
+    what.add_argument(
+        "--repeats", type=int, default=5, help="number of rounds that medians are taken of (default: %(default)s)"
+    )
     what.add_argument(
         "--peers",
         nargs="?",
         const="",
         metavar="NAMES",
-        help="measure in turn, on the same work, on the CPU and at batch 1, what is installed of: "
-        f"{', '.join(PEERS)}; some of them, separated by commas, or by default those that hold their weights as one of"
-        " --weights does, and llama.cpp with a GGUF file as it is. Only in a checkout: python -m benchmarks run",
+        help="also measure other systems that are installed, in turn and on the same work, on the CPU and at batch 1: "
+        f"{', '.join(PEERS)}. NAMES are some of these, separated by commas; by default those that hold their weights as"
+        " one of --weights does, and llama.cpp with a GGUF file as it is. Only in a checkout: python -m benchmarks run",
     )
     add_pickle_argument(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    output.add_argument("--json-file", type=Path, metavar="FILE", help="write it to FILE")
+    output.add_argument("--json-file", type=Path, metavar="FILE", help="write the JSON object to FILE")
     output.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw speed-up against density as a PNG (needs griffin-jax[plot])"
     )
     output.add_argument(
-        "--compare", type=Path, metavar="FILE", help="show the ratio of every figure to that of an earlier --json-file"
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="show the ratio of each figure to the one in an earlier --json-file",
     )
 
 
 def check(options: argparse.Namespace) -> Plan:
-    """Everything that can be wrong with the options, before anything is loaded or allocated.
+    """Checks all options before anything is loaded or allocated, and makes a plan of them.
 
     Raises:
-        FileNotFoundError: there is no such model or prior, or no folder for an output.
-        ValueError: a value is outside its range or not understood, or a mesh does not divide the model.
+        FileNotFoundError: the model, the prior or the folder for an output does not exist.
+        ValueError: a value is malformed or outside its range, or a mesh does not divide the model.
         ImportError: a plot is wanted, and matplotlib is not installed.
         MemoryError: the largest case needs more memory than is free.
     """
@@ -245,7 +260,7 @@ def _formats(options: argparse.Namespace, config: ModelConfig, source: Source | 
 def _drafting(
     options: argparse.Namespace, config: ModelConfig, densities: Sequence[float], batches: Sequence[int]
 ) -> Extensions:
-    """What is drafted, and in which format."""
+    """The options of speculative decoding: how many tokens are drafted at a time, and in which format."""
     drafting = Extensions(speculative=options.speculative, draft_weights=options.draft_weights)
     if not drafting.drafts:
         return drafting
@@ -265,7 +280,7 @@ def _drafting(
 def _mixing(
     options: argparse.Namespace, config: ModelConfig, formats: Sequence[Precision], qualities: Sequence[str]
 ) -> Extensions:
-    """What kept neurons are read in that a prompt needs less."""
+    """The option by which the less important of the kept neurons are read in fewer bits."""
     mixing = Extensions(mixed_weights=options.mixed_weights)
     if mixing.mixed_weights is None:
         return mixing
@@ -324,7 +339,7 @@ def _lengths(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def check_outputs(options: argparse.Namespace) -> None:
-    """Raise unless the files that are asked for can be written, and the one to compare with can be read."""
+    """Raise unless the output files can be written and the file of --compare can be read."""
     if options.json_file is not None:
         check_output("--json-file", options.json_file)
     if options.plot is not None:
@@ -334,7 +349,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> tuple[ModelConfig, Source | None]:
-    """The model's architecture, and where its weights come from; None for one that gets random weights."""
+    """The model's architecture and the source of its weights, which is None for random weights."""
     source = options.model
     exists = Path(os.path.expanduser(source)).exists()
     if not exists and any(source.lower() == name.lower() for name in NAMED):
@@ -350,7 +365,7 @@ def _config(options: argparse.Namespace) -> tuple[ModelConfig, Source | None]:
 
 
 def _prior(options: argparse.Namespace, config: ModelConfig, random: bool) -> Prior:
-    """The one of --prior or next to the model; of random weights a random one, of the size that priors have."""
+    """The prior of --prior or next to the model; for random weights, a random one of the usual size."""
     if random:
         if options.prior is not None:
             raise ValueError("random weights have a random prior: leave out --prior")
@@ -384,11 +399,11 @@ def run(options: argparse.Namespace, find_peers: FindPeers | None = None) -> Non
     """Run the benchmark.
 
     Args:
-        options: those of `add_arguments`.
-        find_peers: what finds the peers; without it --peers is refused.
+        options: parsed arguments of `add_arguments`.
+        find_peers: finds the peers that can run; without it, --peers is refused.
 
     Raises:
-        Exception: see `check`; and what `griffin_jax.load` raises.
+        Exception: see `check` and `griffin_jax.load`.
     """
     if options.peers is not None and find_peers is None:
         raise ValueError("--peers needs a checkout of the project: python -m benchmarks run --peers")

@@ -30,27 +30,28 @@ from griffin_jax.llm.request import check_options
 from griffin_jax.utils.download import cache_folder
 from griffin_jax.utils.messages import shown
 
-DESCRIPTION = """A conversation with a model. The full model reads what you say, and everything before it only once; the
-neurons that took part most in all that was said write the answer. Ctrl-C stops an answer, Ctrl-D ends the chat, /help
-lists commands."""
+DESCRIPTION = """Starts a conversation with a model. The full model reads everything that is said, once; each
+answer is written with only the feed-forward neurons that took part most in the conversation so far.
+With --quality best, a model that has no prior file yet is measured first, which takes minutes. Ctrl-C
+stops an answer, Ctrl-D ends the chat, and /help lists commands."""
 
-HELP = """/density X    keep this share of the neurons from now on, one number or one for each layer
-/dense        keep all of them
-/stats        what the turns took
-/save FILE    write the conversation to FILE
-/load FILE    go on with a conversation that was saved
-/clear        forget what was said
-/quit         end"""
+HELP = """/density X    keep this share of the neurons from now on: one number, or one for each layer
+/dense        keep all neurons from now on
+/stats        show a table of the turns so far
+/save FILE    save the conversation to FILE
+/load FILE    go on with the conversation saved in FILE
+/clear        forget the conversation
+/quit         end the chat"""
 
 NEW_TOKENS = 512
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the arguments of the command."""
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_argument(parser)
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first turn")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt: what the model is told before the first turn")
     add_options(parser.add_argument_group("pruning"), GriffinConfig, "density", "method", "round_to")
     beyond = parser.add_argument_group("beyond GRIFFIN")
     add_options(
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Talks until there is no more input."""
+    """Answers what the user says until there is no more input."""
     settings = {
         "griffin": read_options(options, GriffinConfig),
         "extensions": read_options(options, Extensions, prior=chosen_prior(options), healing=chosen_healing(options)),
@@ -94,7 +95,7 @@ def _lines(read: Callable[[], str]) -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            # What was typed is dropped, as in a shell.
+            # Drops the line typed so far, as a shell does.
             print()
             continue
         if line:
@@ -109,7 +110,7 @@ def _next_line() -> str:
 
 
 def _reader() -> Callable[[], str]:
-    """Reads a line from a terminal: with history and editing where prompt_toolkit or readline is installed."""
+    """A function that reads a line from a terminal, with history and editing if prompt_toolkit or readline is there."""
     if importlib.util.find_spec("prompt_toolkit") is None:
         if importlib.util.find_spec("readline") is not None:
             importlib.import_module("readline")
@@ -127,7 +128,7 @@ def _reader() -> Callable[[], str]:
 
 
 def _answer(chat: Chat, text: str) -> None:
-    """Prints the answer while it is written. Ctrl-C stops it, and what was written stays part of the chat."""
+    """Prints the answer while it is written. Ctrl-C stops it, and what was written by then stays in the chat."""
     start, pieces = time.perf_counter(), chat.stream(text)
     try:
         for piece in pieces:
@@ -166,11 +167,11 @@ def _say(message: str) -> None:
 
 
 def _obey(chat: Chat, line: str) -> bool:
-    """Does what a command says; returns whether the chat goes on.
+    """Runs a command such as `/stats`; returns whether the chat goes on.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: there is no such command, or its argument is wrong.
+        ValueError: the command does not exist, or its argument is wrong.
     """
     try:
         name, *arguments = shlex.split(line)
@@ -206,7 +207,7 @@ def _obey(chat: Chat, line: str) -> bool:
 
 
 def _stats(chat: Chat) -> str:
-    """A table of the turns."""
+    """A table with a row for each turn."""
     lines = [f"{'turn':>4} {'tokens':>7} {'read':>6} {'written':>8} {'kept':>6} {'prefill s':>10} {'tokens/s':>9}"]
     for number, turn in enumerate(chat.turns, start=1):
         row = f"{number:>4} {turn.tokens:>7,} {turn.read:>6,}"

@@ -1,4 +1,4 @@
-"""`griffin-jax compile`: what a model needs and can reach on an accelerator that is not there."""
+"""`griffin-jax compile`: compile a model for an accelerator that this machine need not have."""
 
 from __future__ import annotations
 
@@ -18,67 +18,79 @@ from griffin_jax.extensions.config import Extensions
 from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.model.named import NAMED, named, with_layers
 
-DESCRIPTION = """Compiles prefill, pruning and decoding of a full-size model for a chip, which need not be there,
-without its weights, and shows memory, kernels, copies and the ceiling that the bandwidth sets."""
+DESCRIPTION = """Compiles prefill, pruning and decoding of a full-size model for a GPU or TPU that this machine
+need not have, without the model's weights. Shows memory, kernels, copies, and the ceiling on speed that
+memory bandwidth sets. Unless XLA's compiler for the chip is installed, it is downloaded on first use
+(less than 200 MB)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the compile command takes."""
-    parser.add_argument("--target", required=True, metavar="CHIP", help=f"one of {', '.join(TARGETS)}")
+    """Declare the arguments of the command."""
+    parser.add_argument("--target", required=True, metavar="CHIP", help=f"chip to compile for: {', '.join(TARGETS)}")
     parser.add_argument(
         "--model",
         required=True,
-        help=f"a model's folder or GGUF file, or one of {', '.join(NAMED)} (no weights needed)",
+        help=f"folder or GGUF file of a model, or one of {', '.join(NAMED)}; no weights are needed",
     )
-    parser.add_argument("--layers", type=int, metavar="L", help="compile the first L layers only (default: all)")
+    parser.add_argument("--layers", type=int, metavar="L", help="compile only the first L layers (default: all)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the computation and the cache (default: %(default)s)"
+        "--dtype",
+        choices=DTYPES,
+        default="bfloat16",
+        help="dtype of the computation and the cache (default: %(default)s)",
     )
     parser.add_argument(
-        "--weights", metavar="FORMAT", help="how matrices are stored, such as int8 or int4 (default: in --dtype)"
+        "--weights",
+        metavar="FORMAT",
+        help="format in which the weight matrices are stored, such as int8 or int4 (default: --dtype)",
     )
     add_options(parser, GriffinConfig, "density", "round_to")
-    groups = "as in generate (default: as many as --devices; then pruning moves no rows between these)"
+    groups = "as in generate (default: as many as --devices, so that pruning moves no rows between them)"
     add_options(parser, GriffinConfig, "groups", help=groups)
     sets = parser.add_mutually_exclusive_group()
     add_options(sets, GriffinConfig, "shared")
     sets.add_argument(
-        "--per-sequence", dest="shared", action="store_false", help="one set for every sequence (the default)"
+        "--per-sequence", dest="shared", action="store_false", help="keep one set for each sequence (the default)"
     )
     parser.add_argument(
         "--devices",
         type=int,
         default=1,
         metavar="N",
-        help="divide heads, neurons and vocabulary among N of the chip; all bytes are then those of each"
+        help="divide heads, neurons and vocabulary among N such chips; all sizes in bytes are then those of one chip"
         " (default: %(default)s)",
     )
     parser.add_argument(
         "--expert-parallel",
         action="store_true",
-        help="these have whole experts each, of a model with routed experts (default: neurons of every expert)",
+        help="if the model has routed experts, give each chip whole experts (default: a share of the neurons of every"
+        " expert)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=2048, metavar="P", help="tokens of each (default: %(default)s)")
-    parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens of an answer (default: %(default)s)")
-    best = "best: with rows of the prompt, to which prune refits what is kept"
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="number of sequences (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", type=int, default=2048, metavar="P", help="tokens of each prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new", type=int, default=128, metavar="N", help="tokens of each answer (default: %(default)s)"
+    )
+    best = "with best, prefill also keeps rows of the prompt, and pruning refits the kept neurons to them"
     add_options(parser, Extensions, "quality", help=best)
-    add_options(parser, Extensions, "refresh_every", help="compile refreshing, too")
-    drafts = "compile speculative decoding, too, with N drafts"
+    add_options(parser, Extensions, "refresh_every", help="also compile a refresh after every N tokens")
+    drafts = "also compile speculative decoding, with N drafts at a time"
     add_options(parser, Extensions, "speculative", help=drafts, metavar="N", nargs=None, const=None, default=None)
-    mixed = "the pruned model has kept neurons in two formats, as generate has them"
+    mixed = "read the kept neurons in two formats, as in generate"
     add_options(parser, Extensions, "mixed_weights", help=mixed)
-    parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program there")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--hlo", metavar="FOLDER", help="write the optimised HLO of every program to FOLDER")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the compile command.
 
     Raises:
-        FileNotFoundError: there is no such model.
-        ValueError: see `compile_for`.
-        RuntimeError: likewise.
+        FileNotFoundError: the model's folder lacks files that are needed.
+        ValueError: the model is unknown or unsupported; or see `compile_for`.
+        RuntimeError: see `compile_for`.
     """
     path = Path(os.path.expanduser(options.model))
     config = open_source(path).config if path.exists() else named(options.model)

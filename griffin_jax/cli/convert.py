@@ -1,4 +1,4 @@
-"""`griffin-jax convert`: write a checkpoint in the native format."""
+"""`griffin-jax convert`: convert a checkpoint to the native format."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from griffin_jax.checkpoints.planning import NarrowingWarning
 from griffin_jax.checkpoints.verification import VerificationError
 from griffin_jax.cli.options import add_pickle_argument, add_weights_argument
 
-DESCRIPTION = "Writes a checkpoint in the native format, with the config and the tokenizer next to the parameters."
+DESCRIPTION = "Converts a checkpoint to the native format: a folder with the parameters, the config and the tokenizer."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the convert command takes."""
+    """Declare the arguments of the command."""
     parser.add_argument("source", metavar="SOURCE", help=SOURCES)
     parser.add_argument(
         "output", metavar="OUTPUT", nargs="?", help="folder to write; must not exist yet (not needed with --dry-run)"
@@ -24,25 +24,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the weights; by default that of most of the source's weights, float32 where they are quantised",
+        help="dtype of the weights (default: that of most of the source's weights, or float32 if they are quantised)",
     )
     add_weights_argument(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="write nothing: list every parameter with the tensor it comes from, shapes, dtypes and sizes",
+        help="write nothing; list every parameter with the tensor that it comes from, shapes, dtypes and sizes",
     )
     parser.add_argument(
         "--verify",
         action="store_true",
-        help="afterwards compare logits with those of the source in PyTorch, which must be installed; if they differ,"
-        " the exit code is 1, and OUTPUT stays to be looked at",
+        help="afterwards, compare the logits with those of the source in PyTorch, which must be installed; if they"
+        " differ, the exit code is 1, and OUTPUT is kept so that you can inspect it",
     )
     add_pickle_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the convert command and print what it did; returns 1 if the result is not what PyTorch computes.
+    """Run the convert command and print what it did; returns 1 if the result differs from what PyTorch computes.
 
     Raises:
         ImportError: see `convert`.

@@ -1,4 +1,4 @@
-"""`griffin-jax factorize`: divide a dense model into experts, train its routers and, if asked to, its experts."""
+"""`griffin-jax factorize`: divide a dense model into experts, and train its routers and, optionally, its experts."""
 
 from __future__ import annotations
 
@@ -34,26 +34,32 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.training.data import Packed
 
-DESCRIPTION = """FactorLLM (arXiv 2408.11855): the neurons of each feed-forward layer are divided into experts, of which
-a router chooses some for each token. All experts together are the dense layer, exactly.
+DESCRIPTION = """FactorLLM (arXiv 2408.11855): divides the neurons of each feed-forward layer into experts, and trains
+routers that choose some of them for each token. All experts together are exactly the dense layer.
 
-Routers are trained first, by forward passes of the dense model; with --steps experts and routers are trained together
-afterwards. The result is a checkpoint like any other. Checkpoints of the training and the figures of every step are in
-a folder next to it; the same command goes on there after an interruption, and one with other --steps begins with the
-routers that it finds."""
+Routers are trained first, with forward passes of the dense model. With --steps, experts and routers are
+then trained together. The result is a checkpoint like any other.
+
+Checkpoints of the training and the figures of every step are in the folder of --training. After an
+interruption, the same command resumes there. The folder of a run with --steps 0 also serves a later run
+with --steps, which starts from the routers in it, if the texts and every option that affects the experts
+or the first stage are the same. Once the folder holds a checkpoint of the second stage, that stage can
+only be resumed with the same options.
+
+It needs extra packages: pip install '.[factor]'."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments of the command."""
     add_source_arguments(parser)
     add_options(parser.add_argument_group("experts"), FactorConfig)
     add_options(parser.add_argument_group("training"), FactorTraining)
     add_checkpoint_arguments(parser, "checkpoints and figures", "steps")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw agreement and load as a PNG")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw loss, agreement and load as a PNG")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Divides, trains and saves."""
+    """Divide the model, train it, save it, and print the last figures of each stage."""
     from griffin_jax.factor.training import train_factors
 
     factors, training = read_options(options, FactorConfig), read_options(options, FactorTraining)
@@ -100,14 +106,14 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _check_memory(needs: Needs, factors: FactorConfig, training: FactorTraining, mesh: Mesh | None) -> None:
-    """Raise `MemoryError` unless a model can be divided and trained with what is free."""
+    """Raise `MemoryError` unless there is enough free memory to divide the model and train it."""
     parts = needs.factor_training(training, factors.experts, coactivation=factors.grouping == "coactivation")
     shorter = ", a shorter --length or more parts (--accumulate)" if training.steps else " or a shorter --length"
     check_fits(parts, f"take a smaller --batch{shorter}", mesh)
 
 
 SHOWN = 10
-"""Steps that the last figures are means of."""
+"""Number of last steps over which the printed figures are averaged."""
 
 
 def prepared(llm: LLM, packed: Packed, factors: FactorConfig, seed: int) -> Transformer:

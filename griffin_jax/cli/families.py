@@ -1,4 +1,4 @@
-"""`griffin-jax families`: list the model families that are supported, and what is refused."""
+"""`griffin-jax families`: list the model families that are supported, and those that are refused."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 
 from griffin_jax.checkpoints import families
 
-DESCRIPTION = "Lists the model families that are supported, and what is refused with the reason."
+DESCRIPTION = "Lists the model families that are supported, and those that are refused, with the reason."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command takes nothing."""
+    """The command has no arguments."""
 
 
 def run(options: argparse.Namespace) -> None:

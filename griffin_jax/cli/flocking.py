@@ -1,4 +1,4 @@
-"""`griffin-jax flocking`: the paper's figures of why pruning works."""
+"""`griffin-jax flocking`: draw the paper's figures that show why pruning works."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.utils.wholefile import replacing, write_text
 
 FORMAT = "griffin_jax flocking 1"
-"""What flocking.json calls its format."""
+"""The name of the format of flocking.json."""
 
 RESULTS, ACTIVATIONS = "flocking.json", "activations.npz"
 
 OWN, TEXT = "own", "text"
-"""What follows a prompt: what the dense model writes (greedy), or the text itself."""
+"""What follows a prompt: the dense model's greedy answer, or the text itself."""
 
 
 DESCRIPTION = flocking.__doc__
@@ -58,55 +58,67 @@ DESCRIPTION = flocking.__doc__
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command."""
     parser.add_argument(
-        "files", metavar="FILE", nargs="+", type=Path, help="a text each (UTF-8), or JSONL files with one text a line"
+        "files",
+        metavar="FILE",
+        nargs="+",
+        type=Path,
+        help="text files (UTF-8) of one text each, or JSONL files with one text per line",
     )
     texts = parser.add_argument_group("texts")
-    texts.add_argument("--column", default="text", help="of JSONL that holds the text (default: %(default)s)")
+    texts.add_argument(
+        "--column", default="text", help="column of JSONL files that holds the text (default: %(default)s)"
+    )
     add_excerpt_arguments(texts)
     texts.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
     texts.add_argument(
         "--prompt-tokens", type=int, metavar="P", default=256,
-        help="of every text, whose experts are compared; shorter texts are left out (default: %(default)s)",
+        help="tokens of each text that are the prompt; shorter texts are left out (default: %(default)s)",
     )  # fmt: skip
     texts.add_argument(
-        "--new-tokens", type=int, metavar="G", default=128, help="after the prompt (default: %(default)s)"
+        "--new-tokens", type=int, metavar="G", default=128, help="tokens after each prompt (default: %(default)s)"
     )
     texts.add_argument(
         "--continuation", choices=(OWN, TEXT), default=OWN,
-        help="what these are: what the dense model writes (greedy), or the text's own (default: %(default)s)",
+        help="what these tokens are: the dense model's own greedy answer, or the text itself (default: %(default)s)",
     )  # fmt: skip
     texts.add_argument(
-        "--window", type=int, metavar="W", default=32, help="tokens of a window; divides G (default: %(default)s)"
+        "--window", type=int, metavar="W", default=32, help="tokens of a window; must divide G (default: %(default)s)"
     )
     what = parser.add_argument_group("what is shown")
     what.add_argument(
         "--density", type=float, metavar="D", default=0.5,
-        help="share of neurons that are experts, where one is drawn (default: %(default)s)",
+        help="share of neurons that are experts, in figures for a single density (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(
         "--densities", metavar="D,...", default="0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
-        help="of the curves, separated by commas (default: %(default)s)",
+        help="densities of the curves, separated by commas (default: %(default)s)",
     )  # fmt: skip
-    what.add_argument("--layer", metavar="L,...", help="of the heat maps, from 0 (default: the first, middle and last)")
     what.add_argument(
-        "--text", metavar="N,...", default="1,2", help="likewise, of the texts used, from 1 (default: %(default)s)"
-    )
+        "--layer", metavar="L,...",
+        help="layers of the heat maps, numbered from 0 (default: the first, middle and last)",
+    )  # fmt: skip
+    what.add_argument(
+        "--text", metavar="N,...", default="1,2",
+        help="texts of the heat maps, numbered from 1 among the texts used (default: %(default)s)",
+    )  # fmt: skip
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_argument(parser)
     how = parser.add_argument_group("measurement")
     add_batch_argument(how, 4)
-    how.add_argument("--seed", type=int, default=0, help="of permutations and random tokens (default: %(default)s)")
+    how.add_argument(
+        "--seed", type=int, default=0, help="seed of permutations and random tokens (default: %(default)s)"
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=Path, metavar="FOLDER", default=Path("flocking"),
-        help="of the figures and numbers (default: %(default)s)",
+        help="folder for the figures and numbers (default: %(default)s)",
     )  # fmt: skip
     output.add_argument("--json", action="store_true", help=f"print {RESULTS} as the last line")
 
 
 def run(options: argparse.Namespace) -> None:
-    """The command, from options to files and a table."""
+    """Runs the command, from its options to the files and the table."""
     densities = _checked_densities(options)
     chosen = numbers("--text", options.text, int)
     layers = None if options.layer is None else numbers("--layer", options.layer, int)
@@ -114,7 +126,7 @@ def run(options: argparse.Namespace) -> None:
     check_folder("--output", folder, RESULTS)
     check_matplotlib("flocking")
     check_files(options.files, once=True)
-    # Lines go by the names of their files; other texts by the whole path.
+    # A line of JSONL is identified by the name of its file, any other text by its whole path.
     check_files([file for file in options.files if file.suffix == ".jsonl"], by_name=True)
 
     mesh = chosen_mesh(options)
@@ -201,7 +213,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _checked_densities(options: argparse.Namespace) -> list[float]:
-    """All densities, ascending, after the options that need no model were checked."""
+    """Checks the options that need no model, and returns all densities in ascending order."""
     for name in ("limit", "prompt_tokens", "new_tokens", "window", "batch"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -217,7 +229,7 @@ def _checked_densities(options: argparse.Namespace) -> list[float]:
 def _texts(
     options: argparse.Namespace, encode: Callable[[str], list[int]], skipped: Skipped
 ) -> Iterator[tuple[str, list[int]]]:
-    """Name and tokens of the texts that are long enough."""
+    """Yields the name and the tokens of each text that is long enough."""
     cut = excerpt(options.after, options.before)
     needed = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
     named = ((name, cut(text)) for name, text in read_files(options.files, options.column, skipped))

@@ -33,31 +33,34 @@ from griffin_jax.llm.results import Generation
 from griffin_jax.parallel import distributed
 from griffin_jax.utils.messages import shown
 
-DESCRIPTION = """Reads the prompt with the full model, keeps the feed-forward neurons that took part most, and writes
-the answer with those alone."""
+DESCRIPTION = """Reads the prompt with the full model, keeps the feed-forward neurons that took part most, and
+writes the answer with those alone. With --quality best, a model that has no prior file yet is measured
+first, which takes minutes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the arguments of the command."""
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_arguments(parser)
 
     prompt = parser.add_argument_group("prompt (several make one batch)")
-    prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the prompt")
+    prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the text of a prompt")
     prompt.add_argument(
         "--prompt-file",
         metavar="FILE",
         action="append",
         default=[],
-        help="a file that holds the prompt; - is stdin",
+        help="file that holds a prompt (UTF-8); - is stdin",
     )
     add_options(prompt, GenerationConfig, "chat")
 
     pruning = parser.add_argument_group("pruning")
     add_options(pruning, GriffinConfig)
-    pruning.add_argument("--experts", metavar="FILE", help="keep the neurons saved in FILE, whatever the density")
-    pruning.add_argument("--save-experts", metavar="FILE", help="save the kept neurons")
+    pruning.add_argument(
+        "--experts", metavar="FILE", help="keep the neurons that --save-experts saved in FILE, whatever the density"
+    )
+    pruning.add_argument("--save-experts", metavar="FILE", help="save to FILE which neurons were kept")
     beyond = parser.add_argument_group("beyond GRIFFIN")
     add_options(
         beyond, Extensions,
@@ -77,13 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json",
         action="store_true",
         help="print one JSON object as the last line: text, tokens, prompt_tokens and finished (lists if there are"
-        " several prompts), density and method (null with --experts), kept, refreshes, drafting"
+        " several prompts), model, density and method (null with --experts), kept, refreshes, drafting"
         " (null without --speculative), promised (null without --max-divergence), seconds, decode_tokens_per_second",
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answers the prompts and prints the answers."""
+    """Writes the answers to the prompts and prints them."""
     prompts: list[Prompt] = [*options.prompt, *map(_read_prompt, options.prompt_file)]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE")
@@ -198,7 +201,7 @@ def _summary(generation: Generation, llm: LLM, seconds: dict[str, float]) -> str
 
 
 def _kept_promise(promised: Promised) -> str:
-    """Which density was taken, and what is known of its divergence."""
+    """The density that was chosen, and what the trial says about its divergence."""
     if not promised.tried:
         return f"dense, nothing could be tried: a trial takes a prompt of {SHORTEST} tokens, and a density below 1"
     if promised.density == 1:

@@ -1,4 +1,4 @@
-"""`griffin-jax heal`: train an adapter that pruned models have, so that they predict what the full one does."""
+"""`griffin-jax heal`: train an adapter for pruned models, so that they predict what the full model does."""
 
 from __future__ import annotations
 
@@ -35,22 +35,23 @@ from griffin_jax.model.fingerprint import fingerprint
 from griffin_jax.parallel.distributed import is_first
 from griffin_jax.training.config import TrainingConfig
 
-DESCRIPTION = """Trains an adapter of low rank for the pruned forms of a model, whose own weights stay as they are. Of
-each sequence of the texts the full model reads the first tokens and chooses neurons, and what the pruned model with the
-adapter expects of the others is compared with what the full one does. One adapter serves all prompts; generate, chat
-and eval take it as --healing. The same command goes on after an interruption."""
+DESCRIPTION = """Trains a low-rank adapter for the pruned forms of a model, whose own weights do not change. The full
+model reads the first tokens of each sequence of the texts, and neurons are chosen by them. The adapter
+is trained so that the pruned model predicts the other tokens as the full model does. One adapter serves
+all prompts; generate, chat and eval take it as --healing. After an interruption, the same command
+resumes. It needs extra packages: pip install '.[factor]' or '.[moin]'."""
 
 RANK, TARGETS = 16, "feed_forward"
-"""Of an adapter: what is added to neurons alone costs decoding nothing."""
+"""Defaults of the adapter. Next to floating weights, one of feed-forward matrices alone costs decoding nothing."""
 
 SHOWN = 10
-"""Updates that the figures which are shown are means of."""
+"""Number of updates over which the printed figures are averaged."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments of the command."""
     add_source_arguments(parser)
-    pruned = parser.add_argument_group("pruned models that it is for")
+    pruned = parser.add_argument_group("pruned models that the adapter is for")
     add_options(pruned, GriffinConfig, "density")
     add_options(pruned, Extensions, "quality", "prior", "prior_weight", "budgets", "refit")
     adapter = parser.add_argument_group("adapter")
@@ -61,14 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument(
         "--prompt-tokens", metavar="P", type=int, default=Course.prompt,
-        help="tokens of a sequence that choose its neurons (default: %(default)s)",
+        help="number of first tokens of a sequence by which neurons are chosen (default: %(default)s)",
     )  # fmt: skip
     add_options(training, TrainingConfig)
     add_checkpoint_arguments(parser, "checkpoints", "updates")
 
 
 def _check_memory(needs: Needs, course: Course, pruner: Pruner, mesh: Mesh | None) -> None:
-    """Raise `MemoryError` unless an adapter can be trained with what is free."""
+    """Raise `MemoryError` unless there is enough free memory to train the adapter."""
     training, parameters = course.training, parameters_of(needs.config, course.adapter)
     calibration = pruner.calibration[0].shape[0] if pruner.calibration else 0
     parts = needs.healing_training(
@@ -78,7 +79,7 @@ def _check_memory(needs: Needs, course: Course, pruner: Pruner, mesh: Mesh | Non
 
 
 def run(options: argparse.Namespace) -> None:
-    """Trains and saves."""
+    """Train the adapter, save it, and print its loss in the first and the last updates."""
     from griffin_jax.adapters.healing_training import train_healing
 
     training = read_options(options, TrainingConfig)

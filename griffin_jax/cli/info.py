@@ -20,22 +20,22 @@ from griffin_jax.model.weights import Precision
 from griffin_jax.utils import memory
 
 PROMPT, NEW = 512, 128
-"""Tokens of the prompts and answers whose memory is told."""
+"""Tokens of the prompts and answers for which the needed memory is shown."""
 
-DESCRIPTION = """Describes a model, and what is left of it at a density, without loading its weights. They need not be
-there: a config.json is enough."""
+DESCRIPTION = """Describes a model, and what is left of it at a density, without loading its weights. A config.json is
+enough; the weights need not exist."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what the command takes."""
+    """Declare the arguments of the command."""
     add_model_argument(parser)
     add_options(parser, GriffinConfig, "density")
     add_dtype_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print the description as one JSON object")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints what a model is, from its files' headers."""
+    """Prints a description of the model, made from the headers of its files."""
     config, source = describe(options.model, options.allow_pickle)
     shapes = parameter_shapes(config)
     kept = GriffinConfig(options.density).kept(config.neuron_ranges)
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _neurons(config: ModelConfig) -> str:
-    """What the feed-forward layers have, in words."""
+    """The neurons and experts of the feed-forward layers, in words."""
     routing = config.routing
     if routing is None:
         return f"{config.ff_width} neurons"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 
 def run(arguments: Sequence[str]) -> None:
-    """The harness's own command line, where this model has its name and is the default.
+    """Runs the harness's own command line, with griffin_jax as the default of its --model.
 
     Args:
-        arguments: as `lm-eval` takes them.
+        arguments: those of `lm-eval`.
 
     Raises:
         ImportError: the harness is not installed.
@@ -26,7 +26,7 @@ def run(arguments: Sequence[str]) -> None:
 
     utils.setup_logging()
     cli, own = HarnessCLI(), sys.argv
-    # The harness takes its arguments from there and nowhere else.
+    # The harness reads its arguments from sys.argv only.
     sys.argv = ["lm-eval", *arguments]
     try:
         options = cli.parse_args()

@@ -1,7 +1,7 @@
 """The command line: `griffin-jax generate | chat | convert | info | families | compile | bench | eval | ...`.
 
-A command is a module with `DESCRIPTION`, `add_arguments` and `run`. It is imported when it is asked for: `--help` and
-`--version` load no JAX.
+Each command is a module with `DESCRIPTION`, `add_arguments` and `run`. It is imported only when it is called, so
+`griffin-jax --help` and `griffin-jax --version` load no JAX.
 """
 
 from __future__ import annotations
@@ -29,32 +29,38 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "generate": ("generate", "answer a prompt with a pruned (or dense) model"),
-    "chat": ("chat", "talk to a model, whose neurons are chosen anew at each turn"),
-    "convert": ("convert", "write a checkpoint in the native format"),
+    "chat": ("chat", "talk to a model, which chooses its neurons anew at each turn"),
+    "convert": ("convert", "convert a checkpoint to the native format"),
     "info": ("info", "describe a model without loading its weights"),
-    "families": ("families", "list the model families that are supported, and what is refused"),
-    "compile": ("compile", "what a model needs and can reach on an accelerator that is not there"),
-    "bench": ("bench", "what pruning gains on this machine, next to what its memory bandwidth allows"),
-    "eval": ("evaluate", "what pruning costs in quality: divergence, perplexity or ROUGE on your own texts"),
-    "flocking": ("flocking", "the paper's figures of why pruning works, for your own model and texts"),
-    "analyze": ("analyze", "a closer look at a model's experts: their weights, their outputs, and who chooses them"),
-    "moin": ("moin", "a library of independently trained adapters, one of which answers each prompt"),
-    "factorize": ("factorize", "divide a dense model into experts, and train routers to choose among them"),
-    "prior": ("prior", "measure what a model's neurons do in general text, which helps to choose among them"),
-    "heal": ("heal", "train an adapter for pruned models, so that they predict what the full one does"),
-    "lm-eval": ("lm_eval", "lm-evaluation-harness with the model griffin_jax; takes its arguments"),
+    "families": ("families", "list the model families that are supported, and those that are refused"),
+    "compile": (
+        "compile",
+        "compile for a GPU or TPU that you do not have: memory, kernels, and the speed that bandwidth allows",
+    ),
+    "bench": (
+        "bench",
+        "time a model with and without pruning on this machine, next to what its memory bandwidth allows",
+    ),
+    "eval": ("evaluate", "measure what pruning costs in quality on your own texts: KL divergence, perplexity, ROUGE"),
+    "flocking": ("flocking", "draw the paper's figures that show why pruning works, for your own model and texts"),
+    "analyze": ("analyze", "analyse a model's experts: their weights, their outputs, and which tokens choose them"),
+    "moin": ("moin", "train adapters independently of each other, and answer each prompt with one of them"),
+    "factorize": ("factorize", "divide a dense model into experts, and train routers that choose among them"),
+    "prior": ("prior", "measure how a model's neurons behave in general text, which helps to choose among them"),
+    "heal": ("heal", "train an adapter for pruned models, so that they predict what the full model does"),
+    "lm-eval": ("lm_eval", "run lm-evaluation-harness with griffin_jax as its model; takes the harness's arguments"),
 }
-"""The module of each command, and what it does."""
+"""The module of each command, and its summary."""
 
 CACHED = ("generate", "chat", "eval", "flocking", "analyze", "prior")
-"""Commands that keep the programs they compile, for the next time."""
+"""Commands that cache the programs they compile for later runs."""
 
 UNPARSED = ("lm-eval",)
-"""Commands whose arguments are another program's, `--help` too; argparse has no way to leave options alone."""
+"""Commands that hand all their arguments, even `--help`, to another program; argparse cannot leave options alone."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """A parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -78,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser_of(name: str) -> Parser:
-    """The parser of one command's arguments."""
+    """The argument parser of one command."""
     module = _module(name)
     parser = Parser(
         prog=f"{PROGRAM} {name}",
@@ -90,7 +96,7 @@ def parser_of(name: str) -> Parser:
     if name in CACHED:
         parser.add_argument(
             "--no-compilation-cache", action="store_true",
-            help="compile anew, and keep no compiled programs in the user's cache folder",
+            help="neither read nor write compiled programs in the user's cache folder",
         )  # fmt: skip
     return parser
 
@@ -104,7 +110,7 @@ def _module_name(name: str) -> str:
 
 
 def _overview() -> Parser:
-    """What the program is and which commands it has; it accepts none, and so always ends the program."""
+    """The parser for arguments that do not begin with a command, such as `--help`; it always ends the program."""
     parser = Parser(prog=PROGRAM, description="GRIFFIN (arXiv 2404.01365) for JAX.")
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -124,15 +130,15 @@ def _run(module: ModuleType, options: argparse.Namespace) -> int | None:
 
 
 def guarded(name: str, command: Callable[[], int | None]) -> int:
-    """Runs a command; what is wrong with its input becomes one line on stderr and exit code 2.
+    """Runs a command; an error in its input becomes one line on stderr and exit code 2.
 
-    Warnings of this package, such as that weights lose something, become one line on stderr, too.
+    Warnings of this package, for example that weights lose precision, also become one line on stderr.
     """
     from griffin_jax.utils.deprecation import GriffinDeprecationWarning
     from griffin_jax.utils.messages import CheckpointWarning
 
     ours = (CheckpointWarning, GriffinDeprecationWarning)
-    # A command may open a checkpoint more than once.
+    # A command may open a checkpoint, and so warn, more than once.
     shown: set[str] = set()
 
     def warned() -> int | None:
@@ -157,17 +163,17 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
 
 
 def _unwound(name: str, command: Callable[[], int | None]) -> int:
-    """Runs something that prints; however it ends, what was begun is undone, and errors are one line."""
+    """Runs a function that prints. However it ends, its clean-up runs, and an error is reported in one line."""
     try:
         with _ending_as_by_the_keyboard():
             try:
                 return command() or 0
             finally:
-                # Also where argparse ends the program after its help.
+                # Also reached when argparse exits after printing its help.
                 if sys.stdout is not None:
                     sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has what it wanted.
+        # The reader of the pipe, such as `head`, has seen enough.
         _silence_stdout()
         return 0
     except _Terminated as error:
@@ -185,7 +191,7 @@ def _unwound(name: str, command: Callable[[], int | None]) -> int:
 
 
 class _Terminated(KeyboardInterrupt):
-    """Raised where a signal asks the program to end."""
+    """Raised when a signal asks the program to end."""
 
     def __init__(self, number: int):
         self.number = number
@@ -193,9 +199,9 @@ class _Terminated(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def _ending_as_by_the_keyboard() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that it removes what it has written half."""
+    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that it removes half-written files."""
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    # Somebody else's handlers stay, and so does nohup.
+    # Handlers that others have installed stay, and SIGHUP stays ignored under nohup.
     ours = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: object) -> None:
@@ -215,7 +221,7 @@ def _ending_as_by_the_keyboard() -> Iterator[None]:
 
 
 def _silence_stdout() -> None:
-    """Drop what could not be written, which Python would try once more, and complain about, when it ends."""
+    """Drop output that could not be written; Python would otherwise try again when it exits, and complain."""
     if sys.stdout is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""`griffin-jax moin`: a library of independently trained adapters, one of which answers each prompt."""
+"""`griffin-jax moin`: train a library of independent adapters, and answer each prompt with one of them."""
 
 from __future__ import annotations
 
@@ -40,43 +40,60 @@ from griffin_jax.utils.messages import printable, shown
 if TYPE_CHECKING:
     from griffin_jax.adapters.jobs import Job
 
-DESCRIPTION = """MoIN (arXiv 2410.09687): texts are divided into clusters, an adapter is trained for each of them,
-alone, and each prompt is answered with the adapter of the cluster that it is nearest to. First `cluster`, then `train`,
-wherever and in whatever order, then `generate` and `eval`."""
+DESCRIPTION = """MoIN (arXiv 2410.09687): divides texts into clusters, trains an adapter for each cluster independently
+of the others, and answers each prompt with the adapter of the nearest cluster. Run `cluster` first, then
+`train`, on any machines and in any order, and then `generate` and `eval`. `cluster` and `train` need extra
+packages: pip install '.[moin]'."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the commands."""
+    """Declare the commands and their arguments."""
     commands = parser.add_subparsers(dest="action", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("cluster", help="divide texts into clusters: makes a library without adapters")
-    _add_library(command, "a folder that does not exist yet")
+    command = commands.add_parser("cluster", help="divide texts into clusters, and write a library without adapters")
+    _add_library(command, "folder to write; must not exist yet")
     _add_texts(command)
-    command.add_argument("--clusters", type=int, metavar="N", default=16, help="(default: %(default)s)")
     command.add_argument(
-        "--random", action="store_true", help="deal texts and prompts out by chance: what clusters are compared with"
+        "--clusters", type=int, metavar="N", default=16, help="number of clusters (default: %(default)s)"
     )
-    command.add_argument("--seed", type=int, default=0, help="of k-means (default: %(default)s)")
+    command.add_argument(
+        "--random", action="store_true", help="deal texts and prompts out at random, as a baseline for clusters"
+    )
+    command.add_argument("--seed", type=int, default=0, help="random seed of k-means (default: %(default)s)")
     command.add_argument(
         "--kinds",
         metavar="COLUMN",
-        help="of JSONL files: the kind of each text, which is only counted, for each cluster",
+        help="column of JSONL files with the kind of each text; kinds are only counted, for each cluster",
     )
     embedding = command.add_argument_group("embedding")
     add_options(embedding, EmbeddingConfig, "layers", "tokens")
-    embedding.add_argument("--sentences", metavar="NAME", help="a model of sentence-transformers that embeds instead")
+    embedding.add_argument(
+        "--sentences", metavar="NAME", help="model of sentence-transformers that embeds the texts instead"
+    )
     _add_model(command)
 
-    command = commands.add_parser("show", help="what is in each cluster, and which adapters are trained")
+    command = commands.add_parser("show", help="show what is in each cluster, and which adapters are trained")
     _add_library(command)
 
-    command = commands.add_parser("train", help="train adapters, all that are not finished or one of them")
+    command = commands.add_parser("train", help="train the adapters that are not finished, or only one of them")
     _add_library(command)
-    command.add_argument("--cluster", type=int, metavar="I", help="only this one (default: all in turn)")
     command.add_argument(
-        "--at-once", type=int, metavar="N", default=1, help="adapters that are trained together (default: %(default)s)"
+        "--cluster", type=int, metavar="I", help="train only this cluster (default: all, one after the other)"
     )
-    command.add_argument("--save-every", type=int, metavar="N", default=100, help="updates (default: %(default)s)")
+    command.add_argument(
+        "--at-once",
+        type=int,
+        metavar="N",
+        default=1,
+        help="number of adapters that are trained together (default: %(default)s)",
+    )
+    command.add_argument(
+        "--save-every",
+        type=int,
+        metavar="N",
+        default=100,
+        help="number of updates between two checkpoints (default: %(default)s)",
+    )
     add_options(command.add_argument_group("adapter"), AdapterConfig)
     add_options(command.add_argument_group("training"), TrainingConfig)
     _add_model(command)
@@ -84,54 +101,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command = commands.add_parser("generate", help="answer prompts, each with the adapter of its cluster")
     _add_library(command)
     command.add_argument(
-        "--prompt", metavar="TEXT", action="append", required=True, help="the prompt; several are a batch"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        required=True,
+        help="the text of a prompt; repeat the option to answer several prompts as a batch",
     )
     add_options(command, GriffinConfig, "density")
     add_options(command, GenerationConfig, "chat", "max_new_tokens", "temperature", "seed")
     command.add_argument(
-        "--priors", action="store_true", help="choose neurons also by the prior of the cluster; prompts one by one"
+        "--priors",
+        action="store_true",
+        help="choose neurons also by the prior of the prompt's cluster; prompts are answered one by one",
     )
     _add_model(command)
 
-    command = commands.add_parser("prior", help="measure what the base's neurons do in the texts of each cluster")
+    command = commands.add_parser("prior", help="measure the prior of each cluster: how neurons behave in its texts")
     _add_library(command)
-    command.add_argument("--window", metavar="T", type=int, default=512, help="tokens of a text (default: %(default)s)")
     command.add_argument(
-        "--rows", metavar="C", type=int, default=0, help="calibration rows of each layer (default: %(default)s)"
+        "--window",
+        metavar="T",
+        type=int,
+        default=512,
+        help="number of tokens of each text, at most (default: %(default)s)",
     )
-    command.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
+    command.add_argument(
+        "--rows",
+        metavar="C",
+        type=int,
+        default=0,
+        help="number of calibration rows of each layer (default: %(default)s)",
+    )
+    command.add_argument(
+        "--batch", metavar="B", type=int, default=4, help="number of texts at a time (default: %(default)s)"
+    )
     _add_model(command)
 
-    command = commands.add_parser("eval", help="perplexity of libraries on held-out texts, next to the base")
-    command.add_argument("library", metavar="FOLDER", nargs="+", type=Path, help="libraries, all adapters trained")
+    command = commands.add_parser("eval", help="measure the perplexity of libraries and of the base on held-out texts")
+    command.add_argument("library", metavar="FOLDER", nargs="+", type=Path, help="libraries with all adapters trained")
     _add_texts(command)
     command.add_argument(
-        "--prompt-tokens", metavar="P", type=int, default=64, help="that an adapter is chosen by (default: %(default)s)"
+        "--prompt-tokens",
+        metavar="P",
+        type=int,
+        default=64,
+        help="number of first tokens of a text by which its adapter is chosen (default: %(default)s)",
     )
     command.add_argument(
-        "--length", metavar="T", type=int, default=256, help="tokens of a text, at most (default: %(default)s)"
+        "--length", metavar="T", type=int, default=256, help="largest number of tokens of a text (default: %(default)s)"
     )
-    command.add_argument("--oracle", action="store_true", help="also with the best adapter for each text")
+    command.add_argument("--oracle", action="store_true", help="also show the best adapter for each text, as a bound")
     command.add_argument(
         "--priors", action="store_true",
-        help="instead: KL of the pruned base to the dense one, without prior, with one, and with those of clusters",
+        help="instead measure the KL divergence of the pruned base from the dense one, without a prior, with one prior"
+        " and with the priors of clusters",
     )  # fmt: skip
-    command.add_argument("--density", type=float, default=0.5, help="with --priors (default: %(default)s)")
-    command.add_argument("--batch", metavar="B", type=int, default=4, help="texts at a time (default: %(default)s)")
-    command.add_argument("--output", metavar="FILE", type=Path, help="write everything as JSON")
+    command.add_argument(
+        "--density", type=float, default=0.5, help="density of the pruned base with --priors (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch", metavar="B", type=int, default=4, help="number of texts at a time (default: %(default)s)"
+    )
+    command.add_argument("--output", metavar="FILE", type=Path, help="write all results to FILE as JSON")
     _add_model(command)
 
 
-def _add_library(command: argparse.ArgumentParser, what: str = "that `moin cluster` wrote") -> None:
+def _add_library(command: argparse.ArgumentParser, what: str = "library that moin cluster wrote") -> None:
     command.add_argument("library", metavar="FOLDER", type=Path, help=what)
 
 
 def _add_texts(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--text", metavar="FILE", nargs="+", type=Path, required=True,
-        help="JSONL files with a text on each line, or text files (UTF-8) that are one text each",
+        help="texts: JSONL files with one text per line, or text files (UTF-8) of one text each",
     )  # fmt: skip
-    command.add_argument("--column", default="text", help="of JSONL files (default: %(default)s)")
+    command.add_argument(
+        "--column", default="text", help="column of JSONL files that holds the text (default: %(default)s)"
+    )
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -140,7 +186,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs one of the commands."""
+    """Run one of the commands."""
     commands = {"cluster": _cluster, "show": _show, "train": _train, "prior": _prior, "generate": _generate}
     (commands | {"eval": _evaluate})[options.action](options)
 
@@ -150,7 +196,7 @@ def _texts(options: argparse.Namespace) -> list[str]:
 
 
 def _records(options: argparse.Namespace, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The text of each line or file, and further columns; a text file has none, so its name stands for them."""
+    """The text of each line or file, and further columns; a text file has none, so its name stands in for them."""
     skipped, found = Skipped(), []
     for file in options.text:
         if file.suffix == ".jsonl":
@@ -188,7 +234,7 @@ def _cluster(options: argparse.Namespace) -> None:
 
 
 def _print_kinds(library: Library, kinds: Mapping[str, str]) -> None:
-    """How many texts of each kind are in each cluster, and how many are where most are of their kind."""
+    """Print how many texts of each kind each cluster has, and how many texts are in a cluster of mostly their kind."""
     most = 0
     for number in range(len(library)):
         counts = Counter(kinds[text] for text in library.texts(number)).most_common()
@@ -234,8 +280,12 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _check_memory(options: argparse.Namespace, job: Job, at_once: int) -> None:
-    """Raise `MemoryError` unless so many adapters can be trained together with what is free, and `ValueError` where
-    sequences are longer than the model's context."""
+    """Check that this number of adapters can be trained together.
+
+    Raises:
+        MemoryError: there is not enough free memory.
+        ValueError: sequences are longer than the model's context.
+    """
     needs, training = chosen_needs(options), job.training
     check_length(needs.config, training.length)
     parts = needs.adapter_training(parameters_of(needs.config, job.adapter), training.batch, training.length, at_once)
@@ -264,7 +314,7 @@ def _generate(options: argparse.Namespace) -> None:
 def _answers_with_priors(
     llm: LLM, library: Library, prompts: Sequence[Prompt], settings: Mapping[str, Any]
 ) -> list[tuple[str, int]]:
-    """Text and cluster of each answer."""
+    """The text and the cluster of each answer."""
     answered = []
     for prompt in prompts:
         assert llm.tokenizer is not None
@@ -341,8 +391,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check_scoring(options: argparse.Namespace, libraries: Sequence[Library]) -> None:
-    """Raise `MemoryError` unless texts can be scored with what is free, and `ValueError` where they may be longer than
-    the model's context."""
+    """Check that the texts can be scored.
+
+    Raises:
+        MemoryError: there is not enough free memory.
+        ValueError: texts may be longer than the model's context.
+    """
     needs = chosen_needs(options)
     check_length(needs.config, options.length)
     if options.priors:

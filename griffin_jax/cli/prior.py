@@ -1,4 +1,4 @@
-"""`griffin-jax prior`: measure what a model's neurons do in general text."""
+"""`griffin-jax prior`: measure how a model's neurons behave in general text."""
 
 from __future__ import annotations
 
@@ -41,48 +41,57 @@ from griffin_jax.model.fingerprint import fingerprint
 DESCRIPTION = general_text.__doc__
 
 OF_MODEL = ("model", "dtype", "weights", "allow_pickle", "mesh", "expert_parallel")
-"""The options of all commands that say which model is loaded, and how."""
+"""The options, common to all commands, that say which model is loaded and how."""
 
 QUICK = {"self_generated": 16, "window": 256, "budget_texts": 0}
-"""Of a prior that nobody has given a text for: what takes minutes on a CPU."""
+"""Defaults if neither --text nor --self-generated is given; measuring then takes minutes on a CPU."""
 
 THOROUGH = {"window": 512, "budget_texts": 32}
-"""Of one that is measured over what was asked for."""
+"""Defaults if one of them is given."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command."""
+    """Declare the arguments of the command."""
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_argument(parser)
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
+    text.add_argument("--text", metavar="FILE", nargs="+", type=Path, help="text files to measure on (UTF-8)")
     text.add_argument(
         "--self-generated", metavar="N", type=int,
-        help=f"N texts that the dense model writes (default without --text: {QUICK['self_generated']} of"
-        f" {QUICK['window']} tokens and no --budget-texts, which takes minutes)",
+        help=f"measure on N texts that the dense model writes (default without --text: {QUICK['self_generated']} texts"
+        f" of {QUICK['window']} tokens and no --budget-texts, which takes minutes)",
     )  # fmt: skip
-    parser.add_argument("--window", metavar="T", type=int, help="tokens of each text, at most (default: 512)")
+    parser.add_argument(
+        "--window",
+        metavar="T",
+        type=int,
+        help="tokens of each text, at most; files are cut into windows of this length (default: 512)",
+    )
     parser.add_argument(
         "--rows", metavar="C", type=int, default=DEFAULT_CALIBRATION,
-        help="calibration rows of each layer, for reconstruction; 0 for none (default: %(default)s)",
+        help="number of calibration rows of each layer, to which --refit also fits; 0 for none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--budget-texts", metavar="N", type=int,
-        help="texts that the sensitivity of neurons is measured on, by a backward pass over each; 0 for none"
-        " (default: 32)",
+        help="number of texts on which the sensitivity of neurons is measured, with a backward pass over each; 0 for"
+        " none (default: 32)",
     )  # fmt: skip
     add_batch_argument(parser, 4)
-    parser.add_argument("--seed", type=int, default=0, help="of the texts that are written (default: %(default)s)")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="(default: next to the model, *.prior.safetensors)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path,
+        help="file to write (default: *.prior.safetensors, next to the model, or in the current folder if --model is no"
+        " path)",
+    )  # fmt: skip
 
 
 def chosen_prior(options: argparse.Namespace) -> Prior | None:
-    """The prior of --prior, or of quality "best" the one next to the model, which is measured if there is none yet.
+    """The prior of --prior. With --quality best, by default the one next to the model, measured first if missing.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     if options.quality == "best":
         return prior_for_best(options)
@@ -90,14 +99,16 @@ def chosen_prior(options: argparse.Namespace) -> Prior | None:
 
 
 def prior_for_best(options: argparse.Namespace) -> Prior:
-    """The prior of --prior, or the one next to the model, which is measured if there is none yet; see `QUICK`.
+    """The prior of --prior, or the one next to the model, which is first measured with `QUICK` if it is missing.
+
+    With --distributed, none is measured.
 
     Args:
-        options: those of a command that loads a model.
+        options: parsed arguments of a command that loads a model.
 
     Raises:
-        FileNotFoundError: the file of --prior is not there.
-        MemoryError: there is not enough to measure it.
+        FileNotFoundError: the file does not exist, and is not to be measured.
+        MemoryError: there is not enough memory to measure a prior.
         ValueError: the file is damaged.
     """
     if options.prior or prior_path(options.model).is_file() or getattr(options, "distributed", None):
@@ -111,14 +122,14 @@ def prior_for_best(options: argparse.Namespace) -> Prior:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     of_model = {name: value for name, value in vars(options).items() if name in OF_MODEL}
-    # What goes to stdout is the answer's.
+    # stdout is for the answer only.
     with contextlib.redirect_stdout(sys.stderr):
         run(argparse.Namespace(**(vars(parser.parse_args([])) | of_model)))
     return Prior.load(output)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures a prior and writes its file."""
+    """Measures a prior and writes it to a file."""
     named = any(vars(options)[name] is not None for name in ("text", "self_generated"))
     for name, value in (THOROUGH if named else QUICK).items():
         if getattr(options, name) is None:
@@ -183,12 +194,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _journal(options: argparse.Namespace, output: Path, model: str) -> Journal:
-    """The texts that are written, next to the prior until that is there."""
+    """A journal of the texts that the model writes, kept next to the prior's file until that is complete."""
     settings = {"model": model, "texts": options.self_generated, "window": options.window, "seed": options.seed}
     return Journal.going_on(output.with_name(f"{output.name}.part"), settings)
 
 
 def _held_out(texts: Sequence[Sequence[int]]) -> list[int]:
-    """Which texts are for the trial: of those that have two halves every fifth, at most `MOST_HELD_OUT`."""
+    """Numbers of the texts for the trial: every fifth text of two tokens or more, at most `MOST_HELD_OUT`."""
     whole = [number for number, text in enumerate(texts) if len(text) > 1]
     return whole[4::5][:MOST_HELD_OUT]

@@ -1,4 +1,4 @@
-"""What the commands have in common that train something on texts and write a folder."""
+"""Arguments and checks of the commands that train on texts and write a folder."""
 
 from __future__ import annotations
 
@@ -22,39 +22,45 @@ from griffin_jax.training.data import Packed, pack
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the folder to write, the model and its mesh, and the texts."""
+    """Declare the folder to write, the model with its dtype and mesh, and the texts."""
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write; must not exist yet")
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_argument(parser)
     parser.add_argument(
         "--text", metavar="FILE", nargs="+", type=Path, required=True,
-        help="JSONL files with a text on each line, or text files (UTF-8) that are one text each",
+        help="texts to train on: JSONL files with one text per line, or text files (UTF-8) of one text each",
     )  # fmt: skip
-    parser.add_argument("--column", default="text", help="of JSONL files (default: %(default)s)")
+    parser.add_argument(
+        "--column", default="text", help="column of JSONL files that holds the text (default: %(default)s)"
+    )
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, what: str, each: str) -> None:
     """Declare --training and --save-every.
 
     Args:
-        parser: the command's.
-        what: that the folder holds.
-        each: what is counted between two checkpoints.
+        parser: the command's parser.
+        what: what the folder of --training holds, for its help text.
+        each: the unit of --save-every, such as "updates".
     """
-    parser.add_argument("--training", metavar="FOLDER", type=Path, help=f"of {what} (default: OUTPUT.training)")
+    parser.add_argument("--training", metavar="FOLDER", type=Path, help=f"folder for {what} (default: OUTPUT.training)")
     parser.add_argument(
-        "--save-every", metavar="N", type=int, default=50, help=f"{each} between two checkpoints (default: %(default)s)"
+        "--save-every",
+        metavar="N",
+        type=int,
+        default=50,
+        help=f"number of {each} between two checkpoints (default: %(default)s)",
     )
 
 
 def check_training(options: argparse.Namespace) -> None:
-    """Raise unless the texts are there, and the folder can be written.
+    """Raise unless the texts exist and the folder can be written.
 
     Raises:
-        FileExistsError: the folder exists.
+        FileExistsError: the folder exists already.
         FileNotFoundError: a text, or the folder to write into, does not exist.
-        ValueError: a number is outside its range, or the folder cannot be written.
+        ValueError: --save-every is less than 1, or the folder cannot be written.
     """
     if options.save_every < 1:
         raise ValueError(f"--save-every must be at least 1, got {options.save_every}")
@@ -70,16 +76,16 @@ def check_length(config: ModelConfig, length: int) -> None:
 
 
 def checkpoints(options: argparse.Namespace) -> Path:
-    """The folder of --training."""
+    """The folder of --training, or its default."""
     return options.training or options.output.with_name(f"{options.output.name}.training")
 
 
 def packed_texts(llm: LLM, files: Sequence[Path], column: str, length: int) -> Packed:
-    """The texts of JSONL and text files as sequences of one length.
+    """The texts of JSONL and text files, packed into sequences of one length.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: no text can be used.
+        ValueError: none of the texts can be used.
     """
     skipped = Skipped()
     texts = [text for _, text in read_files(files, column, skipped)]

@@ -1,1 +1,1 @@
-"""What pruning costs in quality."""
+"""Measures what pruning costs in quality."""

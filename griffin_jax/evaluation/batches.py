@@ -1,4 +1,4 @@
-"""Texts in batches of few shapes, so that nothing is compiled for a single text."""
+"""Groups texts into batches of few shapes, so that nothing is compiled for a single text."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Item:
     """A text to evaluate on.
 
     Attributes:
-        name: where it is from, once only in an evaluation.
-        prompt: token ids that are read densely, at least one.
-        answer: token ids that really follow; may be empty where answers are generated.
+        name: where the text comes from; unique within an evaluation.
+        prompt: token ids of the prompt, at least one, which the full model reads.
+        answer: token ids that really follow the prompt; may be empty if answers are generated.
         reference: the text that an answer is compared with.
     """
 
@@ -42,15 +42,15 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Texts of one padded shape, and rows that repeat the last of them until the batch is full.
+    """Texts of one padded shape. The last text is repeated until the batch is full.
 
     Attributes:
-        items: the texts.
-        prompts: token ids.
-        prompt_lengths: real ones of each row.
-        answers: token ids that really follow.
-        answer_lengths: real ones of each row.
-        seeds: of the draws for each row.
+        items: the texts, without repetitions.
+        prompts: token ids of the prompts, padded on the right.
+        prompt_lengths: number of real tokens of each prompt.
+        answers: token ids that really follow, padded on the right.
+        answer_lengths: number of real tokens of each answer.
+        seeds: seed of the draws for each row.
     """
 
     items: Sequence[Item]
@@ -61,8 +61,14 @@ class Batch:
     seeds: Int[np.ndarray, "b"]
 
     def prefill(self, model: Transformer, max_new_tokens: int, rows: int = 0, last: int = 0) -> Prefilled:
-        """The prompts, read by the full model with room for an answer, with rows for a `Reconstruction`, and with what
-        a trial on their last tokens needs."""
+        """Reads the prompts with the full model, with room for answers.
+
+        Args:
+            model: the full model.
+            max_new_tokens: length of the longest answer, in tokens.
+            rows: number of tokens of each prompt whose relative activations are kept for a `Reconstruction`.
+            last: number of tokens at the end of each prompt on which densities are to be tried; 0 for no trial.
+        """
         return jitted.prefill(
             model,
             self.prompts,
@@ -75,7 +81,7 @@ class Batch:
 
 
 def batch_of(items: Sequence[Item], size: int, seed: int) -> Batch:
-    """At most `size` texts of one shape as a batch of that size."""
+    """A batch of `size` rows, from at most that many texts of one shape."""
     (prompt, answer) = items[0].shape
     rows = [*items, *[items[-1]] * (size - len(items))]
     prompts, prompt_lengths = pad([item.prompt for item in rows], prompt)
@@ -85,7 +91,7 @@ def batch_of(items: Sequence[Item], size: int, seed: int) -> Batch:
 
 
 def batches(items: Sequence[Item], size: int, seed: int) -> Iterator[Batch]:
-    """Texts of equal shapes together, `size` in each batch."""
+    """Yields batches of `size` rows, each with texts of one shape."""
     shapes: dict[tuple[int, int], list[Item]] = {}
     for item in items:
         shapes.setdefault(item.shape, []).append(item)
@@ -102,14 +108,16 @@ def evaluate(
     size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Scores of every text, in the order of the texts: those in the journal are taken from it, the others go there.
+    """Returns the scores of every text, in the order of the texts.
+
+    Scores that the journal holds are taken from it; the others are computed and added to it.
 
     Args:
         items: the texts.
-        score: scores of each text of a batch, as JSON holds them.
-        journal: what is done already.
-        size: texts in a batch.
-        seed: of all draws.
+        score: returns the scores of each text of a batch, as values that JSON can hold.
+        journal: the scores that exist already.
+        size: number of texts in a batch.
+        seed: seed of all draws.
     """
     missing = [item for item in items if item.name not in journal.scores]
     with tqdm(total=len(items), initial=len(items) - len(missing), unit="text", disable=None) as progress:

@@ -1,8 +1,8 @@
-"""What drafts are worth: how many are accepted, and the bytes that are read for each token of the answer.
+"""Measures what drafts are worth: how many are accepted, and how many bytes are read for each token of the answer.
 
 Every text is continued greedily by the dense model, and by speculative decoding with drafters of several formats,
-densities and numbers of drafts. All write the dense model's tokens; they differ in what they read for them. A round of
-n drafts reads the drafter n times and the full model once, whatever it yields.
+densities and numbers of drafts. All of them write the dense model's tokens, but they read different numbers of bytes
+for it. A round of n drafts reads the drafter n times and the full model once, however many of the drafts are accepted.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.utils.figures import new_figure
 
 OWN = "own"
-"""The format of a drafter that reads the model's own weights."""
+"""The name of the format of a drafter that reads the model's own weights."""
 
 LOOKUP = "lookup"
-"""Drafts that are copied."""
+"""The name of drafts that are copied."""
 
 AUTO = "auto"
-"""As many drafts in a round as are worth it."""
+"""The name of an adaptive number of drafts in a round: as many as are worth it."""
 
 ACCEPTED = Metric("accepted", "accepted", 3)
 TOKENS = Metric("tokens_per_pass", "tokens/pass", 2)
@@ -47,14 +47,15 @@ METRICS = (ACCEPTED, TOKENS, BYTES, TIME)
 
 @dataclasses.dataclass(frozen=True)
 class Drafter:
-    """What drafts, and how much at a time.
+    """What drafts, and how many tokens at a time.
 
     Attributes:
-        weights: what its matrices are stored as; None for those of the model.
-        variant: how it is pruned.
-        quality: of `LLM.generate`.
-        drafts: n, the tokens of a round; True for as many as are worth it.
-        lookup: whether tokens are copied, too. Nothing else drafts where the variant is the dense model in its format.
+        weights: format of the drafter's matrices; None if they are the model's own.
+        variant: how the drafter is pruned.
+        quality: the `quality` of `LLM.generate`.
+        drafts: number n of tokens that are drafted in a round; True for as many as are worth it.
+        lookup: whether tokens are also copied. If the variant is the dense model in the model's own format, all drafts
+            are copies.
     """
 
     weights: WeightFormat | None
@@ -65,11 +66,13 @@ class Drafter:
 
     @classmethod
     def parse(cls, text: str) -> Drafter:
-        """`int4@0.5`: in int4, with half of the neurons, those that GRIFFIN keeps; as many drafts as are worth it.
-        `int4@0.5+lookup`: also copies. `lookup`: nothing else.
+        """Parses `int4@0.5`, `int4@0.5+lookup` or `lookup`, with as many drafts in a round as are worth it.
+
+        `int4@0.5` drafts in int4, with the half of the neurons that GRIFFIN keeps. With `+lookup`, it also copies
+        drafts; `lookup` only copies them.
 
         Raises:
-            ValueError: this is no such drafter.
+            ValueError: the text describes no drafter.
         """
         dense = Variant(DENSE, 1.0)
         if text.strip() == LOOKUP:
@@ -91,25 +94,25 @@ class Drafter:
 
     @property
     def only_copies(self) -> bool:
-        """Whether no model drafts."""
+        """Whether all drafts are copies."""
         return self.lookup and self.weights is None and self.variant.method == DENSE
 
     @property
     def format(self) -> str:
-        """For people: the format, and whether there are copies."""
+        """The format, and whether there are copies, for people."""
         if self.only_copies:
             return LOOKUP
         return _name(self.weights) + (f"+{LOOKUP}" if self.lookup else "")
 
     @property
     def name(self) -> str:
-        """For files."""
+        """The drafter's name in files."""
         model = "" if self.only_copies else f" {self.variant.name}"
         return f"{self.format}{model}, {self.rounds} drafts"
 
     @property
     def rounds(self) -> str:
-        """For people: the drafts of a round."""
+        """The number of drafts in a round, for people."""
         return AUTO if self.drafts is True else str(self.drafts)
 
 
@@ -121,14 +124,16 @@ def drafters(
     *,
     lookup: bool = False,
 ) -> list[Drafter]:
-    """Everything that can draft: all but the dense model in its own format.
+    """All drafters with these formats, variants and numbers of drafts.
+
+    The dense model in the model's own format is not among them.
 
     Args:
-        formats: of the drafters; None for that of the model.
-        variants: how they are pruned.
-        qualities: what a method is.
-        drafts: numbers of drafts, True for as many as are worth it.
-        lookup: each of them once more with copies, and copies alone.
+        formats: formats of the drafters; None for the model's own.
+        variants: how the drafters are pruned.
+        qualities: the quality that each method stands for.
+        drafts: numbers of drafts in a round, True for as many as are worth it.
+        lookup: whether to add each drafter once more with copies, and copies alone.
     """
     every = itertools.product(formats, variants, drafts)
     models = [
@@ -151,21 +156,22 @@ def compare_drafters(
     new: int,
     extensions: Extensions,
 ) -> dict[str, dict[str, Any]]:
-    """What speculative decoding needed for the answer to every prompt, with every drafter.
+    """Measures what speculative decoding needs for the answer to every prompt, with every drafter.
 
-    The drafters of one format are held at a time, next to the model.
+    Only the drafters of one format at a time are held next to the model.
 
     Args:
         llm: the model.
-        items: the texts, of which the prompts are read.
+        items: the texts; only their prompts are read.
         every: the drafters.
-        journal: what is done already.
-        new: tokens of each answer.
-        extensions: what quality best takes.
+        journal: the scores that exist already.
+        new: number of tokens of each answer.
+        extensions: options of quality best.
 
     Returns:
-        For each text and each format of drafters: `dense` with the seconds of the dense answer next to them; and for
-        each drafter by its name passes, drafts, accepted drafts, tokens that are the dense ones, seconds.
+        For each text and each format of drafters: `dense`, with the seconds of a dense answer that was timed together
+        with these drafters; and for each drafter, by its name, passes, drafts, accepted drafts, tokens that equal
+        those of the dense answer, and seconds.
     """
     formats = list(dict.fromkeys(drafter.weights for drafter in every))
     todo = [(weights, item) for weights in formats for item in items if _entry(weights, item) not in journal.scores]
@@ -173,7 +179,7 @@ def compare_drafters(
 
     def timed(item: Item, drafter: Drafter | None) -> Generation:
         if drafter not in warm:
-            # What is compiled or made once is no answer's.
+            # What is compiled or prepared only once must not count for this answer.
             continued(llm, item, drafter, new, extensions)
             warm.add(drafter)
         return continued(llm, item, drafter, new, extensions)
@@ -196,11 +202,11 @@ def continued(
 
     Args:
         llm: the model.
-        item: the text, of which the prompt is read.
-        drafter: what drafts.
-        new: tokens of the answer, at most.
-        extensions: what quality best takes.
-        ignore_eos: whether it has as many, whatever they are.
+        item: the text; only its prompt is read.
+        drafter: the drafter; None for dense decoding.
+        new: number of tokens of the answer, at most.
+        extensions: options of quality best.
+        ignore_eos: whether the answer goes on to `new` tokens, even after one that would end it.
     """
     return llm.generate(
         [list(item.prompt)],
@@ -212,13 +218,13 @@ def continued(
 
 
 def counts(out: Generation) -> dict[str, int]:
-    """Of an answer by speculative decoding, what it needed."""
+    """What an answer by speculative decoding needed: see `griffin_jax.extensions.speculative.Drafting.counts`."""
     assert out.drafting is not None
     return out.drafting.counts()
 
 
 def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:
-    """What `LLM.generate` takes for a drafter."""
+    """The options by which `LLM.generate` uses a drafter."""
     own: dict[str, Any] = {
         "speculative": drafter.drafts,
         "lookup": drafter.lookup,
@@ -230,7 +236,7 @@ def options_of(drafter: Drafter, extensions: Extensions) -> Extensions:
 
 
 def _accepted(text: Mapping[str, int]) -> tuple[int, int]:
-    """How many drafts and copies were accepted, and how many there were, at least one. Older files have no copies."""
+    """How many drafts and copies were accepted, and how many there were (at least 1). Older files count no copies."""
     number = text["drafted"] + text.get("copied", 0)
     return text["accepted"] + text.get("copies_accepted", 0), max(number, 1)
 
@@ -244,13 +250,13 @@ def _entry(weights: WeightFormat | None, item: Item) -> str:
 
 
 def read_bytes(llm: LLM, drafter: Drafter, slots: int, extensions: Extensions) -> tuple[int, int]:
-    """Bytes that a draft reads, and those of a dense step: the weights, and a cache of so many slots. Copies read none.
+    """Bytes that a draft reads, and bytes that a dense step reads: the weights and the cache. Copies read none.
 
     Args:
         llm: the model.
-        drafter: what drafts.
-        slots: of the cache.
-        extensions: what quality best takes.
+        drafter: the drafter.
+        slots: number of slots of the cache.
+        extensions: options of quality best.
     """
     kept = None
     if drafter.variant.method != DENSE:
@@ -270,16 +276,16 @@ def figures(
     seed: int,
     extensions: Extensions,
 ) -> Figures:
-    """One entry for each drafter, the one that reads least for a token first.
+    """One entry for each drafter; the one that reads the fewest bytes for a token comes first.
 
     Args:
-        scores: from `compare_drafters`.
-        every: its drafters.
+        scores: what `compare_drafters` returned.
+        every: the drafters that were compared.
         llm: the model.
-        slots: tokens of the cache.
-        new: tokens of each answer, of which the first needs no step.
-        seed: of the bootstrap.
-        extensions: what quality best takes.
+        slots: number of slots of the cache.
+        new: number of tokens of each answer; the first of them needs no step.
+        seed: seed of the bootstrap.
+        extensions: options of quality best.
     """
 
     def entries() -> Iterator[dict[str, Any]]:
@@ -311,7 +317,7 @@ def figures(
 
 
 def table(found: Figures) -> str:
-    """Rows of figures with their intervals."""
+    """A table of the figures with their intervals."""
     width = width_of(found, "weights")
     lines = [f"{'drafter':{width}}{'quality':>8}{'density':>8}{'drafts':>7}{'a draft':>9}" + titles(METRICS)]
     for entry in found:
@@ -328,12 +334,12 @@ def table(found: Figures) -> str:
 
 
 def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
-    """Bytes per token against the density of the drafter, a line for each format, quality and number of drafts.
+    """Draws bytes per token against the drafter's density, with a line for each format, quality and number of drafts.
 
     Args:
-        found: those of `figures`.
-        title: of the whole.
-        file: a PNG.
+        found: what `figures` returned.
+        title: title of the plot.
+        file: the PNG file that is written.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""Factored models (`griffin_jax.factor`) next to the dense model that they come from: what dividing it costs."""
+"""Compares factored models (`griffin_jax.factor`) with the dense model they come from: what does dividing it cost?"""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from griffin_jax.model.sizes import part_read
 from griffin_jax.model.transformer import Transformer
 
 INSIDE = "topk"
-"""GRIFFIN's own method, which is tried inside of experts."""
+"""GRIFFIN's own method, which is tried inside the experts."""
 
 
 class Answers(NamedTuple):
-    """What is scored.
+    """The answers that are scored.
 
     Attributes:
-        tokens: of each sequence, padded on the right.
-        lengths: real ones.
-        upto: tokens that count, at most.
-        hidden: the dense model's residual stream at them.
+        tokens: token ids of each answer, padded on the right.
+        lengths: number of real tokens of each answer.
+        upto: number of tokens of an answer that count, at most.
+        hidden: the dense model's residual stream for these tokens, from `teacher_force`.
     """
 
     tokens: Int[np.ndarray, "b r"]
@@ -46,11 +46,11 @@ class Factored:
     """A factored model that is compared.
 
     Attributes:
-        name: in tables.
-        model: itself.
-        densities: shares of the neurons of each expert that GRIFFIN keeps, each a row of its own.
-        oracles: choices of the oracle instead of the router's, each a row of its own. They belong to a model whose
-            experts are not trained.
+        name: the model's name in tables.
+        model: the model.
+        densities: shares of each expert's neurons that GRIFFIN keeps; each adds a row to the tables.
+        oracles: oracles that choose the experts instead of the router; each adds a row to the tables. They are for
+            models whose experts are not trained.
     """
 
     name: str
@@ -60,20 +60,22 @@ class Factored:
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """Its rows: their densities are shares of the neurons that a token reads."""
+        """The rows of this model; the density of a row is the share of all neurons that a token reads."""
         share = share_read(self.model.config)
         own = Variant(self.name, share)
         inside = [Variant(f"{self.name}+{INSIDE}", share * density) for density in self.densities]
         return (own, *inside, *(Variant(f"{self.name}, oracle {oracle}", share) for oracle in self.oracles))
 
     def score(self, dense: Transformer, batch: Batch, answers: Answers, room: int) -> list[dict[str, Any]]:
-        """Scores of given answers of every row, as `score_models` has them; each model reads the prompt itself.
+        """Scores given answers with every row, in the form that `score_models` returns.
+
+        The factored model reads the prompts itself.
 
         Args:
-            dense: what they are compared with.
+            dense: the dense model, which the rows are compared with.
             batch: the texts.
-            answers: what follows their prompts.
-            room: tokens that an answer may have.
+            answers: the answers to their prompts.
+            room: number of tokens that an answer may have.
         """
         prefilled = batch.prefill(self.model, room)
         own, *rest = self.variants
@@ -105,13 +107,13 @@ def _scored(model: Transformer, rows: Any, prefilled: Prefilled, answers: Answer
 
 
 def share_read(config: ModelConfig) -> float:
-    """Share of all feed-forward neurons that a token reads."""
+    """The share of all feed-forward neurons that a token reads."""
     read = sum(part_read(config, layer) * neurons for layer, neurons in enumerate(config.neurons))
     return read / sum(config.neurons)
 
 
 def check_comparable(dense: ModelConfig, config: ModelConfig, name: str) -> None:
-    """Raise `ValueError` unless a model is the dense one, divided into experts."""
+    """Raise `ValueError` unless a model is the dense one divided into experts."""
     if config.routing is None:
         raise ValueError(f"{name} is not divided into experts; griffin-jax factorize makes such a model")
     if dataclasses.replace(config, routing=None) != dense:

@@ -1,4 +1,4 @@
-"""Scores of given answers in the dense and every pruned model, text by text."""
+"""Scores given answers with the dense model and every pruned one, text by text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import to_host
 
 SCORES = ("loss", "kl", "agree")
-"""Sums over the tokens of an answer: -log p in nats, KL(dense || pruned) in nats, equal most probable tokens."""
+"""Sums over the tokens of an answer: of -log p in nats, of KL(dense || pruned) in nats, and the number of tokens for
+which both models find the same token most probable."""
 
 
 def score_answers(
@@ -33,22 +34,23 @@ def score_answers(
     upto: Sequence[int],
     extensions: Extensions = DEFAULTS,
 ) -> list[dict[str, Any]]:
-    """Scores of given answers in every variant's model, one for each sequence.
+    """Scores given answers with every variant's model, one entry for each sequence.
 
     Args:
         model: the full model.
-        variants: what to compare with it.
+        variants: the variants to compare with it.
         prefilled: the prompts, with statistics, with room for the answers and with `grid.rows_of(variants, extensions)`
             rows.
-        answers: token ids, padded on the right.
-        lengths: real ones of each.
-        seeds: of the draws for each.
-        upto: the sums are over the first tokens of an answer, as many as each of these says, or all if it has fewer.
-        extensions: what the steps beyond GRIFFIN take.
+        answers: token ids of the answers, padded on the right.
+        lengths: number of real tokens of each answer.
+        seeds: seed of the draws for each sequence.
+        upto: numbers of tokens. For each of them, the scores are summed over that many first tokens of an answer, or
+            over all of it if it is shorter.
+        extensions: options of the steps beyond GRIFFIN.
 
     Returns:
-        For each sequence `tokens`, how many were scored, and for each variant's name the sums of `SCORES`; all of these
-        are lists along `upto`.
+        For each sequence, `tokens`, the number of tokens that were scored, and, by the name of each variant, the sums
+        of `SCORES`. All of these are lists with one value for each number of `upto`.
     """
 
     def every(answers: Statistics) -> Iterator[tuple[Variant, Transformer]]:
@@ -78,18 +80,18 @@ def score_models(
     more: Mapping[Variant, Float[Array, "b r d"]] = MappingProxyType({}),
     against: tuple[Transformer, Float[Array | np.ndarray, "b r d"]] | None = None,
 ) -> list[dict[str, Any]]:
-    """`score_answers` of any models.
+    """`score_answers` for any models.
 
     Args:
         model: the full model.
-        every: gives the variants with their models, from the statistics of the answers.
+        every: returns the variants with their models, given the statistics of the answers.
         prefilled: the prompts, with room for the answers.
-        answers: token ids, padded on the right.
-        lengths: real ones of each.
+        answers: token ids of the answers, padded on the right.
+        lengths: number of real tokens of each answer.
         upto: as in `score_answers`.
-        more: variants whose residual streams are there already, as from `teacher_force`.
-        against: what the variants are compared with, where it is not `model`: another full model, and its residual
-            streams of the same answers.
+        more: variants whose residual streams are known already, in the form that `teacher_force` returns.
+        against: the full model that the variants are compared with, and its residual streams of the same answers; None
+            to compare with `model`.
     """
     tokens, real = jnp.asarray(answers), jnp.asarray(lengths)
     dense, following = jitted.teacher_force(model, prefilled, tokens, real, collect=True)

@@ -1,8 +1,8 @@
-"""Quality against bytes: is it better to store weights in fewer bits, or to prune, at so many bytes per token?
+"""Quality against bytes: for a given number of bytes per token, is it better to use fewer bits, or to prune?
 
-Every format of the weights is combined with every density, and all of them are compared with one reference, the model
-as it is, on the same given tokens. The prompt is read by the full model in the row's own format, which GRIFFIN's
-statistic is of, too.
+Every format of the weights is combined with every density. All combinations are compared with one reference, the model
+as it is, on the same given tokens. In each row, the full model in the row's own format reads the prompt and provides
+GRIFFIN's statistic.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from griffin_jax.model.weights import Precision, WeightFormat
 from griffin_jax.parallel.mesh import to_host
 
 EVERY = GriffinConfig(1.0)
-"""Keeps all neurons."""
+"""The config that keeps all neurons."""
 
 Format = WeightFormat | MixedFormat
-"""What is compared: one format for all of a matrix, or two."""
+"""What is compared: one format for all neurons, or two."""
 
 
 def check_variants(
     config: ModelConfig, variants: Sequence[Variant], formats: Sequence[Format], extensions: Extensions
 ) -> None:
-    """Raise `ValueError` unless every variant can be had in every format."""
+    """Raise `ValueError` unless every variant is possible in every format."""
     mixed = [each for each in formats if isinstance(each, MixedFormat)]
     if mixed and any(HEALING in variant.steps for variant in variants):
         raise ValueError(
@@ -82,7 +82,11 @@ def check_variants(
 
 
 def compared(formats: Sequence[Format], variants: Sequence[Variant]) -> list[tuple[Format, Variant]]:
-    """All pairs, but for dense models in two formats of which a density is one of bytes: those are in the first one."""
+    """All pairs of a format and a variant.
+
+    The dense model is left out for two formats without a share of precise neurons, where a density counts bytes: it is
+    the dense model in the first format.
+    """
     return [
         (weights, variant)
         for weights, variant in itertools.product(formats, variants)
@@ -91,7 +95,7 @@ def compared(formats: Sequence[Format], variants: Sequence[Variant]) -> list[tup
 
 
 def resolved(weights: Format, variant: Variant) -> tuple[Format, Variant]:
-    """The format with the share of its precise neurons, and the variant with its density of neurons."""
+    """The format with its share of precise neurons, and the variant with a density that counts neurons, not bytes."""
     if not isinstance(weights, MixedFormat):
         return weights, variant
     found, density = weights.at(variant.density)
@@ -99,20 +103,20 @@ def resolved(weights: Format, variant: Variant) -> tuple[Format, Variant]:
 
 
 def _config(variant: Variant, extensions: Extensions) -> GriffinConfig:
-    """What a variant keeps."""
+    """The config by which a variant keeps neurons."""
     return EVERY if variant.method == DENSE else variant.pruner(extensions).config
 
 
 def fine_format(weights: Format) -> WeightFormat:
-    """The format of what has only one: attention, embedding, head, and the precise neurons."""
+    """The format of the parts that have only one: attention, embedding, head, and the precise neurons."""
     return weights.fine if isinstance(weights, MixedFormat) else weights
 
 
 def stored_as(model: Transformer, weights: WeightFormat) -> Transformer:
-    """The model with its matrices in another format; the same one if that is the format that it has.
+    """The model with its matrices in another format; the same model if it has that format already.
 
     Args:
-        model: with floating weights. It stays as it is, so that there must be memory for both.
+        model: a model with floating weights. It is left unchanged, so memory must hold both.
         weights: the format.
 
     Raises:
@@ -131,15 +135,15 @@ def bytes_per_token(
     variant: Variant,
     extensions: Extensions = DEFAULTS,
 ) -> int:
-    """Bytes that one sequence's decode step must read: the weights that are kept, an adapter next to them, the cache.
+    """Bytes that a decode step must read for one sequence: the kept weights, an adapter next to them, and the cache.
 
     Args:
-        config: the model.
-        dtype: of the computation and the cache.
-        weights: how its matrices are stored.
-        slots: tokens in the cache.
-        variant: how it is pruned.
-        extensions: what the variant's steps take.
+        config: config of the model.
+        dtype: dtype of the computation and the cache.
+        weights: format of the model's matrices.
+        slots: number of slots of the cache.
+        variant: how the model is pruned.
+        extensions: options of the variant's steps.
     """
 
     def sizes(weights: WeightFormat) -> Sizes:
@@ -169,24 +173,24 @@ def compare_formats(
     seed: int,
     extensions: Extensions = DEFAULTS,
 ) -> dict[str, dict[str, Any]]:
-    """Scores of what follows every prompt, of every variant in every format, against the model as it is.
+    """Scores what follows every prompt with every variant in every format, against the model as it is.
 
-    One quantised model at a time is next to it. Of the reference the residual stream of the scored tokens is kept, in
-    host memory.
+    Only one quantised model at a time is held next to the model. The residual streams by which the model itself
+    predicts the scored tokens are kept in host memory.
 
     Args:
         llm: the model, with floating weights.
         items: the texts.
-        variants: of the densities and methods, the dense one among them.
-        formats: how matrices are stored.
-        journal: what is done already.
-        new: tokens scored, at most.
-        size: texts in a batch.
-        seed: of all draws.
-        extensions: what the steps beyond GRIFFIN take. A prior is that of the model as it is, for all formats.
+        variants: the variants, the dense one among them.
+        formats: formats of the matrices.
+        journal: the scores that exist already.
+        new: number of tokens scored, at most.
+        size: number of texts in a batch.
+        seed: seed of all draws.
+        extensions: options of the steps beyond GRIFFIN. All formats use the same prior, that of the model as it is.
 
     Returns:
-        For each format, by its name, and each text what `score_answers` has with one length.
+        For each format, by its name, and each text, what `score_answers` returns for a single length.
     """
     model, rows = llm.model, rows_of(variants, extensions)
     missing = {each: [item for item in items if entry_name(each, item) not in journal.scores] for each in formats}
@@ -211,7 +215,7 @@ def compare_formats(
                     given = prefilled, answers, batch.seeds, extensions  # noqa: B023
                     return models_of(stored, few, weights, variants, *given, masked=True)  # noqa: B023
 
-                # Rows that repeat the last text fill the batch.
+                # The batch is filled with repetitions of the last text.
                 kept = [streams[item.name] for item in batch.items]
                 reference = np.stack([*kept, *kept[-1:] * (size - len(kept))])
                 scores = score_models(
@@ -225,7 +229,7 @@ def compare_formats(
 
 
 def pairs(formats: Sequence[Format], drafters: Sequence[Drafter]) -> list[tuple[WeightFormat, Drafter]]:
-    """Full models and their drafters: each format that has more bits than a drafter's; copies are for all."""
+    """Formats of the full model with the drafters that suit them: those of fewer bits, and copies, which suit all."""
     found = itertools.product(formats, drafters)
     return [
         (weights, drafter)
@@ -245,19 +249,19 @@ def compare_drafted(
     ignore_eos: bool = True,
     found: Callable[[Item, Generation], dict[str, Any]] = lambda _, out: counts(out),
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """What speculative decoding needs, whose answers are those of the dense model in a format.
+    """Measures what speculative decoding needs. Its answers are those of the dense model in a format.
 
     Args:
         llm: the model, with floating weights if there are several formats.
-        items: the texts, of which the prompts are read, and continued by the model itself.
-        drafted: from `pairs`.
-        journal: what is done already.
-        new: tokens of each continuation, at most.
-        ignore_eos: whether it has as many, whatever they are.
-        found: what is kept of an answer.
+        items: the texts; only their prompts are read, and the model itself continues them.
+        drafted: the pairs, from `pairs`.
+        journal: the scores that exist already.
+        new: number of tokens of each continuation, at most.
+        ignore_eos: whether each continuation goes on to `new` tokens, even after one that would end it.
+        found: returns what is recorded of an answer; `drafts.counts` by default.
 
     Returns:
-        For each pair, by `drafted_name`, and each text what was found: by default the `drafts.counts`.
+        For each pair, by its `drafted_name`, and each text, what `found` returned.
     """
     names = {pair: drafted_name(*pair) for pair in drafted}
     todo = [(pair, item) for pair in drafted for item in items if f"{names[pair]}: {item.name}" not in journal.scores]
@@ -271,12 +275,12 @@ def compare_drafted(
 
 
 def drafted_name(weights: WeightFormat, drafter: Drafter) -> str:
-    """What files call a model with its drafter."""
+    """The name of a model with its drafter in files."""
     return f"{weights} with {drafter.name}"
 
 
 def drafted_head(weights: WeightFormat, drafter: Drafter, read: float) -> dict[str, Any]:
-    """What an entry of the figures begins with, of a model with a drafter; `read` are its `drafted_bytes`."""
+    """The beginning of an entry of the figures for a model with a drafter; `read` is its `drafted_bytes`."""
     return {
         "weights": f"{weights} ({drafter.format} drafts)",
         "quality": DRAFTED,
@@ -295,15 +299,15 @@ def drafted_bytes(
     written: int,
     needed: Iterable[Mapping[str, int]],
 ) -> float:
-    """Bytes that speculative decoding read for each token, drafts and passes of the full model together.
+    """Bytes that speculative decoding read for each token, by drafts and passes of the full model together.
 
     Args:
-        config: the model.
-        dtype: of the computation and the cache.
-        weights: how the full model's matrices are stored.
-        drafter: what drafts.
-        slots: tokens in the cache.
-        written: tokens of all answers without the first of each, which needs no step.
+        config: config of the model.
+        dtype: dtype of the computation and the cache.
+        weights: format of the full model's matrices.
+        drafter: the drafter.
+        slots: number of slots of the cache.
+        written: number of tokens of all answers, without the first of each, which needs no step.
         needed: the `drafts.counts` of every answer.
     """
     kept = _config(drafter.variant, DEFAULTS).kept(config.neuron_ranges)
@@ -313,7 +317,7 @@ def drafted_bytes(
 
 
 def coarse_of(model: Transformer, weights: Format) -> Transformer | None:
-    """The rows in the second format of two; None if there is one."""
+    """The model's neurons in the second of two formats; None if there is only one format."""
     return coarse(model, weights.coarse) if isinstance(weights, MixedFormat) else None
 
 
@@ -329,18 +333,18 @@ def models_of(
     *,
     masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
-    """What `grid.models` gives, in a format: the variants that are `compared` in it.
+    """Yields the models of `grid.models` in a format, for the variants that are `compared` in it.
 
     Args:
-        model: the full one, in the format, or in the first of two.
-        few: its `coarse_of` the format.
+        model: the full model in the format, or in the first of two.
+        few: what `coarse_of` returned for the model and the format.
         weights: the format.
-        variants: of `grid`.
+        variants: variants of `grid.grid`.
         prompts: as for `grid.models`.
-        answers: likewise.
-        seeds: likewise.
-        extensions: likewise.
-        masked: likewise.
+        answers: as for `grid.models`.
+        seeds: as for `grid.models`.
+        extensions: as for `grid.models`.
+        masked: as for `grid.models`.
     """
     if few is None:
         return models(model, variants, prompts, answers, seeds, extensions, masked=masked)
@@ -358,16 +362,16 @@ def mixed_models(
     *,
     masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
-    """What `grid.models` gives, with rows in two formats; the dense model reads all neurons.
+    """Yields the models of `grid.models` with rows in two formats; the dense model reads all neurons.
 
     Args:
-        model: the full one, in the first format.
-        few: its `coarse_of` the formats.
+        model: the full model in the first format.
+        few: what `coarse_of` returned for the model and the formats.
         weights: both formats.
-        variants: of method `topk`, and the dense one for formats with a share.
-        prompts: with statistics and rows.
-        extensions: what the steps beyond GRIFFIN take.
-        masked: whether no weights are copied.
+        variants: variants of method `topk`, and the dense one only for formats with a share.
+        prompts: the prompts, with statistics and rows.
+        extensions: options of the steps beyond GRIFFIN.
+        masked: whether the models are masked, so that no weights are copied.
     """
     for variant in variants:
         formats, kept = resolved(weights, variant)
@@ -377,14 +381,14 @@ def mixed_models(
 
 
 def entry_name(weights: Format, item: Item) -> str:
-    """What a journal calls the scores of a text in a format."""
+    """The name of the scores of a text in a format, in a journal."""
     return f"{weights}: {item.name}"
 
 
 def row_head(
     weights: str, variant: Variant, qualities: Mapping[str, str], bytes_of: Mapping[tuple[str, Variant], int]
 ) -> dict[str, Any]:
-    """What an entry of the figures begins with."""
+    """The beginning of an entry of the figures."""
     return {
         "weights": weights,
         "quality": qualities.get(variant.method, variant.method),
@@ -395,7 +399,7 @@ def row_head(
 
 
 def _room(batch: Batch, new: int) -> int:
-    """Tokens that a batch's answers may have."""
+    """The number of tokens that the answers of a batch may have."""
     return bucket(max(new, batch.answers.shape[1]))
 
 
@@ -407,15 +411,16 @@ def figures(
     seed: int,
     drafted: Mapping[tuple[WeightFormat, Drafter], float] = MappingProxyType({}),
 ) -> Figures:
-    """One entry for each format and variant, and for each model with a drafter; those that read least first.
+    """One entry for each format and variant, and for each model with a drafter; those that read least come first.
 
     Args:
-        scores: from `compare_formats`.
-        variants: its variants.
-        qualities: for people, what a method is.
-        bytes_of: bytes per token of a format and a variant that are `compared`.
-        seed: of the bootstrap.
-        drafted: the `drafted_bytes` of models with drafters. They predict what the dense model of their format does.
+        scores: what `compare_formats` returned.
+        variants: the variants that were compared.
+        qualities: the quality that each method stands for.
+        bytes_of: bytes per token of each format and variant that are `compared`.
+        seed: seed of the bootstrap.
+        drafted: the `drafted_bytes` of models with drafters, whose predictions are those of the dense model in the same
+            format.
     """
     found = [
         row_head(weights, variant, qualities, bytes_of) | forced_figures(list(texts.values()), variant, 0, seed)
@@ -437,7 +442,7 @@ def _kl(entry: Mapping[str, Any]) -> float:
 
 
 def on_front(costs: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of pairs of bytes and KL, those that no other pair beats in one of them without being worse in the other."""
+    """Whether each pair of bytes and KL is on the Pareto front: no other is better in one and no worse in the other."""
 
     def beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
         return one != other and one[0] <= other[0] and one[1] <= other[1]

@@ -1,4 +1,4 @@
-"""Quality against bytes, for people: a table and a plot."""
+"""Shows quality against bytes to people, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from griffin_jax.evaluation.report import TOP1, Figures, Metric, cells, draw_leg
 from griffin_jax.utils.figures import new_figure
 
 DRAFTED = "drafted"
-"""Instead of a quality: the full model decides about what a drafter writes, and density is the drafter's."""
+"""Takes the place of a quality if a drafter writes and the full model verifies; the density is then the drafter's."""
 
 KL = Metric("kl", "KL (nats/token)", 4, log=True)
 MARKERS = ("o", "s", "^", "D", "v")
 DRAFT_MARKERS = ("*", "P", "X", "p")
 STYLES = ("-", "--", ":", "-.")
 LABEL_SPACE = 34, 16
-"""Pixels that a label of a point takes."""
+"""Width and height of the label of a point, in pixels."""
 
 
 def table(figures: Figures) -> str:
-    """Rows of figures with their intervals, and a star for those on the front."""
+    """A table of the figures with their intervals, and a star for rows on the Pareto front."""
     width, kind = width_of(figures, "weights"), width_of(figures, "quality")
     lines = [
         "what really follows, against the unquantised dense model:",
@@ -37,13 +37,13 @@ def table(figures: Figures) -> str:
 
 
 def draw_drafted(axis: Any, figures: Figures, formats: Sequence[str], what: str) -> None:
-    """Models with drafters: in the colour of the full model's format, a line and a marker for each kind of drafters.
+    """Draws models with drafters, in the colour of the full model's format, with a marker for each kind of drafter.
 
     Args:
-        axis: with megabytes per token from left to right.
-        figures: models with drafters and others.
-        formats: of the full models, in the order of their colours.
-        what: the figure that is drawn.
+        axis: the axis, which has megabytes per token from left to right.
+        figures: entries of models with drafters, and others, which are ignored.
+        formats: formats of the full models, in the order of their colours.
+        what: key of the figure that is drawn.
     """
     drafted = [entry for entry in figures if entry["method"] == DRAFTED]
     kinds = sorted({_drafter(entry["weights"]) for entry in drafted})
@@ -58,7 +58,7 @@ def draw_drafted(axis: Any, figures: Figures, formats: Sequence[str], what: str)
 
 
 def _drafter(weights: str) -> str:
-    """What drafts, of `int8 (int4 drafts)`."""
+    """The part of `int8 (int4 drafts)` that says what drafts."""
     return weights.partition(" ")[2]
 
 
@@ -67,12 +67,14 @@ def _megabytes(entry: Any) -> float:
 
 
 def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
-    """KL against megabytes per token, a line for each format and quality, densities at its points, the front marked.
+    """Draws KL against megabytes per token, with a line for each format and quality, and the Pareto front marked.
+
+    Points are labelled with their densities.
 
     Args:
-        figures: those of `griffin_jax.evaluation.front.figures`.
-        title: of the whole.
-        file: a PNG.
+        figures: what `griffin_jax.evaluation.front.figures` returned.
+        title: title of the plot.
+        file: the PNG file that is written.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -108,7 +110,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     axis.set_xscale("log")
     axis.set_yscale("log")
     labelled: list[tuple[float, float]] = []
-    # Where points of several formats lie next to each other, one has a label; those on the front come first.
+    # If points of several formats are close to each other, only one gets a label; those on the front come first.
     for entry in sorted(shown, key=lambda entry: not entry["front"]):
         point = _megabytes(entry), entry["kl"]["value"]
         x, y = axis.transData.transform(point)

@@ -1,12 +1,13 @@
-"""Measures a model's prior: what its neurons do in general text.
+"""Measures a model's prior: how its neurons behave in general text.
 
-The text is that of files, cut into windows, or what the dense model writes itself (temperature 1) after its first
-token, or after a random one if it has none. The prior belongs to this model in this dtype. It holds
+The text comes from files, which are cut into windows, or is written by the dense model itself, at temperature 1, after
+the token that begins a text, or after a random one if the model has none. The prior belongs to this model in this
+dtype. It holds
 
 - the statistic of all tokens,
-- a few rows that stand for the relative activations of all of them: the calibration rows,
-- how sensitive predictions are to each neuron, by which layers keep shares of their own. These shares are used only if
-  they helped in texts that were held out of all this.
+- a few rows that stand for the relative activations of all tokens: the calibration rows,
+- how sensitive predictions are to each neuron, from which follows how many of its neurons each layer should keep. These
+  shares are used only if they helped in texts that were held out of all this.
 """
 
 from __future__ import annotations
@@ -36,29 +37,29 @@ from griffin_jax.parallel.mesh import to_host
 from griffin_jax.text.tokenizer import Tokenizer
 
 TRIAL_DENSITY = 0.5
-"""Density at which strengths of the budgets are tried."""
+"""Density at which the strengths of the budgets are tried."""
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""Strengths of the budgets that are tried, see `Prior.strength`."""
+"""Strengths of the budgets that are tried; see `Prior.strength`."""
 
 MOST_SKETCHED = 512
-"""Tokens of each text, at most, that the calibration rows are made of."""
+"""Number of tokens of each text, at most, from which the calibration rows are computed."""
 
 LEAST_TEXTS, MOST_HELD_OUT = 5, 8
-"""A trial needs a fifth of the texts, and at most this many of them."""
+"""The fewest texts of which a fifth can be held out for a trial, and the most that are held out."""
 
 
 def beginning(tokenizer: Tokenizer, text: str = "A") -> list[int]:
-    """The special tokens that a text begins with, as every other one does."""
+    """The special tokens with which a text begins; they are the same for all texts."""
     tokens = tokenizer.encode(text)
     return tokens[: len(tokens) - len(tokenizer.encode(text, special=False))]
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]:
-    """A text in windows of at most `length` tokens, each of which begins as a text of its own does.
+    """Yields windows of at most `length` tokens of a text; each begins with the special tokens that begin a text.
 
     Raises:
-        ValueError: the length leaves no room for text after the first token.
+        ValueError: the length leaves no room for text after these tokens.
     """
     plain, first = tokenizer.encode(text, special=False), beginning(tokenizer, text)
     if length <= len(first):
@@ -78,16 +79,16 @@ def self_generated(
     quiet: bool = False,
     journal: Journal | None = None,
 ) -> list[list[int]]:
-    """Texts that a model writes by itself at temperature 1; they do not depend on the batch.
+    """Texts that a model writes without a prompt, at temperature 1. They do not depend on the batch.
 
     Args:
         model: the full model.
-        count: how many texts.
-        length: tokens of each, at most: one that ends is shorter.
-        size: texts in a batch.
-        seed: of the draws.
-        quiet: no progress bar.
-        journal: what was written before an interruption, and goes on to be.
+        count: number of texts.
+        length: number of tokens of each text, at most; a text that ends early is shorter.
+        size: number of texts in a batch.
+        seed: seed of the draws.
+        quiet: whether to show no progress bar.
+        journal: the texts that were written before an interruption; further texts are added to it.
 
     Raises:
         ValueError: a text would be longer than the model's context.
@@ -135,17 +136,17 @@ def measure(
     seed: int = 0,
     quiet: bool = False,
 ) -> Prior:
-    """The prior of a model: its statistic over texts, and their relative activations in a few rows.
+    """Measures the prior of a model: its statistic over texts, and a few rows that stand for its relative activations.
 
     Args:
         model: the full model.
-        texts: token ids, each of at least one and within the model's context. What is found for a text does not
+        texts: token ids of each text, at least one and at most the model's context. The result for a text does not
             depend on its batch.
-        size: texts in a batch.
-        rows: calibration rows of every layer, at most, see `griffin_jax.extensions.sketch`; of each text up to
-            `MOST_SKETCHED` tokens go into them.
-        seed: of the draws that they begin with.
-        quiet: no progress bar.
+        size: number of texts in a batch.
+        rows: number of calibration rows of every layer, at most; see `griffin_jax.extensions.sketch`. Up to
+            `MOST_SKETCHED` tokens of each text go into them.
+        seed: seed of the random columns from which the sketch of these rows starts.
+        quiet: whether to show no progress bar.
     """
     squares = [np.zeros(neurons, np.float64) for neurons in model.neurons]
     bases = sketch.random_bases(model.neurons, rows, seed) if rows else ()
@@ -177,9 +178,9 @@ def measure(
 def _alike(
     texts: Sequence[Sequence[int]], size: int
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"], int]]:
-    """Texts of one padded length in batches, the longest first: tokens, lengths, and how many texts are in a batch.
+    """Yields batches of texts of one padded length, the longest first: tokens, lengths, and the number of texts.
 
-    The last of them is repeated until the batch is full.
+    The last text is repeated until the batch is full.
     """
     shapes: dict[int, list[Sequence[int]]] = {}
     for text in texts:
@@ -200,19 +201,19 @@ def with_budgets(
     seed: int = 0,
     quiet: bool = False,
 ) -> Prior:
-    """A prior with the sensitivity of neurons, and with what came of a trial of the budgets that follow from it.
+    """Adds to a prior the sensitivity of neurons, and the outcome of a trial of the budgets that follow from it.
 
-    In the trial the first half of each text is a prompt, and the divergence of pruned models is measured over the rest,
-    with the prior and a reconstruction, at `TRIAL_DENSITY`, for each of `STRENGTHS`.
+    In the trial, the first half of each text is the prompt. The divergence of pruned models, with the prior and a
+    reconstruction, is measured over the rest, at `TRIAL_DENSITY` and for each of `STRENGTHS`.
 
     Args:
         model: the full model.
-        prior: of other texts than those held out.
-        texts: to measure the sensitivity on.
-        held_out: for the trial, each of at least two tokens.
-        size: texts in a batch of the trial.
-        seed: of the draws.
-        quiet: no progress bar.
+        prior: a prior that was measured on other texts than those held out.
+        texts: token ids of the texts on which the sensitivity is measured.
+        held_out: token ids of the texts for the trial, at least two of each.
+        size: number of texts in a batch of the trial.
+        seed: seed of the draws.
+        quiet: whether to show no progress bars.
     """
     prior = dataclasses.replace(prior, sensitivity=sensitivity(model, texts, seed=seed, quiet=quiet))
     steps = (PRIOR, BUDGETS, RECONSTRUCTION, *([CALIBRATION] if prior.rows else []))
@@ -237,10 +238,10 @@ def with_budgets(
 
 
 def least_strength(losses: Mapping[float, Sequence[float]]) -> float:
-    """The least strength that is not clearly worse than the best: within one standard error of the difference.
+    """The lowest strength that is not clearly worse than the best one: within one standard error of the difference.
 
     Args:
-        losses: by strength, that of each text, the same texts for all.
+        losses: for each strength, the loss of each text; the texts are the same for all strengths.
     """
     best = min(losses, key=lambda strength: sum(losses[strength]))
 

@@ -1,4 +1,4 @@
-"""What is compared: the dense model, GRIFFIN and what stands next to it, at several densities."""
+"""The models that are compared: the dense model, GRIFFIN and its baselines, at several densities."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from griffin_jax.model.transformer import Transformer
 DENSE, ORACLE = "dense", "oracle"
 METHODS = get_args(Method)
 BASELINES = (ORACLE, "magnitude", "random")
-"""What stands next to every method: the best that this kind of selection can be, and two that ignore the prompt."""
+"""Baselines of every method: the best that this kind of selection can be, and two that ignore the prompt."""
 
 PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION = "prior", "budgets", "reconstruction", "calibration"
 HEALING, REFRESH = "healing", "refresh"
 STEPS = (PRIOR, BUDGETS, RECONSTRUCTION, CALIBRATION, HEALING, REFRESH)
-"""Beyond GRIFFIN, each after a `+`: the prior's rank, a share of its own for each layer, refitted rows, these fitted
-to the prior's rows, too, an adapter that was trained for pruned models, and all of it anew every few tokens."""
+"""Steps beyond GRIFFIN, each of which may follow a method after a `+`, in this order: fuse ranks with those of a prior,
+let layers keep different shares, refit the kept rows, also fit them to the calibration rows of the prior, add an
+adapter that was trained for pruned models, and do all of this anew every few tokens."""
 MEASURED = (PRIOR, BUDGETS, CALIBRATION)
 """The steps that need a prior."""
 
 
 DEFAULTS = Extensions(refit=True, refresh_every=32)
-"""What the steps take where nobody says anything."""
+"""Default options of the steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +43,9 @@ class Variant:
     """A model that is evaluated.
 
     Attributes:
-        method: `dense`, one of `GriffinConfig.method`, or `oracle`: the k best neurons by the statistic of the answer
-            itself instead of the prompt's. After it any of `STEPS`, each after a `+`.
-        density: share of feed-forward neurons kept.
+        method: `dense`, a method of `GriffinConfig`, or `oracle`, which keeps the k best neurons by the statistic of
+            the answer itself instead of the prompt's. Any of `STEPS` may follow, each after a `+`.
+        density: share of feed-forward neurons that are kept.
     """
 
     method: str
@@ -52,29 +53,29 @@ class Variant:
 
     @property
     def selection(self) -> str:
-        """The method without the steps that follow it."""
+        """The method, without the steps that follow it."""
         return self.method.split("+")[0]
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The steps, of `STEPS`, that the variant has."""
+        """The steps that follow the method, which are among `STEPS`."""
         return tuple(self.method.split("+")[1:])
 
     @property
     def name(self) -> str:
-        """For people and files."""
+        """The variant's name, for people and files."""
         return DENSE if self.method == DENSE else f"{self.method} {self.density:g}"
 
     def pruner(self, extensions: Extensions = DEFAULTS) -> Pruner:
-        """How the variant prunes; each sequence keeps neurons of its own.
+        """How the variant prunes; each sequence keeps its own neurons.
 
         Args:
-            extensions: what the steps take: the prior, rows, weights. Which of them are taken, the variant says.
+            extensions: options of the steps: prior, rows, weights. Only those of the variant's own steps are used.
         """
         prior, steps = extensions.prior, self.steps
         rows = extensions.rows if RECONSTRUCTION in steps else 0
         method: Any = "topk" if self.selection == ORACLE else self.selection
-        # Neurons that are the same for all can be held once, unless each sequence has them refitted.
+        # Neurons that are the same for all sequences can be held once, unless they are refitted for each.
         config = GriffinConfig(self.density, method, shared=method == "magnitude" and not rows)
         return Pruner(
             prior.budgeted(config) if prior is not None and BUDGETS in steps else config,
@@ -93,12 +94,12 @@ def grid(
     """The dense model, and each method and baseline at every density below 1, the largest first.
 
     Args:
-        methods: those of `GriffinConfig.method`, each with any of `STEPS` after it.
-        densities: shares of neurons kept.
-        baselines: of `BASELINES`.
+        methods: methods of `GriffinConfig`, each with any of `STEPS` after it.
+        densities: shares of neurons that are kept.
+        baselines: any of `BASELINES`.
 
     Raises:
-        ValueError: there is no such method, its steps do not go together, or a density is outside (0, 1].
+        ValueError: a method is unknown, its steps do not go together, or a density is outside (0, 1].
     """
     for method in methods:
         _check_method(Variant(method, 1.0))
@@ -125,12 +126,12 @@ def _check_method(variant: Variant) -> None:
 
 
 def rows_of(variants: Sequence[Variant], extensions: Extensions) -> int:
-    """Tokens of each prompt whose activations must be kept: none unless a variant is refitted."""
+    """The number of tokens of each prompt whose activations must be recorded: 0 unless a variant is refitted."""
     return extensions.rows if any(RECONSTRUCTION in variant.steps for variant in variants) else 0
 
 
 def seed_of(seed: int, text: str) -> int:
-    """The seed of a text's draws: always the same, whichever batch the text is in."""
+    """The seed of a text's draws, which does not depend on the batch that the text is in."""
     return zlib.crc32(f"{seed} {text}".encode()) & 0x7FFFFFFF
 
 
@@ -144,19 +145,21 @@ def models(
     *,
     masked: bool = False,
 ) -> Iterator[tuple[Variant, Transformer]]:
-    """Every variant's model for a batch of prompts, one after the other.
+    """Yields every variant's model for a batch of prompts, one after the other.
 
-    Each sequence keeps neurons of its own, drawn with its own seed, so that what is found for a text does not depend
-    on its batch. A model is used up when the next one is asked for: its memory may be given to that one.
+    Each sequence keeps its own neurons, drawn with its own seed, so that the result for a text does not depend on its
+    batch. A model must not be used after the next one is asked for, which may take over its memory.
 
     Args:
-        model: the full one.
-        variants: those of `grid`, without `REFRESH`.
-        prompts: with the statistics that the methods select by, and with `rows_of(variants, extensions)` rows.
-        answers: the statistics of the answers, which the oracle selects by.
-        seeds: one for each sequence.
-        extensions: what the steps beyond GRIFFIN take.
-        masked: whether the models are masked, to score given tokens without copies of weights, or pruned, to write.
+        model: the full model.
+        variants: variants of `grid`, without those that have `REFRESH`.
+        prompts: the prompts, with the statistics by which the methods select, and with `rows_of(variants, extensions)`
+            rows.
+        answers: statistics of the answers, by which the oracle selects.
+        seeds: seed of the draws for each sequence.
+        extensions: options of the steps beyond GRIFFIN.
+        masked: whether the models are masked, to score given tokens without copies of weights; otherwise they are
+            pruned, to write answers.
     """
     spare = None
     for variant in variants:

@@ -1,7 +1,7 @@
-"""What it costs to let each of several groups keep its own best neurons, instead of the best of all.
+"""Measures what it costs if each of several groups of neurons keeps its own best ones, instead of the best of all.
 
-The rule is that of `GriffinConfig.groups`, which needs no devices: every text's continuation is scored by the model
-with either set of experts, and the sets are compared.
+The rule is that of `GriffinConfig.groups`, which one device can apply, too. Every text's continuation is scored by the
+model with either set of experts, and the two sets are compared.
 """
 
 from __future__ import annotations
@@ -30,18 +30,20 @@ from griffin_jax.parallel.mesh import to_host
 from griffin_jax.utils import programs
 
 METRICS = (Metric("overlap", "overlap", 3), *FORCED)
-"""Columns of the tables. `overlap` is the share of a text's experts among the best of all, a mean over layers."""
+"""Columns of the tables. `overlap` is the share of a text's experts that are among the best of all, averaged over
+layers."""
 
 Rules = Mapping[Variant, GriffinConfig]
 
 
 def rules(densities: Sequence[float], groups: Sequence[int], widths: Sequence[int | Sequence[int]]) -> Rules:
-    """For every density the best of all neurons, and of each number of groups.
+    """For every density, the config that keeps the best of all neurons, and one for each number of groups.
 
     Args:
-        densities: shares of neurons kept.
+        densities: shares of neurons that are kept.
         groups: numbers of groups.
-        widths: neurons of each layer, or of the ranges that they lie in, such as those of routed experts.
+        widths: number of neurons of each layer, or the sizes of the ranges into which its neurons are divided, such as
+            routed experts.
 
     Raises:
         ValueError: a value is outside its range, or groups cannot have or keep equally many neurons.
@@ -58,19 +60,20 @@ def rules(densities: Sequence[float], groups: Sequence[int], widths: Sequence[in
 def compare_groups(
     llm: LLM, items: Sequence[Item], rules: Rules, journal: Journal, *, new: int, size: int, seed: int
 ) -> dict[str, Any]:
-    """Scores of what follows every prompt, and how many experts are among the best of all.
+    """Scores what follows every prompt, and finds how many experts are among the best of all.
 
     Args:
         llm: the model.
         items: the texts.
-        rules: from the function of this name.
-        journal: what is done already.
-        new: tokens scored, at most.
-        size: texts in a batch.
-        seed: of the batches; nothing is drawn.
+        rules: what the function `rules` returned.
+        journal: the scores that exist already.
+        new: number of tokens scored, at most.
+        size: number of texts in a batch.
+        seed: seed of the batches; nothing is drawn.
 
     Returns:
-        For each text what `score_answers` has with one length, of every rule's variant, with `overlap` there.
+        For each text, what `score_answers` returns for a single length, for the variant of every rule, with `overlap`
+        among its scores.
     """
     model = llm.model
 
@@ -98,7 +101,7 @@ def compare_groups(
 
 @programs.jit
 def _overlap(experts: ExpertNeurons, best: ExpertNeurons) -> Float[Array, "b"]:
-    """The share of experts that are among the best, a mean over layers."""
+    """The share of experts that are among the best, averaged over layers."""
     shares = [
         jnp.sum(own & other, axis=-1) / kept
         for own, other, kept in zip(experts.masks(), best.masks(), experts.kept, strict=True)

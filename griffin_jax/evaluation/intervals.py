@@ -15,7 +15,7 @@ RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A value and its 95% percentile bootstrap interval over texts; without one (NaN) if there is one text only."""
+    """A value and its 95% percentile bootstrap interval over texts; the bounds are NaN if there is only one text."""
 
     value: float
     low: float
@@ -25,13 +25,13 @@ class Interval:
 def ratio_of_sums(
     numerators: Sequence[float], denominators: Sequence[float], seed: int, resamples: int = RESAMPLES
 ) -> Interval:
-    """sum(numerators) / sum(denominators), such as loss per token, with whole texts drawn anew.
+    """sum(numerators) / sum(denominators), such as the loss per token; the bootstrap resamples whole texts.
 
     Args:
-        numerators: one for each text.
-        denominators: likewise, positive.
-        seed: of the draws. The same seed draws the same texts, so that methods are compared on the same.
-        resamples: bootstrap draws.
+        numerators: one number for each text.
+        denominators: one positive number for each text.
+        seed: seed of the draws. The same seed draws the same texts, so that methods are compared on the same ones.
+        resamples: number of bootstrap resamples.
     """
     above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
     value = float(above.sum() / below.sum())
@@ -40,7 +40,7 @@ def ratio_of_sums(
     from scipy import stats
 
     with warnings.catch_warnings():
-        # All texts alike: the interval is the value itself.
+        # If all texts are alike, the interval is the value itself.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap(
             (above, below),
@@ -56,13 +56,13 @@ def ratio_of_sums(
 
 
 def mean(values: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Interval:
-    """The mean over texts."""
+    """The mean of values, one for each text."""
     return ratio_of_sums(values, [1.0] * len(values), seed, resamples)
 
 
 def share(outcomes: Sequence[bool]) -> Interval:
-    """The share of texts of which something is true, with its Wilson interval, which also says something where it is
-    true of all or none of them."""
+    """The share of texts for which something is true, with its Wilson interval, which is informative even if it is true
+    for all texts or for none."""
     from scipy import stats
 
     value = sum(outcomes) / len(outcomes)
@@ -73,7 +73,7 @@ def share(outcomes: Sequence[bool]) -> Interval:
 
 
 def exponential(interval: Interval) -> Interval:
-    """exp of a mean loss and its bounds: a perplexity."""
+    """The exponential of a mean loss and of its bounds: a perplexity."""
     return Interval(*(_exp(bound) for bound in dataclasses.astuple(interval)))
 
 

@@ -1,4 +1,4 @@
-"""Scores written down text by text, so that an evaluation that was interrupted goes on where it stopped."""
+"""Writes scores to a file text by text, so that an interrupted evaluation resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FILE = "scores.jsonl"
 class Journal:
     """One file in the folder of an evaluation: its settings, then the scores of every text as a line of JSON.
 
-    A line that was cut off (the process was killed while it wrote) is dropped.
+    An incomplete last line, left by a process that was killed while writing, is dropped.
 
     Args:
-        folder: made if it does not exist.
+        folder: the folder, which is made if it does not exist.
         settings: everything that the scores depend on.
-        overwrite: drop scores of other settings, or a damaged file, instead of refusing to mix them.
-        unused: settings that are None as long as no score depends on them, and may be given later.
+        overwrite: drop scores of other settings, or a damaged file, instead of raising an error.
+        unused: names of settings that may be None or missing as long as no score depends on them, and be given later.
 
     Raises:
-        ValueError: the folder holds scores of other settings, or other files.
+        ValueError: the folder holds scores of other settings, or the file is damaged or of another kind.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Journal:
         write_text(self._file, "".join(json.dumps(line) + "\n" for line in lines))
 
     def add(self, scores: Mapping[str, Any]) -> None:
-        """Writes down the scores of some texts: name -> anything that JSON holds. On disk when it returns."""
+        """Writes the scores of some texts, by name, as values that JSON can hold. They are on disk when it returns."""
         with self._file.open("a", encoding="utf-8") as file:
             for text, found in scores.items():
                 file.write(json.dumps({"text": text, "scores": found}) + "\n")
@@ -70,7 +70,7 @@ class Journal:
 
     @classmethod
     def going_on(cls, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Journal:
-        """The journal of these settings, whatever is in its folder of others: what only saves time may be dropped."""
+        """The journal of these settings, for work that it only speeds up: scores of other settings are dropped."""
         return cls(folder, settings, overwrite=True)
 
     def remove(self) -> None:
@@ -113,18 +113,18 @@ class Journal:
 
 
 def _completed(settings: Mapping[str, Any], others: Mapping[str, Any], unused: Collection[str]) -> dict[str, Any]:
-    """Settings in which those that nothing depended on so far are as they are in others."""
+    """Settings in which those of `unused` that are None or missing are taken from others."""
     return {**settings, **{name: others[name] for name in unused if name in others and settings.get(name) is None}}
 
 
 class Mirror(Journal):
-    """The scores of a journal that another process keeps."""
+    """The scores of a journal that another process writes."""
 
     def __init__(self, scores: Mapping[str, Any]):
         self.scores = dict(scores)
 
     def add(self, scores: Mapping[str, Any]) -> None:
-        """Takes over what the other process writes down."""
+        """Takes over what the other process writes."""
         self.scores.update(scores)
 
 
@@ -135,10 +135,10 @@ def open_journal(
     overwrite: bool = False,
     unused: Collection[str] = (),
 ) -> Journal:
-    """A `Journal`, which of several processes the first keeps.
+    """A `Journal`, which only the first of several processes writes.
 
     Raises:
-        ValueError: as from `Journal`, or processes have other settings, so other texts or another model.
+        ValueError: as from `Journal`; or the processes have different settings, so different texts or models.
     """
     check_same("the texts, the model or an option", sorted(settings.items()))
     opened: list[Journal] = []

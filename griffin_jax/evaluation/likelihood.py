@@ -1,8 +1,8 @@
-"""Log-likelihoods of given tokens where some are read by the full model and the others by the pruned one.
+"""Log-likelihoods of given tokens, some of which the full model reads, and the others the pruned one.
 
-Each `Passage` has three parts, one after the other: a prompt and more tokens, which are read by the full model, and
-an answer, which is read by the model pruned for what stands before it. (The answer's first token is predicted by the
-full model.) What is scored are the last tokens of the passage:
+Each `Passage` has three consecutive parts: a prompt and more tokens, which the full model reads, and an answer, which
+is read by the model pruned for what stands before it. (The full model predicts the answer's first token.) The last
+tokens of the passage are scored:
 
     continuation   the context is the prompt, the continuation is the answer
     last_token     only the last token that is read at all is read by the pruned model (arXiv 2404.01365)
@@ -28,13 +28,13 @@ from griffin_jax.model.transformer import Transformer
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
-    """Tokens of which the last ones are scored.
+    """Tokens, the last of which are scored.
 
     Attributes:
-        prompt: read by the full model, once for all passages that have it in common; at least one token.
-        more: read by the full model, too.
-        answer: read by the pruned model; at least one token.
-        scored: how many tokens of `more` and `answer` together, counted from the end.
+        prompt: at least one token, which the full model reads, once for all passages that begin with this prompt.
+        more: further tokens that the full model reads.
+        answer: at least one token, which the pruned model reads.
+        scored: number of tokens that are scored, counted from the end of `more` and `answer` together.
     """
 
     prompt: tuple[int, ...]
@@ -44,31 +44,31 @@ class Passage:
 
 
 def continuation(context: Sequence[int], tokens: Sequence[int]) -> Passage:
-    """A continuation after its context, each of at least one token, as if it had been generated."""
+    """A passage that scores a continuation as if it had been generated; it and its context have at least one token."""
     return Passage(tuple(context), (), tuple(tokens), len(tokens))
 
 
 def last_token(context: Sequence[int], tokens: Sequence[int]) -> Passage:
-    """A continuation of which only the last token is predicted by the pruned model.
+    """A passage that scores a continuation, only the last token of which is predicted by the pruned model.
 
-    The model's input is all but the last token. Neurons are chosen by all of the input but its last token, which is
-    the one token that is read with them. An input of one token has nothing to choose by: it is read by the full model.
+    The model's input is all tokens but the last. Its neurons are chosen by the whole input but the last token, and that
+    token alone is read with them. An input of one token has nothing to choose neurons by, so the full model reads it.
     """
     whole = (*context, *tokens)
-    # What stands before the context's last token is what all continuations of the context have in common.
+    # All continuations of a context have in common what stands before the context's last token.
     shared = max(1, len(context) - 1)
     end = max(shared, len(whole) - 2)
     return Passage(whole[:shared], whole[shared:end], whole[end:], len(tokens))
 
 
 def window(context: Sequence[int], tokens: Sequence[int], share: float) -> Passage:
-    """Tokens after a context of which the first part is scored by the full model, the rest by the pruned one.
+    """A passage that scores all tokens after a context: the full model the first part, and the pruned one the rest.
 
     Args:
         context: at least one token.
         tokens: at least one token, all of them scored.
-        share: of the tokens that are read, context included, the part that the full model reads, in [0, 1); never less
-            than the context.
+        share: share of all tokens that are read, including the context, that the full model reads, in [0, 1). It always
+            reads at least the context.
     """
     whole = (*context, *tokens)
     end = max(len(context), math.floor(share * (len(whole) - 1)))
@@ -80,8 +80,8 @@ class Likelihood:
     """How probable a passage's scored tokens are.
 
     Attributes:
-        log: the sum of their log p, in nats.
-        greedy: whether each of them is the most probable token.
+        log: the sum of the tokens' log p, in nats.
+        greedy: whether each token is the most probable one.
     """
 
     log: float
@@ -90,7 +90,7 @@ class Likelihood:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A prompt, and which passages begin with it."""
+    """A prompt, and the numbers of the passages that begin with it."""
 
     prompt: tuple[int, ...]
     passages: list[int]
@@ -107,19 +107,20 @@ def likelihoods(
     """Yields the number of each passage with its score, longest first.
 
     Prompts are padded to few lengths, and a batch always has `size` rows, so that nothing is compiled for a single
-    passage. Where each sequence keeps neurons of its own, a score does not depend on what else is in the batch.
+    passage. If each sequence keeps its own neurons, a score does not depend on what else is in the batch.
 
     Args:
         model: the full model.
-        passages: what to score.
-        pruner: how to prune. If neurons are shared, each batch keeps one set. Of what is read whole after a prompt, the
-            newest tokens are among the rows that kept neurons are refitted to.
-        size: different prompts in a batch.
-        seed: of the methods that draw. Each sequence draws with a seed of its own, made of this one and the tokens
-            that its neurons are chosen by, so equal contexts keep equal neurons; with `shared`, each batch with this.
+        passages: the passages to score.
+        pruner: how to prune. If neurons are shared, each batch keeps one set. The newest tokens that the full model
+            reads after a prompt are among the rows that kept neurons are refitted to.
+        size: number of different prompts in a batch.
+        seed: seed of the methods that draw. Each sequence draws with its own seed, made of this one and the tokens by
+            which its neurons are chosen, so equal contexts keep equal neurons; with `shared`, each batch draws with
+            this seed itself.
 
     Raises:
-        ValueError: the density does not fit the model, or method "magnitude" is to refit rows.
+        ValueError: the density does not fit the model, or rows would be refitted with method "magnitude".
     """
     if pruner.rows and pruner.config.method == "magnitude":
         raise ValueError('rows are refitted to what the prompt chooses; method "magnitude" chooses by weights alone')
@@ -142,7 +143,7 @@ def likelihoods(
 
 
 def _width(length: int) -> int:
-    """The padded length of tokens after a prompt; one or two are so common that they are not padded."""
+    """The padded length of tokens after a prompt; lengths of one and two are so common that they are not padded."""
     return length if length <= 2 else bucket(length)
 
 
@@ -154,13 +155,13 @@ def _score(
     shape: tuple[int, int, int],
     size: int,
 ) -> Iterator[tuple[int, Likelihood]]:
-    """Prompts that are read once, and then one passage of each after the other."""
+    """Reads prompts once, and then scores the passages that begin with them, one of each prompt at a time."""
     width, more_width, answer_width = shape
     filled = [*rows, *[rows[-1]] * (size - len(rows))]
     prompts, lengths = pad([row.prompt for row in filled], width)
     # The last token of an answer is predicted, but not read.
     longest = [max(len(passages[n].more) + len(passages[n].answer) - 1 for n in row.passages) for row in filled]
-    # An answer of one token is predicted by the prompt's last.
+    # The prompt's last token predicts an answer of one token.
     chooser = pruning if answer_width > 1 else None
     prefilled = jitted.prefill(
         model, prompts, lengths,
@@ -198,20 +199,20 @@ def _score(
 
 
 class _Batches:
-    """Chooses neurons for one batch after the other."""
+    """Chooses neurons for one batch after another."""
 
     def __init__(self, model: Transformer, pruner: Pruner, seed: int):
         self._model, self._pruner, self._seed = model, pruner, seed
 
     def rows(self, size: int) -> int:
-        """Tokens of each prompt whose activations must be recorded."""
+        """The number of tokens of each prompt whose activations must be recorded."""
         return self._pruner.rows_of_each(size)
 
     def scorer(self, read: Prefilled, batch: Sequence[Passage], present: np.ndarray) -> Transformer:
-        """What scores the answers of a batch."""
+        """The model that scores the answers of a batch."""
         statistics, rows = read.statistics, read.rows
         if self._pruner.config.shared:
-            # Rows that only fill the batch have no say.
+            # Rows that only fill the batch must not influence which neurons are kept.
             squares = tuple(jnp.where(present[:, None], square, 0) for square in statistics.squares)
             statistics = dataclasses.replace(statistics, squares=squares)
             rows = tuple(jnp.where(present[:, None, None], layer, 0) for layer in rows)

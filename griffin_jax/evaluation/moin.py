@@ -1,8 +1,8 @@
 """Perplexity of libraries of adapters on held-out texts.
 
-The first tokens of each text are its prompt, by which a library chooses an adapter; the tokens after it are scored, by
-the base and with that adapter. Two rows are bounds: `oracle` has for each text the adapter that scores it best, and a
-library whose texts were dealt out at random says what clusters are worth.
+The first tokens of each text are its prompt, by which a library chooses an adapter. The tokens after it are scored by
+the base model, without and with that adapter. Two rows are bounds: `oracle` takes for each text the adapter that scores
+it best, and a library whose texts were assigned to clusters at random shows what the clusters are worth.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ BASE = "base"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """What came of one model for every text.
+    """The scores of one model on every text.
 
     Attributes:
-        name: of the model: `base`, or a library's folder.
-        losses: of all scored tokens of each text together, in nats.
-        chosen: the cluster of each text; empty for the base.
-        parameters: of one adapter.
+        name: the model's name: `base`, or a library's folder.
+        losses: for each text, the loss of all scored tokens together, in nats.
+        chosen: the cluster chosen for each text; empty for the base.
+        parameters: number of parameters of one adapter.
     """
 
     name: str
@@ -56,27 +56,27 @@ class Comparison:
     """All models on the same texts.
 
     Attributes:
-        tokens: that are scored of each text.
-        scores: of each model, the base first.
+        tokens: number of tokens of each text that are scored.
+        scores: scores of each model, the base first.
     """
 
     tokens: tuple[int, ...]
     scores: tuple[Scores, ...]
 
     def perplexity(self, scores: Scores, seed: int = 0) -> Interval:
-        """With a 95% interval over texts."""
+        """The perplexity of a model, with a 95% interval over texts."""
         found = ratio_of_sums(scores.losses, self.tokens, seed)
         return Interval(*(math.exp(value) for value in (found.value, found.low, found.high)))
 
     def difference(self, scores: Scores, other: Scores, seed: int = 0) -> Interval:
-        """Nats per token more than another model, with a 95% interval over texts."""
+        """How many more nats per token a model loses than another one, with a 95% interval over texts."""
         return ratio_of_sums(np.subtract(scores.losses, other.losses).tolist(), self.tokens, seed)
 
 
 @programs.jit
 def _losses(model: Transformer, batch: Batch, prompt: Int[Array, ""]) -> Float[Array, "b"]:
     losses, _ = next_token_losses(model, batch)
-    # The first scored token is predicted by the prompt's last one.
+    # The prompt's last token predicts the first scored token.
     return jnp.sum(jnp.where(jnp.arange(losses.shape[1]) >= prompt - 1, losses, 0), axis=1)
 
 
@@ -91,19 +91,19 @@ def score(
     quiet: bool = False,
     description: str = "scoring",
 ) -> list[float]:
-    """The loss of the tokens after the prompt of each text, in nats, with an adapter for each.
+    """The loss of the tokens after each text's prompt, in nats, with an adapter for each text.
 
-    Texts of a batch have adapters of their own, in one compiled step.
+    One compiled step scores a batch, in which each text has its own adapter.
 
     Args:
-        model: the base.
+        model: the base model.
         sequences: token ids of each text, more than `prompt` and at most `length`.
-        adapters: of each text; None for the base.
-        prompt: tokens that are not scored.
-        length: tokens that texts are padded to.
-        size: texts in a batch.
-        quiet: no progress bar.
-        description: for the progress bar.
+        adapters: the adapter of each text; None for the base.
+        prompt: number of tokens at the beginning of each text that are not scored.
+        length: length to which texts are padded, in tokens.
+        size: number of texts in a batch.
+        quiet: whether to show no progress bar.
+        description: label of the progress bar.
     """
     found: list[float] = []
     with tqdm(total=len(sequences), unit="text", desc=description, disable=quiet or None) as progress:
@@ -136,15 +136,16 @@ def compare(
     """Scores the base and every library, each with the adapters that it chooses.
 
     Args:
-        model: the base.
-        libraries: with all adapters trained.
-        sequences: as for `score`; of longer texts the first `length` tokens count.
-        prompt: tokens that a library chooses by.
+        model: the base model.
+        libraries: libraries, all of whose adapters are trained.
+        sequences: token ids of each text; only the first `length` tokens are used, and texts with no more than `prompt`
+            are left out.
+        prompt: number of tokens by which a library chooses.
         length: as for `score`.
-        size: texts in a batch.
+        size: number of texts in a batch.
         tokenizer: as for `Library.embedder`.
-        oracle: also score every text with every adapter of a library, and take the best.
-        quiet: no progress bars.
+        oracle: whether to also score every text with every adapter of a library, and take the best.
+        quiet: whether to show no progress bars.
 
     Raises:
         FileNotFoundError: an adapter is not trained.
@@ -173,10 +174,10 @@ def compare(
 
 
 def _longer(sequences: Sequence[Sequence[int]], prompt: int, length: int) -> list[list[int]]:
-    """The first `length` tokens of each text that has more than the prompt.
+    """The first `length` tokens of each text that has more tokens than the prompt.
 
     Raises:
-        ValueError: none has.
+        ValueError: no text has more tokens than the prompt.
     """
     texts = [list(sequence[:length]) for sequence in sequences if len(sequence) > prompt]
     if not texts:
@@ -201,23 +202,23 @@ def compare_priors(
     tokenizer: Tokenizer | None = None,
     quiet: bool = False,
 ) -> dict[str, Interval]:
-    """KL(dense || pruned) per token of the base, whose neurons are chosen with each of `PRIORS`.
+    """KL(dense || pruned) per token of the base model, whose neurons are chosen with each of `PRIORS`.
 
     Args:
-        model: the base.
-        library: with the prior of every cluster; one prior is all of them together.
-        sequences: as for `compare`; the prompt chooses the cluster and, with the prior, the neurons.
-        prompt: tokens that are read densely.
-        length: of longer texts the first so many tokens count.
-        size: texts in a batch.
-        density: share of neurons kept.
-        steps: beyond GRIFFIN, as in `griffin-jax eval`, such as `+reconstruction`.
-        seed: of the draws.
+        model: the base model.
+        library: a library with the prior of every cluster; `one prior` combines all of them.
+        sequences: as for `compare`; the prompt chooses the cluster and, together with the prior, the neurons.
+        prompt: number of tokens of each text that the dense model reads.
+        length: number of tokens of a text that are used, at most.
+        size: number of texts in a batch.
+        density: share of neurons that are kept.
+        steps: further steps beyond GRIFFIN, as in `griffin-jax eval`, such as `+reconstruction`.
+        seed: seed of the draws.
         tokenizer: as for `Library.embedder`.
-        quiet: no progress bar.
+        quiet: whether to show no progress bar.
 
     Raises:
-        FileNotFoundError: a prior was not measured.
+        FileNotFoundError: the prior of a cluster was not measured.
         ValueError: no text has more tokens than the prompt.
     """
     texts = _longer(sequences, prompt, length)
@@ -250,8 +251,8 @@ def compare_priors(
 
 
 def table(comparison: Comparison) -> str:
-    """For people: perplexity of each row, how much less each token costs than with the base, and with the row above
-    that is the first library."""
+    """A table for people: the perplexity of each row, and how many fewer nats per token it loses than the base and
+    than the first library."""
     base, *others = comparison.scores
     lines = [["model", "perplexity", "nats/token less than base"]]
     low_high = "{:.3f} ({:.3f} to {:.3f})"

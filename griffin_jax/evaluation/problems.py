@@ -12,7 +12,7 @@ from griffin_jax.evaluation.sandbox import Limits, passes
 
 HUMANEVAL, GSM8K = "humaneval", "gsm8k"
 COLUMNS = {HUMANEVAL: ("prompt", "test", "entry_point"), GSM8K: ("question", "answer")}
-"""Columns of the files in which these are published."""
+"""Columns of the files in which the problems of each format are published."""
 
 CODE = "Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{}\n```"
 NUMBER = "{}\n\nReason step by step. Write the final answer as a last line of the form: #### NUMBER"
@@ -24,12 +24,13 @@ ANY = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A question with a verdict.
+    """A question, and what decides whether an answer is right.
 
     Attributes:
-        question: what the user says.
-        solved: whether an answer is right.
-        end: where an answer is complete, so that what follows changes no verdict; None while it is not.
+        question: the user's message.
+        solved: returns whether an answer is right.
+        end: returns where an answer is complete, so that what follows does not change the verdict; None while it is
+            incomplete.
     """
 
     question: str
@@ -38,13 +39,13 @@ class Problem:
 
 
 def humaneval(prompt: str, test: str, name: str, limits: Limits) -> Problem:
-    """A function to complete, which its tests decide about in a process of its own.
+    """A function to complete; tests, which run in a separate process, decide whether it is right.
 
     Args:
         prompt: what stands before the function, its head and its docstring.
-        test: the text of a function `check(candidate)`.
-        name: of the function.
-        limits: what a program may use.
+        test: the source of a function `check(candidate)`.
+        name: name of the function.
+        limits: limits of a program.
 
     Raises:
         ValueError: the prompt has no function of that name.
@@ -57,7 +58,7 @@ def humaneval(prompt: str, test: str, name: str, limits: Limits) -> Problem:
 
     def program(answer: str) -> str:
         code = code_of(answer, head)
-        # A model that answers with the body alone goes on where the prompt ends.
+        # An answer that has only the body continues the prompt.
         whole = f"{before}\n{textwrap.dedent(code)}" if head.search(code) else prompt + code
         return f"{whole}\n\n{test}\n\ncheck({name})\n"
 
@@ -69,7 +70,7 @@ def humaneval(prompt: str, test: str, name: str, limits: Limits) -> Problem:
 
 
 def code_of(answer: str, head: re.Pattern[str]) -> str:
-    """The first block of code with this head; without one the first block, and without any the whole answer."""
+    """The first block of code with this head; if there is none, the first block; without blocks, the whole answer."""
     blocks = [block[1] for block in BLOCK.finditer(answer)] or [answer]
     return next((block for block in blocks if head.search(block)), blocks[0])
 
@@ -79,7 +80,7 @@ def gsm8k(question: str, answer: str) -> Problem:
 
     Args:
         question: the question.
-        answer: a solution, with the number in a last line `#### NUMBER`.
+        answer: a solution, with the number in a last line of the form `#### NUMBER`.
 
     Raises:
         ValueError: the solution has no such line.
@@ -97,7 +98,7 @@ def gsm8k(question: str, answer: str) -> Problem:
 
 
 def number_of(answer: str) -> Decimal | None:
-    """The number of the first line `#### NUMBER`; without one the last number of the answer, None if it has none."""
+    """The number of the first line `#### NUMBER`; without such a line, the answer's last number; None without any."""
     final = FINAL.search(answer)
     found = [final[1]] if final else ANY.findall(answer)
     return _decimal(found[-1]) if found else None

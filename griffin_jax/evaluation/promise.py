@@ -1,7 +1,8 @@
-"""How often the promise of `max_divergence` holds on the answer that follows, and at which densities.
+"""Measures how often the promise of `max_divergence` holds on the answer that follows, and at which densities.
 
-Every density that may be taken is tried at the end of a text's prompt, and scored on what follows. Which one would have
-been taken for a promise follows from the trials of two of them, by the rule of `griffin_jax.extensions.promise`.
+Every density that may be taken is tried at the end of a text's prompt, and scored on what follows. The density that
+would have been taken for a promise follows from the trials of two densities, by the rule of
+`griffin_jax.extensions.promise`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ METRICS = (
     Metric("real_holds", "holds, real", 2),
     Metric("real", "KL, real", 3),
 )
-"""Columns of the table: what was taken, and for the dense model's own answer and for what really follows the share of
-texts where the promise holds and the mean divergence."""
+"""Columns of the table: the density that was taken; then the share of texts for which the promise holds and the mean
+divergence, first for the dense model's own answer, then for what really follows."""
 
 
 def try_densities(
@@ -61,24 +62,24 @@ def try_densities(
     extensions: Extensions,
     mixed: MixedFormat | None = None,
 ) -> dict[str, Any]:
-    """Divergences of every text and variant, on the trial and on what follows the prompt.
+    """Measures divergences for every text and variant, on the trial and on what follows the prompt.
 
     Args:
         llm: the model.
         items: the texts, with prompts and answers.
-        variants: what may be taken, and the dense model.
-        journal: what is done already.
-        trial: tokens of each prompt that are its trial.
-        new: tokens of the dense model's own answer, at most.
-        size: texts in a batch.
-        seed: of all draws.
-        extensions: what the steps beyond GRIFFIN take.
-        mixed: the formats of kept neurons, without a part, by which densities count bytes; None if all have the
-            model's.
+        variants: the variants that may be taken, and the dense model.
+        journal: the scores that exist already.
+        trial: number of tokens at the end of each prompt that are its trial.
+        new: number of tokens of the dense model's own answer, at most.
+        size: number of texts in a batch.
+        seed: seed of all draws.
+        extensions: options of the steps beyond GRIFFIN.
+        mixed: the two formats of kept neurons, without a share, so that densities count bytes; None if all neurons have
+            the model's format.
 
     Returns:
-        For each text `trial`, the divergences of single tokens by the name of each variant but the dense one, and
-        `real` and `own`, each as `score_answers` has them with one length.
+        For each text: `trial`, the divergences of single tokens, by the name of each variant but the dense one; and
+        `real` and `own`, each with what `score_answers` returns for a single length.
     """
     model, eos = llm.model, llm.config.eos_token_ids
     pruned = [variant for variant in variants if variant.method != DENSE]
@@ -129,10 +130,10 @@ def promised(text: Mapping[str, Any], variants: Sequence[Variant], most: float, 
     """What would have been taken for a text.
 
     Args:
-        text: one of the scores of `try_densities`.
-        variants: those of one method that may be taken.
-        most: nats per token that are promised.
-        margin: standard errors.
+        text: the scores of the text, from `try_densities`.
+        variants: the variants of one method that may be taken.
+        most: the promised divergence, in nats per token.
+        margin: number of standard errors that are added to the mean of a trial.
     """
     ladder = sorted(variants, key=lambda variant: variant.density)
     densities, trials = [variant.density for variant in ladder], text[TRIAL]
@@ -151,16 +152,16 @@ def figures(
 ) -> Figures:
     """One entry for each quality, promise and kind of text, and one for all texts together if there are several kinds.
 
-    After these, for each density, what it would be to take the same for all texts.
+    After these comes an entry for each density, as if it were taken for all texts.
 
     Args:
-        scores: from `try_densities`.
-        kinds: of the texts.
-        variants: its variants.
-        qualities: the names of the methods for people.
-        promises: nats per token.
-        seed: of the bootstrap.
-        margin: standard errors.
+        scores: what `try_densities` returned.
+        kinds: the kind of each text, by its name.
+        variants: the variants that were tried.
+        qualities: the quality that each method stands for.
+        promises: the promised divergences, in nats per token.
+        seed: seed of the bootstrap.
+        margin: number of standard errors that are added to the mean of a trial.
     """
     groups = {kind: [name for name in scores if kinds[name] == kind] for kind in dict.fromkeys(kinds.values())}
     if len(groups) > 1:
@@ -203,7 +204,7 @@ def _figures(
 
 
 def table(found: Figures) -> str:
-    """Rows of figures with their intervals."""
+    """A table of the figures with their intervals."""
     first = max([14, *(len(entry["kind"]) + 1 for entry in found)])
     lines = [f"{'texts':{first}}{'number':>7}{'quality':>8}{'promised':>9}{'dense':>7}" + titles(METRICS)]
     for entry in found:
@@ -220,12 +221,14 @@ def table(found: Figures) -> str:
 
 
 def plot(found: Figures, title: str, file: str | os.PathLike[str]) -> None:
-    """Where promises hold and which densities they take, against what was promised, a line for each kind of text.
+    """Draws how often promises hold, and the mean density taken, against what was promised.
+
+    There is a line for each kind of text and each quality.
 
     Args:
-        found: those of `figures`.
-        title: of the whole.
-        file: a PNG.
+        found: what `figures` returned.
+        title: title of the plot.
+        file: the PNG file that is written.
 
     Raises:
         ImportError: matplotlib is not installed.

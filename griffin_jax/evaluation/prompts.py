@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 STOP = "###"
-"""Begins the next example, and so ends an answer."""
+"""The mark that begins the next example, and so ends an answer."""
 
 SENTENCES = {"xsum": 1, "cnn": 3}
-"""How many sentences each dataset's summaries are asked to have."""
+"""The number of sentences that the prompt asks for, for each dataset."""
 
 
 def summarization_prompt(article: str, examples: Sequence[tuple[str, str]], dataset: str) -> str:
     """The prompt for an article.
 
     Args:
-        article: to summarise.
+        article: the article to summarise.
         examples: articles with their summaries.
-        dataset: one of `SENTENCES`.
+        dataset: name of a dataset in `SENTENCES`.
     """
     count = SENTENCES[dataset]
     asked = f"Summarize the above article in {count} sentence{'s' if count > 1 else ''}."

@@ -1,4 +1,4 @@
-"""Scores of texts added up to figures with intervals: for programs, for people as a table, and as a plot."""
+"""Turns the scores of texts into figures with intervals, for programs, and into tables and plots, for people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONTINUATIONS = {REAL: "what really follows", OWN: "the dense model's own contin
 COLOURS = {DENSE: "black", ORACLE: "C2", "magnitude": "C3", "random": "0.55"}
 METHOD_COLOURS = ("C0", "C1", "C4", "C5", "C6", "C8", "C9")
 WIDTH = 27
-"""Width of a table's column for a figure with its interval."""
+"""The width of a table's column for a figure with its interval."""
 
 Figures = list[dict[str, Any]]
 
@@ -27,10 +27,10 @@ class Metric:
     """A figure of tables and plots.
 
     Attributes:
-        key: in JSON.
-        title: for people, with its unit.
-        digits: after the decimal point.
-        log: whether a plot's axis is logarithmic.
+        key: its key in JSON.
+        title: its title for people, with the unit.
+        digits: number of digits after the decimal point.
+        log: whether the axis of a plot is logarithmic.
     """
 
     key: str
@@ -50,10 +50,10 @@ def forced_figures(scores: Sequence[Mapping[str, Any]], variant: Variant, at: in
     """Perplexity, KL and top-1 agreement over all tokens of all texts, each with its interval over texts.
 
     Args:
-        scores: of each text, as `score_answers` has them.
-        variant: whose.
-        at: which of the answer lengths.
-        seed: of the bootstrap.
+        scores: the scores of each text, as `score_answers` returns them.
+        variant: the variant whose figures these are.
+        at: index of the answer length.
+        seed: seed of the bootstrap.
     """
     tokens = [text["tokens"][at] for text in scores]
 
@@ -97,13 +97,13 @@ def summarize_figures(scores: Mapping[str, Any], variants: Sequence[Variant], se
 
 
 def as_json(interval: Interval) -> dict[str, float | None]:
-    """An interval for results; None for what is not finite."""
+    """An interval as results hold it; None stands for numbers that are not finite."""
     values = dataclasses.asdict(interval)
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
-    """Rows of figures with their intervals."""
+    """A table of the figures with their intervals."""
     first = _first_width(figures)
     lines = [title, f"{'selection':{first}}{'density':>8}" + titles(metrics)]
     for entry in figures:
@@ -112,7 +112,7 @@ def table(title: str, figures: Figures, metrics: Sequence[Metric]) -> str:
 
 
 def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[int]) -> str:
-    """For every answer length a block: rows by prompt length."""
+    """A block for every answer length, with a column for each prompt length."""
     blocks, first = [], _first_width(figures)
     for new in news:
         entries = [entry for entry in figures if entry["new"] == new]
@@ -129,7 +129,7 @@ def perplexity_table(figures: Figures, prompts: Sequence[int], news: Sequence[in
 
 
 def _first_width(figures: Figures) -> int:
-    """Width of the column with the rows' names."""
+    """The width of the column with the names of the rows."""
     return max([14, *(len(entry["method"]) + 1 for entry in figures)])
 
 
@@ -139,17 +139,17 @@ def width_of(figures: Figures, key: str) -> int:
 
 
 def titles(metrics: Sequence[Metric]) -> str:
-    """The head of a table's columns for these figures."""
+    """The headings of a table's columns for these figures."""
     return "".join(f"{metric.title:>{WIDTH}}" for metric in metrics)
 
 
 def cells(entry: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
-    """A row's columns under these `titles`."""
+    """The columns of a row, under the `titles`."""
     return "".join(f"{cell(entry[metric.key], metric.digits):>{WIDTH}}" for metric in metrics)
 
 
 def cell(figure: Mapping[str, float | None], digits: int) -> str:
-    """A figure with its interval, as tables show it."""
+    """A figure with its interval, in the form that tables show."""
     value, low, high = (figure[name] for name in ("value", "low", "high"))
     if value is None:
         return "overflow"
@@ -165,13 +165,15 @@ def _number(value: float, digits: int) -> str:
 def plot_by_density(
     panels: Mapping[str, Figures], metrics: Sequence[Metric], title: str, file: str | os.PathLike[str]
 ) -> None:
-    """Every metric against density, a line for each method, bars for 95% intervals; the dense model as a line across.
+    """Draws every metric against density, with a line for each method, and a horizontal one for the dense model.
+
+    Bars show 95% intervals.
 
     Args:
-        panels: rows of the plot by their title.
-        metrics: its columns.
-        title: of the whole.
-        file: a PNG.
+        panels: figures of each row of the plot, by its title.
+        metrics: the metric of each column.
+        title: title of the plot.
+        file: the PNG file that is written.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -199,9 +201,9 @@ def plot_by_density(
 def plot_by_length(
     figures: Figures, prompts: Sequence[int], news: Sequence[int], title: str, file: str | os.PathLike[str]
 ) -> None:
-    """Perplexity against prompt length (at the longest answer) and answer length (at the longest prompt).
+    """Draws perplexity against prompt length (at the longest answer) and answer length (at the longest prompt).
 
-    One row of panels for each density; the paper's figure.
+    This is the paper's figure, with one row of panels for each density.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -247,7 +249,7 @@ def _by_method(figures: Figures) -> dict[str, Figures]:
 
 
 def _colours(figures: Figures) -> dict[str, str]:
-    """A colour for each method, by their order."""
+    """The colour of each method; those without a fixed one get theirs in order."""
     others = [method for method in _by_method(figures) if method not in COLOURS]
     return COLOURS | {method: METHOD_COLOURS[at % len(METHOD_COLOURS)] for at, method in enumerate(others)}
 
@@ -270,13 +272,13 @@ def _line(
 
 
 def draw_line(axis: Any, at: Sequence[float], figures: Figures, **style: Any) -> None:
-    """Figures at these places as points of a line, with bars for their intervals."""
+    """Draws figures at these places as points of a line, with bars for their intervals."""
     values = [figure["value"] for figure in figures]
     axis.errorbar(at, values, yerr=_bars(figures), **{"markersize": 4, "capsize": 2, **style})
 
 
 def _bars(figures: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """How far intervals reach below and above their values; 0 where there is none."""
+    """How far intervals reach below and above their values; 0 for values without an interval."""
     return [
         [max(0.0, sign * (f["value"] - (f[bound] if f[bound] is not None else f["value"]))) for f in figures]
         for bound, sign in (("low", 1), ("high", -1))
@@ -296,7 +298,7 @@ def _finish(axis: Any, metric: Metric, title: str) -> None:
 
 
 def draw_legend(figure: Any, axis: Any, columns: int | None = None) -> None:
-    """The legend of one of the panels below all of them; without a number of columns as many as there is room for."""
+    """Draws the legend of one panel below all panels; by default with as many columns as there is room for."""
     handles, labels = axis.get_legend_handles_labels()
     columns = columns or (len(labels) if max(map(len, labels)) < 15 else 3)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")

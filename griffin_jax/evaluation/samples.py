@@ -1,4 +1,4 @@
-"""Texts to evaluate on, from files of users: everything that cannot be used is reported by line, and counted."""
+"""Reads texts from users' files; everything that cannot be used is counted, and reported with its line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from griffin_jax.utils.messages import shortened
 
 SHOWN = 10
-"""Lines that are named one by one for each reason; of the others the number."""
+"""The number of lines that are named one by one for each reason; the others are only counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Record:
     """One line of a JSONL file.
 
     Attributes:
-        file: where it is from.
-        line: its number, from 1.
-        texts: the columns that were asked for, in that order.
+        file: the file that the line comes from.
+        line: the number of the line, from 1.
+        texts: the texts of the requested columns, in their order.
     """
 
     file: str
@@ -33,25 +33,25 @@ class Record:
 
     @property
     def name(self) -> str:
-        """Where it is, for people."""
+        """The file's name and the line, for people."""
         return f"{Path(self.file).name}, line {self.line}"
 
 
 @dataclasses.dataclass
 class Skipped:
-    """What could not be used, and why: reason -> places."""
+    """The texts that could not be used: the places for each reason."""
 
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def add(self, reason: str, place: str) -> None:
-        """Notes one."""
+        """Notes a place, with the reason."""
         self.places.setdefault(reason, []).append(place)
 
     def __len__(self) -> int:
         return sum(map(len, self.places.values()))
 
     def report(self, output: Any = None) -> None:
-        """Says for people what is left out: places for each reason, at most `SHOWN` of them."""
+        """Prints what is left out, for people: at most `SHOWN` places for each reason."""
         for reason, places in self.places.items():
             print(f"left out, {reason}: {shortened(places, SHOWN, '; ')}", file=output or sys.stderr, flush=True)
 
@@ -60,7 +60,7 @@ def read_jsonl(file: str | os.PathLike[str], columns: Sequence[str], skipped: Sk
     """Records of a JSONL file (UTF-8) that have a text in each column; the others are noted in `skipped`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {file}")
@@ -76,7 +76,7 @@ def read_jsonl(file: str | os.PathLike[str], columns: Sequence[str], skipped: Sk
 
 
 def _texts(line: bytes, columns: Sequence[str]) -> tuple[str, ...] | str:
-    """The columns' texts, or why there are none."""
+    """The texts of the columns, or the reason why the line cannot be used."""
     try:
         found = json.loads(line)
     except UnicodeDecodeError:
@@ -100,12 +100,12 @@ def _texts(line: bytes, columns: Sequence[str]) -> tuple[str, ...] | str:
 
 
 def read_files(files: Iterable[Path], column: str, skipped: Skipped) -> Iterator[tuple[str, str]]:
-    """Name and text of every line of JSONL files, and of every other file.
+    """Yields the name and text of every line of JSONL files, and of every other file as a whole.
 
     Args:
-        files: what is read, in this order.
-        column: of JSONL that holds the text.
-        skipped: what cannot be used, and why, is added.
+        files: the files, in the order in which they are read.
+        column: column of JSONL files that holds the text.
+        skipped: receives what cannot be used, with the reason.
     """
     for file in files:
         if file.suffix == ".jsonl":
@@ -118,7 +118,7 @@ def read_files(files: Iterable[Path], column: str, skipped: Skipped) -> Iterator
 def long_enough(
     texts: Iterable[tuple[str, str]], encode: Callable[[str], list[int]], least: int, skipped: Skipped
 ) -> Iterator[tuple[str, list[int]]]:
-    """Name and tokens of the texts that have `least` tokens or more; the others are added to `skipped`."""
+    """Yields the name and tokens of texts with at least `least` tokens; the others are added to `skipped`."""
     for name, text in texts:
         tokens = encode(text)
         if len(tokens) < least:
@@ -128,10 +128,10 @@ def long_enough(
 
 
 def read_texts(files: Sequence[str | os.PathLike[str]], skipped: Skipped) -> Iterator[tuple[str, str]]:
-    """Name and text of every file; those without one are noted in `skipped`.
+    """Yields the name and text of every file; files without a text are added to `skipped`.
 
     Raises:
-        FileNotFoundError: one does not exist.
+        FileNotFoundError: a file does not exist.
     """
     for file in files:
         if not Path(file).is_file():
@@ -148,7 +148,10 @@ def read_texts(files: Sequence[str | os.PathLike[str]], skipped: Skipped) -> Ite
 
 
 def excerpt(after: str, before: str) -> Callable[[str], str]:
-    """What follows the last `after` of a text, if it has one, and before the next `before`."""
+    """A function that returns the part of a text after its last `after` (if it has one) and before the next `before`.
+
+    An empty mark cuts nothing.
+    """
 
     def cut(text: str) -> str:
         if after:
@@ -159,7 +162,7 @@ def excerpt(after: str, before: str) -> Callable[[str], str]:
 
 
 def sha256_of_files(files: Iterable[str | os.PathLike[str]]) -> str:
-    """One hash of the contents of several files."""
+    """A single hash of the contents of several files."""
     whole = hashlib.sha256()
     for file in files:
         with Path(file).open("rb") as opened:
@@ -174,5 +177,5 @@ def nothing_left(skipped: Skipped, source: str) -> ValueError:
 
 
 def as_json(skipped: Skipped) -> Mapping[str, Any]:
-    """For results: how many, and where."""
+    """The number of skipped texts and their places, as results hold them."""
     return {"count": len(skipped), "reasons": skipped.places}

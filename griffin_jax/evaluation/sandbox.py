@@ -1,7 +1,7 @@
-"""Programs that a model wrote, run in a process of their own with limits.
+"""Runs programs that a model wrote, each in a separate process with limits.
 
-The limits are those of the benchmarks' own packages and a little more: they keep a clumsy program from doing harm. They
-are no wall against a program that is written to break out; whoever expects one gives the whole evaluation a container.
+The limits are those of the benchmarks' own packages and a little more. They keep a clumsy program from doing harm, but
+they do not stop a program that is written to break out. If you expect one, run the whole evaluation in a container.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from griffin_jax.evaluation import sandboxed
 from griffin_jax.utils.options import whole
 
 WAIT = 6
-"""Seconds of the clock for each one of processor time: a busy machine changes no verdict, and a sleep ends."""
+"""Seconds of wall-clock time for each second of processor time, so that a busy machine changes no verdict, and a
+program that sleeps is ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Limits:
     """What one program may use.
 
     Attributes:
-        seconds: of processor time.
-        megabytes: of address space.
+        seconds: processor time, in seconds.
+        megabytes: address space, in megabytes.
 
     Raises:
-        ValueError: one is less than 1.
+        ValueError: a limit is less than 1.
     """
 
     seconds: int = 10
@@ -40,11 +41,11 @@ class Limits:
 
 
 def passes(program: str, limits: Limits = Limits()) -> bool:
-    """Whether a Python program (the standard library is there, no packages) comes to its end within the limits.
+    """Whether a Python program comes to its end within the limits, with the standard library but no packages.
 
     Args:
-        program: its text.
-        limits: what it may use.
+        program: source of the program.
+        limits: what the program may use.
     """
     with tempfile.TemporaryDirectory(prefix="griffin-jax-") as folder:
         file = Path(folder) / "program.py"
@@ -58,7 +59,7 @@ def passes(program: str, limits: Limits = Limits()) -> bool:
             ended = subprocess.run(
                 command,
                 cwd=folder,
-                # Sets have one order, so that a verdict is the same each time.
+                # A fixed order of sets, so that the verdict is the same each time.
                 env={"PYTHONHASHSEED": "0"},
                 stdin=nothing,
                 stdout=nothing,

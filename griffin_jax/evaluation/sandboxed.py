@@ -2,9 +2,9 @@
 
     python sandboxed.py PROGRAM SECONDS BYTES
 
-It gives up the network, where the system lets it, and limits its time, its memory and the size of its files. Then the
-program runs, and what it does is watched by an audit hook: processes, sockets, foreign functions, and changes to files
-outside of the current folder are refused.
+It gives up the network, if the system allows that, and limits its time, its memory and the size of its files. Then the
+program runs under an audit hook, which refuses processes, sockets, foreign functions, and changes to files outside the
+current folder.
 """
 
 import contextlib
@@ -15,27 +15,27 @@ from pathlib import Path
 from typing import Any
 
 PASSED = 86
-"""The exit status of a program that came to its end; one that ends itself has another."""
+"""The exit status if the program came to its end; a program that ends itself has another one."""
 
 LARGEST_FILE = 16 << 20
-"""Bytes of a file that a program may write."""
+"""The size of the largest file that a program may write, in bytes."""
 
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
-"""Of Linux's unshare(2): a user without rights, and a network without devices."""
+"""Flags of Linux's unshare(2): a user without rights, and a network without devices."""
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MODULES = frozenset({"_socket", "_ctypes", "_posixsubprocess", "_multiprocessing", "resource"})
-"""What reaches out of the process without an event of its own."""
+"""Modules that can reach out of the process without raising an audit event."""
 EVENTS = (
     "socket.", "subprocess.", "ctypes.", "pty.", "shutil.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn",
     "os.system", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.chdir", "os.fchdir", "os.chmod",
     "os.chown", "os.link", "os.symlink", "os.truncate", "os.utime", "os.setxattr", "os.removexattr",
 )  # fmt: skip
-"""Beginnings of the audit events that are refused."""
+"""Prefixes of the audit events that are refused."""
 
 
 def leave_network() -> None:
-    """A network without devices, where the system permits one."""
+    """Moves the process to a network without devices, if the system permits that."""
     import ctypes
 
     # Only Linux has this call; the audit hook refuses sockets everywhere.
@@ -46,8 +46,8 @@ def leave_network() -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Limits of the process: processor time, address space in bytes, files, and no further processes."""
-    # Only Unix has it, and the parent reads this module everywhere.
+    """Limits the process: processor time in seconds, address space in bytes, file sizes, and no further processes."""
+    # Only Unix has the module resource, but the parent imports this file on all systems.
     import resource
 
     limits = {
@@ -63,10 +63,10 @@ def limit(seconds: int, memory: int) -> None:
 
 
 def watcher(folder: str) -> Callable[[str, tuple[Any, ...]], None]:
-    """An audit hook that refuses what a program has no need for.
+    """An audit hook that refuses what a program does not need.
 
     Args:
-        folder: whose files may be changed.
+        folder: the folder in which files may be changed.
     """
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     limit(seconds, memory)
     sys.addaudithook(watcher(os.path.realpath(Path.cwd())))
     sys.argv = [program]
-    # Without a name, as HumanEval's own harness has it: what an answer does as a script is not tested.
+    # Without __name__, as in HumanEval's own harness: what an answer does as a script is not tested.
     exec(compile(source, program, "exec"), {})
     os._exit(PASSED)
 

@@ -1,8 +1,8 @@
-"""How many problems a model solves, and how many of those that the dense model solves it keeps.
+"""Counts how many problems a model solves, and how many of those that the dense model solves.
 
-Every format of the weights is combined with every density, as in `griffin_jax.evaluation.front`; what is compared are
-the verdicts on greedy answers instead of distributions. Models with drafters stand next to them: they give the answers
-of the dense model, and read less for them.
+Every format of the weights is combined with every density, as in `griffin_jax.evaluation.front`, but verdicts on greedy
+answers are compared instead of distributions. Models with drafters stand next to them: they give the answers of the
+dense model, and read less for them.
 """
 
 from __future__ import annotations
@@ -59,22 +59,22 @@ def solve(
     seed: int,
     extensions: Extensions = DEFAULTS,
 ) -> dict[str, dict[str, Any]]:
-    """Every variant's greedy answers in every format, and whether they are right.
+    """Writes every variant's greedy answers in every format, and decides whether they are right.
 
     Args:
         llm: the model, with floating weights if there are several formats.
         items: the questions as prompts.
-        problems: what decides about an answer, by the item's name.
-        variants: of the densities and methods, without the oracle and without refreshes.
-        formats: how matrices are stored, the dense model's first.
-        journal: what is done already.
-        new: tokens of the longest answer.
-        size: questions in a batch.
-        seed: of all draws.
-        extensions: what the steps beyond GRIFFIN take.
+        problems: the problem of each item, by the item's name.
+        variants: the variants, without the oracle and without refreshes.
+        formats: formats of the matrices; the dense model that is compared with has the first.
+        journal: the scores that exist already.
+        new: length of the longest answer, in tokens.
+        size: number of questions in a batch.
+        seed: seed of all draws.
+        extensions: options of the steps beyond GRIFFIN.
 
     Returns:
-        For each format, by its name, for each text and variant `text`, the answer up to where it is complete, and
+        For each format, by its name, each item and each variant: `text`, the answer up to where it is complete, and
         `solved`.
     """
     assert llm.tokenizer is not None
@@ -105,15 +105,15 @@ def solve(
         return found
 
     def missing(weights: Format, some: Sequence[Item]) -> list[Variant]:
-        """The variants that not all of some texts have been answered by."""
+        """The variants that have not answered all of some items."""
         entries = [journal.scores.get(entry_name(weights, item), {}) for item in some]
         here = [variant for _, variant in compared([weights], variants)]
         return [variant for variant in here if any(variant.name not in entry for entry in entries)]
 
     done = sum(not missing(weights, [item]) for weights in formats for item in items)
     with tqdm(total=len(formats) * len(items), initial=done, unit="problem", disable=None) as progress:
-        # Formats that read prompts with the same model answer a problem one after the other, so that they can be
-        # compared before all problems are done.
+        # Formats that read prompts with the same model take turns at each problem, so that they can be compared before
+        # all problems are done.
         for fine in dict.fromkeys(map(fine_format, formats)):
             alike = [weights for weights in formats if fine_format(weights) == fine]
             texts = [item for item in items if any(missing(weights, [item]) for weights in alike)]
@@ -131,7 +131,7 @@ def solve(
                     found = zip(
                         batch.items, answers(stored, few[weights], weights, left, batch, prefilled), strict=True
                     )
-                    # What has been answered stays, though it was answered again for the others of its batch.
+                    # Old answers are kept, even if they were written again along with the rest of the batch.
                     named = ((entry_name(weights, item), verdicts) for item, verdicts in found if item in unanswered)
                     journal.add({name: verdicts | journal.scores.get(name, {}) for name, verdicts in named})
                     progress.update(len(unanswered))
@@ -148,19 +148,19 @@ def solve_drafted(
     *,
     new: int,
 ) -> dict[str, dict[str, Any]]:
-    """Greedy answers by speculative decoding, up to the token that ends them, and whether they are right.
+    """Writes greedy answers by speculative decoding, up to the token that ends them, and decides which are right.
 
     Args:
         llm: the model, with floating weights if there are several formats.
         items: the questions as prompts.
-        problems: what decides about an answer, by the item's name.
-        drafted: from `griffin_jax.evaluation.front.pairs`.
-        journal: what is done already.
-        new: tokens of the longest answer.
+        problems: the problem of each item, by the item's name.
+        drafted: the pairs, from `griffin_jax.evaluation.front.pairs`.
+        journal: the scores that exist already.
+        new: length of the longest answer, in tokens.
 
     Returns:
-        For each pair, by `drafted_name`, and each text `text` and `solved` as from `solve`, `tokens`, how many were
-        written, and the `griffin_jax.evaluation.drafts.counts`.
+        For each pair, by its `drafted_name`, and each item: `text` and `solved` as from `solve`; `tokens`, the number
+        of tokens that were written; and the `griffin_jax.evaluation.drafts.counts`.
     """
 
     def verdict(item: Item, out: Generation) -> dict[str, Any]:
@@ -182,17 +182,17 @@ def figures(
     """One entry for each format and variant, against the dense model in the first format.
 
     Args:
-        scores: from `solve`.
-        variants: its variants, the dense one first.
-        qualities: for people, what a method is.
-        bytes_of: bytes per token of a format and a variant that are `griffin_jax.evaluation.front.compared`.
-        seed: of the bootstrap.
-        drafted: of models with drafters what `solve_drafted` gives, and their bytes per token.
+        scores: what `solve` returned.
+        variants: the variants that were compared, the dense one first.
+        qualities: the quality that each method stands for.
+        bytes_of: bytes per token of each format and variant that are `griffin_jax.evaluation.front.compared`.
+        seed: seed of the bootstrap.
+        drafted: for models with drafters, what `solve_drafted` returned and their bytes per token.
 
     Returns:
         Entries with `solved`, `problems`, the intervals `share` (of all problems) and `kept` (of those that the dense
-        model solves, None if it solves none), `lost` and `gained` (solved by one of both), and `p` of McNemar's exact
-        test that both solve equally many.
+        model solves; None if it solves none), `lost` and `gained` (problems that only the dense model, or only this
+        one, solves), and `p` of McNemar's exact test of whether both solve equally many.
     """
     dense = [text[DENSE]["solved"] for text in next(iter(scores.values())).values()]
     found = []
@@ -209,7 +209,7 @@ def figures(
 
 
 def _against(solved: Sequence[bool], dense: Sequence[bool], seed: int) -> dict[str, Any]:
-    """What the figures have of one model's verdicts next to the dense model's."""
+    """The part of an entry that compares a model's verdicts with the dense model's."""
     kept = [float(here) for here, there in zip(solved, dense, strict=True) if there]
     lost, gained = len(kept) - int(sum(kept)), sum(solved) - int(sum(kept))
     return {
@@ -224,12 +224,12 @@ def _against(solved: Sequence[bool], dense: Sequence[bool], seed: int) -> dict[s
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """The exact two-sided p-value of McNemar's test, from the problems that only one of two models solves."""
+    """The exact two-sided p-value of McNemar's test, from how many problems only one of two models solves."""
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def table(figures: Figures) -> str:
-    """Rows of figures with their intervals."""
+    """A table of the figures with their intervals."""
     width, kind = width_of(figures, "weights"), width_of(figures, "quality")
     problems = figures[0]["problems"]
     lines = [
@@ -254,12 +254,14 @@ def _share(figure: Mapping[str, float | None] | None) -> str:
 
 
 def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
-    """The share of solved problems against megabytes per token: a line for each format and quality, and for drafters.
+    """Draws the share of solved problems against megabytes per token.
+
+    There is a line for each format and quality, and for models with drafters.
 
     Args:
-        figures: those of `figures`.
-        title: of the whole.
-        file: a PNG.
+        figures: what the function `figures` returned.
+        title: title of the plot.
+        file: the PNG file that is written.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -271,7 +273,7 @@ def plot(figures: Figures, title: str, file: str | os.PathLike[str]) -> None:
     alone = [entry for entry in figures if entry["method"] != DRAFTED]
     formats = list(dict.fromkeys(entry["weights"] for entry in alone))
     qualities = list(dict.fromkeys(entry["quality"] for entry in alone if entry["method"] != DENSE))
-    # Where nothing is pruned, dense rows are all there is.
+    # If nothing is pruned, all rows are dense.
     names = qualities or list(dict.fromkeys(entry["quality"] for entry in alone))
     for number, weights in enumerate(formats):
         for quality, style in zip(names, STYLES, strict=False):

@@ -1,10 +1,10 @@
-"""The three evaluations: texts in, scores of every text and every variant out.
+"""Three evaluations, which score every text with every variant:
 
     divergence   how far the pruned models' predictions are from the dense one's
-    perplexity   how probable text is after prompts of several lengths, for several lengths of answers
+    perplexity   how probable texts are after prompts of several lengths, for several lengths of answers
     summarize    how good the answers are, by ROUGE
 
-Each takes texts as `Item`s, goes through them in batches, and notes the scores of each in a `Journal`.
+Each takes texts as `Item`s, goes through them in batches, and writes the scores of each text to a `Journal`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from griffin_jax.text.stops import StopStrings
 from griffin_jax.utils import programs
 
 REAL, OWN = "real", "own"
-"""Continuations: what really follows, and what the dense model itself would write."""
+"""The two continuations of a text: what really follows, and what the dense model itself would write."""
 
 CHUNK = 16
-"""Tokens decoded between two looks at whether all answers have ended."""
+"""The number of tokens decoded before it is checked again whether all answers have ended."""
 
 
 def divergence(
@@ -53,12 +53,12 @@ def divergence(
     extensions: Extensions = DEFAULTS,
     factored: Sequence[Factored] = (),
 ) -> dict[str, Any]:
-    """Scores of the real continuation and of the dense model's own (greedy, at most `new` tokens).
+    """Scores the real continuation and the dense model's own one (greedy, at most `new` tokens).
 
-    Factored models, if there are some, are scored on the same tokens.
+    Factored models, if there are any, are scored on the same tokens.
 
     Returns:
-        For each text `real` and `own`, each as `score_answers` has them with one length.
+        For each text, `real` and `own`, each with what `score_answers` returns for a single length.
     """
     model, eos = llm.model, llm.config.eos_token_ids
 
@@ -96,22 +96,22 @@ def perplexity(
     extensions: Extensions = DEFAULTS,
     lead: int = 0,
 ) -> dict[str, Any]:
-    """Scores of the same tokens after the last P tokens of what stands before them, for every P.
+    """Scores the same tokens after the last P tokens of what stands before them, for every P.
 
     Args:
         llm: the model.
-        items: with prompts of at least max(prompts) and answers of max(news) tokens.
-        variants: what to compare.
-        journal: what is done already.
+        items: the texts, with prompts of at least max(prompts) tokens and answers of max(news) tokens.
+        variants: the variants to compare.
+        journal: the scores that exist already.
         prompts: prompt lengths P.
-        news: answer lengths G; the tokens of a shorter one are the first of a longer one.
-        size: texts in a batch.
-        seed: of all draws.
-        extensions: what the steps beyond GRIFFIN take.
-        lead: tokens that every text begins with, of which shorter prompts have all, too.
+        news: answer lengths G; a shorter answer is the beginning of a longer one.
+        size: number of texts in a batch.
+        seed: seed of all draws.
+        extensions: options of the steps beyond GRIFFIN.
+        lead: number of tokens with which every text begins; shorter prompts begin with all of them, too.
 
     Returns:
-        For each text and P (as text) what `score_answers` has, along `news`.
+        For each text and P (as a string), what `score_answers` returns for the lengths `news`.
     """
 
     def score(batch: Batch) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def perplexity(
 
 
 def _shortened(item: Item, length: int, lead: int) -> Item:
-    """The text with the last tokens of its prompt, behind those that it begins with."""
+    """The text with a shorter prompt: the `lead` tokens with which it begins, then its last tokens."""
     return dataclasses.replace(item, prompt=[*item.prompt[:lead], *item.prompt[lead:][-(length - lead) :]])
 
 
@@ -148,12 +148,12 @@ def summarize(
     seed: int,
     extensions: Extensions = DEFAULTS,
 ) -> dict[str, Any]:
-    """Every variant's greedy answers and their ROUGE against the references.
+    """Writes every variant's greedy answers, and computes their ROUGE against the references.
 
     The oracle selects by the statistic of the dense model's own answer.
 
     Returns:
-        For each text and variant `text` and the F-measures `rouge1`, `rouge2` and `rougeL`.
+        For each text and variant, the answer `text` and the F-measures `rouge1`, `rouge2` and `rougeL`.
 
     Raises:
         ImportError: the package rouge-score is not installed.
@@ -172,7 +172,7 @@ def summarize(
         return strings.cut(tokens) is not None
 
     def until_its_end(tokens: list[int]) -> list[int]:
-        # Others of the batch may have gone on.
+        # The answer may have gone on while others of the batch had not ended.
         return next((tokens[:n] for n in range(1, len(tokens)) if ended(0, tokens[:n])), tokens)
 
     def score(batch: Batch) -> list[dict[str, Any]]:
@@ -196,7 +196,7 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 def rouge_scorer(stem: bool) -> Any:
-    """What compares an answer with a reference, by words or (with `stem`) by their stems.
+    """The scorer that compares an answer with a reference, by words or (with `stem`) by their stems.
 
     Raises:
         ImportError: the package rouge-score is not installed.
@@ -215,14 +215,14 @@ def generate(
     eos: tuple[int, ...],
     ended: Callable[[int, Sequence[int]], bool] = lambda row, tokens: False,
 ) -> list[list[int]]:
-    """Greedy answers after prompts, whose cache stays as it is.
+    """Writes greedy answers to prompts, whose cache is left unchanged.
 
     Args:
         model: the full model or a pruned one.
         prefilled: the prompts, with room for the answers.
-        new: tokens of the longest answer.
-        eos: any of these tokens ends an answer, and is its last one.
-        ended: whether the growing answer of a row needs no more tokens.
+        new: length of the longest answer, in tokens.
+        eos: tokens that end an answer; the answer includes the one that ends it.
+        ended: returns whether the unfinished answer of a row needs no more tokens.
     """
     cache = _copy(prefilled.cache)
     statistics = Statistics((), prefilled.statistics.tokens)

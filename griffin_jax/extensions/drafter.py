@@ -1,14 +1,14 @@
-"""A model of fewer bits that drafts, for speculative decoding.
+"""Beyond GRIFFIN: a draft model of fewer bits, for speculative decoding.
 
     drafter = drafter_of(model, "int4")
     pruned = prune(drafter, select(prefilled.statistics, GriffinConfig(0.5)))
     state, drafting = decode_speculative(model, pruned, state, N, drafts=4)
 
-What a draft costs is what it reads. A pruned model reads fewer neurons, but attention and head as they are: with half
-of its neurons it still reads more than half of a step. In fewer bits it reads less of everything. Whatever it drafts,
-answers are those of the full model; see `griffin_jax.extensions.speculative`.
+The cost of a draft is what it reads. A pruned model reads fewer neurons, but all of attention and the head: with half
+of its neurons, it still reads more than half of what a dense step does. A copy in fewer bits reads less of everything.
+Whatever is drafted, the answers are those of the full model; see `griffin_jax.extensions.speculative`.
 
-The drafter's matrices are held in addition to the model's; embedding, norms and biases are the model's own.
+The drafter's matrices are held in addition to the model's. Embedding, norms and biases are shared with the model.
 """
 
 from __future__ import annotations
@@ -34,14 +34,17 @@ from griffin_jax.model.weights import Outputs, Precision, WeightFormat, floating
 from griffin_jax.parallel.mesh import mesh_of
 
 BLOCK = 1 << 22
-"""Numbers of a matrix that are floating together while it is rounded, on one device."""
+"""Largest number of values of a matrix that are in floating point at a time while it is rounded, on one device."""
 
 
 def draft_format(weights: str | WeightFormat) -> WeightFormat:
-    """A format to draft in.
+    """The format of a draft model's matrices.
+
+    Args:
+        weights: the format or its name, such as `int4:32`.
 
     Raises:
-        ValueError: it is none of integers.
+        ValueError: it is not an integer format.
     """
     try:
         found = WeightFormat.parse(weights)
@@ -53,17 +56,18 @@ def draft_format(weights: str | WeightFormat) -> WeightFormat:
 
 
 def drafter_of(model: Transformer, weights: str | WeightFormat = "int4") -> Transformer:
-    """The same model with all matrices in another format, and all other arrays those of the model.
+    """A copy of the model with all matrices in another format; it shares all other arrays with the model.
 
-    The embedding, of which a step reads one row, stays as it is. Where it makes the logits, too, the drafter has a head
-    of its own.
+    The embedding, of which a step reads one row per token, is shared as well. If it also serves as the head, the
+    drafter gets a separate head in its own format.
 
     Args:
-        model: the full one, in any format. It stays as it is.
-        weights: an integer format, for the head, too.
+        model: the full model, in any format. It stays as it is.
+        weights: the integer format of all matrices, including the head.
 
     Raises:
-        ValueError: the format is no integer one or does not fit the model's rows, or the model is no full one.
+        ValueError: the format is not an integer format or does not fit the model's rows; or the model is pruned for
+            every sequence, masked or held in two groups of rows.
     """
     check_whole(model)
     weights = draft_format(weights)
@@ -85,11 +89,11 @@ def drafter_of(model: Transformer, weights: str | WeightFormat = "int4") -> Tran
 
 
 def drafter_bytes(config: ModelConfig, precision: Precision, devices: int = 1) -> int:
-    """Bytes on each device of what a drafter holds in addition to its model.
+    """The bytes on each device that a drafter holds in addition to its model.
 
     Args:
-        config: of the model.
-        precision: how the model computes, and what the drafter's matrices are stored as.
+        config: the architecture of the model.
+        precision: how the model computes, and how the drafter's matrices are stored.
         devices: number of devices that the model is divided among.
     """
     arrays = local_arrays(config, devices, precision)
@@ -103,14 +107,16 @@ def drafter_bytes(config: ModelConfig, precision: Precision, devices: int = 1) -
 def step_bytes(
     config: ModelConfig, precision: Precision, slots: int, kept: Sequence[int] | None, weights: WeightFormat | None
 ) -> tuple[int, int]:
-    """Bytes that a draft reads for one sequence, and those that a step of the full model does; each with its cache.
+    """The bytes that a draft reads for one sequence, and those that a step of the full model reads.
+
+    Both include the cache.
 
     Args:
-        config: of the model.
-        precision: of the model.
-        slots: of the cache.
-        kept: neurons of each layer that the drafter keeps; all if None.
-        weights: what the drafter's matrices are stored as; None for those of the model.
+        config: the architecture of the model.
+        precision: how the model computes, and how its matrices are stored.
+        slots: number of slots of the cache.
+        kept: number of neurons that the drafter keeps in each layer; all if None.
+        weights: the format of the drafter's matrices; None if it reads the model's own.
     """
     one = dataclasses.replace(config, kv_copies=1)
     full = Sizes(one, 1, slots, precision, shared=True)
@@ -121,13 +127,13 @@ def step_bytes(
 
 
 def _is_of_a_matrix(path: str, arrays: Mapping[str, jax.ShapeDtypeStruct]) -> bool:
-    """Whether an array holds integers, or the scales of integers."""
+    """Whether an array holds the integers of a matrix, or their scales."""
     matrix = arrays.get(matrix_of(path))
     return matrix is not None and jnp.issubdtype(matrix.dtype, jnp.integer)
 
 
 def round_feed_forward(ff: FeedForward | RoutedFeedForward, weights: WeightFormat) -> None:
-    """Store the matrices of a feed-forward layer, or of its experts, in an integer format."""
+    """Store the matrices of a feed-forward layer, or of its routed and shared experts, in an integer format."""
     for part in ff.parts():
         gate_up = _rounded(part.gate_up, part.gate_up_scale, weights, "first")
         down = _rounded(part.down, part.down_row_scale, weights, part.down_outputs, part.down_scale)
@@ -144,14 +150,14 @@ def _rounded(
     outputs: Outputs,
     scale: nnx.Param | None = None,
 ) -> Matrix:
-    """A stored matrix in an integer format.
+    """Converts a stored matrix to an integer format.
 
     Args:
-        values: its numbers.
-        row_scale: the scales of its rows or of groups of them, if there are any.
-        weights: the format.
-        outputs: which axes count the outputs of its product.
-        scale: the scales of its outputs, where the last axis counts them.
+        values: the stored values of the matrix.
+        row_scale: the scales of its rows, or of groups within them; None if it has none.
+        weights: the format to convert to.
+        outputs: which axes of the matrix count the outputs of its product.
+        scale: the scales of its outputs, if the last axis counts outputs; None if it has none.
     """
     matrix, rows, last = values[...], array_of(row_scale), array_of(scale)
     count = matrix.shape[-2]

@@ -1,9 +1,9 @@
-"""Pruning in place: the kept rows are moved to the front, instead of copied next to the model.
+"""Pruning in place: the kept rows are regrouped within the model instead of copied next to it.
 
-`griffin_jax.prune` leaves the full model as it is, so that the kept rows are in memory twice. Here each feed-forward
-layer has two groups of rows, the kept ones and the others: the dense model uses both, the pruned one only the first.
-For the next prompt the rows are regrouped, one matrix after the other, and each old matrix is given up for its
-successor. That takes memory for one more matrix.
+`griffin_jax.prune` leaves the full model as it is, so the kept rows are in memory twice. Here, each feed-forward layer
+has two groups of rows, the kept ones and the others. The dense model uses both groups, the pruned one only the first.
+For the next prompt, the rows are regrouped one matrix after the other, and each old matrix is freed once the new one is
+complete. This takes additional memory for a single matrix.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from griffin_jax.utils import programs
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Rows:
-    """A parameter with a row for each neuron.
+    """A parameter with a row for each neuron, in groups of rows.
 
     Attributes:
-        groups: the kept rows, and the others if there are any.
-        order: the neuron of each row, of each expert if there are some; one object for all parameters of a module whose
-            rows correspond.
+        groups: the kept rows, and the other rows if there are any.
+        order: the neuron of each row, (F,), or (E, F) for E routed experts. Parameters of a module whose rows are in
+            the same order have the same object.
     """
 
     groups: tuple[Array, ...]
@@ -44,18 +44,20 @@ class _Rows:
 class InPlace:
     """A model that shares all its memory with its pruned form.
 
-    If a prune ends early, for want of memory or because it was interrupted, some parameters of a layer may be regrouped
-    and others not. Each is recorded together with the order of its rows, and the next use of `model` finishes that.
+    If `prune` ends early, because memory runs out or because it is interrupted, some parameters of a layer may be
+    regrouped and others not. Each parameter is recorded together with the order of its rows, and the next use of
+    `model` completes the regrouping.
 
     Args:
-        model: the full model, which is used up: its feed-forward arrays belong to this object from now on.
+        model: the full model. It cannot be used afterwards: this object takes over its feed-forward arrays.
 
     Attributes:
-        magnitudes: of a model with routed experts, as for `griffin_jax.select`, in the order of the checkpoint.
+        magnitudes: for a model with routed experts, the `magnitudes` that `griffin_jax.select` takes, in the order of
+            the checkpoint; None for other models.
     """
 
     def __init__(self, model: Transformer):
-        # Of this one everything but the neurons' rows is used.
+        # Everything but the neurons' rows is taken from this model.
         self._template = model
         self._model: Transformer | None = model
         self.magnitudes = jitted.magnitudes_of(model)
@@ -67,12 +69,12 @@ class InPlace:
 
     @property
     def model(self) -> Transformer:
-        """The dense model; another object after every `prune`.
+        """The dense model; a new object after every `prune`.
 
-        It computes what it always did, but its neurons, and so its statistics, are in another order: see `in_order`.
+        It always computes the same, but the order of its neurons, and thus of its statistics, changes; see `in_order`.
 
         Raises:
-            RuntimeError: a prune ended early, and there is no memory to finish it.
+            RuntimeError: an earlier `prune` ended early, and there is no memory to complete it.
         """
         if self._model is None:
             try:
@@ -87,7 +89,7 @@ class InPlace:
         return self._model
 
     def in_order(self, statistics: Statistics) -> Statistics:
-        """Statistics of `model`, with the neurons in the order of the checkpoint."""
+        """Puts statistics that `model` recorded into the order that neurons have in the checkpoint."""
         left, ordered = iter(self._parts), []
         for layer, squares in zip(self._template.layers, statistics.squares, strict=True):
             orders = [_order(next(left)) for _ in layer.ff.parts()]
@@ -95,14 +97,17 @@ class InPlace:
         return dataclasses.replace(statistics, squares=tuple(ordered))
 
     def prune(self, experts: ExpertNeurons) -> Transformer:
-        """Regroup `model`, and return the pruned model, which is valid until the next call.
+        """Regroup the rows of `model`, and return the pruned model, which is valid until the next call.
 
         Args:
-            experts: the neurons to keep, one set for the whole batch, in the order of the checkpoint.
+            experts: the neurons to keep, one set for the whole batch, counted in the order of the checkpoint.
+
+        Returns:
+            A model with only the kept rows in its feed-forward layers. It shares them with `model`.
 
         Raises:
             RuntimeError: as for `model`.
-            ValueError: the neurons are of another model, or there is a set for each of several sequences.
+            ValueError: the expert neurons do not fit the model, or each of several sequences has its own set.
         """
         check_experts(experts, self.model)
         if not experts.shared and experts[0].shape[0] > 1:
@@ -120,7 +125,7 @@ class InPlace:
         return self._built(dense=False)
 
     def _finish(self) -> None:
-        """Give all parameters of a module the order of its first one, whose rows are moved before the others'."""
+        """Give all parameters of each module the row order of its first parameter, which is always moved first."""
         for part in self._parts:
             order, kept = _order(part), _size(*next(iter(part.items())))
             for name, rows in part.items():
@@ -137,12 +142,12 @@ class InPlace:
 
 
 def _order(part: dict[str, _Rows]) -> Int[Array, "*e f"]:
-    """The neuron of each row of a module."""
+    """The neuron of each row of a module, (F,) or (E, F)."""
     return next(iter(part.values())).order
 
 
 def _size(name: str, rows: _Rows) -> int:
-    """The number of rows of the first group."""
+    """The number of rows in the first group of a parameter."""
     return rows.groups[0].shape[NEURON_AXES[name] + rows.order.ndim - 1]
 
 
@@ -153,18 +158,18 @@ def _move(
     others: Int[Array, "*e rest"],
     order: Int[Array, "*e f"],
 ) -> None:
-    """Regroup the rows of one parameter; whatever happens, it is recorded with the order that it has."""
+    """Regroup the rows of one parameter. If this ends early, the parameter is still recorded with its actual order."""
     old = part[name].groups
     kept, rest = jax.block_until_ready(_regroup(name, old, chosen, others))
     part[name] = _Rows((kept, rest) if others.size else (kept,), order)
-    # Deleted now and not when the last reference goes, or all layers would be in memory twice. (Rows cannot change
-    # places within the memory that they are read from.)
+    # Freed now rather than with the last reference; otherwise all layers would be in memory twice. (Rows cannot be
+    # moved within the memory that they are read from.)
     for array in old:
         array.delete()
 
 
 def _put(part: NeuronModule, kept: dict[str, Array], rest: dict[str, Array]) -> None:
-    """Give a module these rows, in one group, or in two if there is a rest."""
+    """Store rows in a module, in one group, or in two groups if `rest` is not empty."""
     part.rest = nnx.data(None)
     if rest:
         others: NeuronModule = jax.tree.map(lambda leaf: leaf, part)
@@ -180,7 +185,7 @@ def _put(part: NeuronModule, kept: dict[str, Array], rest: dict[str, Array]) -> 
 def _places(
     order: Int[Array, "*e f"], indices: Int[Array, "*e k"]
 ) -> tuple[Int[Array, "*e k"], Int[Array, "*e rest"], Int[Array, "*e f"]]:
-    """The places of the rows of the neurons `indices` and of the others, and the neuron of each row afterwards."""
+    """Where the rows of the neurons `indices` and of all other neurons are, and the neuron of each row afterwards."""
     if order.ndim == 2:
         return jax.vmap(_places_of_one)(order, indices)
     return _places_of_one(order, indices)
@@ -197,7 +202,7 @@ def _places_of_one(order: Array, indices: Array) -> tuple[Array, Array, Array]:
 def _regroup(
     name: str, groups: Sequence[Array], chosen: Int[Array, "*e k"], others: Int[Array, "*e rest"]
 ) -> tuple[Array, Array]:
-    """The rows at the places `chosen`, and those at `others`; of experts for each of them."""
+    """The rows of a parameter at the places `chosen`, and those at `others`; for routed experts, of each expert."""
     if chosen.ndim == 2:
         return jax.vmap(functools.partial(_regroup_one, name))(groups, chosen, others)
     return _regroup_one(name, groups, chosen, others)
@@ -210,7 +215,7 @@ def _regroup_one(name: str, groups: Sequence[Array], chosen: Array, others: Arra
         found = take_rows(groups[0], places, axis)
         if len(groups) == 1:
             return found
-        # The rows of both groups together, without joining them.
+        # Takes from both groups without concatenating them.
         size = groups[0].shape[axis]
         second = take_rows(groups[1], jnp.maximum(places - size, 0), axis)
         return jnp.where(jnp.expand_dims(places < size, range(1, found.ndim - axis)), found, second)
@@ -226,7 +231,12 @@ def _inverse(order: Int[Array, "*e f"]) -> Int[Array, "*e f"]:
 
 @programs.jit
 def _inverse_take(squares: Array, orders: list[Array]) -> Array:
-    """The statistics of a layer, of whose modules these are the orders."""
+    """The statistics of a layer, (B, F), in the order of the checkpoint.
+
+    Args:
+        squares: the statistics in the current order.
+        orders: the neuron of each row, for each module of the layer.
+    """
     found, start = [], 0
     for order in orders:
         own = squares[:, start : start + order.size].reshape(-1, *order.shape)

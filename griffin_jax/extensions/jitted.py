@@ -1,4 +1,4 @@
-"""The steps beyond GRIFFIN, compiled; like `griffin_jax.generation.jitted`."""
+"""Compiled versions of the steps beyond GRIFFIN, like those of `griffin_jax.generation.jitted`."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ refresh = programs.jit(
     refreshing.refresh, static_argnames=("width", "eos"), donate_argnames=("state", "statistics", "rows")
 )
 teacher_force_refreshed = refreshing.teacher_force_refreshed
-"""Not jitted as a whole: its steps are, one by one."""
+"""Not jitted as a whole; its steps are jitted one by one."""

@@ -1,8 +1,8 @@
-"""Drafts that cost nothing: tokens copied from where the last ones have stood before (prompt lookup decoding).
+"""Drafts that cost nothing: tokens copied from an earlier occurrence of the last ones (prompt lookup decoding).
 
 Answers often repeat their prompt: a function's signature and its examples, a name, the sentence that is asked about.
-Where the last tokens of an answer occur earlier in the prompt or in the answer, what came next there is drafted. No
-weights are read for such drafts, and the full model decides about them as about others; see
+If the last tokens of an answer occur earlier in the prompt or in the answer, the tokens that followed there are
+drafted. No weights are read for such drafts, and the full model accepts or replaces them like others; see
 `griffin_jax.extensions.speculative`. The idea is Saxena's prompt lookup decoding
 (https://github.com/apoorvumang/prompt-lookup-decoding), also known as n-gram speculation.
 """
@@ -20,11 +20,18 @@ from griffin_jax.generation.padding import bucket
 from griffin_jax.model.cache import EMPTY
 
 LONGEST = 8
-"""The most tokens that are compared with those before another place."""
+"""Largest number of last tokens that are compared with the tokens of an earlier place."""
 
 
 def left_padded(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "b p"]:
-    """Prompts as one array of a bucketed length, padded on the left with `EMPTY`, so that answers follow them."""
+    """Prompts as one array of a bucketed length, padded on the left with `EMPTY`, so that answers follow them directly.
+
+    Args:
+        prompts: the token ids of each prompt.
+
+    Returns:
+        The token ids, (B, P), int32.
+    """
     context = np.full((len(prompts), bucket(max(map(len, prompts)))), EMPTY, np.int32)
     for row, prompt in zip(context, prompts, strict=True):
         row[len(row) - len(prompt) :] = prompt
@@ -32,17 +39,19 @@ def left_padded(prompts: Sequence[Sequence[int]]) -> Int[np.ndarray, "b p"]:
 
 
 def look_up(context: Int[Array, "b c"], end: Int[Array, ""], count: int) -> tuple[Int[Array, "b n"], Int[Array, "b"]]:
-    """What came next where the last tokens stood before: where the most of them did, and of such places the last.
+    """Find an earlier occurrence of the last tokens, and return the tokens that followed there.
 
-    A place so near to the end that fewer than `count` tokens follow it is that of a repetition, which goes on.
+    The place where most of the last tokens agree is taken; if there are several, the latest. If fewer than `count`
+    tokens follow it, the text from there to the end is taken to repeat itself.
 
     Args:
-        context: tokens of each row, `EMPTY` before the first.
-        end: number of columns that are known; what is in the others does not matter.
-        count: n, number of tokens to draft.
+        context: token ids of each row, (B, C), `EMPTY` before the first.
+        end: number of columns that are known; the others are ignored.
+        count: n, the number of tokens to draft.
 
     Returns:
-        The tokens, and how many before them agree, at most `LONGEST`. Where that is 0, the tokens mean nothing.
+        The tokens, (B, n), and how many tokens before them agree, (B,), at most `LONGEST`. If that is 0, the tokens of
+        the row are meaningless.
     """
     columns = context.shape[1]
     place = jnp.arange(columns, dtype=jnp.int32)
@@ -50,7 +59,7 @@ def look_up(context: Int[Array, "b c"], end: Int[Array, ""], count: int) -> tupl
     last = jax.lax.dynamic_slice_in_dim(longer, end, LONGEST, axis=1)
 
     def agree(back: int) -> Array:
-        """Whether tokens so far before each place are those so far before the end."""
+        """Whether the token `back` places before each place is the one `back` places before the last token."""
         there = longer[:, LONGEST - back : LONGEST - back + columns]
         return (there == last[:, LONGEST - 1 - back, None]) & (there != EMPTY)
 

@@ -1,18 +1,21 @@
-"""Bits by importance: of the kept neurons, those that a prompt needs most are read in all of their bits, others in few.
+"""Beyond GRIFFIN: bits by importance. Kept neurons that a prompt needs most are read in all bits, others in fewer.
 
     precise, others = select_mixed(statistics, config, MixedFormat.parse("int8+int4@0.25"))
     pruned = prune_mixed(model, coarse(model), precise, others)
 
-GRIFFIN has two levels, a neuron is read or it is not. Between them are the bits that its rows are read in. Half of what
-4 bits lose is lost in the tenth of the neurons that take part most. `griffin-jax eval front` compares this with uniform
-formats and with pruning, at the bytes that a token reads; docs/tried.md has other ways to choose these neurons.
+GRIFFIN knows two levels: a neuron is read or not. Reading its rows in fewer bits lies between them. Half of the loss
+from rounding to 4 bits comes from the tenth of the neurons that take part most. `griffin-jax eval front` compares mixed
+formats with uniform formats and with pruning, at the number of bytes that a token reads; docs/tried.md has other ways
+to choose the precise neurons.
 
-Without a part, as in `int8+int4`, a density counts bytes instead of neurons (`MixedFormat.at`): what pruning would save
-by leaving neurons out is saved by reading them in fewer bits first, which loses far less.
+The two formats are written as `int8+int4@0.25`: the best quarter of the kept neurons is read in int8, the format of the
+model, and the other kept neurons in int4. The former are called precise. Without a share, as in `int8+int4`, a density
+counts bytes instead of neurons (`MixedFormat.at`): what pruning would save by leaving neurons out is first saved by
+reading neurons in fewer bits, which loses far less.
 
-Each feed-forward layer has two groups of rows (`FeedForward.rest`), each in its own format; attention, embedding and
-head stay as the model has them. The rows in fewer bits are held in addition to the model, for all neurons, since any of
-them may be chosen.
+Each feed-forward layer has two groups of rows (`FeedForward.rest`), each in its own format. Attention, embedding and
+head are the model's. The rows in fewer bits are held for all neurons, in addition to the model, since any of them may
+be chosen.
 """
 
 from __future__ import annotations
@@ -44,19 +47,21 @@ from griffin_jax.model.weights import WeightFormat
 from griffin_jax.utils import programs
 
 FEW_BITS = WeightFormat.parse("int4")
-"""What the other neurons are read in, where nothing is said."""
+"""The default format of the other neurons, which are not precise."""
 
 Chosen = tuple[ExpertNeurons | None, ExpertNeurons | None]
-"""The neurons that are kept in the first format, and those in the second one; None instead of no neuron."""
+"""The neurons that are kept in the first format, and those that are kept in the second; None for no neurons."""
 
 
 def others_format(text: str) -> tuple[WeightFormat, float | None]:
-    """Of `int4@0.25`, the format that the less important of the kept neurons have, and the part that does not have it.
+    """Parses the second format and the share of precise neurons, as in `int4@0.25`.
 
-    The part is None where none is given, as in `int4`.
+    Returns:
+        The format of the kept neurons that are less important, and the share of the kept neurons that are not in it;
+        None if no share is given, as in `int4`.
 
     Raises:
-        ValueError: the format is none of integers, or there is no such part.
+        ValueError: the format is not an integer format, or the share is not in [0, 1).
     """
     name, at, share = text.partition("@")
     try:
@@ -76,16 +81,16 @@ def others_format(text: str) -> tuple[WeightFormat, float | None]:
 
 @dataclasses.dataclass(frozen=True)
 class MixedFormat:
-    """Two formats of the feed-forward rows, and which part of the kept neurons has the first one.
+    """Two formats of feed-forward rows, and the share of the kept neurons that has the first one.
 
     Attributes:
-        fine: how the model's matrices are stored, and the rows of the precise neurons among them.
-        coarse: how the rows of the other kept neurons are stored, in fewer bits.
-        share: part of the kept neurons that is precise, in [0, 1); None for as many as the bytes of a density pay for,
-            see `at`.
+        fine: the first format: that of the model's matrices, and so of the rows of the precise neurons.
+        coarse: the second format: that of the rows of the other kept neurons.
+        share: share of the kept neurons that are precise, in [0, 1); None for as many as the bytes of a density pay
+            for, see `at`.
 
     Raises:
-        ValueError: there is no share, and the coarse format does not have fewer bits.
+        ValueError: `share` is None, and the coarse format does not have fewer bits than the fine one.
     """
 
     fine: WeightFormat
@@ -99,10 +104,10 @@ class MixedFormat:
 
     @classmethod
     def parse(cls, text: str) -> MixedFormat | WeightFormat:
-        """`int8+int4@0.25`, `int8+int4`, or a format without a plus.
+        """Parses two formats, as in `int8+int4@0.25` or `int8+int4`, or a single format, as in `int8`.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: the text is neither.
         """
         fine, plus, rest = text.partition("+")
         if not plus:
@@ -116,17 +121,21 @@ class MixedFormat:
         return f"{self.fine}+{self.coarse}" + ("" if self.share is None else f"@{self.share:g}")
 
     def at(self, density: float | Sequence[float]) -> tuple[MixedFormat | WeightFormat, float | Sequence[float]]:
-        """What a density stands for: the formats with their share, and the part of all neurons that is kept.
+        """Translates a density into formats with a share, and the density of neurons to keep.
 
-        With a share both are as they are given. Without one, the density is the part that is read of the bytes of all
-        rows in the first format. As many neurons as that pays for are kept in the second format; if all are, what is
-        left pays for a share of precise ones, in hundredths. At a density of 1 there is only the first format.
+        With a share, both are returned as given. Without one, the density is a budget of bytes: the share that a step
+        may read of the bytes of all rows in the first format. As many neurons as the budget pays for are kept in the
+        second format. If it pays for all of them, the rest of the budget pays for a share of precise neurons, rounded
+        down to hundredths. A density of 1 gives the first format alone.
 
         Args:
-            density: in (0, 1]; or of each layer, for formats with a share.
+            density: the density, in (0, 1]; for formats with a share, it may also be one density for each layer.
+
+        Returns:
+            The formats with their share (or the first format alone), and the density of neurons to keep.
 
         Raises:
-            ValueError: there are several densities of bytes.
+            ValueError: each layer has its own density, but the formats have no share.
         """
         if self.share is not None:
             return self, density
@@ -141,7 +150,7 @@ class MixedFormat:
         bytes_left = Fraction(repr(float(density)))
         if bytes_left <= of_fine:
             neurons = bytes_left / of_fine
-            # A part such as 8/9 of 13,824 neurons is whole, and its float, as the decimals that it counts for, less.
+            # A share such as 8/9 of 13,824 neurons is a whole number, but the decimals of its float may be less.
             part = float(neurons)
             part = part if Fraction(repr(part)) >= neurons else math.nextafter(part, 1.0)
             return dataclasses.replace(self, share=0.0), part
@@ -154,15 +163,15 @@ class MixedFormat:
         self.coarse.check(width)
 
     def counts(self, config: GriffinConfig, neurons: Sequence[int | Sequence[int]]) -> tuple[list[int], list[int]]:
-        """How many neurons of each layer are precise, and how many of the kept ones are not.
+        """The numbers of kept neurons in each layer, first those that are precise, then the others.
 
         Args:
             config: how many neurons are kept.
-            neurons: of each layer, or of the ranges that they lie in.
+            neurons: number of neurons of each layer, or of each range in it.
 
         Raises:
-            ValueError: as `GriffinConfig.kept`, or as `precise`; or after rounding only some layers have neurons of the
-                second format.
+            ValueError: as for `GriffinConfig.kept` or `precise`; or after rounding, only some layers (or ranges) have
+                neurons in the second format.
         """
         fewer = self.precise(config)
         if fewer is None:
@@ -179,31 +188,32 @@ class MixedFormat:
         return list(map(sum, precise)), list(map(sum, others))
 
     def masks_are_less(self, neurons: int, precise: int, others: int, sets: int) -> bool:
-        """Whether a step reads no more if it reads all neurons in each format, once, than if it reads those that each
-        sequence keeps.
+        """Whether a decode step with masks reads no more bytes than one with copies of each sequence's kept rows.
+
+        With masks, a step reads all neurons in each format that is used, once for all sequences.
 
         Args:
-            neurons: of the full model.
-            precise: of these by each sequence in the first format.
-            others: likewise in the second one.
-            sets: sequences that each keep neurons of their own.
+            neurons: number of neurons of the full model.
+            precise: number of neurons that each sequence keeps in the first format.
+            others: number of neurons that each sequence keeps in the second format.
+            sets: number of sequences that each keep their own neurons.
         """
         fine, rough = self.fine.bits, self.coarse.bits
         all_of_them = neurons * ((fine if precise else 0) + (rough if others else 0))
         return sets > 1 and sets * (precise * fine + others * rough) >= all_of_them
 
     def precise(self, config: GriffinConfig) -> GriffinConfig | None:
-        """The config that selects the precise ones of the neurons that `config` keeps; None if there are none.
+        """The config that selects the precise neurons among those that `config` keeps; None if there are none.
 
         Raises:
-            ValueError: there is no share; `at` a density there is.
+            ValueError: there is no share; `at` gives one for a density.
         """
         if self.share is None:
             raise ValueError(f"how many neurons of {self} are precise depends on the density, which `at` takes")
         if self.share == 0:
             return None
 
-        # Both count as the decimals that were written.
+        # Both are taken as the decimal numbers that were written.
         share = Fraction(repr(float(self.share)))
 
         def part(density: float) -> float:
@@ -215,18 +225,18 @@ class MixedFormat:
 
 
 class MixedSizes:
-    """Bytes of the kept rows in two formats, as `griffin_jax.model.sizes.Sizes` has them of one.
+    """Bytes of the kept rows in two formats, as `griffin_jax.model.sizes.Sizes` counts those in one format.
 
     Args:
-        mixed: both formats.
-        config: which neurons are kept.
-        ranges: of each layer the neurons, or the ranges that they lie in.
-        sizes: the parts of the model in a format, where each sequence has copies of its rows.
-        refitted: whether rows are refitted, which are always copies.
+        mixed: the two formats.
+        config: how many neurons are kept.
+        ranges: number of neurons of each layer, or of each range in it.
+        sizes: gives the sizes of the parts of the model in a format, for copies of rows for each sequence.
+        refitted: whether rows are refitted; refitted rows are always copies.
 
     Attributes:
-        precise: kept neurons of each layer in the first format.
-        others: likewise in the second one.
+        precise: number of kept neurons in the first format, for each layer.
+        others: number of kept neurons in the second format, for each layer.
         masked: whether decoding reads all rows of both formats, with masks, instead of copies for each sequence.
     """
 
@@ -245,19 +255,19 @@ class MixedSizes:
         sets, routed = self._fine.sets, self._fine.config.routing is not None
         fewer_bytes = not refitted and mixed.masks_are_less(neurons, precise, others, sets)
         self.masked = (routed and sets > 1) or fewer_bytes
-        # All neurons in one of the formats are there already.
+        # If all neurons are kept in one of the formats, they are in memory already.
         self._copies = not self.masked and neurons not in (precise, others)
 
     @property
     def copied(self) -> tuple[int, int]:
-        """Bytes of the copies in each format, next to both models."""
+        """Bytes of the copies of kept rows in each format, in addition to both models."""
         if not self._copies:
             return 0, 0
         return self._fine.ff(self.precise), self._coarse.ff(self.others)
 
     @property
     def step(self) -> int:
-        """Bytes that one decode step must read."""
+        """The bytes that one decode step must read."""
         rest = self._fine.step(None) - self._fine.read(None)
         if self._copies:
             return rest + self._fine.read(self.precise) + self._coarse.read(self.others)
@@ -266,14 +276,15 @@ class MixedSizes:
 
 
 def coarse(model: Transformer, weights: WeightFormat = FEW_BITS) -> Transformer:
-    """The same model with its feed-forward matrices in another format, and all other arrays those of the model.
+    """A copy of the model with its feed-forward matrices in another format; it shares all other arrays with the model.
 
     Args:
-        model: the full one, in any format. It stays as it is.
-        weights: an integer format.
+        model: the full model, in any format. It stays as it is.
+        weights: the integer format of the feed-forward matrices.
 
     Raises:
-        ValueError: groups of the format do not divide the model's rows, or the model is no full one.
+        ValueError: the format's groups do not divide the model's rows evenly; or the model is pruned for every
+            sequence, masked or held in two groups of rows.
     """
     check_whole(model)
     weights.check(model.config.width)
@@ -292,22 +303,22 @@ def select_mixed(
     magnitudes: tuple[Float[Array, "_f"], ...] | None = None,
     kept: ExpertNeurons | None = None,
 ) -> Chosen:
-    """The neurons to keep in the first format, and those to keep in the second one.
+    """Choose the neurons to keep in the first format, and those to keep in the second.
 
     Args:
-        statistics: of the prompts.
-        config: how many neurons are kept in all, by method `topk`.
-        mixed: which part of them is precise.
+        statistics: statistics of the prompts.
+        config: how many neurons are kept in all; the method must be `topk`.
+        mixed: the share of the kept neurons that are precise.
         fuse: as for `griffin_jax.select`.
-        magnitudes: likewise.
-        kept: the neurons that `griffin_jax.select` chose by these, if that is known already.
+        magnitudes: as for `griffin_jax.select`.
+        kept: the result of `griffin_jax.select` for the same arguments, if it is known already.
 
     Returns:
-        The precise neurons and the others; None instead of no neuron.
+        The precise neurons and the others; None for no neurons.
 
     Raises:
-        ValueError: as `griffin_jax.select`; or the method is not `topk`, whose neurons at a smaller density are among
-            those at a larger one.
+        ValueError: as for `griffin_jax.select`; or the method is not `topk`. (Only `topk` guarantees that the neurons
+            of a lower density are among those of a higher one.)
     """
     if config.method != "topk":
         raise ValueError(f'neurons are precise by their rank, which method "topk" gives; method is {config.method!r}')
@@ -321,10 +332,10 @@ def select_mixed(
 
 @programs.jit
 def _others(kept: ExpertNeurons, precise: ExpertNeurons) -> ExpertNeurons:
-    """The kept neurons that are not precise, which are as many for all sequences."""
+    """The kept neurons that are not precise; their number is the same for all sequences."""
 
     def indices(of_all: Bool[Array, "*b f"], of_precise: Bool[Array, "*b f"], k: int) -> Int[Array, "*b k"]:
-        # The sort is stable, so that those of equal value stay in ascending order.
+        # The sort is stable, so indices of equal values stay in ascending order.
         return jnp.argsort(~(of_all & ~of_precise), axis=-1)[..., :k].astype(jnp.int32)
 
     layers = zip(kept.masks(), precise.masks(), kept.kept, precise.kept, strict=True)
@@ -344,20 +355,21 @@ def prune_mixed(
     reuse: Transformer | None = None,
     refit: Reconstruction | None = None,
 ) -> Transformer:
-    """The model that reads some neurons in its own format and others in fewer bits.
+    """Prune a model to some neurons in its own format and others in fewer bits.
 
-    Where all neurons are kept in fewer bits, it is `few`.
+    If all neurons are kept in a single format, the result is `model` or `few` itself.
 
     Args:
-        model: the full one.
-        few: what `coarse` made of it.
+        model: the full model.
+        few: the same model in fewer bits, from `coarse`.
         precise: the neurons to keep in the model's format; None for none.
-        others: those to keep in that of `few`; None for none.
-        reuse: an earlier result for as many neurons that is no longer needed, and whose memory is used.
-        refit: what kept rows are fitted to, where all of them have one format.
+        others: the neurons to keep in the format of `few`; None for none.
+        reuse: an earlier result for equal numbers of neurons that is no longer needed; its memory is used.
+        refit: the refit of the kept rows, which must then all have one format.
 
     Raises:
-        ValueError: as `griffin_jax.prune`, both are None, or rows in two formats are to be refitted.
+        ValueError: as for `griffin_jax.prune`; or both sets of neurons are None, or rows in two formats are to be
+            refitted.
     """
     if precise is None or others is None:
         only, experts = _only(model, few, precise, others)
@@ -375,10 +387,13 @@ def mask_mixed(
     *,
     refit: Reconstruction | None = None,
 ) -> Transformer:
-    """What `prune_mixed` gives, without a copy of any weight: for scoring given tokens.
+    """A masked model that computes what the one from `prune_mixed` does, without a copy of any weight.
+
+    It is for scoring given tokens. The arguments are those of `prune_mixed`.
 
     Raises:
-        ValueError: as `griffin_jax.griffin.masked.mask`, there is no neuron, or rows in two formats are to be refitted.
+        ValueError: as for `griffin_jax.griffin.masked.mask`; or both sets of neurons are None, or rows in two formats
+            are to be refitted.
     """
     if precise is None or others is None:
         only, experts = _only(model, few, precise, others)
@@ -390,7 +405,7 @@ def mask_mixed(
 def _only(
     model: Transformer, few: Transformer, precise: ExpertNeurons | None, others: ExpertNeurons | None
 ) -> tuple[Transformer, ExpertNeurons]:
-    """The neurons that there are, where all have one format, and the model that holds them in it."""
+    """For kept neurons that all have one format: the model that holds them in that format, and the neurons."""
     if precise is not None:
         return model, precise
     if others is not None:
@@ -399,7 +414,7 @@ def _only(
 
 
 def _all_of(model: Transformer, experts: ExpertNeurons) -> bool:
-    """Whether these are all neurons of a model."""
+    """Whether the expert neurons are all neurons of a model."""
     return experts.kept == model.neurons
 
 
@@ -409,12 +424,12 @@ def _check_one_format(refit: Reconstruction | None) -> None:
 
 
 def _joined(model: Transformer, other: Transformer) -> Transformer:
-    """The first model, whose feed-forward layers have the rows of the second one behind their own."""
+    """The first model, with the feed-forward rows of the second as the second group of rows of each layer."""
     joined: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for number, (layer, more) in enumerate(zip(joined.layers, other.layers, strict=True)):
         for part, others in zip(layer.ff.parts(), more.ff.parts(), strict=True):
             rest: NeuronModule = jax.tree.map(lambda leaf: leaf, others)
-            # The outputs of both are added up, and the bias is in one of them.
+            # The outputs of both groups are added up, so only one of them may have the bias.
             rest.down_bias = None
             part.rest = nnx.data(rest)
         if model.config.routed(number) and layer.ff.mask is not None:
@@ -426,7 +441,7 @@ def _joined(model: Transformer, other: Transformer) -> Transformer:
 def _side_by_side(
     first: Bool[Array, "*b f"], second: Bool[Array, "*b f"], sizes: tuple[int, ...]
 ) -> Bool[Array, "*b both"]:
-    """Two masks of all neurons of a layer as one, range by range."""
+    """Joins two masks over all neurons of a layer into one: within each range, the first mask and then the second."""
     found, start = [], 0
     for size, alike in itertools.groupby(sizes):
         stop = start + len(list(alike)) * size
@@ -437,7 +452,7 @@ def _side_by_side(
 
 
 def with_each_group(mixed: Transformer, change: Callable[[Transformer], Transformer]) -> Transformer:
-    """A model in two formats, of which each group of rows was changed as those of a model of its own."""
+    """Applies a change to each group of rows of a model in two formats, as if each group were a separate model."""
     first, second = map(change, _groups(mixed))
     for layer, more in zip(first.layers, second.layers, strict=True):
         for part, others in zip(layer.ff.parts(), more.ff.parts(), strict=True):
@@ -446,7 +461,7 @@ def with_each_group(mixed: Transformer, change: Callable[[Transformer], Transfor
 
 
 def _groups(mixed: Transformer) -> tuple[Transformer, Transformer]:
-    """The two models that `_joined` made one of."""
+    """The two models that `_joined` combined."""
     first, second = (jax.tree.map(lambda leaf: leaf, mixed) for _ in range(2))
     for number, (layer, other) in enumerate(zip(first.layers, second.layers, strict=True)):
         for part in layer.ff.parts():

@@ -1,23 +1,23 @@
-"""Beyond GRIFFIN: what neurons do in general text, in addition to the prompt (after GLASS, arXiv 2508.14302).
+"""Beyond GRIFFIN: a prior, which also ranks neurons by what they do in general text (after GLASS, arXiv 2508.14302).
 
-    prior = Prior.load("smollm2.prior.safetensors")          measured by `griffin-jax prior`, once for a model
+    prior = Prior.load("smollm2.prior.safetensors")          measured once per model, by `griffin-jax prior`
     experts = select(prefilled.statistics, config, fuse=prior.fusion(0.5))
 
-A prompt says little about neurons that it does not need but its answer will. So neurons are ranked twice, by the
-prompt's statistic s and by the same statistic p of general text, and kept by
+A prompt says little about neurons that only its answer will need. Neurons are therefore ranked twice, by their
+statistic s in the prompt and by the same statistic p in general text, and those with the largest
 
     score = (1 - w) * rank(s) + w * rank(p)
 
-Ranks, because the statistics of different texts have different scales.
+are kept. Ranks are used because the statistics of different texts have different scales.
 
-The same texts say which layers can spare most neurons, so that layers may keep different shares of theirs:
+The same texts also show which layers can spare the most neurons, so that layers may keep different shares of theirs:
 
     config = prior.budgeted(GriffinConfig(density=0.5))      as many neurons in all, each layer with its own share
 
-The loss from dropping neuron j of a layer is estimated as p_j^2 c_j / 2, where c_j is its sensitivity
-(`griffin_jax.extensions.sensitivity`). The shares are between equal ones and those with the least loss in all, as far
-from equal ones as was best in texts that were held out: dropping many neurons loses more than the sum of what each one
-loses, so that going the whole way is too far.
+The loss from dropping neuron j of a layer is estimated as p_j^2 c_j / 2, where c_j is the neuron's sensitivity
+(`griffin_jax.extensions.sensitivity`). The shares lie between equal ones and those with the least total loss. How far
+they go was chosen on held-out texts: dropping many neurons loses more than the sum of their single losses, so going all
+the way would be too far.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from griffin_jax.utils.options import number
 PRIOR_FORMAT = "griffin_jax prior 2"
 
 DEFAULT_WEIGHT = 0.5
-"""Weight w of the rank in general text; that of the rank in the prompt is 1 - w."""
+"""Default weight w of the rank in general text; the rank in the prompt has weight 1 - w."""
 
 
 @jax.tree_util.register_dataclass
@@ -53,18 +53,18 @@ class Prior:
     """What a model's neurons do in general text.
 
     Attributes:
-        squares: s^2 of every neuron of each layer over all texts together, float32.
-        rows: calibration rows of each layer for a `Reconstruction`, float16, whose second moments are close to those of
-            the relative activations of a token of the texts; see `griffin_jax.extensions.sketch`. Without layers if
-            there are none.
+        squares: s^2 of every neuron over all texts together, (F,) for each layer, float32.
+        rows: calibration rows for a `Reconstruction`, (C, F) for each layer, float16; empty if there are none. Their
+            second moments are close to those of the relative activations of a token of the texts; see
+            `griffin_jax.extensions.sketch`.
         model: fingerprint of the model that the prior belongs to.
         tokens: number of tokens of the texts.
-        sensitivity: how much predictions depend on each neuron of each layer, see `griffin_jax.extensions.sensitivity`;
-            without layers if it was not measured.
-        strength: how far the shares of layers are on the way from equal ones (0) to those with the least loss (1).
-        uniform: why all layers keep the same share; empty if they keep different ones.
-        ranges: of a model with routed experts, sizes of the ranges that each layer's neurons lie in, as
-            `ModelConfig.neuron_ranges`. All experts of a layer keep equally many.
+        sensitivity: how much predictions depend on each neuron, (F,) for each layer; see
+            `griffin_jax.extensions.sensitivity`. Empty if it was not measured.
+        strength: how far the shares of the layers are on the way from equal ones (0) to those with the least loss (1).
+        uniform: the reason why all layers keep the same share; empty if they keep different ones.
+        ranges: for a model with routed experts, the sizes of the ranges that each layer's neurons are divided into
+            (`ModelConfig.neuron_ranges`). All experts of a layer keep equally many neurons.
     """
 
     squares: tuple[Float[Array, "_f"], ...]
@@ -89,10 +89,10 @@ class Prior:
             )
 
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
-        """The config with a density for each layer, which keeps as many neurons in all.
+        """Give each layer its own density, so that as many neurons are kept in all.
 
-        Every layer keeps a multiple of `config.round_to` and of `config.groups`, and each of its routed experts does.
-        Layers without experts, where others have some, keep the config's density.
+        Every layer, and each of its routed experts, keeps a multiple of both `config.round_to` and `config.groups`. If
+        only some layers have routed experts, the others keep the config's density.
 
         Args:
             config: a config with one density for all layers.
@@ -111,7 +111,7 @@ class Prior:
         """The function that `select` takes as `fuse`.
 
         Args:
-            weight: weight of the prior's rank, in [0, 1]; 0 selects as without the prior.
+            weight: w, the weight of the rank in general text, in [0, 1]; 0 selects as without the prior.
 
         Raises:
             ValueError: the weight is outside its range.
@@ -120,7 +120,7 @@ class Prior:
         return Fusion(self.squares, weight)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all; an existing one is replaced.
+        """Write the prior to a safetensors file, completely or not at all; an existing file is replaced.
 
         Raises:
             OSError: the file cannot be written.
@@ -136,11 +136,11 @@ class Prior:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Prior:
-        """The prior in a file that `save` wrote.
+        """The prior from a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of another kind or version.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, or has another format or version.
         """
         arrays, metadata = load_arrays(path, PRIOR_FORMAT)
         try:
@@ -164,14 +164,15 @@ class Prior:
 
 
 def combined(priors: Sequence[Prior]) -> Prior:
-    """The prior of all texts together, of priors of one model: statistics add up. What does not (calibration rows, and
-    budgets) it is without.
+    """The prior of all texts together, from several priors of one model.
+
+    Statistics add up. Calibration rows and budgets do not, so the result has none.
 
     Args:
-        priors: at least one.
+        priors: the priors, at least one.
 
     Raises:
-        ValueError: there is none, or they are of several models.
+        ValueError: there are no priors, or they belong to different models.
     """
     models = {prior.model for prior in priors}
     if len(models) != 1:
@@ -194,13 +195,14 @@ def _layers(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fusion:
-    """Fuses the scores of a prompt by rank with those of general text: (1 - w) * rank(s) + w * rank(p), float32.
+    """Fuses the scores of a prompt with those of general text by rank: (1 - w) * rank(s) + w * rank(p), float32.
 
-    A value's rank is the number of smaller ones, so that equal values have equal ranks, and the other text decides. So
-    it does for routed experts that no token of the prompt chose.
+    The rank of a value is the number of smaller values, so equal values have equal ranks. Among neurons with equal
+    scores in the prompt, general text therefore decides; for example in routed experts that no token of the prompt
+    chose.
 
     Attributes:
-        squares: p^2 of every neuron of each layer.
+        squares: p^2 of every neuron, (F,) for each layer.
         weight: w; 0 ranks as the prompt does, 1 as general text does.
     """
 
@@ -210,8 +212,11 @@ class Fusion:
     def __call__(self, scores: tuple[Float[Array, "*b _f"], ...]) -> tuple[Float[Array, "*b _f"], ...]:
         """The fused scores of every layer.
 
+        Args:
+            scores: the scores in the prompt, (F,) or (B, F) for each layer.
+
         Raises:
-            ValueError: the scores are of other layers than the prior's.
+            ValueError: the scores and the prior have different numbers of layers or neurons.
         """
         widths = [[layer.shape[-1] for layer in layers] for layers in (scores, self.squares)]
         if widths[0] != widths[1]:
@@ -226,16 +231,16 @@ class Fusion:
 
 
 def check_fusion(method: Method, weight: object) -> None:
-    """Raise `ValueError` unless statistics can be fused with a prior for this method with this weight."""
+    """Raise `ValueError` unless scores of this method can be fused with a prior of this weight."""
     check_fusible(method)
     check_weight(weight)
 
 
 def check_weight(weight: object) -> Any:
-    """The weight of a prior as a Python number; inside of jit it is traced, and was checked before.
+    """Returns the weight of a prior as a Python number. A traced weight, inside jit, was checked before.
 
     Raises:
-        ValueError: it is outside [0, 1].
+        ValueError: the weight is outside [0, 1].
     """
     return number("prior_weight", weight, "in [0, 1]", lambda weight: 0 <= weight <= 1)
 
@@ -244,7 +249,7 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     order = jnp.argsort(score, axis=-1)
     rising = jnp.take_along_axis(score, order, axis=-1)
     place = jnp.broadcast_to(jnp.arange(score.shape[-1], dtype=jnp.int32), score.shape)
-    # Of equal values, the place of the first one.
+    # Equal values get the place of the first of them.
     larger = jnp.diff(rising, axis=-1, prepend=rising[..., :1]) > 0
     ranks = jax.lax.cummax(jnp.where(larger, place, 0), axis=score.ndim - 1)
     return jnp.take_along_axis(ranks, jnp.argsort(order, axis=-1), axis=-1).astype(jnp.float32)
@@ -252,7 +257,7 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
 
 @functools.lru_cache(maxsize=16)
 def _budgeted(prior: Prior, config: GriffinConfig) -> GriffinConfig:
-    """`Prior.budgeted`; every answer asks for it, and sorting all neurons of a large model takes half a second."""
+    """`Prior.budgeted`, cached: every answer calls it, and sorting all neurons of a large model takes half a second."""
     ranges = prior.ranges or tuple((squares.shape[0],) for squares in prior.squares)
     alike = [layer for layer, sizes in enumerate(ranges) if len(sizes) == max(map(len, ranges))]
     losses = [
@@ -272,16 +277,20 @@ def _budgeted(prior: Prior, config: GriffinConfig) -> GriffinConfig:
 
 
 def _by_rank(losses: Float[np.ndarray, "f"], sizes: Sequence[int]) -> Float[np.ndarray, "f_e"]:
-    """What is lost with the neurons of each rank, the best of each range first, if all ranges drop equal shares.
+    """The total loss from dropping the neurons of each rank, best first, if all ranges drop equal shares.
 
     Args:
-        losses: the loss from dropping each neuron.
-        sizes: of the ranges, the first of which has a neuron of every rank.
+        losses: the loss from dropping each neuron of the layer, (F,).
+        sizes: sizes of the ranges. The ranks are those of the first range; in a range of another size, ranks are scaled
+            to it.
+
+    Returns:
+        The sum of the losses of all neurons of each rank, with one entry for each neuron of the first range.
     """
     found, start = np.zeros(sizes[0]), 0
     for size in sizes:
         best_first = -np.sort(-losses[start : start + size])
-        # How many neurons of the first range are kept, less one, where this many of these are.
+        # The number of neurons that the first range keeps, less one, if this range keeps 1, 2, ... neurons.
         rank = -(-np.arange(1, size + 1) * sizes[0] // size) - 1
         found += np.bincount(rank, best_first, sizes[0])
         start += size
@@ -289,18 +298,19 @@ def _by_rank(losses: Float[np.ndarray, "f"], sizes: Sequence[int]) -> Float[np.n
 
 
 def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *, round_to: int = 1) -> tuple[int, ...]:
-    """The number of neurons that each layer keeps, so that the dropped ones lose least; their sum stays that of `kept`.
+    """Divides the kept neurons among the layers so that the total loss from the dropped ones is smallest.
 
-    A layer keeps its best neurons first, so that further ones are worth less and less. Taking the best next block of
-    all layers again and again is therefore exact.
+    The sum stays that of `kept`. A layer keeps its best neurons first, so further neurons are worth less and less.
+    Repeatedly taking the best next block of neurons of any layer is therefore optimal.
 
     Args:
         losses: for each layer, the loss from dropping each neuron, at least 0.
         kept: number of neurons that each layer would keep with equal shares.
-        round_to: number that every layer keeps a multiple of, and at least once.
+        round_to: size of a block. Every layer keeps a multiple of it, and at least one block.
 
     Returns:
-        The number of each layer; `kept` itself if a layer keeps all its neurons, or no multiple of `round_to`.
+        The number of neurons that each layer keeps; `kept` itself if a layer would keep all its neurons or not a
+        multiple of `round_to`.
     """
     if any(k % round_to or k == len(loss) for k, loss in zip(kept, losses, strict=True)):
         return tuple(kept)
@@ -316,34 +326,44 @@ def share_out(losses: Sequence[Float[np.ndarray, "_f"]], kept: Sequence[int], *,
 
 
 def between(uniform: Sequence[int], best: Sequence[int], strength: float, *, round_to: int = 1) -> tuple[int, ...]:
-    """Numbers of kept neurons on the way from uniform ones to the best, with the sum that both have.
+    """Numbers of kept neurons part of the way from uniform to best, with the same sum.
 
     Args:
         uniform: number of neurons that each layer keeps with equal shares, multiples of `round_to`.
-        best: number of neurons that each layer keeps with the least loss, multiples of `round_to`.
+        best: number of neurons that each layer keeps with the least loss, multiples of `round_to`, with the same sum.
         strength: how far to go, from 0 (`uniform`) to 1 (`best`).
-        round_to: number that every layer keeps a multiple of.
+        round_to: every layer keeps a multiple of this number.
     """
     exact = (np.asarray(uniform) + strength * (np.asarray(best) - np.asarray(uniform))) / round_to
     blocks = np.floor(exact).astype(int)
-    # The blocks that rounding down has left over go to the largest remainders.
+    # The blocks that are left over after rounding down go to the layers with the largest remainders.
     left = sum(uniform) // round_to - blocks.sum()
     blocks[np.argsort(blocks - exact, kind="stable")[:left]] += 1
     return tuple(map(int, blocks * round_to))
 
 
 def prior_path(model: str) -> Path:
-    """The prior's file by default: beside a model's folder or file, or in this folder if it is a name."""
+    """The default path of the file with a model's prior.
+
+    It is next to the model's folder or file, or in the working directory if there is no folder or file of that name.
+
+    Args:
+        model: path or name of the model.
+    """
     path = Path(model).absolute() if Path(model).exists() else Path.cwd() / Path(model).name
     return path.with_name(f"{path.name}.prior.safetensors")
 
 
 def load_for_best(model: str, file: str | Path | None) -> Prior:
-    """The prior that quality "best" needs: of a file, by default of the one at `prior_path`.
+    """Loads the prior that quality "best" needs.
+
+    Args:
+        model: path or name of the model.
+        file: the prior's file; the one at `prior_path` if None.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or of another kind or version.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or has another format or version.
     """
     path = Path(file) if file else prior_path(model)
     if not path.is_file():

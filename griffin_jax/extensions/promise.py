@@ -1,22 +1,23 @@
-"""Beyond GRIFFIN: the least density that keeps a promise about how far an answer's predictions are from the dense ones.
+"""Beyond GRIFFIN: take the lowest density that keeps a promise about the divergence from the dense model's predictions.
 
     prefilled = prefill(model, tokens, lengths, max_new_tokens=N, last=T)
-    ends = ends_of(pruners)                                    of pruners by their density the first and the last
+    ends = ends_of(pruners)                         pruners: a pruner for each density; ends: lowest and highest density
     found = try_pruners(model, prefilled, last_tokens, [pruners[density] for density in ends])
     promised = choose(list(pruners), {density: found[:, at] for at, density in enumerate(ends)}, 0.1)
 
-What an answer will lose to pruning is not known before it is written. But the prompt's own last tokens were scored by
-the full model, so a pruned one can be tried on them: its neurons are those that the tokens before these choose, as an
-answer's are those that the prompt chooses. Of a few fixed densities the least one is taken whose divergence is small
-enough, and none is pruned if it never is.
+How much an answer loses to pruning is not known before it is written. But the full model has scored the last tokens of
+the prompt, so pruned models can be tried on these. In a trial, the tokens before the last ones choose the neurons, just
+as the prompt chooses those of the answer. From a few fixed densities, the lowest one whose divergence is small enough
+is taken. If there is none, the answer is dense.
 
-A trial is short, since it must cost little next to reading the prompt, and divergences of single tokens differ widely.
-So what must be small enough is not their mean alone but the mean plus `MARGIN` standard errors of it. And only two of
-the densities are tried, in one pass. Between them divergence is taken to follow a power of what is pruned,
+A trial must be short, because it must cost little next to reading the prompt, and the divergences of single tokens
+differ widely. Therefore not only the mean divergence must be small enough, but the mean plus `MARGIN` of its standard
+errors. Moreover, only two densities d are tried, in one pass. Between them, the divergence is assumed to be a power of
+the pruned share,
 
     KL(d) = a (1 - d)^b
 
-which is nothing where nothing is pruned.
+which is 0 if nothing is pruned.
 """
 
 from __future__ import annotations
@@ -29,36 +30,39 @@ import numpy as np
 from jaxtyping import Float
 
 DENSITIES = (0.25, 0.35, 0.5, 0.65, 0.8, 0.9)
-"""Densities that may be taken, of which those above the least one count. Few, because each has shapes of its own."""
+"""Densities that may be taken; those below the lowest density that the user allows are left out. They are few, because
+each has its own shapes and so its own programs."""
 
 ENDS = 2
-"""Densities that are tried, at most."""
+"""Largest number of densities that are tried."""
 
 TRIALS = (32, 16, 8)
-"""Tokens of a trial: the most of these that the prompt is long enough for. Few, because each compiles anew."""
+"""Numbers of tokens that a trial may have; the largest one that the prompt is long enough for is taken. They are few,
+because each compiles another program."""
 
 PART = 128
-"""A prompt has so many tokens for each of a trial longer than the shortest, so that the pass reads little of it again.
-Its tokens are more costly than a prompt's: they are few, all weights are read for them, and their scores over the
-vocabulary are needed."""
+"""Number of tokens that a prompt must have for each token of a trial, unless it is the shortest trial, so that little
+of the prompt is read again. A token of a trial costs more than one of a prompt: all weights are read for few tokens,
+and their logits over the vocabulary are needed."""
 
 SHORTEST = 256
-"""Tokens of the shortest prompt that has a trial, the shortest one."""
+"""Number of tokens of the shortest prompt that has a trial."""
 
 MARGIN = 3.0
-"""Standard errors of the mean divergence that are added to it: with so many the promise was kept for nine in ten of a
-model's own answers to prompts of four kinds, as `griffin-jax eval promise` counts. Of texts by others it takes more."""
+"""Number of standard errors that are added to the mean divergence. With this number, the promise was kept for nine in
+ten of a model's own answers to prompts of four kinds, as counted by `griffin-jax eval promise`. Texts that others wrote
+take more."""
 
 NOTHING = 1e-12
-"""A divergence, in nats, that stands for smaller ones and those that rounding makes negative."""
+"""Smallest divergence, in nats; it replaces smaller ones and those that rounding makes negative."""
 
 
 def trial_tokens(prompt: int, new: int | None = None) -> int:
-    """The number of tokens at the end of a prompt that are its trial; 0 if it is too short for one.
+    """The number of tokens at the end of a prompt that form its trial; 0 if the prompt is too short for one.
 
     Args:
-        prompt: its tokens.
-        new: how many of them are not read yet, at the end; all if None.
+        prompt: number of tokens of the prompt.
+        new: number of tokens at its end that have not been read yet; all if None.
     """
     if prompt < SHORTEST:
         return 0
@@ -67,22 +71,26 @@ def trial_tokens(prompt: int, new: int | None = None) -> int:
 
 
 def allowed_densities(least: float) -> tuple[float, ...]:
-    """The densities that may be taken instead of all neurons, the least first."""
+    """The densities below 1 that may be taken, ascending.
+
+    Args:
+        least: the lowest density that the user allows.
+    """
     return tuple(sorted({density for density in (least, *DENSITIES) if least <= density < 1}))
 
 
 def ends_of(densities: Collection[float]) -> tuple[float, ...]:
-    """The densities that are tried, of those that may be taken: the least and the largest."""
+    """The densities that are tried: the lowest and the highest of those that may be taken."""
     return tuple(dict.fromkeys((min(densities), max(densities))))
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a density does on a trial.
+    """The divergence of a density on a trial.
 
     Attributes:
-        divergence: mean of each prompt's, in nats per token.
-        bound: these with the margin, which must be small enough.
+        divergence: mean divergence over the trial of each prompt, in nats per token.
+        bound: the same plus the margin, for each prompt; this is what must be small enough.
     """
 
     divergence: tuple[float, ...]
@@ -90,11 +98,11 @@ class Outcome:
 
     @classmethod
     def of(cls, divergences: Float[np.ndarray, "b t"], margin: float = MARGIN) -> Outcome:
-        """The outcome of the divergences of single tokens.
+        """The outcome for given divergences of single tokens.
 
         Args:
-            divergences: of each prompt's trial, in nats, at least two of each.
-            margin: standard errors.
+            divergences: divergences at the T tokens of each prompt's trial, (B, T), in nats; T is at least 2.
+            margin: number of standard errors to add to the mean.
         """
         values = np.asarray(divergences, np.float64)
         mean = values.mean(axis=1)
@@ -102,13 +110,19 @@ class Outcome:
         return cls(tuple(mean.tolist()), tuple((mean + margin * error).tolist()))
 
     def keeps(self, most: float) -> bool:
-        """Whether the most demanding prompt is within so many nats per token."""
+        """Whether the bound of every prompt is at most `most` nats per token."""
         return all(bound <= most for bound in self.bound)
 
 
 def between(density: float, tried: Mapping[float, Outcome]) -> Outcome:
-    """What a density does by those that were tried, the least and the largest: for each prompt, a power of 1 - density
-    through what these do."""
+    """The outcome of a density between the two that were tried.
+
+    For each prompt, the power law KL(d) = a (1 - d)^b is drawn through the two outcomes.
+
+    Args:
+        density: the density, below 1.
+        tried: the outcomes of the lowest and the highest density, in this order.
+    """
     (low, first), (high, second) = tried.items()
     part = math.log((1 - density) / (1 - low)) / math.log((1 - high) / (1 - low))
 
@@ -124,11 +138,12 @@ class Promised:
     """How a promise was kept.
 
     Attributes:
-        most: what was promised, in nats per token.
-        density: what was taken; 1 if nothing was pruned.
-        tokens: of each prompt's trial; 0 if there was none, because a prompt was too short.
-        tried: what was found of the densities that were tried, the least and the largest.
-        outcome: what the density that was taken does, by what was tried; None if nothing was pruned.
+        most: the promised divergence, in nats per token.
+        density: the density that was taken; 1 if nothing was pruned.
+        tokens: number of tokens of each prompt's trial; 0 if there was no trial, because a prompt was too short.
+        tried: the outcomes of the densities that were tried, the lowest and the highest.
+        outcome: the outcome of the density that was taken, measured or derived from those that were tried; None if
+            nothing was pruned.
     """
 
     most: float
@@ -139,12 +154,12 @@ class Promised:
 
     @property
     def divergence(self) -> float:
-        """Mean divergence of the density on the trial of the prompt where it is largest; 0 if nothing was pruned."""
+        """The largest mean divergence that the density has on the trial of any prompt; 0 if nothing was pruned."""
         return 0.0 if self.outcome is None else max(self.outcome.divergence)
 
     @classmethod
     def dense(cls, most: float) -> Promised:
-        """A promise that is kept without a trial."""
+        """A promise that is kept without a trial, because nothing is pruned."""
         return cls(most, 1.0, 0, {}, None)
 
 
@@ -154,13 +169,14 @@ def choose(
     most: float,
     margin: float = MARGIN,
 ) -> Promised:
-    """The least density that keeps a promise for every prompt.
+    """Choose the lowest density that keeps a promise for every prompt; 1 if none does.
 
     Args:
-        densities: those that may be taken, the least first.
-        divergences: of each token of the trials, at the densities of `ends_of`.
-        most: nats per token that are promised.
-        margin: standard errors that are added to the mean of a trial.
+        densities: the densities that may be taken, ascending.
+        divergences: the divergences at the tokens of the trials, (B, T), for each of the densities from `ends_of`, the
+            lowest first.
+        most: the promised divergence, in nats per token.
+        margin: number of standard errors to add to the mean of a trial.
     """
     tried = {density: Outcome.of(found, margin) for density, found in divergences.items()}
     (tokens,) = {found.shape[1] for found in divergences.values()}

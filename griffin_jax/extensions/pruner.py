@@ -1,4 +1,4 @@
-"""select -> prune -> refit, in the one place where they are joined."""
+"""`Pruner`: the one place where select, prune, refit, healing and formats of rows are joined."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import local_sequences, mesh_of
 
 Rows = tuple[Float[Array, "b _r _f"], ...]
-"""Per layer, relative activations of some tokens of every sequence."""
+"""The relative activations of R tokens of every sequence, (B, R, F) for each layer, as in `Prefilled.rows`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pruner:
-    """Everything that decides which neurons a model keeps, and how they are refitted.
+    """Everything that decides which neurons a model keeps and how their rows are refitted.
 
-    A pytree, so that functions that prune can be jitted with it: another prior compiles nothing.
+    It is a pytree, so functions that prune can be jitted with it, and another prior compiles nothing.
 
     Attributes:
-        config: how many neurons are kept, and by which method.
-        rows: tokens of a prompt that kept neurons are refitted to, at most (of all prompts together if they share
-            their neurons); 0 for no refit.
-        fuse: what the scores of the prompt are fused with.
-        calibration: per layer, the rows of general text that are fitted to, too.
-        ridge: of the fit.
-        calibration_weight: tokens of a prompt that general text counts for.
-        healing: what pruned models have in addition; None for nothing.
+        config: how many neurons are kept, and by which method they are chosen.
+        rows: the largest number of tokens of a prompt (of all prompts together if they share their neurons) that the
+            kept rows are refitted to; 0 for no refit.
+        fuse: combines the scores of the prompt with those of a prior; None to use the prompt's alone.
+        calibration: rows that stand for general text, to which the kept rows are fitted as well, (C, F) for each
+            layer; empty for none.
+        ridge: strength of the regularisation of the fit.
+        calibration_weight: weight of general text in the fit, as a number of prompt tokens.
+        healing: the adapter that pruned models get; None for none.
     """
 
     config: GriffinConfig = dataclasses.field(metadata={"static": True})
@@ -54,10 +55,14 @@ class Pruner:
 
     @classmethod
     def of(cls, config: GriffinConfig, extensions: Extensions = Extensions()) -> Pruner:
-        """The pruner of these options.
+        """The pruner for these options.
+
+        Args:
+            config: the options of GRIFFIN.
+            extensions: the options of the steps beyond GRIFFIN.
 
         Raises:
-            ValueError: they do not go together.
+            ValueError: the options exclude each other.
         """
         extensions.check(config)
         prior = extensions.prior
@@ -72,11 +77,12 @@ class Pruner:
         )
 
     def rows_of_each(self, batch: int, experts: ExpertNeurons | None = None) -> int:
-        """Tokens of each sequence whose activations `prefill` must record.
+        """The number of tokens of each sequence whose relative activations `prefill` must record, its `rows`.
 
         Args:
-            batch: sequences.
-            experts: neurons that are given; else they are shared as the config says.
+            batch: number of sequences.
+            experts: the expert neurons, if they are known already. If None, the config says whether the batch shares
+                its neurons.
         """
         together = self.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
         return rows_of_each(self.rows, batch, together)
@@ -88,18 +94,18 @@ class Pruner:
         seed: int | Int[Array, "*b"] = 0,
         magnitudes: tuple[Float[Array, "_f"], ...] | None = None,
     ) -> ExpertNeurons:
-        """The neurons to keep, by what was recorded of the prompts.
+        """Choose the neurons to keep by the statistics of the prompts.
 
         Args:
-            model: the full one.
-            statistics: of the prompts.
-            seed: for the methods that draw: one, or one for each sequence.
-            magnitudes: as for `griffin_jax.select`; those of the model if None.
+            model: the full model.
+            statistics: statistics of the prompts.
+            seed: seed for the methods that draw: one, or one for each sequence, (B,).
+            magnitudes: as for `griffin_jax.select`; computed from the model if None.
 
         Raises:
-            ValueError: as `griffin_jax.select`.
+            ValueError: as for `griffin_jax.select`.
         """
-        # Elsewhere the model would be one more input to check and hash.
+        # For other methods the model would only be one more input to check and hash.
         scored = model if self.config.method == "magnitude" else None
         if magnitudes is None:
             magnitudes = jitted.magnitudes_of(model)
@@ -107,7 +113,7 @@ class Pruner:
         return jitted.select(statistics, self.config, model=scored, **given)
 
     def refit(self, rows: Rows) -> Reconstruction | None:
-        """What the kept rows are fitted to; None without a refit, or without rows."""
+        """The refit of the kept rows to these rows; None if refits are off or there are no rows."""
         if not rows or not self.rows:
             return None
         return Reconstruction(rows, self.ridge, self.calibration, self.calibration_weight)
@@ -115,24 +121,25 @@ class Pruner:
     def prune(
         self, model: Transformer, experts: ExpertNeurons, rows: Rows = (), *, reuse: Transformer | None = None
     ) -> Transformer:
-        """The model that keeps these neurons, refitted to `rows` if the options say so.
+        """Prune the model to the given neurons, and refit it to `rows` if the options say so.
 
-        Where each sequence keeps neurons of its own, and these are as many together as all, the model is masked: its
-        steps read no more, and nothing is copied. Rows that are refitted are always copies.
+        The model is masked instead of pruned if each sequence keeps its own neurons and together they keep at least as
+        many as there are: a step then reads no more, and nothing is copied. Refitted rows are always copies, except
+        that a model with routed experts is masked for every batch whose sequences keep different neurons.
 
         Args:
-            model: the full one.
-            experts: which neurons.
-            rows: of the prompts, `rows_of_each` of every sequence.
+            model: the full model.
+            experts: the neurons to keep.
+            rows: relative activations of the prompts, from `prefill` with `rows_of_each` tokens of every sequence.
             reuse: as for `griffin_jax.prune`.
 
         Raises:
-            ValueError: as `griffin_jax.prune`.
+            ValueError: as for `griffin_jax.prune`.
         """
         refit = self.refit(rows)
         sets = _sets(model, experts)
         if model.config.routing is not None and sets > 1:
-            # Each sequence would need a copy of all experts.
+            # Each sequence would need a copy of all routed experts.
             return self._healed(mask(model, experts, refit=refit), experts)
         if refit is None and masks_are_less(sum(model.neurons), sum(experts.kept), sets):
             return self._healed(mask(model, experts), experts)
@@ -141,15 +148,17 @@ class Pruner:
         return self._healed(prune(model, experts, reuse=reuse, refit=refit), experts)
 
     def mask(self, model: Transformer, experts: ExpertNeurons, rows: Rows = ()) -> Transformer:
-        """What `prune` gives, without a copy of any weight: for scoring given tokens, see `griffin_jax.griffin.masked`.
+        """A masked model that computes what the one from `prune` does, without a copy of any weight.
+
+        It is for scoring given tokens, see `griffin_jax.griffin.masked`.
 
         Args:
-            model: the full one.
-            experts: which neurons.
+            model: the full model.
+            experts: the neurons to keep.
             rows: as for `prune`.
 
         Raises:
-            ValueError: as `griffin_jax.griffin.masked.mask`.
+            ValueError: as for `griffin_jax.griffin.masked.mask`.
         """
         return self._healed(mask(model, experts, refit=self.refit(rows)), experts)
 
@@ -160,16 +169,16 @@ class Pruner:
         formats: MixedFormat,
         kept: ExpertNeurons | None = None,
     ) -> Chosen:
-        """The neurons to keep in each of two formats, by what was recorded of the prompts.
+        """Choose the neurons to keep in each of two formats by the statistics of the prompts.
 
         Args:
-            model: the full one.
-            statistics: of the prompts.
-            formats: both, and which part of the kept neurons is precise.
-            kept: what `select` gave for them, where it is known.
+            model: the full model.
+            statistics: statistics of the prompts.
+            formats: the two formats, and the share of the kept neurons that has the first.
+            kept: the result of `select` for these statistics, if it is known already.
 
         Raises:
-            ValueError: as `griffin_jax.extensions.mixed.select_mixed`.
+            ValueError: as for `griffin_jax.extensions.mixed.select_mixed`.
         """
         magnitudes = jitted.magnitudes_of(model)
         return select_mixed(statistics, self.config, formats, fuse=self.fuse, magnitudes=magnitudes, kept=kept)
@@ -185,22 +194,23 @@ class Pruner:
         masked: bool = False,
         reuse: Transformer | None = None,
     ) -> Transformer:
-        """The model that reads these neurons in two formats, without a healing.
+        """Prune the model to neurons in two formats, without a healing.
 
-        Kept rows are refitted, if the options say so, where all of them are in fewer bits. Where each sequence keeps
-        neurons of its own, the model is masked as in `prune`, if its steps read no more of both formats then.
+        If the options ask for a refit, kept rows are refitted only if all of them are in the format of fewer bits. If
+        each sequence keeps its own neurons, the model is masked as in `prune` when a step then reads no more bytes in
+        both formats together.
 
         Args:
-            model: the full one.
-            few: what `griffin_jax.extensions.mixed.coarse` made of it.
-            formats: both.
-            chosen: what `select_mixed` gave.
-            rows: of the prompts, `rows_of_each` of every sequence.
-            masked: whether it is for scoring given tokens, and no weights are copied.
+            model: the full model.
+            few: the same model with feed-forward matrices in fewer bits, from `griffin_jax.extensions.mixed.coarse`.
+            formats: the two formats.
+            chosen: the neurons in each format, from `select_mixed`.
+            rows: relative activations of the prompts, from `prefill` with `rows_of_each` tokens of every sequence.
+            masked: whether to mask the model in any case, so that no weights are copied; for scoring given tokens.
             reuse: as for `griffin_jax.extensions.mixed.prune_mixed`.
 
         Raises:
-            ValueError: as `griffin_jax.extensions.mixed.prune_mixed`.
+            ValueError: as for `griffin_jax.extensions.mixed.prune_mixed`.
         """
         refit = self.refit(rows) if chosen[0] is None else None
         sets = _sets(model, next(each for each in chosen if each is not None))
@@ -222,7 +232,7 @@ class Pruner:
         *,
         masked: bool = False,
     ) -> Transformer:
-        """Both steps: the model that reads the neurons which the prompts choose in two formats."""
+        """Both steps: select the neurons in two formats by the prompts, and prune the model to them."""
         chosen = self.select_mixed(model, statistics, formats)
         return self.prune_mixed(model, few, formats, chosen, rows, masked=masked)
 
@@ -232,7 +242,7 @@ class Pruner:
     def scorer(
         self, model: Transformer, statistics: Statistics, rows: Rows = (), *, seed: int | Int[Array, "*b"] = 0
     ) -> Transformer:
-        """What scores given tokens as the model would that keeps the neurons which the prompts choose."""
+        """Both steps without copies, for scoring given tokens: select neurons by the prompts, and mask the model."""
         return self.mask(model, self.select(model, statistics, seed), rows)
 
     def __call__(
@@ -244,11 +254,11 @@ class Pruner:
         seed: int | Int[Array, "*b"] = 0,
         reuse: Transformer | None = None,
     ) -> tuple[ExpertNeurons, Transformer]:
-        """Both steps: the neurons that the prompts choose, and the model that keeps them."""
+        """Both steps: select neurons by the prompts, and prune the model to them."""
         experts = self.select(model, statistics, seed)
         return experts, self.prune(model, experts, rows, reuse=reuse)
 
 
 def _sets(model: Transformer, experts: ExpertNeurons) -> int:
-    """How many sets of kept neurons each device has: one for each of its sequences, or one for all of them."""
+    """The number of sets of kept neurons on each device: one for each of its sequences, or one for all of them."""
     return 1 if experts.shared else local_sequences(mesh_of(model.embedding[...]), experts[0].shape[0])

@@ -1,17 +1,18 @@
-"""Beyond GRIFFIN: the kept neurons are refitted so that they replace what the others did for the prompt.
+"""Beyond GRIFFIN: the rows of the kept neurons are refitted to replace what the dropped ones did for the prompt.
 
     prefilled = prefill(model, tokens, lengths, max_new_tokens=N, rows=256)
     experts = select(prefilled.statistics, config)
     pruned = prune(model, experts, refit=Reconstruction(prefilled.rows))
 
-The prompt was read by the full model, so it is known what pruning takes from each of its tokens: the residual r_t, the
-dropped neurons' part of the down projection. Ridge regression over the tokens fits a change of the kept rows to it:
+The full model has read the prompt, so it is known what pruning takes away at each of the prompt's tokens t: the
+residual r_t, which is the dropped neurons' part of the layer's output. Ridge regression over S tokens fits a change
+Delta of the rows of the kept neurons E to these residuals:
 
     A = rows z_t[E] / ||z_t||   (S, K)        R = rows r_t / ||z_t||   (S, D)
     Delta = A^T (A A^T + mu I)^-1 R           W_down'[E] = W_down[E] + Delta
 
-That is the dual form: the system has a row for each of S tokens, not for each of K neurons. All tokens weigh the same,
-as in GRIFFIN's statistic. The shapes of the pruned model do not change, so decoding costs nothing more.
+This is the dual form: the linear system has a row for each of S tokens, not for each of K neurons. All tokens have the
+same weight, as in GRIFFIN's statistic. The shapes of the pruned model do not change, so decoding costs no more.
 """
 
 from __future__ import annotations
@@ -31,25 +32,26 @@ from griffin_jax.utils import programs
 from griffin_jax.utils.options import number
 
 DEFAULT_ROWS = 256
-"""Number of tokens of a prompt that a reconstruction is fitted to, at most."""
+"""Default for the largest number of tokens of a prompt that a reconstruction is fitted to."""
 
 DEFAULT_CALIBRATION = 384
-"""Number of calibration rows in addition to them: more rows fit better, and cost more time for every prompt."""
+"""Default number of calibration rows that are added to the prompt's rows. More rows fit better, but cost more time for
+every prompt."""
 
 CALIBRATION_WEIGHT = 4096.0
-"""Number of tokens of a prompt that general text counts for."""
+"""Default weight of general text in the fit, as a number of prompt tokens."""
 
 LEAST_RIDGE = 1e-3
-"""Smallest ridge: with a smaller one, float32 could not solve systems of a few thousand tokens."""
+"""Smallest ridge. With a smaller one, systems of a few thousand tokens could not be solved in float32."""
 
 
 def check_ridge(ridge: object, weight: object) -> tuple[Any, Any]:
-    """The ridge and the weight of calibration rows of a fit as Python numbers.
+    """Returns the ridge of a fit and the weight of its calibration rows as Python numbers.
 
-    Inside of jit they are traced, and were checked before.
+    Traced values, inside jit, were checked before.
 
     Raises:
-        ValueError: a fit cannot have them.
+        ValueError: a value is outside its range.
     """
     return (
         number("ridge", ridge, f"at least {LEAST_RIDGE} and finite", lambda ridge: ridge >= LEAST_RIDGE),
@@ -58,27 +60,34 @@ def check_ridge(ridge: object, weight: object) -> tuple[Any, Any]:
 
 
 def rows_of_each(rows: int, batch: int, shared: bool) -> int:
-    """Number of tokens of each sequence to keep, if `rows` are wanted for each set of kept neurons."""
+    """The number of tokens to record of each sequence, so that each set of kept neurons is fitted to `rows` tokens.
+
+    Args:
+        rows: number of tokens for each set of kept neurons.
+        batch: number of sequences.
+        shared: whether the sequences share one set of kept neurons.
+    """
     return -(-rows // batch) if shared else rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """The refit that `prune` takes: the rows that the kept neurons are fitted to, and how.
+    """The refit that `prune` and `mask` take: which rows the kept neurons are fitted to, and how.
 
     Attributes:
-        rows: relative activations of tokens of every sequence in each layer, from `prefill`; rows of zeros are padding.
-            Neurons that a batch shares are fitted to the rows of all its sequences together.
-        ridge: lambda in mu = lambda * mean(diag(A A^T)), the mean over the prompt's rows; at least `LEAST_RIDGE`. The
-            larger it is, the smaller the change.
-        calibration: rows of each layer whose second moments are those of a token of general text, such as those of a
-            `Prior`. They keep the fit from following the prompt too closely.
-        weight: weight of the squared errors of the calibration rows, where each of the prompt's rows has 1: the number
-            of tokens of general text that they stand for.
+        rows: relative activations of R tokens of every sequence, (B, R, F) for each layer, from `prefill`; rows of
+            zeros are padding. Neurons that a batch shares are fitted to the rows of all its sequences together.
+        ridge: lambda in mu = lambda * mean(diag(A A^T)), with the mean over the prompt's rows; at least `LEAST_RIDGE`.
+            The larger it is, the smaller the change.
+        calibration: rows that stand for general text, (C, F) for each layer, such as `Prior.rows`: their second moments
+            are those of a token of general text. They keep the fit from following the prompt too closely. Empty for
+            none.
+        weight: weight of the squared errors of the calibration rows, where each of the prompt's rows has weight 1: the
+            number of tokens of general text that they stand for.
 
     Raises:
-        ValueError: ridge or weight is outside its range.
+        ValueError: `ridge` or `weight` is outside its range.
     """
 
     rows: tuple[Float[Array, "_b _r _f"], ...]
@@ -93,7 +102,7 @@ class Reconstruction:
         """Raise `ValueError` unless the rows fit a model's layers and the sequences of the kept neurons.
 
         Args:
-            neurons: F of every layer of the full model.
+            neurons: F of each layer of the full model.
             indices: the kept neurons of each layer, (K,) or (B, K).
         """
         if not self.rows:
@@ -112,10 +121,10 @@ class Reconstruction:
     def changes(
         self, down: Sequence[Float[Array, "_f d"]], indices: Sequence[Int[Array, "*b _k"]]
     ) -> list[Float[Array, "*b _k d"]]:
-        """Delta of every layer, float32: what to add to the kept rows of its down projection.
+        """Delta of every layer, (K, D) or (B, K, D), float32: what to add to the kept rows of its down projection.
 
         Args:
-            down: W_down of each layer of the full model.
+            down: W_down of each layer of the full model, (F, D).
             indices: the kept neurons of each layer: (K,), or (B, K) with a row for every sequence.
         """
         shared = indices[0].ndim == 1
@@ -125,7 +134,7 @@ class Reconstruction:
             kept.append(rows)
             systems.append(system)
             targets.append(target)
-        # Systems have the same shape in all layers, whatever these keep, and are solved together.
+        # The systems have the same shape in all layers, however many neurons these keep, and are solved together.
         on_mesh = mesh_of(down[0]) is not None
         solved = solve_positive_definite(jnp.stack(systems), jnp.stack(targets), on_mesh=on_mesh)
         changes = [float32_product("bsk,bsd->bkd", a, x) for a, x in zip(kept, solved, strict=True)]
@@ -134,14 +143,14 @@ class Reconstruction:
     def low_rank(
         self, down: Sequence[Float[Array, "_f d"]], kept: Sequence[Bool[Array, "*b _f"]]
     ) -> list[tuple[LowRank, ...]]:
-        """Delta of every layer as products: rows^T X for the prompt's rows and for those of general text.
+        """Delta of every layer as a sum of products rows^T X, for the prompt's rows and for those of general text.
 
-        X = (A A^T + mu I)^-1 R, a row of D numbers for each of the rows. At the kept neurons their sum is what
-        `changes` gives (up to rounding); elsewhere it means nothing.
+        X = (A A^T + mu I)^-1 R has a row of D values for each of the rows. At the kept neurons, the sum is what
+        `changes` gives (up to rounding); elsewhere it is meaningless.
 
         Args:
-            down: per layer W_down of the full model.
-            kept: per layer which neurons are kept, for the whole batch or for every sequence its own.
+            down: W_down of each layer of the full model, (F, D).
+            kept: which neurons of each layer are kept, (F,) for the whole batch or (B, F).
         """
         found = []
         for layer, (weight, is_kept) in enumerate(zip(down, kept, strict=True)):
@@ -149,7 +158,8 @@ class Reconstruction:
             if is_kept.ndim == 1:
                 rows = rows.reshape(-1, rows.shape[-1])
             more = self.calibration[layer] if self.calibration else None
-            # Layer after layer, in memory for one of them. All have systems of one shape, so one program solves them.
+            # One layer after the other, so that memory is needed for one of them only. Their systems have the same
+            # shape, so one program solves them all.
             own, general = _solution(
                 rows, more, self.weight, self.ridge, weight, is_kept, on_mesh=mesh_of(weight) is not None
             )
@@ -162,7 +172,13 @@ class Reconstruction:
     def _system(
         self, layer: int, weight: Float[Array, "f d"], index: Int[Array, "b k"]
     ) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"], Float[Array, "b s k"]]:
-        """A A^T + mu I, R and A of one layer; rows of padding are zero in all but mu I."""
+        """A A^T + mu I, R and A of one layer; rows of padding are zero in all of them but mu I.
+
+        Args:
+            layer: number of the layer.
+            weight: W_down of the layer.
+            index: the kept neurons, (B, K), or (1, K) if the batch shares them.
+        """
         rows = self.rows[layer]
         if index.shape[0] != rows.shape[0]:
             rows = rows.reshape(1, -1, rows.shape[-1])
@@ -184,7 +200,7 @@ class Reconstruction:
 def _with_calibration(
     rows: Float[Array, "b s f"], calibration: Float[Array, "c f"], weight: float | Float[Array, ""]
 ) -> Float[Array, "b sc f"]:
-    """Rows of every sequence, with weighted rows of general text after them."""
+    """The rows of every sequence, followed by the weighted calibration rows."""
     more = (calibration.astype(jnp.float32) * jnp.sqrt(weight)).astype(rows.dtype)
     return jnp.concatenate([rows, jnp.broadcast_to(more, (rows.shape[0], *more.shape))], axis=1)
 
@@ -194,7 +210,7 @@ def _sums(
 ) -> tuple[Float[Array, "b s s"], Float[Array, "b s d"]]:
     """A A^T and R, without gathering rows of weights.
 
-    On a mesh each device adds up over the neurons that it has: only sums are exchanged.
+    On a mesh, each device sums over its own neurons, and only sums are exchanged.
     """
     target = _product("bsf,fd->bsd", jnp.where(is_kept[:, None], 0, rows), weight)
     of_kept = jnp.where(is_kept[:, None], rows, 0)
@@ -204,10 +220,10 @@ def _sums(
 def _with_ridge(
     system: Float[Array, "b s s"], prompt: Bool[Array, "b r"], ridge: float | Float[Array, ""]
 ) -> Float[Array, "b s s"]:
-    """A A^T + mu I. The prompt's rows are the first; `prompt` tells which of them are no padding."""
+    """A A^T + mu I. The prompt's rows come first; `prompt` tells which of them are not padding."""
     squares = jnp.diagonal(system, axis1=1, axis2=2)[:, : prompt.shape[1]]
     mean = jnp.sum(squares, axis=1) / jnp.maximum(jnp.sum(prompt, axis=1), 1).astype(squares.dtype)
-    # Where no kept neuron takes part in the prompt there is nothing to fit, and any mu is as good.
+    # If no kept neuron takes part in the prompt, there is nothing to fit, and any mu will do.
     mu = jnp.where(mean > 0, ridge * mean, 1.0)
     return system + mu[:, None, None] * jnp.eye(system.shape[-1], dtype=system.dtype)
 
@@ -223,7 +239,7 @@ def _solution(
     *,
     on_mesh: bool,
 ) -> tuple[Float[Array, "*b s d"], Float[Array, "*b c d"] | None]:
-    """X of one layer, for the prompt's rows and for those of general text, which are to be used without a weight."""
+    """X of one layer, for the prompt's rows and for the calibration rows, to be multiplied by unweighted rows."""
     shared = is_kept.ndim == 1
     own = rows[None] if shared else rows
     every = own if calibration is None else _with_calibration(own, calibration, weight)
@@ -235,5 +251,5 @@ def _solution(
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` with float32 result and additions; for operands in the model's dtype."""
+    """`jnp.einsum` of operands in the model's dtype, with additions and result in float32."""
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)

@@ -1,9 +1,9 @@
-"""Beyond GRIFFIN: every few tokens the full model reads what the pruned one wrote.
+"""Beyond GRIFFIN: every few tokens, the full model reads what the pruned one wrote, and neurons are selected again.
 
     state, statistics, _ = refresh(model, state, statistics, N)
     pruned = prune(model, select(statistics, config), reuse=pruned)
 
-So the neurons that are kept follow the answer, and errors of the pruned model do not accumulate in the cache.
+The kept neurons thus follow the answer, and errors of the pruned model do not accumulate in the KV cache.
 """
 
 from __future__ import annotations
@@ -37,27 +37,29 @@ def refresh(
     sampler: Sampler = Greedy(),
     eos: tuple[int, ...] = (),
 ) -> tuple[DecodeState, Statistics, tuple[Float[Array, "b _r _f"], ...]]:
-    """Beyond GRIFFIN: the full model reads the newest `width` tokens of the answers in one pass, and writes the next.
+    """Read the newest `width` tokens of the answers with the full model, in one pass, and write the next token.
 
-    The keys and values that the pruned model wrote for these tokens are replaced by the full model's. If that is done
-    after every `width` tokens (when `state.count` is a multiple of it), the full model reads each token once, so that
-    cache and statistics are those of a prompt with the answer in it. One token in `width` is the full model's, because
-    the pass gives its scores; with a width of 1 all are, which is dense decoding.
+    The full model's keys and values replace those that the pruned model wrote for these tokens. If `refresh` is called
+    after every `width` tokens (whenever `state.count` is a multiple of `width`), the full model reads each token once,
+    and cache and statistics are as if the answer so far had been part of the prompt. The pass also gives the scores of
+    the next token, so one token in `width` is the full model's. With a width of 1 all of them are, which is dense
+    decoding.
 
     Args:
         model: the full model.
         state: answers with at least `width` tokens and room for one more. Donate it.
-        statistics: statistics of all that the full model has read before: those of the prompts, or from the refresh
-            before. Without layers none are added.
+        statistics: statistics of everything that the full model has read so far, from `prefill` or the previous
+            refresh. If they have no layers, none are collected.
         width: number of tokens to read; static.
-        rows: relative activations for a `Reconstruction`, from `prefill` or from the refresh before.
+        rows: relative activations for a `Reconstruction`, (B, R, F) for each layer, from `prefill` or the previous
+            refresh.
         sampler: how tokens are drawn from the logits.
-        eos: tokens that end a row; static.
+        eos: ids of the tokens that end a row; static.
 
     Returns:
-        The answers, one token longer; the statistics including those of the tokens that were read; and the rows, in
-        which the newest tokens have taken free places and then those of the oldest tokens: what was read last is most
-        similar to what comes next, and the fit costs no more than before.
+        The answers, one token longer; the statistics, with the tokens that were read; and the rows. Rows of the newest
+        tokens fill the free places first and then replace those of the oldest tokens: what was read last is most
+        similar to what comes next, and with the same number of rows the fit costs no more than before.
     """
     first = state.count - width
     tokens = jax.lax.dynamic_slice_in_dim(state.tokens, first, width, axis=1)
@@ -78,24 +80,24 @@ def teacher_force_refreshed(
     *,
     seed: int | Int[Array, "*b"] = 0,
 ) -> Float[Array, "b r d"]:
-    """Read given answers like decoding with a refresh after every `width` tokens, where neurons are selected anew.
+    """Read given answers as decoding would that refreshes and selects neurons again after every `width` tokens.
 
     Each stretch of `width` tokens is read by the pruned model, and then again by the full one, which scores the token
-    after it; see `refresh`. The steps are jitted one by one: in one program, the systems of a refit of all layers would
-    be in memory together.
+    after the stretch; see `refresh`. The steps are jitted one by one: in a single program, the linear systems by which
+    all layers are refitted would be in memory together.
 
     Args:
         model: the full model.
         prefilled: the prompts, with statistics, with the rows that the pruner fits to, and with room for R tokens. It
-            stays as it is. Its rows give way to those of the answer.
-        answers: token ids, padded on the right with any token.
-        lengths: real tokens of each answer, in [0, R].
+            stays as it is. In later stretches, rows of the answer replace those of the prompt.
+        answers: token ids of the answers, (B, R), padded on the right with any token.
+        lengths: number of real tokens of each answer, (B,), in [0, R].
         pruner: how to prune.
-        width: tokens between two refreshes; static.
-        seed: for the methods that draw.
+        width: number of tokens between two refreshes; static.
+        seed: seed for the methods that draw neurons; one, or one for each sequence, (B,).
 
     Returns:
-        The residual stream that scores each answer token, as from `teacher_force`.
+        The residual stream that scores each answer token, (B, R, D), as from `teacher_force`.
     """
 
     length = answers.shape[1]
@@ -109,6 +111,6 @@ def teacher_force_refreshed(
         found.append(jitted.teacher_force(scorer, state, tokens, left)[0])
         if not last:
             _, longer = jitted.extend(model, state, tokens, left)
-            # All stretches have one type, of which the room is a part.
+            # The room is static; if it changed, every stretch would compile another program.
             state = dataclasses.replace(longer, max_new_tokens=state.max_new_tokens)
     return jnp.concatenate(found, axis=1)

@@ -5,15 +5,15 @@ tokens that are drawn from the model's own predictions. To second order, droppin
 
     KL ~ zbar_tj^2 c_j / 2        c_j = mean_t (dl / dzbar_tj)^2
 
-where c_j is the diagonal of the Fisher information of the relative activations. One backward pass over a few texts
-measures it in all layers at once.
+where c_j is the diagonal of the Fisher information with respect to the relative activations. A backward pass over each
+of a few texts measures it in all layers at once.
 
-The first half of a text stands for a prompt, which the full model reads whatever is pruned. What counts is how the
-neurons change the predictions of the other half at its own tokens. So an early layer, which later tokens look back at,
-is not weighed by more tokens than an answer has.
+The first half of a text stands for a prompt, which the full model reads whatever is pruned. Only the neurons'
+activations at the tokens of the other half, and the predictions of that half, count. The sensitivity of an early layer,
+which later tokens attend to, is therefore not inflated by more tokens than an answer has.
 
-Of routed experts, zbar is the relative activation within an expert, and the mean is over the tokens that chose it: as
-the statistic of a prompt counts those, the product of both is the loss.
+For routed experts, zbar is the relative activation within an expert, and the mean is over the tokens that chose the
+expert. The statistic of a prompt is a sum over the same tokens, so the product of both still estimates the loss.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
 Seen = tuple[tuple[tuple[Array, Array], ...], ...]
-"""What `_square_norms` gives for each layer."""
+"""What the observer `_square_norms` returned for each layer."""
 
 HORIZON = 128
-"""Number of tokens of a text that stand for an answer, at most."""
+"""Largest number of tokens of a text that stand for an answer."""
 
 
 def sensitivity(
@@ -46,15 +46,16 @@ def sensitivity(
 ) -> tuple[Float[Array, "_f"], ...]:
     """c of every neuron: the mean squared derivative of the loss with respect to its relative activation.
 
+    It needs the memory of a backward pass over one text.
+
     Args:
         model: the full model.
-        texts: token ids of each text, of which the first 2 x `HORIZON` are used. Memory is that of a backward pass over
-            one text.
-        seed: seed of the tokens that are drawn.
+        texts: token ids of each text; the first 2 x `HORIZON` tokens are used.
+        seed: seed for drawing tokens from the model's predictions.
         quiet: whether to hide the progress bar.
 
     Returns:
-        c of each layer, float32, in nats.
+        c of the neurons of each layer, (F,), float32, in nats.
 
     Raises:
         ValueError: no text has at least two tokens.
@@ -69,7 +70,7 @@ def sensitivity(
         for totals, layers in ((sums, squares), (counts, read)):
             for total, layer in zip(totals, layers, strict=True):
                 total += np.asarray(layer, np.float64)
-    # Of an expert that no token chose, both are 0.
+    # For an expert that no token chose, both are 0.
     return tuple(
         jnp.asarray(total / np.maximum(count, 1), jnp.float32) for total, count in zip(sums, counts, strict=True)
     )
@@ -79,24 +80,27 @@ def sensitivity(
 def squared_gradients(
     model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], key: Key[Array, ""]
 ) -> tuple[tuple[Float[Array, "_f"], ...], tuple[Float[Array, "_f"], ...]]:
-    """sum_t (dl / dzbar_tj)^2 of every layer, over the second half of each text, and by how many tokens. Float32.
+    """sum_t (dl / dzbar_tj)^2 of every neuron over the second half of each text, and the number of tokens in the sum.
 
     Args:
         model: the full model.
-        tokens: the texts, padded on the right with any token.
-        lengths: number of real tokens of each text.
-        key: random key of the tokens that are drawn.
+        tokens: token ids of the texts, (B, T), padded on the right with any token.
+        lengths: number of real tokens of each text, (B,).
+        key: random key for drawing tokens from the model's predictions.
+
+    Returns:
+        The sums and the numbers of tokens, both (F,) for each layer, float32.
     """
     columns = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     positions = jnp.where(columns < lengths[:, None], columns, EMPTY)
     counted = (columns >= lengths[:, None] // 2) & (columns < lengths[:, None])
 
     def read(offsets: tuple[Array, ...]) -> tuple[Array, Seen]:
-        """Logits, and norms of z and who has one, with these offsets added to the outputs of the down projections."""
+        """The logits with offsets added to the outputs of the down projections, and the squared norms of z."""
         changed: Transformer = jax.tree.map(lambda leaf: leaf, model)
         for layer, offset in zip(changed.layers, offsets, strict=True):
             bias = layer.ff.down_bias
-            # A bias is the same for every token; here every token has its own.
+            # A bias is usually the same for every token; here every token has a separate one.
             layer.ff.down_bias = nnx.data(nnx.Param(offset if bias is None else offset + bias[...]))
         cache = empty_cache(model.config, tokens.shape[0], tokens.shape[1], model.dtype)
         hidden, _, seen = changed(tokens, positions, cache, read_slots=0, observe=_square_norms)
@@ -129,9 +133,10 @@ def squared_gradients(
 
 
 def _square_norms(_layer: int, z: Activations, _real: Array) -> tuple[tuple[Array, Array], ...]:
-    """The observer of ||z||^2 within each expert, and of who chose it, (B, T, E), for each part of a layer.
+    """The observer that returns ||z||^2 within each expert, and which tokens chose it, both (B, T, E).
 
-    What all tokens read counts as one expert.
+    It returns a pair for each module of a layer. A layer without routed experts, and the shared experts, count as one
+    expert that every token chose.
     """
 
     def of_all(z: Array) -> tuple[Array, Array]:

@@ -1,12 +1,12 @@
-"""Beyond GRIFFIN: several densities are tried on the last tokens of prompts, in one pass.
+"""Beyond GRIFFIN: several pruned models are tried on the last tokens of prompts, in one pass.
 
     prefilled = prefill(model, tokens, lengths, max_new_tokens=N, last=T)     also records what comes before the last T
-    divergences = try_pruners(model, prefilled, last_tokens, pruners)         KL(dense || pruned) of each of these
+    divergences = try_pruners(model, prefilled, last_tokens, pruners)         KL(dense || pruned) at each of these
 
-The full model has read the whole prompts, and so what it expects after each of their last tokens is known. The pruned
-models read these tokens again, with the neurons that the tokens before choose, and as if the cache ended there. Each is
-the full model with a mask, so that no weight is copied, and all of them are rows of one batch: whatever is pruned, the
-weights are read once, and the program is the same.
+The full model has read the whole prompts, so its predictions after each of their last tokens are known. The pruned
+models read these tokens again, with the neurons that the tokens before them choose and with the cache cut before them.
+Each pruned model is the full model with a mask, so no weight is copied, and all of them are rows of one batch: whatever
+the densities are, the weights are read once, and the program is the same.
 """
 
 from __future__ import annotations
@@ -38,17 +38,20 @@ def try_pruners(
     pruners: Sequence[Pruner],
     seed: int | Int[Array, "*b"] = 0,
 ) -> Float[np.ndarray, "b c t"]:
-    """KL(dense || pruned) of the predictions after each of the last tokens, for each pruner, in nats, float32.
+    """KL(dense || pruned) of the predictions after each of the last tokens, for each pruner.
 
     Args:
         model: the full model.
-        prefilled: prompts that it has read, with `last`.
-        tokens: the last T tokens of every prompt.
-        pruners: how the model is pruned; only densities may differ.
-        seed: for the methods that draw.
+        prefilled: the prompts, prefilled with `last` = T.
+        tokens: ids of the last T tokens of every prompt, (B, T).
+        pruners: C pruners, which may differ in their densities only.
+        seed: seed for the methods that draw neurons; one, or one for each sequence, (B,).
+
+    Returns:
+        The divergences, (B, C, T), in nats, float32.
 
     Raises:
-        ValueError: nothing was recorded of so many last tokens.
+        ValueError: the last T tokens were not recorded in `prefilled`.
     """
     last = _recorded(prefilled, tokens)
     chosen = [pruner.select(model, last.statistics, seed) for pruner in pruners]
@@ -63,17 +66,23 @@ def try_models(
     tokens: Int[Array | np.ndarray, "b t"],
     pruned: Callable[[Prefilled], Iterable[Transformer]],
 ) -> Float[np.ndarray, "b c t"]:
-    """As `try_pruners`, of models that are no masks of the full one: each reads the tokens, and its weights, by itself.
+    """`try_pruners` for models that are not masks of the full one: they read the tokens one after the other.
+
+    Each model reads its own weights.
 
     Args:
         model: the full model.
-        prefilled: prompts that it has read, with `last`.
-        tokens: the last T tokens of every prompt.
-        pruned: gives models, masked or pruned, from the statistics and rows of what comes before these tokens. One is
-            used up when the next is asked for.
+        prefilled: the prompts, prefilled with `last` = T.
+        tokens: ids of the last T tokens of every prompt, (B, T).
+        pruned: a function that yields C models, masked or pruned, when it is called with the prompts as they were
+            before the last tokens: `statistics` and `rows` are those of the tokens before. A model is not used any more
+            when the next one is requested.
+
+    Returns:
+        The divergences, (B, C, T), in nats, float32.
 
     Raises:
-        ValueError: nothing was recorded of so many last tokens.
+        ValueError: the last T tokens were not recorded in `prefilled`.
     """
     last = _recorded(prefilled, tokens)
     before = dataclasses.replace(prefilled, statistics=last.statistics, rows=last.rows)
@@ -82,10 +91,10 @@ def try_models(
 
 
 def _recorded(prefilled: Prefilled, tokens: Int[Array | np.ndarray, "b t"]) -> LastTokens:
-    """What was recorded of the last tokens.
+    """The record of the last tokens.
 
     Raises:
-        ValueError: nothing of so many was.
+        ValueError: as many last tokens were not recorded.
     """
     last = prefilled.last
     if last is None or last.hidden.shape[1] != tokens.shape[1]:
@@ -97,7 +106,7 @@ def _recorded(prefilled: Prefilled, tokens: Int[Array | np.ndarray, "b t"]) -> L
 def _divergences_of(
     model: Transformer, pruned: Transformer, cache: KVCache, last: LastTokens, tokens: Int[Array, "b t"]
 ) -> Float[Array, "b t"]:
-    """As `try_models`, of one model."""
+    """The divergences of `try_models` for one model."""
     length, before = tokens.shape[1], last.statistics.tokens
     positions = before[:, None] + jnp.arange(length, dtype=jnp.int32)
     hidden, _, _ = pruned(tokens, positions, _cut(cache, before, length))
@@ -112,7 +121,7 @@ def _divergences(
     tokens: Int[Array, "b t"],
     masks: list[list[Mask]],
 ) -> Float[Array, "b c t"]:
-    """As `try_pruners`, with a mask for each pruner and layer."""
+    """The divergences of `try_pruners`, with a mask for each pruner and layer."""
     batch, length = tokens.shape
     count, before = len(masks), last.statistics.tokens
     positions = before[:, None] + jnp.arange(length, dtype=jnp.int32)
@@ -124,9 +133,10 @@ def _divergences(
 
 
 def _cut(cache: KVCache, before: Int[Array, "b"], length: int) -> KVCache:
-    """The cache without the last tokens of each row, and room for them at its end.
+    """The cache without the last tokens of each row, with room for them at its end.
 
-    A slot's number is at least the position of the token in it, so the last slots hold nothing else but padding.
+    The tokens of a row lie in the slots in the order of their positions. The slots that are freed at the end therefore
+    hold only some of the last tokens, and padding.
     """
     shorter = cache.without_last(length)
     kept = shorter.positions < before[:, None]
@@ -134,7 +144,7 @@ def _cut(cache: KVCache, before: Int[Array, "b"], length: int) -> KVCache:
 
 
 def _copies(cache: KVCache, count: int) -> KVCache:
-    """The cache with each row `count` times."""
+    """The cache with each row repeated `count` times."""
     rows = cache.keys, cache.values, cache.positions, cache.context
     keys, values, positions, context = jax.tree.map(lambda array: _each(array, count), rows)
     return KVCache(keys, values, positions, cache.cursor, context)
@@ -145,14 +155,14 @@ def _each(array: Array, count: int, axis: int = 0) -> Array:
 
 
 def _together(masks: Sequence[Mask], batch: int) -> Mask:
-    """The masks of one layer as one, for batches that have each sequence once for each of them."""
+    """Joins the masks of one layer, for a batch that has each sequence once for each mask."""
 
     def rows(arrays: Sequence[Array], axes: int) -> Array:
         each = [jnp.broadcast_to(array, (batch, *array.shape[-axes:])) for array in arrays]
         return jnp.stack(each, axis=1).reshape(-1, *each[0].shape[1:])
 
     def joined(changes: tuple[LowRank, ...]) -> LowRank:
-        # The rows that all of them are fitted to.
+        # All masks are fitted to the same rows.
         left = changes[0].left
         left = left if left.ndim == 2 else _each(left, len(masks))
         return LowRank(left, rows([change.right for change in changes], 2))
@@ -162,9 +172,9 @@ def _together(masks: Sequence[Mask], batch: int) -> Mask:
 
 
 def _for_each(model: Transformer, count: int) -> Transformer:
-    """A copy of the model, without copies of arrays; what it has for each sequence of a batch, it has `count` times.
+    """The model with its arrays for single sequences repeated `count` times; other arrays are shared.
 
-    These are additions of low rank, see `griffin_jax.model.low_rank`.
+    Such arrays are additions of low rank, see `griffin_jax.model.low_rank`.
     """
     model = jax.tree.map(lambda leaf: leaf, model)
     for owner in (owner for layer in model.layers for owner in (layer.attention, *layer.ff.parts())):

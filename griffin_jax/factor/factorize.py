@@ -1,4 +1,4 @@
-"""Dividing a dense model's feed-forward layers into experts: `factorize`."""
+"""Divides the feed-forward layers of a dense model into experts: `factorize`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of
 
 OF_THE_ACTIVATION = ("positive_curve", "negative_curve")
-"""What all experts have in common."""
+"""Parameters of a dense layer that all its experts share."""
 
 OF_OUTPUTS = ("down_scale",)
-"""What every expert has a copy of."""
+"""Parameters of a dense layer of which every expert gets a copy."""
 
 
 def factorize(
@@ -35,25 +35,26 @@ def factorize(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Transformer:
-    """The model with each feed-forward layer divided into experts, before any training (FactorLLM, arXiv 2408.11855).
+    """Divide each feed-forward layer of a dense model into experts, without training (FactorLLM, arXiv 2408.11855).
 
-    All experts together are the dense layer: with `active` equal to `experts` the result computes what the model does.
+    All experts together are the dense layer: if `active` equals `experts`, the result computes what `model` computes.
     The routers are random.
 
     Args:
-        model: a dense model, in any format of weights, on a mesh or not.
-        experts: N, groups of neurons of each layer.
-        active: k, experts that each token chooses.
-        grouping: how neurons are grouped, see `griffin_jax.factor.grouping`.
-        activations: of general text, which `coactivation` needs.
-        scale: what the sum of the chosen experts is multiplied by. FactorLLM has N / k; 1, which leaves each expert as
-            it is, is much nearer to the dense model as long as there are few experts.
-        seed: of the routers, of random groups and of k-means.
+        model: a dense model with weights in any format, on a mesh or not.
+        experts: N, the number of experts in each layer.
+        active: k, the number of experts that each token chooses.
+        grouping: how neurons are grouped; see `griffin_jax.factor.grouping`.
+        activations: for each layer, the relative activations of some tokens of general text, (T, F), as
+            `griffin_jax.factor.general.activations` returns them; only `coactivation` needs them.
+        scale: factor of the sum of the chosen experts. FactorLLM uses N / k. The default 1, which does not change the
+            experts' outputs, is much nearer to the dense model if there are few experts.
+        seed: seed of the routers, of random groups and of k-means.
 
     Raises:
-        ValueError: the model is not a dense one, the numbers of experts cannot be, or the grouping is not known or
-            lacks activations.
-        ImportError: the grouping needs scikit-learn, and it is not installed.
+        ValueError: the model has routed experts already, is pruned or has an adapter; `experts` or `active` is not
+            possible; or the grouping is unknown or lacks activations.
+        ImportError: the grouping needs scikit-learn, which is not installed.
     """
     check_factors(model.config, experts, active)
     if model.neurons != model.config.neurons:
@@ -65,12 +66,12 @@ def factorize(
 
 
 def check_factors(config: ModelConfig, experts: int, active: int) -> None:
-    """Raise `ValueError` unless a model's layers can be divided into so many experts.
+    """Raise `ValueError` unless the layers of a model can be divided into this number of experts.
 
     Args:
-        config: of the dense model.
-        experts: groups of neurons of each layer.
-        active: experts that each token chooses.
+        config: configuration of the dense model.
+        experts: number of experts in each layer.
+        active: number of experts that each token chooses.
     """
     if config.routing is not None:
         raise ValueError("the model has routed experts already; only dense layers are divided")
@@ -80,7 +81,7 @@ def check_factors(config: ModelConfig, experts: int, active: int) -> None:
 
 
 def factored_config(config: ModelConfig, experts: int, active: int, scale: float = 1.0) -> ModelConfig:
-    """The architecture of a factored model, from that of the dense one."""
+    """The configuration of a factored model, from that of the dense model."""
     routing = Routing(
         experts,
         active,
@@ -102,19 +103,19 @@ def divide(
     scale: float = 1.0,
     seed: int = 0,
 ) -> Transformer:
-    """The model with these groups of neurons of each layer as experts, and with random routers.
+    """Make a factored model whose experts are the given groups of neurons, with random routers.
 
     Args:
         model: a dense model.
-        groups: the neurons of each expert, of each layer.
-        active: experts that each token chooses.
-        means: of each layer, what each expert gives on average: it becomes the layer's, and is subtracted from what the
-            expert gives. Zeros if there are none.
+        groups: for each layer, the neurons of each expert.
+        active: number of experts that each token chooses.
+        means: for each layer, the average output of each expert, (E, D): it is added to the layer's bias and subtracted
+            from the expert's output. Empty for zeros.
         scale: as for `factorize`.
-        seed: of the routers.
+        seed: seed of the routers.
 
     Raises:
-        ValueError: the groups are not all neurons, each once.
+        ValueError: the groups of a layer do not contain each of its neurons exactly once.
     """
     for number, (group, neurons) in enumerate(zip(groups, model.neurons, strict=True)):
         if not np.array_equal(np.sort(group, axis=None), np.arange(neurons)):
@@ -135,7 +136,7 @@ def _arrays(
     count: int,
     seed: int,
 ) -> Iterator[tuple[str, Any]]:
-    """Path and weights of every parameter of the factored model."""
+    """The path and the weights of every parameter of the factored model."""
     d = model.config.width
     biases = [jnp.zeros((d,), model.dtype)] * len(model.layers)
     for path, array in disassemble(model):

@@ -1,4 +1,4 @@
-"""What general text says about a model's neurons and experts before any training."""
+"""Measurements of a model's neurons and experts on general text, before any training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from griffin_jax.utils import programs
 
 
 def activations(model: Transformer, packed: Packed, *, seed: int = 0) -> list[Float[np.ndarray, "t _f"]]:
-    """Relative activations of each layer for at most about `TOKENS` tokens, float16; for grouping by coactivation.
+    """The relative activations of each layer for at most about `TOKENS` tokens, float16, to group by coactivation.
 
     Args:
         model: a dense model.
         packed: the texts.
-        seed: of the order in which sequences are taken.
+        seed: seed of the order in which sequences are taken.
     """
     batch = _some(packed, seed)
     wanted = batch.tokens.shape[1]
@@ -35,16 +35,16 @@ def activations(model: Transformer, packed: Packed, *, seed: int = 0) -> list[Fl
 
 
 def centred(model: Transformer, packed: Packed, *, oracle: Oracle = "joint", seed: int = 0) -> Transformer:
-    """A factored model before training, whose layers have what each expert gives on average where it is not chosen.
+    """Move the average output of each expert, over the tokens that should not choose it, to the layer's bias.
 
-    That mean is subtracted from what the expert gives, so that all experts together are what they were. An expert that
-    is always chosen has the mean of all tokens.
+    The average is subtracted from the expert's output and added to the layer's bias, so all experts together compute
+    what they did before. For an expert that every token should choose, the average is over all tokens.
 
     Args:
         model: a factored model before training.
         packed: the texts.
-        oracle: how labels are found, which stand for the choices.
-        seed: of the order in which sequences are taken.
+        oracle: how the labels are found, which say what a token should choose.
+        seed: seed of the order in which sequences are taken.
     """
     parameters = []
     for layer, mean in zip(model.layers, unchosen_means(model, _some(packed, seed), oracle), strict=True):
@@ -64,12 +64,12 @@ def _some(packed: Packed, seed: int) -> Batch:
 
 @programs.jit(static_argnames="oracle")
 def unchosen_means(model: Transformer, batch: Batch, oracle: Oracle) -> tuple[Float[Array, "e d"], ...]:
-    """What each expert of each layer gives on average to tokens that should not choose it.
+    """For each layer, the average output of each expert over the tokens that should not choose it.
 
     Args:
         model: a factored model before training.
-        batch: the tokens.
-        oracle: how labels are found.
+        batch: the sequences to read.
+        oracle: how the labels are found, which say what a token should choose.
     """
 
     def observe(_number: int, z: Any, real: Array) -> Array:

@@ -1,8 +1,8 @@
-"""Which neurons of a feed-forward layer form an expert: groups of equal size.
+"""Divides the neurons of a feed-forward layer into groups of equal size, which become the experts.
 
-contiguous    in the order of the checkpoint
-random        by chance
-kmeans        neurons that look for the same input: size-constrained k-means of their input rows
+contiguous    neurons that are neighbours in the checkpoint
+random        neurons drawn at random
+kmeans        neurons that respond to similar inputs: k-means of their input rows, with clusters of equal size
 coactivation  neurons that fire together in general text: the same k-means of their activations
 """
 
@@ -23,7 +23,7 @@ from griffin_jax.utils.options import check_choice
 Grouping = Literal["contiguous", "random", "kmeans", "coactivation"]
 
 ROUNDS = 10
-"""Times that k-means assigns points to groups of equal size and moves its centroids, at most."""
+"""Largest number of times that k-means assigns points to groups of equal size and moves its centroids."""
 
 Groups = Int[np.ndarray, "e f"]
 """The neurons of each expert of a layer."""
@@ -37,19 +37,22 @@ def group_neurons(
     activations: Sequence[Float[np.ndarray, "t _f"]] = (),
     seed: int = 0,
 ) -> tuple[Groups, ...]:
-    """The groups of every layer.
+    """Group the neurons of every layer.
 
     Args:
         model: a dense model.
-        experts: number of groups, which divides the neurons of a layer.
+        experts: number of groups; it must divide the number of neurons of a layer.
         grouping: how neurons are grouped.
-        activations: relative activations of each layer for some tokens of general text, which `coactivation` needs; see
-            `griffin_jax.factor.activations`.
-        seed: of random groups, and of k-means.
+        activations: for each layer, the relative activations of some tokens of general text, (T, F), as
+            `griffin_jax.factor.general.activations` returns them; only `coactivation` needs them.
+        seed: seed of random groups and of k-means.
+
+    Returns:
+        For each layer, the neurons of each expert.
 
     Raises:
-        ValueError: there is no such grouping, it lacks activations, or the experts do not divide the neurons.
-        ImportError: k-means needs scikit-learn and it is not installed.
+        ValueError: the grouping is unknown or lacks activations, or `experts` does not divide the number of neurons.
+        ImportError: k-means needs scikit-learn, which is not installed.
     """
     check_choice("grouping", grouping, get_args(Grouping))
     if grouping == "coactivation" and len(activations) != len(model.layers):
@@ -68,13 +71,13 @@ def group_neurons(
             groups = balanced_clusters(input_rows(layer.ff), experts, layer_seed)
         else:
             groups = balanced_clusters(firing_patterns(activations[number]), experts, layer_seed)
-        # Within a group the order means nothing; rising is that of the checkpoint.
+        # The order within a group does not matter; ascending order is that of the checkpoint.
         found.append(np.sort(groups, axis=1).astype(np.int32))
     return tuple(found)
 
 
 def check_divisible(neurons: int, experts: int) -> None:
-    """Raise `ValueError` unless so many experts share the neurons of a layer evenly."""
+    """Raise `ValueError` unless the neurons of a layer can be divided evenly among the experts."""
     if isinstance(experts, bool) or not isinstance(experts, int) or experts < 1:
         raise ValueError(f"experts must be a whole number of at least 1, got {experts!r}")
     if neurons % experts:
@@ -83,13 +86,13 @@ def check_divisible(neurons: int, experts: int) -> None:
 
 
 def input_rows(layer: FeedForward) -> Float[np.ndarray, "f n"]:
-    """What each neuron multiplies its input by: its row of every matrix, of length 1 together."""
+    """The weights that each neuron multiplies its input by: its rows of all input matrices, together of length 1."""
     rows = np.asarray(to_host(layer.gate_up_matrix()), np.float32)
     return _normalised(rows.swapaxes(0, 1).reshape(rows.shape[1], -1))
 
 
 def firing_patterns(activations: Float[np.ndarray, "t f"]) -> Float[np.ndarray, "f t"]:
-    """How strongly each neuron takes part at each token, less its mean, of length 1: products are correlations."""
+    """How strongly each neuron takes part at each token, centred and scaled to length 1: products are correlations."""
     strength = np.abs(activations.astype(np.float32)).T
     return _normalised(strength - strength.mean(axis=1, keepdims=True))
 
@@ -100,14 +103,14 @@ def _normalised(rows: Float[np.ndarray, "f n"]) -> Float[np.ndarray, "f n"]:
 
 
 def balanced_clusters(points: Float[np.ndarray, "f n"], count: int, seed: int) -> Groups:
-    """Clusters of equal size, by k-means whose assignment is the cheapest one of equal sizes.
+    """Cluster points into groups of equal size: k-means that assigns points at the least cost for equal sizes.
 
-    The centroids begin as those of k-means without that constraint.
+    The first centroids are those of k-means without that constraint.
 
     Args:
-        points: one row for each.
-        count: number of clusters, which divides that of the points.
-        seed: of the first centroids.
+        points: the points, one in each row.
+        count: number of clusters; it must divide the number of points.
+        seed: seed of the first centroids.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -120,7 +123,7 @@ def balanced_clusters(points: Float[np.ndarray, "f n"], count: int, seed: int) -
     centroids = means.fit(points).cluster_centers_
     labels = np.full(len(points), -1)
     for _ in range(ROUNDS):
-        # Squared distances, but for what is the same for all centroids.
+        # Squared distances, without the term that is the same for all centroids.
         costs = np.square(centroids).sum(axis=1) - 2 * points @ centroids.T
         assigned = cheapest_of_equal_sizes(costs)
         if np.array_equal(assigned, labels):
@@ -131,16 +134,19 @@ def balanced_clusters(points: Float[np.ndarray, "f n"], count: int, seed: int) -
 
 
 def cheapest_of_equal_sizes(costs: Float[np.ndarray, "f n"]) -> Int[np.ndarray, "f"]:
-    """The assignment of points to clusters of equal size that costs least in all.
+    """Assign points to clusters of equal size at the least total cost.
 
-    Each point begins where it is cheapest, which is the best assignment for the sizes that come of it. Then the
-    clusters with too many points give them away one by one, each time by the cheapest chain of moves that ends where
-    some are missing; that keeps the assignment the best one for its sizes (successive shortest paths: Ahuja, Magnanti
-    and Orlin, Network Flows, 1993, section 9.7). The paths lead over n clusters, not over F points: 4,864 neurons of a
-    layer take a fraction of a second, where a linear sum assignment with a place for each of them takes minutes.
+    Each point begins in its cheapest cluster, which is the best assignment for the sizes that result. Then the clusters
+    with too many points give them away one by one, each time by the cheapest chain of moves to a cluster with too few.
+    After each step the assignment is still the best one for its sizes (successive shortest paths: Ahuja, Magnanti and
+    Orlin, Network Flows, 1993, section 9.7). The paths lead over n clusters, not over F points. For a layer of 4,864
+    neurons this takes a fraction of a second; a linear sum assignment with a place for each neuron takes minutes.
 
     Args:
-        costs: of each point in each of the clusters, whose number divides that of the points.
+        costs: the cost of each point in each cluster; the number of clusters must divide the number of points.
+
+    Returns:
+        The cluster of each point.
     """
     points, count = costs.shape
     costs = costs.astype(np.float64)
@@ -149,7 +155,7 @@ def cheapest_of_equal_sizes(costs: Float[np.ndarray, "f n"]) -> Int[np.ndarray, 
     moves, movers = np.full((count, count), np.inf), np.zeros((count, count), np.int64)
 
     def look_again(cluster: int) -> None:
-        """The cheapest move from this cluster to each of the others."""
+        """Update the cheapest move from this cluster to each of the others."""
         members = np.flatnonzero(labels == cluster)
         if not len(members):
             moves[cluster] = np.inf
@@ -172,17 +178,17 @@ def cheapest_of_equal_sizes(costs: Float[np.ndarray, "f n"]) -> Int[np.ndarray, 
 
 
 def _cheapest_chain(moves: Float[np.ndarray, "n n"], missing: Int[np.ndarray, "n"]) -> list[int]:
-    """The cheapest way from any cluster with too many points to any with too few (Bellman and Ford).
+    """The cheapest path from any cluster with too many points to any with too few (Bellman and Ford).
 
     Args:
-        moves: cost of the cheapest move between each two clusters, no cycle of which has negative costs.
-        missing: points that each cluster has too few; negative if it has too many.
+        moves: cost of the cheapest move from each cluster to each other one; no cycle has a negative cost.
+        missing: number of points that each cluster lacks; negative if it has too many.
     """
     distance, before = np.where(missing < 0, 0.0, np.inf), np.full(len(missing), -1)
     for _ in missing:
         over = distance[:, None] + moves
         nearest = over.argmin(axis=0)
-        # What is shorter by rounding alone could lead in a circle.
+        # Paths that are shorter only through rounding could form a cycle.
         shorter = over.min(axis=0) < distance - 1e-12 * (1 + np.abs(np.where(np.isfinite(distance), distance, 0)))
         if not shorter.any():
             break

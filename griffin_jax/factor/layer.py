@@ -1,4 +1,4 @@
-"""A factored layer as it is trained: every expert is computed, and the choice is a product with 0 or 1."""
+"""Factored layers in training: every expert is computed, and the choice is a product with 0 or 1."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from griffin_jax.model.routed import Experts, RoutedFeedForward
 from griffin_jax.model.transformer import Transformer
 
 Parameters = tuple[Mapping[str, Array], ...]
-"""What is trained of each layer, by its path in it."""
+"""The trained parameters of each layer, by their paths in the layer."""
 
 ROUTER = ("router", "router_bias")
 EXPERTS = ("gate_up", "gate_up_bias", "down", "down_bias")
 
 Routes = Literal["all", "router", "oracle"]
-"""Which experts a layer's output is the sum of: all of them, which is the dense layer; those of the router; or those
-that the dense layer says are best."""
+"""Which experts are summed for a layer's output: all, which gives the dense layer; those that the router chooses; or
+those that the oracle chooses by the dense layer's output."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choices:
-    """What a layer in training found at its input; what an observer sees of it.
+    """What a layer in training computes from its input, and what an observer sees of the layer.
 
     Attributes:
-        inputs: x, which gradients do not pass.
+        inputs: the input x; no gradients flow back through it.
         outputs: E_i(x) of every expert, float32.
-        logits: of the router, float32.
-        chosen: 1 for the experts that the router chooses.
-        labels: 1 for those that the dense layer says are best.
+        logits: the router's logits, float32.
+        chosen: 1 for the experts that the router chooses, 0 for the others.
+        labels: 1 for the experts that the oracle chooses by the dense layer's output, 0 for the others.
     """
 
     inputs: Float[Array, "b t d"]
@@ -50,15 +50,15 @@ class Choices:
 class TrainingLayer(nnx.Module):
     """A factored layer that computes all its experts, with the interface of a feed-forward layer.
 
-    The output is scale * sum_i m_i E_i(x) + bias. In training m_i = c_i + p_i - stop_gradient(p_i): its value is the
+    The output is scale * sum_i m_i E_i(x) + bias. In training, m_i = c_i + p_i - stop_gradient(p_i): its value is the
     choice c_i, 0 or 1, as in decoding; its gradient is that of p = softmax(router(x)) (straight-through, arXiv
-    1308.3432). All experts have one, so that the router also hears of those that it did not choose.
+    1308.3432). Every expert has such a gradient, so the router also learns from those that it did not choose.
 
     Args:
         layer: the layer whose experts and router are used.
-        teacher: experts whose sum is the dense layer; those of `layer` if None.
-        routes: which experts the output is the sum of.
-        oracle: how the labels are found, see `griffin_jax.factor.losses.oracle_labels`.
+        teacher: the experts whose sum is the dense layer; None for those of `layer`.
+        routes: which experts are summed for the output.
+        oracle: how the labels are found; see `griffin_jax.factor.losses.oracle_labels`.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class TrainingLayer(nnx.Module):
 
     @property
     def neurons(self) -> int:
-        """The neurons of all experts."""
+        """The number of neurons of all experts together."""
         return self.layer.neurons
 
     def intermediate(self, x: Float[Array, "b t d"]) -> Choices:
-        """Everything about the experts at this input."""
+        """Everything that the layer computes about its experts for this input."""
         routing = self.layer.routing
         outputs = expert_outputs(self.layer.experts, x)
-        # Labels and what routers learn from them are no way for gradients to reach the layers before.
+        # Gradients must not reach earlier layers through the labels, or through what routers learn from them.
         fixed = jax.lax.stop_gradient(x)
         own = jax.lax.stop_gradient(outputs)
         target = jnp.sum(own if self.teacher is None else expert_outputs(self.teacher, fixed), axis=-2)
@@ -91,7 +91,7 @@ class TrainingLayer(nnx.Module):
         return Choices(fixed, outputs, logits, chosen, labels)
 
     def project(self, z: Choices) -> Float[Array, "b t d"]:
-        """The layer's output."""
+        """The layer's output, from what `intermediate` computed."""
         routing = self.layer.routing
         if self.routes == "all":
             y = jnp.sum(z.outputs, axis=-2)
@@ -113,7 +113,7 @@ def expert_outputs(experts: Experts, x: Float[Array, "b t d"]) -> Float[Array, "
         bias = experts.gate_up_bias[...].astype(jnp.float32)
         y = y + bias.swapaxes(0, 1).reshape(bias.shape[1], -1)
     z = experts.activated(y.astype(x.dtype), axis=2).reshape(*x.shape[:2], count, width)
-    # A product in batches of experts: XLA's CPU code has none of bfloat16 with a float32 result.
+    # A batched product, with the experts as the batch: XLA's CPU code has none of bfloat16 with a float32 result.
     y = jnp.einsum("btef,efd->bted", z, down.reshape(count, width, d)).astype(jnp.float32)
     return y if experts.down_bias is None else y + experts.down_bias[...].astype(jnp.float32)
 
@@ -125,13 +125,13 @@ def in_training(
     routes: Routes = "router",
     oracle: Oracle = "joint",
 ) -> Transformer:
-    """A factored model whose layers compute all their experts; see `TrainingLayer`.
+    """The factored model with layers that compute all their experts; see `TrainingLayer`.
 
     Args:
-        model: from `griffin_jax.factor.factorize`, untrained: all of its experts together are the teacher.
-        parameters: what is used instead of the model's own, from `trainable`; empty for its own.
-        routes: which experts a layer's output is the sum of.
-        oracle: how labels are found.
+        model: an untrained model from `griffin_jax.factor.factorize`: all its experts together are the teacher.
+        parameters: parameters, as from `trainable`, that are used instead of the model's own; empty for its own.
+        routes: which experts are summed for a layer's output.
+        oracle: how the labels are found.
     """
     changed: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for number, layer in enumerate(changed.layers):
@@ -143,14 +143,14 @@ def in_training(
 
 
 def trainable(model: Transformer, *, experts: bool) -> Parameters:
-    """What of a factored model is trained, float32.
+    """The parameters of a factored model that are trained, as float32.
 
     Args:
         model: a factored model.
-        experts: whether experts are trained, too, or routers alone.
+        experts: whether to include the experts; otherwise only the routers are trained.
 
     Raises:
-        ValueError: the experts are integers.
+        ValueError: `experts` is true, and the model's weights are integers.
     """
     if experts and model.weights.quantised:
         raise ValueError(f"the experts are {model.weights}, and only floating weights are trained; train routers alone")
@@ -158,13 +158,13 @@ def trainable(model: Transformer, *, experts: bool) -> Parameters:
     found = []
     for layer in model.layers:
         named = {name: _of_path(layer.ff, name) for name in names}
-        # Copies, since a training state is given away to the next one, and the model stays the teacher.
+        # Copies, since a step donates the memory of its state, and the model is still needed as the teacher.
         found.append({name: jnp.array(p[...], jnp.float32) for name, p in named.items() if p is not None})
     return tuple(found)
 
 
 def with_parameters(layer: RoutedFeedForward, parameters: Mapping[str, Array]) -> RoutedFeedForward:
-    """The layer with other values of these parameters, rounded to the dtypes that it has."""
+    """The layer with these values of some parameters, rounded to the dtypes of the layer."""
     changed: RoutedFeedForward = jax.tree.map(lambda leaf: leaf, layer)
     for name, value in parameters.items():
         parameter = _of_path(changed, name)

@@ -1,4 +1,4 @@
-"""Agreement of routers with the oracle, and the load of experts, over training."""
+"""Plots the loss, the agreement of routers with the oracle, and the load of experts over training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from griffin_jax.factor.training import ROUTERS
 from griffin_jax.utils.figures import new_figure
 
 SMOOTHED = 8
-"""Steps whose mean a point of the lines is, at most."""
+"""Largest number of steps that a point of a line is the mean of."""
 
 
 def plot_curve(curve: Sequence[Mapping[str, Any]], title: str, file: str | os.PathLike[str]) -> None:
-    """Three panels: the loss of each stage, agreement with the oracle, and load, of which every line is a layer.
+    """Draw three panels: the loss of each stage, agreement with the oracle, and load; each thin line is a layer.
 
     Args:
-        curve: from `griffin_jax.factor.training.train_factors` or `load_curve`.
-        title: of the whole.
-        file: a PNG.
+        curve: figures from `griffin_jax.factor.training.train_factors` or `load_curve`.
+        title: title of the whole figure.
+        file: PNG file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -60,7 +60,7 @@ def plot_curve(curve: Sequence[Mapping[str, Any]], title: str, file: str | os.Pa
 
 
 def _smoothed(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Means of each value with those before it."""
+    """The mean of each value and those before it, over at most `SMOOTHED` values."""
     values = np.asarray(values, float)
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)

@@ -1,8 +1,8 @@
-"""Training a factored model: routers by forward passes alone, then experts and routers end to end.
+"""Trains a factored model: first its routers, with forward passes alone, then experts and routers end to end.
 
-Both stages have a pure step, `router_step` and `expert_step`, to jit or to put into a loop of your own;
-`train_factors` is such a loop. The teacher is the untrained factored model itself: all its experts together are the
-dense layer.
+Both stages have a pure step, `router_step` and `expert_step`, which you can jit or use in your own loop;
+`train_factors` is such a loop. The teacher is the untrained factored model itself, since all its experts together are
+the dense layer.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from griffin_jax.training.loop import (
 )
 
 ROUTERS, TOGETHER = "routers", "together"
-"""The stages: routers alone, and experts and routers together."""
+"""The two stages of training: routers alone, then experts and routers together."""
 
 CURVE = "curve.jsonl"
-"""The file of figures of every step, next to the checkpoints."""
+"""Name of the file with the figures of every step, next to the checkpoints."""
 
 Figures = Mapping[str, Array]
 
 
 def read(model: Transformer, batch: Batch, observe: Observer | None = None) -> tuple[Array, Bool[Array, "b r"], Any]:
-    """The residual stream of every token that predicts another one, which of them are real, and what was observed."""
+    """The residual stream of all tokens that predict another one, which of these are real, and what was observed."""
     mesh = mesh_of(model.embedding[...])
     tokens, lengths = (over_data(mesh, jnp.asarray(array)) for array in (batch.tokens, batch.lengths))
     columns = jnp.arange(tokens.shape[1] - 1, dtype=jnp.int32)
@@ -69,14 +69,17 @@ def _mean(values: Float[Array, "*t"], real: Bool[Array, "*t"]) -> Float[Array, "
 def router_figures(
     logits: Float[Array, "*t e"], labels: Float[Array, "*t e"], real: Bool[Array, "*t"], active: int
 ) -> dict[str, Array]:
-    """How good one layer's router is: `approximate` and `balance`, its losses; `agreement`, the part of its choices
-    that the labels have, too; `load`, the part of the tokens that chooses each expert.
+    """Figures that say how good the router of one layer is.
 
     Args:
-        logits: of the router.
-        labels: from `griffin_jax.factor.losses.oracle_labels`.
+        logits: the router's logits.
+        labels: labels from `griffin_jax.factor.losses.oracle_labels`.
         real: which tokens are not padding.
-        active: experts that a token chooses.
+        active: number of experts that a token chooses.
+
+    Returns:
+        `approximate` and `balance`, the router's losses; `agreement`, the share of its choices that are also in the
+        labels; and `load`, the share of the tokens that choose each expert.
     """
     chosen = k_hot(jax.lax.top_k(logits, active)[1], logits.shape[-1])
     counted = real[..., None]
@@ -90,20 +93,20 @@ def router_figures(
 
 
 def _stacked(layers: tuple[dict[str, Array], ...]) -> dict[str, Array]:
-    """The figures of all layers, along a first axis."""
+    """The figures of all layers, stacked along a first axis."""
     return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
 
 
 def router_step(config: ModelConfig, training: FactorTraining, oracle: Oracle = "joint") -> Step:
-    """The pure step of the first stage: a batch is read densely, and every layer's router learns from what it saw.
+    """The pure step of the first stage: a batch is read densely, and the router of each layer learns from its inputs.
 
-    The tokens of the batch are divided among `training.router_updates` updates, each token of a text with others than
-    its neighbours. Nothing is differentiated but the routers.
+    The tokens of the batch are divided among `training.router_updates` updates, so that neighbouring tokens are in
+    different updates. Only the routers are differentiated.
 
     Args:
-        config: of the factored model.
+        config: configuration of the factored model.
         training: how it is trained.
-        oracle: how labels are found.
+        oracle: how the labels are found.
 
     Returns:
         A function of a `TrainingState` of `trainable(model, experts=False)`, of the untrained factored model, and of a
@@ -145,21 +148,21 @@ def router_step(config: ModelConfig, training: FactorTraining, oracle: Oracle = 
 
 
 def _ratio(training: FactorTraining) -> float:
-    """The weight of the balance loss next to that of the Prior-Approximate loss."""
+    """The weight of the balance loss in the first stage, in which the Prior-Approximate loss has weight 1."""
     return training.balance / training.approximate if training.approximate else training.balance
 
 
 def expert_loss(
     parameters: Parameters, model: Transformer, batch: Batch, *, training: FactorTraining, oracle: Oracle = "joint"
 ) -> tuple[Float[Array, ""], Figures]:
-    """The loss of the second stage, and the figures of it.
+    """The loss of the second stage, and its figures.
 
     Args:
-        parameters: from `trainable(model, experts=True)`.
+        parameters: parameters as from `trainable(model, experts=True)`.
         model: the untrained factored model.
         batch: the sequences.
-        training: the weights of its parts.
-        oracle: how labels are found.
+        training: options with the objective and the weights of the other losses.
+        oracle: how the labels are found.
     """
     assert model.config.routing is not None
     active = model.config.routing.active
@@ -182,8 +185,16 @@ def expert_loss(
 
 
 def expert_step(training: FactorTraining, oracle: Oracle = "joint") -> Step:
-    """The pure step of the second stage: a function of a `TrainingState` of `trainable(model, experts=True)`, of the
-    untrained factored model, and of a batch."""
+    """The pure step of the second stage.
+
+    Args:
+        training: how the model is trained.
+        oracle: how the labels are found.
+
+    Returns:
+        A function of a `TrainingState` of `trainable(model, experts=True)`, of the untrained factored model, and of a
+        batch.
+    """
     loss = functools.partial(expert_loss, training=training, oracle=oracle)
     return make_measured_step(loss, make_optimizer(training.together()), training.accumulate)
 
@@ -198,31 +209,33 @@ def train_factors(
     save_every: int = 50,
     quiet: bool = False,
 ) -> tuple[Transformer, list[dict[str, Any]]]:
-    """The model with trained routers, and, if `training.steps` says so, trained experts.
+    """Train the routers of a factored model and, if `training.steps` is not 0, then its experts and routers together.
 
-    A call that was interrupted goes on where its last checkpoint is, to the same bits.
+    After an interruption, the same call resumes from the last checkpoint and gives the same bits. A folder in which
+    only routers were trained also serves a later call with `training.steps` and the same options of the first stage.
 
     Args:
         model: a factored model before any training, on a mesh or not.
         packed: the texts.
-        training: how it is trained.
-        oracle: how labels are found.
-        folder: where checkpoints and the figures of every step are kept; None for none.
-        save_every: steps between two checkpoints.
-        quiet: no progress bars.
+        training: how the model is trained.
+        oracle: how the labels are found.
+        folder: folder for checkpoints and the figures of every step; None for neither.
+        save_every: number of steps between two checkpoints.
+        quiet: whether to hide the progress bars.
 
     Returns:
-        The model, and the figures of every step, for each `stage`, `step`, the `tokens` read so far, and the figures
-        by name.
+        The trained model, and a dictionary for each step, with its `stage`, its `step`, the `tokens` read so far, and
+        the figures by name.
 
     Raises:
-        ValueError: the folder has checkpoints of something else, or the experts are integers and are to be trained.
+        ValueError: the folder has a checkpoint of a run with another model, other texts or other options; or the
+            experts are to be trained, and are integers.
         FloatingPointError: the loss is not finite.
     """
     curve = Curve(None if folder is None else folder / CURVE, training.batch * training.length)
     batches = packed.batches(training.batch, seed=training.seed)
     run = {"model": fingerprint(model), "texts": packed.digest, "oracle": oracle}
-    # Routers that are there serve for another second stage, too.
+    # Without the options of the second stage, so that trained routers can be the start of any second stage.
     alone = {"updates": training.router_updates, "balance": _ratio(training)}
     abouts = {
         ROUTERS: json.dumps({**run, **dataclasses.asdict(training.routers()), **alone}),
@@ -256,7 +269,7 @@ def train_factors(
 
 
 def trained(model: Transformer, parameters: Parameters) -> Transformer:
-    """The factored model with these parameters instead of its own."""
+    """The factored model with these parameters in place of its own."""
     changed: Transformer = jax.tree.map(lambda leaf: leaf, model)
     for layer, own in zip(changed.layers, parameters, strict=True):
         layer.ff = with_parameters(layer.ff, own)
@@ -266,11 +279,11 @@ def trained(model: Transformer, parameters: Parameters) -> Transformer:
 class Curve:
     """The figures of every step, in memory and as lines of JSON in a file.
 
-    Steps that a resumed run makes again replace those of before.
+    If a resumed run repeats a step, the new figures replace the old ones.
 
     Args:
-        file: to go on with or to begin; None for none.
-        tokens: of a step.
+        file: file to continue or to begin; None to keep the figures in memory only.
+        tokens: number of tokens in a step.
     """
 
     def __init__(self, file: Path | None, tokens: int):
@@ -279,22 +292,22 @@ class Curve:
         if file is not None and file.is_file():
             for line in load_curve(file):
                 _put(self._found, line)
-            # What a killed run has left of its last line must not be continued.
+            # A line that a killed run left incomplete must not be continued.
             if not file.read_bytes().endswith(b"\n"):
                 with file.open("a", encoding="utf-8") as end:
                     end.write("\n")
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """Those of all steps so far, in their order."""
+        """The figures of all steps so far, in order."""
         return sorted(self._found.values(), key=lambda line: line["tokens"])
 
     def of(self, *stages: str) -> list[dict[str, Any]]:
-        """Those of some stages; another run in the same folder may have left others."""
+        """The figures of these stages; another run in the same folder may have left those of other stages."""
         return [line for line in self.lines if line["stage"] in stages]
 
     def add(self, stage: str, first: int, step: int, figures: Mapping[str, np.ndarray]) -> dict[str, str]:
-        """Keeps the figures of a step; returns what a progress bar shows of them."""
+        """Record the figures of a step; returns what the progress bar shows of them."""
         line = {"stage": stage, "step": step, "tokens": (first + step + 1) * self._tokens}
         line |= {name: np.asarray(value, np.float64).round(6).tolist() for name, value in figures.items()}
         _put(self._found, line)
@@ -307,17 +320,17 @@ class Curve:
 
 
 def load_curve(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file that `train_factors` wrote, each step once."""
+    """The figures in a file that `train_factors` wrote, with each step once."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for text in file.read_text(encoding="utf-8").splitlines():
-        # A killed run may have left half a line.
+        # A killed run may have left an incomplete line.
         with contextlib.suppress(json.JSONDecodeError):
             _put(found, json.loads(text))
     return sorted(found.values(), key=lambda line: line["tokens"])
 
 
 def _put(found: dict[tuple[str, int], dict[str, Any]], line: dict[str, Any]) -> None:
-    """Adds a line; those of later steps of its stage are of a run that ended otherwise."""
+    """Add a line, and drop the lines of later steps of its stage, which an earlier run left."""
     for stage, step in [key for key in found if key[0] == line["stage"] and key[1] > line["step"]]:
         del found[stage, step]
     found[line["stage"], line["step"]] = line

@@ -1,11 +1,11 @@
-"""A cache that goes on from turn to turn: what was read stays, and only what is new is read.
+"""A KV cache that is kept from turn to turn of a conversation, so that only new tokens are read.
 
     read = start(model, slots)
     read = read_more(model, read, tokens, count)        the full model reads a turn
     ...                                                 an answer is written into the cache
     read = dataclasses.replace(read, cache=cut(cache, length))
 
-For one conversation at a time: all functions have a batch of one.
+All functions handle one conversation at a time: the batch size is one.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from griffin_jax.model.transformer import Transformer
 
 
 def start(model: Transformer, slots: int, *, rows: int = 0) -> Prefilled:
-    """A conversation of which nothing was read yet.
+    """An empty conversation, of which nothing has been read yet.
 
     Args:
         model: the full model.
-        slots: tokens that the cache has room for; static.
-        rows: tokens whose relative activations are kept for a `Reconstruction`; static.
+        slots: number of tokens that the cache has room for; static.
+        rows: number of tokens whose relative activations are kept for a `Reconstruction`; static.
     """
     width, neurons = model.config.width, model.neurons
     return Prefilled(
@@ -47,14 +47,18 @@ def start(model: Transformer, slots: int, *, rows: int = 0) -> Prefilled:
 def read_more(
     model: Transformer, read: Prefilled, tokens: Int[Array, "1 t"], count: int | Int[Array, ""], *, last: int = 0
 ) -> Prefilled:
-    """The full model reads more of a conversation, and adds to what it recorded of the part before.
+    """Read more of a conversation with the full model, and add to the statistics that were recorded so far.
 
     Args:
         model: the full model.
-        read: the part before, with room for T tokens. Donate it.
-        tokens: token ids, padded on the right with any token.
-        count: how many of them are real, at least 1. The others take no slots.
-        last: how many of them `Prefilled.last` is to be about, see `griffin_jax.generation.scoring.extend`; static.
+        read: the conversation so far, with room for T more tokens. Donate it.
+        tokens: token ids, (1, T), padded on the right with any token.
+        count: number of real tokens among them, at least 1. Padding takes no slots in the end.
+        last: number of tokens at the end that are recorded in `Prefilled.last`, see
+            `griffin_jax.generation.scoring.extend`; static.
+
+    Returns:
+        The longer conversation.
     """
     _, longer = extend(model, read, tokens, jnp.asarray(count, jnp.int32)[None], last=last)
     cache = longer.cache.without_last(tokens.shape[1] - count)
@@ -62,12 +66,12 @@ def read_more(
 
 
 def cut(cache: KVCache, length: int | Int[Array, ""]) -> KVCache:
-    """The cache of a conversation without what was written after its first `length` tokens. Donate it."""
+    """The cache of a conversation, cut after its first `length` tokens. Donate it."""
     return cache.without_last(cache.cursor - length)
 
 
 def with_room(cache: KVCache, slots: int) -> KVCache:
-    """The cache with more slots, `slots` in all; static."""
+    """The cache enlarged to `slots` slots in all; static."""
     more = slots - cache.slots
 
     def padded(array: Array, axis: int, value: int = 0) -> Array:

@@ -3,7 +3,7 @@
     state = init_decode(prefilled)                 the first token, from the full model's logits
     state = decode(pruned, state, N)               up to N tokens
 
-Called again with a larger N, `decode` goes on where it stopped, so that answers can be streamed.
+To stream answers, call `decode` again with a larger N: it continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from griffin_jax.utils.deprecation import renamed_arguments
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """Unfinished answers, with everything that `decode` needs to go on.
+    """Unfinished answers, with everything that `decode` needs to continue them.
 
     Attributes:
-        tokens: the answers so far, followed by `EMPTY`; also after the end of a row that has ended.
+        tokens: the answers so far, (B, N), where N is the room for tokens. Columns that are not written yet are
+            `EMPTY`, and so are all columns after the end of a row.
         count: number of columns of `tokens` that are written.
-        done: which rows have ended.
-        lengths: number of real tokens of each prompt.
+        done: which rows have ended, (B,).
+        lengths: number of real tokens of each prompt, (B,).
         cache: keys and values of the prompts and of all answer tokens but the newest.
-        key: random key; the key of each token is derived from it, the token's column and its row. Or one key for each
-            row; the key of each token is then derived from that of its row and its column.
+        key: random key or keys. From a single key, the key of each token is derived with the token's column and row.
+            From one key per row, (B,), it is derived with the token's column alone.
     """
 
     tokens: Int[Array, "b n"]
@@ -51,16 +52,17 @@ def init_decode(
     eos: tuple[int, ...] = (),
     seed: int | Int[Array, "*b"] = 0,
 ) -> DecodeState:
-    """The answers' first tokens, from the full model's logits after the prompts.
+    """Write the first token of each answer, from the full model's logits after the prompts.
 
     Args:
-        prefilled: the prompts. Donate the cache: the answers go on in it.
+        prefilled: the prompts. Donate the cache, which the answers continue.
         sampler: how tokens are drawn from the logits.
-        eos: tokens that end a row; static.
-        seed: seed of all draws of the answers; or one for each row, whose draws then do not depend on the batch.
+        eos: ids of the tokens that end a row; static.
+        seed: seed of all random draws of the answers; or one seed for each row, (B,), so that the draws of a row do not
+            depend on the batch.
 
     Returns:
-        Answers of one token each, with room for `prefilled.max_new_tokens`.
+        Answers of one token each, with room for `prefilled.max_new_tokens` tokens.
     """
     batch = prefilled.logits.shape[0]
     state = DecodeState(
@@ -85,14 +87,14 @@ def decode(
 ) -> DecodeState:
     """Write tokens until every row has `until` of them or has ended, in one loop on the device.
 
-    Called again with a larger `until`, it goes on where it stopped, with the same tokens as in one call.
+    Calling it again with a larger `until` continues the answers, with the same tokens as a single call.
 
     Args:
         model: the model that computes the next tokens, full or pruned.
-        state: the answers so far, from `init_decode` or `decode`. Donate it where it is not used again.
-        until: number of tokens that rows come to hold, earlier ones included; limited by the room for them.
+        state: the answers so far, from `init_decode` or `decode`. Donate it if it is not used again.
+        until: total number of tokens to write in each row, earlier ones included; limited by the room in `state`.
         sampler: how tokens are drawn from the logits.
-        eos: tokens that end a row; static.
+        eos: ids of the tokens that end a row; static.
 
     Returns:
         The longer answers.
@@ -112,19 +114,24 @@ def decode(
 
 
 TOKENS = 0x70C5
-"""Folded into the key of a sequence for its tokens, which are then independent of the neurons drawn with it."""
+"""Number folded into a sequence's key for drawing its tokens, so that they are independent of the neurons drawn with
+the same seed."""
 
 
 def keys_of(seed: int | Int[Array, "*b"]) -> Key[Array, "*b"]:
-    """The random key of a seed, or of each of several; the same whether JAX has 64-bit integers or not."""
+    """The random key of a seed, or one key for each of several seeds; the same with or without 64-bit integers in JAX.
+
+    Args:
+        seed: one seed, or several, (B,).
+    """
     seed = jnp.asarray(seed, jnp.int32)
     return jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
 
 
 def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, "b"]:
-    """The keys that the tokens of a column are drawn with, one for each row."""
+    """The keys with which the tokens of a column are drawn, one for each row, (B,)."""
     if state.key.ndim:
-        # `select` draws the neurons of layer i with the same seed and the number i.
+        # `select` folds the number of the layer into the key of the same seed.
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.key, TOKENS)
         return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, column)
     key = jax.random.fold_in(state.key, column)
@@ -134,7 +141,10 @@ def column_keys(state: DecodeState, column: int | Int[Array, ""]) -> Key[Array, 
 def append_token(
     state: DecodeState, logits: Float[Array, "b v"], cache: KVCache, sampler: Sampler, eos: tuple[int, ...]
 ) -> DecodeState:
-    """The state with one more token in each row, drawn from `logits`, and with the cache that they came with."""
+    """Append one token to each row, drawn from `logits`, (B, V), and replace the cache by the one that came with them.
+
+    Rows that have ended get `EMPTY`.
+    """
     token = jnp.where(state.done, EMPTY, sampler(logits, column_keys(state, state.count)))
     ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros_like(state.done)
     return dataclasses.replace(

@@ -1,8 +1,8 @@
-"""The steps of prefill -> select -> decode, and of scoring, compiled.
+"""Compiled versions of the steps prefill, select and decode, and of those for scoring and conversations.
 
-These are the same functions under `griffin_jax.utils.programs.jit`, which is `jax.jit` with a bounded number of
-programs, with the right arguments static and donated. `prune` is not among them:
-its gather is jitted inside, and jit would copy the arrays that it passes through.
+They are the functions of the same names under `griffin_jax.utils.programs.jit` (`jax.jit` with a bounded number of
+programs), with the right arguments static and donated. `prune` is not among them: its gather is jitted already, and jit
+would copy the arrays that it only passes through.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ with_room = programs.jit(conversation.with_room, static_argnames=("slots",))
 def init_decode(
     prefilled: Prefilled, *, sampler: Sampler = Greedy(), eos: tuple[int, ...] = (), seed: int | Array = 0
 ) -> decoding.DecodeState:
-    """`griffin_jax.init_decode`, compiled; the cache is donated, so `prefilled` cannot be used again."""
+    """`griffin_jax.init_decode`, compiled. The cache is donated, so `prefilled` cannot be used again."""
     parts = prefilled.cache, prefilled.logits, prefilled.statistics.tokens
     return _init_decode(*parts, max_new_tokens=prefilled.max_new_tokens, sampler=sampler, eos=eos, seed=seed)
 
@@ -64,11 +64,11 @@ def _init_decode(
 _magnitude = programs.jit(magnitude)
 _known: weakref.WeakKeyDictionary[Transformer, tuple[list[weakref.ref[Array]], tuple[Array, ...]]]
 _known = weakref.WeakKeyDictionary()
-"""The magnitudes of models, and the matrices that they were computed of."""
+"""For each model, the matrices that its magnitudes were computed from, and the magnitudes."""
 
 
 def magnitudes_of(model: Transformer) -> tuple[Array, ...] | None:
-    """What `griffin_jax.select` takes as `magnitudes`: computed once for a model; None if it has no routed experts."""
+    """The `magnitudes` that `griffin_jax.select` takes, computed once per model; None if it has no routed experts."""
     if model.config.routing is None:
         return None
     matrices = [part.gate_up.get_value() for layer in model.layers for part in layer.ff.parts()]

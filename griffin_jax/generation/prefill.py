@@ -1,4 +1,14 @@
-"""Prefill: the full model reads prompts and records how strongly each neuron takes part."""
+"""Prefill: the full model reads prompts and records how strongly each neuron takes part.
+
+    prefilled = prefill(model, tokens, lengths, max_new_tokens=N)
+    prefilled.logits                the scores of the answers' first tokens
+    prefilled.cache                 keys and values of the prompts, with room for N tokens more
+    prefilled.statistics            GRIFFIN's s^2 of every neuron, for `select`
+
+Prompts are read in chunks of equal length, in one loop on the device. The model calls an observer with the
+intermediates z of each feed-forward layer (see `griffin_jax.model.transformer.Observer`); what it returns is added up
+over the chunks, and z itself is not kept.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +30,20 @@ from griffin_jax.parallel.mesh import mesh_of, over_data
 from griffin_jax.utils.deprecation import renamed_arguments, renamed_attribute
 
 _Observed = tuple[Array | None, Array | None]
-"""What is recorded of a layer: s^2, and relative activations of some tokens."""
+"""What is recorded in a layer: s^2, (B, F), and the relative activations of some tokens, (B, R, F)."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LastTokens:
-    """The last tokens of prompts, and what was recorded of the tokens before them.
+    """The full model's output at the last tokens of prompts, and what was recorded of the tokens before them.
 
-    With it a pruned model can be tried on these tokens, see `griffin_jax.extensions.promise`.
+    With it, a pruned model can be tried on the last tokens; see `griffin_jax.extensions.promise`.
 
     Attributes:
-        hidden: the residual stream after the last layer of each of them.
-        statistics: of the tokens before.
-        rows: relative activations of some of the tokens before, as those of `Prefilled`.
+        hidden: the residual stream after the last layer at each of the N last tokens, (B, N, D).
+        statistics: statistics of the tokens before them.
+        rows: relative activations of some of the tokens before them, (B, R, F) for each layer, as in `Prefilled.rows`.
     """
 
     hidden: Float[Array, "b n d"]
@@ -43,22 +53,22 @@ class LastTokens:
 
 @dataclasses.dataclass(frozen=True)
 class _End:
-    """Where the last tokens are among those that are read at a time.
+    """Where a prompt's last tokens are in the chunk that is being read.
 
     Attributes:
-        early: which tokens come before them.
-        columns: where they are; outside of what is read if they are read at another time.
+        early: which tokens of the chunk come before the last tokens, (B, T).
+        columns: the columns of the last tokens, (B, N); outside [0, T) for those in another chunk.
     """
 
     early: Bool[Array, "b t"]
     columns: Int[Array, "b n"]
 
     def squares(self, layer: int, z: Activations, real: Bool[Array, "b t"]) -> tuple[Array, Array]:
-        """s^2 of the tokens before, and of the last ones, which are few."""
+        """s^2 of the tokens before the last ones, and s^2 of the last ones. (They are few, and gathered.)"""
         return statistic(layer, z, real & self.early), token_statistic(*tokens_at(z, self.columns))
 
     def hidden(self, x: Float[Array, "b t d"]) -> Float[Array, "b n d"]:
-        """The residual stream of the last tokens, zero for those that are read at another time."""
+        """The residual stream at the last tokens, zero for those in another chunk."""
         found, present = tokens_at(x, self.columns)
         return jnp.where(present[..., None], found, 0)
 
@@ -66,17 +76,18 @@ class _End:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefilled:
-    """Prompts that were read by the full model.
+    """Prompts that the full model has read.
 
     Attributes:
-        logits: scores of the token after each prompt, float32.
-        hidden: the residual stream after the last layer that they are computed from.
+        logits: scores of the token after each prompt, (B, V), float32.
+        hidden: the residual stream after the last layer at the last token of each prompt, (B, D), from which `logits`
+            are computed.
         cache: keys and values of the prompts, with room for the answers.
-        statistics: what GRIFFIN selects by; without layers if it was not collected.
+        statistics: the statistics that GRIFFIN selects by; without layers if they were not collected.
         max_new_tokens: number of tokens that the cache has room for after the prompts.
-        rows: relative activations of some tokens of each prompt in each layer, in the model's dtype, for a
-            `Reconstruction`; without layers unless they were asked for.
-        last: the last tokens of each prompt; None unless they were asked for.
+        rows: relative activations of some tokens of each prompt, (B, R, F) for each layer, in the model's dtype, for a
+            `Reconstruction`; without layers unless `rows` were asked for.
+        last: the full model's output at the last tokens of each prompt; None unless `last` was asked for.
     """
 
     logits: Float[Array, "b v"]
@@ -103,25 +114,28 @@ def prefill(
     rows: int = 0,
     last: int = 0,
 ) -> Prefilled:
-    """Read prompts with the full model, exactly, and record how strongly each neuron takes part.
+    """Read prompts with the full model and record how strongly each neuron takes part.
 
-    If the model is on a mesh, the prompts and all that comes from them are divided along its axis `data`, if that
-    divides their number evenly.
+    The prompts are read exactly: nothing is pruned here. If the model is on a mesh, the prompts and all results are
+    divided along the mesh's axis `data`, provided that it divides the number of prompts evenly.
 
     Args:
         model: the full model.
-        tokens: the prompts, padded on the right to a common length with any token.
-        lengths: number of real tokens of each prompt, in [1, T].
-        max_new_tokens: length of the longest answer that the cache gets slots for, in tokens; static.
-        longest: number of tokens that the answers (or that of each row) may come to have, by which LongRoPE chooses its
-            wavelengths; `max_new_tokens` if None. Not static, so that `max_new_tokens` can be rounded up without
-            changing a result.
-        chunk: number of tokens read at a time, at most; static. It bounds memory and changes no result.
+        tokens: token ids of the prompts, (B, T), padded on the right to a common length with any token.
+        lengths: number of real tokens of each prompt, (B,), in [1, T].
+        max_new_tokens: number of tokens of an answer that the cache has slots for; static.
+        longest: the largest number of tokens that the answers may have, one number or one per row, by which LongRoPE
+            chooses its wavelengths; `max_new_tokens` if None. It is not static, so that `max_new_tokens` can be rounded
+            up without changing a result.
+        chunk: the largest number of tokens that are read at a time; static. It bounds memory and changes no result.
         collect: whether to collect the statistics; static.
-        rows: number of tokens of each prompt whose relative activations are kept for a `Reconstruction`: all tokens of
-            a shorter prompt, this many spread evenly over a longer one; static.
-        last: number of tokens at the end of each prompt that `Prefilled.last` is to be about, 0 for none; static.
-            Every prompt has more tokens.
+        rows: R, the number of tokens of each prompt whose relative activations are kept for a `Reconstruction`: all
+            tokens of a shorter prompt, R tokens spread evenly over a longer one; 0 for none; static.
+        last: N, the number of tokens at the end of each prompt that are recorded in `Prefilled.last`; 0 for none;
+            static. Every prompt must have more than N tokens.
+
+    Returns:
+        The prompts with their logits, cache and statistics, and with `rows` and `last` if they were asked for.
     """
     batch, length = tokens.shape
     chunks = chunk_count(length, chunk)
@@ -211,18 +225,20 @@ def read_on(
 
     Args:
         model: the model that reads, full or pruned.
-        cache: the tokens before, with room for T more.
-        tokens: token ids.
-        positions: position of each token in its row; `EMPTY` for padding, which is on the right.
-        statistics: statistics of the tokens before. Without layers none are collected; the numbers of tokens are needed
-            for `rows`.
-        rows: relative activations of some of the tokens before, the oldest first, followed by zeros.
-        last: number of tokens at the end of each row to record as those of `Prefilled.last`, of which no row has fewer;
-            0 for none; static.
+        cache: keys and values of the tokens before, with room for T more tokens.
+        tokens: token ids, (B, T).
+        positions: position of each token in its row, (B, T); `EMPTY` for padding, which must be on the right.
+        statistics: statistics of the tokens before. If they have no layers, none are collected. The numbers of tokens
+            in them are needed for `rows` in any case.
+        rows: relative activations of some of the tokens before, (B, R, F) for each layer, the oldest first, followed by
+            rows of zeros if there are fewer than R.
+        last: number of tokens at the end of each row that are recorded as in `Prefilled.last`; 0 for none; static. No
+            row may have fewer real tokens in `tokens`.
 
     Returns:
-        The residual stream, the longer cache, the statistics of all tokens, as many rows as before, which are those
-        of the newest tokens, the oldest first, and the last tokens.
+        A tuple of the residual stream after the last layer, (B, T, D); the longer cache; the statistics of all tokens;
+        the relative activations of the newest tokens, as many rows as before, the oldest first; and the last tokens
+        (None if `last` is 0).
     """
     more = jnp.sum(positions != EMPTY, axis=1, dtype=jnp.int32)
     early = more - last
@@ -232,7 +248,7 @@ def read_on(
     def newest(old: Float[Array, "b r f"], z: Activations, more: Int[Array, "b"]) -> Float[Array, "b r f"]:
         size = old.shape[1]
         used = jnp.minimum(statistics.tokens, size)[:, None]
-        # Old and new rows are one queue, of which the last `size` are kept.
+        # Old and new rows form one queue, whose last `size` rows are kept.
         place = jnp.arange(size) + jnp.maximum(used + more[:, None] - size, 0)
         kept = jnp.take_along_axis(old, jnp.minimum(place, size - 1)[..., None], axis=1)
         column = jnp.where(place - used < more[:, None], place - used, EMPTY)
@@ -259,6 +275,12 @@ def read_on(
 def _recorded(
     observed: Sequence[tuple[_Observed, ...]], part: int
 ) -> tuple[tuple[Float[Array, "b _f"], ...], tuple[Float[Array, "b _r _f"], ...]]:
-    """s^2 and rows of all layers, those that there are: one part of what was recorded."""
+    """s^2 and rows of all layers (both without layers if not recorded), from one part of what the observers returned.
+
+    Args:
+        observed: for each layer, the parts that its observer returned.
+        part: the part to take. There is one, or with `last` two: part 0 has s^2 and rows of the tokens before the last
+            ones, part 1 has s^2 of the last ones and rows of all tokens.
+    """
     squares, rows = zip(*(layer[part] for layer in observed), strict=True) if observed else ((), ())
     return tuple(s for s in squares if s is not None), tuple(r for r in rows if r is not None)

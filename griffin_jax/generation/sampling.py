@@ -1,7 +1,8 @@
-"""Samplers: how the next token is drawn from the logits.
+"""Samplers: how the next token is chosen from the logits.
 
-They are pytrees. Which filters are on is static, but their values are not, so that another temperature compiles
-nothing. Of `top_k` the next of a few numbers is static, which says how many tokens are sorted.
+Samplers are pytrees. Under jit, it is static which filters are on, but their values are traced, so that another
+temperature compiles nothing. How many tokens are sorted for `top_k` is static, too: `top_k` rounded up to the next of
+a few numbers.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from jaxtyping import Array, Float, Int, Key
 from griffin_jax.utils.options import number, whole
 
 LEAST_SORTED = 64
-"""The `top_k` up to which one program serves them all; the next ones serve four times as many each."""
+"""Values of `top_k` up to this one share a program; each further program serves values up to four times as large."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Takes the most probable token; of equally probable ones the first."""
+    """Takes the most probable token; if several are equally probable, the first."""
 
     def __call__(self, logits: Float[Array, "b v"], keys: Key[Array, "b"]) -> Int[Array, "b"]:
         del keys
         return first_largest(logits)
 
     def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-        """The probability with which each token is taken, float32: 1 or 0."""
+        """The probability with which each token is taken, 1 or 0, (..., V), float32."""
         return jax.nn.one_hot(first_largest(logits), logits.shape[-1], dtype=jnp.float32)
 
 
 def first_largest(logits: Float[Array, "*b v"]) -> Int[Array, "*b"]:
-    """The place of the largest number, of equally large ones the first: `jnp.argmax`, as int32.
+    """The index of the largest value, or of the first of several equal ones: `jnp.argmax`, as int32.
 
-    XLA's CPU code (jax 0.10.2) finds the place and the number together, one by one; the number alone, and then its
-    place, many at a time. Seen in timings of 151,936 logits: 0.2 ms instead of 0.7.
+    XLA's CPU code (jax 0.10.2) for `jnp.argmax` goes through the values one by one. Here the largest value is found
+    first and then its index, both of which are vectorised. Seen in timings of 151,936 logits: 0.2 ms instead of 0.7.
     """
 
     def number_then_place(logits: Array) -> Array:
@@ -57,14 +58,16 @@ def first_largest(logits: Float[Array, "*b v"]) -> Int[Array, "*b"]:
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draws from the tempered distribution after filters, which are applied in the order of the attributes.
+    """Draws a token from the distribution after temperature and filters, which are applied in the order of attributes.
 
     Attributes:
-        temperature: number above 0 that logits are divided by.
-        top_k: number of tokens to keep, the most probable ones; at least 1.
-        top_p: probability in (0, 1] that the kept tokens reach together: the fewest that do are kept (nucleus
-            sampling, arXiv 1904.09751). Here and in `top_k`, tokens equal to the last kept one are kept too.
-        min_p: share in [0, 1] of the largest probability that kept tokens have at least (arXiv 2407.01082).
+        temperature: number above 0 that the logits are divided by.
+        top_k: keep this many of the most probable tokens; at least 1.
+        top_p: keep the smallest number of most probable tokens whose probabilities add up to at least this number in
+            (0, 1] (nucleus sampling, arXiv 1904.09751). Here and in `top_k`, tokens that are as probable as the last
+            kept one are kept, too.
+        min_p: keep tokens that are at least this many times as probable as the most probable one, in [0, 1]
+            (arXiv 2407.01082).
 
     Raises:
         ValueError: a value is outside its range.
@@ -93,13 +96,13 @@ class Sample:
         put("_sorted", sorted_tokens)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], int | None]:
-        """The values, which are traced under jit, and how many tokens are sorted, which is static."""
+        """The values of the fields, which are traced under jit, and how many tokens are sorted, which is static."""
         names = [field.name for field in dataclasses.fields(self)]
         return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names), self._sorted
 
     @classmethod
     def tree_unflatten(cls, sorted_tokens: int | None, values: Sequence[Any]) -> Sample:
-        """The inverse; the values may be anything, and are not checked."""
+        """The inverse of `tree_flatten_with_keys`; the values may be anything and are not checked."""
         found = object.__new__(cls)
         for field, value in zip(dataclasses.fields(cls), values, strict=True):
             object.__setattr__(found, field.name, value)
@@ -111,12 +114,12 @@ class Sample:
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
     def distribution(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-        """The probability with which each token is drawn, float32."""
+        """The probability with which each token is drawn, (..., V), float32."""
         return jax.nn.softmax(self.filter(logits), axis=-1)
 
     def filter(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
-        """Tempered logits, with -inf where a filter removes the token."""
-        # Relative to the largest, so that no temperature makes two logits overflow to the same infinity.
+        """Logits divided by the temperature, with -inf for tokens that a filter removes, (..., V)."""
+        # Relative to the largest, so that a low temperature does not make two logits overflow to the same infinity.
         logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
         if self.top_k is not None:
             vocabulary = logits.shape[-1]
@@ -128,7 +131,7 @@ class Sample:
             ordered = jnp.sort(logits, axis=-1, descending=True)
             probabilities = jax.nn.softmax(ordered, axis=-1)
             before = jnp.cumsum(probabilities, axis=-1) - probabilities
-            # The first token whose predecessors already reach top_p is the first to go.
+            # The first token to be removed is the first whose predecessors already reach top_p.
             smallest = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
             logits = jnp.where(logits < smallest, -jnp.inf, logits)
         if self.min_p is not None:
@@ -144,7 +147,7 @@ Sampler = Greedy | Sample
 def sampler(
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Sampler:
-    """The sampler with these settings; a temperature of 0 is greedy.
+    """The sampler for these settings, see `Sample`; a temperature of 0 gives `Greedy`.
 
     Raises:
         ValueError: a value is outside its range, or a filter is given with a temperature of 0.

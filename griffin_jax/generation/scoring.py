@@ -1,14 +1,14 @@
-"""Teacher forcing: how probable given answers are, and how far a pruned model's predictions are from the dense one's.
+"""Teacher forcing: how probable given answers are, and how far pruned predictions are from the dense model's.
 
     prefilled = prefill(model, tokens, lengths, max_new_tokens=R)             as for an answer that is written
     dense, statistics = teacher_force(model, prefilled, answers, lengths)     reads given answers instead
     pruned, _ = teacher_force(prune(model, experts), prefilled, answers, lengths)
     losses(model, dense, answers)                                             how well the answers were predicted
-    compare(model, dense, (pruned,), answers)                                 and how differently by the pruned model
-    hidden, longer = extend(model, prefilled, tokens, lengths)                prompts that go on, scored on the way
+    compare(model, dense, (pruned,), answers)                                 how much the pruned predictions differ
+    hidden, longer = extend(model, prefilled, tokens, lengths)                continues the prompts, and scores them
 
-Prompts and answers may be ragged, and a prompt that was read once serves any number of pruned models. Scores over the
-vocabulary are made for a few tokens at a time, so that they take no more memory than needed, see `LOGITS_BYTES`.
+Prompts and answers may be ragged, and prompts that were read once serve any number of pruned models. Logits over the
+vocabulary are computed for a few tokens at a time, which bounds their memory; see `LOGITS_BYTES`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.parallel.mesh import mesh_of, over_data
 
 LOGITS_BYTES = 1 << 27
-"""Size of the logits that exist at a time, at most; or those of one token of each row, if these are larger."""
+"""Largest size of the logits that exist at a time, unless those of one token of each row are larger already."""
 
 
 def teacher_force(
@@ -44,21 +44,22 @@ def teacher_force(
     *,
     collect: bool = False,
 ) -> tuple[Float[Array, "b r d"], Statistics]:
-    """Read given answers after prompts that were prefilled, as decoding them would.
+    """Read given answers after prompts that were prefilled, as if they were being decoded.
 
-    Answers that are wider than `DEFAULT_CHUNK` are read in equal chunks of at most that many tokens, where their width
-    allows it, as the widths from `bucket` do. That bounds the size of attention scores and intermediates.
+    If R is larger than `DEFAULT_CHUNK`, the answers are read in equal chunks of at most that many tokens, provided that
+    R can be divided so; all R from `bucket` can. This bounds the size of attention scores and intermediates.
 
     Args:
         model: the full model or a pruned one.
         prefilled: the prompts, with room for R tokens. It stays as it is.
-        answers: token ids, padded on the right with any token.
-        lengths: number of real tokens of each answer, in [0, R].
+        answers: token ids of the answers, (B, R), padded on the right with any token.
+        lengths: number of real tokens of each answer, (B,), in [0, R].
         collect: whether to collect GRIFFIN's statistic over the answers; static.
 
     Returns:
-        The residual stream that scores each answer token, for `losses` and `compare` (for the first token that of the
-        prompt, from the full model), and the statistics of the answers (without layers unless `collect`).
+        The residual stream that scores each answer token, (B, R, D), for `losses` and `compare`; and the statistics of
+        the answers, without layers unless `collect`. Each token is scored by the residual stream at the token before
+        it, the first one therefore by that of the prompt, which is the full model's.
     """
     batch = answers.shape[0]
     nothing = tuple(jnp.zeros((batch, neurons), jnp.float32) for neurons in model.neurons if collect)
@@ -70,20 +71,23 @@ def teacher_force(
 def extend(
     model: Transformer, prefilled: Prefilled, tokens: Int[Array, "b r"], lengths: Int[Array, "b"], *, last: int = 0
 ) -> tuple[Float[Array, "b r d"], Prefilled]:
-    """Read more tokens of prompts, as if these had been prefilled with them.
+    """Read more tokens of prompts, as if the prompts had been prefilled with them.
 
     Args:
         model: the full model.
         prefilled: the prompts, with room for at least R tokens. It stays as it is.
-        tokens: the tokens that follow, padded on the right with any token.
-        lengths: number of real tokens of each row, in [0, R].
-        last: number of tokens at the end of each row that `Prefilled.last` is to be about, of at most `DEFAULT_CHUNK`;
-            static.
+        tokens: ids of the tokens that follow, (B, R), padded on the right with any token.
+        lengths: number of real tokens of each row, (B,), in [0, R].
+        last: number of tokens at the end of each row that are recorded in `Prefilled.last`; 0 for none; static. With
+            it, R may be at most `DEFAULT_CHUNK`.
 
     Returns:
-        The residual stream that scores each of the tokens, as from `teacher_force`, and the longer prompts, with room
-        for R tokens less. They have statistics if there were any, and as many rows for a `Reconstruction` as before,
-        in which the newest tokens have replaced the oldest.
+        The residual stream that scores each of the tokens, (B, R, D), as from `teacher_force`; and the longer prompts,
+        with room for R tokens less. They have statistics if `prefilled` had any. They have as many rows for a
+        `Reconstruction` as before, in which the newest tokens have replaced the oldest.
+
+    Raises:
+        ValueError: the last tokens are to be recorded, and R is so large that the tokens are read in chunks.
     """
     recorded = prefilled.statistics, prefilled.rows
     hidden, cache, statistics, rows, before = _read(model, prefilled, tokens, lengths, *recorded, last)
@@ -95,7 +99,7 @@ def extend(
 
 
 def _shifted(prefilled: Prefilled, hidden: Float[Array, "b r d"]) -> Float[Array, "b r d"]:
-    """The residual stream that scores each token, which is that of the token before it."""
+    """The residual stream that scores each token, which is the one at the token before it."""
     return jnp.concatenate([prefilled.hidden[:, None], hidden[:, :-1]], axis=1)
 
 
@@ -130,11 +134,11 @@ def _read(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Losses:
-    """How well each token of an answer was predicted. Values mean nothing where an answer is padded.
+    """How well each token of an answer was predicted. Values at padding are meaningless.
 
     Attributes:
-        loss: -log p of the token, in nats, float32.
-        greedy: whether the token is the most probable one.
+        loss: -log p of the token, in nats, (B, R), float32.
+        greedy: whether the token is the most probable one, (B, R).
     """
 
     loss: Float[Array, "b r"]
@@ -144,12 +148,12 @@ class Losses:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A pruned model's predictions compared with the dense one's. Values mean nothing where an answer is padded.
+    """A pruned model's predictions compared with the dense model's. Values at padding are meaningless.
 
     Attributes:
-        loss: -log p of the answer's token in the pruned model, in nats, float32.
-        kl: KL(dense || pruned) of the distributions of the token, in nats, float32.
-        agree: whether both models' most probable tokens are the same.
+        loss: -log p of the answer's token in the pruned model, in nats, (B, R), float32.
+        kl: KL(dense || pruned) of the distributions over the token, in nats, (B, R), float32.
+        agree: whether both models have the same most probable token, (B, R).
     """
 
     loss: Float[Array, "b r"]
@@ -158,12 +162,12 @@ class Comparison:
 
 
 def losses(model: Transformer, hidden: Float[Array, "b r d"], answers: Int[Array, "b r"]) -> Losses:
-    """How well answers were predicted.
+    """Score how well answers were predicted.
 
     Args:
-        model: the model whose norm and head make the scores; pruned models have those of the full one.
-        hidden: the residual stream from `teacher_force`.
-        answers: the tokens that were predicted.
+        model: the model whose final norm and head compute the logits; pruned models share those of the full one.
+        hidden: the residual stream from `teacher_force`, (B, R, D).
+        answers: the tokens that were predicted, (B, R).
     """
 
     def few(hidden: Array, answers: Array) -> tuple[Array, Array]:
@@ -181,15 +185,18 @@ def compare(
     *,
     other: Transformer | None = None,
 ) -> tuple[Comparison, ...]:
-    """Several pruned models' predictions compared with the dense one's.
+    """Compare the predictions of several pruned models with the dense model's.
 
     Args:
-        model: the full model, whose norm and head all of them have.
-        dense: the full model's residual stream, from `teacher_force`.
-        pruned: the residual streams of the pruned models.
-        answers: the tokens that were predicted.
-        other: the model whose norm and head the pruned ones have, where they were made of another one than `model`,
-            such as of the same with quantised weights.
+        model: the full model, whose final norm and head the pruned models share.
+        dense: the full model's residual stream from `teacher_force`, (B, R, D).
+        pruned: the residual stream of each pruned model, (B, R, D).
+        answers: the tokens that were predicted, (B, R).
+        other: the model whose final norm and head the pruned models share, if they were not made from `model`; for
+            example the same model with quantised weights.
+
+    Returns:
+        A comparison for each pruned model.
     """
     scored = model if other is None else other
 
@@ -209,12 +216,15 @@ def compare(
 def divergences(
     model: Transformer, dense: Float[Array, "b r d"], pruned: Float[Array, "b c r d"]
 ) -> Float[Array, "b c r"]:
-    """The `kl` of `compare` alone, of several pruned models whose scores are made together: the head is read once.
+    """KL(dense || pruned) alone, for several pruned models whose logits are computed together: the head is read once.
 
     Args:
-        model: the full model, whose norm and head the pruned ones have.
-        dense: its residual stream.
-        pruned: those of the pruned models.
+        model: the full model, whose final norm and head the pruned models share.
+        dense: the full model's residual stream, (B, R, D).
+        pruned: the residual streams of C pruned models, (B, C, R, D).
+
+    Returns:
+        The divergence of each pruned model at each token, (B, C, R), in nats, float32.
     """
 
     def few(every: Array) -> Array:
@@ -232,7 +242,14 @@ def _loss(log_probabilities: Float[Array, "b r v"], answers: Int[Array, "b r"]) 
 
 
 def _few_at_a_time(model: Transformer, score: Callable[..., Any], *arrays: Any, each: int = 1) -> Any:
-    """`score` of arrays (B, R, ...), as many columns at a time as `LOGITS_BYTES` allows if each has so many tokens."""
+    """Calls `score` on arrays (B, R, ...), with as many of the R columns at a time as `LOGITS_BYTES` allows.
+
+    Args:
+        model: the model that computes the logits.
+        score: a function of arrays (B, columns, ...) that returns arrays of that form.
+        arrays: the arguments of `score`.
+        each: number of tokens per row in each column for which `score` computes logits.
+    """
     batch, length = jax.tree.leaves(arrays)[0].shape[:2]
     columns = max(1, min(length, LOGITS_BYTES // (4 * each * batch * model.config.vocab_size)))
     blocks = -(-length // columns)
@@ -257,22 +274,22 @@ def teacher_forced(
     experts: ExpertNeurons | None = None,
     seed: int | Int[Array, ""] = 0,
 ) -> Float[Array, "b t v"]:
-    """Logits after every token where the first `prompt_length` tokens are the prompt and the others its answer.
+    """Logits after every token of sequences whose first `prompt_length` tokens are the prompt and the rest its answer.
 
-    The prompt is read by the full model, the answer by the model pruned for that prompt, as in decoding these tokens.
-    (arXiv 2404.01365 scores classification in this way, with answers of one token.) Every T and prompt length compiles
-    anew, and the logits of all T tokens are in memory.
+    The full model reads the prompt, and the model pruned for that prompt reads the answer, as in decoding these tokens.
+    (arXiv 2404.01365 scores classification in this way, with answers of one token.) Every T and every prompt length
+    compile a new program, and the logits of all T tokens are in memory.
 
     Args:
         model: the full model.
-        tokens: prompts and answers without padding.
+        tokens: token ids of prompts and answers, (B, T), without padding.
         prompt_length: number of tokens that are the prompt, in [1, T]; static.
         config: how to prune; static.
-        experts: the neurons to keep instead of those that the prompt selects.
-        seed: seed of the methods that draw.
+        experts: the neurons to keep; None for those that the prompt selects.
+        seed: seed for the methods that draw neurons.
 
     Returns:
-        Logits in float32; those at index t score token t + 1.
+        Logits, (B, T, V), float32; those at index t score token t + 1.
     """
     batch, length = tokens.shape
     tokens = over_data(mesh_of(model.embedding[...]), tokens)

@@ -1,12 +1,13 @@
-"""mask: model, experts -> a model that computes what the pruned one does, with the full model's own weights.
+"""mask: model, expert neurons -> a model that computes what the pruned one does, with the full model's weights.
 
-Pruning copies the kept rows, once for each sequence that keeps neurons of its own. That pays where many tokens are
-written, one after the other, and each of them reads the weights. Where given tokens are scored, all of them read the
-weights once, and no copy is needed: setting z to zero for the neurons that are not kept computes the same,
+`prune` copies the rows of the kept neurons, once for each sequence that has its own set. The copy pays off in decoding,
+where tokens are written one after the other and each step reads the weights. Scoring given tokens is different: the
+weights are read once for all of them, and no copy is needed. It is enough to set z to zero at the neurons that are not
+kept,
 
     W_down[E]^T z[E] = W_down^T (z * m)        m = 1 for the neurons E, else 0
 
-with memory for the mask alone. It takes the time of the full model.
+A masked model needs memory only for the masks, and as much time as the full model.
 """
 
 from __future__ import annotations
@@ -30,41 +31,53 @@ from griffin_jax.utils import programs
 
 @runtime_checkable
 class LowRankRefit(Protocol):
-    """Changes the kept rows of the down projections as `griffin_jax.griffin.prune.Refit` does, by products of low rank,
-    beyond GRIFFIN.
+    """Beyond GRIFFIN: a refit of the kept rows of the down projections that is given as products of low rank.
 
-    `griffin_jax.extensions.reconstruction.Reconstruction` is one.
+    It makes the same changes as a `griffin_jax.griffin.prune.Refit`, but never forms the matrix of the changes. An
+    implementation is `griffin_jax.extensions.reconstruction.Reconstruction`.
     """
 
     def check(self, neurons: Sequence[int], indices: Sequence[Int[Array, "*b _k"]]) -> None:
-        """Raise `ValueError` unless this belongs to a model with so many neurons in its layers, and to these
-        experts."""
+        """Raise `ValueError` unless this refit fits a model's layers and the kept neurons.
+
+        Args:
+            neurons: F of each layer of the full model.
+            indices: the kept neurons of each layer, (K,) or (B, K).
+        """
         ...
 
     def low_rank(
         self, down: Sequence[Float[Array, "_f d"]], kept: Sequence[Bool[Array, "*b _f"]]
     ) -> Sequence[tuple[LowRank, ...]]:
-        """What is added to the kept rows of each layer's down projection, as sums of products. Their other rows may
-        be anything."""
+        """What to add to the kept rows of each layer's down projection, as a sum of products of low rank.
+
+        The products may have any values at the rows of neurons that are not kept.
+
+        Args:
+            down: W_down of each layer of the full model, (F, D).
+            kept: which neurons of each layer are kept, (F,) or (B, F).
+        """
         ...
 
 
 def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | None = None) -> Transformer:
-    """The same model in which only the experts take part; it computes what `prune(model, experts, refit=refit)` does.
+    """Mask a model, so that only the expert neurons take part; it computes what `prune` with these arguments gives.
 
-    Every weight is the given model's own array. Experts of shape (B, K) are for each sequence its own, unless B is 1.
-    An observer sees the intermediates of all neurons, with zeros for those that are left out.
+    The masked model shares every weight array with the given one. With indices of shape (B, K), each sequence of a
+    batch has its own mask, unless B is 1. An observer sees the intermediates z of all F neurons, with zeros for those
+    that are not kept.
 
-    On a mesh the masks are divided as the neurons are, and as batches are. Devices need not keep equally many neurons.
+    On a mesh, the masks are divided along the neurons and the batch. Devices need not keep equally many neurons.
 
     Args:
         model: the full model; it stays as it is.
-        experts: that `select` chose.
-        refit: beyond GRIFFIN: changes the kept rows of the down projections, such as a `Reconstruction`.
+        experts: the neurons to keep, from `select`.
+        refit: beyond GRIFFIN: changes the kept rows of the down projections; for example a `Reconstruction`.
 
     Raises:
-        ValueError: the experts were selected for a model of other layers or widths, the model is pruned or masked
-            already, or `refit` does not belong to the model or the experts.
+        ValueError: the expert neurons were selected for a model with other layers or widths, the model is pruned for
+            every sequence of a batch, masked or held in two groups of rows already, or `refit` does not fit the model
+            or the expert neurons.
     """
     masks = masks_of(model, experts, refit=refit)
     masked: Transformer = jax.tree.map(lambda leaf: leaf, model)
@@ -74,7 +87,7 @@ def mask(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | No
 
 
 def masks_of(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit | None = None) -> list[Mask]:
-    """The masks that `mask` gives each layer.
+    """The mask of each layer in the model that `mask` returns.
 
     Args:
         model: as for `mask`.
@@ -82,7 +95,7 @@ def masks_of(model: Transformer, experts: ExpertNeurons, *, refit: LowRankRefit 
         refit: as for `mask`.
 
     Raises:
-        ValueError: as `mask`.
+        ValueError: as for `mask`.
     """
     check_whole(model)
     check_experts(experts, model)
@@ -102,7 +115,7 @@ def _masks(experts: ExpertNeurons) -> tuple[Bool[Array, "*b _f"], ...]:
 
 
 def _placed(masks: list[Mask], model: Transformer) -> list[Mask]:
-    """The masks where the model's neurons are."""
+    """The masks, divided among the devices as the model's neurons are."""
     mesh = mesh_of(model.embedding[...])
     if mesh is None:
         return masks

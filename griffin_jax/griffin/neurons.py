@@ -1,4 +1,7 @@
-"""Which neurons a pruned model keeps."""
+"""Expert neurons: which neurons a pruned model keeps.
+
+The term is the paper's (arXiv 2404.01365). It has nothing to do with the routed experts of a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 EXPERTS_FORMAT = "griffin_jax experts 1"
 
 Ranges = tuple[tuple[int, ...], ...]
-"""A number for each range of each layer's neurons."""
+"""For each layer, a number for each range of its neurons."""
 
 
 @jax.tree_util.register_dataclass
@@ -34,14 +37,14 @@ class ExpertNeurons:
     """The neurons that a pruned model keeps: a sequence with one array of indices per layer.
 
     Attributes:
-        indices: indices of each layer's kept neurons, ascending, int32: (K,) for the whole batch or (B, K) with a row
+        indices: indices of each layer's kept neurons, ascending, int32: (K,) for the whole batch, or (B, K) with a row
             for every sequence. K may differ between layers.
-        neurons: F of every layer of the model that they were selected for.
-        groups: number of equal ranges of a layer's neurons that have equally many of the kept ones, see
-            `GriffinConfig`.
-        model: fingerprint of that model, where it is known, as of what `LLM.experts` gives; an `LLM` refuses those of
-            another one. None where it is not.
-        ranges: sizes of the ranges that each layer's neurons lie in, such as those of routed experts
+        neurons: F, the number of neurons of each layer of the model that they were selected for.
+        groups: number of groups of equal size that the neurons of a layer (or of each range) are divided into, each of
+            which keeps the same number; see `GriffinConfig`.
+        model: fingerprint of the model that they were selected for, as in the result of `LLM.experts`; None if it is
+            not known. An `LLM` refuses expert neurons of another model.
+        ranges: for a model with routed experts, the sizes of the ranges that each layer's neurons are divided into
             (`ModelConfig.neuron_ranges`); empty for a model whose layers are one range each.
         shares: how many neurons each of these ranges keeps.
     """
@@ -71,11 +74,11 @@ class ExpertNeurons:
 
     @property
     def shared(self) -> bool:
-        """Whether one set serves the whole batch."""
+        """Whether the whole batch has one set of neurons."""
         return self.indices[0].ndim == 1
 
     def masks(self) -> tuple[Bool[Array, "*b _f"], ...]:
-        """The kept neurons as masks over all neurons."""
+        """The kept neurons of each layer as a mask over all its neurons, (F,) or (B, F); true for kept neurons."""
 
         def mask(indices: Array, neurons: int) -> Array:
             nothing = jnp.zeros((*indices.shape[:-1], neurons), bool)
@@ -85,15 +88,17 @@ class ExpertNeurons:
 
     @classmethod
     def from_masks(cls, masks: Sequence[ArrayLike], ranges: Ranges = ()) -> ExpertNeurons:
-        """Expert neurons from masks, one per layer: (F,) for the whole batch, or (B, F) with a row for every sequence.
+        """Expert neurons from boolean masks.
 
         Args:
-            masks: true for neurons that are kept.
+            masks: a mask for each layer, true for neurons that are kept: (F,) for the whole batch, or (B, F) with a row
+                for every sequence.
             ranges: as for `from_indices`.
 
         Raises:
             ValueError: a mask is not boolean, keeps nothing, or keeps more neurons in one sequence
-                than in another; or some layers have one mask for the batch and others one per sequence.
+                than in another; some layers have one mask for the batch and others one per sequence; or ranges do not
+                keep equally many.
         """
         indices = []
         for layer, mask in enumerate(np.asarray(m) for m in masks):
@@ -114,19 +119,20 @@ class ExpertNeurons:
     def from_indices(
         cls, indices: Sequence[ArrayLike], neurons: Sequence[int], groups: int = 1, ranges: Ranges = ()
     ) -> ExpertNeurons:
-        """Expert neurons from indices in any order, which are checked and sorted.
+        """Expert neurons from indices in any order; they are checked and sorted.
 
         Args:
-            indices: the neurons of each layer, (K,) or (B, K).
-            neurons: F of each layer.
-            groups: number of groups of each range that keep equally many.
-            ranges: the sizes of the ranges of each layer's neurons, `ModelConfig.neuron_ranges` of a model with routed
-                experts. Ranges of one size keep equally many.
+            indices: the kept neurons of each layer, (K,) for the whole batch or (B, K).
+            neurons: F, the number of neurons of each layer.
+            groups: number of groups that each range is divided into. All groups of a range must keep equally many
+                neurons.
+            ranges: for a model with routed experts, the sizes of the ranges of each layer's neurons
+                (`ModelConfig.neuron_ranges`). Ranges of the same size must keep equally many neurons.
 
         Raises:
-            ValueError: there is no layer, the number of layers differs, an index is repeated or outside
-                [0, F), a layer keeps nothing, layers differ in their batch, or groups or ranges do not keep equally
-                many.
+            ValueError: there are no layers, `indices` and `neurons` have different numbers of layers, an index is not
+                a whole number, is repeated or lies outside [0, F), a layer keeps nothing, layers differ in their batch,
+                or groups or ranges do not keep equally many.
         """
         if not indices or len(indices) != len(neurons):
             raise ValueError(
@@ -159,9 +165,9 @@ class ExpertNeurons:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all; an existing one is replaced.
+        """Write the expert neurons to a safetensors file, completely or not at all; an existing file is replaced.
 
-        If there are several processes, all must call this, and the first writes.
+        If there are several processes, all of them must call this; the first one writes.
 
         Raises:
             OSError: the file cannot be written.
@@ -171,24 +177,24 @@ class ExpertNeurons:
         if self.model is not None:
             metadata["model"] = self.model
         if self.shares:
-            # Ranges are described by their sizes: how many neurons each keeps can be counted.
+            # Only the sizes of the ranges are stored: the shares follow from the indices.
             metadata["ranges"] = json.dumps(self.ranges)
         if jax.process_index() == 0:
             save_arrays(path, EXPERTS_FORMAT, arrays, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertNeurons:
-        """The expert neurons in a file that `save` wrote.
+        """The expert neurons from a file that `save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is damaged or of another kind or version.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, or has another format or version.
         """
         arrays, metadata = load_arrays(path, EXPERTS_FORMAT)
         try:
             neurons = [int(width) for width in metadata["neurons"].split()]
             indices = [arrays[f"layers.{layer}"] for layer in range(len(neurons))]
-            # Version 0.1.0 called them shards.
+            # Version 0.1.0 called groups shards.
             groups = int(metadata.get("groups", metadata.get("shards", 1)))
             ranges = tuple(tuple(map(int, sizes)) for sizes in json.loads(metadata.get("ranges", "[]")))
         except (KeyError, TypeError, ValueError) as error:
@@ -201,10 +207,10 @@ class ExpertNeurons:
 
 
 def _shares(indices: np.ndarray, sizes: tuple[int, ...], groups: int, layer: int) -> tuple[int, ...]:
-    """How many of a layer's kept neurons are in each range.
+    """Counts how many kept neurons of a layer lie in each range.
 
     Raises:
-        ValueError: ranges of one size, sequences, or groups of a range do not keep equally many.
+        ValueError: ranges of the same size, sequences, or groups of a range do not keep equally many neurons.
     """
     rows = indices.reshape(-1, indices.shape[-1])
     if sum(sizes) <= rows.max():
@@ -223,7 +229,7 @@ def _shares(indices: np.ndarray, sizes: tuple[int, ...], groups: int, layer: int
 
 
 def check_experts(experts: ExpertNeurons, model: Transformer) -> None:
-    """Raise `ValueError` if expert neurons were selected for a model with other layers, widths or routed experts."""
+    """Raise `ValueError` unless expert neurons fit the model's layers, their widths and their routed experts."""
     if experts.neurons != model.neurons:
         raise ValueError(
             f"these experts are for a model of {_widths(experts.neurons)}, this one has {_widths(model.neurons)}"
@@ -236,7 +242,7 @@ def check_experts(experts: ExpertNeurons, model: Transformer) -> None:
 
 
 def ranges_of(model: Transformer) -> Ranges:
-    """The ranges that the neurons of a full model are selected from; empty where each layer is one range."""
+    """The ranges that neurons of a full model are selected from; empty if the model has no routed experts."""
     return () if model.config.routing is None else model.config.neuron_ranges
 
 

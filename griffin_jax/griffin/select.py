@@ -1,4 +1,9 @@
-"""select: statistics -> expert neurons, the indices of the neurons that a pruned model keeps."""
+"""select: statistics -> expert neurons, the indices of the neurons that a pruned model keeps.
+
+In each layer, the k neurons with the largest statistic s_j are kept, with k = floor(F * density) (arXiv 2404.01365).
+The other methods of `GriffinConfig` draw neurons at random, in proportion to s_j or uniformly, or rank them by their
+weights alone.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +30,15 @@ from griffin_jax.model.weights import floating_rows
 from griffin_jax.utils.deprecation import warn_renamed
 
 DRAWING: tuple[Method, ...] = ("sample", "topk_sample", "random")
-"""The methods that draw."""
+"""The methods that draw neurons at random."""
 
 Fuse = Callable[[tuple[Float[Array, "*b _f"], ...]], tuple[Float[Array, "*b _f"], ...]]
-"""A function that turns the scores of every layer into others, larger for neurons that are better to keep."""
+"""A function that changes the scores of all layers, (F,) or (B, F) each, into new ones of the same shapes. The neurons
+with the largest scores are kept."""
 
 
 def check_fusible(method: Method) -> None:
-    """Raise `ValueError` unless scores can be fused with others for this method."""
+    """Raise `ValueError` unless the method allows its scores to be changed, as by a prior; only `topk` does."""
     if method != "topk":
         raise ValueError(f'a prior is for method "topk", which keeps the best neurons; method is {method!r}')
 
@@ -41,7 +47,7 @@ Select = TypeVar("Select", bound=Callable[..., Any])
 
 
 def _taking_prior(select: Select) -> Select:
-    """Let `select` take the old arguments `prior` and `prior_weight` for one more version."""
+    """Let `select` accept the deprecated arguments `prior` and `prior_weight` for one more version."""
 
     @functools.wraps(select)
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -55,7 +61,11 @@ def _taking_prior(select: Select) -> Select:
 
 
 def magnitude(model: Transformer) -> tuple[Float[Array, "_f"], ...]:
-    """The score of every neuron from its weights alone: ||Wg_j|| * ||Wu_j|| if gated, else ||Wu_j||. Float32."""
+    """The score of every neuron by its weights alone: ||Wg_j|| * ||Wu_j|| if gated, else ||Wu_j||.
+
+    Returns:
+        The scores of each layer, (F,), float32.
+    """
     return tuple(jnp.concatenate([_magnitude(part).reshape(-1) for part in layer.ff.parts()]) for layer in model.layers)
 
 
@@ -79,27 +89,33 @@ def select(
 ) -> ExpertNeurons:
     """Choose the neurons to keep, in each layer independently.
 
+    By default (`method="topk"`), a layer keeps the k neurons with the largest s_j in the prompt: k = floor(F * density)
+    (see `griffin_jax.griffin.config.kept_neurons`). Each sequence of a batch has its own set, unless `config.shared`
+    asks for one set for all of them. The score of a neuron is then sum_i s_i / sqrt(S_i), where sequence i has S_i
+    tokens, so that all sequences have equal weight (arXiv 2404.01365).
+
     Args:
         statistics: the statistics of the prompts, from `prefill`.
-        config: density, method, groups, and whether the batch shares its neurons. With `shared` a neuron's
-            score is sum_i s_i / sqrt(S_i), S_i the tokens of sequence i, which gives every sequence
-            equal weight.
-        model: the full model; `method="magnitude"` needs it, and a model with routed experts in place of `magnitudes`.
-        seed: for the methods that draw: one for the whole batch, or one for each sequence, whose draws then do not
-            depend on its batch.
-        fuse: beyond GRIFFIN, for `method="topk"`: turns the prompt's scores of every layer into others of the same
-            shapes, such as `Prior.fusion` does with what neurons do in general text. A pytree, so that `select` can
-            be jitted with it.
-        magnitudes: of a model with routed experts, what `magnitude` gives for it, which needs to be computed only once.
-            Where no token of the prompts chose an expert, and what `fuse` adds says nothing of it either, it keeps its
-            largest neurons; its first ones if neither this nor the model is given.
+        config: density, method, groups, and whether the batch shares its neurons.
+        model: the full model. Required by `method="magnitude"`. For a model with routed experts, it also serves to
+            compute `magnitudes` if these are not given.
+        seed: for the methods that draw: one seed for the whole batch, or one for each sequence, (B,). In the latter
+            case the draws for a sequence do not depend on its batch.
+        fuse: beyond GRIFFIN, for `method="topk"`: a function that changes the scores of all layers into new ones of the
+            same shapes. For example, `Prior.fusion` combines them with what neurons do in general text. It should be a
+            pytree, so that `select` can be jitted with it.
+        magnitudes: for a model with routed experts, the result of `magnitude`, which needs to be computed only once. If
+            all neurons of an expert have the same score, because no token of the prompts chose it and `fuse` does not
+            tell them apart either, the expert keeps the neurons with the largest weights. It keeps its first neurons if
+            neither `magnitudes` nor `model` is given.
 
     Returns:
-        Expert neurons of shape (K,) if shared, else (B, K); K is static.
+        Expert neurons, with indices of shape (K,) in each layer if shared, else (B, K). K is static.
 
     Raises:
-        ValueError: the statistics were not collected, a density does not fit the layers, `magnitude` is asked for
-            without a model, or `fuse` is given with another method than `topk` or is for other layers.
+        ValueError: the statistics were not collected, the densities or groups do not fit the layers, `magnitude` is
+            asked for without a model, `fuse` is given with a method other than `topk` or is for other layers, or each
+            sequence has a seed although the sequences share neurons that are drawn.
     """
     if not statistics.squares:
         raise ValueError("there are no statistics to select by: prefill with collect=True")
@@ -139,7 +155,7 @@ def select(
 
 
 def check_seeds(config: GriffinConfig, seeds: object) -> None:
-    """Raise `ValueError` if neurons that sequences share are to be drawn with a seed for each sequence."""
+    """Raise `ValueError` if each sequence has a seed although the sequences share neurons that are drawn."""
     if np.ndim(seeds) and config.shared and config.method in DRAWING:  # pyright: ignore[reportArgumentType]
         raise ValueError("a seed for each sequence is for neurons of its own; give shared=False, or one seed")
 
@@ -147,7 +163,7 @@ def check_seeds(config: GriffinConfig, seeds: object) -> None:
 def _largest_where_alike(
     score: Float[Array, "*b f"], magnitude: Float[Array, "f"], sizes: tuple[int, ...], groups: int
 ) -> Float[Array, "*b f"]:
-    """The scores of a layer, but magnitudes in groups of its ranges whose neurons all have the same score."""
+    """Replaces the scores of a layer by magnitudes in each group of a range whose neurons all have the same score."""
     found, start = [], 0
     for size, alike in itertools.groupby(sizes):
         stop = start + len(list(alike)) * size
@@ -167,13 +183,17 @@ def _ranked(
     keys: Key[Array, "*keys"],
     layer: int,
 ) -> list[tuple[Float[Array, "*b _s _f"], int]]:
-    """Values of a layer's neurons in each range, and in each group within it, and how many of the best these keep; the
-    ranges of one size together."""
+    """Arranges the ranking values of a layer by range and by group within each range, with the number of kept neurons.
+
+    Returns:
+        An entry for each run of ranges of the same size. It has the values, with an axis for the groups of these ranges
+        and one for the neurons of a group, and the number of neurons that each group keeps.
+    """
     found, start, groups = [], 0, config.group_count
     for number, ((size, k), alike) in enumerate(itertools.groupby(zip(sizes, kept, strict=True))):
         count = len(list(alike))
         own = score[..., start : start + count * size].reshape(*score.shape[:-1], count * groups, -1)
-        # Ranges of another size draw numbers of their own.
+        # Each further size of ranges draws different random numbers.
         drawn = layer if number == 0 else layer + number * MOST_LAYERS
         found.append((_rank(own, k // groups, config.method, keys, drawn), k // groups))
         start += count * size
@@ -181,7 +201,12 @@ def _ranked(
 
 
 def _joined(chosen: list[tuple[tuple[int, ...], Int[Array, "*b _s _k"]]]) -> Int[Array, "*b k"]:
-    """The neurons of one layer, of the shapes of its values and the places of the best in each range and group."""
+    """The kept neurons of one layer, as indices among all neurons of the layer.
+
+    Args:
+        chosen: for each entry that `_ranked` returned, the shape of its values, and the places of the kept neurons
+            within each group.
+    """
     found, start = [], 0
     for (*_, count, size), best in chosen:
         starts = start + size * jnp.arange(count, dtype=jnp.int32)[:, None]
@@ -193,10 +218,10 @@ def _joined(chosen: list[tuple[tuple[int, ...], Int[Array, "*b _s _k"]]]) -> Int
 def _rank(
     score: Float[Array, "*b s f"], k: int, method: Method, key: Key[Array, "*keys"], layer: int
 ) -> Float[Array, "*b s f"]:
-    """Values whose k largest are the choice.
+    """Values whose k largest are at the chosen neurons.
 
-    Drawing k without replacement in proportion to weights is the same as taking the k largest of log weight plus
-    Gumbel noise (Gumbel-top-k, arXiv 1903.06059).
+    To draw k neurons without replacement, with probabilities in proportion to their scores, is the same as to take the
+    k largest values of log score plus Gumbel noise (Gumbel-top-k, arXiv 1903.06059).
     """
     if method not in DRAWING:
         return score
@@ -215,7 +240,7 @@ def _rank(
     if half == 0:
         return draw
     smallest_sure = top_k(score, half)[0][..., -1:]
-    # Ties at the threshold could make more than half of the neurons sure; the cumulative count stops that.
+    # Ties at the threshold could make more than half of the k neurons certain; the cumulative count prevents that.
     above, tied = score > smallest_sure, score == smallest_sure
     room = half - jnp.sum(above, axis=-1, keepdims=True)
     sure = above | (tied & (jnp.cumsum(tied, axis=-1) <= room))

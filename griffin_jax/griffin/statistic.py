@@ -1,4 +1,14 @@
-"""What GRIFFIN records while a prompt is read: how strongly each neuron takes part (arXiv 2404.01365)."""
+"""The statistic that GRIFFIN records during prefill: how strongly each neuron takes part in a prompt.
+
+A feed-forward layer computes z_t, with one value for each of its F neurons, at every token t. Dividing z_t by its norm
+gives the relative activations zbar_t, and the statistic s_j of neuron j is the norm of zbar_tj over the tokens of the
+prompt (arXiv 2404.01365, section 4.2):
+
+    zbar_t = z_t / ||z_t||        s_j^2 = sum_t zbar_tj^2
+
+z is the input of the layer's down projection: act(Wg x) * (Wu x) if the layer is gated, else act(Wu x), plus biases if
+the model has any.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +25,20 @@ from griffin_jax.model.routed import Activations, RoutedActivations, everywhere
 
 
 def statistic(layer: int, z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
-    """The observer (see `griffin_jax.model.transformer.Observer`) that collects GRIFFIN's s^2 over the real tokens."""
+    """The observer (see `griffin_jax.model.transformer.Observer`) that returns s^2 of a layer over the real tokens."""
     del layer
     return token_statistic(z, real)
 
 
 def relative_activations(z: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """zbar = z / ||z||, each token by itself (arXiv 2404.01365, section 3).
+    """The relative activations zbar_t = z_t / ||z_t|| of each token (arXiv 2404.01365, section 3).
 
     Args:
-        z: the input of the down projection, finite, in any float dtype.
+        z: the input of the down projection, (..., F); finite, in any float dtype.
 
     Returns:
-        zbar in float32; zero where z is zero. Tokens with ||z|| below about 1e-19 count as zero, since ||z||^2 must be
-        a normal float32.
+        zbar in float32, zero for tokens with z = 0. Tokens with ||z|| below about 1e-19 count as zero, since ||z||^2
+        must be a normal float32.
     """
     z = z.astype(jnp.float32)
     return z * _inverse_norms(z)
@@ -43,16 +53,19 @@ def _inverse_norms(z: Float[Array, "*b f"]) -> Float[Array, "*b 1"]:
 def token_statistic(z: Activations, real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
     """s_j^2 = sum_t z_tj^2 / ||z_t||^2 over the real tokens (arXiv 2404.01365, section 4.2).
 
-    The square is kept and not s itself, because it is additive over tokens: chunks of a prompt are summed up. A token
-    with z = 0 contributes nothing. Of a layer with routed experts, each neuron has the sum over the tokens that chose
-    its expert, and ||z_t|| is the norm within that expert, so that a token's weights of its experts change nothing.
+    s^2 is kept rather than s because it is additive over tokens: the values of a prompt's chunks can be summed. A token
+    with z = 0 contributes nothing.
+
+    In a layer with routed experts, the sum for a neuron is over the tokens that chose its expert, and ||z_t|| is the
+    norm within that expert. The weights that a token gives its experts therefore have no influence.
 
     Args:
-        z: the input of the down projection, in any float dtype; finite also where it is padding.
-        real: whether each token is real; false for padding.
+        z: the input of the down projection, (B, T, F), in any float dtype; must be finite even at padding.
+        real: whether each token is real, (B, T); false for padding.
 
     Returns:
-        s^2 in float32. Its sum over neurons is the number of real tokens with z != 0.
+        s^2 in float32, (B, F). In a layer without routed experts, its sum over the neurons is the number of real tokens
+        with z != 0.
     """
     if isinstance(z, RoutedActivations):
         return _of_experts(z, real)
@@ -64,11 +77,11 @@ def _as_product(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Arr
 
 
 def _in_two_steps(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[Array, "b f"]:
-    """The same for GPUs, whose kernels XLA (jax 0.11.2) would join otherwise.
+    """The statistic on GPUs, with a barrier that keeps XLA (jax 0.11.2) from fusing kernels.
 
-    Without the barrier it computes z in the kernel that sums its squares; and where kernels of two layers read `real`,
-    it makes one of both, until which z of all layers stays in memory: 28 MB more for each layer of Llama-2-13B and
-    1,024 tokens. Seen in prefill compiled for H100.
+    Without the barrier, XLA computes z in the kernel that sums its squares. If the kernels of two layers read `real`,
+    it also fuses them into one, and z of all layers stays in memory until that kernel runs: 28 MB more for each layer
+    of Llama-2-13B and 1,024 tokens. Seen in prefill compiled for H100.
     """
     z, real = jax.lax.optimization_barrier((z, real))
     z = z.astype(jnp.float32)
@@ -76,13 +89,13 @@ def _in_two_steps(z: Float[Array, "b t f"], real: Bool[Array, "b t"]) -> Float[A
 
 
 def _of_experts(z: RoutedActivations, real: Bool[Array, "b t"]) -> Float[Array, "b n"]:
-    """The statistic of each expert over its own tokens, and of the shared ones over all."""
+    """The statistic of each routed expert over the tokens that chose it, and of the shared experts over all tokens."""
     squares = jnp.square(relative_activations(z.z))
     if squares.ndim == 5:
-        # One of the devices has the expert, the others zeros.
+        # Each expert is on one of the devices; the others contribute zeros.
         squares = jnp.sum(squares, axis=3)
     chose = (z.experts[..., None] == jnp.arange(z.count)) & real[:, :, None, None]
-    # As a product, since sums over places that differ from token to token are slow on CPUs and GPUs.
+    # A matrix product, because scattered sums (to places that differ from token to token) are slow on CPUs and GPUs.
     by_expert = jnp.einsum("btke,btkf->bef", chose.astype(jnp.float32), squares, precision=jax.lax.Precision.HIGHEST)
     own = by_expert.reshape(real.shape[0], -1)
     return own if z.shared is None else jnp.concatenate([own, token_statistic(z.shared, real)], axis=-1)
@@ -91,13 +104,15 @@ def _of_experts(z: RoutedActivations, real: Bool[Array, "b t"]) -> Float[Array, 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Statistics:
-    """What GRIFFIN selects by, recorded while prompts are read. Additive: those of chunks of a prompt may be summed.
+    """The statistics of prompts, by which `select` chooses neurons.
+
+    They are additive: the statistics of a prompt's chunks can be added up with `+`.
 
     Attributes:
-        squares: s^2 of every neuron of each layer, float32.
-        tokens: number of real tokens of each sequence.
-        ranges: sizes of the ranges of each layer's neurons that are selected from one by one, which a model with routed
-            experts has, as `ModelConfig.neuron_ranges`; empty where each layer is one range.
+        squares: s^2 of every neuron, float32, (B, F) for each layer.
+        tokens: number of real tokens of each sequence, (B,).
+        ranges: for a model with routed experts, the sizes of the ranges that each layer's neurons are divided into, as
+            in `ModelConfig.neuron_ranges`; neurons are selected within each range. Empty if each layer is one range.
     """
 
     squares: tuple[Float[Array, "b _f"], ...]
@@ -109,32 +124,35 @@ class Statistics:
 
 
 def spread(lengths: Int[Array, "b"], rows: int) -> Int[Array, "b {rows}"]:
-    """The positions of tokens that stand for each sequence: all of them, or the middles of `rows` equal parts.
+    """The positions of at most `rows` tokens, spread evenly over each sequence.
+
+    A sequence with at most `rows` tokens gives all of its positions. A longer one is divided into `rows` equal parts,
+    and the middle of each part is taken.
 
     Args:
-        lengths: number of tokens of each sequence.
-        rows: number of tokens to take at most; static.
+        lengths: number of tokens of each sequence, (B,).
+        rows: the largest number of tokens to take; static.
 
     Returns:
-        Rising positions, followed by `EMPTY` where a sequence is shorter.
+        Ascending positions, (B, rows), followed by `EMPTY` if a sequence has fewer tokens.
     """
     number = jnp.arange(rows, dtype=jnp.int32)
     length = jnp.asarray(lengths, jnp.int32)[:, None]
     odd, parts = 2 * number + 1, 2 * rows
-    # odd * length / parts, without the product, which is too large for int32 where a context is long.
+    # odd * length / parts. The plain product would overflow an int32 if the context is long.
     middle = odd * (length // parts) + odd * (length % parts) // parts
     return jnp.where(length > rows, middle, jnp.where(number < length, number, EMPTY))
 
 
 def tokens_at(x: Any, at: Int[Array, "b r"]) -> tuple[Any, Bool[Array, "b r"]]:
-    """Some tokens of arrays (B, T, ...).
+    """Takes some tokens of arrays of shape (B, T, ...).
 
     Args:
-        x: arrays in any pytree, such as `griffin_jax.model.routed.Activations`.
-        at: the columns to take; for one that there is not the nearest one is taken.
+        x: a pytree of such arrays, for example `griffin_jax.model.routed.Activations`.
+        at: the columns to take in each row, (B, R). A column outside [0, T) is replaced by the nearest one inside.
 
     Returns:
-        The arrays of these tokens, and which of the columns there are.
+        The arrays of these tokens, (B, R, ...), and which of the columns lie in [0, T), (B, R).
     """
     tokens = jax.tree.leaves(x)[0].shape[1]
     nearest = jnp.clip(at, 0, tokens - 1)
@@ -146,14 +164,15 @@ def tokens_at(x: Any, at: Int[Array, "b r"]) -> tuple[Any, Bool[Array, "b r"]]:
 
 
 def rows_at(z: Activations, at: Int[Array, "b r"]) -> Float[Array, "b r f"]:
-    """Relative activations of some tokens, of all neurons of a layer.
+    """The relative activations of all neurons of a layer at some tokens.
 
     Args:
-        z: the input of the down projection, in any float dtype.
-        at: the columns of z to take; one that z does not have gives a row of zeros.
+        z: the input of the down projection, (B, T, F), in any float dtype.
+        at: the columns of z to take, (B, R). A column outside [0, T) gives a row of zeros.
 
     Returns:
-        z / ||z|| in the dtype of z, to which z has been rounded already.
+        z / ||z||, (B, R, F), in the dtype of z: z was rounded to that dtype already. For routed experts, z has zeros at
+        the experts that a token did not choose.
     """
     taken, present = tokens_at(z, at)
     chosen = everywhere(taken)

@@ -1,9 +1,9 @@
-"""Several processes as one, with `jax.distributed`: one for each host, all started with the same command.
+"""Runs several processes as one, with `jax.distributed`: one for each host, all started with the same command.
 
     griffin-jax generate --prompt "..." --mesh data=2,model=8 --distributed host0:1234,0,2        on the first host
     griffin-jax generate --prompt "..." --mesh data=2,model=8 --distributed host0:1234,1,2        on the second one
 
-Each runs the same program on its share of the mesh. The first writes text and files.
+Each process runs the same program on its share of the mesh. The first one writes text and files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HEARTBEAT_SECONDS = 30
 """Seconds without a sign of life after which a process counts as dead, and all others end."""
 
 START_SECONDS = 300
-"""Seconds that processes wait for each other at the start: imports take longer on some hosts than on others."""
+"""Seconds that processes wait for each other at the start, as imports take longer on some hosts than on others."""
 
 AUTO = "auto"
 
@@ -33,10 +33,10 @@ _WANTED = re.compile(r"(?P<coordinator>[^,\s]+:\d+),(?P<process>\d+),(?P<count>\
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The arguments of `jax.distributed.initialize` that `HOST:PORT,PROCESS,COUNT` or `auto` stand for.
+    """The arguments of `jax.distributed.initialize` that `HOST:PORT,PROCESS,COUNT` or `auto` stands for.
 
     Raises:
-        ValueError: it is neither, or there is no such process.
+        ValueError: the text is neither, or its process is not one of COUNT.
     """
     if text == AUTO:
         return {}
@@ -53,10 +53,10 @@ def parse(text: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def joined(text: str | None) -> Iterator[None]:
-    """Join the other processes for the length of a block, before JAX is used; only the first process prints.
+    """Join the other processes for the duration of a block, before JAX is used; only the first process prints.
 
     Args:
-        text: what `parse` takes; None for a process on its own.
+        text: a text as `parse` takes it; None for a process that runs alone.
 
     Raises:
         ValueError: the text is malformed.
@@ -80,7 +80,7 @@ def joined(text: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_stdout() -> Iterator[None]:
-    """Keep stdout for what Python prints in the first process: Gloo also writes there whenever it connects."""
+    """Reserve stdout for what Python prints in the first process: Gloo also writes there, whenever it connects."""
     sys.stdout.flush()
     before = os.dup(1)
     text = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
@@ -99,7 +99,7 @@ def is_first() -> bool:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """What a function returns in the first process, sent as JSON to all processes.
+    """The result of a function that is called in the first process only, sent as JSON to all processes.
 
     Raises:
         ValueError: the function raised a `ValueError` or an `OSError` in the first process.
@@ -122,11 +122,11 @@ def from_first(function: Callable[[], Any]) -> Any:
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raise `ValueError` unless all processes have the same value; otherwise they could not work together.
+    """Raise `ValueError` unless all processes have the same value, without which they could not work together.
 
     Args:
-        name: what is compared, for the message.
-        value: anything whose `repr` can be compared.
+        name: name of what is compared, for the message.
+        value: value of this process, compared by its `repr`.
     """
     if jax.process_count() == 1:
         return

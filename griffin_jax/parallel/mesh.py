@@ -1,10 +1,10 @@
-"""Meshes: devices in two axes, of which one divides the batch and the other the model.
+"""Meshes: devices arranged along two axes, one of which divides the batch and the other the model.
 
     mesh = make_mesh(data=2, model=4)            eight devices, each with a quarter of the model and half of the batch
     llm = griffin_jax.load(source, mesh=mesh)
 
-`griffin_jax.model.sharding` says what is divided along the axes. No function has to be told the mesh: it is found from
-the model's arrays, also while they are traced.
+`griffin_jax.model.sharding` says what is divided along each axis. No function has to be given the mesh: it is found
+from the model's arrays, even while they are traced.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = "data"
-"""The axis that sequences are divided along."""
+"""The axis along which sequences are divided."""
 
 MODEL_AXIS = "model"
-"""The axis that heads, neurons and vocabulary are divided along."""
+"""The axis along which heads, neurons and vocabulary are divided."""
 
 AXES = (DATA_AXIS, MODEL_AXIS)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """The sizes of both axes from a text such as `data=2,model=4`; an axis that it does not name has size 1.
+    """The sizes of both axes from a text such as `data=2,model=4`; an axis that is not named has size 1.
 
     Raises:
         ValueError: the text is malformed.
@@ -46,14 +46,14 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of the first data x model devices; those of a process are neighbours along `MODEL_AXIS`.
+    """A mesh of the first data x model devices; devices of one process are neighbours along `MODEL_AXIS`.
 
     Args:
         data: number of parts that batches are divided into.
         model: number of parts that the model is divided into.
 
     Raises:
-        ValueError: there are fewer devices, or several processes have more than are asked for.
+        ValueError: there are too few devices, or there are several processes with more devices than the mesh takes.
     """
     devices, wanted = jax.devices(), data * model
     if wanted > len(devices):
@@ -73,7 +73,7 @@ def checked_mesh(mesh: Mesh) -> Mesh:
     """The same mesh with both axes, `data` first; an axis that it lacks is added with size 1.
 
     Raises:
-        ValueError: the mesh has another axis.
+        ValueError: the mesh has an axis of another name.
     """
     if unknown := sorted(set(mesh.axis_names) - set(AXES)):
         raise ValueError(
@@ -87,9 +87,9 @@ def checked_mesh(mesh: Mesh) -> Mesh:
 
 
 def mesh_of(array: Any) -> Mesh | AbstractMesh | None:
-    """The mesh that an array is on, also while it is traced; None if it is on one device.
+    """The mesh that an array is on, even while the array is traced; None if it is on one device.
 
-    Within `jax.shard_map` over all axes, where each device has an array of its own, it is None, too.
+    The result is also None inside `jax.shard_map` over all axes, where each device has a separate array.
     """
     sharding = jax.typeof(array).sharding if isinstance(array, Tracer) else getattr(array, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size <= 1:
@@ -98,30 +98,30 @@ def mesh_of(array: Any) -> Mesh | AbstractMesh | None:
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, axis: str) -> int:
-    """Number of devices along an axis; 1 without the axis or without a mesh."""
+    """Number of devices along an axis; 1 if there is no mesh, or if it lacks the axis."""
     return 1 if mesh is None else mesh.shape.get(axis, 1)
 
 
 def dividing(mesh: Mesh | AbstractMesh | None, axis: str, size: int) -> str | None:
-    """`axis` if it divides this size evenly among several devices, else None: an entry of a `PartitionSpec`."""
+    """An entry of a `PartitionSpec`: `axis` if it divides a size evenly among several devices, else None."""
     devices = axis_size(mesh, axis)
     return axis if devices > 1 and size % devices == 0 else None
 
 
 def local_sequences(mesh: Mesh | AbstractMesh | None, batch: int) -> int:
-    """Sequences of a batch that each device has."""
+    """Number of sequences of a batch on each device."""
     return batch // axis_size(mesh, DATA_AXIS) if dividing(mesh, DATA_AXIS, batch) else batch
 
 
 def over_data(mesh: Mesh | AbstractMesh | None, array: Any) -> Any:
-    """An array (B, ...) divided along `DATA_AXIS`, if that divides B evenly; otherwise the array as it is."""
+    """An array (B, ...) divided along `DATA_AXIS`, if that divides B evenly; otherwise the array unchanged."""
     if mesh is None or dividing(mesh, DATA_AXIS, array.shape[0]) is None:
         return array
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
 
 
 def to_host(tree: Any) -> Any:
-    """The tree with NumPy arrays, each of them whole on every process."""
+    """The tree with its arrays as NumPy arrays, each whole on every process."""
 
     def whole(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):

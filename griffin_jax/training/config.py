@@ -9,36 +9,37 @@ from griffin_jax.utils.options import number, option, whole
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """How something is trained: AdamW, with a warm-up and half a cosine after it.
+    """Options of a training run with AdamW, whose learning rate has a warm-up followed by half a cosine.
 
     Attributes:
-        steps: updates.
-        batch: sequences of each.
-        length: tokens of a sequence.
-        learning_rate: after the warm-up.
-        warmup: steps of the warm-up, in which the rate rises linearly from 0, so that the first update changes nothing.
-        final: part of the learning rate that is left at the end.
-        weight_decay: of AdamW.
-        beta1: decay of its mean of gradients.
-        beta2: decay of its mean of squares.
-        clip: norm of all gradients together, at most.
-        seed: of the order of sequences, and of what is drawn before the first step.
+        steps: number of updates.
+        batch: number of sequences in each update.
+        length: number of tokens in a sequence.
+        learning_rate: learning rate after the warm-up.
+        warmup: number of updates in the warm-up, in which the rate rises linearly from 0, so that the first update
+            changes nothing.
+        final: share of the learning rate that is left at the end.
+        weight_decay: weight decay of AdamW.
+        beta1: decay rate of AdamW's mean of gradients.
+        beta2: decay rate of AdamW's mean of squared gradients.
+        clip: largest norm of all gradients together; larger gradients are scaled down to it.
+        seed: seed of the order of sequences, and of what is drawn before the first update.
 
     Raises:
         ValueError: a value is outside its range.
     """
 
-    steps: int = option(200, "updates", metavar="N")
-    batch: int = option(4, "sequences of an update", metavar="B")
-    length: int = option(256, "tokens of a sequence", metavar="T")
-    learning_rate: float = option(1e-3, "after the warm-up", metavar="R")
-    warmup: int = option(10, "updates until the learning rate is reached", metavar="N")
-    final: float = option(0.1, "part of the learning rate that is left at the end", metavar="P")
-    weight_decay: float = option(0.0, "of AdamW", metavar="W")
-    beta1: float = option(0.9, "of AdamW", metavar="B")
-    beta2: float = option(0.999, "of AdamW", metavar="B")
-    clip: float = option(1.0, "norm of all gradients together, at most", metavar="C")
-    seed: int = option(0, "of the order of sequences, and of what is drawn before the first update", metavar="S")
+    steps: int = option(200, "number of updates", metavar="N")
+    batch: int = option(4, "number of sequences in each update", metavar="B")
+    length: int = option(256, "number of tokens in a sequence", metavar="T")
+    learning_rate: float = option(1e-3, "learning rate after the warm-up", metavar="R")
+    warmup: int = option(10, "number of updates in which the learning rate rises linearly from 0", metavar="N")
+    final: float = option(0.1, "share of the learning rate that is left at the end", metavar="P")
+    weight_decay: float = option(0.0, "weight decay of AdamW", metavar="W")
+    beta1: float = option(0.9, "decay rate of AdamW's mean of gradients", metavar="B")
+    beta2: float = option(0.999, "decay rate of AdamW's mean of squared gradients", metavar="B")
+    clip: float = option(1.0, "largest norm of all gradients together; larger ones are scaled down", metavar="C")
+    seed: int = option(0, "random seed for the order of sequences and the initial parameters", metavar="S")
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "batch": 1, "length": 2, "warmup": 0, "seed": 0}.items():

@@ -1,4 +1,4 @@
-"""Sequences to train on, from texts: packed, and in an order that a seed decides."""
+"""Sequences to train on: texts, packed, in an order that a seed determines."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxtyping import Array, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-    """Sequences of one update.
+    """The sequences of one update.
 
     Attributes:
-        tokens: padded on the right with any token.
-        lengths: number of real tokens of each.
+        tokens: token ids, padded on the right with any token.
+        lengths: number of real tokens of each sequence.
     """
 
     tokens: Int[Array | np.ndarray, "*n b t"]
@@ -31,8 +31,8 @@ class Packed:
     """Texts as sequences of one length.
 
     Attributes:
-        tokens: one text after the other; only the last sequence may be shorter, and is padded.
-        lengths: number of real tokens of each.
+        tokens: token ids, one text after the other; only the last sequence may be shorter, and is then padded.
+        lengths: number of real tokens of each sequence.
     """
 
     tokens: Int[np.ndarray, "n t"]
@@ -50,14 +50,13 @@ class Packed:
         return whole.hexdigest()[:16]
 
     def batches(self, size: int, *, seed: int) -> Callable[[int], Batch]:
-        """The batch of every step: all sequences in one order, then all of them in another one, ...
+        """A function that returns the batch of a step. All sequences come in one order, then all in another, and so on.
 
-        A batch is a function of the seed and the number of its step alone, so that nothing has to be remembered for
-        going on.
+        A batch depends only on the seed and the number of its step, so nothing has to be stored to resume a training.
 
         Args:
-            size: sequences of a batch; where there are fewer, some of them are in it several times.
-            seed: of the orders.
+            size: number of sequences in a batch; if there are fewer in all, some of them are in it several times.
+            seed: seed of the orders.
         """
 
         def row(number: int) -> int:
@@ -72,15 +71,15 @@ class Packed:
 
 
 def pack(documents: Sequence[Sequence[int]], length: int, end: int | None = None) -> Packed:
-    """Texts one after the other, cut into sequences.
+    """Join texts one after the other, and cut them into sequences.
 
     Args:
         documents: token ids of each text.
-        length: tokens of a sequence.
-        end: token that ends a text; None for none.
+        length: number of tokens in a sequence.
+        end: token that is put after each text; None for no such token.
 
     Raises:
-        ValueError: there are fewer than two tokens.
+        ValueError: the texts have fewer than two tokens together.
     """
     stream = [token for tokens in documents for token in (*tokens, *([] if end is None else [end]))]
     # A single token at the end predicts nothing.

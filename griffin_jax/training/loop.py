@@ -1,4 +1,4 @@
-"""The step and the loop around it."""
+"""The pure step of a training, and the loop around it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from griffin_jax.training.config import TrainingConfig
 Parameters = TypeVar("Parameters")
 
 Loss = Callable[[Any, Any, Any], Float[Array, ""]]
-"""A function of what is trained, of what is not, and of a batch."""
+"""A function of the trained parameters, of whatever else it needs, and of a batch, that returns the loss."""
 
 MeasuredLoss = Callable[[Any, Any, Any], tuple[Float[Array, ""], Mapping[str, Array]]]
-"""The same, with further figures that are only shown and kept."""
+"""The same, but it also returns further figures, which are only shown and recorded."""
 
 LOSS = "loss"
 """Name of the loss among the figures of an update."""
@@ -36,8 +36,8 @@ class TrainingState(Generic[Parameters]):
     """Everything that an update changes.
 
     Attributes:
-        parameters: what is trained, a pytree of floating arrays.
-        optimizer: the optimiser's own state.
+        parameters: the trained parameters, a pytree of floating arrays.
+        optimizer: state of the optimiser.
         step: number of updates so far.
     """
 
@@ -47,15 +47,15 @@ class TrainingState(Generic[Parameters]):
 
 
 Record = Callable[[int, Mapping[str, np.ndarray]], Mapping[str, str]]
-"""A function of the number of an update and of its figures: what a progress bar shows of them."""
+"""A function of the number of an update and of its figures, that returns what the progress bar shows of them."""
 
 Step = Callable[[TrainingState, Any, Any], tuple[TrainingState, Any]]
-"""A function of a state, of what is not trained and of a batch: the next state, and the loss before the update, or
-several figures by their names, `LOSS` among them."""
+"""A function of a state, of what is not trained and of a batch. It returns the next state, and either the loss before
+the update or several figures by their names, `LOSS` among them."""
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, a linear warm-up and half a cosine."""
+    """AdamW with clipped gradients, and a learning rate with a linear warm-up followed by half a cosine."""
     rate = config.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(
         rate if config.warmup == 0 else 0.0,
@@ -76,11 +76,11 @@ def init_state(parameters: Parameters, optimizer: optax.GradientTransformation) 
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
-    """The pure function that makes one update; jit it, vmap it, or put it into a loop of your own.
+    """The pure function that makes one update; jit it, vmap it, or use it in your own loop.
 
     Args:
-        loss: to be made smaller.
-        optimizer: such as `make_optimizer` gives.
+        loss: the loss to minimise.
+        optimizer: an optimiser, such as one from `make_optimizer`.
     """
 
     def step(state: TrainingState, frozen: Any, batch: Any) -> tuple[TrainingState, Array]:
@@ -91,13 +91,14 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
 
 
 def make_measured_step(loss: MeasuredLoss, optimizer: optax.GradientTransformation, accumulate: int = 1) -> Step:
-    """`make_step` of a loss that has further figures, which the step returns next to it.
+    """Like `make_step`, for a loss with further figures, which the step returns together with the loss.
 
     Args:
-        loss: to be made smaller, and the figures.
-        optimizer: such as `make_optimizer` gives.
-        accumulate: parts that a batch is differentiated in, so that memory is that of one part; gradients, loss and
-            figures are means over the parts. It divides the leading axis of everything in a batch.
+        loss: a function that returns the loss to minimise, and the figures.
+        optimizer: an optimiser, such as one from `make_optimizer`.
+        accumulate: number of parts of a batch that are differentiated one after the other, so that only one part needs
+            memory at a time. Gradients, loss and figures are means over the parts. It must divide the leading axis of
+            every array in a batch.
     """
 
     def differentiated(parameters: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
@@ -113,7 +114,7 @@ def make_measured_step(loss: MeasuredLoss, optimizer: optax.GradientTransformati
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, differentiated(state.parameters, frozen, part)), None
 
-        # All parts in one loop: XLA's CPU code (jax 0.10.2) has memory of its own for what is differentiated outside.
+        # All parts in one loop: XLA's CPU code (jax 0.10.2) takes extra memory for what is differentiated outside.
         one = jax.eval_shape(differentiated, state.parameters, frozen, jax.tree.map(lambda leaf: leaf[0], parts))
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
         total, _ = jax.lax.scan(add, nothing, parts)
@@ -124,7 +125,7 @@ def make_measured_step(loss: MeasuredLoss, optimizer: optax.GradientTransformati
 
 
 def updated(state: TrainingState, gradients: Any, optimizer: optax.GradientTransformation) -> TrainingState:
-    """The state after an update with these gradients."""
+    """The state after an update with the given gradients."""
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
     return TrainingState(optax.apply_updates(state.parameters, updates), optimizer_state, state.step + 1)
 
@@ -143,29 +144,30 @@ def train(
     record: Record | None = None,
     quiet: bool = False,
 ) -> tuple[TrainingState[Parameters], list[float]]:
-    """Makes updates until there were `steps`, and goes on where an earlier call was interrupted.
+    """Make updates until there have been `steps` of them, resuming where an earlier call was interrupted.
 
-    Training that goes on gives what it would have given without a break: a batch depends on the number of its step
-    alone, and a checkpoint has all of the state.
+    A resumed training gives what it would have given without the interruption: a batch depends only on the number of
+    its step, and a checkpoint holds the whole state.
 
     Args:
-        step: from `make_step`, compiled.
-        state: before the first update.
-        frozen: what the loss needs and nobody trains.
-        batches: gives the batch of a step.
-        steps: updates in all.
-        folder: where checkpoints are kept; None for none. Written by Orbax.
-        about: what is trained, on what and how; a checkpoint of something else is an error.
-        save_every: updates between two checkpoints; there is one after the last, too.
-        description: for the progress bar.
-        record: is given the number of each update and its figures, and returns what the progress bar shows.
-        quiet: no progress bar.
+        step: compiled function from `make_step`.
+        state: state before the first update.
+        frozen: whatever the loss needs that is not trained.
+        batches: function that returns the batch of a step.
+        steps: total number of updates.
+        folder: folder for checkpoints, which Orbax writes; None for none.
+        about: description of the parameters, the texts and the options. It is an error if the folder has a checkpoint
+            with another description.
+        save_every: number of updates between two checkpoints; the last update is always followed by one.
+        description: text for the progress bar.
+        record: function of the number of each update and its figures, that returns what the progress bar shows of them.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        The state after the last update, and the loss of each update that was made by this call.
+        The state after the last update, and the loss of each update that this call made.
 
     Raises:
-        ValueError: the folder has checkpoints of something else.
+        ValueError: the folder has a checkpoint of another run.
         FloatingPointError: the loss is not finite.
     """
     if folder is None:

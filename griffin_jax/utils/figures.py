@@ -1,4 +1,4 @@
-"""Figures of matplotlib, an optional package, drawn without a display."""
+"""Figures of matplotlib, which is an optional package, drawn without a display."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def new_figure(width: float, height: float) -> Any:
     """An empty figure.
 
     Args:
-        width: width in inches of 120 pixels.
+        width: width in inches, each of 120 pixels.
         height: height in the same unit.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How much memory this process has used and can still get, and an error of one line where that is too little."""
+"""How much memory this process has used and can still get, and a one-line error if that is too little."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROOT = Path("/")
 CGROUPS = "sys/fs/cgroup"
 V2 = ("memory.max", "memory.current", "inactive_file")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-"""Files with the limit and the use of a group of processes, and what its `memory.stat` calls the pages of files that
-are given up first, by the version of cgroups."""
+"""For either version of cgroups: the files with a control group's limit and usage, and the entry of its `memory.stat`
+for the pages of files that are reclaimed first."""
 
 
 def peak() -> int | None:
-    """Largest resident memory of this process so far, in bytes; None where the platform does not tell."""
-    # On Linux, getrusage's figure of a process begins with that of the one which started it.
+    """Largest resident memory of this process so far, in bytes; None if the platform does not tell."""
+    # On Linux, getrusage's figure begins with that of the process which started this one.
     found = _status("VmHWM")
     if found is not None:
         return found
@@ -38,30 +38,30 @@ def peak() -> int | None:
 
 
 def reset_peak() -> None:
-    """Let `peak` begin anew, where that is possible: on Linux."""
+    """Let `peak` start anew; this works on Linux only."""
     with contextlib.suppress(OSError):
         (ROOT / "proc/self/clear_refs").write_text("5")
 
 
 def resident() -> int | None:
-    """Resident memory of this process, in bytes; None where the platform does not tell."""
+    """Resident memory of this process, in bytes; None if the platform does not tell."""
     return _status("VmRSS")
 
 
 def give_back() -> None:
-    """Return freed memory to the system, where the C library keeps it and can be told to: glibc's.
+    """Return freed memory to the system; this has an effect only if the C library is glibc.
 
-    Glibc has a heap for each thread, and returns only what is free at its end. Where many threads come and go, as
-    TensorStore's do, what they freed stays resident and cannot be used by the others.
+    Glibc has a heap for each thread, and returns only what is free at the end of a heap. If many threads come and go,
+    as TensorStore's do, the memory that they freed stays resident, and other threads cannot use it.
     """
     if trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None):
         trim(0)
 
 
 def free(devices: Iterable[Any]) -> int | None:
-    """Bytes that this process can still get on each of some devices of JAX; None where that is not known.
+    """Bytes that this process can still get on each of some JAX devices; None if that is unknown.
 
-    On an accelerator that is what its allocator has left; on CPUs it is `free_of_host`. Devices of other processes are
+    On an accelerator this is what its allocator has left; on CPUs it is `free_of_host`. Devices of other processes are
     left out.
     """
     found = []
@@ -78,14 +78,14 @@ def free(devices: Iterable[Any]) -> int | None:
 
 
 def free_of_host(root: Path = ROOT, address_space: int | None = None) -> int | None:
-    """Bytes of main memory that this process can still get; None where that is not known.
+    """Bytes of main memory that this process can still get; None if that is unknown.
 
-    The least of what the system has available, of what is left to the process's control group and to those that this
-    one is part of (version 1 or 2), and of the limit of its address space.
+    This is the least of three figures: what the system has available, what the limits of the process's control group
+    and of the groups around it (version 1 or 2) leave, and what the limit of the address space leaves.
 
     Args:
         root: the folder that holds `proc` and `sys`.
-        address_space: limit of the address space, in bytes; by default the process's own (`ulimit -v`).
+        address_space: limit of the address space, in bytes; by default that of the process (`ulimit -v`).
     """
     found = list(_limits(root, address_space))
     return max(0, min(found)) if found else None
@@ -95,7 +95,7 @@ def _limits(root: Path, address_space: int | None) -> Iterator[int]:
     with contextlib.suppress(OSError, ValueError, KeyError):
         yield _kilobytes(root / "proc/meminfo", "MemAvailable")
     for folder, (most, used, file_pages) in _groups(root):
-        # There is no limit where the file is absent or says "max".
+        # If the file is absent or says "max", there is no limit.
         with contextlib.suppress(OSError, ValueError, KeyError):
             allowed = int((folder / most).read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -107,7 +107,7 @@ def _limits(root: Path, address_space: int | None) -> Iterator[int]:
 
 
 def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The folders of the control groups that limit the memory of this process, the innermost first."""
+    """Folders of the control groups that limit this process's memory, innermost first, each with its names of files."""
     with contextlib.suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -117,9 +117,9 @@ def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
             if controllers == "memory":
                 base, names = base / "memory", V1
             else:
-                # Next to groups of version 1, those of version 2 have a folder of their own.
+                # If there are groups of version 1, too, those of version 2 are in a separate folder.
                 base, names = (base / "unified" if (base / "unified").is_dir() else base), V2
-            # In a container the path may be the host's, of which only the end, or nothing, is there.
+            # In a container the path may be that on the host, of which only the end, or nothing, exists here.
             inner = PurePosixPath(path.lstrip("/"))
             for part in (inner, *inner.parents):
                 yield base / part, names
@@ -132,26 +132,26 @@ def _status(name: str) -> int | None:
 
 
 def _kilobytes(file: Path, name: str) -> int:
-    """A figure of a file that says `name:  123 kB`, in bytes."""
+    """A figure from a file with lines such as `name:  123 kB`, in bytes."""
     lines = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
     return int(lines[name].split()[0]) * 1024
 
 
 def shown(size: int) -> str:
-    """A size for people."""
+    """A size in GB or MB, for messages."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
 def check(parts: Mapping[str, int], available: int | None, advice: str) -> None:
-    """Raise unless what is needed is free.
+    """Raise unless the memory that is needed is free.
 
     Args:
-        parts: bytes that are needed together, by what they are for.
-        available: bytes that are free, from `free`; None if that is not known, and nothing is checked.
+        parts: bytes that are needed at the same time, by their purpose.
+        available: bytes that are free, from `free`; None if that is unknown, and then nothing is checked.
         advice: what to change, as in "take a smaller batch".
 
     Raises:
-        MemoryError: more is needed than is free; in one line.
+        MemoryError: more is needed than is free. The message is one line.
     """
     needed = sum(parts.values())
     if available is None or needed <= available:

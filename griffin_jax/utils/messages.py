@@ -1,4 +1,4 @@
-"""Parts of messages to people."""
+"""Helpers for messages to people."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import TextIO
 OUT_OF_MEMORY = (
     "can't start new thread", "std::bad_alloc", "RESOURCE_EXHAUSTED", "annot allocate memory", "can't allocate memory",
 )  # fmt: skip
-"""What errors of Python, C++, XLA, the operating system and PyTorch say."""
+"""What errors of Python, C++, XLA, the operating system and PyTorch say when memory runs out."""
 
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Characters with which a text can do something to a terminal, or look like another text."""
+"""Characters with which a text can control a terminal or look like another text."""
 
 
 def brief(error: BaseException) -> str:
-    """An error of another package: its type and the beginning of its first line."""
+    """The type of another package's error and the beginning of its first line."""
     lines = str(error).strip().splitlines()
     return (
         f"{type(error).__name__}: {lines[0].encode(errors='replace').decode()[:300]}" if lines else type(error).__name__
@@ -26,12 +26,12 @@ def brief(error: BaseException) -> str:
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an error is a panic of a library in Rust, which pyo3 does not count among the exceptions."""
+    """Whether an error is a panic of a Rust library, which pyo3 does not make a subclass of `Exception`."""
     return type(error).__name__ == "PanicException"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of any package says that memory, or a thread with its stack, cannot be had."""
+    """Whether an error of any package says that memory, or a thread with its stack, could not be had."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return any(said in str(error) for said in OUT_OF_MEMORY)
@@ -42,13 +42,16 @@ def _escaped(letter: str) -> str:
 
 
 def printable(text: str) -> str:
-    """A text from a file in one line that changes no terminal: what is not printable is escaped."""
+    """A text from a file as one line that cannot control a terminal: unprintable characters are escaped."""
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """What a model wrote, as `stream` may have it: in a terminal, control characters that would move its cursor, change
-    its title or turn the direction of writing are escaped, but for line breaks and tabs; files get every character."""
+    """What a model wrote, as it may be written to `stream`.
+
+    In a terminal, control characters would move the cursor, change the title or turn the direction of writing. They are
+    escaped, except for line breaks and tabs. Files get every character.
+    """
     if not stream.isatty():
         return text
     return CONTROLS.sub(lambda found: _escaped(found[0]), text)
@@ -61,4 +64,4 @@ def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
 
 
 class CheckpointWarning(UserWarning):
-    """Warns of something in a checkpoint that is left out, or that may be wrong with it."""
+    """Warns that something in a checkpoint is left out, or may be wrong."""

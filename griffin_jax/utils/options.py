@@ -1,10 +1,10 @@
-"""Options that stand once: fields of frozen dataclasses, with what the command line says about each.
+"""Options that are declared once: fields of frozen dataclasses, with what the command line says about each.
 
     @dataclasses.dataclass(frozen=True)
     class Greeting:
         name: str = option("world", "whom to greet", metavar="NAME")
 
-Checks and help texts belong to the field, so that Python and every command have the same.
+Checks and help texts belong to the field, so Python and every command share them.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ import numpy as np
 from jax.core import Tracer
 
 STAND_INS = (Tracer, jax.ShapeDtypeStruct, jax.stages.ArgInfo)
-"""What JAX puts into a pytree in place of its numbers, to trace, lower or describe it."""
+"""What JAX puts into a pytree in place of its numbers when it traces, lowers or describes the pytree."""
 
 
 def option(default: Any, help: str, **flag: Any) -> Any:
     """A field of an options class.
 
     Args:
-        default: its value where nobody says anything.
-        help: what it is, for the command line.
+        default: value of the option if none is given.
+        help: what the option means, for the command line.
         **flag: further arguments of `argparse.ArgumentParser.add_argument`: `metavar`, `choices`, `type`, `nargs`,
-            `const`, `action`. Where there is neither `type` nor `action`, they follow from the default.
+            `const`, `action`. If neither `type` nor `action` is given, they follow from the default.
     """
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag})
 
 
 def names_of(*classes: Any) -> dict[str, Any]:
-    """The fields of options classes that can be given, with their defaults."""
+    """The fields of options classes that can be set, with their defaults."""
     return {field.name: field.default for each in classes for field in dataclasses.fields(each) if field.init}
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    """Raise `ValueError` unless the value is one of those allowed."""
+    """Raise `ValueError` unless the value is one of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")
 
 
 def plain(value: Any) -> Any:
-    """The Python number of a scalar of NumPy or JAX; anything else as it is.
+    """The Python number of a NumPy or JAX scalar; anything else unchanged.
 
-    Tracers stay as they are: their values are not known, and were checked outside.
+    Tracers are returned unchanged: their values are unknown here, and were checked outside.
     """
     if isinstance(value, Tracer):
         return value
@@ -58,17 +58,17 @@ def plain(value: Any) -> Any:
 
 
 def whole(name: str, value: Any, least: int, *, also: str = "", of: str = "") -> int:
-    """The Python integer of a whole number, NumPy's and JAX's included, that is large enough.
+    """The Python integer of a whole number that is large enough, which may be a NumPy or JAX scalar.
 
     Args:
-        name: of the option, for the message.
-        value: to check.
-        least: the smallest that is allowed.
+        name: name of the option, for the message.
+        value: value to check.
+        least: smallest value that is allowed.
         also: what else would be allowed, for the message.
         of: what is counted, for the message.
 
     Raises:
-        ValueError: it is none.
+        ValueError: value is not a whole number of at least `least`.
     """
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, int) or found < least:
@@ -78,17 +78,18 @@ def whole(name: str, value: Any, least: int, *, also: str = "", of: str = "") ->
 
 
 def number(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) -> Any:
-    """The Python number of a finite number, NumPy's and JAX's included, that is allowed; what stands for one in a
-    transformation of JAX as it is.
+    """The Python number of a finite number that is allowed, which may be a NumPy or JAX scalar.
+
+    A value that stands for a number in a transformation of JAX is returned unchanged.
 
     Args:
-        name: of the option, for the message.
-        value: to check.
+        name: name of the option, for the message.
+        value: value to check.
         allowed: what is allowed, for the message, as in "in [0, 1]".
-        valid: whether a finite number is.
+        valid: function that says whether a finite number is allowed.
 
     Raises:
-        ValueError: it is none.
+        ValueError: value is not a finite number, or not one that is allowed.
     """
     found = plain(value)
     if isinstance(found, STAND_INS) or type(found) is object:
@@ -99,10 +100,10 @@ def number(name: str, value: Any, allowed: str, valid: Callable[[float], bool]) 
 
 
 def flag(name: str, value: Any) -> bool:
-    """The Python bool of a truth value, NumPy's and JAX's included.
+    """The Python bool of a truth value, which may be a NumPy or JAX scalar.
 
     Raises:
-        ValueError: it is none.
+        ValueError: value is not a truth value.
     """
     found = plain(value)
     if not isinstance(found, bool):
@@ -111,5 +112,5 @@ def flag(name: str, value: Any) -> bool:
 
 
 def count_or(value: object, default: int) -> int:
-    """A number that may also be given as True, for the default, or False, for none."""
+    """A number that may also be given as True, for the default, or as False, for zero."""
     return default if value is True else int(value)  # pyright: ignore[reportArgumentType]

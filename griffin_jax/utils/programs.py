@@ -1,18 +1,19 @@
-"""Compiled functions, of whose programs a process keeps a bounded number.
+"""Compiled functions, like those of `jax.jit`, with a bounded number of programs for the whole process.
 
     @programs.jit(static_argnames="config")
     def select(statistics, config): ...
 
-`jax.jit` keeps every program that it has compiled for as long as the function exists: one for each set of static
-arguments, shapes and dtypes. Here a density, a batch or a number of drafts is a shape or a static argument, so that a
-process which serves requests would compile without end. On CPUs each program takes some hundred memory maps, of which
-Linux allows a process 65,530; the next one is a segmentation fault.
+`jax.jit` keeps every program that it has compiled for as long as the function exists: one for each combination of
+static arguments, shapes and dtypes. In this package, a density, a batch size or a number of drafts is a shape or a
+static argument, so a process that serves requests would compile without end. On CPUs each program takes some hundred
+memory maps. Linux allows a process 65,530 of them; the next one is a segmentation fault.
 
-What holds a program in jax 0.10 to 0.12 is the C++ cache of the jitted function, and caches that refer weakly to the
-function below it or to its jaxpr. So every program here has a `jax.jit` of its own, over a function of its own; when
+In jax 0.10 to 0.12, a program is held by the C++ cache of the jitted function, and by caches that refer weakly to the
+function below it or to its jaxpr. So every program here has a separate `jax.jit`, over a separate function; when
 `clear_cache` is called on it and nothing else refers to it, its memory maps are gone. (An executable from
-`lower().compile()` is held by the jitted function that it came from, just as long.) JAX's caches of what it has traced
-stay, have thousands of entries, and cannot be told which to forget; so from time to time all of them are cleared.
+`lower().compile()` is held just as long, by the jitted function that it came from.) JAX's caches of what it has traced
+remain. They have thousands of entries, and it is impossible to remove selected ones, so all of them are cleared from
+time to time.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ import jax
 from jax.core import Tracer
 
 MAX_PROGRAMS = 64
-"""Programs that a process keeps; those that were not used for longest go first. An answer uses five or six, of which
-three are for its density alone."""
+"""Programs that a process keeps; the least recently used are dropped first. An answer uses five or six, three of which
+are specific to its density."""
 
 MAX_SHARE_OF_MAPS = 0.5
-"""Share of the memory maps that Linux allows a process; where it has more, programs go, too."""
+"""Share of the memory maps that Linux allows a process; if the process has more, programs are dropped, too."""
 
 DROPS_UNTIL_CLEARED = 512
-"""Programs that are dropped until JAX's own caches, which hold some of what was traced for each, are cleared by
-`jax.clear_caches`. What is in use then compiles once more, a user's own functions, too."""
+"""Dropped programs after which `jax.clear_caches` clears JAX's own caches, which hold some of what was traced for each.
+Everything in use then compiles once more, including a user's own functions."""
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
@@ -56,12 +57,14 @@ def jit(
     donate_argnames: str | Sequence[str] = (),
     keep_unused: bool = False,
 ) -> Any:
-    """`jax.jit`, with programs that count among the `MAX_PROGRAMS` of the process; also a decorator.
+    """`jax.jit` with programs that count among the `MAX_PROGRAMS` of the process; also a decorator.
 
-    Called with tracers, as inside of a user's own `jax.jit`, it is a plain `jax.jit`, and no program is kept here.
+    If the result is called with tracers, as inside a user's own `jax.jit`, it acts like a plain `jax.jit`, and no
+    program is kept here.
 
     Args:
-        function: of named arguments, some of which may be keyword-only; None for a decorator with the other arguments.
+        function: function of named arguments, some of which may be keyword-only; None to get a decorator with the other
+            arguments.
         static_argnames: as for `jax.jit`.
         donate_argnames: as for `jax.jit`.
         keep_unused: as for `jax.jit`.
@@ -73,12 +76,12 @@ def jit(
 
 
 def count() -> int:
-    """How many programs are kept."""
+    """Number of programs that are kept."""
     return len(_programs)
 
 
 def clear() -> None:
-    """Drop all programs; what is called next compiles anew."""
+    """Drop all programs; later calls compile anew."""
     with _lock:
         for program in _programs.values():
             program.clear_cache()
@@ -106,7 +109,7 @@ class _Jitted:
         try:
             bound = self._signature.bind(*arguments, **keywords).arguments
         except TypeError:
-            # The function itself says what is wrong, or it takes other names than its signature has.
+            # The function itself says what is wrong, or it takes names that its signature lacks.
             return self._plain(*arguments, **keywords)
         static, donated, others = {}, {}, {}
         for name, value in bound.items():
@@ -116,7 +119,7 @@ class _Jitted:
         leaves = donated + others
         if any(issubclass(kind, Tracer) for kind in set(map(type, leaves))):
             return self._plain(*arguments, **keywords)
-        # Not what the compiler asks: the same shapes on other devices share an entry, whose `jax.jit` tells them apart.
+        # Devices are not part of it: the same shapes on other devices share an entry, whose `jax.jit` tells them apart.
         kinds = tuple([getattr(leaf, "aval", None) or _kind(leaf) for leaf in leaves])
         key = (self, tuple(static.items()), donated_structure, structure, kinds)
         with _lock:
@@ -128,7 +131,7 @@ class _Jitted:
         program = self._program(static, donated_structure, structure)
         found = program(donated, others)
         with _lock:
-            # Another thread may have compiled the same meanwhile.
+            # Another thread may have compiled the same program meanwhile.
             _programs.setdefault(key, program)
             _make_room()
         return found
@@ -145,12 +148,12 @@ class _Jitted:
         return jax.jit(of_leaves, donate_argnums=(0,) if donates else (), keep_unused=self._keep_unused)
 
     def lower(self, *arguments: Any, **keywords: Any) -> Any:
-        """As the method of a `jax.jit`; what it gives is not kept here."""
+        """Like the method of `jax.jit`; the result is not kept here."""
         fresh = functools.wraps(self._function)(lambda *a, **k: self._function(*a, **k))
         return self._jit(fresh).lower(*arguments, **keywords)
 
     def eval_shape(self, *arguments: Any, **keywords: Any) -> Any:
-        """As the method of a `jax.jit`."""
+        """Like the method of `jax.jit`."""
         return self._plain.eval_shape(*arguments, **keywords)
 
     def clear_cache(self) -> None:
@@ -166,12 +169,12 @@ def _names(names: str | Sequence[str]) -> frozenset[str]:
 
 
 def _kind(leaf: Any) -> Hashable:
-    """What a program is compiled for, of an argument that is no array of JAX."""
+    """What programs depend on in an argument that is not a JAX array: its type, shape and dtype."""
     return type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
 
 
 def _make_room() -> None:
-    """Drop the programs that were not used for longest, but never the newest."""
+    """Drop the least recently used programs while there are too many, but never the newest."""
     global _dropped
     most = _most_maps()
     while len(_programs) > 1 and (len(_programs) > MAX_PROGRAMS or _too_many_maps(most)):

@@ -1,4 +1,4 @@
-"""Where the seconds of a generation go."""
+"""Measures where the seconds of a generation go."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ jax.monitoring.register_event_duration_secs_listener(_record)
 
 
 class Stopwatch:
-    """Seconds by name. What XLA spends on tracing and compiling within a phase counts as `compile`.
+    """Seconds by the name of a phase. Time for tracing and compiling within a phase counts as `compile`.
 
     Attributes:
-        seconds: seconds of each phase measured so far by its name, and of `compile`.
+        seconds: seconds of each phase measured so far, by its name, and of `compile`.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to `name`; what it computes must be ready at its end."""
+        """Adds the time of the block to `name`; what the block computes must be ready at its end."""
         spans: list[tuple[float, float]] = []
         if not hasattr(_spans, "listeners"):
             _spans.listeners = []
@@ -51,7 +51,7 @@ class Stopwatch:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union: tracing a function reports the functions traced inside it once more."""
+    """Length of the union of spans: tracing a function also reports the functions that are traced inside it."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))

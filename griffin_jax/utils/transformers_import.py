@@ -1,4 +1,4 @@
-"""Importing transformers late and silently: it takes a second, and gives advice where PyTorch is missing."""
+"""Imports transformers late and silently: the import takes a second, and prints advice if PyTorch is missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def import_transformers() -> ModuleType:
     """The transformers package, used for tokenizers and configurations; its models are never used.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: transformers is not installed.
     """
     name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
     before = os.environ.get(name)

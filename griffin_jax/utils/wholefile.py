@@ -1,8 +1,8 @@
 """Files and folders that are written whole or not at all.
 
-What is being written has a hidden name of its own next to its place. Nobody can guess the name, so nobody can have put
-a link there. The name says which process writes it. If the process is killed, whoever writes to the same place next
-removes what it left.
+A file or folder that is being written has a hidden name, next to the path that it is for. Nobody can guess the name, so
+nobody can have put a link there. The name says which process writes it. If that process is killed, the next one that
+writes to the same path removes what it left.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PARTIAL = re.compile(r"\.partial-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{16}")
-"""The end of a hidden name: a hash of the machine's name, the process, when it began, and what nobody can guess."""
+"""The end of a hidden name: a hash of the machine's name, the process id, its start time, and random digits."""
 
 STATE, START = 0, 19
-"""Fields of Linux's `/proc/PID/stat` after the name of the program."""
+"""Places of these fields in Linux's `/proc/PID/stat`, counted after the name of the program."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A file to write next to `path`, which takes its place at the end of the block; if that fails, nothing changes.
+    """A file to write next to `path`, which replaces `path` at the end of the block; if that fails, nothing changes.
 
     Raises:
         OSError: the file cannot take the place of `path`.
@@ -34,7 +34,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     sweep(path)
     partial = hidden(path)
-    # It fails if there is anything of that name, be it a link.
+    # This fails if anything has that name, even a link.
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield partial
@@ -47,7 +47,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file (UTF-8); an existing one is replaced.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
@@ -55,10 +55,10 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 @contextlib.contextmanager
 def hidden_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder next to `path`, for what is to be moved to `path` when it is whole; removed at the end of the block.
+    """A new folder next to `path`, whose content is moved to `path` once it is whole; removed at the end of the block.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
     """
     path = Path(path)
     sweep(path)
@@ -77,7 +77,7 @@ def hidden(path: Path) -> Path:
 
 
 def sweep(path: Path) -> None:
-    """Remove what processes that are gone have left of writing `path`; what runs, or ran elsewhere, keeps its files."""
+    """Remove what ended processes left of writing `path`; running ones and those of other machines keep their files."""
     prefix = f".{path.name}"
     with contextlib.suppress(OSError):
         for entry in os.scandir(path.parent):
@@ -95,7 +95,7 @@ def _host() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """When a process began, in the clock ticks of Linux; None if it has ended, or nothing says so."""
+    """When a process began, in clock ticks of Linux; None if it has ended or this cannot be found out."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -104,10 +104,10 @@ def _start(pid: int) -> int | None:
 
 
 def _is_gone(pid: int, start: int) -> bool:
-    """Whether a process has ended; its number may be another's by now."""
+    """Whether the process that began at `start` has ended; another one may have its number by now."""
     if os.path.exists("/proc/self/stat"):
         return _start(pid) != start
-    if os.name == "nt":  # where there is no way to ask that is free of side effects
+    if os.name == "nt":  # where no way to ask is free of side effects
         return False
     try:
         os.kill(pid, 0)

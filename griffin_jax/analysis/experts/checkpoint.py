@@ -13,15 +13,15 @@ from griffin_jax.checkpoints.sources import FLOATS, Source
 from griffin_jax.model.config import ModelConfig
 
 BLOCK_BYTES = 32 << 20
-"""Size of the float32 numbers that are computed with at a time."""
+"""Bytes of float32 numbers that are computed with at a time."""
 
 
 class Experts(Protocol):
-    """What the analyses of weights read.
+    """The interface that the analyses of weights read.
 
     Attributes:
         layers: numbers of the layers that have routed experts.
-        kinds: which matrices an expert has: up, gate, down, or up, down if it has no gate.
+        kinds: the matrices that an expert has: up, gate and down, or up and down if it has no gate.
     """
 
     layers: tuple[int, ...]
@@ -37,18 +37,18 @@ class Experts(Protocol):
 
 
 def kinds_of(config: ModelConfig) -> tuple[str, ...]:
-    """Which matrices an expert has."""
+    """The kinds of matrices that an expert has."""
     return ("up", "gate", "down") if config.gated else ("up", "down")
 
 
 class StoredExperts:
-    """The experts of a checkpoint, of which nothing is in memory but the matrix that was asked for.
+    """The experts of a checkpoint; only the matrix that is asked for is read into memory.
 
     Args:
         source: an opened checkpoint.
 
     Raises:
-        ValueError: its model has no routed experts.
+        ValueError: the model of the checkpoint has no routed experts.
     """
 
     def __init__(self, source: Source):
@@ -60,7 +60,7 @@ class StoredExperts:
         self.kinds = kinds_of(config)
 
     def matrix(self, layer: int, kind: str) -> Num[np.ndarray, "e f d"]:
-        """As it is stored, or in float32 where that is not as 16 or 32 bits of floating numbers."""
+        """The matrix in its stored dtype if that is a float of 16 or 32 bits, else in float32."""
         path = f"layers.{layer}.ff.experts.{kind}"
         stored = FLOATS.get(self._source.origin(path).dtype)
         narrow = stored is not None and stored.itemsize <= 4
@@ -71,11 +71,11 @@ class StoredExperts:
 
 
 class RandomExperts:
-    """Experts of one layer before any training, as large as a model's: normal numbers of variance 1 / fan-in.
+    """Experts of one layer before any training, as large as those of a model: normal numbers of variance 1 / fan-in.
 
     Args:
-        config: of the model.
-        seed: of the numbers.
+        config: configuration of the model.
+        seed: seed of the numbers.
     """
 
     layers: tuple[int, ...] = (0,)
@@ -90,7 +90,7 @@ class RandomExperts:
         experts, neurons, width = self._shape
         rng = np.random.default_rng((self._seed, self.kinds.index(kind)))
         scale = np.float32(1 / math.sqrt(neurons if kind == "down" else width))
-        # Cosines of random numbers are as near to zero in half precision.
+        # In half precision, cosines of random numbers are just as near to zero.
         array = np.empty(self._shape, np.float16)
         for expert in range(experts):
             array[expert] = rng.standard_normal((neurons, width), dtype=np.float32) * scale
@@ -103,7 +103,7 @@ class RandomExperts:
 
 
 def blocks(matrix: Num[np.ndarray, "e f d"]) -> Iterator[Float[np.ndarray, "e _n"]]:
-    """Flattened experts, some columns at a time, in float32."""
+    """Flattened experts in float32, some columns at a time."""
     flat = matrix.reshape(len(matrix), -1)
     step = max(1, BLOCK_BYTES // (4 * len(matrix)))
     for start in range(0, flat.shape[1], step):

@@ -1,4 +1,4 @@
-"""D8: which experts texts choose, how evenly, and for how many tokens in a row."""
+"""D8: which experts the tokens of a text choose, how evenly, and how often successive tokens choose the same."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ def choice_counts(chosen: Bool[np.ndarray, "t e"]) -> Int[np.ndarray, "e"]:
 
 
 def evenness(counts: Int[np.ndarray, "e"]) -> float:
-    """The entropy of the choices over its largest value, log E: 1 if all experts have as many tokens, 0 if one has
-    all."""
+    """The entropy of the choices over its maximum, log E: 1 if all experts have as many tokens, 0 if one has all."""
     shares = counts[counts > 0] / counts.sum()
     return float(-(shares * np.log(shares)).sum() / np.log(len(counts)))
 
 
 def repetition(chosen: Bool[np.ndarray, "t e"]) -> tuple[float, float]:
-    """The share of a token's experts that the token before it chose, too; and the same for tokens in random order.
+    """The share of a token's experts that the token before it also chose, and the same for tokens in random order.
 
     Args:
-        chosen: of a text of two tokens or more, each of which chose as many experts.
+        chosen: choices of a text of two tokens or more, each of which chose the same number of experts.
 
     Returns:
         The share in the text, and its exact mean over all orders of the tokens.
@@ -35,7 +34,7 @@ def repetition(chosen: Bool[np.ndarray, "t e"]) -> tuple[float, float]:
 
 
 def most_chosen(counts: Int[np.ndarray, "texts e"], kept: int) -> Bool[np.ndarray, "texts e"]:
-    """The experts that each text chose most, as sets; of equals the first."""
+    """Masks of the `kept` experts that each text chose most; among equals the first ones."""
     order = np.argsort(-counts, axis=-1, kind="stable")[:, :kept]
     found = np.zeros(counts.shape, bool)
     np.put_along_axis(found, order, True, axis=-1)

@@ -1,11 +1,13 @@
-"""Numbers of texts with intervals, and the three findings of "A Closer Look" judged by them.
+"""Judges the three findings of "A Closer Look" by numbers with intervals.
 
-By a number a finding *holds* if its whole 95% interval lies beyond chance, on the side that the finding says, and so
-does the interval of its difference from the same number of each null model, text by text. Where it lies beyond chance,
-and a null model does not stay behind, the number *is no proof*: a random model has neurons that differ from text to
-text, too. It *fails* if the interval lies on the other side of chance. Otherwise it is *open*.
-Numbers of texts have bootstrap intervals over texts; what weights alone say has no texts, and its intervals are over
-layers.
+By one number, a finding *holds* if the whole 95% interval of the number lies beyond chance, on the side that the
+finding predicts, and if the number also lies beyond the same number of each null model: the interval of their
+difference, text by text, lies beyond zero. If the number lies beyond chance but not beyond a null model, it *is no
+proof*: in a random model, too, neurons differ from text to text. The finding *fails* if the interval lies on the other
+side of chance. Otherwise it is *open*.
+
+Numbers from texts have bootstrap intervals over texts. Numbers from weights alone have no texts, so their intervals are
+over layers.
 """
 
 from __future__ import annotations
@@ -40,13 +42,13 @@ OF_SETS = {
     "rank_correlation": "rank correlation of the norms of sets' outputs and their shares of ||z||^2",
     "chosen_over_other_norm": "norm of the outputs of a text's own neuron set, over that of other texts' sets",
 }
-"""What numbers say, for models with routers and without."""
+"""What each number says, for models with routers and without."""
 
 LEAST_LAYERS = 3
-"""With so many there is nothing to say about depth."""
+"""With at most this many layers there is nothing to say about depth."""
 
 Number = Callable[[Measured], Float[np.ndarray, "n"] | None]
-"""A number of each text; None where it is not known."""
+"""A function that returns a number for each text, or None if the number is unknown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +58,12 @@ class Evidence:
     Attributes:
         claim: the finding.
         what: the number, in words.
-        found: its value and interval.
-        chance: what it would be if the finding were wrong.
-        above: whether it is larger if the finding is right.
+        found: value and interval of the number.
+        chance: value that the number would have if the finding were wrong.
+        above: whether the number is larger than that, and not smaller, if the finding is right.
         over: what the interval is over.
         nulls: the number of each null model, by name.
-        beyond: how far the number is from that of each null model, of the same texts.
+        beyond: difference between the number and that of each null model on the same texts, by name.
     """
 
     claim: str
@@ -75,7 +77,7 @@ class Evidence:
 
     @property
     def verdict(self) -> str:
-        """Whether the finding holds by this number."""
+        """The verdict on the finding by this number."""
         side = _side(self.found, self.chance)
         if side == 0:
             return OPEN
@@ -85,7 +87,7 @@ class Evidence:
         return HOLDS if all(_side(difference, 0.0) == right for difference in self.beyond.values()) else NO_PROOF
 
     def to_json(self) -> dict[str, Any]:
-        """For results."""
+        """The evidence as it is written to the results."""
         return {
             "claim": self.claim, "what": self.what, **as_json(self.found), "chance": self.chance, "above": self.above,
             "over": self.over, "nulls": {name: as_json(found) for name, found in self.nulls.items()},
@@ -94,12 +96,12 @@ class Evidence:
 
 
 def _side(interval: Interval, value: float) -> int:
-    """1 if all of an interval is above a value, -1 if all of it is below, else 0, also where there is none."""
+    """1 if all of an interval is above a value, -1 if all of it is below, else 0; also 0 if there is no interval."""
     return int(interval.low > value) - int(interval.high < value)
 
 
 def summary(measured: Measured, seed: int) -> dict[str, Any]:
-    """Every number of texts for each layer and as the mean of layers, with intervals over texts; for JSON."""
+    """Every number from texts for each layer, and its mean over layers, with intervals over texts; for JSON."""
     found: dict[str, Any] = {}
     for name, values in (measured.numbers | measured.compared).items():
         known = values[:, np.isfinite(values).all(axis=0)]
@@ -116,10 +118,10 @@ def evidence_of_texts(
     """What texts say about the findings.
 
     Args:
-        measured: the model's numbers.
-        nulls: those of null models for the same texts, by name.
+        measured: numbers of the model.
+        nulls: numbers of the null models on the same texts, by name.
         routed: whether the model has routers.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
 
     def judged(claim: str, what: str, number: Number, chance: float, above: bool = True) -> Evidence:
@@ -188,7 +190,7 @@ def evidence_of_weights(weights: dict[str, Any], seed: int) -> list[Evidence]:
 
 
 def with_depth(values: Float[np.ndarray, "l"]) -> float:
-    """Spearman's correlation of values with the number of their layer; 0 where they are all alike."""
+    """Spearman's correlation of values with the numbers of their layers; 0 if all values are equal."""
     from scipy.stats import spearmanr
 
     if np.ptp(values) == 0:
@@ -198,7 +200,7 @@ def with_depth(values: Float[np.ndarray, "l"]) -> float:
 
 
 def _resampled_with_depth(values: Float[np.ndarray, "l"], seed: int, resamples: int = 2000) -> Interval:
-    """The same with an interval over layers."""
+    """The correlation of `with_depth`, with a bootstrap interval over layers."""
     from scipy.stats import rankdata
 
     rng = np.random.default_rng(seed)
@@ -213,9 +215,9 @@ def _resampled_with_depth(values: Float[np.ndarray, "l"], seed: int, resamples: 
 
 
 def verdicts(evidence: Sequence[Evidence]) -> dict[str, str]:
-    """The verdict on each finding: that of its numbers where they agree, else open.
+    """The verdict on each finding: that of its numbers if they agree, else open.
 
-    Numbers that are no proof, or open, say nothing for or against one that holds or fails.
+    A number that is no proof, or open, says nothing against another by which the finding holds or fails.
     """
     found: dict[str, str] = {}
     for claim in (FINE_GRAINED, LARGE_NORMS, DEPTH):

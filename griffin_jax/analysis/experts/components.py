@@ -9,15 +9,15 @@ from jaxtyping import Float, Num
 def principal_components(
     gram: Float[np.ndarray, "n n"], count: int
 ) -> tuple[Float[np.ndarray, "n _c"], Float[np.ndarray, "_c"]]:
-    """Coordinates along the first principal components, from the products of all pairs of points.
+    """Coordinates along the first principal components, from the dot products of all pairs of points.
 
     Args:
-        gram: products of points whose mean is zero.
-        count: how many components.
+        gram: dot products of points whose mean is zero.
+        count: number of components.
 
     Returns:
-        The coordinates, each component with the sign that makes its largest coordinate positive, and the share of the
-        variance that each explains.
+        The coordinates, where the sign of each component makes its largest coordinate positive, and the share of the
+        variance that each component explains.
     """
     from scipy.linalg import eigh
 
@@ -37,10 +37,10 @@ def neuron_components(
     """Neurons of all experts along their common principal components.
 
     Args:
-        matrix: a matrix of all experts.
-        sampled: neurons of all experts together, at most; as many of each expert, drawn at random.
-        count: how many components.
-        rng: draws neurons.
+        matrix: one kind of matrix, for all experts.
+        sampled: greatest number of neurons of all experts together; as many are drawn at random from each expert.
+        count: number of components.
+        rng: generator that draws the neurons.
     """
     experts, neurons, width = matrix.shape
     each = min(neurons, max(1, sampled // experts))

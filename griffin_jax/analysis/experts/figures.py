@@ -13,20 +13,20 @@ from jaxtyping import Bool, Float, Int
 from griffin_jax.utils.figures import new_figure
 
 WIDTH = 6.6
-"""Inches of 120 pixels."""
+"""Width of a figure, in inches of 120 pixels."""
 
 PANELS = 32
-"""Layers that a figure has a panel for; of more layers, so many at equal distances."""
+"""Greatest number of layers that have a panel in a figure; of more layers, this many at equal distances are shown."""
 
 COLUMNS = 8
 TITLES = {"up": "Wup", "gate": "Wact", "down": "Wdown"}
 """Matrices of experts, as the paper calls them."""
 
 BRIGHTEST = 99.5
-"""Per cent of the numbers of a heat map that are within its colour scale."""
+"""Percentage of the numbers of a heat map that lie within its colour scale."""
 
 NULL = "null: "
-"""What labels of null models begin with."""
+"""Beginning of the labels of null models."""
 
 Lines = Mapping[str, Sequence[Mapping[str, float | None]] | Sequence[float]]
 
@@ -39,7 +39,7 @@ def png(figure: Any) -> bytes:
 
 
 def shown_layers(layers: Sequence[int], most: int = PANELS) -> list[int]:
-    """Places in a list of layers: all, or so many at equal distances, the first and the last among them."""
+    """Indices into a list of layers: all, or `most` at equal distances, including the first and the last."""
     if len(layers) <= most:
         return list(range(len(layers)))
     return [round(place) for place in np.linspace(0, len(layers) - 1, most)]
@@ -57,12 +57,13 @@ def heat_maps(
     """A small heat map for each layer.
 
     Args:
-        matrices: of each layer.
-        layers: their numbers.
-        title: of the figure, which says what is drawn.
-        own_scale: each panel has colours from its own least to its own largest number, instead of one scale for all.
-        diagonal: whether it counts for the scale of colours; it does not where it is one for all.
-        axes: what columns and rows are.
+        matrices: one matrix for each layer.
+        layers: numbers of the layers.
+        title: title of the figure, which says what is drawn.
+        own_scale: whether the colours of each panel range from its own least to its own largest number, instead of one
+            scale for all panels.
+        diagonal: whether the diagonal counts for the scale of colours; it should not if all its numbers are 1.
+        axes: labels of the columns and of the rows.
     """
     at = shown_layers(layers)
     columns = min(COLUMNS, len(at))
@@ -74,7 +75,7 @@ def heat_maps(
     for panel, place in zip(panels.flat, at, strict=False):
         own = matrices[place][counted] if own_scale else every
         panel.imshow(matrices[place], vmin=own.min(), vmax=own.max(), cmap="viridis", interpolation="nearest")
-        # On lines of their own, or they would reach into the next panel.
+        # On separate lines, or the numbers would reach into the next panel.
         low_high = f"\n{own.min():.2g}\nto {own.max():.2g}" if own_scale else ""
         panel.set_title(f"layer {layers[place]}{low_high}", fontsize="x-small")
         panel.tick_params(labelsize=6, length=2)
@@ -100,9 +101,9 @@ def by_layer(
     """Lines over the layers, with bands for intervals where numbers have them.
 
     Args:
-        layers: their numbers.
-        panels: by title, lines by label; those of null models, which begin with `NULL`, are grey.
-        chances: by title of the panel, horizontal lines by label.
+        layers: numbers of the layers.
+        panels: lines by their labels, for each panel by its title; lines whose label begins with `NULL` are grey.
+        chances: horizontal lines by their labels, for each panel by its title.
     """
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -122,7 +123,7 @@ def by_layer(
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-        # Below, since lines over many layers leave no room of their own.
+        # Below the panel, since lines over many layers leave no room in it.
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     for axis in drawn[len(panels) :]:
         axis.axis("off")
@@ -167,7 +168,7 @@ def points(coordinates: Float[np.ndarray, "l e 2"], layers: Sequence[int], title
 
 
 def clouds(coordinates: Float[np.ndarray, "l e n 3"], layers: Sequence[int], title: str) -> Any:
-    """Neurons along two principal components and along three, coloured by expert, of up to four layers."""
+    """Neurons along two principal components and along three, coloured by expert, for up to four layers."""
     at = shown_layers(layers, 4)
     figure = new_figure(WIDTH, 4.2)
     experts = coordinates.shape[1]
@@ -187,7 +188,7 @@ def clouds(coordinates: Float[np.ndarray, "l e n 3"], layers: Sequence[int], tit
 
 
 def tokens_by_layer(values: Float[np.ndarray, "l t"], layers: Sequence[int], title: str) -> Any:
-    """A number of each token in each layer."""
+    """A heat map of one number for each token in each layer."""
     figure = new_figure(WIDTH, 1.2 + 0.11 * max(len(layers), 8))
     axis = figure.subplots()
     places = shown_layers(layers, 8)
@@ -202,7 +203,7 @@ def tokens_by_layer(values: Float[np.ndarray, "l t"], layers: Sequence[int], tit
 
 
 def states(arrays: Mapping[int, Float[np.ndarray, "t e f"]], title: str) -> Any:
-    """D7: tokens x neurons for up to eight experts of each layer, next to each other."""
+    """D7: heat maps of tokens x neurons, for up to eight experts of each layer next to each other."""
     most = 8
     shown = min(most, next(iter(arrays.values())).shape[1])
     figure = new_figure(WIDTH, 0.8 + 2.2 * len(arrays))

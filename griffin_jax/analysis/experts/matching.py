@@ -1,4 +1,4 @@
-"""D2b: the neurons of one expert, each paired with one of another so that they are as alike as can be."""
+"""D2b: the neurons of one expert paired with those of another, so that pairs are as similar as possible."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Matching:
 
     Attributes:
         neurons: numbers of the first expert's neurons that were paired, ascending.
-        partners: those of the second that each of them is paired with, no two the same.
-        before: the cosine of the flattened neurons, each next to the one of the same number.
-        after: the cosine of the flattened neurons, each next to its partner.
-        tau: Kendall's tau of `partners`: 1 if both experts have their neurons in the same order, 0 if the order of one
-            says nothing about that of the other.
+        partners: number of the second expert's neuron that each of them is paired with; no two are the same.
+        before: cosine of the flattened neurons, each paired with the neuron of the same number.
+        after: cosine of the flattened neurons, each paired with its partner.
+        tau: Kendall's tau of `partners`: 1 if both experts have their neurons in the same order, 0 if the order in one
+            says nothing about the order in the other.
     """
 
     neurons: Int[np.ndarray, "n"]
@@ -34,15 +34,16 @@ def match(
 ) -> Matching:
     """Pair neurons by a linear assignment on their cosines.
 
-    An assignment of all F neurons takes time that grows with F^3. Where there are more than `sampled`, so many of the
-    first expert, drawn at random, are paired with any neurons of the second: it takes time that grows with F and
-    memory for `sampled` x F cosines, and every partner that an assignment of all could choose is still there.
+    An assignment of all F neurons takes time that grows with F^3. If there are more than `sampled` neurons, only that
+    many of the first expert, drawn at random, are paired, with any neurons of the second. The time then grows with F,
+    and memory holds `sampled` x F cosines. Every partner that an assignment of all neurons could choose is still
+    available.
 
     Args:
-        first: the neurons of an expert, one in each row.
-        second: those of another.
-        sampled: neurons of the first that are paired, at most.
-        rng: draws them.
+        first: neurons of one expert, one in each row.
+        second: neurons of another expert.
+        sampled: greatest number of neurons of the first expert that are paired.
+        rng: generator that draws these neurons.
     """
     from scipy.optimize import linear_sum_assignment
     from scipy.stats import kendalltau

@@ -1,7 +1,7 @@
-"""D5, D6 and D7: every expert answers every token, also those that the router sent elsewhere.
+"""D5, D6 and D7: every expert answers every token, including those that the router sent elsewhere.
 
-A layer without a router has sets of neurons for experts: a set's output is that of the layer where all other neurons
-are zero, its score, for which a router has its logits, is the part of ||z||^2 that is in the set, and the set that
+In a layer without a router, sets of neurons take the place of experts. A set's output is that of the layer with all
+other neurons at zero. Its score, in place of a router's logits, is the part of ||z||^2 that is in the set. The set that
 counts as chosen is the text's own.
 """
 
@@ -28,10 +28,10 @@ class Answers:
     """What all experts of a layer answer to some tokens.
 
     Attributes:
-        outputs: of each expert, without its weight.
-        scores: by which experts are chosen, of any scale: only their order counts.
-        chosen: the experts that each token did choose; as many for each.
-        active: the share of an expert's neurons that is active for a token, see `active_share`.
+        outputs: output of each expert, without its weight.
+        scores: scores by which experts are chosen, on any scale: only their order counts.
+        chosen: the experts that each token chose; the same number for each token.
+        active: share of an expert's neurons that are active for a token; see `active_share`.
     """
 
     outputs: Float[Array, "e b t d"]
@@ -46,17 +46,17 @@ class Comparison:
     """Experts' answers compared, summed over the real tokens of each text.
 
     Attributes:
-        tokens: how many there are.
+        tokens: number of tokens.
         similarity: 1 - arccos(cosine) / pi of the outputs of each pair of experts.
-        chosen: the mean of that over pairs whose experts were both chosen; zero where a token chooses one.
-        others: over all other pairs.
-        ranks: how many tokens an expert of each rank by norm had of each rank by score, the largest first.
-        largest_chosen: how many tokens chose the expert whose output is the largest.
-        chosen_norm: the mean norm of the outputs of chosen experts.
-        other_norm: of all others.
-        chosen_active: the mean share of active neurons of chosen experts.
-        other_active: of all others.
-        token_cosines: the mean cosine over pairs of experts, of each token; not summed.
+        chosen: mean of this similarity over pairs whose experts were both chosen; zero if a token chooses one expert.
+        others: mean of this similarity over all other pairs.
+        ranks: number of tokens whose expert of each rank by norm has each rank by score; the largest comes first.
+        largest_chosen: number of tokens that chose the expert whose output is the largest.
+        chosen_norm: mean norm of the outputs of chosen experts.
+        other_norm: mean norm of the outputs of all other experts.
+        chosen_active: mean share of active neurons of chosen experts.
+        other_active: mean share of active neurons of all other experts.
+        token_cosines: mean cosine over pairs of experts for each token; not summed.
     """
 
     tokens: Int[Array, "b"]
@@ -73,8 +73,8 @@ class Comparison:
 
 
 def active_share(a: Float[Array, "*b f"]) -> Float[Array, "*b"]:
-    """Which share of the neurons is active: (sum a^2)^2 / (F sum a^4), 1 if all are alike and 1 / F if only one is."""
-    # As shares of the largest, whose powers cannot overflow.
+    """The share of neurons that are active: (sum a^2)^2 / (F sum a^4), 1 if all are equal and 1 / F if only one is."""
+    # Divided by the largest, so that powers cannot overflow.
     size = jnp.abs(a.astype(jnp.float32))
     squares = jnp.square(size / jnp.maximum(jnp.max(size, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny))
     fourth = jnp.sum(jnp.square(squares), axis=-1)
@@ -82,7 +82,7 @@ def active_share(a: Float[Array, "*b f"]) -> Float[Array, "*b"]:
 
 
 def router_logits(ff: RoutedFeedForward, x: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
-    """What the router says of all experts, float32; gate scores are in this order."""
+    """The router's logits for all experts, float32; gate scores have the same order."""
     logits = float32_product("btd,ed->bte", x, ff.router[...])
     return logits if ff.router_bias is None else logits + ff.router_bias[...].astype(jnp.float32)
 
@@ -99,13 +99,13 @@ def gates_only(experts: Experts) -> Experts:
 def of_each_expert(
     x: Float[Array, "b t d"], number: Int[Array, ""]
 ) -> tuple[Int[Array, "b t 1"], Float[Array, "b t 1"]]:
-    """Choices with which every token chooses one expert, with the weight 1."""
+    """Choices in which every token chooses the same expert, with the weight 1."""
     shape = (*x.shape[:2], 1)
     return jnp.full(shape, number, jnp.int32), jnp.ones(shape, jnp.float32)
 
 
 def answers_of_experts(ff: RoutedFeedForward, seen: Seen) -> Answers:
-    """The answers of all routed experts, one expert after the other; shared ones take no part."""
+    """The answers of all routed experts, one expert after the other; shared experts are left out."""
     assert isinstance(seen.z, RoutedActivations)
     gates = gates_only(ff.experts)
 
@@ -126,8 +126,8 @@ def answers_of_sets(ff: FeedForward, seen: Seen, sets: Bool[Array, "e f"], own: 
     Args:
         ff: a layer without a router.
         seen: the layer at work.
-        sets: which neurons each of them has.
-        own: the set of each text.
+        sets: masks of the neurons that each set has.
+        own: number of each text's own set.
     """
     assert isinstance(seen.z, jax.Array)
     z = seen.z
@@ -135,7 +135,7 @@ def answers_of_sets(ff: FeedForward, seen: Seen, sets: Bool[Array, "e f"], own: 
 
     def answer(kept: Array) -> tuple[Array, Array, Array]:
         own = jnp.where(kept, z, 0)
-        # A bias is the layer's, not a set's.
+        # A bias belongs to the layer, not to a set.
         output = ff.project(own).astype(jnp.float32) - nothing
         return output, jnp.sum(jnp.square(own.astype(jnp.float32)), axis=-1), active_share(own)
 
@@ -185,5 +185,5 @@ def _mean_where(values: Array, where: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _ranks(values: Float[Array, "b t e"]) -> Int[Array, "b t e"]:
-    """The rank of each expert, 0 for the largest; of equals the first comes first."""
+    """The rank of each expert, 0 for the largest; among equals the first comes first."""
     return jnp.argsort(jnp.argsort(-values, axis=-1, stable=True), axis=-1)

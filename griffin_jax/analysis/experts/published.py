@@ -10,10 +10,10 @@ class Study:
     """One analysis.
 
     Attributes:
-        key: what it is called here.
-        title: what it is about.
+        key: short name of the analysis.
+        title: what the analysis is about.
         procedure: what is computed.
-        finding: what the paper found; empty for what it has not.
+        finding: what the paper found; empty if it says nothing about this.
     """
 
     key: str

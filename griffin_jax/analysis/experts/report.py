@@ -1,4 +1,4 @@
-"""The page that shows everything: figures, the numbers that they draw, and what the paper found."""
+"""The page that shows all results: figures, the numbers that they draw, and what the paper found."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from griffin_jax.evaluation.intervals import mean
 from griffin_jax.evaluation.report import as_json
 
 RANDOM_WEIGHTS, RANDOM_SETS = "random weights", "random sets"
-"""The null models: the same architecture before any training, and sets of neurons that are drawn."""
+"""The null models: the same architecture before any training, and sets of neurons drawn at random."""
 
 OF_WEIGHTS: dict[str, dict[str, str]] = {
     "D1": {"mean_similarity": "mean cosine of pairs of experts"},
@@ -34,7 +34,7 @@ OF_WEIGHTS: dict[str, dict[str, str]] = {
         "neuron_components_explained": "variance of neurons in three components",
     },
 }
-"""Numbers of each analysis, and how people call them."""
+"""Numbers of each analysis of weights, with their titles."""
 
 OF_TEXTS: dict[str, dict[str, str]] = {
     "D5": {
@@ -63,23 +63,23 @@ OF_TEXTS: dict[str, dict[str, str]] = {
         "kept_over_dropped_weight": "norm of kept rows of Wdown, over dropped ones",
     },
 }
-"""Likewise, of texts."""
+"""Numbers of each analysis of texts, with their titles."""
 
 CHANCES = {
     "overlap_own": "overlap", "overlap_others": "overlap", "choice_overlap_own": "choice_overlap",
     "choice_overlap_others": "choice_overlap",
 }  # fmt: skip
-"""The chance of numbers whose own name is not that of one."""
+"""Names of the chances of those numbers whose chance has another name than the number itself."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """What the page says of one analysis.
+    """What the page shows of one analysis.
 
     Attributes:
         study: the analysis.
-        null_names: null models that the table has a column for.
-        rows: of the table.
+        null_names: null models for which the table has a column.
+        rows: rows of the table.
         images: captions and PNG files, in base64.
     """
 
@@ -91,15 +91,15 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What figures need next to the results.
+    """What the figures need in addition to the results.
 
     Attributes:
-        weights: what `weights.analyse` found, arrays included; None without it.
-        similarity: of experts' outputs, (layers, E, E).
-        ranks: tokens by rank of norm and score, (layers, E, E).
-        chosen: of the first text, (layers, tokens, E).
-        token_cosines: of the first text, (layers, tokens).
-        states: act(Wg x) of the first text, by layer, (tokens, E, neurons).
+        weights: what `weights.analyse` found, including arrays; None if weights were not analysed.
+        similarity: similarity of experts' outputs, (layers, E, E).
+        ranks: number of tokens by rank of norm and of score, (layers, E, E).
+        chosen: experts that the tokens of the first text chose, (layers, tokens, E).
+        token_cosines: mean cosines of experts' outputs for the first text, (layers, tokens).
+        states: act(Wg x) for the first text, by layer, (tokens, E, neurons).
     """
 
     weights: Mapping[str, Any] | None = None
@@ -120,7 +120,7 @@ def short_name(model: str) -> str:
 
 
 def draw(results: Mapping[str, Any], drawing: Drawing) -> Images:
-    """All figures.
+    """Draws all figures.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -306,12 +306,12 @@ def rows_of_texts(results: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def page(results: Mapping[str, Any], images: Images, about: str) -> str:
-    """The whole page; it needs nothing but itself.
+    """The whole page, which needs no other files.
 
     Args:
-        results: as `griffin-jax analyze` writes them.
-        images: from `draw`.
-        about: a sentence about the model and the texts.
+        results: results as `griffin-jax analyze` writes them.
+        images: figures from `draw`.
+        about: sentence about the model and the texts.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("griffin_jax.analysis", "experts"), autoescape=True, trim_blocks=True
@@ -342,7 +342,7 @@ def page(results: Mapping[str, Any], images: Images, about: str) -> str:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The findings and what they are judged by, for a terminal."""
+    """The findings and the numbers by which they are judged, for a terminal."""
     lines = []
     for claim, verdict in results["verdicts"].items():
         lines.append(f"{claim} {verdict.upper()}")
@@ -356,7 +356,7 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number with three digits; empty for None."""
+    """A number with three decimals, or with none from 100 on; empty if there is no finite number."""
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""D3: whether two experts are as alike as the router's rows for them."""
+"""D3: whether two experts are as similar as the router's rows for them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from jaxtyping import Float
 from griffin_jax.analysis.experts.similarity import pairs_of
 
 PERMUTATIONS = 200
-"""Of the experts, which the regression is compared with."""
+"""Number of permutations of the experts with which the regression is compared."""
 
 
 def r_squared(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
-    """The share of the variance of y that a linear regression on x explains; 0 where one of them does not vary."""
+    """The share of the variance of y that a linear regression on x explains; 0 if one of them does not vary."""
     x, y = x - x.mean(), y - y.mean()
     variances = float(x @ x) * float(y @ y)
     return float(x @ y) ** 2 / variances if variances > 0 else 0.0
@@ -21,17 +21,17 @@ def r_squared(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
 def router_against_experts(
     router: Float[np.ndarray, "e e"], experts: Float[np.ndarray, "e e"], rng: np.random.Generator
 ) -> tuple[float, float, float]:
-    """R^2 of experts' similarities on those of the router's rows, over all pairs, and what chance gives.
+    """R^2 of experts' similarities regressed on those of the router's rows, over all pairs, and what chance gives.
 
     Args:
         router: cosines of the router's rows.
         experts: cosines of experts, such as those of their mean neurons.
-        rng: draws permutations.
+        rng: generator that draws permutations.
 
     Returns:
-        R^2, its mean where the router's rows belong to experts at random, and the share of such permutations with at
-        least as large an R^2, the given order counted as one of them. (Pairs that share an expert are not independent,
-        so that the usual p of a regression would be too small.)
+        R^2; its mean if the router's rows are given to experts at random; and the share of such permutations with an
+        R^2 at least as large, where the given order counts as one of them. (Pairs that share an expert are not
+        independent, so the usual p-value of a regression would be too small.)
     """
     y = pairs_of(experts)
     found = r_squared(pairs_of(router), y)

@@ -24,15 +24,16 @@ class Halves:
     """The neurons that GRIFFIN keeps for each half of some texts.
 
     Attributes:
-        first: kept for the first half.
-        second: kept for the second half.
-        first_used: the neurons that the first half gave any value; of an expert that no token chose it is none.
-        second_used: those that the second half did.
-        kept_norm: over the second half, the mean of |z_j| ||Wd_j||, the norm of what a neuron adds, over neurons that
-            the first half keeps.
-        dropped_norm: over those that it drops.
-        kept_weight: the mean of ||Wd_j|| over neurons that the first half keeps.
-        dropped_weight: over those that it drops.
+        first: neurons kept for the first half.
+        second: neurons kept for the second half.
+        first_used: neurons whose statistic is not zero in the first half; in an expert that no token chose there are
+            none.
+        second_used: neurons whose statistic is not zero in the second half.
+        kept_norm: mean of |z_j| ||Wd_j||, the norm of what a neuron adds, over the tokens of the second half and the
+            neurons kept for the first half.
+        dropped_norm: the same mean over the neurons dropped for the first half.
+        kept_weight: mean of ||Wd_j|| over the neurons kept for the first half.
+        dropped_weight: the same mean over the neurons dropped for the first half.
     """
 
     first: Bool[Array, "b n"]
@@ -46,19 +47,19 @@ class Halves:
 
 
 def second_half(real: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
-    """The later half of the real tokens of each text."""
+    """Mask of the later half of the real tokens of each text."""
     lengths = jnp.sum(real, axis=1, keepdims=True)
     return real & (jnp.cumsum(real, axis=1) > lengths // 2)
 
 
 def halves(ff: Any, seen: Seen, ranges: tuple[int, ...], config: GriffinConfig) -> Halves:
-    """What GRIFFIN keeps of a layer for each half, of whatever kind the layer is.
+    """The neurons of a layer that GRIFFIN keeps for each half of some texts, for any kind of layer.
 
     Args:
         ff: the layer.
         seen: the layer at work.
-        ranges: sizes of the ranges that its neurons are selected from, such as experts.
-        config: how many are kept.
+        ranges: sizes of the ranges from which neurons are selected, such as experts.
+        config: how many neurons are kept.
     """
     late = second_half(seen.real)
     early = seen.real & ~late
@@ -98,8 +99,8 @@ def overlaps(
 ) -> Float[np.ndarray, "n n"]:
     """Jaccard similarity of every first set (row) with every second one (column).
 
-    Of several ranges it is the mean over those that both texts used; NaN where there is none. What GRIFFIN keeps of
-    an expert that a text did not choose says nothing about the text.
+    With several ranges it is the mean over those that both texts used, or NaN if there is none. The neurons that
+    GRIFFIN keeps of an expert say nothing about a text that did not choose it.
     """
     starts = np.concatenate([[0], np.cumsum(ranges)[:-1]])
     total = np.zeros((len(first), len(second)))
@@ -116,7 +117,7 @@ def overlaps(
 
 
 def own_and_others(overlap: Float[np.ndarray, "n n"]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Of each text, the overlap of its two halves, and the mean overlap of its first half with others' second one."""
+    """For each text, the overlap of its halves, and the mean overlap of its first half with others' second halves."""
     others = np.where(np.eye(len(overlap), dtype=bool), np.nan, overlap)
     known = np.isfinite(others)
     means = np.where(known, others, 0).sum(axis=1) / np.maximum(known.sum(axis=1), 1)

@@ -12,11 +12,11 @@ from griffin_jax.analysis.experts.checkpoint import blocks
 
 @dataclasses.dataclass(frozen=True)
 class Grams:
-    """Products of all pairs of flattened experts, float64.
+    """Dot products of all pairs of flattened experts, float64.
 
     Attributes:
-        plain: of the matrices as they are.
-        standardised: of matrices whose every number has mean 0 and variance 1 over the experts.
+        plain: products of the matrices as they are.
+        standardised: products after each number was standardised to mean 0 and variance 1 over the experts.
     """
 
     plain: Float[np.ndarray, "e e"]
@@ -24,21 +24,21 @@ class Grams:
 
 
 def grams(matrix: Num[np.ndarray, "e f d"]) -> Grams:
-    """Both products in one pass over a matrix of all experts, with memory for some columns of it."""
+    """Both products in one pass over a matrix of all experts, with memory for a copy of some of its columns."""
     plain = np.zeros((len(matrix), len(matrix)))
     standardised = np.zeros_like(plain)
     for block in blocks(matrix):
         plain += block @ block.T
         block -= block.mean(axis=0)
         spread = block.std(axis=0)
-        # Where all experts have the same number it says nothing.
+        # A number that is the same in all experts says nothing.
         block /= np.where(spread > 0, spread, 1)
         standardised += block @ block.T
     return Grams(plain, standardised)
 
 
 def cosines(gram: Float[np.ndarray, "e e"]) -> Float[np.ndarray, "e e"]:
-    """Cosines of all pairs from their products; zero where something has no length."""
+    """Cosines of all pairs from their dot products; zero for anything of length zero."""
     norms = np.sqrt(np.diagonal(gram))
     scale = np.where(norms > 0, norms, 1)
     return gram / scale[:, None] / scale
@@ -56,16 +56,17 @@ def mean_neurons(matrix: Num[np.ndarray, "e f d"]) -> Float[np.ndarray, "e d"]:
 
 
 def pairs_of(matrix: Float[np.ndarray, "e e"]) -> Float[np.ndarray, "pairs"]:
-    """What lies below the diagonal: one value for each pair of different experts."""
+    """The values below the diagonal: one for each pair of different experts."""
     return matrix[np.tril_indices(len(matrix), -1)]
 
 
 def outlier(similarity: Float[np.ndarray, "e e"]) -> tuple[int, float]:
-    """The expert that is least like the others, and how far it is from them.
+    """The expert that is least similar to the others, and how far it is from them.
 
     Returns:
-        Its number, and the distance of its mean similarity from the median of all, in median absolute deviations of
-        these (scaled to be standard deviations of normal numbers); infinite where all others are alike.
+        The number of the expert, and the distance of its mean similarity from the median of all experts' mean
+        similarities, in median absolute deviations of these (scaled to be standard deviations of normal numbers);
+        infinite if the others are all equal.
     """
     count = len(similarity)
     means = (similarity.sum(axis=1) - np.diagonal(similarity)) / (count - 1)

@@ -1,4 +1,4 @@
-"""What texts say (D5 to D8, and GRIFFIN's neuron sets): all numbers of each text and layer."""
+"""Analyses of texts (D5 to D8, and GRIFFIN's neuron sets): all numbers for each text and layer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from griffin_jax.model.transformer import Transformer
 from griffin_jax.utils import programs
 
 SHOWN_NEURONS = 64
-"""Neurons of each expert in a heat map of intermediate states."""
+"""Number of neurons of each expert in a heat map of intermediate states."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Measured:
 
     Attributes:
         layers: numbers of the layers.
-        numbers: of each text, by name, (layers, texts); NaN where a text has none.
-        compared: likewise, of the texts that sets of neurons are compared on, if not all are.
-        chance: what of these chance alone would give, where that can be computed.
+        numbers: numbers for each text, by name, (layers, texts); NaN if a text has no such number.
+        compared: numbers like these from comparing experts. Sets of neurons may be compared on fewer texts, and then
+            these have fewer columns.
+        chance: values that chance alone would give to these numbers, by name, if they can be computed.
         similarity: mean similarity of the outputs of each pair of experts, (layers, E, E).
-        ranks: tokens by the ranks of an expert's norm and score, (layers, E, E).
+        ranks: number of tokens by the ranks of an expert's norm and score, (layers, E, E).
         chosen: experts that the tokens of the first text chose, (layers, tokens, E); empty without a router.
         token_cosines: mean cosine of experts' outputs for the tokens of the first text, (layers, tokens).
     """
@@ -67,9 +68,10 @@ class Reading:
     """How texts are read.
 
     Attributes:
-        density: share of neurons that GRIFFIN keeps of the halves of a text, and of experts that are its most chosen.
-        size: texts at a time.
-        sets: neuron sets that stand for experts in a model without routers.
+        density: share of neurons that GRIFFIN keeps for each half of a text, and share of experts that count as its
+            most chosen ones.
+        size: number of texts that are read at a time.
+        sets: number of neuron sets that take the place of experts in a model without routers.
     """
 
     density: float = 0.5
@@ -78,7 +80,7 @@ class Reading:
 
     @property
     def griffin(self) -> GriffinConfig:
-        """Which neurons are kept."""
+        """The options by which GRIFFIN keeps neurons."""
         return GriffinConfig(self.density)
 
 
@@ -86,7 +88,7 @@ class Reading:
 def inputs(
     model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], layers: tuple[int, ...]
 ) -> tuple[tuple[Float[Array, "b t d"], ...], Bool[Array, "b t"]]:
-    """What goes into the feed-forward module of each of `layers`, and which tokens are real."""
+    """The input of the feed-forward module of each of `layers`, and a mask of the real tokens."""
     wanted = set(layers)
     seen = watch(model, tokens, lengths, lambda number, ff, seen: seen.x if number in wanted else None)
     return tuple(seen[layer] for layer in layers), jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -96,10 +98,10 @@ def inputs(
 def read_layer(
     ff: Any, x: Float[Array, "b t d"], real: Bool[Array, "b t"], ranges: tuple[int, ...], config: GriffinConfig
 ) -> tuple[Halves, Comparison | None, Bool[Array, "b t e"] | None]:
-    """Of a layer the halves, and if it has a router the comparison of its experts and the choices.
+    """The halves of a layer and, if it has a router, the comparison of its experts and the choices of tokens.
 
-    It is compiled once for all layers of a kind. What all experts answer is much more work than the intermediates,
-    which are computed here once more.
+    This is compiled once for all layers of a kind. The intermediates are computed a second time here, which is little
+    work next to the answers of all experts.
     """
     seen = Seen(x, ff.intermediate(x), real)
     found = halves(ff, seen, ranges, config)
@@ -113,14 +115,14 @@ def read_layer(
 def read_sets(
     ff: Any, x: Float[Array, "b t d"], real: Bool[Array, "b t"], sets: Bool[Array, "e f"], own: Int[Array, "b"]
 ) -> Comparison:
-    """The comparison of sets of neurons on the second halves of texts, of which set `own` is a text's own."""
+    """The comparison of sets of neurons on the second halves of texts; `own` is the number of each text's own set."""
     seen = Seen(x, ff.intermediate(x), real)
     return compare(answers_of_sets(ff, seen, sets, own), second_half(real))
 
 
 @programs.jit
 def states_of_layer(ff: Any, x: Float[Array, "1 t d"]) -> Float[Array, "t e f"]:
-    """D7: act(Wg x) of the first neurons of every expert, or of a layer without experts z, for the tokens of a text."""
+    """D7: act(Wg x) of the first neurons of every expert for the tokens of a text; z in a layer without experts."""
     if not isinstance(ff, RoutedFeedForward):
         return ff.intermediate(x)[0, :, None, :SHOWN_NEURONS]
     gates = gates_only(ff.experts)
@@ -144,19 +146,19 @@ def gate_states(
 
 
 def layers_of(config: ModelConfig) -> tuple[int, ...]:
-    """The layers that texts are analysed in: those with a router, or all if none has one."""
+    """The layers in which texts are analysed: those with a router, or all if none has one."""
     routed = tuple(layer for layer in range(config.num_layers) if config.routed(layer))
     return routed or tuple(range(config.num_layers))
 
 
 def measure(model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence[int], reading: Reading) -> Measured:
-    """All numbers of some texts and layers.
+    """Measures all numbers of some texts and layers.
 
     Args:
         model: the full model.
-        texts: two or more, of one length each and two tokens or more.
-        layers: all with a router, or all without.
-        reading: how they are read.
+        texts: token ids of two or more texts, which all have the same length of at least two tokens.
+        layers: numbers of layers that all have a router, or all have none.
+        reading: how the texts are read.
     """
     config, layers = model.config, tuple(layers)
     found: list[list[Any]] = [[] for _ in layers]
@@ -185,7 +187,7 @@ def measure(model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence
 def measure_random_sets(
     model: Transformer, texts: Sequence[Sequence[int]], layers: Sequence[int], reading: Reading, seed: int
 ) -> Measured:
-    """What sets of neurons say that are drawn at random, as many and as large as GRIFFIN's of the same texts."""
+    """Measures sets of neurons drawn at random, as many and as large as GRIFFIN's sets of the same texts."""
     layers = tuple(layers)
     count = min(reading.sets, len(texts))
     empty = tuple(jnp.zeros((count, model.config.neurons[layer])) for layer in layers)
@@ -202,7 +204,7 @@ def _compared(
     chance: dict[str, float],
     active: int,
 ) -> Measured:
-    """Numbers that are known already, and those of comparisons of experts of which tokens choose `active`."""
+    """Joins numbers that are known already with those from comparing experts, of which each token chooses `active`."""
     experts = comparisons[0].ranks.shape[-1]
     tokens = np.stack([layer.tokens for layer in comparisons]).sum(axis=1)[:, None, None]
     return Measured(
@@ -222,7 +224,7 @@ def _compared(
 def _batches(
     texts: Sequence[Sequence[int]], size: int, what: str
 ) -> Iterator[tuple[Int[np.ndarray, "b t"], Int[np.ndarray, "b"], int]]:
-    """Tokens and lengths of full batches, and how many of their texts are no repetition."""
+    """Tokens and lengths of full batches, and how many of their texts are not repetitions."""
     length = bucket(max(map(len, texts)))
     for start in tqdm(range(0, len(texts), size), unit="batch", desc=what, disable=None, leave=False):
         batch = list(texts[start : start + size])
@@ -232,7 +234,7 @@ def _batches(
 def _compare_sets(
     model: Transformer, texts: Sequence[Sequence[int]], layers: tuple[int, ...], masks: tuple[Any, ...], size: int
 ) -> list[Comparison]:
-    """Sets of neurons, each of which is that of one of the first texts, compared on the second halves of these."""
+    """Compares the neuron sets of the first texts, one for each, on the second halves of these texts."""
     texts = texts[: len(masks[0])]
     found: list[list[Any]] = [[] for _ in layers]
     start = 0
@@ -247,7 +249,7 @@ def _compare_sets(
 
 
 def _expected_overlap(ranges: Sequence[int], config: GriffinConfig) -> float:
-    """The mean over ranges of the overlap of sets that are drawn at random."""
+    """The expected overlap of sets that are drawn at random, as a mean over ranges."""
     (kept,) = config.kept_of_ranges([tuple(ranges)])
     by_size = {pair: expected_jaccard(pair[1], pair[0]) for pair in set(zip(ranges, kept, strict=True))}
     return float(np.mean([by_size[pair] for pair in zip(ranges, kept, strict=True)]))
@@ -310,7 +312,7 @@ def _of_texts(found: Any, active: int) -> dict[str, Float[np.ndarray, "n"]]:
 
 
 def rank_correlation(ranks: Int[np.ndarray, "n e e"]) -> Float[np.ndarray, "n"]:
-    """Spearman's correlation of the ranks of all experts of a token, averaged over tokens, from counts of ranks."""
+    """Spearman's correlation between both ranks of a token's experts, averaged over tokens, from `Comparison.ranks`."""
     experts = ranks.shape[-1]
     distance = np.square(np.subtract.outer(np.arange(experts), np.arange(experts)))
     tokens = ranks.sum(axis=(1, 2)) / experts

@@ -1,4 +1,4 @@
-"""What goes into the feed-forward layers of a model while it reads: an observer sees only what comes out of them."""
+"""Shows what goes into feed-forward layers while a model reads; an observer sees only what comes out of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Seen:
     """A feed-forward layer at work.
 
     Attributes:
-        x: its input.
-        z: its intermediates, as observers see them.
-        real: which tokens are no padding.
+        x: input of the layer.
+        z: intermediates of the layer, as observers see them.
+        real: mask of the tokens that are not padding.
     """
 
     x: Float[Array, "b t d"]
@@ -33,7 +33,7 @@ class Seen:
 
 
 class _Watched(nnx.Module):
-    """A feed-forward layer that hands on its input together with its intermediates."""
+    """A feed-forward layer that passes on its input together with its intermediates."""
 
     def __init__(self, ff: Any):
         self.ff = ff
@@ -46,20 +46,20 @@ class _Watched(nnx.Module):
 
 
 Look = Callable[[int, Any, Seen], Any]
-"""A function of the number of a layer, its feed-forward module, and what that has just computed."""
+"""A function of the number of a layer, its feed-forward module, and what the module has just computed."""
 
 
 def watch(model: Transformer, tokens: Int[Array, "b t"], lengths: Int[Array, "b"], look: Look) -> tuple[Any, ...]:
-    """Read texts, and show every feed-forward layer together with its input; to be called inside of `jax.jit`.
+    """Read texts, and show every feed-forward layer together with its input; meant to be called inside `jax.jit`.
 
-    With `griffin_jax.model.routed.RoutedFeedForward.choose` and `experts`, a `look` can have any expert compute what it
-    would have answered. Only what it returns is kept: one layer's intermediates are in memory at a time.
+    With `griffin_jax.model.routed.RoutedFeedForward.choose` and `experts`, `look` can compute what any expert would
+    have answered. Only what `look` returns is kept, so the intermediates of one layer are in memory at a time.
 
     Args:
-        model: the full model; it stays as it is.
-        tokens: texts, padded on the right with any token.
-        lengths: real tokens of each.
-        look: returns arrays in any pytree, or None.
+        model: the full model, which is not changed.
+        tokens: token ids of the texts, padded on the right with any token.
+        lengths: number of real tokens of each text.
+        look: function that returns arrays in any pytree, or None.
 
     Returns:
         What `look` returned for each layer.

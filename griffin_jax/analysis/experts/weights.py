@@ -1,4 +1,4 @@
-"""What the weights alone say (D1 to D4), layer by layer, with one matrix of all experts of a layer in memory."""
+"""Analyses of weights alone (D1 to D4), layer by layer, with one matrix of all experts of a layer in memory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from griffin_jax.analysis.experts.routers import router_against_experts
 from griffin_jax.analysis.experts.similarity import cosines, cosines_of_rows, grams, mean_neurons, outlier, pairs_of
 
 NEURON_POINTS = 1024
-"""Neurons of a layer whose principal components are computed."""
+"""Number of neurons of a layer whose principal components are computed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How much is compared where comparing everything would take too long.
+    """How much is compared if comparing everything would take too long.
 
     Attributes:
-        neurons: of an expert that are paired with another's, at most.
-        pairs: of experts of a layer whose neurons are paired, at most.
-        seed: of all draws.
+        neurons: greatest number of neurons of an expert that are paired with those of another.
+        pairs: greatest number of pairs of experts in a layer whose neurons are paired.
+        seed: seed of all draws.
     """
 
     neurons: int = 1024
@@ -40,13 +40,13 @@ def analyse(experts: Experts, layers: Sequence[int], sampling: Sampling) -> dict
     """Similarity, matching, routers and components of some layers.
 
     Args:
-        experts: what is read.
+        experts: experts to read.
         layers: numbers of the layers, ascending.
         sampling: how much is compared.
 
     Returns:
-        `layers`, and for each kind of matrix a dictionary of numbers, whose values are lists over the layers, and of
-        what is drawn, which are arrays with an axis for the layers.
+        `layers`, and a dictionary for each kind of matrix. It has numbers, as lists over the layers, and what is drawn,
+        as arrays with an axis for the layers.
     """
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in experts.kinds}
     steps = [(layer, kind) for layer in layers for kind in experts.kinds]
@@ -56,7 +56,7 @@ def analyse(experts: Experts, layers: Sequence[int], sampling: Sampling) -> dict
             router = experts.router(layer)
         assert router is not None
         rng = np.random.default_rng((sampling.seed, layer, experts.kinds.index(kind)))
-        # Nothing but what it comes to outlives a matrix: the next one is read into its place.
+        # Only the results outlive a matrix: the next one is read into its place.
         found[kind].append(analyse_matrix(experts.matrix(layer, kind), router, sampling, rng))
     return {"layers": list(layers)} | {
         kind: {name: _joined([layer[name] for layer in of_layers]) for name in of_layers[0]}
@@ -74,7 +74,7 @@ def analyse_matrix(
     sampling: Sampling,
     rng: np.random.Generator,
 ) -> dict[str, Any]:
-    """All numbers of one matrix of the experts of a layer."""
+    """All numbers of one kind of matrix of the experts of a layer."""
     products = grams(matrix)
     similarity = cosines(products.plain)
     least, distance = outlier(similarity)
@@ -124,7 +124,7 @@ def arrays_of(found: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _pairs(experts: int, most: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """All pairs of different experts, or so many of them, drawn at random."""
+    """All pairs of different experts, or `most` of them, drawn at random."""
     every = list(itertools.combinations(range(experts), 2))
     chosen = range(len(every)) if len(every) <= most else np.sort(rng.choice(len(every), most, replace=False))
     return (every[number] for number in chosen)

@@ -1,4 +1,4 @@
-"""The arguments that evaluations share."""
+"""Arguments that several evaluations have in common."""
 
 from __future__ import annotations
 
@@ -32,68 +32,87 @@ from griffin_jax.griffin.config import GriffinConfig
 
 
 def add_drafters(group: Any, text: str) -> None:
-    """The drafters of the dense models; `text` says what of."""
+    """Declare --drafters; `text` says in the help what is written by speculative decoding."""
     group.add_argument(
         "--drafters", metavar="FORMAT@D", default="",
-        help="also the dense model of each format by speculative decoding, with drafters of a format and a density,"
-        f" separated by commas, such as int4@0.5, and the bytes that it reads for a token of {text}; with"
-        f" int4@0.5+{drafts.LOOKUP} also copied tokens, with {drafts.LOOKUP} no others (default: none)",
+        help="also compare speculative decoding, in which these drafters write for the dense model of each format with"
+        f" more bits, by the bytes read for each token of {text}. A drafter is a format and, after @, a density:"
+        f" int4@0.5 drafts in int4 with half of the neurons. int4@0.5+{drafts.LOOKUP} also copies drafts,"
+        f" {drafts.LOOKUP} only copies them. Several drafters are separated by commas (default: none)",
     )  # fmt: skip
 
 
 def add_text_file(parser: argparse.ArgumentParser, column: str) -> None:
-    """A file of texts, with the column that holds them and what is cut out of each."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="JSONL (UTF-8), one text a line")
-    parser.add_argument("--column", default=column, help=f"that holds the {column} (default: %(default)s)")
+    """Declare a file of texts, the column that holds them, and what is cut out of each."""
+    parser.add_argument("file", metavar="FILE", type=Path, help="JSONL file (UTF-8) with one text per line")
+    parser.add_argument("--column", default=column, help=f"column that holds the {column} (default: %(default)s)")
     add_excerpt_arguments(parser)
 
 
-def add_lengths(parser: argparse.ArgumentParser, new: str = "tokens scored, at most of the dense model's own") -> None:
-    """Tokens of the prompts and of what follows them; `new` says what that is."""
+def add_lengths(
+    parser: argparse.ArgumentParser,
+    new: str = "tokens scored after each prompt; the dense model's own continuation may be shorter",
+) -> None:
+    """Declare the lengths of the prompts and of what follows them, which `new` describes in the help."""
     parser.add_argument(
-        "--prompt-tokens", type=int, metavar="P", default=256, help="tokens read densely (default: %(default)s)"
+        "--prompt-tokens",
+        type=int,
+        metavar="P",
+        default=256,
+        help="tokens of each text that are the prompt, which is read without pruning (default: %(default)s)",
     )
     parser.add_argument("--new-tokens", type=int, metavar="G", default=128, help=f"{new} (default: %(default)s)")
 
 
 def add_reference(parser: argparse.ArgumentParser) -> None:
-    """The column of texts that follow the prompts."""
+    """Declare --reference, the column of the texts that follow the prompts."""
     parser.add_argument(
         "--reference",
         metavar="COLUMN",
-        help="score this column's text after the whole of the other, instead of cutting one text in two",
+        help="score the text of this column after the whole text of --column, instead of cutting one text in two",
     )
 
 
 def add_model(parser: argparse.ArgumentParser, *, weights: bool = True) -> None:
-    """The model, and how it is held and computes."""
+    """Declare which model is loaded, and how: its dtype, formats and devices."""
     add_model_argument(parser)
     add_dtype_argument(parser, weights=weights)
     add_mesh_arguments(parser)
 
 
 def add_qualities(what: Any) -> None:
-    """The qualities that are compared."""
+    """Declare --quality."""
     what.add_argument(
         "--quality", dest="qualities", metavar="Q",
-        help="griffin, best or both, separated by commas (default: griffin, and best if there is a --prior)",
+        help="qualities to compare: griffin, best, or both separated by commas (default: griffin, and best if there is"
+        " a prior: that of --prior, or the file next to the model)",
     )  # fmt: skip
 
 
 def add_sample(what: Any, size: int) -> None:
-    """Which texts, how many at a time, and the seed."""
-    what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
-    what.add_argument("--seed", type=int, default=0, help="of the draws and intervals (default: %(default)s)")
+    """Declare which texts are used, how many at a time, and the seed."""
+    what.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use the first N texts that can be used (perplexity: windows; promise: texts of each file; solve:"
+        " problems)",
+    )
+    what.add_argument(
+        "--seed", type=int, default=0, help="seed of the draws and of the bootstrap intervals (default: %(default)s)"
+    )
     add_batch_argument(what, size)
 
 
 def add_prior(parser: argparse.ArgumentParser, what_for: str = "", *, healing: bool = True) -> None:
-    """What the qualities take: the prior, the healing and the refit."""
+    """Declare what the qualities use: the prior, the healing adapter and the refit."""
     beyond = parser.add_argument_group("beyond GRIFFIN")
-    measured = f"that griffin-jax prior measured for this model{what_for} (default: the file next to it)"
+    measured = (
+        f"file that griffin-jax prior has measured for this model{what_for} (default: the file next to the model)"
+    )
     add_options(beyond, Extensions, "prior", type=Path, help=measured)
     if healing:
-        what = "also every quality with the adapter that griffin-jax heal trained for pruned models"
+        what = "also compare every quality with the adapter in FOLDER, which griffin-jax heal has trained"
         add_options(beyond, Extensions, "healing", type=Path, help=what)
     _add_beyond(beyond)
 
@@ -102,44 +121,58 @@ def _add_beyond(beyond: Any) -> None:
     add_options(beyond, Extensions, "prior_weight", "ridge", "calibration_weight")
     beyond.add_argument(
         "--rows", type=int, default=DEFAULT_ROWS, metavar="R",
-        help=f"tokens of each prompt, at most, that +{RECONSTRUCTION} fits to (default: %(default)s)",
+        help=f"tokens of each prompt, at most, that the refit (+{RECONSTRUCTION}, or quality best) fits to (default:"
+        " %(default)s)",
     )  # fmt: skip
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Where the results go."""
+    """Declare where the results go."""
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="of scores and results (default: eval-TASK in this folder)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for scores and results (default: in the current folder, eval- and the name of the evaluation, as"
+        " in eval-front)",
     )
-    output.add_argument("--overwrite", action="store_true", help="drop what the folder holds of other settings")
-    output.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs griffin-jax[plot])")
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="if the folder holds scores of other settings, or a damaged file, drop them instead of stopping",
+    )
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw the figures as a PNG (needs griffin-jax[plot])")
     output.add_argument("--json", action="store_true", help="print results.json as the last line")
-    output.add_argument("--json-file", type=Path, metavar="FILE", help="write it to FILE, too")
+    output.add_argument("--json-file", type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
 
 
 def add_common(parser: argparse.ArgumentParser, size: int) -> None:
-    """All of these for evaluations of methods, which steps beyond GRIFFIN may follow."""
+    """Declare all that evaluations of methods have in common; steps beyond GRIFFIN may follow each method."""
     add_model(parser)
     what = parser.add_argument_group("what is compared")
-    add_options(what, GriffinConfig, "density", type=str, default="0.5", metavar="D", help="separated by commas")
+    add_options(
+        what, GriffinConfig, "density", type=str, default="0.5", metavar="D",
+        help="shares of feed-forward neurons to keep, separated by commas",
+    )  # fmt: skip
     what.add_argument(
         "--method", default="topk",
-        help=f"of {', '.join(METHODS)}, separated by commas (default: %(default)s). After each may be steps beyond"
-        f" GRIFFIN: +{' +'.join(STEPS)}, such as topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
+        help=f"methods to compare, separated by commas: {', '.join(METHODS)} (default: %(default)s). Steps beyond"
+        f" GRIFFIN may follow each of them: +{' +'.join(STEPS)}, as in"
+        f" topk,topk+{PRIOR},topk+{PRIOR}+{RECONSTRUCTION}",
     )  # fmt: skip
     what.add_argument(
         "--no-baselines", dest="baselines", action="store_const", const=(), default=BASELINES,
-        help=f"leave out {', '.join(BASELINES)}, which stand next to the methods",
+        help=f"leave out the baselines: {', '.join(BASELINES)}",
     )  # fmt: skip
     add_sample(what, size)
     beyond = parser.add_argument_group("beyond GRIFFIN")
-    measured = f"that griffin-jax prior measured for this model, for +{' +'.join(MEASURED)}"
+    measured = f"file that griffin-jax prior has measured for this model; needed by +{' +'.join(MEASURED)}"
     add_options(beyond, Extensions, "prior", type=Path, help=measured)
     add_options(
-        beyond, Extensions, "healing", type=Path, help=f"that griffin-jax heal trained for this model, for +{HEALING}"
-    )
+        beyond, Extensions, "healing", type=Path,
+        help=f"folder with the adapter that griffin-jax heal has trained for this model; needed by +{HEALING}",
+    )  # fmt: skip
     _add_beyond(beyond)
-    refresh = f"tokens, for +{REFRESH}, which scores given continuations only"
+    refresh = f"number of tokens after which +{REFRESH} chooses the neurons anew; for given continuations only"
     add_options(beyond, Extensions, "refresh_every", default=DEFAULTS.refresh_every, help=refresh)
     add_output(parser)

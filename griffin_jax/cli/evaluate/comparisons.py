@@ -15,11 +15,11 @@ from griffin_jax.llm.memory import Needs
 
 
 def choose_qualities(options: argparse.Namespace) -> None:
-    """Sets the methods and the prior of the options.
+    """Sets the methods and the prior that the qualities of the options stand for.
 
     Raises:
-        FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality.
+        FileNotFoundError: the prior of quality best does not exist.
+        ValueError: a quality is unknown.
     """
     named = options.qualities
     if named is None:
@@ -41,11 +41,11 @@ def choose_qualities(options: argparse.Namespace) -> None:
 
 
 def choose_formats(options: argparse.Namespace) -> None:
-    """Sets the methods, the prior, the formats and the drafters of the options, as far as no model is needed for it.
+    """Sets the methods, the prior, the formats and the drafters of the options, as far as that needs no model.
 
     Raises:
-        FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality, format or drafter.
+        FileNotFoundError: the prior of quality best does not exist.
+        ValueError: a quality, a format or a drafter is unknown.
     """
     choose_qualities(options)
     options.formats = [MixedFormat.parse(name) for name in options.formats.split(",")] if options.formats else []
@@ -53,7 +53,7 @@ def choose_formats(options: argparse.Namespace) -> None:
 
 
 def _choose_drafters(options: argparse.Namespace) -> None:
-    """Sets the drafters, and raises `ValueError` if there is no such one, or none can draft an answer."""
+    """Sets the drafters, and raises `ValueError` if one is unknown or the answers are too short to be drafted."""
     names = options.drafters.split(",") if options.drafters else []
     options.drafters = list(dict.fromkeys(map(drafts.Drafter.parse, names)))
     if names and options.new_tokens < 2:
@@ -63,7 +63,7 @@ def _choose_drafters(options: argparse.Namespace) -> None:
 def check_formats(
     options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions
 ) -> None:
-    """Raises `ValueError` unless this model can have the formats and the drafters, and the variants in all of them."""
+    """Raises `ValueError` unless this model can have the formats and drafters, and every variant in each format."""
     for weights in options.formats:
         weights.check(needs.config.width, needs.config.embedding_width)
     front.check_variants(needs.config, variants, options.formats, extensions)
@@ -71,7 +71,7 @@ def check_formats(
 
 
 def _check_pairs(options: argparse.Namespace, needs: Needs) -> None:
-    """Raises `ValueError` unless this model can have the drafters, and a format has more bits than theirs."""
+    """Raises `ValueError` unless this model can have the drafters, and a format has more bits than one of them."""
     for drafter in (each for each in options.drafters if each.weights is not None):
         drafter.weights.check(needs.config.width, needs.config.embedding_width)
     if options.drafters and not front.pairs(options.formats, options.drafters):
@@ -83,7 +83,7 @@ def _check_pairs(options: argparse.Namespace, needs: Needs) -> None:
 def bytes_per_token(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, slots: int
 ) -> dict[tuple[str, Variant], int]:
-    """What a token of every format and variant reads, by the format's name."""
+    """The bytes that are read for a token, by the name of the format and the variant."""
     config, dtype = llm.config, llm.model.dtype
     return {
         (str(weights), variant): front.bytes_per_token(config, dtype, weights, slots, variant, extensions)

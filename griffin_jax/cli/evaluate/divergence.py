@@ -30,8 +30,8 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "divergence",
         help="KL, top-1 agreement and perplexity against the dense model",
-        description="The first tokens of each text are read densely, those that follow are scored by the pruned models:"
-        " what really follows, and what the dense model itself would write there.",
+        description="The full model reads the first tokens of each text. The pruned models then score the tokens that"
+        " follow: those of the text itself, and those that the dense model would write there.",
     )
     add_text_file(kind, "text")
     add_lengths(kind)
@@ -40,16 +40,19 @@ def add(kinds: Any) -> None:
     others = kind.add_argument_group("factored models")
     others.add_argument(
         "--factored", metavar="FOLDER", nargs="+", type=Path, default=[],
-        help="also score these, which griffin-jax factorize made of the model; all are held next to it",
+        help="also score these models, which griffin-jax factorize has made from the model; all are held next to it in"
+        " memory",
     )  # fmt: skip
     others.add_argument(
         "--inside", metavar="D", type=str, default="",
-        help="shares of each expert's neurons that GRIFFIN keeps in them, separated by commas (default: none)",
+        help="also prune the experts of these models with GRIFFIN, to these shares of each expert's neurons, separated"
+        " by commas (default: none)",
     )  # fmt: skip
     others.add_argument(
         "--oracle-routing", metavar="O", choices=get_args(Oracle), nargs="+", default=[],
-        help=f"also with the best experts for each token instead of the router's, of {', '.join(get_args(Oracle))}; for"
-        " models whose experts are not trained",
+        help="also score these models with the best experts for each token, found one by one or as a set (O is"
+        f" {' or '.join(get_args(Oracle))}), instead of those that the router chooses; for models whose experts are not"
+        " trained",
     )  # fmt: skip
     kind.set_defaults(prepare=prepare)
 
@@ -104,10 +107,10 @@ def prepare(
 
 
 def _factored(options: argparse.Namespace, llm: LLM) -> list[Factored]:
-    """The factored models of the options.
+    """Loads the factored models of the options.
 
     Raises:
-        ValueError: one is not of this model, or two have the same name.
+        ValueError: a density is outside (0, 1], a model does not come from this one, or two have the same name.
     """
     densities = numbers("--inside", options.inside, float) if options.inside else []
     for density in densities:

@@ -35,9 +35,9 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "drafts",
         help="speculative decoding: how many drafts are accepted, and the bytes read for each token",
-        description="The first tokens of each text are read densely and continued greedily: by the dense model, and by"
-        " speculative decoding with drafters of several formats and densities. All answers are the dense model's; shown"
-        " is what they read, and how long they took, next to dense decoding.",
+        description="The full model reads the first tokens of each text. They are then continued greedily: by the dense"
+        " model, and by speculative decoding with drafters of several formats and densities. All answers are the dense"
+        " model's; the table shows the bytes that they read and the time that they took, next to dense decoding.",
     )
     add_text_file(kind, "text")
     add_lengths(kind, "tokens of each answer")
@@ -45,26 +45,27 @@ def add(kinds: Any) -> None:
     what = kind.add_argument_group("what is compared")
     what.add_argument(
         "--draft-weights", dest="formats", metavar="FORMAT", default=f"{drafts.OWN},int4",
-        help=f"what drafters are stored as, separated by commas: {drafts.OWN} (the model's weights), int8, int4, also"
-        " with groups (default: %(default)s)",
+        help=f"formats of the drafters, separated by commas: {drafts.OWN} (the model's own weights), int8, int4, or one"
+        " of these with a group size, as in int4:64 (default: %(default)s)",
     )  # fmt: skip
     add_options(
-        what, GriffinConfig, "density", type=str, default="1,0.5", metavar="D", help="of drafters, separated by commas"
-    )
+        what, GriffinConfig, "density", type=str, default="1,0.5", metavar="D",
+        help="densities of the drafters, separated by commas",
+    )  # fmt: skip
     add_qualities(what)
     what.add_argument(
         "--drafts",
         default=drafts.AUTO,
         metavar="N",
-        help=f"of a round, separated by commas; {drafts.AUTO}: as many as are worth it, up to {MOST_DRAFTS}, with"
-        f" copies {MOST_WITH_COPIES} (default: %(default)s)",
+        help=f"numbers of drafts in a round, separated by commas; {drafts.AUTO} is as many as are worth it, up to"
+        f" {MOST_DRAFTS}, or {MOST_WITH_COPIES} with copies (default: %(default)s)",
     )
     what.add_argument(
         "--lookup", dest="copies", action="store_true",
-        help="each drafter once more with tokens that are copied from the prompt and the answer, and these alone",
+        help="also measure each drafter with tokens that are copied from the prompt and the answer, and copies alone",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="use the first N texts that can be used")
-    what.add_argument("--seed", type=int, default=0, help="of the intervals (default: %(default)s)")
+    what.add_argument("--seed", type=int, default=0, help="seed of the bootstrap intervals (default: %(default)s)")
     add_prior(kind, healing=False)
     add_output(kind)
     kind.set_defaults(
@@ -74,11 +75,11 @@ def add(kinds: Any) -> None:
 
 
 def choose(options: argparse.Namespace) -> None:
-    """Sets the methods, the prior, the formats and the numbers of drafts: True for as many as are worth it.
+    """Sets the methods, the prior, the formats and the numbers of drafts (True for as many as are worth it).
 
     Raises:
-        FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality or format, or a number of drafts is neither auto nor a number from 1.
+        FileNotFoundError: the prior of quality best does not exist.
+        ValueError: a quality or a format is unknown, or a number of drafts is neither auto nor a number from 1.
     """
     choose_qualities(options)
     names = [name.strip() for name in options.formats.split(",")]
@@ -90,7 +91,7 @@ def choose(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:
-    """Raises `ValueError` unless drafters of this model can have all formats."""
+    """Raises `ValueError` unless drafters of this model can have all of the formats."""
     for weights in filter(None, options.formats):
         weights.check(needs.config.width, needs.config.embedding_width)
 
@@ -103,7 +104,7 @@ def prepare(
         raise ValueError("nothing drafts: give --density below 1, --draft-weights such as int4, or --lookup")
     items, settings = continued(options, llm, skipped)
     new = options.new_tokens
-    # As many as are worth it are fewer in a shorter answer.
+    # True counts as 1: an adaptive number of drafts is smaller in a shorter answer.
     most = max(int(number) for number in options.drafts)
     if new <= most:
         raise ValueError(f"--new-tokens must be more than the {most} of --drafts, got {new}")

@@ -32,7 +32,7 @@ from griffin_jax.llm.llm import LLM
 from griffin_jax.llm.memory import Needs
 
 QUANTISED = ("int8", "int4")
-"""Formats that stand next to a model's own where none are named."""
+"""Formats that are compared with the model's own unless --weights names others."""
 
 
 def add(kinds: Any) -> None:
@@ -40,9 +40,10 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "front",
         help="KL against bytes read per token: is it better to quantise or to prune?",
-        description="The first tokens of each text are read densely, those that follow are scored by models whose"
-        " weights are stored in each of several formats and pruned to each of several densities. All are compared with"
-        " the dense model in its own format. A row is on the front if no other one reads less and is nearer to it.",
+        description="The first tokens of each text are read without pruning. The tokens that follow are scored by"
+        " models whose weights are stored in each of several formats and pruned to each of several densities. All are"
+        " compared with the dense model in its own format. A row is on the Pareto front if no other row is better in"
+        " bytes or in KL without being worse in the other.",
     )
     add_text_file(kind, "text")
     add_lengths(kind)
@@ -51,19 +52,19 @@ def add(kinds: Any) -> None:
     what = kind.add_argument_group("what is compared")
     what.add_argument(
         "--weights", dest="formats", metavar="FORMAT",
-        help="formats of the matrices, separated by commas, such as float32,int8,int4:64; in int8+int4@0.25 a quarter"
-        " of the kept neurons, those that the prompt needs most, have rows in int8, and the others in int4; with"
-        " int8+int4 the density counts bytes of int8, which pay for more neurons in int4 (default: the model's own, and"
-        f" {', '.join(QUANTISED)})",
+        help="formats of the weight matrices, separated by commas, such as float32,int8,int4:64. The number after @ is"
+        " a share of the kept neurons: int8+int4@0.25 reads the quarter that the prompt needs most in int8, and the"
+        " others in int4. Without a share, as in int8+int4, the density counts bytes of int8, which pay for more"
+        f" neurons in int4 (default: the model's own, and {', '.join(QUANTISED)})",
     )  # fmt: skip
     add_options(
         what, GriffinConfig, "density", type=str, default="1,0.75,0.5,0.35,0.25", metavar="D",
-        help="separated by commas",
+        help="shares of feed-forward neurons to keep, separated by commas",
     )  # fmt: skip
     add_qualities(what)
-    add_drafters(what, "its own greedy continuation")
+    add_drafters(what, "the model's own greedy continuation")
     add_sample(what, size=4)
-    add_prior(kind, ", for all formats of it")
+    add_prior(kind, ", used for all formats")
     add_output(kind)
     kind.set_defaults(
         prepare=prepare, choose=choose_formats, check=check,
@@ -72,7 +73,7 @@ def add(kinds: Any) -> None:
 
 
 def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:
-    """Sets the formats if none are named, and raises `ValueError` unless this model can have all of them."""
+    """Sets the formats if --weights names none, and raises `ValueError` unless this model can have all of them."""
     own = needs.precision.weights
     if own.quantised:
         raise ValueError(f"formats are compared with floating weights, and {options.model} holds {own}")

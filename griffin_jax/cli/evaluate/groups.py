@@ -22,12 +22,15 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "groups",
         help="the best neurons of each of several groups against the best of all",
-        description="The first tokens of each text are read densely; those that follow are scored by models that keep"
-        " the best of all neurons, and the best of each of several equal ranges, as devices that share the model can.",
+        description="The full model reads the first tokens of each text. The tokens that follow are scored by models"
+        " that keep the best of all neurons, and by models that keep equally many of each of several equal ranges, as"
+        " devices that share a model can do without exchanging rows.",
     )
     add_text_file(kind, "text")
     add_lengths(kind)
-    kind.add_argument("--groups", metavar="M", default="2,4,8", help="separated by commas (default: %(default)s)")
+    kind.add_argument(
+        "--groups", metavar="M", default="2,4,8", help="numbers of ranges, separated by commas (default: %(default)s)"
+    )
     add_common(kind, size=4)
     kind.set_defaults(prepare=prepare, reference=None)
 

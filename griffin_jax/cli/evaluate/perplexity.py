@@ -1,4 +1,4 @@
-"""`griffin-jax eval perplexity`: against the lengths of prompt and answer."""
+"""`griffin-jax eval perplexity`: perplexity against the lengths of prompt and answer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,22 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "perplexity",
         help="perplexity against the lengths of prompt and answer",
-        description="Texts are cut into windows; the same tokens of each are scored after prompts of every length.",
+        description="Texts are cut into windows. In each window, the same tokens are scored after prompts of every"
+        " length.",
     )
     kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="text files (UTF-8)")
     kind.add_argument(
-        "--prompt-tokens", metavar="P", default="32,64,128,256,512", help="separated by commas (default: %(default)s)"
+        "--prompt-tokens",
+        metavar="P",
+        default="32,64,128,256,512",
+        help="lengths of prompts, in tokens, separated by commas (default: %(default)s)",
     )
-    kind.add_argument("--new-tokens", metavar="G", default="32,64,128,256", help="likewise (default: %(default)s)")
+    kind.add_argument(
+        "--new-tokens",
+        metavar="G",
+        default="32,64,128,256",
+        help="numbers of tokens scored after the prompt, separated by commas (default: %(default)s)",
+    )
     add_common(kind, size=4)
     kind.set_defaults(prepare=prepare)
 
@@ -75,7 +84,7 @@ def prepare(
 
 
 def _windows(files: Sequence[Path], llm: LLM, prompt: int, new: int, skipped: Skipped) -> Iterator[Item]:
-    """Windows of prompt + new tokens, one after the other; what is left at a file's end is too short for one."""
+    """Yields consecutive windows of prompt + new tokens; a shorter rest at the end of a file is left out."""
     assert llm.tokenizer is not None
     for name, text in read_texts(files, skipped):
         every = windows(llm.tokenizer, text, prompt + new)

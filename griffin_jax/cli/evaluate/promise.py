@@ -28,30 +28,36 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "promise",
         help="max_divergence: how often the promise holds on the answer, and at which densities",
-        description="The first tokens of each text are read densely; models of a few densities are tried on the last of"
-        " them, and then scored on what follows: on the dense model's own greedy answer, and on what really follows."
-        " Shown is, for each promise and each file, which densities are taken and how often the promise holds. --limit"
-        " counts the texts of each file.",
+        description="The full model reads the first tokens of each text. Models of a few densities are tried on the"
+        " last of these tokens, and then scored on what follows: on the dense model's own greedy answer, and on what"
+        " really follows in the text. The table shows, for each promise and each file, which densities are taken and"
+        " how often the promise holds. --limit counts the texts of each file.",
     )
-    kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="JSONL (UTF-8), one text a line")
-    kind.add_argument("--column", default="text", help="that holds the text (default: %(default)s)")
+    kind.add_argument("files", metavar="FILE", nargs="+", type=Path, help="JSONL files (UTF-8) with one text per line")
+    kind.add_argument("--column", default="text", help="column that holds the text (default: %(default)s)")
     add_excerpt_arguments(kind)
     add_lengths(kind)
     add_model(kind)
     what = kind.add_argument_group("what is compared")
     what.add_argument(
         "--max-divergence", dest="promises", metavar="NATS", default="0.05,0.1,0.2",
-        help="what is promised, in nats per token, separated by commas (default: %(default)s)",
+        help="promises to test: the largest divergence from the dense model, in nats per token, separated by commas"
+        " (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(
         "--margin", type=float, metavar="Z", default=MARGIN,
-        help="standard errors that are added to the mean of a trial; answers have the default (default: %(default)s)",
+        help="number of standard errors that are added to the mean of a trial; outside this evaluation it is always the"
+        " default (default: %(default)s)",
     )  # fmt: skip
-    add_options(what, GriffinConfig, "density", type=str, metavar="D", help="the least that may be taken")
+    add_options(
+        what, GriffinConfig, "density", type=str, metavar="D",
+        help="lowest share of feed-forward neurons that may be kept",
+    )  # fmt: skip
     what.add_argument(
         "--mixed-weights", dest="mixed", metavar="FORMAT",
-        help="densities count bytes, which pay for more neurons in FORMAT, such as int4 (default: all neurons have the"
-        " model's weights)",
+        help="read the less important neurons in FORMAT, such as int4, and let densities count bytes, which then pay"
+        " for more neurons. A share of precise neurons after @, as in int4@0.25, is not possible here, since each"
+        " density determines it (default: all neurons are read in the model's own format)",
     )  # fmt: skip
     add_qualities(what)
     add_sample(what, size=4)
@@ -67,8 +73,8 @@ def choose(options: argparse.Namespace) -> None:
     """Sets the promises, the methods, the prior and the densities of the options.
 
     Raises:
-        FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality, a number is outside its range, or the prompts are too short for a trial.
+        FileNotFoundError: the prior of quality best does not exist.
+        ValueError: a quality is unknown, a number is outside its range, or the prompts are too short for a trial.
     """
     options.promises = numbers("--max-divergence", options.promises, float)
     for most in options.promises:

@@ -1,4 +1,4 @@
-"""Runs one evaluation, from options to files and a table."""
+"""Runs one evaluation, from its options to the files and the table."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ from griffin_jax.utils.options import whole
 from griffin_jax.utils.wholefile import write_text
 
 FORMAT = "griffin_jax eval 1"
-"""What results.json calls its format."""
+"""The name of the format of results.json."""
 
 WRITTEN = ("summarize", "solve")
-"""Evaluations of answers to whole prompts."""
+"""Evaluations in which the models write answers to whole prompts."""
 
 COMPARED = ("rows", "weights")
-"""Settings that scores do not depend on where those of each variant and format are by themselves."""
+"""Settings that no score depends on if the scores of each variant and format are kept apart."""
 
 TOKENIZER = "tokenizer"
-"""The setting that has the hash of the tokenizer."""
+"""The name of the setting that holds the hash of the tokenizer."""
 
 RESULTS, TABLE = "results.json", "table.txt"
 
@@ -78,13 +78,13 @@ class Evaluation:
     """A task that is ready to run.
 
     Attributes:
-        items: the texts.
-        settings: what the scores depend on besides model, texts and variants.
-        run: goes through the texts.
-        figures: adds up what `run` returned.
-        tabulate: for people.
-        plot: draws a PNG with a title.
-        grows: whether scores of other variants and formats may join those that are there.
+        items: the texts or problems.
+        settings: what the scores depend on besides the model, the texts and the variants.
+        run: scores the items, as far as the journal does not hold their scores already.
+        figures: computes the figures from what `run` returned.
+        tabulate: turns the figures into a table for people.
+        plot: draws the figures, under a title, to a PNG file.
+        grows: whether the scores of further variants and formats may be added to those in the output folder.
     """
 
     items: Sequence[Item]
@@ -97,7 +97,7 @@ class Evaluation:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs one evaluation, from options to files and a table."""
+    """Runs one evaluation, from its options to the files and the table."""
     if options.choose is not None:
         options.choose(options)
     variants = grid(options.method.split(","), numbers("--density", options.density, float), options.baselines)
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
         raise nothing_left(skipped, ", ".join(map(str, files)))
     longest = [max(max(map(len, texts)), known) for texts, known in zip(_texts(evaluation.items), lengths, strict=True)]
     if longest != lengths:
-        # Only now it is known how long the texts are.
+        # The lengths of the texts are known only now.
         options.batch = wanted
         options.batch = _batch(options, variants, extensions, needs_of(llm.model), longest, mesh)
     beyond = _beyond_settings(options, variants)
@@ -157,7 +157,7 @@ def run(options: argparse.Namespace) -> None:
     known, unused = settings, (TOKENIZER,)
     if evaluation.grows:
         known = {name: value for name, value in settings.items() if name not in COMPARED}
-        # Folders of earlier versions name what was compared, too.
+        # Folders of earlier versions also name what was compared.
         unused = (TOKENIZER, *COMPARED, *beyond, "healing")
     journal = open_journal(folder, known, overwrite=options.overwrite, unused=unused)
     scores = evaluation.run(journal)
@@ -191,7 +191,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _lengths(options: argparse.Namespace) -> list[int]:
-    """Tokens of the longest prompt and of what follows it, as far as the options tell."""
+    """The numbers of tokens of the longest prompt and of what follows it, as far as the options determine them."""
     if options.task == "perplexity":
         return [max(numbers(f"--{name}-tokens", getattr(options, f"{name}_tokens"), int)) for name in ("prompt", "new")]
     return [1 if options.task in WRITTEN or options.reference else options.prompt_tokens, options.new_tokens]
@@ -209,7 +209,7 @@ def _batch(
     lengths: Sequence[int],
     mesh: Mesh | None,
 ) -> int:
-    """Texts at a time, that fit into memory."""
+    """The number of texts at a time, which fit into memory together."""
     prompt, new = (max(1, min(length, needs.config.max_positions)) for length in lengths)
     rows, prior = rows_of(variants, extensions), extensions.prior
     calibration = prior.rows[0].shape[0] if prior is not None and prior.rows and _has(variants, CALIBRATION) else 0
@@ -238,7 +238,7 @@ def _batch(
 
 
 def _beside(options: argparse.Namespace, needs: Needs) -> Parts:
-    """The bytes of the largest model in another format, next to the one in its own, and of the largest drafter."""
+    """Bytes that are held next to the model: those of the largest model in another format, and the largest drafter."""
 
     def held(fine: WeightFormat) -> int:
         bits = 0 if fine == needs.precision.weights else needs.in_memory(_sizes(needs, fine).local, fine)
@@ -252,7 +252,7 @@ def _beside(options: argparse.Namespace, needs: Needs) -> Parts:
 
 
 def _coarse_bytes(needs: Needs, mixed: MixedFormat) -> int:
-    """Bytes of all neurons in the second of two formats."""
+    """Bytes of all neurons in the second of the two formats."""
     return needs.in_memory(_sizes(needs, mixed.coarse).ff(None), mixed.coarse)
 
 
@@ -266,7 +266,7 @@ def _has(variants: Sequence[Variant], *steps: str) -> bool:
 
 
 def _extensions(options: argparse.Namespace, variants: Sequence[Variant]) -> Extensions:
-    """What the variants' steps take, checked before the model is loaded."""
+    """The options of the variants' steps, checked before the model is loaded."""
     check_fusion("topk", options.prior_weight)
     for name, value in (("--rows", options.rows), ("--refresh-every", options.refresh_every)):
         whole(name, value, 1)
@@ -287,7 +287,7 @@ def _extensions(options: argparse.Namespace, variants: Sequence[Variant]) -> Ext
 
 
 def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -> dict[str, Any]:
-    """What scores depend on beyond GRIFFIN; None where no variant does."""
+    """The settings beyond GRIFFIN that scores depend on; None for those that no variant uses."""
     uses_prior, uses_rows = _has(variants, *MEASURED), _has(variants, RECONSTRUCTION)
     return {
         "prior": sha256_of_files([options.prior]) if uses_prior else None,
@@ -301,5 +301,5 @@ def _beyond_settings(options: argparse.Namespace, variants: Sequence[Variant]) -
 
 
 def _digest_of_adapter(folder: Path) -> str:
-    """A hash of its numbers and of what they are multiplied by."""
+    """A hash of an adapter's numbers and of its config, which says what they are multiplied by."""
     return sha256_of_files([folder / WEIGHTS, folder / CONFIG])

@@ -33,45 +33,52 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "solve",
         help="how many problems are solved: HumanEval's functions, GSM8K's numbers",
-        description="Every problem is put to the model as a user's message and answered greedily. Counted are the"
-        " answers that are right: by the tests of the function that was asked for (pass@1), or by the final number."
-        " Compared is the dense model with models of each density and each format of the weights. More densities,"
-        " qualities, formats and problems may be asked for later: answers that are in the output folder stay.",
+        description="Every problem is put to the model as a user's message and answered greedily. An answer is right if"
+        " the function that was asked for passes its tests (pass@1), or if the final number is right. The dense model"
+        " is compared with models of each density in each format of the weights. A later run may add densities,"
+        " qualities, formats and problems: answers that are in the output folder already are kept.",
     )
     kind.add_argument(
         "file", metavar="FILE", type=Path,
-        help=f"JSONL (UTF-8), one problem a line, with the columns {'; '.join(map(', '.join, COLUMNS.values()))}",
+        help="JSONL file (UTF-8) with one problem per line, in the columns "
+        f"{'; '.join(', '.join(columns) + ' with --format ' + name for name, columns in COLUMNS.items())}",
     )  # fmt: skip
-    kind.add_argument("--format", choices=COLUMNS, required=True, help="what the file holds")
+    kind.add_argument("--format", choices=COLUMNS, required=True, help="benchmark whose columns the file has")
     kind.add_argument(
         "--run-code", action="store_true",
-        help=f"run programs that the model writes, which {HUMANEVAL} needs: in processes with limits, and without"
-        " network where the system lets them; a container is safer",
+        help=f"allow running the programs that the model writes, as {HUMANEVAL} needs. They run in processes with"
+        " limits, and without network where the system allows that; a container is safer",
     )  # fmt: skip
     limits = Limits()
     kind.add_argument(
         "--seconds", type=int, metavar="N", default=limits.seconds,
-        help="of processor time for a program (default: %(default)s)",
+        help="processor time that a program may use, in seconds (default: %(default)s)",
     )  # fmt: skip
     kind.add_argument(
         "--megabytes", type=int, metavar="N", default=limits.megabytes,
-        help="of memory for a program (default: %(default)s)",
+        help="memory that a program may use, in megabytes (default: %(default)s)",
     )  # fmt: skip
     kind.add_argument(
-        "--new-tokens", type=int, metavar="N", default=512, help="of the longest answer (default: %(default)s)"
-    )
+        "--new-tokens", type=int, metavar="N", default=512,
+        help="tokens of an answer, at most (default: %(default)s)",
+    )  # fmt: skip
     add_model(kind, weights=False)
     what = kind.add_argument_group("what is compared")
     what.add_argument(
         "--weights", dest="formats", metavar="FORMAT",
-        help="formats of the matrices beside the model's own, separated by commas, such as int8,int4:64; of int8+int4 a"
-        " density counts bytes of int8, which pay for more neurons in int4",
+        help="formats of the weight matrices to compare with the model's own, separated by commas, such as"
+        " int8,int4:64. The number after @ is a share of the kept neurons: int8+int4@0.25 reads the quarter that the"
+        " prompt needs most in int8, and the others in int4. Without a share, as in int8+int4, the density counts bytes"
+        " of int8, which pay for more neurons in int4",
     )  # fmt: skip
-    add_options(what, GriffinConfig, "density", type=str, default="0.75,0.5", metavar="D", help="separated by commas")
+    add_options(
+        what, GriffinConfig, "density", type=str, default="0.75,0.5", metavar="D",
+        help="shares of feed-forward neurons to keep, separated by commas",
+    )  # fmt: skip
     add_qualities(what)
-    add_drafters(what, "its answers")
+    add_drafters(what, "the answers")
     add_sample(what, size=1)
-    add_prior(kind, ", for all formats of it")
+    add_prior(kind, ", used for all formats")
     add_output(kind)
     kind.set_defaults(
         prepare=prepare, choose=choose, check=check,
@@ -80,11 +87,12 @@ def add(kinds: Any) -> None:
 
 
 def choose(options: argparse.Namespace) -> None:
-    """Sets the methods, the prior, the formats and the limits of the options, as far as no model is needed for it.
+    """Sets the methods, the prior, the formats and the limits of the options, as far as that needs no model.
 
     Raises:
-        FileNotFoundError: quality best has no prior.
-        ValueError: there is no such quality or format, a number is less than 1, or programs are not to be run.
+        FileNotFoundError: the prior of quality best does not exist.
+        ValueError: a quality, a format or a drafter is unknown, a number is too small, or programs would have to run
+            but may not or cannot.
     """
     options.limits = Limits(options.seconds, options.megabytes)
     whole("--new-tokens", options.new_tokens, 1)
@@ -97,7 +105,7 @@ def choose(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace, needs: Needs, variants: Sequence[Variant], extensions: Extensions) -> None:
-    """Puts the model's own format first, and raises `ValueError` unless this model can have the others."""
+    """Puts the model's own format first, and raises `ValueError` unless this model can have the other formats."""
     own = needs.precision.weights
     options.formats = list(dict.fromkeys([own, *options.formats]))
     if own.quantised and any(front.fine_format(weights) != own for weights in options.formats):
@@ -142,7 +150,7 @@ def prepare(
 
 
 def _problems(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> Iterator[tuple[str, tuple[Item, Problem]]]:
-    """Name, prompt and verdict of every problem."""
+    """Yields the name of every problem, its prompt as an item, and the problem, which decides about answers."""
     assert llm.tokenizer is not None
     for record in read_jsonl(options.file, COLUMNS[options.format], skipped):
         try:

@@ -24,29 +24,32 @@ def add(kinds: Any) -> None:
     kind = kinds.add_parser(
         "summarize",
         help="ROUGE of summaries against references",
-        description="Every prompt is answered greedily, and the answer compared with a reference by ROUGE-1, -2 and -L"
-        " (F-measures of the package rouge-score). By default the column holds whole prompts; with --format it holds"
-        " articles, and prompts are made of them as in the paper: one article with its summary, then the one to"
-        " summarise.",
+        description="Every prompt is answered greedily, and the answer is compared with a reference by ROUGE-1, -2 and"
+        " -L (F-measures of the package rouge-score). By default, the column holds whole prompts. With --format, it"
+        " holds articles, and prompts are made from them as in the paper: one article with its summary, then the"
+        " article to summarise.",
     )
     add_text_file(kind, "prompt")
     kind.add_argument(
-        "--reference", metavar="COLUMN", default="summary", help="with the reference (default: %(default)s)"
-    )
-    kind.add_argument("--format", choices=SENTENCES, help="make the paper's prompts of articles of this dataset")
+        "--reference", metavar="COLUMN", default="summary",
+        help="column that holds the reference (default: %(default)s)",
+    )  # fmt: skip
+    kind.add_argument("--format", choices=SENTENCES, help="make the paper's prompts from articles of this dataset")
     kind.add_argument(
         "--shots", type=int, metavar="N", default=1,
         help="with --format: the first N lines serve as examples and are not scored (default: %(default)s)",
     )  # fmt: skip
-    kind.add_argument("--chat", action="store_true", help="prompts are a user's messages to a chat model")
+    kind.add_argument("--chat", action="store_true", help="put each prompt to a chat model as a user's message")
     kind.add_argument(
-        "--stop", action="append", metavar="TEXT", help=f"end an answer before this; may be repeated (default: {STOP})"
-    )
-    kind.add_argument("--stem", action="store_true", help="compare stems of words (Porter) instead of words")
+        "--stop", action="append", metavar="TEXT",
+        help=f"end an answer before this text; may be repeated (default: {STOP})",
+    )  # fmt: skip
+    kind.add_argument("--stem", action="store_true", help="compare the stems of words (Porter) instead of the words")
     kind.add_argument(
-        "--new-tokens", type=int, metavar="N", default=128, help="of the longest answer (default: %(default)s)"
-    )
-    # Sequences that keep neurons of their own gain little from being decoded together, and the longest is waited for.
+        "--new-tokens", type=int, metavar="N", default=128,
+        help="tokens of an answer, at most (default: %(default)s)",
+    )  # fmt: skip
+    # Decoding together gains little if each sequence keeps its own neurons, and all would wait for the longest answer.
     add_common(kind, size=1)
     kind.set_defaults(prepare=prepare)
 

@@ -1,4 +1,4 @@
-"""The texts that are continued, cut into prompts and what follows them."""
+"""Cuts the texts that are continued into prompts and what follows them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from griffin_jax.text.tokenizer import Tokenizer
 
 
 def continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple[list[Item], dict[str, Any]]:
-    """Texts in which the prompt is followed by what is scored, and the settings that make them."""
+    """Texts, each a prompt followed by the tokens that are scored, and the settings that they depend on."""
     prompt, new = options.prompt_tokens, options.new_tokens
     check_lengths(llm, 1 if options.reference else prompt, new)
     columns = [options.column, *([options.reference] if options.reference else [])]
@@ -27,8 +27,10 @@ def continued(options: argparse.Namespace, llm: LLM, skipped: Skipped) -> tuple[
 def first_items(
     options: argparse.Namespace, llm: LLM, file: Path, columns: Sequence[str], skipped: Skipped
 ) -> list[Item]:
-    """As many texts of a file as --limit says, each with as many tokens as are asked for, or with what a second column
-    says follows it."""
+    """The texts of a file that can be used, at most --limit of them.
+
+    Each is cut in two by the lengths of the options; with --reference, a second column holds what follows the prompt.
+    """
     return list(itertools.islice(_items(options, llm, file, columns, skipped), options.limit))
 
 
@@ -56,10 +58,10 @@ def _items(
 
 
 def divided(tokenizer: Tokenizer, text: str, reference: str) -> tuple[list[int], list[int]]:
-    """The tokens of a text and of the reference after it, which together are the tokens of both as one string.
+    """The tokens of a text and those of the reference after it; together they are the tokens of both as one string.
 
     White space at the end of the text goes to the reference, since most tokenizers join it with the word that follows.
-    A token that still reaches across the boundary goes to the reference as a whole.
+    A token that still crosses the boundary goes to the reference as a whole.
     """
     head = text.rstrip()
     whole = tokenizer.encode(head + text[len(head) :] + reference)
@@ -69,12 +71,12 @@ def divided(tokenizer: Tokenizer, text: str, reference: str) -> tuple[list[int],
 
 
 def too_long(options: argparse.Namespace, llm: LLM) -> str:
-    """Why a prompt is left out that leaves no room for an answer."""
+    """The reason why a prompt is left out if it leaves no room for an answer."""
     return f"prompt and {options.new_tokens} new tokens longer than the model's context of {llm.config.max_positions}"
 
 
 def check_lengths(llm: LLM, prompt: int, new: int) -> None:
-    """Raise `ValueError` unless a model can read so many tokens of a prompt and of what follows."""
+    """Raise `ValueError` unless prompt and continuation have at least 1 token each and fit into the model's context."""
     if min(prompt, new) < 1:
         raise ValueError(f"--prompt-tokens and --new-tokens must be at least 1, got {prompt} and {new}")
     if prompt + new > llm.config.max_positions:
