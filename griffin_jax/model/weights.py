@@ -213,8 +213,8 @@ def dequantise(
 
     Args:
         numbers: the integers.
-        scale: (D,), one scale for each output along the last axis, or (E, D) for each of E matrices; (*rows, 1), one for
-            each row; or (*rows, n), one for each of n groups of a row.
+        scale: (D,), one scale for each output along the last axis, or (E, D) for each of E matrices; (*rows, 1), one
+            for each row; or (*rows, n), one for each of n groups of a row.
         dtype: dtype of the result.
     """
     if scale.ndim < numbers.ndim:
