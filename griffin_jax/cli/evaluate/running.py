@@ -126,6 +126,7 @@ def run(options: argparse.Namespace) -> None:
         options.check(options, needs, variants, extensions)
     options.batch = _batch(options, variants, extensions, needs, lengths, mesh)
     llm = load_reader(options, mesh)
+    assert llm.tokenizer is not None
     model = fingerprint(llm.model)
     if extensions.prior is not None:
         extensions.prior.check(model)

@@ -49,7 +49,7 @@ def test_a_batch_shares_its_experts(folder, rng):
     with pytest.raises(ValueError, match="give shared=True for 2 prompts"):
         single.generate(prompts)
     experts = usual.experts(prompts)
-    with pytest.raises(ValueError, match="experts for each of 2 sequences"):
+    with pytest.raises(ValueError, match="these are for each of 2 prompts"):
         single.generate(prompts, experts=experts)
 
 
