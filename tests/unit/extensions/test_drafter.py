@@ -91,6 +91,7 @@ def test_answers_are_the_full_models(weights, density):
     assert llm._drafter is drafter is not None
 
 
+@pytest.mark.slow
 def test_drafts_are_the_drafters(worded):
     """At density 1 in fewer bits, nothing but the format is between what drafts and what answers."""
     options = OPTIONS | {"density": 1.0, "speculative": 3}

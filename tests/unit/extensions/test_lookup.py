@@ -123,6 +123,7 @@ class TestAnswers:
         assert out.finished == ["eos"]
         assert out.tokens[0] == free[: free.index(free[9]) + 1]
 
+    @pytest.mark.slow
     def test_a_copy_is_preferred_where_it_is_as_likely(self, tiny):
         """Chances by hand, of copies after so many tokens that agree, and of drafts."""
         prefilled = gj.prefill(tiny.llm.model, *map(jnp.asarray, gj.pad([AGAIN], 32)), max_new_tokens=8)

@@ -79,6 +79,7 @@ def test_on_a_mesh():
     same(*found)
 
 
+@pytest.mark.slow
 def test_it_is_a_model_like_any_other(tmp_path):
     """Saved, loaded, pruned within its experts, and answering."""
     factored = factorize(random_model(LLAMA), 4, 2, grouping="random")

@@ -86,9 +86,9 @@ class TestSparedRows:
     @pytest.mark.parametrize(
         ("order", "kept"),
         [
-            ((None, None), True),
+            pytest.param((None, None), True, marks=pytest.mark.slow),
             ((None, 0, 1, 2, None), True),
-            ((0, 3, None, 3, 0), True),
+            pytest.param((0, 3, None, 3, 0), True, marks=pytest.mark.slow),
             ((None, (0, 1), (0, 1), 0), False),
         ],
         ids=["none", "of neurons", "of attention", "of each prompt"],

@@ -345,6 +345,7 @@ def test_a_jax_without_triton_attends_without_kernels(monkeypatch):
     assert np.isfinite(np.asarray(prefilled.logits)).all()
 
 
+@pytest.mark.slow
 def test_drafts_are_read_by_a_kernel(kernels, rng):
     """Speculative answers are the full model's greedy ones, whichever way attention is computed."""
     model = random_model(GEMMA, seed=3)
