@@ -623,16 +623,10 @@ def granitemoe_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, 
 
 def granite4_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:
     """The expert that every token reads is the feed-forward layer, if there are no others."""
-    for name, array in llama_tensors(tensors, config):
-        module, dense, matrix = name.partition(".shared_mlp.")
-        if not dense:
-            yield name, array
-            continue
-        parts = {"down": array}
-        if matrix == "input_linear.weight":
-            parts = dict(zip(("gate", "up"), np.split(array, 2), strict=True))
-        for part, values in parts.items():
-            yield f"blk.{module.split('.')[2]}.ffn_{part}.weight", values
+    for name, array in granitemoe_tensors(tensors, config):
+        module, down, _ = name.partition(".shared_mlp.output_linear.")
+        named = f"blk.{module.split('.')[2]}.ffn_down.weight" if down else name.replace("_shexp", "")
+        yield named, array
 
 
 def gpt_oss_tensors(tensors: Tensors, config: Config) -> Iterator[tuple[str, np.ndarray]]:

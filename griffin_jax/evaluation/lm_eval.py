@@ -223,9 +223,8 @@ class GriffinLM(TemplateLM):
             adapted = attach(self._llm.model, load_adapter(adapter, self._llm.config))
             self._llm = LLM(adapted, self.tokenizer, f"{self._llm.name}+{adapter}")
         config = self._llm.config
-        ranges = self._pruner.config.kept_of_ranges(self._llm.model.config.neuron_ranges)
-        check_kept(self._llm.model, ranges)
-        self._kept = tuple(map(sum, ranges))
+        self._kept = self._pruner.config.kept(self._llm.model.config.neuron_ranges)
+        check_kept(self._llm.model, self._pruner.config)
         self.max_length = config.max_positions if max_length is None else max_length
         if not isinstance(self.max_length, int) or not 2 <= self.max_length <= config.max_positions:
             raise ValueError(

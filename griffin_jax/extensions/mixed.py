@@ -176,8 +176,7 @@ class MixedFormat:
         fewer = self.precise(config)
         if fewer is None:
             return [0] * len(neurons), list(config.kept(neurons))
-        ranges = [tuple(layer) if isinstance(layer, Sequence) else (layer,) for layer in neurons]
-        kept, precise = config.kept_of_ranges(ranges), fewer.kept_of_ranges(ranges)
+        kept, precise = config.kept_of_ranges(neurons), fewer.kept_of_ranges(neurons)
         others = [tuple(k - few for k, few in zip(*layer, strict=True)) for layer in zip(kept, precise, strict=True)]
         without = next((layer for layer, rest in enumerate(others) if 0 in rest), None)
         if without is not None and any(map(any, others)):

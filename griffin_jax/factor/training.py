@@ -261,11 +261,12 @@ def train_factors(
     routers = trainable(model, experts=False)
     if training.router_steps:
         routers = stage(ROUTERS, routers, router_step(model.config, training, oracle), training.router_steps, 0)
+    stages = [name for name, steps in ((ROUTERS, training.router_steps), (TOGETHER, training.steps)) if steps]
     if not training.steps:
-        return trained(model, routers), curve.of(*([ROUTERS] if training.router_steps else []))
+        return trained(model, routers), curve.of(*stages)
     together = tuple({**of, **own} for of, own in zip(trainable(model, experts=True), routers, strict=True))
     found = stage(TOGETHER, together, expert_step(training, oracle), training.steps, training.router_steps)
-    return trained(model, found), curve.of(*([ROUTERS] if training.router_steps else []), TOGETHER)
+    return trained(model, found), curve.of(*stages)
 
 
 def trained(model: Transformer, parameters: Parameters) -> Transformer:

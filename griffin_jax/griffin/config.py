@@ -147,10 +147,9 @@ class GriffinConfig:
             ValueError: the number of densities is not that of the layers, a range would keep no neuron, or its groups
                 cannot have or keep equally many neurons.
         """
-        ranges = [tuple(layer) if isinstance(layer, Sequence) else (layer,) for layer in layers]
-        return tuple(map(sum, self.kept_of_ranges(ranges)))
+        return tuple(map(sum, self.kept_of_ranges(layers)))
 
-    def kept_of_ranges(self, layers: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    def kept_of_ranges(self, layers: Sequence[int | Sequence[int]]) -> tuple[tuple[int, ...], ...]:
         """The number of neurons that each range of each layer keeps. Arguments and errors are those of `kept`."""
         if not isinstance(self.density, Sequence):
             densities = [self.density] * len(layers)
@@ -164,9 +163,10 @@ class GriffinConfig:
             check_groups(self.group_count, neurons, k)
             return k
 
+        ranges = [layer if isinstance(layer, Sequence) else (layer,) for layer in layers]
         return tuple(
-            tuple(share(neurons, density) for neurons in ranges)
-            for ranges, density in zip(layers, densities, strict=True)
+            tuple(share(neurons, density) for neurons in sizes)
+            for sizes, density in zip(ranges, densities, strict=True)
         )
 
 

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from griffin_jax.griffin.config import GriffinConfig
 from griffin_jax.griffin.neurons import ExpertNeurons, check_experts
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.feed_forward import NEURON_AXES, FeedForward, NeuronModule
@@ -68,14 +69,18 @@ class Refit(Protocol):
         ...
 
 
-def check_kept(model: Transformer, kept: Sequence[int | Sequence[int]]) -> None:
+def check_kept(model: Transformer, kept: GriffinConfig | ExpertNeurons) -> None:
     """Raise `ValueError` unless the devices that share a model can evenly divide the kept neurons.
 
     Args:
         model: the full model.
-        kept: number of neurons that each layer keeps, or those that each of its ranges keeps.
+        kept: the neurons to keep, or the config by which they will be selected.
     """
-    check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), kept)
+    if isinstance(kept, GriffinConfig):
+        counts = kept.kept_of_ranges(model.config.neuron_ranges)
+    else:
+        counts = kept.shares or kept.kept
+    check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), counts)
 
 
 def check_whole(model: Transformer) -> None:
@@ -138,7 +143,7 @@ def prune(
     if refit is not None:
         refit.check(model.neurons, experts.indices)
     check_own(model, experts)
-    check_kept(model, experts.shares or experts.kept)
+    check_kept(model, experts)
     rows = _neuron_rows(model)
     outputs = [(part.down_scale, part.down_right) for part in neuron_modules(model)] if refit is not None else []
     gathered = _gather_into(rows, outputs, experts, refit, reuse, model)

@@ -354,7 +354,6 @@ class LLM:
         request = Request.of("logits", experts, **options)
         config = self._pruner(request).config
         kept = config.kept(self.model.config.neuron_ranges)
-        check_kept(self.model, kept if experts is None else experts.kept)
         if self._in_place is not None:
             raise ValueError("logits needs the full model next to the pruned one: load it without in_place")
         if not len(tokens):
@@ -370,6 +369,7 @@ class LLM:
         if not 1 <= prompt_length <= len(rows[0]):
             raise ValueError(f"prompt_length must be in [1, {len(rows[0])}], got {prompt_length}")
         self._check_experts(experts, len(rows))
+        check_kept(self.model, config if experts is None else experts)
         if experts is None and kept == self.model.neurons:
             prompt_length = len(rows[0])
         seed = request.generation.seeds(len(rows))
@@ -438,12 +438,12 @@ class LLM:
         selected = pruner.config.kept(self.model.config.neuron_ranges)
         dense = experts is None and mixed is None and selected == self.model.neurons
         kept = selected if experts is None else experts.kept
-        check_kept(self.model, kept)
         if generation.stops and self.tokenizer is None:
             raise ValueError("stop strings need a tokenizer, and this model has none")
         sequences = self._tokenize(prompts, generation.chat)
         self._check_room(sequences, generation.max_new_tokens)
         self._check_experts(experts, len(sequences))
+        check_kept(self.model, pruner.config if experts is None else experts)
         self._check_adapter(request, len(sequences), dense=dense)
         trial = trial_tokens(min(map(len, sequences))) if candidates else 0
         if candidates and not trial:
@@ -833,7 +833,7 @@ class LLM:
         devices = axis_size(mesh_of(self.model.embedding[...]), MODEL_AXIS)
         if config.groups is not None or devices == 1:
             return config
-        check_kept(self.model, config.kept(self.model.config.neuron_ranges))
+        check_kept(self.model, config)
         return dataclasses.replace(config, groups=neuron_groups(self.model.config, devices))
 
     def _select(

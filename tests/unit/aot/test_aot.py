@@ -39,6 +39,12 @@ def cuda():
         pytest.skip(str(error))
 
 
+def run_with(cuda, script: str) -> subprocess.CompletedProcess[str]:
+    """What a script does that has the compiler; in a new process, since this one's backends are not for it to touch."""
+    environment = compilation.child_environment(cuda)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment)
+
+
 @pytest.fixture
 def tpu():
     try:
@@ -537,7 +543,7 @@ class TestSizes:
 
 
 def test_every_gpu_is_accepted(cuda):
-    """XLA reads each description; in a new process, since this one's backends are not for it to touch."""
+    """XLA reads each description."""
     script = """if True:
         from jax.experimental import topologies
         from griffin_jax.aot.targets import TARGETS, gpu_target_config
@@ -548,13 +554,7 @@ def test_every_gpu_is_accepted(cuda):
                 ).devices
                 print(device.device_kind)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=compilation.child_environment(cuda),
-    )
+    result = run_with(cuda, script)
     assert result.stdout.splitlines() == [chip.name for chip in TARGETS.values() if chip.gpu is not None], result.stderr
 
 
@@ -598,13 +598,7 @@ def test_attention_compiles_for_every_gpu(cuda, name, sizes):
             token = array(1, 1, 64, size), array(1, 1, size), array(1, 1, size)
             compile(flash.decode_step, *token, *cache, positions(1), positions(1, 256), positions())
     """
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=compilation.child_environment(cuda),
-    )
+    result = run_with(cuda, script)
     assert result.returncode == 0, result.stderr
 
 
