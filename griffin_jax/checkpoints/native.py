@@ -539,6 +539,8 @@ class NativeCheckpoint(Source):
             tree = self._restore(found, self._with_scales(shardings, found))
             read = {path: _leaf(tree, path) for path in found}
             del tree
+            # TensorStore's threads have freed as much again as was read, in heaps of their own.
+            memory.give_back()
             for path, *scales in groups[batch]:
                 # What it is assembled into is to be all that keeps it.
                 yield from self._as_wanted(path, read, scales, wider.get(path, dtype), as_stored)
