@@ -20,7 +20,7 @@ import numpy as np
 from griffin_jax.checkpoints.families import Family, family_of
 from griffin_jax.checkpoints.pytorch import PickleFile
 from griffin_jax.checkpoints.quantised.methods import BESIDE, join, kinds_of
-from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names, quantisation_of
+from griffin_jax.checkpoints.schema.family import fitting_rules, is_ignored, known_names, method_of, quantisation_of
 from griffin_jax.checkpoints.schema.layouts import Rules
 from griffin_jax.checkpoints.sources import (
     FLOATS,
@@ -141,6 +141,7 @@ class HuggingFaceFolder(Reader):
         values = read_json(folder / "config.json")
         quantisation = quantisation_of(values)
         kinds = kinds_of(quantisation, str(folder))
+        self._method = method_of(quantisation)
         self._parts = self.tensors
         try:
             self.tensors, self._packed = join(self._parts, kinds, self._read_stored, self._is_needless)
@@ -212,6 +213,11 @@ class HuggingFaceFolder(Reader):
         return values.reshape(stop - start, *row) if info.shape else values.reshape(())
 
     def reference(self) -> dict[str, Any]:
+        if self._method not in (None, "fp8"):
+            raise ValueError(
+                f"{self._folder}: transformers multiplies weights of {self._method} with other packages, or in 16 bits,"
+                " and is no reference for them: leave out --verify"
+            )
         return {
             "pretrained_model_name_or_path": str(self._folder),
             "use_safetensors": self._format is _SAFETENSORS,

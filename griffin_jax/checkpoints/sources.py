@@ -169,7 +169,11 @@ class Source(abc.ABC):
             yield path, array
 
     def reference(self) -> dict[str, Any] | None:
-        """What `from_pretrained` of transformers takes to load the same files; None if it cannot."""
+        """What `from_pretrained` of transformers takes to load the same files; None if it cannot.
+
+        Raises:
+            ValueError: what it computes with them is no reference.
+        """
         return None
 
 
@@ -225,7 +229,11 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def reference(self) -> dict[str, Any]:
-        """What `from_pretrained` of transformers takes to load the same files."""
+        """What `from_pretrained` of transformers takes to load the same files.
+
+        Raises:
+            ValueError: what it computes with them is no reference.
+        """
 
 
 class FamilySource(Source):

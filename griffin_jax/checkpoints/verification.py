@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from griffin_jax.checkpoints.planning import narrowing
 from griffin_jax.checkpoints.pytorch import import_torch, reference_logits
-from griffin_jax.checkpoints.sources import Source
+from griffin_jax.checkpoints.sources import FLOATS, Source
 from griffin_jax.model.cache import empty_cache
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import WeightFormat
@@ -124,25 +124,23 @@ def verify_source(source: Source, folder: Path) -> Verification:
 
     Raises:
         ImportError: torch is not installed.
-        ValueError: the folder is of another model, or transformers cannot load the source.
+        ValueError: the folder is of another model or holds integers, or transformers cannot load the source.
     """
     from griffin_jax.checkpoints.native import NativeCheckpoint
 
-    check_verifiable(source)
     native = NativeCheckpoint(folder)
+    check_verifiable(source, native.precision.weights)
     if native.config != source.config:
         raise ValueError(f"{folder}: is not a conversion of {source.name}, their configurations differ")
     random = np.random.default_rng(0)
     lengths = sorted({min(length, source.config.max_positions) for length in LENGTHS})
     batches = [random.integers(0, source.config.vocab_size, (BATCH, length)).astype(np.int32) for length in lengths]
     expected = reference_logits(source.name, source.reference() or {}, batches)
-    return _compare(
-        folder,
-        source.name,
-        our_logits(folder, batches),
-        expected,
-        ROUNDED[native.precision.weights.dtype] if narrowing(source, native.precision) else EXACT,
-    )
+    kind = native.precision.weights.dtype
+    # What quantised weights stand for is float32, which is rounded, too.
+    quantised = any(source.origin(path).dtype not in FLOATS for path in source.shapes)
+    rounded = quantised or narrowing(source, native.precision) is not None
+    return _compare(folder, source.name, our_logits(folder, batches), expected, ROUNDED[kind] if rounded else EXACT)
 
 
 def our_logits(folder: Path, batches: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -49,19 +49,13 @@ LEAST_TEXTS, MOST_HELD_OUT = 5, 8
 """The fewest texts of which a fifth can be held out for a trial, and the most that are held out."""
 
 
-def beginning(tokenizer: Tokenizer, text: str = "A") -> list[int]:
-    """The special tokens with which a text begins; they are the same for all texts."""
-    tokens = tokenizer.encode(text)
-    return tokens[: len(tokens) - len(tokenizer.encode(text, special=False))]
-
-
 def windows(tokenizer: Tokenizer, text: str, length: int) -> Iterator[list[int]]:
     """Yields windows of at most `length` tokens of a text; each begins with the special tokens that begin a text.
 
     Raises:
         ValueError: the length leaves no room for text after these tokens.
     """
-    plain, first = tokenizer.encode(text, special=False), beginning(tokenizer, text)
+    plain, first = tokenizer.encode(text, special=False), tokenizer.beginning
     if length <= len(first):
         raise ValueError(f"windows of {length} tokens have no room after the {len(first)} that a text begins with")
     step = length - len(first)

@@ -64,7 +64,7 @@ class Variant:
     @property
     def name(self) -> str:
         """The variant's name, for people and files."""
-        return DENSE if self.method == DENSE else f"{self.method} {self.density:g}"
+        return DENSE if self.method == DENSE else f"{self.method} {self.density:.12g}"
 
     def pruner(self, extensions: Extensions = DEFAULTS) -> Pruner:
         """How the variant prunes; each sequence keeps its own neurons.

@@ -98,6 +98,22 @@ class Tokenizer:
         """
         return self._known(self._tokenizer.encode(_unicode(text), add_special_tokens=special))
 
+    @functools.cached_property
+    def beginning(self) -> tuple[int, ...]:
+        """The special tokens with which a text begins; they are the same for all texts."""
+        whole, plain = self.encode("A"), self.encode("A", special=False)
+        # Some tokenizers also end a text with a token.
+        at = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+        return tuple(whole[: next(at, len(whole) - len(plain))])
+
+    def encode_begun(self, text: str) -> list[int]:
+        """Token ids of a text as `encode` gives them, but without a token that ends the text.
+
+        Raises:
+            ValueError: as for `encode`.
+        """
+        return [*self.beginning, *self.encode(text, special=False)]
+
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids.
 

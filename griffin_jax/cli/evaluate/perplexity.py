@@ -14,7 +14,7 @@ from griffin_jax.cli.evaluate.texts import check_lengths
 from griffin_jax.cli.options import numbers
 from griffin_jax.evaluation import report, tasks
 from griffin_jax.evaluation.batches import Item
-from griffin_jax.evaluation.general_text import beginning, windows
+from griffin_jax.evaluation.general_text import windows
 from griffin_jax.evaluation.grid import Variant
 from griffin_jax.evaluation.samples import Skipped, read_texts
 from griffin_jax.extensions.config import Extensions
@@ -56,7 +56,7 @@ def prepare(
             raise ValueError(f"lengths are at least 1 token, got {length}")
     check_lengths(llm, prompts[-1], news[-1])
     assert llm.tokenizer is not None
-    lead = len(beginning(llm.tokenizer))
+    lead = len(llm.tokenizer.beginning)
     if prompts[0] <= lead:
         raise ValueError(
             f"--prompt-tokens {prompts[0]} leaves no room for text after the {lead} that every text begins with"

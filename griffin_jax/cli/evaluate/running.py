@@ -113,8 +113,7 @@ def run(options: argparse.Namespace) -> None:
     if options.task == "summarize":
         tasks.rouge_scorer(options.stem)
     files = options.files if hasattr(options, "files") else [options.file]
-    several = options.task == "promise"
-    check_files(files, once=several, by_name=several)
+    check_files(files, once=True, by_name=options.task == "promise")
 
     mesh = chosen_mesh(options)
     check_batch(options, mesh)

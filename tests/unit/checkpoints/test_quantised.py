@@ -18,11 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from griffin_jax.checkpoints import sources
 from griffin_jax.checkpoints.huggingface import HuggingFaceFolder
-from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.checkpoints.loading import convert, open_source
 from griffin_jax.checkpoints.quantised.methods import BESIDE, METHODS, join, kinds_of
 from griffin_jax.checkpoints.quantised.parts import Packed, Read
 from griffin_jax.checkpoints.schema.family import QUANTISATIONS, is_ignored, quantisation_of
 from griffin_jax.checkpoints.sources import PACKED, TensorInfo
+from griffin_jax.checkpoints.verification import EXACT, ROUNDED
 
 DTYPES = {
     np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint8): "U8", np.dtype(np.int8): "I8",
@@ -282,6 +283,32 @@ def test_fp8_is_what_transformers_reads():
 
 
 # ---- Whole models ----
+
+
+def test_what_transformers_computes_in_another_way_is_not_verified(floating, tmp_path):
+    """That is said before anything is converted."""
+    folder = quantised(floating, tmp_path / "gptq")
+    with pytest.raises(ValueError, match="transformers multiplies weights of gptq with other packages"):
+        convert(folder, tmp_path / "native", progress=False, verify=True)
+    assert not (tmp_path / "native").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_fp8_that_becomes_16_bits_is_verified_as_rounded(floating, tmp_path, dtype):
+    """Beside 16-bit tensors, of which nothing is lost."""
+    stored = {}
+    for name, array in load_file(floating / "model.safetensors").items():
+        stored[name] = array.astype(ml_dtypes.bfloat16)
+        if name.endswith("proj.weight"):
+            scale = np.random.default_rng(0).uniform(0.02, 0.04, [-(-size // 32) for size in array.shape])
+            blocks = np.repeat(np.repeat(scale, 32, 0), 32, 1)[: array.shape[0], : array.shape[1]]
+            stored[name] = (array / blocks).astype(ml_dtypes.float8_e4m3fn)
+            stored[name.removesuffix("weight") + "weight_scale_inv"] = scale.astype(np.float32)
+    save_file(stored, floating / "model.safetensors", metadata={"format": "pt"})
+    rewrite_config(floating, quantization_config={"quant_method": "fp8", "weight_block_size": [32, 32]})
+    found = convert(floating, tmp_path / "native", dtype, progress=False, verify=True).verification
+    assert found.ok
+    assert found.tolerance == (ROUNDED["bfloat16"] if dtype == "bfloat16" else EXACT)
 
 
 def quantised(folder: Path, out: Path, biases: float | None = None) -> Path:

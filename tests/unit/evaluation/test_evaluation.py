@@ -350,8 +350,22 @@ class TestTasks:
         assert len(items) == len(plain) // 11 > 2
         for number, item in enumerate(items):
             assert [*item.prompt, *item.answer] == [1, *plain[11 * number : 11 * number + 11]]
-        assert general_text.beginning(llm.tokenizer) == [1]
-        assert general_text.beginning(worded.llm.tokenizer) == []
+        assert llm.tokenizer.beginning == (1,)
+        assert worded.llm.tokenizer.beginning == ()
+
+    @pytest.mark.parametrize(("template", "first"), [("<s> $A </s>", (1,)), ("$A </s>", ())])
+    def test_a_token_that_ends_a_text_is_in_no_window(self, worded, tmp_path, template, first):
+        backend = tokenizers.Tokenizer.from_file(str(worded.folder / "tokenizer.json"))
+        special = [("<s>", 1), ("</s>", 2)]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(template, special_tokens=special)
+        PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+        tokenizer = Tokenizer.from_folder(tmp_path)
+        plain = worded.llm.tokenizer.encode(PASSAGES[0])
+        assert tokenizer.encode(PASSAGES[0]) == [*first, *plain, 2]
+        assert tokenizer.beginning == first
+        assert tokenizer.encode_begun(PASSAGES[0]) == [*first, *plain]
+        (window,) = general_text.windows(tokenizer, PASSAGES[0], 1000)
+        assert window == [*first, *plain]
 
     @pytest.mark.slow
     def test_summaries_are_what_generate_writes(self, worded, tmp_path):
