@@ -264,7 +264,7 @@ def compile_for(
     groups = neuron_groups(config, devices) if groups is None else groups
     griffin = dataclasses.replace(griffin, groups=groups)
     if mixed is not None:
-        for counts in mixed.counts(griffin, widths):
+        for counts in mixed.counts_of_ranges(griffin, widths):
             check_mesh(config, devices, counts)
     config = with_kv_copies(config, devices)
     slice_name = topology(chip, devices)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from griffin_jax.aot.compilation import Compiled, Report
 from griffin_jax.extensions.mixed import MixedFormat
-from griffin_jax.model.sharding import GPU_TILE, HEADS, INTEGER_TILE, VOCABULARY
+from griffin_jax.model.sharding import HEADS, VOCABULARY, tile_missed
 from griffin_jax.model.weights import Precision, WeightFormat
 
 
@@ -100,9 +100,7 @@ def _tile_missed(report: Report) -> int:
         formats = MixedFormat.parse(report.mixed)
         assert isinstance(formats, MixedFormat)
         counts.append((formats.coarse, report.pruned.few_bits))
-    tiles = {format: INTEGER_TILE if format.quantised and format.group is None else GPU_TILE for format, _ in counts}
-    missed = (tiles[format] for format, kept in counts if any(k % (tiles[format] * report.devices) for k in kept))
-    return max(missed, default=0)
+    return tile_missed(counts, report.devices)
 
 
 def _in_few_bits(report: Report, columns: Sequence[Compiled]) -> list[str]:

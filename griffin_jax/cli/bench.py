@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from griffin_jax.bench import report, runner
-from griffin_jax.bench.runner import EXPERTS, PEERS, Case, Peer, Plan, Variant, check_memory, measure
+from griffin_jax.bench.runner import EXPERTS, PEERS, Case, Peer, Plan, check_memory, measure
 from griffin_jax.checkpoints import demo, loading
 from griffin_jax.checkpoints.sources import Source
 from griffin_jax.cli.options import (
@@ -173,7 +172,7 @@ def check(options: argparse.Namespace) -> Plan:
         ImportError: a plot is wanted, and matplotlib is not installed.
         MemoryError: the largest case needs more memory than is free.
     """
-    densities = numbers("--density", ",".join(options.density), float)
+    densities = numbers("--density", ",".join(part.strip(",") for part in options.density), float)
     for density in densities:
         check_density(density)
     batches = numbers("--batch", options.batch, int)
@@ -237,15 +236,13 @@ def check(options: argparse.Namespace) -> Plan:
             " give for example --density 0.5"
         )
     for density in plan.densities:
-        GriffinConfig(density, round_to=options.round_to).kept(config.neuron_ranges)
+        griffin = GriffinConfig(density, round_to=options.round_to)
+        check_mesh(config, axis_size(mesh, MODEL_AXIS), griffin.kept_of_ranges(config.neuron_ranges))
     for variant in (variant for case in plan.cases for variant in plan.variants(case)):
         mixed, _ = plan.resolved(variant)
         if mixed is not None:
-            mixed.counts(plan.pruner(variant).config, config.neuron_ranges)
-    for density in plan.densities:
-        check_mesh(
-            config, axis_size(mesh, MODEL_AXIS), dataclasses.replace(plan, mesh=None).kept(Variant(density)) or ()
-        )
+            for counts in mixed.counts_of_ranges(plan.pruner(variant).config, config.neuron_ranges):
+                check_mesh(config, axis_size(mesh, MODEL_AXIS), counts)
     check_memory(plan)
     return plan
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from griffin_jax.cli.options import (
     add_dtype_argument,
+    add_in_place_argument,
     add_mesh_argument,
     add_model_argument,
     add_options,
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_argument(parser)
+    add_in_place_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: what the model is told before the first turn")
     add_options(parser.add_argument_group("pruning"), GriffinConfig, "density", "method", "round_to")
     beyond = parser.add_argument_group("beyond GRIFFIN")
@@ -71,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         "extensions": read_options(options, Extensions, prior=chosen_prior(options), healing=chosen_healing(options)),
         "generation": read_options(options, GenerationConfig),
     }
-    check_options(**settings)
+    check_options(options.in_place, **settings)
     llm = load_chosen(options, chosen_mesh(options))
     chat = Chat(llm, options.system, **settings)
     terminal = sys.stdin.isatty()

@@ -11,7 +11,7 @@ from pathlib import Path
 from griffin_jax.aot.compilation import compile_for
 from griffin_jax.aot.report import table
 from griffin_jax.aot.targets import TARGETS
-from griffin_jax.checkpoints.loading import open_source
+from griffin_jax.checkpoints.loading import describe
 from griffin_jax.checkpoints.native import DTYPES
 from griffin_jax.cli.options import add_options
 from griffin_jax.extensions.config import Extensions
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help=f"folder or GGUF file of a model, or one of {', '.join(NAMED)}; no weights are needed",
+        help=f"folder, GGUF file or hub id (owner/name) of a model, whose config.json is enough, or one of"
+        f" {', '.join(NAMED)}",
     )
     parser.add_argument("--layers", type=int, metavar="L", help="compile only the first L layers (default: all)")
     parser.add_argument(
@@ -92,8 +93,8 @@ def run(options: argparse.Namespace) -> None:
         ValueError: the model is unknown or unsupported; or see `compile_for`.
         RuntimeError: see `compile_for`.
     """
-    path = Path(os.path.expanduser(options.model))
-    config = open_source(path).config if path.exists() else named(options.model)
+    exists = Path(os.path.expanduser(options.model)).exists()
+    config = describe(options.model)[0] if exists or "/" in options.model else named(options.model)
     if options.layers is not None:
         config = with_layers(config, options.layers)
     report = compile_for(

@@ -13,6 +13,7 @@ from typing import Any
 
 from griffin_jax.cli.options import (
     add_dtype_argument,
+    add_in_place_argument,
     add_mesh_arguments,
     add_model_argument,
     add_options,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     add_dtype_argument(parser)
     add_mesh_arguments(parser)
+    add_in_place_argument(parser)
 
     prompt = parser.add_argument_group("prompt (several make one batch)")
     prompt.add_argument("--prompt", metavar="TEXT", action="append", default=[], help="the text of a prompt")
@@ -98,7 +100,7 @@ def run(options: argparse.Namespace) -> None:
         "extensions": read_options(options, Extensions, prior=chosen_prior(options), healing=chosen_healing(options)),
         "generation": read_options(options, GenerationConfig),
     }
-    check_options(**settings)
+    check_options(options.in_place, **settings)
     settings["experts"] = experts
     if options.save_experts:
         if options.density == 1 and not options.experts:

@@ -135,9 +135,9 @@ def guarded(name: str, command: Callable[[], int | None]) -> int:
     Warnings of this package, for example that weights lose precision, also become one line on stderr.
     """
     from griffin_jax.utils.deprecation import GriffinDeprecationWarning
-    from griffin_jax.utils.messages import CheckpointWarning
+    from griffin_jax.utils.messages import CheckpointWarning, SpeedWarning
 
-    ours = (CheckpointWarning, GriffinDeprecationWarning)
+    ours = (CheckpointWarning, GriffinDeprecationWarning, SpeedWarning)
     # A command may open a checkpoint, and so warn, more than once.
     shown: set[str] = set()
 

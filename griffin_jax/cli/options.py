@@ -185,6 +185,15 @@ def chosen_mesh(options: argparse.Namespace) -> Mesh | None:
     return make_mesh(**parse_mesh(options.mesh))
 
 
+def add_in_place_argument(parser: Any) -> None:
+    """Declare --in-place."""
+    parser.add_argument(
+        "--in-place", action="store_true",
+        help="hold every neuron once, and move the kept rows for each prompt, so that pruning takes no memory next to"
+        " the model; not with a mesh or most steps beyond GRIFFIN, and several prompts share their neurons",
+    )  # fmt: skip
+
+
 def load_chosen(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
     """Loads the model that the arguments name.
 
@@ -198,6 +207,7 @@ def load_chosen(options: argparse.Namespace, mesh: Mesh | None = None) -> LLM:
         mesh=mesh,
         weights=options.weights,
         expert_parallel=getattr(options, "expert_parallel", False),
+        in_place=getattr(options, "in_place", False),
     )
 
 
@@ -341,7 +351,7 @@ def check_files(files: Sequence[Path], once: bool = False, by_name: bool = False
 
     Args:
         files: paths of the files that will be read.
-        once: refuse a file that is given twice.
+        once: refuse a file that is given twice, since its texts would have the same names.
         by_name: also refuse two files of the same name in different folders, because texts are identified by file name.
 
     Raises:

@@ -173,10 +173,25 @@ class MixedFormat:
             ValueError: as for `GriffinConfig.kept` or `precise`; or after rounding, only some layers (or ranges) have
                 neurons in the second format.
         """
-        fewer = self.precise(config)
+        precise, others = self.counts_of_ranges(config, neurons)
+        return list(map(sum, precise)), list(map(sum, others))
+
+    def counts_of_ranges(
+        self, config: GriffinConfig, neurons: Sequence[int | Sequence[int]]
+    ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """The numbers of kept neurons in each range of each layer, first those that are precise, then the others.
+
+        Args:
+            config: how many neurons are kept.
+            neurons: as for `counts`.
+
+        Raises:
+            ValueError: as for `counts`.
+        """
+        fewer, kept = self.precise(config), config.kept_of_ranges(neurons)
         if fewer is None:
-            return [0] * len(neurons), list(config.kept(neurons))
-        kept, precise = config.kept_of_ranges(neurons), fewer.kept_of_ranges(neurons)
+            return [(0,) * len(layer) for layer in kept], list(kept)
+        precise = fewer.kept_of_ranges(neurons)
         others = [tuple(k - few for k, few in zip(*layer, strict=True)) for layer in zip(kept, precise, strict=True)]
         without = next((layer for layer, rest in enumerate(others) if 0 in rest), None)
         if without is not None and any(map(any, others)):
@@ -184,7 +199,7 @@ class MixedFormat:
                 f"rounded up to multiples of {config.round_to}, all neurons that layer {without} keeps would be in"
                 f" {self.fine}, while other layers have some in {self.coarse}: give a smaller round_to, or another part"
             )
-        return list(map(sum, precise)), list(map(sum, others))
+        return list(precise), others
 
     def masks_are_less(self, neurons: int, precise: int, others: int, sets: int) -> bool:
         """Whether a decode step with masks reads no more bytes than one with copies of each sequence's kept rows.

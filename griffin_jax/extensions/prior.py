@@ -23,10 +23,10 @@ the way would be too far.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,13 @@ class Prior:
         """
         if isinstance(config.density, Sequence):
             raise ValueError("budgets choose a density for each layer, and there is one for each already; give one")
-        return _budgeted(self, config) if self.strength else config
+        if not self.strength:
+            return config
+        # Every answer calls this, and sorting all neurons of a large model takes half a second.
+        known = _known.setdefault(self, {})
+        if config not in known:
+            known[config] = _budgeted(self, config)
+        return known[config]
 
     def fusion(self, weight: float | Float[Array, ""] = DEFAULT_WEIGHT) -> Fusion:
         """The function that `select` takes as `fuse`.
@@ -230,6 +236,10 @@ class Fusion:
         )
 
 
+_known: weakref.WeakKeyDictionary[Prior, dict[GriffinConfig, GriffinConfig]] = weakref.WeakKeyDictionary()
+"""For each prior, the configs that `Prior.budgeted` has given densities to, and the results."""
+
+
 def check_fusion(method: Method, weight: object) -> None:
     """Raise `ValueError` unless scores of this method can be fused with a prior of this weight."""
     check_fusible(method)
@@ -255,9 +265,7 @@ def _rank(score: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return jnp.take_along_axis(ranks, jnp.argsort(order, axis=-1), axis=-1).astype(jnp.float32)
 
 
-@functools.lru_cache(maxsize=16)
 def _budgeted(prior: Prior, config: GriffinConfig) -> GriffinConfig:
-    """`Prior.budgeted`, cached: every answer calls it, and sorting all neurons of a large model takes half a second."""
     ranges = prior.ranges or tuple((squares.shape[0],) for squares in prior.squares)
     alike = [layer for layer, sizes in enumerate(ranges) if len(sizes) == max(map(len, ranges))]
     losses = [
@@ -273,7 +281,8 @@ def _budgeted(prior: Prior, config: GriffinConfig) -> GriffinConfig:
     density = [config.density] * len(ranges)
     for layer, k, loss in zip(alike, kept, losses, strict=True):
         density[layer] = density_that_keeps(k, len(loss))
-    return dataclasses.replace(config, density=tuple(density))
+    # In ranges of other sizes, these shares are no multiples by themselves.
+    return dataclasses.replace(config, density=tuple(density), round_to=round_to)
 
 
 def _by_rank(losses: Float[np.ndarray, "f"], sizes: Sequence[int]) -> Float[np.ndarray, "f_e"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -137,12 +138,8 @@ class Pruner:
             ValueError: as for `griffin_jax.prune`.
         """
         refit = self.refit(rows)
-        sets = _sets(model, experts)
-        if model.config.routing is not None and sets > 1:
-            # Each sequence would need a copy of all routed experts.
+        if masks(model, [sum(experts.kept)], _sets(model, experts), refitted=refit is not None):
             return self._healed(mask(model, experts, refit=refit), experts)
-        if refit is None and masks_are_less(sum(model.neurons), sum(experts.kept), sets):
-            return self._healed(mask(model, experts), experts)
         if reuse is not None and any(layer.ff.mask is not None for layer in reuse.layers):
             reuse = None
         return self._healed(prune(model, experts, reuse=reuse, refit=refit), experts)
@@ -214,11 +211,8 @@ class Pruner:
         """
         refit = self.refit(rows) if chosen[0] is None else None
         sets = _sets(model, next(each for each in chosen if each is not None))
-        precise, others = (0 if each is None else sum(each.kept) for each in chosen)
-        # Each sequence would need a copy of all routed experts.
-        masked |= model.config.routing is not None and sets > 1
-        masked |= refit is None and formats.masks_are_less(sum(model.neurons), precise, others, sets)
-        if masked:
+        counts = [0 if each is None else sum(each.kept) for each in chosen]
+        if masked or masks(model, counts, sets, formats, refitted=refit is not None):
             return mask_mixed(model, few, *chosen, refit=refit)
         return prune_mixed(model, few, *chosen, reuse=reuse, refit=refit)
 
@@ -257,6 +251,35 @@ class Pruner:
         """Both steps: select neurons by the prompts, and prune the model to them."""
         experts = self.select(model, statistics, seed)
         return experts, self.prune(model, experts, rows, reuse=reuse)
+
+
+def masks(
+    model: Transformer,
+    counts: Sequence[int],
+    sets: int,
+    formats: MixedFormat | None = None,
+    *,
+    refitted: bool = False,
+) -> bool:
+    """Whether sequences with neurons of their own get masks of the model's rows instead of copies of those they keep.
+
+    Args:
+        model: the full model.
+        counts: number of neurons that each of them keeps, in each of its formats.
+        sets: number of sequences on a device that keep their own neurons; 1 if all keep the same.
+        formats: the two formats of the kept neurons; None if all have the model's.
+        refitted: whether the kept rows are refitted to the prompts.
+    """
+    # Otherwise each sequence would need a copy of all routed experts.
+    if model.config.routing is not None and sets > 1:
+        return True
+    if refitted:
+        return False
+    neurons = sum(model.neurons)
+    if formats is None:
+        return masks_are_less(neurons, sum(counts), sets)
+    precise, others = counts
+    return formats.masks_are_less(neurons, precise, others, sets)
 
 
 def _sets(model: Transformer, experts: ExpertNeurons) -> int:

@@ -120,7 +120,8 @@ class Sample:
     def filter(self, logits: Float[Array, "*b v"]) -> Float[Array, "*b v"]:
         """Logits divided by the temperature, with -inf for tokens that a filter removes, (..., V)."""
         # Relative to the largest, so that a low temperature does not make two logits overflow to the same infinity.
-        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / self.temperature
+        least = jnp.finfo(jnp.float32).tiny
+        logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.maximum(self.temperature, least)
         if self.top_k is not None:
             vocabulary = logits.shape[-1]
             largest = jax.lax.top_k(logits, min(self._sorted or vocabulary, vocabulary))[0]

@@ -69,17 +69,17 @@ class Refit(Protocol):
         ...
 
 
-def check_kept(model: Transformer, kept: GriffinConfig | ExpertNeurons) -> None:
+def check_kept(model: Transformer, kept: GriffinConfig | ExpertNeurons | Sequence[Sequence[int]]) -> None:
     """Raise `ValueError` unless the devices that share a model can evenly divide the kept neurons.
 
     Args:
         model: the full model.
-        kept: the neurons to keep, or the config by which they will be selected.
+        kept: the neurons to keep, the config by which they will be selected, or how many each range of each layer
+            keeps.
     """
     if isinstance(kept, GriffinConfig):
-        counts = kept.kept_of_ranges(model.config.neuron_ranges)
-    else:
-        counts = kept.shares or kept.kept
+        kept = kept.kept_of_ranges(model.config.neuron_ranges)
+    counts = (kept.shares or kept.kept) if isinstance(kept, ExpertNeurons) else kept
     check_mesh(model.config, axis_size(mesh_of(model.embedding[...]), MODEL_AXIS), counts)
 
 

@@ -183,8 +183,6 @@ class Chat:
         for a trial are among that."""
         (sequence,) = plan.sequences
         answer = bucket(plan.new + plan.drafts)
-        if not self._goes_on(plan):
-            self._forget()
         model, self._is_long = self._llm.model, self._is_long_rope(len(sequence) + plan.new)
         self._kept = len(self._read)
         new = sequence[len(self._read) :]
@@ -216,7 +214,10 @@ class Chat:
     def continued(self, plan: Plan) -> Continued:
         """How much of the sequence of a plan is read at a time, and into which cache."""
         (sequence,) = plan.sequences
-        there = self._state.cache.slots if self._state is not None and self._goes_on(plan) else 0
+        if not self._goes_on(plan):
+            # Its memory is free for what is read instead.
+            self._forget()
+        there = 0 if self._state is None else self._state.cache.slots
         parts = _parts(sequence[len(self._read) :] if there else sequence)
         most = max((bucket(len(part)) for part in parts), default=0)
         return Continued(most, max(self._room(plan, parts), there), there)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -23,7 +24,7 @@ from griffin_jax.extensions.in_place import InPlace
 from griffin_jax.extensions.lookup import left_padded
 from griffin_jax.extensions.mixed import MixedFormat, coarse
 from griffin_jax.extensions.promise import Promised, allowed_densities, choose, ends_of, trial_tokens
-from griffin_jax.extensions.pruner import Pruner, Rows
+from griffin_jax.extensions.pruner import Pruner, Rows, masks
 from griffin_jax.extensions.speculative import Drafting
 from griffin_jax.extensions.trial import try_models, try_pruners
 from griffin_jax.generation import jitted
@@ -37,19 +38,21 @@ from griffin_jax.griffin.prune import check_kept
 from griffin_jax.griffin.select import check_seeds
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.memory import Continued, adapter_bytes, free_for, needs_of
-from griffin_jax.llm.request import AdapterLike, Request, signature
+from griffin_jax.llm.request import AdapterLike, Request, check_in_place, signature
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
+from griffin_jax.model.feed_forward import FeedForward
 from griffin_jax.model.fingerprint import fingerprint
-from griffin_jax.model.sharding import neuron_groups
+from griffin_jax.model.sharding import neuron_groups, tile_missed
 from griffin_jax.model.transformer import Transformer
 from griffin_jax.model.weights import Precision, WeightFormat
-from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, mesh_of, to_host
+from griffin_jax.parallel.mesh import MODEL_AXIS, axis_size, local_sequences, mesh_of, to_host
 from griffin_jax.text.growing import GrowingText
 from griffin_jax.text.tokenizer import Tokenizer
 from griffin_jax.utils import memory
 from griffin_jax.utils.deprecation import renamed_arguments
+from griffin_jax.utils.messages import SpeedWarning
 from griffin_jax.utils.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -311,11 +314,15 @@ class LLM:
             raise ValueError(
                 "experts are chosen at the density that is given, and tried on nothing: max_divergence=None"
             )
+        if self._in_place is not None:
+            check_in_place(request)
         pruner = self._candidate(request).pruner
         pruner.config.kept(self.model.config.neuron_ranges)
         sequences = self._tokenize(prompts, request.generation.chat)
         self._check_room(sequences, 0)
         self._check_in_place(pruner.config, 1, None)
+        check_seeds(pruner.config, request.generation.seed)
+        seed = request.generation.seeds(len(sequences))
         self._check_adapter(request, len(sequences), dense=False)
         batch, longest_prompt = len(sequences), max(map(len, sequences))
         parts = needs_of(self.model).selecting(batch, longest_prompt, adapter_bytes(adapter, batch))
@@ -324,7 +331,7 @@ class LLM:
         tokens, lengths = pad(sequences, bucket(longest_prompt))
         longest = request.generation.max_new_tokens
         statistics = jitted.prefill(full, tokens, lengths, max_new_tokens=0, longest=longest).statistics
-        chosen = self._select(pruner, full, statistics, request.generation.seeds(len(sequences)))
+        chosen = self._select(pruner, full, statistics, seed)
         return dataclasses.replace(chosen, model=None if self._in_place else self._own_fingerprint())
 
     def logits(
@@ -369,7 +376,6 @@ class LLM:
         if not 1 <= prompt_length <= len(rows[0]):
             raise ValueError(f"prompt_length must be in [1, {len(rows[0])}], got {prompt_length}")
         self._check_experts(experts, len(rows))
-        check_kept(self.model, config if experts is None else experts)
         if experts is None and kept == self.model.neurons:
             prompt_length = len(rows[0])
         seed = request.generation.seeds(len(rows))
@@ -413,6 +419,11 @@ class LLM:
         """Whether every neuron is held once, so that rows of weights move from answer to answer."""
         return self._in_place is not None
 
+    @property
+    def _platform(self) -> str:
+        """The platform of the model's devices, as JAX names it."""
+        return next(iter(self.model.embedding[...].devices())).platform
+
     def _run(
         self, prompts: Prompt | Sequence[Prompt], request: Request, stream: bool, reader: Reader | None = None
     ) -> Generator[tuple[Generation | None, list[str]]]:
@@ -432,6 +443,8 @@ class LLM:
     ) -> Plan:
         """Everything that can be wrong is found here, before anything is computed."""
         extensions, generation, experts = request.extensions, request.generation, request.experts
+        if self._in_place is not None:
+            check_in_place(request)
         candidates = self._candidates(request)
         candidate = next(reversed(candidates.values()), None) or self._candidate(request)
         pruner, mixed = candidate.pruner, candidate.mixed
@@ -443,7 +456,8 @@ class LLM:
         sequences = self._tokenize(prompts, generation.chat)
         self._check_room(sequences, generation.max_new_tokens)
         self._check_experts(experts, len(sequences))
-        check_kept(self.model, pruner.config if experts is None else experts)
+        for each in (candidate, *candidates.values()):
+            self._check_kept(each, request, len(sequences))
         self._check_adapter(request, len(sequences), dense=dense)
         trial = trial_tokens(min(map(len, sequences))) if candidates else 0
         if candidates and not trial:
@@ -453,23 +467,14 @@ class LLM:
             self._check_in_place(pruner.config, len(sequences), experts)
         if experts is None:
             check_seeds(pruner.config, generation.seed)
-        if extensions.rows and self._in_place is not None:
-            raise ValueError("with in_place the kept rows are the model's own and cannot be refitted: refit=False")
-        if extensions.refresh_every and self._in_place is not None:
-            raise ValueError(
-                "with in_place all rows would be regrouped at every refresh: refresh_every=None, or load it without"
-            )
         if extensions.drafter is not None:
-            if self._in_place is not None:
-                raise ValueError(
-                    "with in_place rows of weights move, and those of a drafter do not: draft_weights=None"
-                )
             extensions.drafter.check(self.config.width, self.config.embedding_width)
         # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
         drafts = min(extensions.drafts, generation.max_new_tokens - 1)
         drafts = 0 if dense and extensions.drafter is None and not extensions.lookup else drafts
-        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them.
-        most = bucket(max(map(len, sequences)))
+        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them. In a chat later turns
+        # have more, and go on with what this one records.
+        most = pruner.rows if reader is not None else bucket(max(map(len, sequences)))
         most += bucket(generation.max_new_tokens) if extensions.refresh_every else 0
         # Where all neurons are kept, in whatever format, there is nothing to make good.
         whole = all(self._keeps_all(each.pruner) for each in (candidate, *candidates.values()))
@@ -508,8 +513,6 @@ class LLM:
         """How the model may be pruned if a promise is to be kept, by density, the least first."""
         if request.extensions.max_divergence is None:
             return {}
-        if self._in_place is not None:
-            raise ValueError("with in_place rows of weights move, and nothing is tried before: max_divergence=None")
         found, griffin = {}, request.griffin
         for density in allowed_densities(cast(float, griffin.density)):
             at = dataclasses.replace(request, griffin=dataclasses.replace(griffin, density=density))
@@ -550,8 +553,6 @@ class LLM:
             return None
         if request.experts is not None:
             raise ValueError("experts do not say which neurons have more bits: give a density, or mixed_weights=None")
-        if self._in_place is not None:
-            raise ValueError("with in_place rows of weights move, and those in fewer bits do not: mixed_weights=None")
         mixed.check(self.config.width, self.config.embedding_width)
         return mixed
 
@@ -602,7 +603,7 @@ class LLM:
         advice = ["take fewer prompts at a time"] if batch > 1 else []
         if pruned:
             advice += ["let them share their neurons (shared=True)"] if batch > 1 and not shared else []
-            advice += ["load the model with in_place=True"] if batch == 1 or shared else []
+            advice += ["load the model with in_place=True (--in-place)"] if batch == 1 or shared else []
         advice += ["shorten prompts or answers", "load weights of fewer bits"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
 
@@ -638,6 +639,7 @@ class LLM:
                 model = jax.block_until_ready(self._prune_mixed(plan.pruner, plan.mixed, prefilled, kept=experts))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
+            self._warn_of_tiles(plan, model)
         if self._in_place is not None:
             # Its rows have moved, and what they were in is overwritten.
             full = self.model
@@ -810,15 +812,12 @@ class LLM:
 
     def _pruner(self, request: Request) -> Pruner:
         """How a request prunes this model, whose prior must be its own, on the devices that it is on."""
-        config = self._grouped(request.griffin)
+        # Given neurons are kept whatever the config.
+        config = self._grouped(request.griffin) if request.experts is None else request.griffin
         extensions = request.extensions
         if extensions.prior is not None:
-            if self._in_place is not None:
-                raise ValueError("with in_place the rows of weights move, so a prior cannot be known to be theirs")
             extensions.prior.check(self._own_fingerprint())
         if extensions.healing is not None:
-            if self._in_place is not None:
-                raise ValueError("with in_place the rows of weights move, and those of a healing do not: healing=None")
             extensions.healing.check(self.config, self._own_fingerprint())
         return Pruner.of(config, extensions)
 
@@ -880,17 +879,37 @@ class LLM:
         chosen = pruner.select_mixed(self.model, prefilled.statistics, mixed, kept)
         return pruner.prune_mixed(self.model, few[1], mixed, chosen, prefilled.rows, masked=masked)
 
+    def _warn_of_tiles(self, plan: Plan, pruned: Transformer) -> None:
+        """Warn if XLA for GPUs will pad or join the matrices of a pruned model at every token."""
+        if self._platform != "gpu":
+            return
+        # Rows of each sequence are read by sums, and where there is a mask matrices are what they were.
+        layers = [layer.ff for layer in pruned.layers if isinstance(layer.ff, FeedForward)]
+        layers = [ff for ff in layers if not ff.per_sequence and ff.mask is None]
+        counts = [(plan.drafter or self.model.weights, [ff.down.shape[-2] for ff in layers])]
+        if plan.mixed is not None:
+            counts.append((plan.mixed.coarse, [ff.rest.neurons for ff in layers if ff.rest is not None]))
+        changed = [(format, set(kept) - set(self.model.neurons)) for format, kept in counts]
+        devices = axis_size(mesh_of(pruned.embedding[...]), MODEL_AXIS)
+        if tile := tile_missed(changed, devices):
+            each = f" of each of {devices} devices" if devices > 1 else ""
+            warnings.warn(
+                f"in some layers the kept neurons{each} are no multiple of {tile}, so that XLA for GPUs pads or joins"
+                f" matrices at every token: round_to={tile * devices} (--round-to {tile * devices}) avoids that",
+                SpeedWarning,
+                stacklevel=2,
+            )
+
     def _give_back(self, pruned: Transformer) -> None:
         """Keeps the memory of kept rows for the next answer, on CPUs, where fresh memory is slow.
 
         Only one set of them, at most: that is less than the model, and those of a batch would be several times that,
         held for nothing until as large a batch comes.
         """
-        on_cpu = next(iter(pruned.embedding[...].devices())).platform == "cpu"
         own = any(
             layer.ff.per_sequence or layer.ff.mask is not None or layer.ff.rest is not None for layer in pruned.layers
         )
-        if self._in_place is None and on_cpu and not own:
+        if self._in_place is None and self._platform == "cpu" and not own:
             self._spare = pruned
 
     def _tokenize(self, prompts: Prompt | Sequence[Prompt], chat: bool) -> list[list[int]]:
@@ -951,10 +970,6 @@ class LLM:
         adapter = request.adapter
         if adapter is None:
             return
-        if self._in_place is not None:
-            raise ValueError(
-                "with in_place rows of weights move, and those of an adapter do not: merge it, or load without"
-            )
         if self.model.adapted:
             raise ValueError("this model has an adapter already: make an LLM of what `detach` returns, or ask for none")
         if request.extensions.drafter is not None:
@@ -983,6 +998,23 @@ class LLM:
         for one in each:
             if one is not None:
                 one.check(self.config)
+
+    def _check_kept(self, candidate: Candidate, request: Request, batch: int) -> None:
+        """Raise `ValueError` if devices cannot share the rows that are copied for a request evenly."""
+        config, mixed, experts = candidate.pruner.config, candidate.mixed, request.experts
+        shared = config.shared if experts is None else experts.shared
+        sets = 1 if shared else local_sequences(mesh_of(self.model.embedding[...]), batch)
+        refitted = request.extensions.rows > 0
+        if mixed is None:
+            kept = config.kept(self.model.config.neuron_ranges) if experts is None else experts.kept
+            if not masks(self.model, [sum(kept)], sets, refitted=refitted):
+                check_kept(self.model, config if experts is None else experts)
+            return
+        counts = mixed.counts_of_ranges(config, self.model.config.neuron_ranges)
+        precise, others = (sum(map(sum, layers)) for layers in counts)
+        if not masks(self.model, [precise, others], sets, mixed, refitted=refitted and not precise):
+            for layers in counts:
+                check_kept(self.model, layers)
 
     def _check_in_place(self, config: GriffinConfig, batch: int, experts: ExpertNeurons | None) -> None:
         if self._in_place is None:

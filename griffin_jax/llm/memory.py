@@ -275,13 +275,6 @@ class Needs:
             read = self._reading_on(continued, rows=rows, copied=every is not None)
         held, reading = ({**parts, "adapters": adapters} for parts in read)
         sizes = self._sizes(batch, slots, shared, refitted=rows > 0)
-        trying: list[Parts] = []
-        if trial:
-            # What the tokens before the trial choose by; and in the trial a cache for each of the densities.
-            before = {part: 2 * held[part] for part in ("statistics", "rows of the refit")}
-            reading, tried = reading | before, held | before | {"copies of the cache": ENDS * held["cache"]}
-            refit = {"rows": rows, "calibration": calibration, "shared": shared}
-            trying = self._forcing(ENDS * batch, trial, sizes.slots, tried, 1, **refit)
         if drafter is not None:
             precision = Precision(self.precision.dtype, drafter)
             few = 0 if drafter_is_there else self.drafter(drafter)
@@ -296,6 +289,13 @@ class Needs:
             copied, neurons, masked = self._in_two_formats(batch, shared, mixed, refitted=rows > 0)
             copied = 0 if mixed_is_there else copied
             held |= {"neurons in fewer bits": copied, "rounding": 6 * 4 * BLOCK if copied else 0}
+        trying: list[Parts] = []
+        if trial:
+            # What the tokens before the trial choose by; and in the trial a cache for each of the densities.
+            before = {part: 2 * held[part] for part in ("statistics", "rows of the refit")}
+            reading, tried = reading | before, held | before | {"copies of the cache": ENDS * held["cache"]}
+            refit = {"rows": rows, "calibration": calibration, "shared": shared}
+            trying = self._forcing(ENDS * batch, trial, sizes.slots, tried, 1, **refit)
         # Of two formats each has masks of its own.
         masks = (1 if mixed is None else 2) * own * sum(c.neurons) // self._parts if masked else 0
         if repeated:

@@ -102,7 +102,8 @@ def updated(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         changes: others of them.
     """
     replaced = {field for name, group in GROUPS.items() if changes.get(name) is not None for field in names_of(group)}
-    replaced |= {old for old, new in RENAMED.items() if new in replaced}
+    for old, new in RENAMED.items():
+        replaced |= {old, new} if {old, new} & (replaced | changes.keys()) else set()
     return {name: value for name, value in options.items() if name not in replaced} | {**changes}
 
 
@@ -122,6 +123,30 @@ def signature(function: Any) -> inspect.Signature:
     return own.replace(parameters=[*parameters, *named, *whole])
 
 
-def check_options(**options: Any) -> None:
-    """Raise as `LLM.generate` would for these options, before a model is loaded."""
-    Request.of("generate", **options)
+def check_options(in_place: bool = False, **options: Any) -> None:
+    """Raise as `LLM.generate` would for these options, before a model is loaded.
+
+    Args:
+        in_place: whether it is to be loaded with every neuron held once.
+        **options: those of `LLM.generate`.
+    """
+    request = Request.of("generate", **options)
+    if in_place:
+        check_in_place(request)
+
+
+def check_in_place(request: Request) -> None:
+    """Raise `ValueError` if a model that holds every neuron once cannot answer a request."""
+    extensions = request.extensions
+    for asked, why, instead in (
+        (extensions.prior is not None, "a prior cannot be known to be theirs", "prior=None"),
+        (extensions.rows, "the kept ones are the model's own and cannot be refitted", "refit=False"),
+        (extensions.healing is not None, "those of a healing do not", "healing=None"),
+        (extensions.refresh_every is not None, "all would be regrouped at every refresh", "refresh_every=None"),
+        (extensions.drafter is not None, "those of a drafter do not", "draft_weights=None"),
+        (extensions.mixed_weights is not None, "those in fewer bits do not", "mixed_weights=None"),
+        (extensions.max_divergence is not None, "nothing is tried before", "max_divergence=None"),
+        (request.adapter is not None, "those of an adapter do not", "merge it"),
+    ):
+        if asked:
+            raise ValueError(f"with in_place rows of weights move, and {why}: {instead}, or load the model without")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
 from griffin_jax.model.transformer import Transformer
+from griffin_jax.model.weights import WeightFormat
 from griffin_jax.parallel.mesh import DATA_AXIS, MODEL_AXIS, axis_size, dividing
 
 HEADS, NEURONS, VOCABULARY, SEQUENCES, EXPERTS = "heads", "neurons", "vocabulary", "sequences", "experts"
@@ -144,6 +145,22 @@ GPU_TILE = 64
 INTEGER_TILE = 128
 """The same of integers with a scale for each output. Of an odd multiple of 64 rows XLA (jax 0.10.2, not autotuned) pads
 the down projection, for which all of it is converted in memory. Seen in programs compiled for H100."""
+
+
+def tile_of(format: WeightFormat) -> int:
+    """Rows of a tile of XLA's products on GPUs with matrices of this format."""
+    return INTEGER_TILE if format.quantised and format.group is None else GPU_TILE
+
+
+def tile_missed(counts: Iterable[tuple[WeightFormat, Iterable[int]]], devices: int = 1) -> int:
+    """The rows of a tile if a GPU's kept neurons are no multiple of them; 0 if they are.
+
+    Args:
+        counts: for each format of the kept neurons, how many there are in each layer.
+        devices: number of devices that share them.
+    """
+    missed = (tile_of(format) for format, kept in counts if any(k % (tile_of(format) * devices) for k in kept))
+    return max(missed, default=0)
 
 
 def check_mesh(config: ModelConfig, devices: int, kept: Sequence[int | Sequence[int]] = ()) -> None:

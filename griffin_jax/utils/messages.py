@@ -65,3 +65,7 @@ def shortened(names: Sequence[str], limit: int, separator: str = ", ") -> str:
 
 class CheckpointWarning(UserWarning):
     """Warns that something in a checkpoint is left out, or may be wrong."""
+
+
+class SpeedWarning(UserWarning):
+    """Warns that answers are right, but slower than they need be."""

@@ -242,7 +242,7 @@ class TestGenerate:
             Extensions(mixed_weights="int4@0.5", healing=healing)
         with pytest.raises(ValueError, match="a trial is of models without a healing"):
             Extensions(max_divergence=0.1, healing=healing)
-        with pytest.raises(ValueError, match="with in_place the rows of weights move"):
+        with pytest.raises(ValueError, match="with in_place rows of weights move, and those of a healing"):
             gj.load(tiny.folder, "float32", in_place=True).generate(PROMPTS[:1], density=0.5, healing=healing)
 
 

@@ -672,6 +672,11 @@ class TestOutcomes:
         lines = capfd.readouterr()[0].splitlines()
         assert f"{'all-reduce, each layer':29}{'2':>16}{'2':>16}" in lines
 
+    def test_a_config_is_enough(self, capfd, found, tiny, tmp_path):
+        (tmp_path / "config.json").write_bytes((tiny.folder / "config.json").read_bytes())
+        assert main(["compile", "--target", "L40", "--model", str(tmp_path), "--prompt", "8", "--new", "8"]) == 0
+        assert "NVIDIA L40" in capfd.readouterr()[0]
+
     def test_tiles_of_each_device(self, found):
         found["pruned"] = found["pruned"] | {"ff_copies_per_step": ["fusion of pad"]}
         assert "of a device are no multiple of 64" in table("Llama", compile_for("h100", LLAMA, devices=8))

@@ -278,6 +278,12 @@ def bench_options(*arguments: str):
     return cli.parser_of("bench").parse_args(arguments)
 
 
+@pytest.mark.parametrize("given", [("0.75,", "0.5"), ("0.75, 0.5",), ("0.75", "0.5"), ("0.75,0.5",)], ids=" ".join)
+def test_densities_are_separated_by_commas_or_spaces(given):
+    options = bench_options("--model", "SmolLM2-135M", "--lengths", "9+3", "--density", *given)
+    assert bench.check(options).densities == (1.0, 0.75, 0.5)
+
+
 def test_medians_of_made_up_samples():
     options = bench_options("--model", "SmolLM2-135M", "--lengths", "100+11", "--batch", "2", "--density", "0.5")
     plan = bench.check(options)

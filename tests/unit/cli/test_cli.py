@@ -74,6 +74,12 @@ class TestGenerate:
         assert first == again
         assert f"{2 * 28} of 96 neurons kept" in err
 
+    def test_in_place(self, capfd, model):
+        arguments = ["generate", "--model", model, "--prompt", "A river", "--max-new-tokens", "6"]
+        _, usual, _ = run(capfd, *arguments)
+        code, out, _ = run(capfd, *arguments, "--in-place")
+        assert (code, out) == (0, usual)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -96,6 +102,9 @@ class TestGenerate:
             (["--prompt", "a", "--save-experts", "no such folder/e"], "--save-experts: there is no folder"),
             (["--prompt", "a", "--save-experts", "e", "--density", "1"], "at density 1 nothing is pruned"),
             (["--prompt", "a", "--model", "~nosuch/x"], "nosuch"),
+            (["--prompt", "a", "--in-place", "--refit"], "the kept ones are the model's own and cannot be refitted"),
+            (["--prompt", "a", "--in-place", "--mesh", "model=2"], "leave out in_place or mesh"),
+            (["--prompt", "a", "--prompt", "b", "--in-place"], "with in_place a batch shares its experts"),
             (["--prompt", "a", "--wrong"], "unrecognized arguments: --wrong"),
             (["--prompt", "a", "--model", "/nowhere/model"], "/nowhere/model"),
         ],

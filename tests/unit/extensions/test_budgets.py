@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import jax
@@ -216,11 +218,28 @@ class TestPrior:
         assert [layer for layer in shares if len(layer) == 3] == [(k, k, 2 * k) for k in best]
         assert shares[1] == (10,)
 
+    def test_ranges_of_other_sizes_are_divided_evenly_too(self, rng):
+        """Shared experts of another width: a share that is whole groups of routed experts may be none of theirs."""
+        ranges = ((12, 12, 8),) * 2
+        squares, weights = (tuple(jnp.asarray(rng.random(32) + n, jnp.float32) for n in range(2)) for _ in range(2))
+        prior = gj.Prior(squares, (), "m", 9, weights, strength=1.0, uniform="", ranges=ranges)
+        shares = prior.budgeted(gj.GriffinConfig(0.5, groups=2)).kept_of_ranges(ranges)
+        assert any(own[0] * 8 // 12 % 2 for own in shares)
+        assert all(k % 2 == 0 for own in shares for k in own)
+
     def test_they_are_found_once_for_all_answers(self, prior, monkeypatch):
         config = gj.GriffinConfig(0.4375)
         first = prior.budgeted(config)
         monkeypatch.setattr("griffin_jax.extensions.prior.share_out", None)
         assert prior.budgeted(gj.GriffinConfig(0.4375)) is first
+
+    def test_they_do_not_keep_the_prior(self, prior):
+        copy = dataclasses.replace(prior)
+        copy.budgeted(gj.GriffinConfig(0.5))
+        kept = weakref.ref(copy)
+        del copy
+        gc.collect()
+        assert kept() is None
 
     def test_not_used_where_they_do_not_pay(self, prior):
         config = gj.GriffinConfig(0.5)

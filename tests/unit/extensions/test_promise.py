@@ -20,8 +20,11 @@ from griffin_jax.extensions.promise import Outcome, allowed_densities, between, 
 from griffin_jax.extensions.pruner import Pruner
 from griffin_jax.generation import jitted
 from griffin_jax.llm import llm
-from griffin_jax.llm.memory import needs_of
-from griffin_jax.model.weights import WeightFormat
+from griffin_jax.llm.memory import Needs, needs_of
+from griffin_jax.model.assembly import random_model
+from griffin_jax.model.sharding import model_shardings
+from griffin_jax.model.weights import Precision, WeightFormat
+from griffin_jax.parallel.mesh import make_mesh
 
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 LONG = " ".join(PASSAGES)
@@ -253,6 +256,28 @@ def test_refused_where_nothing_can_be_tried(long, prompts):
         long.llm.experts(prompts, max_divergence=0.1)
     with pytest.raises(ValueError, match="with in_place rows of weights move, and nothing is tried"):
         gj.load(long.folder, "float32", in_place=True).generate(prompts[:1], max_divergence=0.1)
+
+
+def test_densities_that_a_mesh_cannot_divide_are_refused_before_anything_is_read(prompts, monkeypatch):
+    """Any of those that the trial may take, not only the largest."""
+    model = random_model(gj.ModelConfig("llama", 320, 16, 60, 2, 2, 2, 8, 1024))
+    divided = gj.LLM(jax.device_put(model, model_shardings(model, make_mesh(model=2))))
+    monkeypatch.setattr(jitted, "prefill", None)
+    assert [60 * density % 2 for density in (0.5, 0.9)] == [0, 0]
+    with pytest.raises(ValueError, match="2 devices cannot share 39 kept neurons evenly"):
+        divided.generate(prompts[:1], density=0.5, groups=1, max_divergence=0.1)
+
+
+def test_memory_of_a_trial_in_two_formats():
+    """All neurons in the second format are there during the trial, which takes most where the vocabulary is large."""
+    config = gj.ModelConfig("llama", 50_000, 16, 48, 2, 2, 2, 8, 1024)
+    needs = Needs(config, Precision.of("float32"))
+    mixed = (MixedFormat(WeightFormat("float32"), WeightFormat("int8"), 0.25), gj.GriffinConfig(0.5))
+    there, made = (
+        needs.generation(8, 512, 8, [24, 24], trial=32, mixed=mixed, mixed_is_there=is_there)
+        for is_there in (True, False)
+    )
+    assert sum(made.values()) - sum(there.values()) >= made["neurons in fewer bits"] > 0
 
 
 def test_memory_counts_the_trial(long):

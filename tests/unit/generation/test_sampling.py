@@ -109,6 +109,13 @@ def test_answers_take_such_numbers(tiny):
             tiny.llm.generate(prompts)
 
 
+def test_the_lowest_temperatures_leave_the_most_probable_token():
+    """Also those that are zero in float32."""
+    logits = jnp.asarray([[0.5, 2.0, -1.0]])
+    for temperature in (1e-38, 1e-46):
+        np.testing.assert_array_equal(gj.Sample(temperature).distribution(logits), [[0, 1, 0]])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_the_first_of_the_largest_is_found(rng, dtype):
     logits = np.asarray(rng.integers(-3, 4, (5, 7, 40)), dtype)

@@ -78,6 +78,23 @@ def test_the_cache_that_is_there_is_not_asked_for_again(llm, monkeypatch):
     assert set(grew) == {True, False}
 
 
+def test_a_cache_that_is_of_no_use_is_not_in_the_way(llm, monkeypatch):
+    """If the whole conversation must be read anew, the memory of its old cache is free for that, even if refused."""
+    chat, held = llm.chat(**OPTIONS), []
+    chat.say(SAID[0], refit=True)
+
+    def refuses(*_) -> None:
+        held.append(chat._state)
+        raise MemoryError("too little")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(memory, "check", refuses)
+        with pytest.raises(MemoryError, match="too little"):
+            chat.say(SAID[1], refit=False)
+    assert held == [None]
+    assert len(chat.say(SAID[1]).tokens[0]) == 6
+
+
 def test_what_is_read_is_what_was_asked_for(llm, monkeypatch):
     chat, asked, read = llm.chat(**OPTIONS, density=1.0), [], []
     check, read_more = gj.LLM._check_memory, jitted.read_more
@@ -127,6 +144,17 @@ def test_only_what_is_new_is_read(llm):
     assert second.read == second.tokens - first.tokens
     assert third.read == third.tokens - second.tokens
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
+
+
+def test_rows_of_a_refit_are_recorded_from_the_first_turn(long):
+    """As many as later turns need, for which nothing is read again."""
+    chat = long.llm.chat(refit=True, **OPTIONS)
+    for text in (SAID[0], " ".join(SAID * 4), SAID[1]):
+        chat.say(text)
+    first, second, third = chat.turns
+    assert first.tokens < 64 < second.tokens
+    assert (first.read, second.read) == (first.tokens, second.tokens - first.tokens)
+    assert third.read == third.tokens - second.tokens
 
 
 def test_the_neurons_are_those_of_all_that_was_said(llm):

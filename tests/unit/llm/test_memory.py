@@ -230,7 +230,7 @@ class TestLLM:
             " load weights of fewer bits"
         )
         assert "\n" not in str(error.value)
-        with pytest.raises(MemoryError, match="load the model with in_place=True, shorten prompts"):
+        with pytest.raises(MemoryError, match=r"load the model with in_place=True \(--in-place\), shorten prompts"):
             tiny.llm.generate([5, 6, 7], max_new_tokens=4)
 
     def test_experts(self, tiny, monkeypatch):

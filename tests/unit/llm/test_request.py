@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 import griffin_jax as gj
 from griffin_jax.cli.options import add_options, read_options
 from griffin_jax.extensions.config import Extensions
+from griffin_jax.generation import jitted
 from griffin_jax.generation.config import GenerationConfig
 from griffin_jax.griffin.config import GriffinConfig
-from griffin_jax.llm.request import GROUPS, OPTIONS, RENAMED, Request
+from griffin_jax.llm.request import GROUPS, OPTIONS, RENAMED, Request, updated
 from griffin_jax.model.assembly import random_model
+from griffin_jax.parallel.mesh import make_mesh
 from griffin_jax.utils.deprecation import GriffinDeprecationWarning
+from griffin_jax.utils.messages import SpeedWarning
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 60, 61]]
 
@@ -158,14 +162,117 @@ class TestSeed:
             for kept, expected in zip(together, alone, strict=True):
                 np.testing.assert_array_equal(kept[row], expected[0])
 
-    def test_as_many_as_prompts(self, tiny):
-        with pytest.raises(ValueError, match="3 seeds for 2 prompts"):
-            tiny.llm.generate(PROMPTS, seed=[1, 2, 3])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"seed": [1, 2, 3]}, "3 seeds for 2 prompts"),
+            (
+                {"seed": [1, 2], "method": "random", "shared": True},
+                "a seed for each sequence is for neurons of its own",
+            ),
+        ],
+        ids=["three", "shared"],
+    )
+    def test_refused_before_anything_is_read(self, tiny, monkeypatch, options, message):
+        monkeypatch.setattr(jitted, "prefill", None)
+        for use in (tiny.llm.generate, tiny.llm.experts):
+            with pytest.raises(ValueError, match=message):
+                use(PROMPTS, **options)
 
     def test_shared_neurons_are_drawn_with_one(self, rng):
         statistics = gj.Statistics((jnp.asarray(rng.random((2, 8)), jnp.float32),), jnp.asarray([1, 2], jnp.int32))
         with pytest.raises(ValueError, match="a seed for each sequence is for neurons of its own"):
             gj.select(statistics, gj.GriffinConfig(0.5, "random", shared=True), seed=jnp.asarray([1, 2]))
+
+
+class TestTiles:
+    """XLA for GPUs pads or joins matrices whose rows are no whole tiles."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def llm(cls) -> gj.LLM:
+        return gj.LLM(random_model(gj.ModelConfig("llama", 64, 32, 512, 2, 2, 1, 16, 64)))
+
+    @pytest.fixture
+    def on_gpu(self, monkeypatch) -> None:
+        monkeypatch.setattr(gj.LLM, "_platform", "gpu")
+
+    @pytest.mark.parametrize(
+        ("options", "tile"),
+        [
+            ({"density": 0.3}, 64),
+            ({"density": 0.3, "round_to": 64}, None),
+            ({"density": 0.25}, None),
+            ({"density": (0.25, 0.3)}, 64),
+            ({"density": 0.75, "mixed_weights": "int8@0.5"}, 128),
+            ({"density": 0.5, "mixed_weights": "int8@0.5"}, None),
+            ({"density": 0.6, "mixed_weights": "int8"}, 128),
+            ({"density": 1.0}, None),
+        ],
+        ids=str,
+    )
+    def test_warned_of(self, llm, on_gpu, options, tile):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", SpeedWarning)
+            llm.generate([[5, 6, 7]], max_new_tokens=2, **options)
+        said = [str(warning.message) for warning in found if warning.category is SpeedWarning]
+        assert len(said) == (tile is not None)
+        assert all(f"no multiple of {tile}," in line and f"--round-to {tile}" in line for line in said)
+
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_masks_change_no_matrix(self, llm, on_gpu, shared):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", SpeedWarning)
+            llm.generate([[5, 6, 7]] * 4, max_new_tokens=2, density=0.3, shared=shared)
+        assert len(found) == shared
+
+    def test_other_platforms_have_none(self, llm):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SpeedWarning)
+            llm.generate([[5, 6, 7]], max_new_tokens=2, density=0.3)
+
+
+class TestKeptOnMeshes:
+    """Devices need to share the kept rows evenly only where these are copied."""
+
+    def test_masked_rows_need_not_be_divided(self, tiny):
+        """17 of 48 neurons: two sequences of their own are masked, one is copied."""
+        divided, options = gj.load(tiny.folder, "float32", mesh=make_mesh(model=2)), {"density": 0.65, "groups": 1}
+        tokens = np.asarray([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+        np.testing.assert_allclose(
+            divided.logits(tokens, prompt_length=3, **options),
+            tiny.llm.logits(tokens, prompt_length=3, **options),
+            atol=1e-5,
+        )
+        options |= {"max_new_tokens": 4, "ignore_eos": True}
+        assert divided.generate(tokens, **options).tokens == tiny.llm.generate(tokens, **options).tokens
+        with pytest.raises(ValueError, match="2 devices cannot share 31 kept neurons evenly"):
+            divided.generate(tokens[:1], **options)
+
+    def test_given_neurons_count_and_not_the_density(self, tiny):
+        divided = gj.load(tiny.folder, "float32", mesh=make_mesh(model=2))
+        experts = gj.ExpertNeurons.from_indices([np.arange(24)] * 2, tiny.llm.model.neurons)
+        options = {"experts": experts, "density": 0.65, "max_new_tokens": 4, "ignore_eos": True}
+        assert divided.generate([[5, 6]], **options).tokens == tiny.llm.generate([[5, 6]], **options).tokens
+
+    def test_precise_neurons_must_be_shared_too(self, tiny, monkeypatch):
+        divided = gj.load(tiny.folder, "float32", mesh=make_mesh(model=2))
+        monkeypatch.setattr(jitted, "prefill", None)
+        with pytest.raises(ValueError, match="2 devices cannot share 3 kept neurons evenly"):
+            divided.generate([[5, 6]], density=0.5, groups=1, mixed_weights="int8:8@0.13")
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "expected"),
+    [
+        ({"reconstruct": True, "density": 0.5}, {"refit": False}, {"density": 0.5, "refit": False}),
+        ({"refit": True}, {"reconstruct": False}, {"reconstruct": False}),
+        ({"multiple": 8}, {"griffin": GriffinConfig(0.5)}, {"griffin": GriffinConfig(0.5)}),
+    ],
+    ids=["old", "new", "group"],
+)
+def test_an_option_is_replaced_under_either_name(options, changes, expected):
+    assert updated(options, changes) == expected
 
 
 class TestModelOfExperts:
