@@ -1,7 +1,7 @@
 """A model on eight devices: `python examples/a_mesh.py`.
 
 The CPU of this machine acts as eight devices, so the example runs anywhere, although no faster than on one device. If
-you have accelerators, leave out the environment variables.
+you have eight accelerators, leave out the environment variables; if you have others, also change the mesh.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ from griffin_jax.training.config import TrainingConfig
 DESCRIPTION = """Trains a low-rank adapter for the pruned forms of a model, whose own weights do not change. The full
 model reads the first tokens of each sequence of the texts, and neurons are chosen by them. The adapter
 is trained so that the pruned model predicts the other tokens as the full model does. One adapter serves
-all prompts; generate, chat and eval take it as --healing. After an interruption, the same command
-resumes. It needs extra packages: pip install '.[factor]' or '.[moin]'."""
+all prompts; generate, chat and most kinds of eval take it as --healing. After an interruption, the
+same command resumes. It needs extra packages: pip install '.[factor]' or '.[moin]'."""
 
 RANK, TARGETS = 16, "feed_forward"
 """Defaults of the adapter. Next to floating weights, one of feed-forward matrices alone costs decoding nothing."""

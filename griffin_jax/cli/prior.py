@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file to write (default: *.prior.safetensors, next to the model, or in the current folder if --model is no"
         " path)",
     )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace a prior that is there")
 
 
 def chosen_prior(options: argparse.Namespace) -> Prior | None:
@@ -143,6 +144,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be less than 2**31, got {options.seed}")
     output = options.output or prior_path(options.model)
     check_output("--output", output)
+    if output.exists() and not options.overwrite:
+        raise FileExistsError(f"{output} exists already: give another --output, or --overwrite to measure it anew")
     check_files(options.text or ())
 
     mesh = chosen_mesh(options)

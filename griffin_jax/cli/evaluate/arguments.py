@@ -146,14 +146,19 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json-file", type=Path, metavar="FILE", help="also write the results to FILE, as JSON")
 
 
-def add_common(parser: argparse.ArgumentParser, size: int) -> None:
-    """Declare all that evaluations of methods have in common; steps beyond GRIFFIN may follow each method."""
-    add_model(parser)
-    what = parser.add_argument_group("what is compared")
+def add_densities(what: Any) -> None:
+    """Declare --density."""
     add_options(
         what, GriffinConfig, "density", type=str, default="0.5", metavar="D",
         help="shares of feed-forward neurons to keep, separated by commas",
     )  # fmt: skip
+
+
+def add_common(parser: argparse.ArgumentParser, size: int) -> None:
+    """Declare all that evaluations of methods have in common; steps beyond GRIFFIN may follow each method."""
+    add_model(parser)
+    what = parser.add_argument_group("what is compared")
+    add_densities(what)
     what.add_argument(
         "--method", default="topk",
         help=f"methods to compare, separated by commas: {', '.join(METHODS)} (default: %(default)s). Steps beyond"

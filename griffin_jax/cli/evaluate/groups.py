@@ -6,12 +6,19 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from griffin_jax.cli.evaluate.arguments import add_common, add_lengths, add_text_file
+from griffin_jax.cli.evaluate.arguments import (
+    add_densities,
+    add_lengths,
+    add_model,
+    add_output,
+    add_sample,
+    add_text_file,
+)
 from griffin_jax.cli.evaluate.running import Evaluation
 from griffin_jax.cli.evaluate.texts import check_lengths, first_items
 from griffin_jax.cli.options import numbers
 from griffin_jax.evaluation import groups, report
-from griffin_jax.evaluation.grid import Variant
+from griffin_jax.evaluation.grid import DEFAULTS, Variant
 from griffin_jax.evaluation.samples import Skipped
 from griffin_jax.extensions.config import Extensions
 from griffin_jax.llm.llm import LLM
@@ -31,15 +38,21 @@ def add(kinds: Any) -> None:
     kind.add_argument(
         "--groups", metavar="M", default="2,4,8", help="numbers of ranges, separated by commas (default: %(default)s)"
     )
-    add_common(kind, size=4)
-    kind.set_defaults(prepare=prepare, reference=None)
+    add_model(kind)
+    what = kind.add_argument_group("what is compared")
+    add_densities(what)
+    add_sample(what, size=4)
+    add_output(kind)
+    kind.set_defaults(
+        prepare=prepare, reference=None, method="topk", baselines=(), prior=None, healing=None,
+        prior_weight=DEFAULTS.prior_weight, rows=DEFAULTS.rows, ridge=DEFAULTS.ridge,
+        calibration_weight=DEFAULTS.calibration_weight, refresh_every=DEFAULTS.refresh_every,
+    )  # fmt: skip
 
 
 def prepare(
     options: argparse.Namespace, llm: LLM, variants: Sequence[Variant], extensions: Extensions, skipped: Skipped
 ) -> Evaluation:
-    if options.method != "topk":
-        raise ValueError(f"groups are compared by topk, got --method {options.method}")
     densities = [variant.density for variant in variants if variant.method == "topk"]
     rules = groups.rules(densities, numbers("--groups", options.groups, int), llm.model.config.neuron_ranges)
     prompt, new = options.prompt_tokens, options.new_tokens

@@ -663,4 +663,4 @@ class TestShards:
         code, _, err = run(capsys, *arguments, "--groups", "5", "--output", tmp_path / "five")
         assert (code, "5 groups cannot have equally many of 48 neurons" in err) == (2, True)
         code, _, err = run(capsys, *arguments, "--method", "random", "--output", tmp_path / "random")
-        assert (code, "groups are compared by topk" in err) == (2, True)
+        assert (code, "unrecognized arguments: --method random" in err) == (2, True)

@@ -164,6 +164,8 @@ class TestMeasuring:
     @pytest.mark.parametrize("first", [[], [1, 1]])
     def test_windows_hold_the_whole_text(self, first):
         class Words:
+            beginning = first
+
             def encode(self, text: str, special: bool = True) -> list[int]:
                 return [*(first if special else []), *map(int, text.split())]
 
@@ -262,6 +264,16 @@ class TestCommand:
         expected = measure(tiny.llm.model, self_generated(tiny.llm.model, 3, 9, size=4), size=4, rows=0)
         assert (found.rows, found.tokens) == ((), expected.tokens)
         assert found.uniform == "fewer than 5 texts are too few to try budgets on"
+
+    def test_one_that_is_there_is_kept(self, tiny, tmp_path, capsys):
+        arguments = ["--model", tiny.folder, "--self-generated", 2, "--window", 9, "--rows", 0]
+        (tmp_path / "p").write_bytes(b"measured for hours")
+        code, out, err = self.run(capsys, *arguments, "--output", tmp_path / "p")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "exists already: give another --output, or --overwrite to measure it anew" in err
+        assert (tmp_path / "p").read_bytes() == b"measured for hours"
+        assert self.run(capsys, *arguments, "--output", tmp_path / "p", "--overwrite")[0] == 0
+        assert gj.Prior.load(tmp_path / "p").tokens > 2
 
     def test_is_measured_when_it_is_first_needed(self, worded, tmp_path, capsys, monkeypatch):
         """What is asked for is measured over what the model writes by itself, once, and said on stderr."""
