@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import first_and_slow
 from test_factorize import LLAMA, PLAIN, logits, same, with_biases
@@ -237,14 +238,20 @@ class TestStep:
         np.testing.assert_allclose(figures["agreement"], 1)
         np.testing.assert_allclose(figures["load"], 1)
 
-    def test_parts_of_a_batch_are_the_whole(self, model):
+    def test_parts_of_a_batch_are_the_whole(self, model, monkeypatch):
+        """Without Adam, whose first update makes as much of a gradient that is all rounding as of any other."""
+        monkeypatch.setattr("griffin_jax.factor.training.make_optimizer", lambda _: optax.sgd(0.1))
         texts = pack([np.random.default_rng(3).integers(0, 64, 72).tolist()], TRAINING.length)
         training = dataclasses.replace(TRAINING, router_steps=0, batch=4, steps=1, warmup=0)
         runs = [train_factors(model, texts, dataclasses.replace(training, accumulate=n), quiet=True) for n in (1, 2)]
         for name in ("loss", "kl"):
             np.testing.assert_allclose(runs[0][1][-1][name], runs[1][1][-1][name], rtol=1e-5)
         for one, other in zip(*(jax.tree.leaves(model) for model, _ in runs), strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+        changed = jax.tree.leaves(model)
+        assert any(
+            np.abs(one - was).max() > 1e-4 for one, was in zip(jax.tree.leaves(runs[0][0]), changed, strict=True)
+        )
 
     @pytest.mark.slow
     def test_on_a_mesh(self, texts):
