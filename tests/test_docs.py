@@ -78,6 +78,7 @@ def run(script: Path, folder: Path, flags: str | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("page", "code"), pages_with_code())
 def test_the_python_blocks_of_a_page_run(page: Path, code: str, tmp_path: Path, request):
     if '"smollm2"' in code and "convert(" not in code:

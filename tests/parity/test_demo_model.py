@@ -35,6 +35,7 @@ def pruned(demo_llm, passages) -> gj.Generation:
     return demo_llm.generate(passages, max_new_tokens=NEW, density=0.5, ignore_eos=True)
 
 
+@pytest.mark.thorough
 def test_dense_answers_are_those_of_transformers(demo_llm, demo_torch, passages):
     out = demo_llm.generate(passages, max_new_tokens=NEW, density=1.0, ignore_eos=True)
     for passage, tokens in zip(passages, out.tokens, strict=True):

@@ -79,6 +79,7 @@ def test_steps(pair, rng):
     assert_close(stepwise_logits(pair.llm.model, pieces, 12), torch_logits(pair.torch, tokens))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pair", [name for name in LAST if name.startswith("gpt_oss")], indirect=True)
 def test_ragged_rows_with_sinks(pair, rng):
     """Rows of different lengths with padding between their tokens, as prompts and steps; others are as dense models."""
@@ -105,6 +106,7 @@ def intermediates(model: gj.Transformer, tokens: jax.Array) -> list[jax.Array]:
     return model(tokens, positions, cache, read_slots=0, observe=everywhere)[2]
 
 
+@pytest.mark.thorough
 @of_each_structure
 @pytest.mark.usefixtures("small_blocks")
 def test_statistics_and_neurons_of_each_expert(pair, rng):
@@ -130,6 +132,7 @@ def test_statistics_and_neurons_of_each_expert(pair, rng):
             np.testing.assert_array_equal(experts[layer][sequence], np.concatenate(kept))
 
 
+@pytest.mark.thorough
 @of_each_structure
 def test_pruned_is_masked(pair, rng):
     """The gathered rows compute what the full model does in which only they take part."""
@@ -142,6 +145,7 @@ def test_pruned_is_masked(pair, rng):
     assert_close(stepwise_logits(pruned, [tokens], 20), stepwise_logits(mask(model, experts), [tokens], 20))
 
 
+@pytest.mark.thorough
 @of_each_structure
 def test_tokens_of_pruned_torch(pair, rng):
     """Greedy tokens at a density equal those of the torch model whose other neurons' down projections are zero."""

@@ -43,6 +43,7 @@ def send_line(chat, text: str) -> None:
     chat.send(f"{text}\r")
 
 
+@pytest.mark.thorough
 def test_a_conversation(worded, tmp_path):
     # pexpect itself would fork, which is not safe in a process that runs JAX.
     ours, theirs = os.openpty()

@@ -63,6 +63,7 @@ def together(*arguments: str) -> list[tuple[int, str, str]]:
     return [(process.returncode, *output) for process, output in zip(both, outputs, strict=True)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mesh", "source"), [("model=2", "native"), pytest.param("data=2", ".", marks=pytest.mark.slow)]
 )

@@ -36,6 +36,7 @@ def test_damaged_checkpoints(tmp_path, kind, cases, refusals):
 MUTATIONS = FUZZING.with_name("mutations.py")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="bounds the memory as Linux does")
 @pytest.mark.parametrize(
     ("cases", "seed"), [(300, 0), pytest.param(10_000, 1, marks=pytest.mark.slow)], ids=["few", "many"]

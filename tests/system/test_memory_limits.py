@@ -106,6 +106,7 @@ print(json.dumps(memory.peak() - before))
 """
 
 
+@pytest.mark.thorough
 def test_loading_takes_little_more_than_the_weights(tmp_path):
     """Arrays are read some at a time and dropped when they are assembled, and so are never all in memory twice.
 

@@ -70,6 +70,7 @@ def assert_same(found, expected) -> None:
 
 
 class TestAnswers:
+    @pytest.mark.thorough
     @pytest.mark.parametrize("shape", first_and_slow(1, *MESHES))
     def test_dense_and_pruned(self, native, shape):
         llm = gj.load(native.folder, "float32", mesh=make_mesh(*shape))
@@ -486,6 +487,7 @@ def test_evaluation(capfd, native, tmp_path):
 
 
 class TestFiles:
+    @pytest.mark.thorough
     def test_experts_know_their_groups(self, native, tmp_path):
         experts = native.llm.experts(RAGGED[:2], groups=4)
         experts.save(tmp_path / "experts")
@@ -501,6 +503,7 @@ class TestFiles:
         with pytest.raises(ValueError, match="0 groups cannot have equally many"):
             gj.ExpertNeurons.from_indices([[0, 1]], [8], groups=0)
 
+    @pytest.mark.thorough
     def test_command(self, capfd, native):
         arguments = ["generate", "--model", str(native.folder), "--prompt", "A river", "--max-new-tokens", "6"]
         assert main([*arguments, "--groups", "2"]) == 0

@@ -66,6 +66,7 @@ def test_modules_of_version_0_1(module):
     assert found is not None
 
 
+@pytest.mark.thorough
 def test_arguments_of_version_0_1():
     config = gj.ModelConfig("llama", 32, 16, 24, 2, 2, 2, 8, 64)
     model = random_model(config)

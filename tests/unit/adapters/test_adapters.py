@@ -335,6 +335,7 @@ class TestFiles:
 class TestGenerate:
     PROMPTS = ([1, 5, 7, 9], [1, 11, 13])
 
+    @pytest.mark.thorough
     def test_it_answers_as_the_merged_model(self, tiny, pair):
         merged = gj.LLM(merge(attach(tiny.llm.model, pair[0])))
         for density in (1.0, 0.5):
@@ -343,6 +344,7 @@ class TestGenerate:
             assert tiny.llm.generate(self.PROMPTS, adapter=pair[0], **options).tokens == expected.tokens
         assert tiny.llm.generate(self.PROMPTS, **options).tokens != expected.tokens
 
+    @pytest.mark.thorough
     def test_every_prompt_its_own(self, tiny, pair):
         for density in (1.0, 0.5):
             options = {"density": density, "max_new_tokens": 6}

@@ -185,6 +185,7 @@ class TestTraining:
         # Before the first update the adapter is nothing, and these are the losses without it.
         assert 0 < refitted < plain
 
+    @pytest.mark.thorough
     def test_a_run_goes_on_with_its_own_prior_only(self, primed, packed, tmp_path):
         prior = Prior.load(primed.folder.with_name("model.prior.safetensors"))
         another = dataclasses.replace(prior, squares=tuple(layer[::-1] for layer in prior.squares))
@@ -204,6 +205,7 @@ class TestTraining:
 
 
 class TestGenerate:
+    @pytest.mark.thorough
     def test_is_the_steps_by_hand(self, tiny, healing):
         llm, model = tiny.llm, tiny.llm.model
         out = llm.generate(PROMPTS[:1], density=0.5, healing=healing, max_new_tokens=6, ignore_eos=True)

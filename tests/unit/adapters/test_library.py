@@ -100,6 +100,7 @@ class TestEmbedding:
         with pytest.raises(ValueError, match="no tokenizer to make these of tokens"):
             Embedder(config, llm.model)(tokens)
 
+    @pytest.mark.thorough
     def test_what_cannot_be(self, worded, trained):
         model = worded.llm.model
         with pytest.raises(ValueError, match="by 9 layers, and the model has 2"):
@@ -157,6 +158,7 @@ class TestClusters:
 
 
 class TestJobs:
+    @pytest.mark.thorough
     def test_it_learns(self, worded, trained):
         model = worded.llm.model
         tokens = [worded.llm.tokenizer.encode(text)[:24] for text in trained.texts(0)]
@@ -218,6 +220,7 @@ class TestJobs:
 
 
 class TestUse:
+    @pytest.mark.thorough
     def test_every_prompt_has_the_adapter_of_its_cluster(self, worded, trained):
         llm, prompts = worded.llm, ["The keeper of lamp 9 writes", "def f9(values):\n    t"]
         own = [trained.adapter(number, llm.config) for number in (1, 0)]
@@ -271,6 +274,7 @@ class TestPriors:
         for a, b in zip(one.squares, all_texts.squares, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5)
 
+    @pytest.mark.thorough
     def test_each_text_is_pruned_with_that_of_its_cluster(self, worded, measured):
         llm, prompt = worded.llm, 8
         tokens = [llm.tokenizer.encode(text)[:24] for text in PASSAGES]

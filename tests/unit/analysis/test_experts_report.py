@@ -92,6 +92,7 @@ def test_weights_alone_do_not_load_the_model(folders, tmp_path, monkeypatch, cap
     assert 'id="D5"' not in page
 
 
+@pytest.mark.thorough
 def test_a_model_without_routers(folders, file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "_figures_of_weights", lambda *_: pytest.fail("it has no experts"))
     output = tmp_path / "out"

@@ -110,6 +110,7 @@ class TestWatching:
 
 
 class TestOutputs:
+    @pytest.mark.thorough
     def test_similarity_norms_and_ranks(self, routed):
         model, measured, seen = routed
         pairs = list(itertools.combinations(range(EXPERTS), 2))

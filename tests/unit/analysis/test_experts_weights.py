@@ -256,6 +256,7 @@ class TestCheckpoint:
         with pytest.raises(ValueError, match="has no routed experts"):
             StoredExperts(open_source(tiny.folder))
 
+    @pytest.mark.thorough
     def test_reading_takes_less_than_two_layers(self, tmp_path, monkeypatch):
         experts, neurons, width = 8, 256, 512
         layer = experts * 3 * neurons * width * 2
@@ -302,6 +303,7 @@ class TestAll:
         assert found["matched_tau"] == pytest.approx(np.mean([one.tau for one in matched]))
         assert found["matched_after"] == pytest.approx(np.mean([one.after for one in matched]))
 
+    @pytest.mark.thorough
     def test_random_experts(self):
         from griffin_jax.model.config import ModelConfig, Routing
 

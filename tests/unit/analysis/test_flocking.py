@@ -187,6 +187,7 @@ def test_files_of_one_name_are_not_mixed_up(worded, texts, tmp_path, capsys):
     assert "two have the same: " in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("continuation", first_and_slow(1, "own", "text"))
 def test_numbers_are_those_of_numpy(worded, texts, tmp_path, capsys, continuation):
     """From a file to JSON, against torch's intermediates; the third text is alone in its batch.

@@ -111,6 +111,7 @@ class TestBeyond:
 
 
 class TestPrograms:
+    @pytest.mark.thorough
     def test_nothing_is_copied(self, report):
         for compiled in (report.dense, report.pruned):
             assert compiled.ff_copies_per_step == compiled.ff_copies_per_call == ()
@@ -347,6 +348,7 @@ MORE_FEW_BITS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize(
     ("weights", "batch", "devices", "model"),
@@ -558,6 +560,7 @@ def test_every_gpu_is_accepted(cuda):
     assert result.stdout.splitlines() == [chip.name for chip in TARGETS.values() if chip.gpu is not None], result.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [

@@ -93,6 +93,7 @@ def measured(plain, tmp_path_factory) -> tuple[list[str], dict]:
     return out.getvalue().splitlines(), json.loads(file.read_text())
 
 
+@pytest.mark.thorough
 def test_run_measures_every_system_density_batch_and_sharing(measured):
     _, result = measured
     assert [(r["system"], r["batch"], r["experts"], r["density"]) for r in result["rows"]] == [
@@ -471,6 +472,7 @@ def test_peers_are_those_of_the_formats_or_those_that_are_named(arguments, names
     assert held == int(sum(runner.PEERS[name] for name in names) * plan.sizes(plan.cases[0]).parameters)
 
 
+@pytest.mark.thorough
 def test_several_formats_are_measured_in_one_run(plain, monkeypatch, capsys):
     monkeypatch.setattr(runner, "BANDWIDTH_BYTES", 1 << 16)
     options = ("--lengths", "9+3", "--density", "0.5", "--repeats", "1", "--weights", "float32,int8:16", "--json")

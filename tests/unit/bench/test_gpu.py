@@ -89,6 +89,7 @@ class TestParts:
         assert [env.get("GRIFFIN_JAX_GEMV") for env in seen if env is not seen[2]] == ["", "", "1"]
         assert [part.xla_flags for part in gpu.parts(gpu.FULL)].count("--xla_gpu_enable_command_buffer=+WHILE") == 2
 
+    @pytest.mark.thorough
     def test_only_what_is_missing_runs(self, tmp_path, monkeypatch, capsys):
         ran: list[str] = []
 
@@ -141,6 +142,7 @@ class TestParts:
             gpu.run(options(tmp_path / "never", **changes))
         assert not (tmp_path / "never").exists()
 
+    @pytest.mark.thorough
     def test_a_part_that_fails_says_its_last_line(self, tmp_path):
         reason = gpu._run(gpu.Part("a", ("benchmarks", "run", "--model", "no thing")), tmp_path, 100.0)
         assert "there is no model 'no thing'" in (reason or "")
@@ -210,6 +212,7 @@ ENTRY %main (a: f32[8]) -> (f32[8]) {
         assert lines[4].split() == ["0.0", "1.0", "all", "others"]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not TORCH, reason="needs torch")
 @pytest.mark.parametrize("name", ["Llama-2-7B", "Gemma-7B"])
 def test_the_step_in_torch_writes_the_same_tokens_compiled_or_not(name, rng):

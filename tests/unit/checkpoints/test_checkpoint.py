@@ -57,6 +57,7 @@ def left_behind(folder: Path) -> list[str]:
 # ---- there and back ----
 
 
+@pytest.mark.thorough
 def test_a_conversion_gives_the_same_model(hf_folder, tmp_path):
     report = convert(hf_folder, tmp_path / "native", progress=False)
     direct, _ = load_model(hf_folder, "float32")
@@ -379,6 +380,7 @@ sys.exit(main(["convert", sys.argv[1], sys.argv[2]]))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("limit", first_and_slow(1, 100, 1000, 2000))
 def test_a_disk_that_fills(hf_folder, tmp_path, limit):
     """Files that the operating system does not let grow, as on a full disk: real failures of real writes.
@@ -487,6 +489,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, stored, dtype, pickled):
 # ---- the command ----
 
 
+@pytest.mark.thorough
 def test_the_command(hf_folder, tmp_path):
     command = [sys.executable, "-m", "convert", str(hf_folder), str(tmp_path / "native"), "--dtype", "bfloat16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

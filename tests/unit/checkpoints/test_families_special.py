@@ -82,6 +82,7 @@ def answer(llm: gj.LLM, *prompts: list[int]) -> list[list[int]]:
     return llm.generate(prompts, max_new_tokens=12, density=1.0, ignore_eos=True).tokens
 
 
+@pytest.mark.thorough
 def test_experts_of_longrope_go_by_prompt_and_answer_together(longropes, rng):
     """As the answer's own; a prompt of 25 tokens is below the limit, and above it with an answer of 12."""
     llm, prompt = longropes["both"], rng.integers(3, VOCABULARY, 25).tolist()
@@ -92,6 +93,7 @@ def test_experts_of_longrope_go_by_prompt_and_answer_together(longropes, rng):
     assert any((own != other).any() for own, other in zip(found, short, strict=True))
 
 
+@pytest.mark.thorough
 def test_longrope_goes_by_prompt_and_answer_together(longropes, rng):
     below, above = (rng.integers(3, VOCABULARY, n).tolist() for n in (20, 21))
     for prompt in (below, above):
@@ -101,6 +103,7 @@ def test_longrope_goes_by_prompt_and_answer_together(longropes, rng):
     assert answer(longropes["both"], above) == answer(longropes["long"], above)
 
 
+@pytest.mark.thorough
 def test_longrope_goes_by_each_text_of_a_batch(longropes, rng):
     above, below = (rng.integers(3, VOCABULARY, n).tolist() for n in (25, 5))
     expected = answer(longropes["long"], above) + answer(longropes["short"], below)

@@ -50,6 +50,7 @@ def test_pip_is_not_what_the_current_folder_says(tmp_path, monkeypatch):
     assert not ran.exists()
 
 
+@pytest.mark.thorough
 def test_the_compiling_process_imports_nothing_from_the_current_folder(tmp_path, monkeypatch):
     ran = plant(tmp_path, "griffin_jax", "numpy")
     monkeypatch.chdir(tmp_path)

@@ -110,6 +110,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path, monkeypatch):
     check_same(write(tmp_path / "legacy", _use_new_zipfile_serialization=False))
 
 
+@pytest.mark.thorough
 def test_conversion_and_loading(tmp_path):
     folder = write(tmp_path / "bin", shards=2)
     native = convert(folder, tmp_path / "native", progress=False, allow_pickle=True).path

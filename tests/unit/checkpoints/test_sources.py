@@ -77,6 +77,7 @@ def test_narrow_and_wide_dtypes(tmp_path, weights, dtype):
     np.testing.assert_array_equal(down, cast[DOWN].T.astype(np.float32))
 
 
+@pytest.mark.thorough
 def test_shards_are_one_checkpoint(tmp_path, weights):
     one, _ = load_model(checkpoints.write(tmp_path / "one", weights), "float32")
     three, _ = load_model(checkpoints.write(tmp_path / "three", weights, shards=3), "float32")

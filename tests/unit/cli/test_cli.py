@@ -208,6 +208,7 @@ def test_help_names_every_command(capfd):
         assert command in out
 
 
+@pytest.mark.thorough
 def test_torch_is_never_imported():
     code = (
         "import sys; sys.modules['torch'] = None; import griffin_jax, griffin_jax.cli.main, convert.__main__;"

@@ -27,6 +27,7 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_a_full_disk_under_stdout():
     with open("/dev/full", "w") as full:
@@ -44,6 +45,7 @@ def test_a_reader_that_has_enough(arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name == "nt", reason="files as POSIX has them")
 def test_no_stdout_at_all():
     done = run(FAMILIES, preexec_fn=lambda: os.close(1))
@@ -80,6 +82,7 @@ def stopped(how: int, source: Path, output: Path) -> tuple[int, str]:
         return process.wait(timeout=60), process.stderr.read()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(os.name == "nt", reason="signals as POSIX has them")
 @pytest.mark.parametrize("how", first_and_slow(1, signal.SIGTERM, signal.SIGHUP))
 def test_signals_clean_up(tmp_path, how):

@@ -279,6 +279,7 @@ def memory(folder: Path) -> Journal:
 class TestTasks:
     """Mostly with batches of 2, prompts of at most 16 tokens and room for 16, so that programs are compiled once."""
 
+    @pytest.mark.thorough
     def test_scores_are_sums_of_definitions(self, worded):
         model, batch = worded.llm.model, batch_of(ITEMS[:2], 2, 0)
         prefilled = batch.prefill(model, 16)
@@ -307,6 +308,7 @@ class TestTasks:
             assert found[item.name]["own"]["dense"]["agree"] == [len(own)]
             assert found[item.name]["real"]["tokens"] == [len(item.answer)]
 
+    @pytest.mark.thorough
     def test_a_score_does_not_depend_on_the_batch(self, worded, tmp_path):
         one, two = (
             tasks.divergence(worded.llm, ITEMS, ROWS, memory(tmp_path / str(size)), new=6, size=size, seed=0)
@@ -316,6 +318,7 @@ class TestTasks:
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
             assert_close(np.asarray(a, np.float64), np.asarray(b, np.float64))
 
+    @pytest.mark.thorough
     def test_perplexity_scores_the_same_tokens_behind_every_prompt(self, worded, tmp_path):
         item = Item("a", list(range(5, 25)), [50, 51, 52, 53])
         found = tasks.perplexity(
@@ -329,6 +332,7 @@ class TestTasks:
                 got["topk 0.5"]["loss"], [expected[:1].sum(), expected.sum()], rtol=1e-4, atol=1e-5
             )
 
+    @pytest.mark.thorough
     def test_shorter_prompts_begin_as_every_text_does(self, worded, tmp_path):
         item = Item("a", [1, 2, *range(5, 25)], [50, 51])
         options = {"prompts": [5, 22], "news": [2], "size": 1, "seed": 0}
@@ -388,6 +392,7 @@ class TestTasks:
                 got = [found[item.name][name][key] for key in ("rouge1", "rouge2", "rougeL")]
                 assert got == [expected[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")]
 
+    @pytest.mark.thorough
     def test_the_summaries_oracle_knows_the_dense_answer(self, worded, tmp_path):
         llm = worded.llm
         prompt = llm.tokenizer.encode(PASSAGES[0][:60])
@@ -419,6 +424,7 @@ class TestTasks:
         assert alone == together
         assert len(alone["0"]["dense"]["text"]) <= 3
 
+    @pytest.mark.thorough
     def test_nothing_is_compiled_for_a_single_text(self, worded, tmp_path, compiled):
         items = [Item(str(n), list(range(5, 8 + n)), list(range(9, 11 + n))) for n in range(9)]
 
@@ -487,6 +493,7 @@ def test_the_papers_prompt():
 
 
 class TestCommands:
+    @pytest.mark.thorough
     def test_divergence(self, worded, tmp_path, capsys):
         file = jsonl(
             tmp_path / "t.jsonl", *({"body": f"drop A: {passage} END x"} for passage in PASSAGES), {"body": "short"}
@@ -533,6 +540,7 @@ class TestCommands:
         following = sum(len(encode(r["text"] + r["next"])) - len(encode(r["text"])) for r in records)
         assert json.loads(out.splitlines()[-1])["figures"][0]["tokens"] == following
 
+    @pytest.mark.thorough
     def test_perplexity(self, worded, tmp_path, capsys):
         (tmp_path / "long.txt").write_text(" ".join(PASSAGES), encoding="utf-8")
         (tmp_path / "short.txt").write_text("short", encoding="utf-8")

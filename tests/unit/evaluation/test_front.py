@@ -99,6 +99,7 @@ class TestScores:
                 assert found["loss"] == [pytest.approx(loss, rel=1e-5)]
                 assert found["agree"] == [(p.argmax(-1) == q.argmax(-1)).sum()]
 
+    @pytest.mark.thorough
     def test_the_dense_row_in_the_models_own_format_is_the_reference(self, scores):
         for item in ITEMS:
             own = scores["float32"][item.name]["dense"]
@@ -132,6 +133,7 @@ class TestScores:
 
 
 class TestTwoFormats:
+    @pytest.mark.thorough
     @pytest.mark.parametrize("share", first_and_slow(1, 0.25, 0))
     def test_against_rows_chosen_by_numpy(self, primed, tmp_path, share):
         weights = MixedFormat.parse(f"int8+int4:16@{share}")

@@ -148,6 +148,7 @@ def hf(model, tasks) -> dict[str, Any]:
 
 
 class TestDense:
+    @pytest.mark.thorough
     def test_is_the_harness_own_model(self, model, tasks, hf):
         got = evaluate(tasks, ALL, NAME, {"path": str(model.folder), "density": 1, "dtype": "float32"}, batch_size=2)
         assert_same(got, hf)
@@ -201,6 +202,7 @@ class TestLoglikelihood:
         assert got[:2] == [(0.0, True)] * 2
         assert got[2][0] < 0
 
+    @pytest.mark.thorough
     def test_what_is_too_long_loses_its_left(self, model, caplog):
         """The input may have 8 tokens, so that 9 tokens count; some of the context is among them, at least one."""
         lm = GriffinLM(model.llm, density=0.5, max_length=8)
@@ -244,6 +246,7 @@ class TestGeneration:
         pairs = [(context, arguments) for context in contexts]
         return lm.generate_until(requests("generate_until", *pairs), disable_tqdm=True)
 
+    @pytest.mark.thorough
     def test_answers_are_those_of_generate(self, model):
         lm = GriffinLM(model.llm, density=0.5, batch_size=3)
         got = self.answers(lm, *CONTEXTS, max_gen_toks=9, until=["a", ""], do_sample=False, top_p=0.9, num_beams=1)

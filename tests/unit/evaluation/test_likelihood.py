@@ -102,6 +102,7 @@ def test_rows_that_fill_a_batch_do_not_choose_shared_neurons(tiny, rows):
     assert_scores(scored(tiny, passages, config, 3, refit=3 * rows), scored(tiny, passages, config, 2, refit=2 * rows))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("general", first_and_slow(1, True, False))
 def test_neurons_are_refitted_and_chosen_by_general_text(tiny, prior, general):
     """The steps one after the other, for each pair alone."""

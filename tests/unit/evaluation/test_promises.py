@@ -25,6 +25,7 @@ def run(capsys, long, folder, *arguments: object) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_command(long, tmp_path, capsys):
     options = ["--prompt-tokens", 260, "--max-divergence", "1e-6,0.5,1e3", "--plot", tmp_path / "p.png"]
     code, out, err = run(capsys, long, tmp_path, *options)

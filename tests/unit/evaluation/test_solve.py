@@ -126,6 +126,7 @@ class TestGsm8k:
 
 
 class TestAnswers:
+    @pytest.mark.thorough
     def test_they_are_what_generate_writes_and_go_on_after_an_interruption(self, primed, tmp_path):
         llm = primed.llm
         items = [Item(str(number), llm.tokenizer.encode(text[:60])) for number, text in enumerate(PASSAGES[:3])]
@@ -249,6 +250,7 @@ class TestAnswers:
 
 
 class TestCommand:
+    @pytest.mark.thorough
     def test_gsm8k(self, primed, tmp_path, capsys):
         records = [{"question": f"How many are {n} and 1?", "answer": f"#### {n + 1}"} for n in range(2)]
         records += [{"question": "How many?", "answer": "none"}, {"question": "x" * 300, "answer": "#### 1"}]

@@ -36,6 +36,7 @@ def stored(leaves, format: WeightFormat) -> int:
     return sum(stored_bytes(leaf.shape, kind) for leaf, kind in zip(leaves, kinds, strict=True))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("weights", first_and_slow(1, "int8:16", "float32", "int8", "int4:16", "bfloat16"))
 @pytest.mark.parametrize("few", ["int4:16", "int8"])
 @pytest.mark.parametrize("block", first_and_slow(1, 1000, 1 << 22))
@@ -76,6 +77,7 @@ def test_bytes_of_a_draft():
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
 @pytest.mark.parametrize("weights", first_and_slow(1, "int8", "float32"))
 def test_answers_are_the_full_models(weights, density):
@@ -119,6 +121,7 @@ def test_on_a_mesh():
     assert gj.LLM(there).generate(PROMPTS, **options).tokens == gj.LLM(here).generate(PROMPTS, **options).tokens
 
 
+@pytest.mark.thorough
 def test_memory_of_a_drafter_is_asked_for(monkeypatch):
     llm = gj.LLM(random_model(TINY))
     asked = []
@@ -152,6 +155,7 @@ class TestErrors:
             llm.generate([PROMPTS[0]], speculative=True, draft_weights="int4", shared=True)
 
 
+@pytest.mark.thorough
 def test_command(worded, capsys):
     dense = worded.llm.generate(PASSAGES[0], density=1.0, **OPTIONS).tokens[0]
     arguments = [

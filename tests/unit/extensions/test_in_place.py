@@ -41,6 +41,7 @@ def test_answers_are_those_of_pruning_beside_the_model(folder, rng):
     np.testing.assert_array_equal(single.experts([prompt])[1], usual.experts([prompt])[1])
 
 
+@pytest.mark.thorough
 def test_a_batch_shares_its_experts(folder, rng):
     usual, single = gj.load(folder, "float32"), gj.load(folder, "float32", in_place=True)
     prompts = [rng.integers(3, 101, n).tolist() for n in (9, 30)]
@@ -62,6 +63,7 @@ def test_drafts_of_one_answer_after_the_other(tiny):
         assert drafted.tokens == tiny.llm.generate([prompt], density=1.0, **options).tokens
 
 
+@pytest.mark.thorough
 def test_pruning_takes_no_memory_beside_the_model(folder, rng):
     before = live_bytes()
     llm = gj.load(folder, "float32", in_place=True)
@@ -155,6 +157,7 @@ def test_a_prune_may_end_early_anywhere(tmp_path):
     assert live_bytes() <= 1.02 * weights
 
 
+@pytest.mark.thorough
 def test_what_cannot_be_finished_is_refused(tmp_path, monkeypatch):
     single = gj.load(TinyLlama.build(tmp_path).folder, "float32", in_place=True)
     expected, regroup, calls = run(single, 0.5), in_place._regroup, 0

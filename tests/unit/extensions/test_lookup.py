@@ -77,6 +77,7 @@ class TestLookUp:
 
 
 class TestAnswers:
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         "options",
         first_and_slow(
@@ -154,6 +155,7 @@ class TestAnswers:
             PASSAGES[:1], **options
         ).texts
 
+    @pytest.mark.thorough
     def test_refused(self, tiny):
         with pytest.raises(ValueError, match="lookup is for drafts, and nothing is drafted"):
             tiny.llm.generate(PROMPTS, lookup=True)

@@ -106,6 +106,7 @@ def wide(model: gj.Transformer, few: gj.Transformer, precise, others, row: int |
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("share", first_and_slow(1, 0.25, 0))
 @pytest.mark.parametrize("density", first_and_slow(1, 0.5, 1.0))
 @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
@@ -241,6 +242,7 @@ class TestBytes:
         assert prune_mixed(model, few, *chosen) is few
         assert mask_mixed(model, few, *chosen) is few
 
+    @pytest.mark.thorough
     def test_rows_of_one_format_are_refitted(self, model):
         """As those of a model that has no others."""
         prompts = jnp.asarray(np.random.default_rng(0).integers(3, 101, (1, 16)), jnp.int32)
@@ -402,6 +404,7 @@ class TestAnswers:
         asked = needs.generation(batch, 16, 8, kept, shared=shared, mixed=few, mixed_is_there=True)
         assert asked.get("kept neurons", 0) == sets * 24 * (60 * (3 * 32 + 2 * 4) + 180 * FEW_ROW)
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         ("batch", "masked"), [(4, False), (5, True), pytest.param(1, False, marks=pytest.mark.slow)]
     )

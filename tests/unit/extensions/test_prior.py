@@ -60,6 +60,7 @@ class TestFusion:
         expected = np.array([oracle_topk(row, 16) for row in fused])
         np.testing.assert_array_equal(got[0], expected[0] if shared else expected)
 
+    @pytest.mark.thorough
     def test_a_weight_of_nothing_is_plain_griffin(self, tiny, prior):
         plain = tiny.llm.experts(TEXTS)
         tokens, lengths = map(jnp.asarray, gj.pad(TEXTS, 48))
@@ -228,6 +229,7 @@ class TestCommand:
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
 
+    @pytest.mark.thorough
     def test_of_files(self, worded, tmp_path, capsys, monkeypatch):
         def scored(_model, rows, _prefilled, answers, *rest):
             return [{row.name: {"kl": [1 - rest[-1].prior.strength]} for row in rows}] * len(answers)
@@ -275,6 +277,7 @@ class TestCommand:
         assert self.run(capsys, *arguments, "--output", tmp_path / "p", "--overwrite")[0] == 0
         assert gj.Prior.load(tmp_path / "p").tokens > 2
 
+    @pytest.mark.thorough
     def test_is_measured_when_it_is_first_needed(self, worded, tmp_path, capsys, monkeypatch):
         """What is asked for is measured over what the model writes by itself, once, and said on stderr."""
         shutil.copytree(worded.folder, tmp_path / "model")

@@ -74,6 +74,7 @@ def power(densities: tuple[float, ...], first: np.ndarray, last: np.ndarray) -> 
     return first * (pruned / pruned[0]) ** b
 
 
+@pytest.mark.thorough
 def test_is_what_a_loop_over_rows_and_densities_finds(long, prompts, monkeypatch):
     # With a margin of one standard error more of the densities are taken.
     monkeypatch.setattr(llm, "choose", functools.partial(choose, margin=1.0))
@@ -117,6 +118,7 @@ def test_answers_are_those_of_the_density(long, prompts):
     assert (tight.promised.density, tight.experts, tight.kept, tight.refreshes) == (1.0, None, (48, 48), 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("density", first_and_slow(1, 0.5, 0.1))
 def test_a_density_of_bytes(long, prompts, density):
     """What is tried is what the answer's model would be at the end of the prompts, and the density is one of bytes."""
@@ -172,6 +174,7 @@ def test_dense_without_a_trial(long, prompts, prompt, least):
     assert out.tokens == long.llm.generate(asked, density=1.0, **OPTIONS).tokens
 
 
+@pytest.mark.thorough
 def test_a_chat_tries_what_is_new(long):
     chat, options = long.llm.chat(**OPTIONS), {"max_divergence": 1e3, **OPTIONS}
     first = chat.say(LONG[:500], **options)
@@ -289,6 +292,7 @@ def test_memory_counts_the_trial(long):
         assert tried > without
 
 
+@pytest.mark.thorough
 def test_command(long, tmp_path, capsys):
     file = tmp_path / "prompt"
     file.write_text(LONG[:900])

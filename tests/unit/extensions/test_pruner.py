@@ -64,6 +64,7 @@ def test_each_device_has_its_sequences(tiny):
         assert masked(Pruner.of(gj.GriffinConfig(density))(llm.model, read.statistics)[1]) == masks
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("options", first_and_slow(1, {"refresh_every": 3}, {}, {"speculative": 2}), ids=str)
 def test_answers_are_those_of_single_prompts(tiny, options):
     llm = tiny.llm

@@ -48,6 +48,7 @@ def written(model: gj.Transformer, prompts: list[list[int]], width: int, rows: i
 
 
 class TestRefresh:
+    @pytest.mark.thorough
     def test_cache_statistics_and_rows_are_those_of_longer_prompts(self, tiny):
         model, width = tiny.llm.model, 6
         prefilled, state = written(model, PROMPTS, width, rows=48)
@@ -120,6 +121,7 @@ class TestGenerate:
         assert out.refreshes == (NEW - 1) // every
         assert ("refresh" in out.seconds) == (every < NEW)
 
+    @pytest.mark.thorough
     def test_another_length_compiles_nothing(self, tiny, compiled):
         options = {"refit": True, "refresh_every": 2, "ignore_eos": True}
         tiny.llm.generate([[5, 6, 7]], max_new_tokens=9, **options)
@@ -138,6 +140,7 @@ class TestGenerate:
         together = answer(tiny.llm, PROMPTS, **options)
         assert together == [answer(tiny.llm, [prompt], **options)[0] for prompt in PROMPTS]
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         "options", first_and_slow(1, {"temperature": 0.9, "top_k": 30, "seed": 5}, {}), ids=["sampled", "greedy"]
     )
@@ -147,6 +150,7 @@ class TestGenerate:
         assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=4, **options) == dense
         assert answer(tiny.llm, PROMPTS, experts=everything, refresh_every=3, refit=8, **options) == dense
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_is_the_steps_by_hand(self, tiny, shared):
         model, config = tiny.llm.model, gj.GriffinConfig(0.5, shared=shared)
@@ -178,6 +182,7 @@ class TestGenerate:
         assert out.experts is experts
         assert out.tokens != answer(tiny.llm, PROMPTS, experts=experts)
 
+    @pytest.mark.thorough
     def test_the_second_answer_compiles_nothing(self, tiny, compiled):
         llm = gj.LLM(tiny.llm.model)
         options = {"refresh_every": 3, "refit": 8}
@@ -240,6 +245,7 @@ class TestFollow:
                 got = logits - np.log(np.exp(logits).sum())
                 np.testing.assert_allclose(got, expected, atol=1e-4)
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_scores_of_what_was_written_choose_it(self, tiny, shared):
         model = tiny.llm.model

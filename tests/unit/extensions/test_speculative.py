@@ -38,6 +38,7 @@ def model(tmp_path_factory) -> gj.Transformer:
 
 
 class TestGreedy:
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         ("drafts", "density"),
         [
@@ -79,6 +80,7 @@ class TestGreedy:
         assert out.drafting.passes == 4
         assert out.drafting.accepted.tolist() == out.drafting.drafted.tolist() == [16] * 3
 
+    @pytest.mark.thorough
     def test_cache_is_that_of_the_dense_model(self, tiny):
         model = tiny.llm.model
         tokens, lengths = map(jnp.asarray, gj.pad(PROMPTS, 40))
@@ -163,6 +165,7 @@ class TestDistribution:
             values.append(float(scipy.stats.chisquare(*cells).pvalue))
         return values, float(accepted.sum() / drafted.sum())
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         ("sampler", "drafts", "cost"),
         [
@@ -308,6 +311,7 @@ class TestGenerate:
         out = generate(tiny.llm, density=1.0, speculative=True)
         assert out.drafting is None
 
+    @pytest.mark.thorough
     def test_the_second_answer_compiles_nothing(self, tiny, compiled):
         llm = gj.LLM(tiny.llm.model)
         for _ in range(2):  # The second answer is the first one that is pruned into memory of another.

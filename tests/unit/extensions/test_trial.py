@@ -54,6 +54,7 @@ def together(model: gj.Transformer, prompts: list[list[int]], pruners: list[Prun
     return try_pruners(model, prefilled, np.asarray([p[-TRIAL:] for p in prompts], np.int32), pruners, seed)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("config", "weights", "mesh", "chunk"),
     [
@@ -118,6 +119,7 @@ def test_a_conversation(prompts):
     assert_close(state.last.rows[0], alone)
 
 
+@pytest.mark.thorough
 def test_an_adapter_for_each_sequence(prompts):
     from griffin_jax.adapters.adapter import Adapter, Factors, attach, stack
     from griffin_jax.adapters.config import AdapterConfig

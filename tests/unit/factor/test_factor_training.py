@@ -97,6 +97,7 @@ def factored(request):
 
 
 class TestLayer:
+    @pytest.mark.thorough
     def test_it_computes_what_a_step_of_decoding_does(self, factored, rng):
         layer = factored.layers[0].ff
         x = jnp.asarray(rng.normal(size=(2, 5, 32)), jnp.float32)
@@ -132,6 +133,7 @@ class TestCentred:
         whole = centred(factorize(model, 4, 4), texts)
         same(logits(whole, np.random.default_rng(0)), logits(model, np.random.default_rng(0)))
 
+    @pytest.mark.thorough
     def test_the_layer_has_what_the_others_would_give(self, texts):
         """The error of the oracle's choices is smaller."""
         plain = factorize(random_model(LLAMA), 4, 2)
@@ -228,6 +230,7 @@ class TestStep:
         loss = functools.partial(expert_loss, model=model, batch=batch, training=training)
         return jax.jit(jax.grad(loss, has_aux=True))(trainable(model, experts=True))
 
+    @pytest.mark.thorough
     def test_the_teacher_of_itself_is_not_diverged_from(self, texts):
         model = factorize(random_model(LLAMA), 4, 4)
         training = dataclasses.replace(TRAINING, approximate=0.0, balance=0.0)
@@ -238,6 +241,7 @@ class TestStep:
         np.testing.assert_allclose(figures["agreement"], 1)
         np.testing.assert_allclose(figures["load"], 1)
 
+    @pytest.mark.thorough
     def test_parts_of_a_batch_are_the_whole(self, model, monkeypatch):
         """Without Adam, whose first update makes as much of a gradient that is all rounding as of any other."""
         monkeypatch.setattr("griffin_jax.factor.training.make_optimizer", lambda _: optax.sgd(0.1))

@@ -50,6 +50,7 @@ class TestSameTokens:
         everything = gj.ExpertNeurons.from_indices([np.arange(48)] * 2, tiny.llm.model.neurons)
         assert answer(tiny.llm, PROMPTS, experts=everything) == dense
 
+    @pytest.mark.thorough
     def test_a_row_of_a_batch_is_the_row_alone(self, tiny):
         together = answer(tiny.llm, PROMPTS)
         assert together == [answer(tiny.llm, [prompt])[0] for prompt in PROMPTS]
@@ -61,6 +62,7 @@ class TestSameTokens:
         for given, selected in zip(out.experts, tiny.llm.experts(PROMPTS, density=0.4), strict=True):
             np.testing.assert_array_equal(given, selected)
 
+    @pytest.mark.thorough
     def test_bucket_and_padding(self, tiny):
         model, expected = tiny.llm.model, answer(tiny.llm, PROMPTS)
         for length in (37, 38, 64, 100):

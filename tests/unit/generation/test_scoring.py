@@ -45,6 +45,7 @@ def test_follow_is_teacher_forcing_of_each_row_alone(followed, density):
         assert_close(logits[row, : len(answer)], alone(model, prompt, answer, density))
 
 
+@pytest.mark.thorough
 def test_statistics_of_answers_are_what_the_prompts_lack(followed):
     model, *_, statistics = followed
     for row, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
@@ -59,6 +60,7 @@ def test_statistics_of_answers_are_what_the_prompts_lack(followed):
     assert statistics.tokens.tolist() == [len(answer) for answer in ANSWERS]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunk", first_and_slow(1, 4, 1024))
 def test_extended_prompts_are_longer_prompts(tiny, monkeypatch, chunk):
     """Whether they are read at once or in chunks; a row may have nothing more, or end before the last chunk."""

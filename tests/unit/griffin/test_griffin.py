@@ -119,6 +119,7 @@ class TestSelect:
             assert len(set(got.tolist())) == 6
             assert 3 in got
 
+    @pytest.mark.thorough
     @pytest.mark.usefixtures("as_on_gpus")
     def test_gpus_choose_the_same(self, rng):
         """Layers of several widths and densities with many ties, all tied, and with every kind of number."""
@@ -149,6 +150,7 @@ class TestSelect:
         assert set.intersection(*seen) == sure
         assert len(set.union(*seen)) > 20
 
+    @pytest.mark.thorough
     def test_sample_draws_in_proportion_to_the_statistic(self):
         scores = np.array([1, 2, 3, 4], np.float32)
         draws = np.array([choose(scores, 1, method="sample", seed=seed)[0, 0] for seed in range(600)])
@@ -156,6 +158,7 @@ class TestSelect:
         expected = 600 * scores / scores.sum()
         assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees, p = 0.001
 
+    @pytest.mark.thorough
     def test_random_is_uniform_and_ignores_the_statistic(self):
         scores = np.array([1000, 1, 1, 1], np.float32)
         counts = np.bincount([choose(scores, 1, method="random", seed=s)[0, 0] for s in range(600)], minlength=4)

@@ -107,6 +107,7 @@ def test_every_neuron_is_the_full_model(model):
     assert_close(forced(mask(model, everything, refit=refits(model, state)["rows"]), state)[0], forced(model, state)[0])
 
 
+@pytest.mark.thorough
 def test_bfloat16():
     """As far from float32 as the pruned model is."""
     full = model_of(GATED)

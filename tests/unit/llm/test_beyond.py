@@ -52,6 +52,7 @@ def by_hand(model: gj.Transformer, prompts: list[list[int]], prior: gj.Prior | N
 class TestGenerate:
     OPTIONS = {"max_new_tokens": 12, "ignore_eos": True, "prior_weight": 0.3}  # noqa: RUF012
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("shared", first_and_slow(1, False, True))
     def test_is_the_steps_by_hand(self, tiny, prior, shared):
         written = set()
@@ -107,6 +108,7 @@ class TestGenerate:
             with pytest.raises(ValueError, match=message):
                 llm.generate([PROMPTS[0]], **options)
 
+    @pytest.mark.thorough
     def test_command(self, worded, tmp_path, capsys):
         measured = measure(worded.llm.model, TEXTS, size=4, rows=20, quiet=True)
         measured.save(tmp_path / "p")

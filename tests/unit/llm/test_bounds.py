@@ -83,6 +83,7 @@ class TestSparedRows:
         )
         return found
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         ("order", "kept"),
         [

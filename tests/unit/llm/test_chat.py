@@ -46,6 +46,7 @@ def by_generate(llm: gj.LLM, **options: object) -> list[list[int]]:
 OPTIONS = {"max_new_tokens": 6, "ignore_eos": True}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options",
     first_and_slow(
@@ -64,6 +65,7 @@ def test_turns_are_what_generate_answers(llm, options):
     assert replies(chat) == by_generate(llm, **OPTIONS, **options)
 
 
+@pytest.mark.thorough
 def test_the_cache_that_is_there_is_not_asked_for_again(llm, monkeypatch):
     """But for one that has to grow, which is there twice for a while."""
     chat = llm.chat(**OPTIONS, density=1.0)
@@ -78,6 +80,7 @@ def test_the_cache_that_is_there_is_not_asked_for_again(llm, monkeypatch):
     assert set(grew) == {True, False}
 
 
+@pytest.mark.thorough
 def test_a_cache_that_is_of_no_use_is_not_in_the_way(llm, monkeypatch):
     """If the whole conversation must be read anew, the memory of its old cache is free for that, even if refused."""
     chat, held = llm.chat(**OPTIONS), []
@@ -146,6 +149,7 @@ def test_only_what_is_new_is_read(llm):
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
 
 
+@pytest.mark.thorough
 def test_rows_of_a_refit_are_recorded_from_the_first_turn(long):
     """As many as later turns need, for which nothing is read again."""
     chat = long.llm.chat(refit=True, **OPTIONS)
@@ -165,6 +169,7 @@ def test_the_neurons_are_those_of_all_that_was_said(llm):
         np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.thorough
 def test_options_may_change_from_turn_to_turn(llm):
     chat = llm.chat(**OPTIONS)
     chat.say(SAID[0])

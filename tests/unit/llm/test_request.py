@@ -235,6 +235,7 @@ class TestTiles:
 class TestKeptOnMeshes:
     """Devices need to share the kept rows evenly only where these are copied."""
 
+    @pytest.mark.thorough
     def test_masked_rows_need_not_be_divided(self, tiny):
         """17 of 48 neurons: two sequences of their own are masked, one is copied."""
         divided, options = gj.load(tiny.folder, "float32", mesh=make_mesh(model=2)), {"density": 0.65, "groups": 1}

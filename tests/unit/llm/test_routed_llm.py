@@ -109,6 +109,7 @@ def test_drafts_do_not_change_the_answer(llm, rng, draft_weights):
     assert int(drafted.drafting.drafted.sum()) > 0
 
 
+@pytest.mark.thorough
 def test_a_refresh_reads_what_a_prompt_would(llm, rng):
     prompts, width, model = [rng.integers(3, 320, length).tolist() for length in (20, 7)], 4, llm.model
     tokens, lengths = map(jnp.asarray, gj.pad(prompts, 20))
@@ -124,6 +125,7 @@ def test_a_refresh_reads_what_a_prompt_would(llm, rng):
     assert state.tokens[:, width].tolist() == np.argmax(every.logits, axis=-1).tolist()
 
 
+@pytest.mark.thorough
 def test_groups_are_those_of_each_expert(llm, tmp_path):
     rules = groups.rules([0.5], [2], CONFIG.neuron_ranges)
     scores = groups.compare_groups(llm, ITEMS, rules, Journal(tmp_path, {}), new=4, size=2, seed=0)

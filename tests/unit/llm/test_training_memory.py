@@ -71,6 +71,7 @@ def test_adapters_take_no_more_than_predicted(batch, length, at_once):
     assert found <= needed <= FACTOR * found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rows", first_and_slow(1, 64, 0))
 def test_healing_takes_no_more_than_predicted(rows):
     course = Course(AdapterConfig(rank=4), TrainingConfig(steps=2, batch=4, length=192, warmup=1), prompt=96)
@@ -84,6 +85,7 @@ def test_healing_takes_no_more_than_predicted(rows):
     assert found <= needed <= FACTOR * found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("steps", "accumulate"), [(2, 2), pytest.param(0, 1, marks=pytest.mark.slow)])
 def test_experts_and_routers_take_no_more_than_predicted(steps, accumulate):
     """Of more tokens than what is found before any training is a mean of."""

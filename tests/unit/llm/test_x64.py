@@ -21,6 +21,7 @@ def answers(options: dict) -> list[list[int]]:
     return gj.LLM(random_model(CONFIG)).generate(PROMPTS, max_new_tokens=6, **options).tokens
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "options",
     [

@@ -231,6 +231,7 @@ def kernels(monkeypatch) -> Any:
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
@@ -260,6 +261,7 @@ def test_a_model_computes_the_same_with_kernels(config, mesh, kernels, rng):
         assert_close(np.asarray(got), np.asarray(want))
 
 
+@pytest.mark.thorough
 def test_one_token_of_one_sequence(kernels, rng):
     """The row that GPUs compute twice is used for all that follows."""
     model = random_model(GEMMA, seed=1)
@@ -403,6 +405,7 @@ def test_models_of_16_bits_have_gradients(tokens):
     assert all(np.isfinite(np.asarray(gradient, np.float32)).all() for gradient in gradients)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tokens", first_and_slow(1, 8, 1, 32))
 def test_gradients_of_a_model_are_the_same_with_kernels(kernels, tokens, rng):
     """They are those of XLA's operations, wherever a kernel computed what they begin with."""

@@ -64,6 +64,7 @@ def test_ragged_batch(pair, rng):
         assert_close(np.asarray(prefilled.logits[index]), torch_logits(pair.torch, [row])[0, -1])
 
 
+@pytest.mark.thorough
 def test_observers_see_the_intermediates_of_real_tokens_and_change_nothing(tiny, rng):
     model = tiny.llm.model
     tokens, lengths = rng.integers(0, 101, (2, 12)).astype(np.int32), np.array([12, 7])
@@ -103,6 +104,7 @@ def test_activations_are_rounded_once(activation):
         assert layer._curved(jnp.asarray([0.3], jnp.float64)).dtype == jnp.float64
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::griffin_jax.NarrowingWarning")
 @pytest.mark.parametrize("dtype", first_and_slow(1, "bfloat16", "float16"))
 def test_narrow_weights_compute_near_float32(tiny, rng, dtype):

@@ -379,6 +379,7 @@ def test_gradients_on_a_mesh(text, division, rng):
         np.testing.assert_allclose(one, many, rtol=1e-5, atol=1e-5 * largest, err_msg=str(path))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("text", ["float32", "int8"])
 def test_a_step_on_cpus_reads_the_chosen_experts(text):
     """And no other one, dense or pruned: of their matrices the loop reads nothing else, and copies nothing."""
@@ -403,6 +404,7 @@ def with_biases(model, rng):
     return model
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("text", "division"),
     [("float32", "neurons"), *(pytest.param("int8", each, marks=pytest.mark.slow) for each in ("experts", "neurons"))],

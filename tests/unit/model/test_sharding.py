@@ -233,6 +233,7 @@ class TestKeyValueHeadsThatAreFewerThanDevices:
         repeated = jnp.repeat(one.cache.values[1], 4, axis=1)
         np.testing.assert_allclose(many.cache.values[1], repeated, rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.thorough
     def test_fingerprints_of_adapters_are_those_without_copies(self):
         """One for all sequences, and one for each."""
         config = dataclasses.replace(TINY, num_kv_heads=2, num_layers=1)

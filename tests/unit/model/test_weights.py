@@ -172,6 +172,7 @@ class TestProducts:
         assert found is not None
         assert found.temp_size_in_bytes < numbers.size
 
+    @pytest.mark.thorough
     def test_no_step_reads_more_than_is_stored(self, shapes_for_arrays):
         model = random_model(TINY, weights=WeightFormat("int8"))
         state = init_decode(gj.prefill(model, jnp.ones((1, 8), jnp.int32), jnp.asarray([8]), max_new_tokens=8))
@@ -212,6 +213,7 @@ class TestProducts:
 
 
 class TestModels:
+    @pytest.mark.thorough
     def test_logits_statistics_and_tokens(self, pair, prompts):
         mine, theirs = pair
         assert_close(np.asarray(dense_logits(mine, prompts[0])), np.asarray(dense_logits(theirs, prompts[0])))
@@ -223,6 +225,7 @@ class TestModels:
         for one, other in zip(magnitude(mine), magnitude(theirs), strict=True):
             assert_close(np.asarray(one), np.asarray(other))
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("shared", [True, False])
     def test_pruned_and_masked(self, pair, prompts, shared):
         found = []
@@ -297,6 +300,7 @@ class TestModels:
         np.testing.assert_array_equal(found[0][0], found[1][0])
         same_leaves(found[0][1], found[1][1])
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize("pair", first_and_slow(1, "int8", "int4:16"), indirect=True)
     @pytest.mark.parametrize(("data", "model"), [(1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
     def test_mesh(self, pair, prompts, data, model):
@@ -352,6 +356,7 @@ class TestSixteenBits:
         got, expected = (np.asarray(dense_logits(m, prompts[0])) for m in (model, in_floats(model)))
         assert_close(got, expected)
 
+    @pytest.mark.thorough
     def test_tokens_of_a_pruned_model(self, prompts):
         model = random_model(TINY, weights=WeightFormat("bfloat16"))
         llms = [gj.LLM(m, None, "one") for m in (model, in_floats(model))]
@@ -361,6 +366,7 @@ class TestSixteenBits:
 
 
 class TestCheckpoints:
+    @pytest.mark.thorough
     @pytest.mark.filterwarnings("ignore::griffin_jax.checkpoints.planning.NarrowingWarning")
     @pytest.mark.parametrize("weights", first_and_slow(1, "int4:16", "int8", "int8:16", "bfloat16"))
     def test_loaded_converted_and_saved_alike(self, tiny, tmp_path, prompts, weights):
@@ -456,6 +462,7 @@ def test_command_line(tiny, tmp_path, capsys):
     ]
 
 
+@pytest.mark.thorough
 def test_scales_belong_to_their_matrices():
     """The paths of scales are those that rules of sharding and the native format know."""
     for text in ("int8", "int8:16", "int4:16"):

@@ -49,6 +49,7 @@ def demo(demo_gguf) -> Tokenizer:
     return Tokenizer.from_gguf(read_gguf_header(demo_gguf)[0])
 
 
+@pytest.mark.thorough
 @needs_torch  # which transformers wants for GGUF files
 def test_ids_are_those_of_transformers(demo, demo_gguf):
     from transformers import AutoTokenizer
@@ -404,6 +405,7 @@ def test_no_class_imports_pytorch(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.thorough
 def test_neither_pytorch_nor_chatter(tmp_path):
     """Loading a model with its tokenizer imports no PyTorch and prints nothing, even where it is not installed."""
     folder = checkpoints.write(tmp_path / "hf")

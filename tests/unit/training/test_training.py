@@ -70,6 +70,7 @@ class TestPacking:
 
 
 class TestLoss:
+    @pytest.mark.thorough
     def test_padding_does_not_count(self, tiny):
         tokens = np.asarray([[1, 5, 7, 9, 4, 8]], np.int32)
         changed = tokens.copy()

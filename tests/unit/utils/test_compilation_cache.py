@@ -52,6 +52,7 @@ def test_what_was_not_used_for_longest_goes(tmp_path):
     compilation_cache.trim(tmp_path / "nothing")
 
 
+@pytest.mark.thorough
 def test_a_second_start_compiles_nothing(worded, tmp_path):
     misses, hits, folder = run(tmp_path, worded.folder)
     assert misses > 3

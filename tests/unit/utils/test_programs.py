@@ -62,6 +62,7 @@ def test_dropped_programs_give_their_memory_maps_back(monkeypatch):
     assert max(found[10:]) <= max(found[:10]) + 15
 
 
+@pytest.mark.thorough
 def test_what_jax_has_traced_goes_with_dropped_programs(monkeypatch):
     monkeypatch.setattr(programs, "MAX_PROGRAMS", 2)
     monkeypatch.setattr(programs, "DROPS_UNTIL_CLEARED", 10)
