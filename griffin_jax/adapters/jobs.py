@@ -122,7 +122,7 @@ def train_clusters(
 
 def _packed(library: Library, number: int, tokenizer: Tokenizer, config: ModelConfig, length: int) -> Packed:
     end = config.eos_token_ids[0] if config.eos_token_ids else None
-    return pack([tokenizer.encode_begun(text) for text in library.texts(number)], length, end)
+    return pack([tokenizer.encode(text) for text in library.texts(number)], length, end)
 
 
 def _about(library: Library, job: Job, number: int, packed: Packed) -> str:

@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
     names = list(whole)
     end = options.prompt_tokens + (options.new_tokens if options.continuation == TEXT else 0)
     start = options.prompt_tokens
-    front = llm.tokenizer.encode("")
+    front = llm.tokenizer.beginning
     texts = Texts(
         [Item(name, tokens[:start], tokens[start:end]) for name, tokens in whole.items()],
         len(front) if all(tokens[: len(front)] == front for tokens in whole.values()) else 0,

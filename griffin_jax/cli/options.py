@@ -190,7 +190,7 @@ def add_in_place_argument(parser: Any) -> None:
     parser.add_argument(
         "--in-place", action="store_true",
         help="hold every neuron once, and move the kept rows for each prompt, so that pruning takes no memory next to"
-        " the model; not with a mesh or most steps beyond GRIFFIN, and several prompts share their neurons",
+        " the model; not with a mesh or most steps beyond GRIFFIN, and several prompts need --shared",
     )  # fmt: skip
 
 

@@ -95,6 +95,8 @@ def chosen_prior(options: argparse.Namespace) -> Prior | None:
         ValueError: the file is damaged.
     """
     if options.quality == "best":
+        if getattr(options, "in_place", False):
+            raise ValueError("--in-place moves the model's own rows, which --quality best refits: give one of the two")
         return prior_for_best(options)
     return Prior.load(options.prior) if options.prior else None
 
@@ -117,7 +119,7 @@ def prior_for_best(options: argparse.Namespace) -> Prior:
     output = prior_path(options.model)
     print(
         f"--quality best needs a prior, and there is no {output} yet: the model writes {QUICK['self_generated']} short"
-        " texts and is measured on them, once. griffin-jax prior --text measures a better one on your texts",
+        " texts and is measured on them, once. On yours, griffin-jax prior --overwrite --text measures a better one",
         file=sys.stderr,
     )
     parser = argparse.ArgumentParser()

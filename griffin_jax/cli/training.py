@@ -94,4 +94,4 @@ def packed_texts(llm: LLM, files: Sequence[Path], column: str, length: int) -> P
         raise nothing_left(skipped, ", ".join(map(str, files)))
     assert llm.tokenizer is not None
     end = llm.config.eos_token_ids[0] if llm.config.eos_token_ids else None
-    return pack([llm.tokenizer.encode_begun(text) for text in texts], length, end)
+    return pack([llm.tokenizer.encode(text) for text in texts], length, end)

@@ -46,6 +46,9 @@ PRIOR_FORMAT = "griffin_jax prior 2"
 DEFAULT_WEIGHT = 0.5
 """Default weight w of the rank in general text; the rank in the prompt has weight 1 - w."""
 
+_BUDGETED: weakref.WeakKeyDictionary[Prior, dict[GriffinConfig, GriffinConfig]] = weakref.WeakKeyDictionary()
+"""For each prior, the configs that `Prior.budgeted` has given densities to, and the results."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +88,7 @@ class Prior:
         if model != self.model:
             raise ValueError(
                 f"this prior is of model {self.model}, the model is {model}: its weights or their dtype are others;"
-                " measure it with griffin-jax prior"
+                " measure it with griffin-jax prior --overwrite"
             )
 
     def budgeted(self, config: GriffinConfig) -> GriffinConfig:
@@ -108,7 +111,7 @@ class Prior:
         if not self.strength:
             return config
         # Every answer calls this, and sorting all neurons of a large model takes half a second.
-        known = _known.setdefault(self, {})
+        known = _BUDGETED.setdefault(self, {})
         if config not in known:
             known[config] = _budgeted(self, config)
         return known[config]
@@ -234,10 +237,6 @@ class Fusion:
             (1 - self.weight) * _rank(score) + self.weight * _rank(square)
             for score, square in zip(scores, self.squares, strict=True)
         )
-
-
-_known: weakref.WeakKeyDictionary[Prior, dict[GriffinConfig, GriffinConfig]] = weakref.WeakKeyDictionary()
-"""For each prior, the configs that `Prior.budgeted` has given densities to, and the results."""
 
 
 def check_fusion(method: Method, weight: object) -> None:

@@ -265,7 +265,7 @@ def masks(
 
     Args:
         model: the full model.
-        counts: number of neurons that each of them keeps, in each of its formats.
+        counts: number of neurons that a sequence keeps; if there are two formats, the number in each.
         sets: number of sequences on a device that keep their own neurons; 1 if all keep the same.
         formats: the two formats of the kept neurons; None if all have the model's.
         refitted: whether the kept rows are refitted to the prompts.

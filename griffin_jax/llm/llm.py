@@ -38,7 +38,7 @@ from griffin_jax.griffin.prune import check_kept
 from griffin_jax.griffin.select import check_seeds
 from griffin_jax.griffin.statistic import Statistics
 from griffin_jax.llm.memory import Continued, adapter_bytes, free_for, needs_of
-from griffin_jax.llm.request import AdapterLike, Request, check_in_place, signature
+from griffin_jax.llm.request import AdapterLike, Request, against_in_place, check_in_place, signature
 from griffin_jax.llm.results import Generation
 from griffin_jax.model.cache import KVCache
 from griffin_jax.model.config import ModelConfig
@@ -142,7 +142,8 @@ class Reader(Protocol):
         ...
 
     def continued(self, plan: Plan) -> Continued:
-        """How `read` will read the sequences of a plan, and into which cache."""
+        """How `read` will read the sequences of a plan, which comes next, and into which cache; an old cache that is of
+        no use for them is dropped."""
         ...
 
     def give_back(self, cache: KVCache) -> None:
@@ -315,7 +316,7 @@ class LLM:
                 "experts are chosen at the density that is given, and tried on nothing: max_divergence=None"
             )
         if self._in_place is not None:
-            check_in_place(request)
+            check_in_place(request, chooses=True)
         pruner = self._candidate(request).pruner
         pruner.config.kept(self.model.config.neuron_ranges)
         sequences = self._tokenize(prompts, request.generation.chat)
@@ -456,7 +457,7 @@ class LLM:
         sequences = self._tokenize(prompts, generation.chat)
         self._check_room(sequences, generation.max_new_tokens)
         self._check_experts(experts, len(sequences))
-        for each in (candidate, *candidates.values()):
+        for each in candidates.values() or [candidate]:
             self._check_kept(each, request, len(sequences))
         self._check_adapter(request, len(sequences), dense=dense)
         trial = trial_tokens(min(map(len, sequences))) if candidates else 0
@@ -472,9 +473,9 @@ class LLM:
         # Of the last token of an answer nothing is drafted, and what would be drafted after it is cut off.
         drafts = min(extensions.drafts, generation.max_new_tokens - 1)
         drafts = 0 if dense and extensions.drafter is None and not extensions.lookup else drafts
-        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them. In a chat later turns
-        # have more, and go on with what this one records.
-        most = pruner.rows if reader is not None else bucket(max(map(len, sequences)))
+        # No prompt has more tokens to fit to; with refreshes, those of the answer come to them. A chat records as many
+        # for its first turn as for later ones, which would otherwise read everything again.
+        most = self.config.max_positions if reader is not None else bucket(max(map(len, sequences)))
         most += bucket(generation.max_new_tokens) if extensions.refresh_every else 0
         # Where all neurons are kept, in whatever format, there is nothing to make good.
         whole = all(self._keeps_all(each.pruner) for each in (candidate, *candidates.values()))
@@ -603,7 +604,8 @@ class LLM:
         advice = ["take fewer prompts at a time"] if batch > 1 else []
         if pruned:
             advice += ["let them share their neurons (shared=True)"] if batch > 1 and not shared else []
-            advice += ["load the model with in_place=True (--in-place)"] if batch == 1 or shared else []
+            alone = mesh_of(self.model.embedding[...]) is None and not against_in_place(plan.request)
+            advice += ["load the model with in_place=True (--in-place)"] if alone and (batch == 1 or shared) else []
         advice += ["shorten prompts or answers", "load weights of fewer bits"]
         memory.check(parts, free_for(self.model), f"{', '.join(advice[:-1])} or {advice[-1]}")
 
@@ -886,10 +888,8 @@ class LLM:
         # Rows of each sequence are read by sums, and where there is a mask matrices are what they were.
         layers = [layer.ff for layer in pruned.layers if isinstance(layer.ff, FeedForward)]
         layers = [ff for ff in layers if not ff.per_sequence and ff.mask is None]
-        counts = [(plan.drafter or self.model.weights, [ff.down.shape[-2] for ff in layers])]
-        if plan.mixed is not None:
-            counts.append((plan.mixed.coarse, [ff.rest.neurons for ff in layers if ff.rest is not None]))
-        changed = [(format, set(kept) - set(self.model.neurons)) for format, kept in counts]
+        parts = [part for ff in layers for part in (ff, ff.rest) if part is not None]
+        changed = [(part.weights, {part.down.shape[-2]} - set(self.model.neurons)) for part in parts]
         devices = axis_size(mesh_of(pruned.embedding[...]), MODEL_AXIS)
         if tile := tile_missed(changed, devices):
             each = f" of each of {devices} devices" if devices > 1 else ""
@@ -1002,7 +1002,7 @@ class LLM:
     def _check_kept(self, candidate: Candidate, request: Request, batch: int) -> None:
         """Raise `ValueError` if devices cannot share the rows that are copied for a request evenly."""
         config, mixed, experts = candidate.pruner.config, candidate.mixed, request.experts
-        shared = config.shared if experts is None else experts.shared
+        shared = config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
         sets = 1 if shared else local_sequences(mesh_of(self.model.embedding[...]), batch)
         refitted = request.extensions.rows > 0
         if mixed is None:

@@ -102,8 +102,9 @@ def updated(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
         changes: others of them.
     """
     replaced = {field for name, group in GROUPS.items() if changes.get(name) is not None for field in names_of(group)}
-    for old, new in RENAMED.items():
-        replaced |= {old, new} if {old, new} & (replaced | changes.keys()) else set()
+    for names in RENAMED.items():
+        if not (replaced | changes.keys()).isdisjoint(names):
+            replaced |= {*names}
     return {name: value for name, value in options.items() if name not in replaced} | {**changes}
 
 
@@ -135,18 +136,30 @@ def check_options(in_place: bool = False, **options: Any) -> None:
         check_in_place(request)
 
 
-def check_in_place(request: Request) -> None:
-    """Raise `ValueError` if a model that holds every neuron once cannot answer a request."""
-    extensions = request.extensions
+def check_in_place(request: Request, *, chooses: bool = False) -> None:
+    """Raise `ValueError` if a model that holds every neuron once cannot answer a request.
+
+    Args:
+        request: what is asked for.
+        chooses: whether neurons are only chosen.
+    """
+    if against := against_in_place(request, chooses=chooses):
+        raise ValueError(against)
+
+
+def against_in_place(request: Request, *, chooses: bool = False) -> str | None:
+    """Why a model that holds every neuron once cannot answer a request, as `check_in_place`; None if it can."""
+    extensions, answers = request.extensions, not chooses
     for asked, why, instead in (
         (extensions.prior is not None, "a prior cannot be known to be theirs", "prior=None"),
-        (extensions.rows, "the kept ones are the model's own and cannot be refitted", "refit=False"),
-        (extensions.healing is not None, "those of a healing do not", "healing=None"),
-        (extensions.refresh_every is not None, "all would be regrouped at every refresh", "refresh_every=None"),
-        (extensions.drafter is not None, "those of a drafter do not", "draft_weights=None"),
         (extensions.mixed_weights is not None, "those in fewer bits do not", "mixed_weights=None"),
         (extensions.max_divergence is not None, "nothing is tried before", "max_divergence=None"),
         (request.adapter is not None, "those of an adapter do not", "merge it"),
+        (extensions.healing is not None, "those of a healing do not", "healing=None"),
+        (answers and extensions.rows, "the kept ones are the model's own and cannot be refitted", "refit=False"),
+        (answers and extensions.refresh_every, "all would be regrouped at every refresh", "refresh_every=None"),
+        (answers and extensions.drafter is not None, "those of a drafter do not", "draft_weights=None"),
     ):
         if asked:
-            raise ValueError(f"with in_place rows of weights move, and {why}: {instead}, or load the model without")
+            return f"with in_place rows of weights move, and {why}: {instead}, or load the model without"
+    return None

@@ -86,7 +86,7 @@ class Tokenizer:
         return self._tokenizer.chat_template
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text, which goes on: without the token (EOS) that some tokenizers end texts with.
 
         Args:
             text: the text.
@@ -96,23 +96,21 @@ class Tokenizer:
             ValueError: the text has a lone surrogate, so it is not Unicode, or a token that the model has no embedding
                 for.
         """
-        return self._known(self._tokenizer.encode(_unicode(text), add_special_tokens=special))
+        tokens = self._known(self._tokenizer.encode(_unicode(text), add_special_tokens=special))
+        return tokens[: len(tokens) - self._frame[1]] if special else tokens
+
+    @property
+    def beginning(self) -> list[int]:
+        """The special tokens with which a text begins; they are the same for all texts."""
+        return self.encode("A")[: self._frame[0]]
 
     @functools.cached_property
-    def beginning(self) -> tuple[int, ...]:
-        """The special tokens with which a text begins; they are the same for all texts."""
-        whole, plain = self.encode("A"), self.encode("A", special=False)
-        # Some tokenizers also end a text with a token.
-        at = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
-        return tuple(whole[: next(at, len(whole) - len(plain))])
-
-    def encode_begun(self, text: str) -> list[int]:
-        """Token ids of a text as `encode` gives them, but without a token that ends the text.
-
-        Raises:
-            ValueError: as for `encode`.
-        """
-        return [*self.beginning, *self.encode(text, special=False)]
+    def _frame(self) -> tuple[int, int]:
+        """How many special tokens the tokenizer puts before and after a text."""
+        whole, plain = (self._tokenizer.encode("A", add_special_tokens=special) for special in (True, False))
+        more = len(whole) - len(plain)
+        before = next((start for start in range(more) if whole[start : start + len(plain)] == plain), more)
+        return before, more - before
 
     def decode(self, tokens: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids.

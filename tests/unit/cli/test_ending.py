@@ -60,7 +60,9 @@ read = sources.FamilySource.read
 def slow(self, path, dtype):
     if path == "layers.1.ff.up":
         print("in the middle", file=sys.stderr, flush=True)
-        time.sleep(60)
+        # Where another thread gets the signal, it is not noticed before a sleep ends.
+        for _ in range(600):
+            time.sleep(0.1)
     return read(self, path, dtype)
 sources.FamilySource.read = slow
 sys.exit(main(["convert", sys.argv[1], sys.argv[2]]))

@@ -354,8 +354,8 @@ class TestTasks:
         assert len(items) == len(plain) // 11 > 2
         for number, item in enumerate(items):
             assert [*item.prompt, *item.answer] == [1, *plain[11 * number : 11 * number + 11]]
-        assert llm.tokenizer.beginning == (1,)
-        assert worded.llm.tokenizer.beginning == ()
+        assert llm.tokenizer.beginning == [1]
+        assert worded.llm.tokenizer.beginning == []
 
     @pytest.mark.parametrize(("template", "first"), [("<s> $A </s>", (1,)), ("$A </s>", ())])
     def test_a_token_that_ends_a_text_is_in_no_window(self, worded, tmp_path, template, first):
@@ -365,9 +365,10 @@ class TestTasks:
         PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
         tokenizer = Tokenizer.from_folder(tmp_path)
         plain = worded.llm.tokenizer.encode(PASSAGES[0])
-        assert tokenizer.encode(PASSAGES[0]) == [*first, *plain, 2]
-        assert tokenizer.beginning == first
-        assert tokenizer.encode_begun(PASSAGES[0]) == [*first, *plain]
+        assert tokenizer._tokenizer.encode(PASSAGES[0]) == [*first, *plain, 2]
+        assert tokenizer.beginning == [*first]
+        assert tokenizer.encode(PASSAGES[0]) == [*first, *plain]
+        assert tokenizer.encode(PASSAGES[0], special=False) == plain
         (window,) = general_text.windows(tokenizer, PASSAGES[0], 1000)
         assert window == [*first, *plain]
 

@@ -220,9 +220,12 @@ def test_sentencepiece_tokens(pieces, changes, name, tmp_path):
 def test_tokens_around_a_text():
     metadata = chat_vocabulary(ggml__add_eos_token=True)
     tokenizer = Tokenizer.from_gguf(metadata)
-    assert names(tokenizer, metadata, "hi") == ["<s>", "▁hi", "</s>"]
+    whole = tokenizer._tokenizer.encode("hi")
+    assert whole == [*tokenizer.encode("hi"), metadata["tokenizer.ggml.eos_token_id"]]
+    # What is encoded here goes on.
+    assert names(tokenizer, metadata, "hi") == ["<s>", "▁hi"]
     assert tokenizer.decode(tokenizer.encode("hi hi")) == "hi hi"
-    assert names(Tokenizer.from_gguf(metadata), metadata, "") == ["<s>", "</s>"]
+    assert names(Tokenizer.from_gguf(metadata), metadata, "") == ["<s>"]
     unnamed = chat_vocabulary(ggml__bos_token_id=None, ggml__eos_token_id=None, ggml__unknown_token_id=None)
     assert names(Tokenizer.from_gguf(unnamed), metadata, "hi") == ["<s>", "▁hi"]
 
