@@ -77,6 +77,10 @@ class Pruner:
             extensions.healing,
         )
 
+    def shares(self, experts: ExpertNeurons | None) -> bool:
+        """Whether the sequences of a batch share their neurons: by these experts, or by the config if None."""
+        return self.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
+
     def rows_of_each(self, batch: int, experts: ExpertNeurons | None = None) -> int:
         """The number of tokens of each sequence whose relative activations `prefill` must record, its `rows`.
 
@@ -85,8 +89,7 @@ class Pruner:
             experts: the expert neurons, if they are known already. If None, the config says whether the batch shares
                 its neurons.
         """
-        together = self.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
-        return rows_of_each(self.rows, batch, together)
+        return rows_of_each(self.rows, batch, self.shares(experts))
 
     def select(
         self,

@@ -578,7 +578,7 @@ class LLM:
     def _check_memory(self, plan: Plan, continued: Continued | None) -> None:
         """Raise `MemoryError` unless the answers can be written with what is free, and with a cache that is there."""
         batch, experts, prior = len(plan.sequences), plan.request.experts, plan.request.extensions.prior
-        shared = plan.pruner.config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
+        shared = plan.pruner.shares(experts)
         pruned = not plan.dense and self._in_place is None
         parts = needs_of(self.model).generation(
             batch,
@@ -641,7 +641,7 @@ class LLM:
                 model = jax.block_until_ready(self._prune_mixed(plan.pruner, plan.mixed, prefilled, kept=experts))
             elif experts is not None:
                 model = jax.block_until_ready(self._prune(plan.pruner, model, experts, prefilled.rows))
-            self._warn_of_tiles(plan, model)
+            self._warn_of_tiles(model)
         if self._in_place is not None:
             # Its rows have moved, and what they were in is overwritten.
             full = self.model
@@ -881,7 +881,7 @@ class LLM:
         chosen = pruner.select_mixed(self.model, prefilled.statistics, mixed, kept)
         return pruner.prune_mixed(self.model, few[1], mixed, chosen, prefilled.rows, masked=masked)
 
-    def _warn_of_tiles(self, plan: Plan, pruned: Transformer) -> None:
+    def _warn_of_tiles(self, pruned: Transformer) -> None:
         """Warn if XLA for GPUs will pad or join the matrices of a pruned model at every token."""
         if self._platform != "gpu":
             return
@@ -1002,8 +1002,7 @@ class LLM:
     def _check_kept(self, candidate: Candidate, request: Request, batch: int) -> None:
         """Raise `ValueError` if devices cannot share the rows that are copied for a request evenly."""
         config, mixed, experts = candidate.pruner.config, candidate.mixed, request.experts
-        shared = config.shared if experts is None else experts.shared or experts[0].shape[0] == 1
-        sets = 1 if shared else local_sequences(mesh_of(self.model.embedding[...]), batch)
+        sets = 1 if candidate.pruner.shares(experts) else local_sequences(mesh_of(self.model.embedding[...]), batch)
         refitted = request.extensions.rows > 0
         if mixed is None:
             kept = config.kept(self.model.config.neuron_ranges) if experts is None else experts.kept
